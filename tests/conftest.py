@@ -1,0 +1,102 @@
+"""Fixtures for every test: fixed seeds, one torch thread, the default dtype put back, a very small V3 model config."""
+
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Read by torch and numpy when they are imported, here and in the processes that tests start. torch itself is not
+# imported here: the tests of --help and of the config do without it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidiactl") else "cuda")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+TINY_CONFIG: dict[str, dict[str, Any]] = {
+    "run": {"name": "tiny", "dir": "runs", "seed": 1234},
+    "model": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 16,
+        "initializer_range": 0.1,
+    },
+    "mtp": {"mode": "sequential", "num_nextn_predict_layers": 1},
+    "data": {"train": "data/tiny", "val": "data/tiny", "build": None, "seq_len": 16},
+    "optim": {"lr": 3.0e-3},
+    "train": {"total_tokens": 4096, "batch_size": 4, "micro_batch_size": 4},
+    "checkpoint": {"every": 4, "keep": 2},
+    "eval": {"every": 4, "batches": 2},
+    "log": {"every": 1, "tensorboard": False},
+}
+
+
+@pytest.fixture
+def make_tiny_config() -> Callable[..., Any]:
+    """A function from dotted overrides to a Config: make_tiny_config({"mtp.mode": "none"}, ...)."""
+    from dsv3_mtp.config import Config
+
+    def make(overrides: dict[str, Any] | None = None) -> Any:
+        sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
+        for key, value in (overrides or {}).items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        return Config.model_validate(sections)
+
+    return make
+
+
+@pytest.fixture
+def tiny_config(make_tiny_config: Callable[..., Any]) -> Any:
+    """Config of a V3 model with 3 layers (1 dense), 8 experts in 4 groups, top-2, vocab 64, one MTP module."""
+    return make_tiny_config()
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    """Seed every generator before each test; put torch's default dtype and thread count back after it."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in tests/gpu needs a GPU."""
+    for item in items:
+        if Path(__file__).parent / "gpu" in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and torch sees none")
