@@ -1,0 +1,69 @@
+"""What a run's `deepspeed:` block may hold. DeepSpeed checks nested keys but takes misspelt top-level ones in silence."""
+
+from typing import Any
+
+from dsv3_mtp.config_reader import KeyProblems, Problem, did_you_mean
+
+# Top-level keys that DeepSpeed 0.19.8 reads and that a run may set.
+ALLOWED = frozenset(
+    """activation_checkpointing aio checkpoint comet comms_logger communication_data_type compile csv_monitor data_types
+    datastates_ckpt disable_allgather disable_python_gc dump_state flops_profiler log_level memory_breakdown timers
+    wall_clock_breakdown zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()
+)
+
+_SCALE = "is fixed: losses are divided by the token counts of the whole step, so gradients are summed"
+_LAYOUT = "is not supported: the ranks of a run are laid out by the parallel section"
+_UNUSED = "would have no effect: tokens come from the data section's own sampler"
+
+# Keys that belong to another section, or that would break or be lost on the training loop.
+OWNED = {
+    "train_batch_size": "set train.batch_size instead",
+    "train_micro_batch_size_per_gpu": "set train.micro_batch_size instead",
+    "gradient_accumulation_steps": "set train.batch_size and train.micro_batch_size instead",
+    "gradient_clipping": "set optim.grad_clip instead",
+    "optimizer": "set optim instead",
+    "scheduler": "set optim.schedule instead",
+    "bf16": "set train.dtype instead",
+    "bfloat16": "set train.dtype instead",
+    "fp16": "set train.dtype instead",
+    "torch_autocast": "set train.dtype instead",
+    "tensorboard": "set log.tensorboard instead",
+    "wandb": "set log.wandb instead",
+    "steps_per_print": "set log.every instead",
+    "gradient_allreduce_op": _SCALE,
+    "prescale_gradients": _SCALE,
+    "gradient_predivide_factor": _SCALE,
+    "managed_gradient_accumulation": "is fixed: the training loop decides when a step ends",
+    "data_efficiency": _UNUSED,
+    "dataloader_drop_last": _UNUSED,
+    "vocabulary_size": "set model.vocab_size instead",
+    "pipeline": _LAYOUT,
+    "tensor_parallel": _LAYOUT,
+    "expert_parallel": _LAYOUT,
+    "use_data_before_expert_parallelism": _LAYOUT,
+    "sequence_parallel_size": _LAYOUT,
+    "data_parallel_size": _LAYOUT,
+    "seq_parallel_communication_data_type": _LAYOUT,
+    "autotuning": "is not supported: its launcher rewrites the batch size, which train.batch_size owns",
+    "hybrid_engine": "is not supported: this is not an RLHF loop",
+    "weight_quantization": "is not supported: it is for DeepSpeed inference",
+}
+
+
+def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
+    """Returns the block; raises KeyProblems naming every key that cannot be set there, with what to set instead."""
+    problems: list[Problem] = []
+    for key in map(str, block):
+        if key in OWNED:
+            problems.append((key, OWNED[key]))
+        elif key not in ALLOWED:
+            known = [f"deepspeed.{name}" for name in sorted(ALLOWED)]
+            problems.append((key, "unknown to DeepSpeed 0.19.8" + did_you_mean(f"deepspeed.{key}", known)))
+    zero = block.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        problems.append(("zero_optimization", f"must be a mapping (got {zero!r})"))
+    elif "stage" in zero:
+        problems.append(("zero_optimization.stage", "set parallel.zero_stage instead"))
+    if problems:
+        raise KeyProblems(problems)
+    return block
