@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed-$(KEY)
 # module path, so that an environment shared by several clones runs the code of the one it was started in.
 BIN := $(abspath $(VENV))/bin
 IN_VENV := PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help install corpus train test lint format check clean

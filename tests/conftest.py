@@ -1,4 +1,4 @@
-"""Fixtures for every test: fixed seeds, one torch thread, the default dtype put back, a very small V3 model config."""
+"""Fixtures for every test: seeds, one torch thread, the default dtype put back, a very small model."""
 
 import os
 import random
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-# Read by torch and numpy when they are imported, here and in the processes that tests start. torch itself is not
+# Read when torch and numpy are imported, here and in the processes that tests start. torch is not
 # imported here: the tests of --help and of the config do without it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidiactl") else "cuda")
@@ -66,7 +66,7 @@ def make_tiny_config() -> Callable[..., Any]:
 
 @pytest.fixture
 def tiny_config(make_tiny_config: Callable[..., Any]) -> Any:
-    """Config of a V3 model with 3 layers (1 dense), 8 experts in 4 groups, top-2, vocab 64, one MTP module."""
+    """Config of a V3 model with 3 layers (1 dense), 8 experts in 4 groups, top-2, vocab 64, one MTP depth."""
     return make_tiny_config()
 
 

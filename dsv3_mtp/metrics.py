@@ -1,0 +1,306 @@
+"""Numbers of a run: the metrics.jsonl log, the progress display, the training clock, model FLOP utilisation.
+
+One record is one flat dict and one line of metrics.jsonl (keys in the README). The progress lines are made
+of the same records: what is shown is what is logged. No torch here.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as LiveBar
+
+Record = Mapping[str, Any]
+
+
+class MetricsLog:
+    """Append-only JSONL file of flat records; a line is whole or absent, also after a kill.
+
+    Non-finite numbers are written as the strings "nan", "inf", "-inf" (JSON has no such numbers) and come
+    back from `read_metrics` as floats. An existing file is continued, its half-written last line is cut off.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._rewrite(_whole_lines(self.path))
+
+    def append(self, record: Record) -> None:
+        """Write one record. TypeError: a value is not a number, string, bool or None."""
+        line = json.dumps({key: _encode(key, value) for key, value in record.items()}, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the records of later steps, which a resumed run is about to repeat."""
+        if self.path.exists():
+            lines = _whole_lines(self.path)
+            kept = [n for n, record in enumerate(read_metrics(self.path)) if record["step"] <= step]
+            self._rewrite([lines[n] for n in kept])
+
+    def _rewrite(self, lines: list[str]) -> None:
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl in file order, less a half-written last line.
+
+    ValueError: any other line is not a JSON object.
+    """
+    records = []
+    for number, line in enumerate(_whole_lines(Path(path)), start=1):
+        try:
+            record = json.loads(line)
+            records.append({key: _decode(value) for key, value in record.items()})
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: not a JSON object ({error}); delete this line") from None
+    return records
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on leaving, sync it and move it over `path` in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    # Every line is written with its newline in one call: what follows the last newline was cut off by a kill.
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+
+
+def _encode(key: str, value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"metric {key}: {type(value).__name__} is not a number or string; convert it, e.g. with .item()"
+    )
+
+
+def _decode(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+class Clock:
+    """Seconds spent training over the whole life of a run, restarts included and pauses excluded.
+
+    >>> clock.load_state_dict(saved); clock.start()
+    >>> with clock.paused(): evaluate()
+    >>> record["time_s"], record["perf/tokens_per_s"] = clock.seconds, clock.lap(tokens_so_far)
+    """
+
+    def __init__(self, *, now: Callable[[], float] = time.perf_counter, window: int = 20) -> None:
+        self._now = now
+        self._before = 0.0  # seconds up to the last start or pause
+        self._since: float | None = None
+        self._lap: tuple[float, int] | None = None  # training seconds, tokens
+        self._recent: deque[tuple[float, int]] = deque(maxlen=window + 1)  # wall-clock seconds, tokens
+
+    def start(self, tokens: int = 0) -> None:
+        """Begin counting; `tokens` were consumed before this start, the first lap counts from there."""
+        self._since = self._now()
+        self._lap = (self.seconds, tokens)
+        self._recent.append((self._since, tokens))
+
+    @property
+    def seconds(self) -> float:
+        """Training seconds so far."""
+        return self._before + (self._now() - self._since if self._since is not None else 0.0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what happens inside (evaluation, checkpointing)."""
+        self._before, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            self._since = self._now()
+
+    def lap(self, tokens: int) -> float:
+        """Tokens per training second since the last lap; `tokens` is the total consumed so far."""
+        assert self._lap is not None, "start() the clock first"
+        seconds, previous = self.seconds - self._lap[0], tokens - self._lap[1]
+        self._lap = (self.seconds, tokens)
+        self._recent.append((self._now(), tokens))
+        return previous / max(seconds, 1e-9)
+
+    def eta(self, tokens_left: int) -> float | None:
+        """Seconds to the end at the average speed of the recent laps, pauses included; None before a lap."""
+        (first, tokens), (last, tokens_now) = self._recent[0], self._recent[-1]
+        if tokens_now <= tokens:
+            return None
+        return tokens_left * (last - first) / (tokens_now - tokens)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._before = state["seconds"]
+
+
+# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets and architecture papers (what they print
+# "with sparsity" is twice this). The first pattern found in the device name counts: slower boards first.
+PEAK_FLOPS = (
+    (r"\bGB200\b", 2500e12),
+    (r"\bB200\b", 2250e12),
+    (r"\bH200 NVL\b", 835e12),
+    (r"\bG?H200\b", 989e12),
+    (r"\bH20\b", 148e12),
+    (r"\bH100 NVL\b", 835e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bH[18]00\b", 989e12),
+    (r"\bA[18]00\b", 312e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bRTX 4090\b", 165e12),
+)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a device, by torch.cuda.get_device_name(); None where unknown (every CPU)."""
+    return next((flops for pattern, flops in PEAK_FLOPS if re.search(pattern, device_name)), None)
+
+
+def mfu(tokens_per_s: float, flops_per_token: float, device_name: str, num_devices: int) -> float | None:
+    """Model FLOP utilisation in [0, 1]: FLOPs the model needs per second over the peak; None if unknown."""
+    peak = peak_flops(device_name)
+    return None if peak is None else tokens_per_s * flops_per_token / (peak * num_devices)
+
+
+def train_line(record: Record, *, total_steps: int, eta_s: float | None) -> str:
+    """One line for a record with train/* keys, in one piece:
+
+    step  120/1465   8% | loss 3.412 main 3.101 mtp 3.118 (w 0.300) agr 0.41
+    | lr 2.7e-3 gn 0.82 | 9.8k tok/s | eta 0:01:12
+    """
+    width = len(str(total_steps))
+    losses = f"loss {record['train/loss']:.3f} main {record['train/main_loss']:.3f}"
+    if depths := _by_depth(record, "train/mtp_loss", ".3f"):
+        losses += f" mtp {depths} (w {record['train/mtp_weight']:.3f})"
+    if agreement := _by_depth(record, "train/agreement", ".2f"):
+        losses += f" agr {agreement}"
+    optimizer = f"lr {_scientific(record['optim/lr'])} gn {record['optim/grad_norm']:.2f}"
+    speed = f"{quantity(record['perf/tokens_per_s'])} tok/s"
+    if "perf/mfu" in record:
+        speed += f" mfu {record['perf/mfu']:.1%}"
+    step = f"step {record['step']:{width}d}/{total_steps} {record['progress']:4.0%}"
+    return " | ".join([step, losses, optimizer, speed, f"eta {duration(eta_s)}"])
+
+
+def validation_line(record: Record, *, total_steps: int) -> str:
+    """One line for a record with val/* keys:
+
+    val   step  200 | main 3.010 (bpb 1.230) mtp 3.104 | top1 0.41 0.36 | agreement 0.47
+    """
+    losses = f"main {record['val/main_loss']:.3f}"
+    if "val/bits_per_byte" in record:
+        losses += f" (bpb {record['val/bits_per_byte']:.3f})"
+    if depths := _by_depth(record, "val/mtp_loss", ".3f"):
+        losses += f" mtp {depths}"
+    fields = [f"val   step {record['step']:{len(str(total_steps))}d}", losses]
+    for name, key in (("top1", "val/top1"), ("agreement", "val/agreement")):
+        if values := _by_depth(record, key, ".2f"):
+            fields.append(f"{name} {values}")
+    return " | ".join(fields)
+
+
+def depths_of(record: Record, key: str) -> list[int]:
+    """Depths k for which the record has `key/k`, in order: [1, 2] for mtp_loss/1 and mtp_loss/2."""
+    return sorted(int(name.rpartition("/")[2]) for name in record if name.rpartition("/")[0] == key)
+
+
+def duration(seconds: float | None) -> str:
+    """0:01:12, or 2d 03:04:05; "-" when unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}d {hour:02d}:{minute:02d}:{second:02d}" if days else f"{hour}:{minute:02d}:{second:02d}"
+
+
+def quantity(value: float) -> str:
+    """Three significant digits with a unit: 950, 9.84k, 3.00M, 14.8T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 0.9995 * size:
+            scaled = value / size
+            return f"{scaled:.{max(0, 2 - int(math.log10(max(abs(scaled), 1))))}f}{unit}"
+    return f"{value:.0f}"
+
+
+def _scientific(value: float) -> str:
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def _by_depth(record: Record, key: str, spec: str) -> str:
+    return " ".join(format(record[f"{key}/{depth}"], spec) for depth in depths_of(record, key))
+
+
+class Progress:
+    """Lines about a run on stdout; on a terminal with a live bar below them. Use as a context manager.
+
+    Without a terminal, or with NO_COLOR set, it writes plain lines and no control characters.
+    """
+
+    def __init__(self, total_tokens: int, *, total_steps: int, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stdout
+        self._total_steps = total_steps
+        self._bar: LiveBar | None = None
+        if self._stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+            self._bar = LiveBar(
+                TextColumn("training"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(file=self._stream),
+                refresh_per_second=2,
+            )
+            self._task = self._bar.add_task("training", total=total_tokens, note="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, *, step: int, tokens: int, eta_s: float | None) -> None:
+        """Move the live bar; to be called after every step."""
+        if self._bar is not None:
+            note = f"step {step}/{self._total_steps}  eta {duration(eta_s)}"
+            self._bar.update(self._task, completed=tokens, note=note)
+
+    def train(self, record: Record, *, eta_s: float | None) -> None:
+        self.say(train_line(record, total_steps=self._total_steps, eta_s=eta_s))
+
+    def validation(self, record: Record) -> None:
+        self.say(validation_line(record, total_steps=self._total_steps))
+
+    def say(self, text: str) -> None:
+        """Any other line (resumed, checkpoint saved), above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
