@@ -1,14 +1,34 @@
-"""What a run's `deepspeed:` block may hold. DeepSpeed checks nested keys but takes misspelt top-level ones in silence."""
+"""What a run's `deepspeed:` block may hold. DeepSpeed takes misspelt top-level keys in silence."""
 
 from typing import Any
 
-from dsv3_mtp.config_reader import KeyProblems, Problem, did_you_mean
+from dsv3_mtp.config.reader import KeyProblems, Problem, did_you_mean
 
 # Top-level keys that DeepSpeed 0.19.8 reads and that a run may set.
 ALLOWED = frozenset(
-    """activation_checkpointing aio checkpoint comet comms_logger communication_data_type compile csv_monitor data_types
-    datastates_ckpt disable_allgather disable_python_gc dump_state flops_profiler log_level memory_breakdown timers
-    wall_clock_breakdown zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()
+    {
+        "activation_checkpointing",
+        "aio",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "csv_monitor",
+        "data_types",
+        "datastates_ckpt",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "log_level",
+        "memory_breakdown",
+        "timers",
+        "wall_clock_breakdown",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
 )
 
 _SCALE = "is fixed: losses are divided by the token counts of the whole step, so gradients are summed"
@@ -51,7 +71,7 @@ OWNED = {
 
 
 def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
-    """Returns the block; raises KeyProblems naming every key that cannot be set there, with what to set instead."""
+    """Returns the block; raises KeyProblems naming every key that cannot be set there, and the remedy."""
     problems: list[Problem] = []
     for key in map(str, block):
         if key in OWNED:

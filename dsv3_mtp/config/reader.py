@@ -1,6 +1,6 @@
-"""From a YAML file and `--set` overrides to a plain tree, and from a tree that does not validate to one readable report.
+"""From a YAML file and `--set` overrides to a plain tree, and from a faulty tree to one readable report.
 
-Nothing here knows the keys of a run; config.py does. The report lists every problem at once:
+Nothing here knows the keys of a run; run.py and model.py do. The report lists every problem at once:
 
     configs/v3_tiny.yaml: 2 problems
       mtp.num_nextn_predict_layer: unknown key; did you mean 'mtp.num_nextn_predict_layers'?
@@ -36,7 +36,7 @@ class KeyProblems(ValueError):
         self.problems = tuple(problems)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,7 +53,7 @@ _Loader.add_implicit_resolver(
 def read_tree(path: str | Path, sets: Iterable[str] = ()) -> tuple[dict[str, Any], list[Problem]]:
     """Reads a YAML file and applies `a.b=value` overrides; returns the tree and the problems met so far.
 
-    Raises ConfigError when there is no tree to look at: missing file, invalid YAML, something that is not a mapping.
+    Raises ConfigError when there is no tree to look at: missing file, invalid YAML, or not a mapping.
     """
     source = str(path)
     try:
@@ -118,18 +118,14 @@ def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
             node[key] = {}
         if not isinstance(node[key], dict):
             parent = ".".join(keys[:depth])
-            return [
-                (
-                    f"--set {override}",
-                    f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole",
-                )
-            ]
+            text = f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
+            return [(f"--set {override}", text)]
         node = node[key]
     node[keys[-1]] = value
     return []
 
 
-# --- reporting -------------------------------------------------------------------------------------------------------
+# --- reporting ----------------------------------------------------------------------------------------------
 
 _BOUNDS = {
     "greater_than_equal": ">= {ge}",
@@ -149,21 +145,19 @@ _TYPES = {
 }
 
 
-def problems_of(
-    error: ValidationError, tree: Any, schema: type[BaseModel], prefix: str = ""
-) -> list[Problem]:
-    """Every problem of one pydantic error. tree: what was validated; schema: the root, for suggestions."""
+def problems_of(error: ValidationError, tree: Any, schema: type[BaseModel]) -> list[Problem]:
+    """Every problem of one pydantic error. tree: what was validated; schema: its model, for suggestions."""
     problems: list[Problem] = []
     paths = key_paths(schema)
     for item in error.errors(include_url=False):
-        key = _dotted(item["loc"], tree, prefix, missing=item["type"] == "missing")
+        key = _dotted(item["loc"], tree, missing=item["type"] == "missing")
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, KeyProblems):
             problems += [(f"{key}.{name}".strip("."), text) for name, text in cause.problems]
         elif item["type"] == "extra_forbidden":
             problems.append((key, "unknown key" + did_you_mean(key, paths)))
         else:
-            problems.append((key or prefix, _describe(item)))
+            problems.append((key, _describe(item)))
     return problems
 
 
@@ -173,16 +167,12 @@ def _describe(item: Any) -> str:
         return "missing; it has no default"
     if kind in _BOUNDS:
         return f"must be {_BOUNDS[kind].format(**context)} {got}"
-    if kind in ("literal_error", "union_tag_invalid"):
-        names = re.findall(r"'([^']*)'", context.get("expected") or context["expected_tags"])
-        if kind == "union_tag_invalid":
-            got = f"(got {show(context['tag'])})"
-        allowed = ", ".join(names) if names else context["expected"].replace(" or ", ", ")
-        close = get_close_matches(str(context.get("tag", item["input"])), names, n=1)
-        of = "type must be" if kind == "union_tag_invalid" else "must be"
-        return f"{of} one of {allowed} {got}" + (f"; did you mean '{close[0]}'?" if close else "")
+    if kind == "literal_error":
+        return _not_among(context["expected"], item["input"])
+    if kind == "union_tag_invalid":
+        return f"type {_not_among(context['expected_tags'], context['tag'])}"
     if kind == "union_tag_not_found":
-        return f"must be a number or a mapping with a type {got}"
+        return f"must be a mapping with a 'type' {got}"
     if kind == "value_error":
         return f"{context['error']} {got}"
     family = kind.split("_")[0]
@@ -191,9 +181,16 @@ def _describe(item: Any) -> str:
     return f"{item['msg'][0].lower()}{item['msg'][1:]} {got}"
 
 
-def _dotted(location: Sequence[int | str], tree: Any, prefix: str, *, missing: bool) -> str:
-    """`a.b[0].c` of a pydantic location. Parts that name nothing in the tree are union tags and are left out."""
-    path = prefix
+def _not_among(allowed: str, value: Any) -> str:
+    names = allowed.replace("'", "").replace(" or ", ", ").split(", ")  # pydantic: "'a', 'b' or 'c'"
+    text = f"must be {'one of ' * (len(names) > 1)}{', '.join(names)} (got {show(value)})"
+    close = get_close_matches(str(value), names, n=1)
+    return text + (f"; did you mean '{close[0]}'?" if close else "")
+
+
+def _dotted(location: Sequence[int | str], tree: Any, *, missing: bool) -> str:
+    """`a.b[0].c` for a pydantic location; parts that name nothing in the tree are union tags, left out."""
+    path = ""
     for position, part in enumerate(location):
         if isinstance(tree, dict) and (part in tree or (missing and position == len(location) - 1)):
             path, tree = f"{path}.{part}".lstrip("."), tree.get(part)
@@ -206,12 +203,12 @@ def show(value: Any) -> str:
     """A value the way the user wrote it in YAML, cut to a readable length."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def did_you_mean(key: str, paths: Iterable[str]) -> str:
-    """The known key that an unknown one most likely stands for: the same name elsewhere, else a close neighbour."""
+    """The known key that an unknown one most likely stands for: a close neighbour, or one elsewhere."""
     paths = list(paths)
     parent, _, name = key.rpartition(".")
     schema_parent = re.sub(r"\[\d+\]", "", parent)

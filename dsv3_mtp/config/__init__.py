@@ -1,0 +1,52 @@
+"""One YAML file is one run: pydantic sections, `--set` overrides, every problem in one report. No torch here.
+
+    config = load_config("configs/v3_tiny.yaml", ["mtp.mode=parallel", "optim.lr=1e-3"])
+    config.model.hidden_size, config.mtp.depths, config.optim.schedule.warmup
+
+run.py holds the whole and most sections, model.py what is trained, reader.py files and reports, deepspeed.py
+the keys that a run may hand to DeepSpeed.
+"""
+
+from dsv3_mtp.config.model import (
+    ConstantWeight,
+    LossWeight,
+    ModelConfig,
+    MTPConfig,
+    PiecewiseWeight,
+    RampWeight,
+    RopeScaling,
+    StepWeight,
+    WarmupWeight,
+)
+from dsv3_mtp.config.reader import ConfigError
+from dsv3_mtp.config.run import (
+    BatchSizeRamp,
+    Config,
+    DataConfig,
+    DataEntry,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+    load_config,
+)
+
+__all__ = [
+    "BatchSizeRamp",
+    "Config",
+    "ConfigError",
+    "ConstantWeight",
+    "DataConfig",
+    "DataEntry",
+    "LossWeight",
+    "MTPConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PiecewiseWeight",
+    "RampWeight",
+    "RopeScaling",
+    "ScheduleConfig",
+    "StepWeight",
+    "TrainConfig",
+    "WarmupWeight",
+    "load_config",
+]

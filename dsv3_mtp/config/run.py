@@ -1,0 +1,290 @@
+"""The whole of a run, and its sections other than model and mtp: keys, units, sources, rules between them.
+
+"V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Fractions are of train.total_tokens, so that
+a recipe carries over to any run length. Unknown keys and settings without effect are errors.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError
+
+from dsv3_mtp.config.deepspeed import check_deepspeed
+from dsv3_mtp.config.model import (
+    V3_TOKENS,
+    Count,
+    Fraction,
+    Integer,
+    ModelConfig,
+    MTPConfig,
+    NotNegative,
+    Number,
+    Positive,
+    Section,
+    Text,
+)
+from dsv3_mtp.config.reader import ConfigError, Problem, problems_of, read_tree, show
+
+
+class RunConfig(Section):
+    """Where the run lives and what it draws its random numbers from."""
+
+    name: Text = "run"
+    """The run's folder is DIR/NAME."""
+    dir: Text = "runs"
+    """Folder of all runs."""
+    seed: Annotated[Integer, Field(ge=0)] = 1234
+    """Initialisation and data order."""
+
+    def rules(self) -> Iterator[Problem]:
+        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
+            yield "name", f"must be a plain folder name; put folders into run.dir (got {show(self.name)})"
+
+
+class DataEntry(Section):
+    """One corpus of a mixture."""
+
+    path: Text
+    """Prepared folder or Megatron prefix."""
+    weight: Positive
+    """Relative share of the sampled sequences."""
+
+
+def _one_or_many(value: Any) -> str:
+    return "<one>" if isinstance(value, str) else "<many>"
+
+
+class DataConfig(Section):
+    """Where tokens come from. Documents are packed (V3 4.1)."""
+
+    train: Annotated[
+        Annotated[Text, Tag("<one>")] | Annotated[tuple[DataEntry, ...], Tag("<many>")],
+        Discriminator(_one_or_many),
+    ]
+    """Prepared folder, Megatron prefix (PREFIX.bin, PREFIX.idx), or a list of {path, weight}."""
+    val: Text
+    """Prepared folder (its validation split) or Megatron prefix."""
+    build: Literal["pystdlib"] | None = None
+    """Corpus to build into the folder `train` when it is missing: the running interpreter's library."""
+    seq_len: Annotated[Integer, Field(ge=2)]
+    """Positions per sequence, T (V3 4.2: 4096). A sample holds T + 1 + D tokens."""
+    mask_documents: bool = False
+    """Mask attention, targets and MTP inputs across document boundaries (V3 4.1: not done)."""
+
+    def rules(self) -> Iterator[Problem]:
+        if not self.train:
+            yield "train", "must name at least one corpus (got [])"
+        if self.build is not None and not isinstance(self.train, str):
+            yield "build", f"needs one folder in data.train, not a list; set null (got {show(self.build)})"
+
+
+class ScheduleConfig(Section):
+    """Learning rate over progress (V3 4.2): warm-up from 0, constant, cosine, constant, low constant."""
+
+    warmup: Fraction = 0.0084
+    """End of the linear warm-up (2K of about 240K steps)."""
+    decay_start: Fraction = 10e12 / V3_TOKENS
+    """Start of the cosine."""
+    decay_end: Fraction = 14.3e12 / V3_TOKENS
+    """End of the cosine."""
+    decay_ratio: Fraction = 0.1
+    """Rate after the cosine, over lr (2.2e-5 / 2.2e-4)."""
+    final_start: Fraction = 14.633e12 / V3_TOKENS
+    """Start of the last stage."""
+    final_ratio: Fraction = 7.3e-6 / 2.2e-4
+    """Rate of the last stage, over lr."""
+
+    def rules(self) -> Iterator[Problem]:
+        order = ("warmup", "decay_start", "decay_end", "final_start")
+        for before, after in pairwise(order):
+            if getattr(self, before) > getattr(self, after):
+                text = f"must be >= {before} = {getattr(self, before)} (got {getattr(self, after)})"
+                yield after, text
+
+
+class OptimConfig(Section):
+    """AdamW (V3 4.2)."""
+
+    lr: Positive = 2.2e-4
+    """Peak learning rate."""
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.1
+    """Decoupled weight decay of matrices."""
+    grad_clip: NotNegative = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class BatchSizeRamp(Section):
+    """Batch size grows linearly with progress from `start` at 0 to train.batch_size at `until` (V3 4.2)."""
+
+    start: Count
+    """Sequences per step at the start (V3: 3072)."""
+    until: Annotated[Number, Field(gt=0, le=1)]
+    """Fraction at which train.batch_size is reached (V3: 469B of 14.8T tokens = 0.0317)."""
+
+
+class TrainConfig(Section):
+    """How long, how wide and in which numbers."""
+
+    total_tokens: Count
+    """Length of the run (V3 4.2: 14.8e12). Progress is tokens consumed over this."""
+    batch_size: Count
+    """Sequences per optimizer step over all ranks (V3: 15360)."""
+    micro_batch_size: Count
+    """Sequences per rank and forward."""
+    batch_size_ramp: BatchSizeRamp | None = None
+    """null: batch_size from the first step."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Weights and activations in the forward; master weights are float32 (V3 3.3)."""
+    bias_update_speed: NotNegative = 0.001
+    """Router bias step gamma (V3 2.1.2, 4.2)."""
+    bias_update_until: Fraction = 14.3e12 / V3_TOKENS
+    """Fraction from which gamma is 0 (V3 4.2: after 14.3T tokens)."""
+    balance_loss_weight: NotNegative = 0.0001
+    """alpha of the sequence-wise balance loss (V3 eq. 17, 4.2)."""
+    threads: Count | None = None
+    """CPU threads per rank; null: cores over ranks of this host."""
+
+    def rules(self) -> Iterator[Problem]:
+        of = f"must be a multiple of train.micro_batch_size = {self.micro_batch_size}"
+        if self.batch_size % self.micro_batch_size:
+            yield "batch_size", f"{of} (got {self.batch_size})"
+        if self.batch_size_ramp is not None:
+            start = self.batch_size_ramp.start
+            if start % self.micro_batch_size:
+                yield "batch_size_ramp.start", f"{of} (got {start})"
+            if start > self.batch_size:
+                yield (
+                    "batch_size_ramp.start",
+                    f"must be <= train.batch_size = {self.batch_size} (got {start})",
+                )
+
+
+class ParallelConfig(Section):
+    """How ranks share the work."""
+
+    zero_stage: Literal[0, 1] = 1
+    """DeepSpeed ZeRO: 0 keeps optimizer states whole on every rank, 1 shards them (V3 3.1 uses 1)."""
+    timeout_s: Positive = 600.0
+    """Seconds after which a hung collective fails."""
+
+
+class CheckpointConfig(Section):
+    """When to save."""
+
+    every: Count = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Count = 2
+    """Newest checkpoints kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint of this run; never: fail if there is one."""
+
+
+class EvalConfig(Section):
+    """Validation during training."""
+
+    every: Annotated[Integer, Field(ge=0)] = 100
+    """Steps between validations; 0: only at the end."""
+    batches: Count = 16
+    """Batches of micro_batch_size sequences, over all ranks."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    project: Text
+    entity: Text | None = None
+    group: Text | None = None
+
+
+class LogConfig(Section):
+    """What is written besides metrics.jsonl."""
+
+    every: Count = 10
+    """Steps between lines."""
+    tensorboard: bool = True
+    """Write event files to the run's tb folder."""
+    wandb: WandbConfig | None = None
+    """null: off."""
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    mtp: MTPConfig = MTPConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    deepspeed: Annotated[dict[str, Any], AfterValidator(check_deepspeed)] = {}
+    """Merged over the generated DeepSpeed JSON; keys that this file owns are refused."""
+
+    def rules(self) -> Iterator[Problem]:
+        yield from _rules_between(dict(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, every default filled in."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """YAML that load_config reads back into an equal Config."""
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, width=110)
+
+
+def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    """Rules between sections, as far as they parsed."""
+    model, data, train = (sections.get(name) for name in ("model", "data", "train"))
+    if model and data and data.seq_len > model.max_position_embeddings:
+        text = f"must be <= model.max_position_embeddings = {model.max_position_embeddings}"
+        yield "data.seq_len", f"{text} (got {data.seq_len})"
+    if train and data and train.total_tokens < (step := train.batch_size * data.seq_len):
+        text = f"must be >= one step, train.batch_size * data.seq_len = {step}"
+        yield "train.total_tokens", f"{text} (got {train.total_tokens})"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Mappings as blocks, lists on one line."""
+
+
+_Dumper.add_representer(
+    list, lambda d, value: d.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
+
+
+def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:
+    """Reads and checks a run's YAML. sets: overrides such as "mtp.mode=none", values in YAML, applied first.
+
+    Raises ConfigError, whose text is a report of every problem in the file and in the overrides.
+    """
+    tree, problems = read_tree(path, sets)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems += problems_of(error, tree, Config)
+        problems += [problem for problem in _rules_between(_parsed(tree)) if problem not in problems]
+    if problems:
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def _parsed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a faulty tree that are valid on their own."""
+    sections = {}
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            with suppress(ValidationError):
+                sections[name] = field.annotation.model_validate(tree.get(name))
+    return sections
