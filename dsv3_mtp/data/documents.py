@@ -1,0 +1,192 @@
+"""User text, one document at a time: text files, JSON lines, parquet, saved Hugging Face data sets.
+
+Every reader can start at any record and names file and record in its errors, which are all ValueError.
+"""
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VAL_BUCKETS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    text: str
+    sha256: bytes
+    split: str
+    file: int  # number of the input file
+    record: int  # of the next record in this file: where to go on after this document
+    done: int  # bytes of this file read so far, for the progress display
+
+
+Record = tuple[int, int, Any, str]  # number of the next record, bytes read, text (not checked yet), where it stands
+
+
+class FileInputs:
+    """The documents of files, folders and globs, in sorted order; `val_fraction` of them, by content hash, are val.
+
+    A text file is one document; each record of .jsonl[.gz|.zst], .parquet and a saved data set is one.
+    """
+
+    def __init__(self, patterns: list[str], *, text_key: str, val_fraction: float) -> None:
+        self.text_key, self.val_fraction = text_key, val_fraction
+        self.files = _find_files(patterns)
+        self.sizes = [path.stat().st_size for path in self.files]
+        stamps = "".join(f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n" for path in self.files)
+        self.fingerprint = hashlib.sha256(stamps.encode()).hexdigest()  # of the files as they are now
+
+    def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
+        """All documents from record `record` of input file `file` on."""
+        for number in range(file, len(self.files)):
+            path = self.files[number]
+            for following, done, text, place in _open_records(path, self.text_key, record):
+                if not isinstance(text, str):
+                    raise ValueError(f"{place}: {self.text_key!r} is {type(text).__name__}, must be a string")
+                try:
+                    content = text.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})") from None
+                digest = hashlib.sha256(content).digest()
+                bucket = int.from_bytes(digest, "big") % VAL_BUCKETS
+                split = "val" if bucket < self.val_fraction * VAL_BUCKETS else "train"
+                yield Document(text, digest, split, number, following, done)
+            record = 0
+
+
+def _find_files(patterns: list[str]) -> list[Path]:
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found = [path] if _arrow_state(path) is None else _saved_dataset_files(path)
+            found = _walk(path) if found == [path] else found
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+        if not found:
+            raise ValueError(f"{pattern}: no such file, and no file matches it")
+        files.update(dict.fromkeys(found))
+    return list(files)
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files below `folder` except hidden ones and __pycache__, sorted by path."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        raise ValueError(f"{folder}: a DatasetDict with splits {splits}; give the folder of one, such as {folder / splits[0]}")
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
+            found.append(path)
+    return found
+
+
+def _arrow_state(folder: Path) -> dict[str, Any] | None:
+    """state.json of a folder written by datasets.Dataset.save_to_disk, else None."""
+    if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        return None
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def _saved_dataset_files(folder: Path) -> list[Path]:
+    state = _arrow_state(folder) or {}
+    files = [folder / entry["filename"] for entry in state.get("_data_files", [])]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise ValueError(f"{folder}: state.json names files that are not there: {', '.join(missing)}")
+    return files
+
+
+def _open_records(path: Path, key: str, start: int) -> Iterator[Record]:
+    name = path.name
+    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+        return _jsonl_records(path, key, start)
+    if name.endswith((".parquet", ".arrow")):
+        return _table_records(path, key, start)
+    return _text_records(path, start)
+
+
+def _text_records(path: Path, start: int) -> Iterator[Record]:
+    if start == 0:
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise ValueError(
+                f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the file, or leave it out "
+                f"with a glob such as '{path.parent}/**/*.txt'"
+            ) from None
+        yield 1, len(content), text, str(path)
+
+
+def _jsonl_records(path: Path, key: str, start: int) -> Iterator[Record]:
+    with open(path, "rb") as raw:
+        number = 0
+        try:
+            for number, line in enumerate(_decompressed(raw, path.suffix), 1):
+                if number > start and not line.isspace():
+                    place = f"{path}, line {number}"
+                    yield number, raw.tell(), _json_text(line, key, place), place
+        except (OSError, EOFError) as error:  # from the decompressor
+            raise ValueError(f"{path}, after line {number}: cannot be read ({error})") from None
+
+
+def _decompressed(raw: Any, suffix: str) -> Any:
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if suffix == ".zst":
+        import pyarrow
+
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+        return io.BufferedReader(stream, 1 << 20)
+    return raw
+
+
+def _json_text(line: bytes, key: str, place: str) -> Any:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # JSON or UTF-8
+        raise ValueError(f"{place}: not valid JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}")
+    if key not in record:
+        raise ValueError(f"{place}: has no key {key!r}, only {sorted(record)}; name it with --text-key")
+    return record[key]
+
+
+def _table_records(path: Path, key: str, start: int) -> Iterator[Record]:
+    """Rows of a parquet file, or of an Arrow file as `datasets` saves them (IPC stream format)."""
+    import pyarrow
+
+    size, row, total = path.stat().st_size, 0, 0
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.ParquetFile(path)
+            total, names = table.metadata.num_rows, table.schema_arrow.names
+            batches = table.iter_batches(1024, columns=[key]) if key in names else iter(())
+        else:
+            reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+            names, batches = reader.schema.names, iter(reader)
+        if key not in names:
+            raise ValueError(f"{path}: has no column {key!r}, only {sorted(names)}; name it with --text-key")
+        for batch in batches:
+            if row + batch.num_rows > start:
+                for offset, text in enumerate(batch.column(key).to_pylist()):
+                    following = row + offset + 1
+                    if following > start:
+                        yield following, size * following // max(total, following), text, f"{path}, row {following}"
+            row += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}, after row {row}: cannot be read ({error})") from None

@@ -1,0 +1,191 @@
+"""Windows of T + lookahead tokens from one or several sources: an infinite, resumable, rank-independent stream.
+
+Per source, epoch e is a seeded permutation of the documents, and the epochs run on as one endless token stream.
+Window w covers stream[w * T : w * T + T + lookahead]; the inputs of consecutive windows touch and never overlap, so that
+each token is a main input once per epoch and (the stream's very first token apart) a main target once per epoch.
+The windows that start in an epoch are visited in a second permutation, so that a batch is not one file. Reading
+sample j of a source needs no history: the state of the whole sampler is a few integers.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dsv3_mtp.data.source import Source, check_vocab, open_source
+
+__all__ = ["Batch", "Sampler", "Source", "check_vocab", "open_source", "sequential_windows"]
+
+Batch = tuple[np.ndarray, np.ndarray]  # tokens (b, T + lookahead) int64, documents (b, T + lookahead) int64
+
+DOCUMENTS, WINDOWS = 0, 1  # which of the two permutations of an epoch
+
+
+class Sampler:
+    """An infinite stream of global batches, the same for every number of ranks.
+
+    seq_len    T, main inputs per sample
+    lookahead  1 + D: the tokens after the T inputs that targets and MTP inputs need (DESIGN S1)
+    weights    share of the samples per source (any positive numbers; None: equal shares)
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float] | None = None,
+        *,
+        seq_len: int,
+        lookahead: int,
+        seed: int,
+    ) -> None:
+        weights = [1.0] * len(sources) if weights is None else list(weights)
+        if not sources or len(sources) != len(weights) or min(weights) <= 0:
+            raise ValueError(f"one weight > 0 per source is needed: {len(sources)} sources, weights {weights}")
+        if seq_len < 1 or lookahead < 0:
+            raise ValueError(f"seq_len must be >= 1 and lookahead >= 0, got {seq_len} and {lookahead}")
+        self.sources = list(sources)
+        self.weights = [weight / sum(weights) for weight in weights]
+        self.seq_len, self.lookahead, self.seed = seq_len, lookahead, seed
+        self.samples = 0
+        self.counts = [0] * len(sources)
+        self._streams = [_Stream(source, seq_len, (seed, i)) for i, source in enumerate(sources)]
+
+    def next_batch(
+        self, batch_size: int, *, rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None
+    ) -> list[Batch]:
+        """This rank's micro-batches of the next global batch of `batch_size` samples.
+
+        Rank r gets the r-th of `world_size` equal slices, cut into micro-batches of `micro_batch_size` rows (None: one).
+        `documents` starts at 0 in each row and rises by 1 at each document border. Every rank's counters advance by the
+        whole global batch. Raises ValueError when the batch does not divide.
+        """
+        rows = _divide(batch_size, world_size, micro_batch_size)
+        micro = micro_batch_size or rows
+        picks = [self._pick() for _ in range(batch_size)][rank * rows : (rank + 1) * rows]
+        length = self.seq_len + self.lookahead
+        samples = [self._streams[source].sample(index, length) for source, index in picks]
+        return [_stack(samples[i : i + micro]) for i in range(0, rows, micro)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able. Independent of the number of ranks and of `lookahead`."""
+        return {"version": 1, "samples": self.samples, "counts": list(self.counts), **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken. Raises ValueError, with every difference, when it is of another stream."""
+        differences = []
+        for key, ours in self._identity().items():
+            if state.get(key) != ours:
+                differences.append(f"{key}: saved {state.get(key)}, now {ours}")
+        if differences:
+            raise ValueError(
+                "the saved data position belongs to another token stream; restore these settings, or start a new run "
+                "(another run.name, or checkpoint.resume=never):\n  " + "\n  ".join(differences)
+            )
+        self.samples = int(state["samples"])
+        self.counts = [int(count) for count in state["counts"]]
+
+    def _pick(self) -> tuple[int, int]:
+        """(source, index within it) of the next sample: the source that lags its share most (largest remainder)."""
+        self.samples += 1
+        lag = [weight * self.samples - count for weight, count in zip(self.weights, self.counts, strict=True)]
+        source = lag.index(max(lag))
+        self.counts[source] += 1
+        return source, self.counts[source] - 1
+
+    def _identity(self) -> dict[str, Any]:
+        sources = [{"manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents} for s in self.sources]
+        return {"seq_len": self.seq_len, "seed": self.seed, "weights": self.weights, "sources": sources}
+
+
+def sequential_windows(
+    source: Source,
+    *,
+    seq_len: int,
+    lookahead: int,
+    count: int,
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batch_size: int | None = None,
+) -> list[Batch]:
+    """Exactly `count` fixed windows for validation, evenly spread over `source` in its natural order.
+
+    The windows are the same for every number of ranks and start at the same tokens for every `lookahead`. Windows
+    repeat when the source has fewer than `count`; past the last document the first follows (as another document).
+    Micro-batches of `micro_batch_size` rows (None: one slice per rank) are dealt to the ranks in turn.
+    """
+    available = max((source.tokens - 1) // seq_len, 1)
+    starts = [i * available // count * seq_len for i in range(count)]
+    micro = micro_batch_size or -(-count // world_size)
+    stream = _Stream(source, seq_len, None)
+    batches = [starts[i : i + micro] for i in range(0, count, micro)][rank::world_size]
+    return [_stack([stream.span(start, seq_len + lookahead) for start in batch]) for batch in batches]
+
+
+class _Stream:
+    """The endless token stream of one source: all its documents, epoch after epoch.
+
+    key: (seed, number of the source), or None for the natural order in every epoch.
+    """
+
+    def __init__(self, source: Source, seq_len: int, key: tuple[int, int] | None) -> None:
+        self.source, self.seq_len, self.key = source, seq_len, key
+        self.lengths = np.diff(source.document_starts)
+        # A window touches its epoch and the next; samples of a batch may lie on both sides of an epoch border.
+        self._documents = functools.lru_cache(maxsize=3)(self._document_order)
+        self._windows = functools.lru_cache(maxsize=2)(self._window_order)
+
+    def sample(self, index: int, length: int) -> Batch:
+        """Sample `index` >= 0 of the source: (tokens (length,), documents (length,))."""
+        epoch = index * self.seq_len // self.source.tokens
+        first = self._first_window(epoch)
+        window = first + int(self._windows(epoch)[index - first])
+        return self.span(window * self.seq_len, length)
+
+    def span(self, start: int, length: int) -> Batch:
+        """stream[start : start + length] and the document number of each token, from 0."""
+        tokens, documents = np.empty(length, np.int64), np.empty(length, np.int64)
+        filled = number = 0
+        while filled < length:
+            epoch, offset = divmod(start + filled, self.source.tokens)
+            order, ends = self._documents(epoch)
+            slot = int(np.searchsorted(ends, offset, side="right"))
+            stop = min(int(ends[slot]) - offset, length - filled) + filled
+            begin = int(self.source.document_starts[order[slot] + 1]) - (int(ends[slot]) - offset)
+            tokens[filled:stop] = self.source.read(begin, begin + stop - filled)
+            documents[filled:stop] = number
+            filled, number = stop, number + 1
+        return tokens, documents
+
+    def _first_window(self, epoch: int) -> int:
+        return -(-epoch * self.source.tokens // self.seq_len)
+
+    def _document_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(documents in the order of this epoch, token offset within the epoch at which each of them ends)."""
+        order = self._permutation(epoch, DOCUMENTS, len(self.lengths))
+        return order, np.cumsum(self.lengths[order])
+
+    def _window_order(self, epoch: int) -> np.ndarray:
+        return self._permutation(epoch, WINDOWS, self._first_window(epoch + 1) - self._first_window(epoch))
+
+    def _permutation(self, epoch: int, kind: int, n: int) -> np.ndarray:
+        if self.key is None:
+            return np.arange(n)
+        # Sorting raw generator output, since numpy fixes that stream for ever but not what Generator.permutation makes of it.
+        generator = np.random.PCG64(np.random.SeedSequence([*self.key, epoch, kind]))
+        return np.argsort(generator.random_raw(n), kind="stable")
+
+
+def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
+    """Rows per rank."""
+    rows = batch_size // world_size
+    if rows * world_size != batch_size or rows % (micro_batch_size or rows or 1) or rows == 0:
+        raise ValueError(
+            f"a batch of {batch_size} sequences does not divide into {world_size} ranks x micro-batches of "
+            f"{micro_batch_size or 'any'} sequences; make it a multiple of {world_size * (micro_batch_size or 1)}"
+        )
+    return rows
+
+
+def _stack(samples: list[Batch]) -> Batch:
+    return np.stack([tokens for tokens, _ in samples]), np.stack([documents for _, documents in samples])

@@ -1,0 +1,177 @@
+"""A prepared folder: index.json, tokenizer.json and shards that are Megatron `.bin/.idx` pairs.
+
+    DIR/index.json        format, vocab_size, dtype, eos_id, hashes, where the text came from, and per split its shards
+    DIR/tokenizer.json    the tokenizer, as Hugging Face `tokenizers` writes it
+    DIR/manifest.json     pystdlib only: every file with its sha256 and split
+    DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dsv3_mtp.data.megatron import write_index
+
+INDEX = "index.json"
+FORMAT, VERSION = "dsv3_mtp.tokens", 1
+SPLITS = ("train", "val")
+
+
+def read_folder_index(folder: Path) -> dict[str, Any]:
+    """index.json of a prepared folder. Raises ValueError when it is missing, damaged or of another format version."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise ValueError(f"{folder}: has no {INDEX}, so it is no prepared folder; make one with tools/prepare_data.py")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); prepare the folder again") from None
+    found = (index.get("format"), index.get("version")) if isinstance(index, dict) else None
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"{path}: format {found}, this program reads {(FORMAT, VERSION)}; prepare the folder again")
+    return index
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_folder(folder: Path) -> None:
+    """Compare every file of a prepared folder with its sha256. Raises ValueError naming all that differ."""
+    index = read_folder_index(folder)
+    expected = {"tokenizer.json": index["tokenizer_sha256"]}
+    for split in index["splits"].values():
+        for shard in split["shards"]:
+            for suffix, digest in shard["sha256"].items():
+                expected[f"{shard['file']}.{suffix}"] = digest
+    problems = _differences(folder, expected)
+    if problems:
+        raise ValueError("\n".join([*problems, f"{folder} is damaged: delete it and prepare it again"]))
+
+
+def _differences(folder: Path, expected: dict[str, str]) -> list[str]:
+    problems = []
+    for name, digest in expected.items():
+        actual = file_sha256(folder / name) if (folder / name).is_file() else "missing"
+        if actual != digest:
+            problems.append(f"{folder / name}: sha256 is {actual}, recorded was {digest}")
+    return problems
+
+
+class SplitWriter:
+    """Appends the documents of one split to shards; can go on from a `state()` after a crash at any later moment.
+
+    A shard is closed with the document that brings it to `shard_tokens` tokens. While it is open, the lengths of its
+    documents are in NAME.sizes; its .idx is written when it is closed.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, *, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None = None
+    ) -> None:
+        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
+        self.shards: list[dict[str, Any]] = []
+        self.bytes = self.tokens = self.documents = 0  # bytes of the split; tokens and documents of the open shard
+        self._bin: BinaryIO | None = None
+        self._sizes: BinaryIO | None = None
+        self._hash = hashlib.sha256()
+        if state is not None:
+            self._restore(state)
+
+    def append(self, tokens: np.ndarray, text_bytes: int) -> None:
+        """Add one document: its token ids, end of text included, and the UTF-8 bytes of its text."""
+        if self._bin is None or self._sizes is None:
+            self._bin, self._sizes = open(self._path("bin"), "wb"), open(self._path("sizes"), "wb")
+        raw = tokens.astype(self.dtype).tobytes()
+        self._bin.write(raw)
+        self._hash.update(raw)
+        self._sizes.write(np.int32(len(tokens)).tobytes())
+        self.tokens, self.documents, self.bytes = self.tokens + len(tokens), self.documents + 1, self.bytes + text_bytes
+        if self.tokens >= self.shard_tokens:
+            self.close_shard()
+
+    def close_shard(self) -> None:
+        """Finish the open shard, if there is one."""
+        if self._bin is None or self._sizes is None:
+            return
+        digest = self._hash.hexdigest()
+        self.flush()
+        self._bin.close()
+        self._sizes.close()
+        write_index(self._path("idx"), self.dtype, np.fromfile(self._path("sizes"), np.int32))
+        sha256 = {"bin": digest, "idx": file_sha256(self._path("idx"))}
+        shard = {"file": self._name(), "tokens": self.tokens, "documents": self.documents, "sha256": sha256}
+        self.shards.append(shard)
+        self.tokens = self.documents = 0
+        self._bin = self._sizes = None
+        self._hash = hashlib.sha256()
+
+    def flush(self) -> None:
+        for file in (self._bin, self._sizes):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def state(self) -> dict[str, Any]:
+        """What is on disk after `flush`, JSON-able."""
+        open_shard = {"tokens": self.tokens, "documents": self.documents, "sha256": self._hash.hexdigest()}
+        return {"shards": list(self.shards), "bytes": self.bytes, "open": open_shard}
+
+    @property
+    def total_tokens(self) -> int:
+        return self.tokens + sum(shard["tokens"] for shard in self.shards)
+
+    def summary(self) -> dict[str, Any]:
+        """The entry of index.json. All shards must be closed."""
+        return {
+            "tokens": sum(shard["tokens"] for shard in self.shards),
+            "documents": sum(shard["documents"] for shard in self.shards),
+            "bytes": self.bytes,
+            "shards": self.shards,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Check the finished shards and cut the open one back to what `state` describes."""
+        expected = {f"{s['file']}.{suffix}": d for s in state["shards"] for suffix, d in s["sha256"].items()}
+        problems = _differences(self.folder, expected)
+        self.shards, self.bytes = list(state["shards"]), state["bytes"]
+        self.tokens, self.documents = state["open"]["tokens"], state["open"]["documents"]
+        if self.documents:
+            for suffix, size in (("bin", self.tokens * self.dtype.itemsize), ("sizes", self.documents * 4)):
+                path = self._path(suffix)
+                actual = path.stat().st_size if path.is_file() else 0
+                if actual < size:
+                    problems.append(f"{path}: {actual} bytes, at least {size} were recorded")
+                else:
+                    os.truncate(path, size)
+            if not problems:
+                problems = _differences(self.folder, {self._path("bin").name: state["open"]["sha256"]})
+        if problems:
+            raise ValueError("\n".join([*problems, f"cannot go on from {self.folder}: delete it and start again"]))
+        if self.documents:
+            self._hash.update(self._path("bin").read_bytes())
+            self._bin, self._sizes = open(self._path("bin"), "ab"), open(self._path("sizes"), "ab")
+
+    def _name(self) -> str:
+        return f"{self.split}-{len(self.shards):05d}"
+
+    def _path(self, suffix: str) -> Path:
+        return self.folder / f"{self._name()}.{suffix}"

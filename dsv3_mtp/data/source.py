@@ -1,0 +1,126 @@
+"""A split of tokenised documents, opened for reading: a prepared folder or any Megatron `.bin/.idx` pair."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dsv3_mtp.data.megatron import open_pair
+from dsv3_mtp.data.shards import INDEX, read_folder_index
+
+VOCAB_SCAN_TOKENS = 1 << 24  # tokens looked at by check_vocab when the vocabulary is not recorded
+
+
+@dataclass(frozen=True)
+class Source:
+    """N tokens in documents, as one virtual array over memory-mapped shards.
+
+    `vocab_size` and `bytes` (UTF-8 bytes of the text) are None for a plain Megatron pair, which does not record them.
+    """
+
+    path: str
+    manifest_hash: str
+    vocab_size: int | None
+    bytes: int | None
+    shards: tuple[np.ndarray, ...]
+    shard_starts: np.ndarray  # (shards + 1,) int64, in tokens
+    document_starts: np.ndarray  # (documents + 1,) int64, in tokens
+
+    @property
+    def tokens(self) -> int:
+        return int(self.document_starts[-1])
+
+    @property
+    def documents(self) -> int:
+        return len(self.document_starts) - 1
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64."""
+        out = np.empty(stop - start, np.int64)
+        shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
+        filled = 0
+        while filled < len(out):
+            offset = start + filled - int(self.shard_starts[shard])
+            piece = self.shards[shard][offset : offset + len(out) - filled]
+            out[filled : filled + len(piece)] = piece
+            filled, shard = filled + len(piece), shard + 1
+        return out
+
+
+def open_source(path: str | Path, split: str) -> Source:
+    """Open the `split` ("train" or "val") of a prepared folder, or a Megatron prefix (which has no splits).
+
+    Raises ValueError when there is nothing to open at `path`, when the preparation was not finished, when the
+    split is empty, or when a file is damaged (see `megatron.open_pair`).
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path, split)
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    if Path(f"{prefix}.idx").is_file() or Path(f"{prefix}.bin").is_file():
+        tokens, lengths = open_pair(prefix)
+        digest = hashlib.sha256(Path(f"{prefix}.idx").read_bytes()).hexdigest()
+        return _source(path, digest, None, None, [tokens], [lengths])
+    hint = f"prepare it with: python tools/prepare_data.py --out {path} --corpus pystdlib --vocab-size 2048"
+    if Path(f"{path}.partial").is_dir():
+        hint = f"{path}.partial is an unfinished preparation: run its tools/prepare_data.py command again to finish it"
+    raise ValueError(f"{path}: neither a prepared folder nor a Megatron prefix ({path}.bin, {path}.idx); {hint}")
+
+
+def check_vocab(source: Source, vocab_size: int) -> None:
+    """Raise ValueError when `source` has token ids that a model with `vocab_size` embeddings lacks.
+
+    A plain Megatron pair does not record its vocabulary: evenly spread tokens are looked at instead.
+    """
+    if source.vocab_size is not None:
+        if source.vocab_size > vocab_size:
+            raise ValueError(
+                f"{source.path} was tokenised with vocab_size {source.vocab_size}, but model.vocab_size is {vocab_size}; "
+                f"set model.vocab_size to at least {source.vocab_size} or prepare the data with a smaller tokenizer"
+            )
+        return
+    chunk = VOCAB_SCAN_TOKENS // 16
+    starts = np.linspace(0, max(source.tokens - chunk, 0), 16).astype(np.int64)
+    low, high = 0, 0
+    for start in np.unique(starts):
+        ids = source.read(int(start), min(int(start) + chunk, source.tokens))
+        low, high = min(low, int(ids.min())), max(high, int(ids.max()))
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{source.path} holds token id {low if low < 0 else high}, but model.vocab_size is {vocab_size} "
+            f"(ids 0 .. {vocab_size - 1}); set model.vocab_size to that of the tokenizer that made this data"
+        )
+
+
+def _open_folder(folder: Path, split: str) -> Source:
+    index = read_folder_index(folder)
+    if split not in index["splits"]:
+        raise ValueError(f"{folder / INDEX}: no split {split!r}, there are {sorted(index['splits'])}")
+    entry = index["splits"][split]
+    if not entry["shards"]:
+        raise ValueError(f"{folder}: the split {split!r} is empty; prepare it again with another --val-fraction")
+    tokens, lengths = [], []
+    for shard in entry["shards"]:
+        array, sizes = open_pair(folder / shard["file"])
+        if (len(array), len(sizes)) != (shard["tokens"], shard["documents"]):
+            raise ValueError(
+                f"{folder / shard['file']}.bin: {len(array)} tokens in {len(sizes)} documents, but {INDEX} promises "
+                f"{shard['tokens']} in {shard['documents']}; prepare the folder again"
+            )
+        tokens.append(array)
+        lengths.append(sizes)
+    return _source(folder, index["manifest_hash"], index["vocab_size"], entry["bytes"], tokens, lengths)
+
+
+def _source(
+    path: Path,
+    manifest_hash: str,
+    vocab_size: int | None,
+    text_bytes: int | None,
+    tokens: list[np.ndarray],
+    lengths: list[np.ndarray],
+) -> Source:
+    shard_starts = np.cumsum([0] + [len(array) for array in tokens])
+    document_starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+    return Source(str(path), manifest_hash, vocab_size, text_bytes, tuple(tokens), shard_starts, document_starts)

@@ -1,0 +1,124 @@
+"""Byte-level BPE: training one, or loading any Hugging Face tokenizer.json, and fill-in-the-middle documents."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"
+# (begin, hole, end) = (before the prefix, before the suffix, before the middle); the second to fourth are those of
+# DeepSeek, Qwen and StarCoder.
+FIM_NAMES = (
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+EOS_NAMES = (
+    END_OF_TEXT,
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|end_of_text|>",
+    "<|eos_token|>",
+    "<|eos|>",
+    "<eos>",
+    "</s>",
+    "[EOS]",
+)
+SPECIAL_TOKENS = (END_OF_TEXT, *FIM_NAMES[0])
+MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+    """A byte-level BPE with exactly `vocab_size` tokens as the text of a tokenizer.json; `<|endoftext|>` has id 0.
+
+    Raises ValueError when `vocab_size` is below 260 or above what the texts can fill.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < MIN_VOCAB:
+        raise ValueError(f"vocab_size {vocab_size}: at least {MIN_VOCAB} (256 bytes, {len(SPECIAL_TOKENS)} special tokens)")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"vocab_size {vocab_size}: the training documents have pairs for only {tokenizer.get_vocab_size()} tokens; "
+            f"ask for at most that, or give more text"
+        )
+    return tokenizer.to_str(pretty=True)
+
+
+@dataclass(frozen=True)
+class DocumentEncoder:
+    """Documents to token ids. Text that looks like a special token is encoded as the plain characters it is."""
+
+    tokenizer: Any  # tokenizers.Tokenizer
+    vocab_size: int  # largest id + 1
+    eos_id: int
+    fim_ids: tuple[int, int, int] | None  # begin, hole, end
+    sha256: str  # of the tokenizer.json
+
+    def encode(self, documents: list[tuple[str, ...]]) -> list[np.ndarray]:
+        """Token ids (n,) int64 per document, EOS last. A document is (text,) or, for FIM, (prefix, middle, suffix).
+
+        FIM order is PSM: begin prefix hole suffix end middle EOS (arXiv 2412.19437, section 4.1).
+        """
+        pieces = [piece for document in documents for piece in document]
+        encodings = iter(self.tokenizer.encode_batch_fast(pieces, add_special_tokens=False))
+        out = []
+        for document in documents:
+            ids = [next(encodings).ids for _ in document]
+            if len(ids) == 3 and self.fim_ids is not None:
+                begin, hole, end = self.fim_ids
+                prefix, middle, suffix = ids
+                ids = [[begin], prefix, [hole], suffix, [end], middle]
+            out.append(np.fromiter((i for piece in (*ids, [self.eos_id]) for i in piece), np.int64))
+        return out
+
+
+def load_encoder(path: Path, *, eos: str | None = None) -> DocumentEncoder:
+    """Read a tokenizer.json. `eos` is the end-of-text token (None: the first of the common names that it has).
+
+    Raises ValueError when the file is no tokenizer or has no such token.
+    """
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a tokenizer.json of Hugging Face tokenizers is needed")
+    content = path.read_bytes()
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the Rust side raises plain Exception
+        raise ValueError(f"{path}: not a Hugging Face tokenizer.json ({error})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    name = next((name for name in EOS_NAMES if name in vocab), None) if eos is None else eos
+    if name is None or name not in vocab:
+        looked = " ".join(ascii(n)[1:-1] for n in EOS_NAMES) if eos is None else repr(eos)
+        raise ValueError(f"{path}: has no end-of-text token {looked}; name the one it has with --eos")
+    fim = next((names for names in FIM_NAMES if all(name in vocab for name in names)), None)
+    fim_ids = None if fim is None else (vocab[fim[0]], vocab[fim[1]], vocab[fim[2]])
+    digest = hashlib.sha256(content).hexdigest()
+    return DocumentEncoder(tokenizer, max(vocab.values()) + 1, vocab[name], fim_ids, digest)
+
+
+def fim_split(text: str, *, rate: float, seed: int, document: int) -> tuple[str, ...]:
+    """(prefix, middle, suffix) with probability `rate`, else (text,): a pure function of seed and document number."""
+    digest = hashlib.sha256(f"fim {seed} {document}".encode()).digest()
+    draws = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16)]
+    if draws[0] / 2**64 >= rate:
+        return (text,)
+    first, second = sorted(draw % (len(text) + 1) for draw in draws[1:])
+    return text[:first], text[first:second], text[second:]
