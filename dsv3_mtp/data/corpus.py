@@ -1,81 +1,21 @@
-"""pystdlib, the corpus that every Python brings along: the *.py files of its own standard library.
+"""The embedded corpus, in one call."""
 
-Nothing is vendored, so the text differs between Python versions; `manifest_hash` says which one it was.
-"""
-
-import hashlib
-import sys
-import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dsv3_mtp.data.documents import Document
-
-EXCLUDED_FOLDERS = frozenset(
-    "test tests idle_test site-packages dist-packages encodings pydoc_data idlelib lib2to3 distutils tkinter turtledemo "
-    "ensurepip msilib __pycache__".split()
-)
-MIN_FILE_BYTES = 64
-MIN_FILES = 100  # a complete standard library has 360 to 410
-VAL_PER_MILLE = 100
+from dsv3_mtp.data.prepare import Arguments, prepare
 
 
-@dataclass(frozen=True)
-class StdlibInputs:
-    """The standard library as documents, split by the hash of the path: stable when files come or go."""
+def build_corpus(
+    out_dir: str | Path, *, vocab_size: int, shard_tokens: int = Arguments.shard_tokens, seed: int = 0
+) -> dict[str, Any]:
+    """Prepare pystdlib with a tokenizer of exactly `vocab_size`, trained on its train split; returns its
+    index.
 
-    texts: tuple[tuple[str, str], ...]  # (path relative to the library, text), sorted by path
-    manifest: tuple[tuple[str, str, str], ...]  # (path, sha256, "train" | "val" | "skipped"), sorted
-    fingerprint: str  # the manifest hash: sha256 over the sorted (path, sha256, split)
-    sizes: list[int]
-
-    def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
-        """All documents from record `record` (0 or 1) of file `file` on."""
-        for number in range(file + record, len(self.texts)):
-            path, text = self.texts[number]
-            yield Document(text, hashlib.sha256(text.encode()).digest(), path_split(path), number, 1, self.sizes[number])
-
-
-def stdlib_inputs(root: Path | None = None) -> StdlibInputs:
-    """Read the standard library of the running interpreter, or the one in `root`.
-
-    Raises ValueError when its sources are not installed.
+    Takes seconds and is deterministic. Safe to call from several processes: one builds, the others wait.
+    Returns at once when `out_dir` is already that; raises ValueError when it is something else, or when this
+    Python has no sources.
     """
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    texts, manifest = [], []
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        name = path.relative_to(root).as_posix()
-        if _excluded(name) or not path.is_file():
-            continue
-        content = path.read_bytes()
-        if len(content) < MIN_FILE_BYTES:
-            continue
-        split = path_split(name)
-        try:
-            texts.append((name, content.decode("utf-8")))
-        except UnicodeDecodeError:
-            split = "skipped"
-        manifest.append((name, hashlib.sha256(content).hexdigest(), split))
-    if len(texts) < MIN_FILES:
-        raise ValueError(
-            f"{root}: has {len(texts)} of the standard library's .py files, expected {MIN_FILES} or more: Python "
-            f"{sys.version.split()[0]} is installed without its sources. Install the full one (Debian: apt install "
-            f"libpython3-stdlib; or uv python install), or prepare text of your own: tools/prepare_data.py --input"
-        )
-    digest = hashlib.sha256("".join(f"{name} {sha} {split}\n" for name, sha, split in manifest).encode()).hexdigest()
-    sizes = [len(text.encode()) for _, text in texts]
-    return StdlibInputs(tuple(texts), tuple(manifest), digest, sizes)
-
-
-def path_split(path: str) -> str:
-    """The split of a standard-library file: a tenth is val."""
-    return "val" if int(hashlib.sha256(path.encode()).hexdigest(), 16) % 1000 < VAL_PER_MILLE else "train"
-
-
-def _excluded(name: str) -> bool:
-    *folders, file = name.split("/")
-    return (
-        any(folder in EXCLUDED_FOLDERS or folder.startswith("config-") for folder in folders)
-        or file.startswith("_sysconfigdata")
+    return prepare(
+        out_dir, Arguments(corpus="pystdlib", vocab_size=vocab_size, shard_tokens=shard_tokens, seed=seed)
     )

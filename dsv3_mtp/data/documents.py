@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 VAL_BUCKETS = 1_000_000
 
@@ -26,11 +26,26 @@ class Document:
     done: int  # bytes of this file read so far, for the progress display
 
 
-Record = tuple[int, int, Any, str]  # number of the next record, bytes read, text (not checked yet), where it stands
+class Inputs(Protocol):
+    """What `prepare` reads: numbered files of numbered documents."""
+
+    @property
+    def sizes(self) -> list[int]: ...  # bytes per file
+    @property
+    def fingerprint(self) -> str: ...  # changes when the files change
+    def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
+        """All documents from record `record` of file `file` on."""
+        ...
+
+
+Record = tuple[
+    int, int, Any, str
+]  # number of the next record, bytes read, text (not checked yet), where it stands
 
 
 class FileInputs:
-    """The documents of files, folders and globs, in sorted order; `val_fraction` of them, by content hash, are val.
+    """The documents of files, folders and globs, in sorted order; `val_fraction` of them, by content hash,
+    are val.
 
     A text file is one document; each record of .jsonl[.gz|.zst], .parquet and a saved data set is one.
     """
@@ -52,7 +67,9 @@ class FileInputs:
                 try:
                     content = text.encode("utf-8")
                 except UnicodeEncodeError as error:
-                    raise ValueError(f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})") from None
+                    raise ValueError(
+                        f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})"
+                    ) from None
                 digest = hashlib.sha256(content).digest()
                 bucket = int.from_bytes(digest, "big") % VAL_BUCKETS
                 split = "val" if bucket < self.val_fraction * VAL_BUCKETS else "train"
@@ -61,18 +78,18 @@ class FileInputs:
 
 
 def _find_files(patterns: list[str]) -> list[Path]:
-    files: dict[Path, None] = {}
+    files: dict[Path, None] = {}  # a file that two patterns name is read once
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_dir():
-            found = [path] if _arrow_state(path) is None else _saved_dataset_files(path)
-            found = _walk(path) if found == [path] else found
-        elif path.is_file():
-            found = [path]
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            found = _saved_dataset(path)
+        elif path.is_dir():
+            found = _walk(path)
         else:
             found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+            found = [path] if path.is_file() else found
         if not found:
-            raise ValueError(f"{pattern}: no such file, and no file matches it")
+            raise ValueError(f"{pattern}: no file is there or matches it")
         files.update(dict.fromkeys(found))
     return list(files)
 
@@ -80,8 +97,10 @@ def _find_files(patterns: list[str]) -> list[Path]:
 def _walk(folder: Path) -> list[Path]:
     """All files below `folder` except hidden ones and __pycache__, sorted by path."""
     if (folder / "dataset_dict.json").is_file():
-        splits = sorted(p.name for p in folder.iterdir() if p.is_dir())
-        raise ValueError(f"{folder}: a DatasetDict with splits {splits}; give the folder of one, such as {folder / splits[0]}")
+        splits = sorted(str(p) for p in folder.iterdir() if p.is_dir())
+        raise ValueError(
+            f"{folder}: a saved DatasetDict; give the folder of one of its splits: {', '.join(splits)}"
+        )
     found = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -90,17 +109,15 @@ def _walk(folder: Path) -> list[Path]:
     return found
 
 
-def _arrow_state(folder: Path) -> dict[str, Any] | None:
-    """state.json of a folder written by datasets.Dataset.save_to_disk, else None."""
-    if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
-        return None
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-
-
-def _saved_dataset_files(folder: Path) -> list[Path]:
-    state = _arrow_state(folder) or {}
-    files = [folder / entry["filename"] for entry in state.get("_data_files", [])]
-    missing = [str(path) for path in files if not path.is_file()]
+def _saved_dataset(folder: Path) -> list[Path]:
+    """The Arrow files of a folder written by datasets.Dataset.save_to_disk."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("_indices_data_files"):
+        raise ValueError(
+            f"{folder}: was saved with an indices mapping; save it again with a recent `datasets`"
+        )
+    files = [folder / entry["filename"] for entry in state["_data_files"]]
+    missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ValueError(f"{folder}: state.json names files that are not there: {', '.join(missing)}")
     return files
@@ -123,7 +140,8 @@ def _text_records(path: Path, start: int) -> Iterator[Record]:
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise ValueError(
-                f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the file, or leave it out "
+                f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the file, or "
+                "leave it out "
                 f"with a glob such as '{path.parent}/**/*.txt'"
             ) from None
         yield 1, len(content), text, str(path)
@@ -158,7 +176,9 @@ def _json_text(line: bytes, key: str, place: str) -> Any:
     except ValueError as error:  # JSON or UTF-8
         raise ValueError(f"{place}: not valid JSON ({error})") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}")
+        raise ValueError(
+            f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}"
+        )
     if key not in record:
         raise ValueError(f"{place}: has no key {key!r}, only {sorted(record)}; name it with --text-key")
     return record[key]
@@ -186,7 +206,12 @@ def _table_records(path: Path, key: str, start: int) -> Iterator[Record]:
                 for offset, text in enumerate(batch.column(key).to_pylist()):
                     following = row + offset + 1
                     if following > start:
-                        yield following, size * following // max(total, following), text, f"{path}, row {following}"
+                        yield (
+                            following,
+                            size * following // max(total, following),
+                            text,
+                            f"{path}, row {following}",
+                        )
             row += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}, after row {row}: cannot be read ({error})") from None

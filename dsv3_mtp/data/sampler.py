@@ -1,10 +1,11 @@
-"""Windows of T + lookahead tokens from one or several sources: an infinite, resumable, rank-independent stream.
-
-Per source, epoch e is a seeded permutation of the documents, and the epochs run on as one endless token stream.
-Window w covers stream[w * T : w * T + T + lookahead]; the inputs of consecutive windows touch and never overlap, so that
-each token is a main input once per epoch and (the stream's very first token apart) a main target once per epoch.
-The windows that start in an epoch are visited in a second permutation, so that a batch is not one file. Reading
-sample j of a source needs no history: the state of the whole sampler is a few integers.
+"""Windows of T + lookahead tokens from one or several sources: an infinite, resumable, rank-independent
+stream.
+ Per source, epoch e is a seeded permutation of the documents, and the epochs run on as one endless token
+stream. Window w covers stream[w * T : w * T + T + lookahead]; the inputs of consecutive windows touch and
+never overlap, so that each token is a main input once per epoch and (the stream's very first token apart) a
+main target once per epoch. The windows that start in an epoch are visited in a second permutation, so that a
+batch is not one file. Reading sample j of a source needs no history: the state of the whole sampler is a few
+integers.
 """
 
 import functools
@@ -41,7 +42,9 @@ class Sampler:
     ) -> None:
         weights = [1.0] * len(sources) if weights is None else list(weights)
         if not sources or len(sources) != len(weights) or min(weights) <= 0:
-            raise ValueError(f"one weight > 0 per source is needed: {len(sources)} sources, weights {weights}")
+            raise ValueError(
+                f"one weight > 0 per source is needed: {len(sources)} sources, weights {weights}"
+            )
         if seq_len < 1 or lookahead < 0:
             raise ValueError(f"seq_len must be >= 1 and lookahead >= 0, got {seq_len} and {lookahead}")
         self.sources = list(sources)
@@ -56,9 +59,9 @@ class Sampler:
     ) -> list[Batch]:
         """This rank's micro-batches of the next global batch of `batch_size` samples.
 
-        Rank r gets the r-th of `world_size` equal slices, cut into micro-batches of `micro_batch_size` rows (None: one).
-        `documents` starts at 0 in each row and rises by 1 at each document border. Every rank's counters advance by the
-        whole global batch. Raises ValueError when the batch does not divide.
+        Rank r gets the r-th of `world_size` equal slices, cut into micro-batches of `micro_batch_size` rows
+        (None: one). `documents` starts at 0 in each row and rises by 1 at each document border. Every rank's
+        counters advance by the whole global batch. Raises ValueError when the batch does not divide.
         """
         rows = _divide(batch_size, world_size, micro_batch_size)
         micro = micro_batch_size or rows
@@ -72,21 +75,24 @@ class Sampler:
         return {"version": 1, "samples": self.samples, "counts": list(self.counts), **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises ValueError, with every difference, when it is of another stream."""
+        """Continue where `state` was taken. Raises ValueError, with every difference, when it is of another
+        stream."""
         differences = []
         for key, ours in self._identity().items():
             if state.get(key) != ours:
                 differences.append(f"{key}: saved {state.get(key)}, now {ours}")
         if differences:
             raise ValueError(
-                "the saved data position belongs to another token stream; restore these settings, or start a new run "
+                "the saved data position belongs to another token stream; restore these settings, or start a "
+                "new run "
                 "(another run.name, or checkpoint.resume=never):\n  " + "\n  ".join(differences)
             )
         self.samples = int(state["samples"])
         self.counts = [int(count) for count in state["counts"]]
 
     def _pick(self) -> tuple[int, int]:
-        """(source, index within it) of the next sample: the source that lags its share most (largest remainder)."""
+        """(source, index within it) of the next sample: the source that lags its share most (largest
+        remainder)."""
         self.samples += 1
         lag = [weight * self.samples - count for weight, count in zip(self.weights, self.counts, strict=True)]
         source = lag.index(max(lag))
@@ -94,7 +100,10 @@ class Sampler:
         return source, self.counts[source] - 1
 
     def _identity(self) -> dict[str, Any]:
-        sources = [{"manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents} for s in self.sources]
+        sources = [
+            {"manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents}
+            for s in self.sources
+        ]
         return {"seq_len": self.seq_len, "seed": self.seed, "weights": self.weights, "sources": sources}
 
 
@@ -110,9 +119,10 @@ def sequential_windows(
 ) -> list[Batch]:
     """Exactly `count` fixed windows for validation, evenly spread over `source` in its natural order.
 
-    The windows are the same for every number of ranks and start at the same tokens for every `lookahead`. Windows
-    repeat when the source has fewer than `count`; past the last document the first follows (as another document).
-    Micro-batches of `micro_batch_size` rows (None: one slice per rank) are dealt to the ranks in turn.
+    The windows are the same for every number of ranks and start at the same tokens for every `lookahead`.
+    Windows repeat when the source has fewer than `count`; past the last document the first follows (as
+    another document). Micro-batches of `micro_batch_size` rows (None: one slice per rank) are dealt to the
+    ranks in turn.
     """
     available = max((source.tokens - 1) // seq_len, 1)
     starts = [i * available // count * seq_len for i in range(count)]
@@ -131,7 +141,8 @@ class _Stream:
     def __init__(self, source: Source, seq_len: int, key: tuple[int, int] | None) -> None:
         self.source, self.seq_len, self.key = source, seq_len, key
         self.lengths = np.diff(source.document_starts)
-        # A window touches its epoch and the next; samples of a batch may lie on both sides of an epoch border.
+        # A window touches its epoch and the next; samples of a batch may lie on both sides of an epoch
+        # border.
         self._documents = functools.lru_cache(maxsize=3)(self._document_order)
         self._windows = functools.lru_cache(maxsize=2)(self._window_order)
 
@@ -161,7 +172,8 @@ class _Stream:
         return -(-epoch * self.source.tokens // self.seq_len)
 
     def _document_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in the order of this epoch, token offset within the epoch at which each of them ends)."""
+        """(documents in the order of this epoch, token offset within the epoch at which each of them
+        ends)."""
         order = self._permutation(epoch, DOCUMENTS, len(self.lengths))
         return order, np.cumsum(self.lengths[order])
 
@@ -171,7 +183,8 @@ class _Stream:
     def _permutation(self, epoch: int, kind: int, n: int) -> np.ndarray:
         if self.key is None:
             return np.arange(n)
-        # Sorting raw generator output, since numpy fixes that stream for ever but not what Generator.permutation makes of it.
+        # Sorting raw generator output, since numpy fixes that stream for ever but not what
+        # Generator.permutation makes of it.
         generator = np.random.PCG64(np.random.SeedSequence([*self.key, epoch, kind]))
         return np.argsort(generator.random_raw(n), kind="stable")
 
@@ -182,7 +195,8 @@ def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> i
     if rows * world_size != batch_size or rows % (micro_batch_size or rows or 1) or rows == 0:
         raise ValueError(
             f"a batch of {batch_size} sequences does not divide into {world_size} ranks x micro-batches of "
-            f"{micro_batch_size or 'any'} sequences; make it a multiple of {world_size * (micro_batch_size or 1)}"
+            f"{micro_batch_size or 'any'} sequences; make it a multiple of "
+            f"{world_size * (micro_batch_size or 1)}"
         )
     return rows
 

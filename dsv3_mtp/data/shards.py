@@ -1,16 +1,16 @@
 """A prepared folder: index.json, tokenizer.json and shards that are Megatron `.bin/.idx` pairs.
 
-    DIR/index.json        format, vocab_size, dtype, eos_id, hashes, where the text came from, and per split its shards
-    DIR/tokenizer.json    the tokenizer, as Hugging Face `tokenizers` writes it
-    DIR/manifest.json     pystdlib only: every file with its sha256 and split
-    DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
+DIR/index.json        format, vocab_size, dtype, eos_id, hashes, where the text came from, and per split its shards
+DIR/tokenizer.json    the tokenizer, as Hugging Face `tokenizers` writes it
+DIR/manifest.json     pystdlib only: every file with its sha256 and split
+DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
 """
 
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -22,17 +22,22 @@ SPLITS = ("train", "val")
 
 
 def read_folder_index(folder: Path) -> dict[str, Any]:
-    """index.json of a prepared folder. Raises ValueError when it is missing, damaged or of another format version."""
+    """index.json of a prepared folder. Raises ValueError when it is missing, damaged or of another format
+    version."""
     path = folder / INDEX
     if not path.is_file():
-        raise ValueError(f"{folder}: has no {INDEX}, so it is no prepared folder; make one with tools/prepare_data.py")
+        raise ValueError(
+            f"{folder}: has no {INDEX}, so it is no prepared folder; make one with tools/prepare_data.py"
+        )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); prepare the folder again") from None
     found = (index.get("format"), index.get("version")) if isinstance(index, dict) else None
     if found != (FORMAT, VERSION):
-        raise ValueError(f"{path}: format {found}, this program reads {(FORMAT, VERSION)}; prepare the folder again")
+        raise ValueError(
+            f"{path}: format {found}, this program reads {(FORMAT, VERSION)}; prepare the folder again"
+        )
     return index
 
 
@@ -78,57 +83,67 @@ def _differences(folder: Path, expected: dict[str, str]) -> list[str]:
 
 
 class SplitWriter:
-    """Appends the documents of one split to shards; can go on from a `state()` after a crash at any later moment.
+    """Appends the documents of one split to shards; can go on from a `state()` after a crash at any later
+    moment.
 
-    A shard is closed with the document that brings it to `shard_tokens` tokens. While it is open, the lengths of its
-    documents are in NAME.sizes; its .idx is written when it is closed.
+    A shard is closed with the document that brings it to `shard_tokens` tokens. While it is open, the lengths
+    of its documents are in NAME.sizes; its .idx is written when it is closed.
     """
 
     def __init__(
-        self, folder: Path, split: str, *, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        split: str,
+        *,
+        dtype: np.dtype,
+        shard_tokens: int,
+        state: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
         self.shards: list[dict[str, Any]] = []
-        self.bytes = self.tokens = self.documents = 0  # bytes of the split; tokens and documents of the open shard
-        self._bin: BinaryIO | None = None
-        self._sizes: BinaryIO | None = None
+        self.bytes = self.tokens = self.documents = (
+            0  # bytes of the split; tokens and documents of the open shard
+        )
+        self._files: tuple[BinaryIO, BinaryIO] | None = None  # .bin and .sizes of the open shard
         self._hash = hashlib.sha256()
         if state is not None:
             self._restore(state)
 
     def append(self, tokens: np.ndarray, text_bytes: int) -> None:
         """Add one document: its token ids, end of text included, and the UTF-8 bytes of its text."""
-        if self._bin is None or self._sizes is None:
-            self._bin, self._sizes = open(self._path("bin"), "wb"), open(self._path("sizes"), "wb")
+        binary, sizes = self._files or self._open("wb")
         raw = tokens.astype(self.dtype).tobytes()
-        self._bin.write(raw)
+        binary.write(raw)
         self._hash.update(raw)
-        self._sizes.write(np.int32(len(tokens)).tobytes())
-        self.tokens, self.documents, self.bytes = self.tokens + len(tokens), self.documents + 1, self.bytes + text_bytes
+        sizes.write(np.int32(len(tokens)).tobytes())
+        self.tokens, self.documents, self.bytes = (
+            self.tokens + len(tokens),
+            self.documents + 1,
+            self.bytes + text_bytes,
+        )
         if self.tokens >= self.shard_tokens:
             self.close_shard()
 
     def close_shard(self) -> None:
         """Finish the open shard, if there is one."""
-        if self._bin is None or self._sizes is None:
+        if self._files is None:
             return
         digest = self._hash.hexdigest()
         self.flush()
-        self._bin.close()
-        self._sizes.close()
+        for file in self._files:
+            file.close()
         write_index(self._path("idx"), self.dtype, np.fromfile(self._path("sizes"), np.int32))
         sha256 = {"bin": digest, "idx": file_sha256(self._path("idx"))}
         shard = {"file": self._name(), "tokens": self.tokens, "documents": self.documents, "sha256": sha256}
         self.shards.append(shard)
         self.tokens = self.documents = 0
-        self._bin = self._sizes = None
+        self._files = None
         self._hash = hashlib.sha256()
 
     def flush(self) -> None:
-        for file in (self._bin, self._sizes):
-            if file is not None:
-                file.flush()
-                os.fsync(file.fileno())
+        for file in self._files or ():
+            file.flush()
+            os.fsync(file.fileno())
 
     def state(self) -> dict[str, Any]:
         """What is on disk after `flush`, JSON-able."""
@@ -165,10 +180,16 @@ class SplitWriter:
             if not problems:
                 problems = _differences(self.folder, {self._path("bin").name: state["open"]["sha256"]})
         if problems:
-            raise ValueError("\n".join([*problems, f"cannot go on from {self.folder}: delete it and start again"]))
+            raise ValueError(
+                "\n".join([*problems, f"cannot go on from {self.folder}: delete it and start again"])
+            )
         if self.documents:
             self._hash.update(self._path("bin").read_bytes())
-            self._bin, self._sizes = open(self._path("bin"), "ab"), open(self._path("sizes"), "ab")
+            self._open("ab")
+
+    def _open(self, mode: Literal["wb", "ab"]) -> tuple[BinaryIO, BinaryIO]:
+        self._files = open(self._path("bin"), mode), open(self._path("sizes"), mode)  # noqa: SIM115
+        return self._files
 
     def _name(self) -> str:
         return f"{self.split}-{len(self.shards):05d}"

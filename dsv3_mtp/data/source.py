@@ -16,7 +16,8 @@ VOCAB_SCAN_TOKENS = 1 << 24  # tokens looked at by check_vocab when the vocabula
 class Source:
     """N tokens in documents, as one virtual array over memory-mapped shards.
 
-    `vocab_size` and `bytes` (UTF-8 bytes of the text) are None for a plain Megatron pair, which does not record them.
+    `vocab_size` and `bytes` (UTF-8 bytes of the text) are None for a plain Megatron pair, which does not
+    record them.
     """
 
     path: str
@@ -65,7 +66,9 @@ def open_source(path: str | Path, split: str) -> Source:
     hint = f"prepare it with: python tools/prepare_data.py --out {path} --corpus pystdlib --vocab-size 2048"
     if Path(f"{path}.partial").is_dir():
         hint = f"{path}.partial is an unfinished preparation: run its tools/prepare_data.py command again to finish it"
-    raise ValueError(f"{path}: neither a prepared folder nor a Megatron prefix ({path}.bin, {path}.idx); {hint}")
+    raise ValueError(
+        f"{path}: neither a prepared folder nor a Megatron prefix ({path}.bin, {path}.idx); {hint}"
+    )
 
 
 def check_vocab(source: Source, vocab_size: int) -> None:
@@ -76,8 +79,10 @@ def check_vocab(source: Source, vocab_size: int) -> None:
     if source.vocab_size is not None:
         if source.vocab_size > vocab_size:
             raise ValueError(
-                f"{source.path} was tokenised with vocab_size {source.vocab_size}, but model.vocab_size is {vocab_size}; "
-                f"set model.vocab_size to at least {source.vocab_size} or prepare the data with a smaller tokenizer"
+                f"{source.path} was tokenised with vocab_size {source.vocab_size}, but model.vocab_size is "
+                f"{vocab_size}; "
+                f"set model.vocab_size to at least {source.vocab_size} or prepare the data with a smaller "
+                "tokenizer"
             )
         return
     chunk = VOCAB_SCAN_TOKENS // 16
@@ -99,13 +104,16 @@ def _open_folder(folder: Path, split: str) -> Source:
         raise ValueError(f"{folder / INDEX}: no split {split!r}, there are {sorted(index['splits'])}")
     entry = index["splits"][split]
     if not entry["shards"]:
-        raise ValueError(f"{folder}: the split {split!r} is empty; prepare it again with another --val-fraction")
+        raise ValueError(
+            f"{folder}: the split {split!r} is empty; prepare it again with another --val-fraction"
+        )
     tokens, lengths = [], []
     for shard in entry["shards"]:
         array, sizes = open_pair(folder / shard["file"])
         if (len(array), len(sizes)) != (shard["tokens"], shard["documents"]):
             raise ValueError(
-                f"{folder / shard['file']}.bin: {len(array)} tokens in {len(sizes)} documents, but {INDEX} promises "
+                f"{folder / shard['file']}.bin: {len(array)} tokens in {len(sizes)} documents, but {INDEX} "
+                "promises "
                 f"{shard['tokens']} in {shard['documents']}; prepare the folder again"
             )
         tokens.append(array)
@@ -123,4 +131,6 @@ def _source(
 ) -> Source:
     shard_starts = np.cumsum([0] + [len(array) for array in tokens])
     document_starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return Source(str(path), manifest_hash, vocab_size, text_bytes, tuple(tokens), shard_starts, document_starts)
+    return Source(
+        str(path), manifest_hash, vocab_size, text_bytes, tuple(tokens), shard_starts, document_starts
+    )

@@ -1,6 +1,8 @@
-"""Byte-level BPE: training one, or loading any Hugging Face tokenizer.json, and fill-in-the-middle documents."""
+"""Byte-level BPE: training one, or loading any Hugging Face tokenizer.json, and fill-in-the-middle
+documents."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,8 @@ from typing import Any
 import numpy as np
 
 END_OF_TEXT = "<|endoftext|>"
-# (begin, hole, end) = (before the prefix, before the suffix, before the middle); the second to fourth are those of
-# DeepSeek, Qwen and StarCoder.
+# (begin, hole, end) = (before the prefix, before the suffix, before the middle); the second to fourth are
+# those of DeepSeek, Qwen and StarCoder.
 FIM_NAMES = (
     ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
     ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
@@ -32,14 +34,17 @@ MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
-    """A byte-level BPE with exactly `vocab_size` tokens as the text of a tokenizer.json; `<|endoftext|>` has id 0.
+    """A byte-level BPE with exactly `vocab_size` tokens as the text of a tokenizer.json; `<|endoftext|>` has
+    id 0.
 
     Raises ValueError when `vocab_size` is below 260 or above what the texts can fill.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < MIN_VOCAB:
-        raise ValueError(f"vocab_size {vocab_size}: at least {MIN_VOCAB} (256 bytes, {len(SPECIAL_TOKENS)} special tokens)")
+        raise ValueError(
+            f"vocab_size {vocab_size}: at least {MIN_VOCAB} (256 bytes, {len(SPECIAL_TOKENS)} special tokens)"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -52,7 +57,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"vocab_size {vocab_size}: the training documents have pairs for only {tokenizer.get_vocab_size()} tokens; "
+            f"vocab_size {vocab_size}: the training documents have pairs for only "
+            f"{tokenizer.get_vocab_size()} tokens; "
             f"ask for at most that, or give more text"
         )
     return tokenizer.to_str(pretty=True)
@@ -60,7 +66,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Documents to token ids. Text that looks like a special token is encoded as the plain characters it is."""
+    """Documents to token ids. Text that looks like a special token is encoded as the plain characters it
+    is."""
 
     tokenizer: Any  # tokenizers.Tokenizer
     vocab_size: int  # largest id + 1
@@ -69,7 +76,8 @@ class DocumentEncoder:
     sha256: str  # of the tokenizer.json
 
     def encode(self, documents: list[tuple[str, ...]]) -> list[np.ndarray]:
-        """Token ids (n,) int64 per document, EOS last. A document is (text,) or, for FIM, (prefix, middle, suffix).
+        """Token ids (n,) int64 per document, EOS last. A document is (text,) or, for FIM, (prefix, middle,
+        suffix).
 
         FIM order is PSM: begin prefix hole suffix end middle EOS (arXiv 2412.19437, section 4.1).
         """
@@ -82,12 +90,13 @@ class DocumentEncoder:
                 begin, hole, end = self.fim_ids
                 prefix, middle, suffix = ids
                 ids = [[begin], prefix, [hole], suffix, [end], middle]
-            out.append(np.fromiter((i for piece in (*ids, [self.eos_id]) for i in piece), np.int64))
+            out.append(np.array([*itertools.chain.from_iterable(ids), self.eos_id], np.int64))
         return out
 
 
 def load_encoder(path: Path, *, eos: str | None = None) -> DocumentEncoder:
-    """Read a tokenizer.json. `eos` is the end-of-text token (None: the first of the common names that it has).
+    """Read a tokenizer.json. `eos` is the end-of-text token (None: the first of the common names that it
+    has).
 
     Raises ValueError when the file is no tokenizer or has no such token.
     """
@@ -115,7 +124,8 @@ def load_encoder(path: Path, *, eos: str | None = None) -> DocumentEncoder:
 
 
 def fim_split(text: str, *, rate: float, seed: int, document: int) -> tuple[str, ...]:
-    """(prefix, middle, suffix) with probability `rate`, else (text,): a pure function of seed and document number."""
+    """(prefix, middle, suffix) with probability `rate`, else (text,): a pure function of seed and document
+    number."""
     digest = hashlib.sha256(f"fim {seed} {document}".encode()).digest()
     draws = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16)]
     if draws[0] / 2**64 >= rate:
