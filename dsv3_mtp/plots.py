@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -24,12 +25,13 @@ from dsv3_mtp.schedules import (
 # In every panel colour says the depth: main head, depths 1, 2, ... (Okabe and Ito's colour-blind safe set).
 COLORS = ("#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#8c8c8c"
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.spines.top": False,
+    "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#e3e3e3",
     "axes.axisbelow": True,
@@ -67,7 +69,7 @@ def plot_run(metrics: Sequence[Record], out: Path, *, title: str) -> None:
 
 @matplotlib.rc_context(STYLE)
 def plot_schedules(config: Config, out: Path) -> None:
-    """Draw what changes over a run (learning rate, MTP weights, bias speed, batch size) into the PNG `out`."""
+    """Draw what changes over a run (lr, MTP weights, bias speed, batch size) into the PNG file `out`."""
     progress = np.linspace(0.0, 1.0, 1001).tolist()
     tokens = [p * config.train.total_tokens for p in progress]
     figure, axes = _figure(f"{config.run.name}: schedules")
@@ -76,11 +78,12 @@ def plot_schedules(config: Config, out: Path) -> None:
     axes[1].set_title("MTP loss weights")
     if config.mtp.depths:
         total = [mtp_loss_weight(config.mtp.loss_weight, p) for p in progress]
-        axes[1].plot(tokens, total, color=GREY, linewidth=4, alpha=0.5, label="lambda")
+        axes[1].plot(tokens, total, color=GREY, linestyle="--", label="lambda")
         weights = np.array([depth_loss_weights(config.mtp, p) for p in progress])  # (points, D)
         for depth, column in enumerate(weights.T, start=1):
-            axes[1].plot(tokens, column, color=_color(depth), linestyle=_dash(depth), label=f"depth {depth}")
-        _legend_above(axes[1])
+            width = 1.6 + 2.6 * (config.mtp.depths - depth)  # equal weights stay visible under one another
+            axes[1].plot(tokens, column, color=_color(depth), linewidth=width, label=f"depth {depth}")
+        figure.legend(handles=axes[1].lines, loc="outside lower center", ncols=1 + config.mtp.depths)
     axes[2].set_title("router bias update speed")
     axes[2].plot(tokens, [bias_update_speed(config.train, p) for p in progress], color="#009e73")
     axes[3].set_title("batch size (sequences)")
@@ -97,19 +100,19 @@ def _losses(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:
     ax.plot(*_series(train, "train/main_loss"), color=_color(0), alpha=0.2, linewidth=1)
     for key, depth in [("train/main_loss", 0), *_depth_keys(train, "train/mtp_loss")]:
         tokens, values = _series(train, key)
-        ax.plot(tokens, _smooth(values), color=_color(depth))
+        _line(ax, tokens, _smooth(values), color=_color(depth))
     for key, depth in [("val/main_loss", 0), *_depth_keys(val, "val/mtp_loss")]:
-        ax.plot(*_series(val, key), **_marker(depth))
+        _markers(ax, *_series(val, key), depth)
 
 
 def _accuracies(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:
-    ax.set_title("teacher-forced")
+    ax.set_title("teacher-forced accuracy")
     for name, linestyle, marker in (("top1", "-", "o"), ("agreement", "--", "^")):
         for key, depth in _depth_keys(train, f"train/{name}"):
             tokens, values = _series(train, key)
-            ax.plot(tokens, _smooth(values), color=_color(depth), linestyle=linestyle)
+            _line(ax, tokens, _smooth(values), color=_color(depth), linestyle=linestyle)
         for key, depth in _depth_keys(val, f"val/{name}"):
-            ax.plot(*_series(val, key), **_marker(depth, marker))
+            _markers(ax, *_series(val, key), depth, marker)
     ax.set_ylim(bottom=0.0)
     _legend_above(
         ax,
@@ -122,12 +125,13 @@ def _accuracies(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> Non
 
 def _schedules(ax: Axes, train: Sequence[Record]) -> None:
     ax.set_title("schedules")
-    handles = ax.plot(*_series(train, "optim/lr"), color="#0072b2", label="learning rate")
+    handles = _line(ax, *_series(train, "optim/lr"), color="#0072b2", label="learning rate")
     if any("train/mtp_weight" in record for record in train):
         twin = _twin(ax)
         weight = _series(train, "train/mtp_weight")
-        handles += twin.plot(*weight, color="#d55e00", linestyle="--", label="MTP loss weight (right)")
+        handles += _line(twin, *weight, color="#d55e00", linestyle="--", label="MTP loss weight (right)")
         twin.set_ylim(bottom=0.0)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.set_ylim(bottom=0.0)
     _legend_above(ax, handles)
 
@@ -140,9 +144,9 @@ def _health(ax: Axes, train: Sequence[Record]) -> None:
         ("optim/grad_norm", "gradient norm", "#cc79a7"),
         ("moe/max_violation", "load violation", "#009e73"),
     ):
-        handles += ax.plot(*_series(train, key), color=color, linewidth=1.2, label=label)
+        handles += _line(ax, *_series(train, key), color=color, linewidth=1.2, label=label)
     speed = _series(train, "perf/tokens_per_s")
-    handles += twin.plot(*speed, color=GREY, linestyle="--", linewidth=1.2, label="tokens/s (right)")
+    handles += _line(twin, *speed, color=GREY, linestyle="--", linewidth=1.2, label="tokens/s (right)")
     twin.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     ax.set_ylim(bottom=0.0)
     twin.set_ylim(bottom=0.0)
@@ -157,12 +161,12 @@ def _series(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of the finite values in a centred window of about a thirtieth of the curve, narrower at the ends."""
+    """Mean of the finite values in a centred window of a twentieth of the curve, narrower at the ends."""
     length, known = len(values), np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     index = np.arange(length)
-    half = np.minimum(length // 60, np.minimum(index, length - 1 - index))
+    half = np.minimum(length // 40, np.minimum(index, length - 1 - index))
     first, last = index - half, index + half + 1
     count = counts[last] - counts[first]
     return np.where(count > 0, (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
@@ -178,25 +182,26 @@ def _color(depth: int) -> str:
     return COLORS[depth % len(COLORS)]
 
 
-def _dash(depth: int) -> Any:
-    return (0, (depth + 1, depth - 1)) if depth > 1 else "-"  # equal weights stay visible on one another
+def _line(ax: Axes, tokens: np.ndarray, values: np.ndarray, **style: Any) -> list[Line2D]:
+    # A line through one point is invisible.
+    return ax.plot(tokens, values, marker="." if len(tokens) == 1 else "", **style)
 
 
-def _marker(depth: int, marker: str = "o") -> dict[str, Any]:
-    return {
-        "color": _color(depth),
-        "linestyle": "",
-        "marker": marker,
-        "markersize": 5,
+def _markers(ax: Axes, tokens: np.ndarray, values: np.ndarray, depth: int, marker: str = "o") -> None:
+    """Points without a line, at most sixteen, the last one among them."""
+    every = -(-len(tokens) // 16) or 1
+    shown = slice((len(tokens) - 1) % every, None, every)
+    style: dict[str, Any] = {
+        "markersize": 5.5,
         "markeredgecolor": "white",
         "markeredgewidth": 0.8,
         "zorder": 3,
     }
+    ax.plot(tokens[shown], values[shown], color=_color(depth), linestyle="", marker=marker, **style)
 
 
 def _figure(title: str) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(12, 8), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     figure.suptitle(title, fontsize=13)
     return figure, list(figure.subplots(2, 2).flat)
 
@@ -208,10 +213,9 @@ def _twin(ax: Axes) -> Axes:
     return twin
 
 
-def _legend_above(ax: Axes, handles: list[Line2D] | None = None) -> None:
+def _legend_above(ax: Axes, handles: list[Line2D]) -> None:
     """A one-row legend at the right of the title's row, outside the data."""
-    handles = handles if handles is not None else ax.get_legend_handles_labels()[0]
-    place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.985), "borderaxespad": 0.0}
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.985), "borderaxespad": 0.0}
     ax.legend(handles=handles, ncols=len(handles), columnspacing=1.2, handlelength=1.8, **place)
 
 
