@@ -1,7 +1,7 @@
-"""What changes during a run, as pure functions of progress: the fraction of train.total_tokens consumed so far.
+"""What changes during a run, as pure functions of progress: the fraction of train.total_tokens consumed.
 
-Nothing here has state, so a resumed run needs only its token count. "V3" is arXiv 2412.19437. A threshold belongs
-to what follows it: at exactly 10T of 14.8T tokens the MTP weight is already 0.1.
+Nothing here has state, so a resumed run needs only its token count. "V3" is arXiv 2412.19437. A threshold
+belongs to what follows it: at exactly 10T of 14.8T tokens the MTP weight is already 0.1.
 """
 
 from itertools import pairwise
@@ -72,7 +72,7 @@ def active_depths(curriculum: Literal["none", "forward", "reverse"], depths: int
 
 
 def depth_loss_weights(mtp: MTPConfig, progress: float) -> tuple[float, ...]:
-    """The factor of each L_k in the total loss: lambda / D * w_k (V3 eq. 25), 0 for depths that are not active.
+    """The factor of each L_k in the total loss: lambda / D * w_k (V3 eq. 25), 0 for inactive depths.
 
     D is the number of depths of the model, active or not. Length D; () for mode none.
     Raises ValueError when progress is outside [0, 1].

@@ -1,7 +1,7 @@
 """The whole of a run, and its sections other than model and mtp: keys, units, sources, rules between them.
 
-"V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Fractions are of train.total_tokens, so that
-a recipe carries over to any run length. Unknown keys and settings without effect are errors.
+"V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Fractions are of train.total_tokens, so
+that a recipe carries over to any run length. Unknown keys and settings without effect are errors.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
