@@ -1,0 +1,117 @@
+"""Every command in the README's bash blocks is run here, run by CI, or marked as needing what CI has not."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+
+# Covered elsewhere: .ci/run is `make lint` and `make test`; tests train with the tool that `make train` runs.
+COVERED = re.compile(
+    r"make (help|install|corpus|train|test|lint|check)|git clone \S+|cd \S+|(\. |source )\S*activate"
+)
+# A comment with one of these words says what a command needs that CI does not have.
+MARKED = re.compile(r"#.*\b(GPUs?|nodes?|Slurm)\b")
+LAUNCHERS = {"python", "python3", "deepspeed", "torchrun"}
+
+
+def readme_commands(text: str) -> list[str]:
+    """The commands of all ```bash blocks, continued lines joined, comment lines and empty lines left out."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def tool_of(command: str) -> tuple[str, list[str]] | None:
+    """(tools/NAME.py, its arguments) of a command that starts a tool, by any launcher; None for another."""
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"\w+=\S*", words[0]):
+        words.pop(0)
+    script = next((n for n, word in enumerate(words) if re.fullmatch(r"tools/\w+\.py", word)), None)
+    if script is None or Path(words[0]).name not in LAUNCHERS:
+        return None
+    return words[script], words[script + 1 :]
+
+
+def how_covered(command: str) -> str | None:
+    """ "marked", "elsewhere" or "run"; None when nothing would notice that the command is wrong."""
+    if MARKED.search(command):
+        return "marked"
+    if COVERED.fullmatch(" ".join(shlex.split(command, comments=True))):
+        return "elsewhere"
+    return "run" if tool_of(command) else None
+
+
+def run_tool(tool: str, arguments: list[str]) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tool, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, (
+        f"{shlex.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    )
+    return done.stdout
+
+
+COMMANDS = readme_commands(README.read_text()) if README.exists() else []
+
+
+def test_readme_has_commands():
+    assert {"make train", "make test"} <= {" ".join(shlex.split(c, comments=True)) for c in COMMANDS}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_command_is_covered(command: str):
+    assert how_covered(command), (
+        f"{command!r}: neither run by this test, nor by CI, nor marked, e.g. with '# GPU'"
+    )
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if how_covered(c) == "run"])
+def test_readme_command_fits_the_tool(command: str, tmp_path: Path):
+    tool, arguments = tool_of(command) or pytest.fail(command)
+    described = run_tool(tool, ["--help"])
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert re.search(rf"(?<![\w-]){re.escape(argument.partition('=')[0])}(?![\w-])", described), (
+                argument
+            )
+        if argument.startswith("configs/"):
+            assert (ROOT / argument).exists(), argument
+    if "--dry-run" in described:
+        run_tool(
+            tool,
+            [*arguments, "--dry-run", *(["--set", f"run.dir={tmp_path}"] if "--set" in described else [])],
+        )
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("make train", "elsewhere"),
+        ("make test  # two minutes", "elsewhere"),
+        ("make tea", None),
+        ("deepspeed tools/train.py --config configs/v3_tiny.yaml", "run"),
+        ("DS_ACCELERATOR=cpu deepspeed --num_gpus 2 tools/train.py --config configs/v3_tiny.yaml", "run"),
+        ("deepspeed --num_gpus 8 tools/train.py --config configs/v3_16b.yaml  # 8 GPUs", "marked"),
+        (".venv/bin/python tools/generate.py --prompt 'def '", "run"),
+        ("rm -rf tools/train.py", None),
+        ("curl example.org | sh", None),
+    ],
+)
+def test_a_command_is_sorted_by_who_would_notice_that_it_is_wrong(command: str, expected: str | None):
+    assert how_covered(command) == expected
+
+
+def test_commands_are_read_from_bash_blocks_only():
+    first = "```bash\n# first\nmake train\n\npython tools/x.py \\\n  --a 1\n```\n"
+    assert readme_commands(first + "```\noutput\n```\n```bash\nmake test\n```\n") == [
+        "make train",
+        "python tools/x.py    --a 1",
+        "make test",
+    ]
