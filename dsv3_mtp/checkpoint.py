@@ -1,0 +1,116 @@
+"""Checkpoints that a kill at any moment cannot break.
+
+    checkpoints/global_step{N}/   DeepSpeed's files (model, router biases, optimizer), state.json, rng_rank{r}.pt, COMPLETE.json
+    checkpoints/latest            name of the newest complete folder
+
+A folder counts only when its COMPLETE.json exists and every file listed there has its size: DeepSpeed's own `latest` may
+name a folder that another rank was still writing. Files are flushed to disk before that.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dsv3_mtp.metrics import replacing
+from dsv3_mtp.parallel.engine import Engine
+
+COMPLETE = "COMPLETE.json"
+
+
+def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Writes `root/global_step{step}` on all ranks, then prunes to the newest `keep`. `state` is the same on all ranks."""
+    folder, main = root / f"global_step{step}", engine.world.is_main
+    if is_complete(folder):
+        return folder
+    if main:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed save left behind
+        folder.mkdir(parents=True)
+    dist.barrier()
+    torch.save(_rng_state(), folder / f"rng_rank{engine.world.rank}.pt")
+    engine.engine.save_checkpoint(str(root), tag=folder.name, save_latest=False)
+    dist.barrier()
+    if main:
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        for path in files:
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+        sizes = {path.name: path.stat().st_size for path in files}
+        complete = {"step": step, "world_size": engine.world.size, "zero_stage": _stage(engine), "files": sizes}
+        for path, text in ((folder / COMPLETE, json.dumps(complete, indent=1)), (root / "latest", folder.name)):
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+        for old in sorted(_folders(root), key=_step_of)[:-keep]:
+            (old / COMPLETE).unlink(missing_ok=True)  # a half-deleted folder must not count as complete
+            shutil.rmtree(old)
+    dist.barrier()
+    return folder
+
+
+def newest(root: Path) -> Path | None:
+    """The complete checkpoint of the highest step, None if there is none."""
+    return max((folder for folder in _folders(root) if is_complete(folder)), key=_step_of, default=None)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The `state` given to `save`: progress, data position, clock, config."""
+    return json.loads((folder / "state.json").read_text())
+
+
+def load(engine: Engine, folder: Path) -> None:
+    """Restores model, router biases, optimizer and this rank's random generators.
+
+    Raises:
+        ValueError: the checkpoint was written by another number of ranks or another ZeRO stage.
+    """
+    made = json.loads((folder / COMPLETE).read_text())
+    here = {"world_size": engine.world.size, "zero_stage": _stage(engine)}
+    different = [f"{key} {made[key]}, this run has {value}" for key, value in here.items() if made[key] != value]
+    if different:
+        raise ValueError(f"{folder}: written with {'; '.join(different)}: resume with the same layout, or use a new run.name")
+    path, _ = engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if path is None:
+        raise ValueError(f"{folder}: DeepSpeed could not load it")
+    # Only files this program wrote are loaded here, as by DeepSpeed itself.
+    _set_rng_state(torch.load(folder / f"rng_rank{engine.world.rank}.pt", weights_only=False))
+
+
+def is_complete(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / COMPLETE).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in root.glob("global_step*") if re.fullmatch(r"global_step\d+", path.name)]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("global_step"))
+
+
+def _stage(engine: Engine) -> int:
+    return engine.engine.zero_optimization_stage()
+
+
+def _rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

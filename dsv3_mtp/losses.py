@@ -1,0 +1,77 @@
+"""Cross-entropy of all 1+D heads without ever holding the logits.
+
+Shapes: M rows (tokens of any number of heads), C hidden_size, V vocab.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are computed in forward, chunk by chunk, so that each chunk's logits live only once."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor):
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        row_weight = row_weight.to(wide)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (M, C)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None  # (V, C)
+        nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)  # (M,)
+        prediction = torch.empty_like(targets)  # (M,)
+        for start in range(0, hidden.shape[0], rows):
+            chunk = slice(start, start + rows)
+            logits = (hidden[chunk] @ weight.T).to(wide)  # (rows, V)
+            prediction[chunk] = logits.argmax(-1)
+            logits.sub_(logits.logsumexp(-1, keepdim=True))  # now log-probabilities
+            nll[chunk] = -logits.gather(1, targets[chunk, None]).squeeze(1)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d loss / d logits = row_weight * (softmax - onehot)
+            logits.exp_().scatter_add_(1, targets[chunk, None], logits.new_full((), -1.0).expand(logits.shape[0], 1))
+            grad_logits = logits.mul_(row_weight[chunk, None]).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                if grad_weight.dtype == hidden.dtype:
+                    grad_weight.addmm_(grad_logits.T, hidden[chunk])
+                else:
+                    grad_weight.add_(grad_logits.T @ hidden[chunk])
+        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.mark_non_differentiable(nll, prediction)
+        return torch.dot(nll, row_weight), nll, prediction
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, _nll, _prediction):
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: its gradients were used up by the first backward")
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None  # they are scaled in place below
+        for gradient in (grad_hidden, grad_weight):
+            if gradient is not None:
+                gradient.mul_(grad_loss)
+        return grad_hidden, grad_weight, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax cross-entropy of `hidden @ weight.T` with one weight per row (V3 eq. 24-25: 1/n for the main head,
+    lambda w_k / (D n_k) for depth k, 0 for a slot that has no valid target).
+
+    Args:
+        hidden: (M, C) normed hidden states of one or several heads, concatenated.
+        weight: (V, C) output head, the same Parameter for all rows.
+        targets: (M,) int64 in [0, V).
+        row_weight: (M,) any float.
+
+    Returns:
+        loss: scalar `sum(row_weight * nll)`, differentiable in `hidden` and `weight`, once.
+        nll: (M,) float32 (float64 for float64 input), no gradient.
+        prediction: (M,) int64 argmax of the logits.
+
+    Peak extra memory is one chunk of logits plus the two gradients, independent of M and of the number of depths.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, row_weight)

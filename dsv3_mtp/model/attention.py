@@ -1,0 +1,65 @@
+"""Multi-head latent attention (DeepSeek-V3 section 2.1.1, eqs. 1-11), training path."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_mtp.config import ModelConfig
+from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
+
+
+class MLA(nn.Module):
+    """Keys and values come from one compressed latent per token (R numbers) and one shared rotary key (P numbers).
+
+    Queries are compressed as well when `q_lora_rank` is set. RMSNorm sits on both latents.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.kv_rank = config.kv_lora_rank
+        hidden, query = config.hidden_size, self.heads * (self.nope + self.rope)
+        self.q_compressed = config.q_lora_rank is not None
+        if config.q_lora_rank is not None:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
+        else:
+            self.q_proj = nn.Linear(hidden, query, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_rank + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.kv_rank, config.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
+        self.scale = (self.nope + self.rope) ** -0.5
+        if config.rope_scaling is not None:  # YaRN's temperature multiplies the logits: q and k each by mscale
+            self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> Tensor:
+        """x: (B, T, C); angles: (2, T, P/2) cos and sin; mask: bool (B, 1, T, T) True = attend, None = causal."""
+        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_compressed else self.q_proj(x)
+        q_nope, q_rope = query.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)  # (B, T, H, .)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)  # (B, T, R), (B, T, P)
+        k_nope, value = (
+            self.kv_b_proj(self.kv_a_layernorm(latent))
+            .unflatten(-1, (self.heads, -1))
+            .split([self.nope, self.value], dim=-1)
+        )  # (B, T, H, .)
+        k_rope = rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, self.heads, -1)
+        query = torch.cat([q_nope, rotate(q_rope, angles)], dim=-1).transpose(1, 2)  # (B, H, T, nope+P)
+        key = torch.cat([k_nope, k_rope], dim=-1).transpose(1, 2)
+        mixed = attend(query, key, value.transpose(1, 2), self.scale, mask)  # (B, H, T, v)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """softmax(query key^T * scale) value, causal unless a mask is given.
+
+    query, key: (B, H, T, qk); value: (B, H, T, v). The CPU flash kernel insists on equal widths and torch would
+    silently take its T^2-memory math path otherwise, so on CPU the narrower value is padded with zeros.
+    """
+    width = value.shape[-1]
+    if query.device.type == "cpu" and width < query.shape[-1]:
+        value = F.pad(value, (0, query.shape[-1] - width))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out[..., :width]

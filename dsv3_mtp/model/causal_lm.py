@@ -1,0 +1,266 @@
+"""DeepSeek-V3 with 1+D prediction heads: trunk, heads, loss, metrics, init, counts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.losses import linear_cross_entropy
+from dsv3_mtp.model.block import DecoderLayer
+from dsv3_mtp.model.layers import RMSNorm, rotary_angles
+from dsv3_mtp.model.moe import Experts, Gate, RouterStats
+from dsv3_mtp.model.mtp import ParallelLinearMTP, ParallelMTP, SequentialMTP, TrunkStates
+
+
+@dataclass(frozen=True)
+class MTPOutput:
+    """One micro-batch. `loss` has a gradient; everything else is detached and adds up over micro-batches and ranks."""
+
+    loss: Tensor  # scalar: main + sum_k weight_k L_k + alpha * balance, in the normalizer's units
+    nll_sum: Tensor  # (1+D,) summed cross-entropy of each depth, depth 0 = main
+    targets: Tensor  # (1+D,) number of valid targets of each depth
+    correct: Tensor  # (1+D,) top1: teacher-forced argmax equals the label
+    agreed: Tensor  # (D,) agreement: argmax of depths 1..k all equal the main model's own argmax for that token
+    compared: Tensor  # (D,) slots in which that comparison exists
+    balance: Tensor  # scalar: sum over sequences and routers of sum_i f_i P_i
+    load: Tensor  # (routers, E) tokens per expert, trunk routers first
+
+
+class LMHead(nn.Linear):
+    """Output head. The loss is computed inside its own forward, so that ZeRO-3 finds the weight gathered."""
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, row_weight: Tensor | None = None, detach=False):
+        """hidden (..., C) -> logits (..., V); with targets (M,) and row_weight (M,) -> loss, nll, prediction."""
+        if targets is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden, self.weight.detach() if detach else self.weight, targets, row_weight)
+
+
+class Trunk(nn.Module):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> tuple[TrunkStates, list[RouterStats]]:
+        """x: (B, T, C) embeddings."""
+        stats, last_input = [], x
+        for layer in self.layers:
+            last_input = x
+            x, routed = layer(x, angles, mask)
+            if routed is not None:
+                stats.append(routed)
+        return TrunkStates(last_input, x, self.norm(x)), stats
+
+
+class DeepseekV3MTP(nn.Module):
+    """The model of DeepSeek-V3 section 2. `mtp.mode: none` is the plain language model, bit for bit."""
+
+    def __init__(self, config: ModelConfig, mtp: MTPConfig):
+        super().__init__()
+        self.config, self.mtp_config = config, mtp
+        self.model = Trunk(config)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        if mtp.mode == "sequential":
+            self.mtp = SequentialMTP(config, mtp)
+        elif mtp.mode == "parallel":
+            self.mtp = ParallelMTP(config, mtp)
+        elif mtp.mode == "parallel_linear":
+            self.mtp = ParallelLinearMTP(config, mtp, LMHead)
+
+    @property
+    def depths(self) -> int:
+        return self.mtp_config.depths
+
+    def forward(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        *,
+        loss_weights: tuple[float, ...] | None = None,
+        balance_loss_weight: float = 0.0,
+        normalizer: Tensor | None = None,
+    ) -> MTPOutput:
+        """Losses and metrics of all heads on one micro-batch; slices, never rolls (V3 Fig. 3).
+
+        Args:
+            tokens: (B, T+1+D) int64. Depth k reads tokens[:, k:k+T] and predicts tokens[:, k+1:k+1+T].
+            documents: (B, T+1+D) document numbers: attention, targets and MTP inputs stay inside documents. None: packed
+                without masks (V3 section 4.1).
+            loss_weights: D numbers lambda * w_k / D (eq. 25), default 1/D each.
+            balance_loss_weight: alpha of eq. 17.
+            normalizer: (2+D,) from `count_targets`, of the whole optimizer step when this is a part of it. Default: own.
+        """
+        length = tokens.shape[1] - 1 - self.depths  # T
+        if normalizer is None:
+            normalizer = count_targets(tokens, documents, self.depths)
+        if loss_weights is None:
+            loss_weights = (1.0 / max(self.depths, 1),) * self.depths
+        valid = valid_targets(tokens, documents, self.depths)  # (1+D, B, T)
+        hiddens, stats = self.hidden_states(tokens, documents)
+        targets = torch.stack([tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)])  # (1+D, B, T)
+        scale = normalizer.new_tensor((1.0, *loss_weights)) / normalizer[:-1].clamp(min=1)  # (1+D,)
+        row_weight = scale[:, None, None] * valid  # (1+D, B, T)
+        loss, nll, prediction = self._head_losses(hiddens, targets, row_weight)
+        balance = sum((routed.balance for routed in stats), start=tokens.new_zeros((), dtype=torch.float32))
+        agreed, compared = agreement(prediction, valid)
+        return MTPOutput(
+            loss=loss + balance_loss_weight * balance / normalizer[-1].to(balance),
+            nll_sum=(nll * valid).sum((1, 2)),
+            targets=valid.sum((1, 2)),
+            correct=((prediction == targets) & valid).sum((1, 2)),
+            agreed=agreed,
+            compared=compared,
+            balance=balance.detach(),
+            load=torch.stack([routed.load for routed in stats]) if stats else nll.new_zeros((0, 1)),
+        )
+
+    def hidden_states(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[list[Tensor], list[RouterStats]]:
+        """tokens (B, T+1+D) -> normed hidden states of depth 0..D, each (B, T, C), and the stats of every router."""
+        depths = self.depths
+        length = tokens.shape[1] - 1 - depths
+        angles = rotary_angles(self.config, torch.arange(length, device=tokens.device))  # (2, T, P/2)
+        mask = None if documents is None else document_mask(documents[:, :length])
+        embedded = self.model.embed_tokens(tokens[:, : length + depths])  # (B, T+D, C), each token looked up once
+        trunk, stats = self.model(embedded[:, :length], angles, mask)
+        if not depths:
+            return [trunk.post_norm], stats
+        detach = self.mtp_config.detach
+        source = embedded.detach() if detach == "all" else embedded
+        ahead = [source[:, k : k + length] for k in range(1, 1 + depths)]  # D times (B, T, C)
+        if documents is not None:  # a token of another document is no input: its embedding is zero
+            same = [documents[:, k : k + length] == documents[:, :length] for k in range(1, 1 + depths)]
+            ahead = [e * keep.unsqueeze(-1) for e, keep in zip(ahead, same, strict=True)]
+        hiddens, more = self.mtp(trunk if detach == "none" else trunk.detach(), ahead, angles, mask)
+        return [trunk.post_norm, *hiddens], stats + [routed for routed in more if routed is not None]
+
+    def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """(B, T+1+D) -> (1+D, B, T, V) logits of every head. For tests and analysis: training never holds them."""
+        hiddens, _ = self.hidden_states(tokens, documents)
+        return torch.stack([self.head(depth)(hidden) for depth, hidden in enumerate(hiddens)])
+
+    def head(self, depth: int) -> LMHead:
+        """The output head of a depth: one shared head, except in `parallel_linear`."""
+        return self.mtp.heads[depth - 1] if depth and self.mtp_config.mode == "parallel_linear" else self.lm_head
+
+    def _head_losses(self, hiddens: list[Tensor], targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One fused call per distinct head weight: the main head and the depths that share it are concatenated."""
+        if self.mtp_config.mode == "parallel_linear" or self.mtp_config.detach == "all":
+            groups = [slice(k, k + 1) for k in range(len(hiddens))]
+        else:
+            groups = [slice(0, len(hiddens))]
+        loss, nll, prediction = hiddens[0].new_zeros((), dtype=torch.float32), [], []
+        for group in groups:
+            rows = torch.cat([hidden.flatten(0, 1) for hidden in hiddens[group]])  # (M, C)
+            detach = group.start > 0 and self.mtp_config.mode != "parallel_linear"
+            part, *rest = self.head(group.start)(rows, targets[group].flatten(), row_weight[group].flatten(), detach)
+            loss = loss + part
+            nll.append(rest[0])
+            prediction.append(rest[1])
+        return loss, torch.cat(nll).view(targets.shape), torch.cat(prediction).view(targets.shape)
+
+    def gates(self) -> list[Gate]:
+        """Every router, in the order of `MTPOutput.load`: the trunk's, then those of the MTP modules."""
+        return [module for module in self.modules() if isinstance(module, Gate)]
+
+    @torch.no_grad()
+    def update_router_bias(self, load: Tensor, speed: float) -> None:
+        """load: (routers, E) of the whole optimizer step over all ranks; MTP routers are routers like the others."""
+        for gate, gate_load in zip(self.gates(), load, strict=True):
+            gate.update_bias(gate_load, speed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """All weights N(0, initializer_range), norms 1, router biases 0 (V3 section 4.2: 0.006 for everything).
+
+        Trunk and head first: models of different `mtp` settings and the same seed start from the same trunk.
+        """
+        device = self.lm_head.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        for gate in self.gates():
+            gate.e_score_correction_bias.zero_()
+
+
+def valid_targets(tokens: Tensor, documents: Tensor | None, depths: int) -> Tensor:
+    """(1+D, B, T) bool: the target of slot i at depth k is in slot i's own document (always, without documents)."""
+    length = tokens.shape[1] - 1 - depths
+    if documents is None:
+        return torch.ones(1 + depths, tokens.shape[0], length, dtype=torch.bool, device=tokens.device)
+    return torch.stack([documents[:, k + 1 : k + 1 + length] == documents[:, :length] for k in range(1 + depths)])
+
+
+def count_targets(tokens: Tensor, documents: Tensor | None, depths: int) -> Tensor:
+    """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over micro-batches and ranks."""
+    targets = valid_targets(tokens, documents, depths).sum((1, 2))
+    return torch.cat([targets, targets.new_tensor([tokens.shape[0]])]).double()
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """(B, T) document numbers -> (B, 1, T, T) bool, True where slot i may attend to slot j <= i of its document."""
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    return (causal & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)
+
+
+def agreement(prediction: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Joint agreement with the main model's own next-token argmax along real text (teacher-forced).
+
+    Depth k at slot i and the main head at slot i+k both predict t_{i+k+1}. prediction, valid: (1+D, B, T).
+    Returns agreed, compared: (D,) counts; a slot counts at depth k only if depths 1..k all agree in it.
+    """
+    depths, length = prediction.shape[0] - 1, prediction.shape[2]
+    agreed = prediction.new_zeros(depths)
+    compared = prediction.new_zeros(depths)
+    joint = torch.ones_like(valid[0])
+    for depth in range(1, 1 + depths):
+        slots = max(length - depth, 0)
+        same = prediction[depth, :, :slots] == prediction[0, :, depth : depth + slots]
+        joint = joint[:, :slots] & same & valid[depth, :, :slots]
+        agreed[depth - 1], compared[depth - 1] = joint.sum(), valid[depth, :, :slots].sum()
+    return agreed, compared
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameter counts and training cost. Checked against the paper's numbers in tests/model/test_causal_lm.py."""
+
+    total: int  # trunk, embedding, output head
+    active: int  # of these, used per token: K of E routed experts
+    embedding: int  # a lookup: no matmul FLOPs
+    mtp_total: int  # unique to the MTP heads: shared embedding and output head not counted
+    mtp_active: int
+    flops_per_token: float  # forward + backward of one training token with all depths, causal attention
+
+
+def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
+    """6 FLOPs per active matmul weight and token, plus causal attention 6 H (qk + v) T/2 per layer; works on meta device."""
+    config, mtp = model.config, model.mtp_config
+    idle = 1 - config.num_experts_per_tok / config.n_routed_experts
+
+    def count(part: nn.Module) -> tuple[int, int]:
+        total = sum(p.numel() for p in part.parameters())
+        experts = sum(p.numel() for m in part.modules() if isinstance(m, Experts) for p in m.parameters())
+        return total, total - round(experts * idle)
+
+    heads = nn.ModuleList([model.mtp]) if mtp.depths else nn.ModuleList()
+    mtp_total, mtp_active = count(heads)
+    total, active = count(nn.ModuleList([model.model, model.lm_head]))
+    embedding = model.model.embed_tokens.weight.numel()
+    # A recycled module is computed at every depth; the shared output head is applied once per depth.
+    mtp_matmul = mtp_active * (mtp.depths if mtp.share_weights else 1)
+    if mtp.mode in ("sequential", "parallel"):
+        mtp_matmul += mtp.depths * model.lm_head.weight.numel()
+    width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    blocks = config.num_hidden_layers + (mtp.depths if mtp.mode in ("sequential", "parallel") else 0)
+    attention = 6 * blocks * config.num_attention_heads * width * seq_len / 2
+    flops = 6 * (active - embedding + mtp_matmul) + attention
+    return ModelSize(total, active, embedding, mtp_total, mtp_active, flops)

@@ -1,0 +1,86 @@
+"""RMSNorm, rotary embedding with interleaved pairs and YaRN, SwiGLU MLP."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_mtp.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in at least float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x)). The dense layers and the shared experts."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
+    """Cosine and sine of each pair's rotation, YaRN-scaled if `rope_scaling` is set.
+
+    Args:
+        positions: (T,) or (B, T) integer positions.
+    Returns:
+        float32 (2, ..., P/2), times YaRN's attention factor, which is 1 for DeepSeek-V3 (mscale == mscale_all_dim).
+    """
+    dim, scaling = config.qk_rope_head_dim, config.rope_scaling
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    frequency = 1.0 / config.rope_theta**exponent  # (P/2,)
+    magnitude = 1.0
+    if scaling is not None:
+        frequency = _yarn_frequency(frequency, config)
+        magnitude = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+    angle = positions[..., None].float() * frequency
+    return torch.stack([angle.cos(), angle.sin()]) * magnitude
+
+
+def _yarn_frequency(frequency: Tensor, config: ModelConfig) -> Tensor:
+    """YaRN (arXiv 2309.00071; V3 section 4.3): slow pairs are interpolated by `factor`, fast ones kept, a ramp between."""
+    scaling, dim = config.rope_scaling, config.qk_rope_head_dim
+
+    def pair_with(rotations: float) -> float:  # index of the pair that turns `rotations` times in the original context
+        turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_with(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_with(scaling.beta_slow)), dim - 1)
+    pairs = torch.arange(dim // 2, dtype=torch.float32, device=frequency.device)
+    interpolate = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency * (1 - interpolate) + frequency / scaling.factor * interpolate
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1 (V3 section 4.3: sqrt(t) = 0.1 ln s + 1)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotates interleaved pairs (x_0, x_1), (x_2, x_3), ... as the released weights expect.
+
+    Args:
+        x: (B, T, H, P); angles: (2, T, P/2) or (2, B, T, P/2) from `rotary_angles`.
+    """
+    cos, sin = angles.unsqueeze(-2)  # (.., T, 1, P/2) each
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,115 @@
+"""DeepSeekMoE with bias-based, auxiliary-loss-free load balancing (DeepSeek-V3 section 2.1.2, eqs. 12-20)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_mtp.config import ModelConfig
+from dsv3_mtp.model.layers import MLP
+
+
+class RouterStats(NamedTuple):
+    """What one router did in one forward. Returned, not stored, so that recomputation cannot count it twice."""
+
+    load: Tensor  # (E,) float32: tokens sent to each expert, no gradient
+    balance: Tensor  # scalar: sum over the B sequences of sum_i f_i P_i (eq. 17 before alpha), with gradient
+
+    def __add__(self, other):
+        return RouterStats(self.load + other.load, self.balance + other.balance)
+
+
+class Gate(nn.Module):
+    """Sigmoid router: experts are chosen by score + bias within the best groups, gated by the score alone."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        # Float32 and no gradient: moved by `update_bias`. Dtype casts of parameters leave buffers alone.
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
+        """x: (B, T, C) -> chosen experts (N, K) int64, gates (N, K) float32, stats."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # (B, T, E); V3 keeps the gate in high precision
+        flat = scores.flatten(0, 1)  # (N, E)
+        chosen = self.choose(flat.detach())  # (N, K)
+        gates = flat.gather(1, chosen)
+        if self.config.norm_topk_prob:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        load = torch.bincount(chosen.flatten(), minlength=flat.shape[1]).float()
+        return chosen, gates * self.config.routed_scaling_factor, RouterStats(load, self.balance_loss(scores))
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Top-K of score + bias, restricted to the `topk_group` groups whose two best biased scores sum highest."""
+        config = self.config
+        biased = scores + self.e_score_correction_bias  # (N, E)
+        if config.n_group > 1:
+            groups = biased.unflatten(1, (config.n_group, -1))  # (N, G, E/G)
+            best = groups.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices  # (N, topk_group)
+            allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
+            biased = groups.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
+        return biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    def balance_loss(self, scores: Tensor) -> Tensor:
+        """Sequence-wise balance (eqs. 17-20) summed over the batch: f from the unbiased top-K as printed, P its mean share."""
+        top = scores.detach().topk(self.config.num_experts_per_tok, dim=-1).indices  # (B, T, K)
+        hits = torch.zeros_like(scores).scatter_(2, top, 1.0)  # (B, T, E)
+        frequency = hits.mean(1) * (scores.shape[2] / self.config.num_experts_per_tok)  # (B, E), 1 when balanced
+        share = (scores / scores.sum(-1, keepdim=True)).mean(1)  # (B, E)
+        return (frequency * share).sum()
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor, speed: float) -> None:
+        """b_i += speed * sign(mean load - load_i), once per optimizer step on the load of the whole global batch.
+
+        load: (E,) summed over micro-batches and ranks (V3 section 2.1.2; arXiv 2408.15664).
+        """
+        self.e_score_correction_bias += speed * torch.sign(load.mean() - load).to(self.e_score_correction_bias)
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts stacked in memory (per expert on disk). Every expert runs every step, on zero rows if need be."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))  # (E, 2F, C), gate rows first
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # (E, C, F)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x: (rows, C) sorted by expert; counts: (E,) int64 rows of each expert -> (rows, C)."""
+        gate, up = grouped_linear(x, self.gate_up_proj, counts).chunk(2, dim=-1)  # (rows, F) each
+        return grouped_linear(F.silu(gate) * up, self.down_proj, counts)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows of group e times weight[e].T. x: (rows, in), weight: (E, out, in), counts: (E,) -> (rows, out)."""
+    if x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype == torch.float32):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).int())
+    parts = zip(x.split(counts.tolist()), weight.unbind(), strict=True)  # no grouped kernel for this dtype
+    return torch.cat([part @ matrix.T for part, matrix in parts])
+
+
+class MoE(nn.Module):
+    """y = shared(x) + sum over the K chosen experts of gate * expert(x). Dropless."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, shared) if shared else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+        """x: (B, T, C) -> (B, T, C), stats."""
+        chosen, gates, stats = self.gate(x)  # (N, K)
+        flat, top_k = x.flatten(0, 1), chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)  # (N*K,) slots grouped by expert
+        routed = self.experts(flat[order // top_k], stats.load.long())  # (N*K, C)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        routed = routed[back].unflatten(0, (-1, top_k))  # (N, K, C)
+        y = torch.einsum("nkc,nk->nc", routed, gates.to(routed.dtype)).view_as(x)
+        return (y if self.shared_experts is None else y + self.shared_experts(x)), stats

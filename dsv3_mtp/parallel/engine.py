@@ -1,0 +1,106 @@
+"""The DeepSpeed engine: its JSON generated from the config, one optimizer step, reductions over ranks."""
+
+import contextlib
+import math
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3_mtp.config import Config
+from dsv3_mtp.parallel.launch import World
+
+
+def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str, Any]:
+    """The complete DeepSpeed JSON. The config's `deepspeed:` section is merged over it; keys we own were refused there.
+
+    Raises:
+        ValueError: batch_size does not divide over ranks and micro-batches.
+    """
+    train, log = config.train, config.log
+    rows = train.micro_batch_size * world_size
+    if train.batch_size % rows:
+        raise ValueError(
+            f"train.batch_size: {train.batch_size} sequences do not divide into micro-batches of "
+            f"{train.micro_batch_size} on {world_size} ranks; use a multiple of {rows}"
+        )
+    generated: dict[str, Any] = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // rows,
+        "gradient_clipping": config.optim.grad_clip,
+        "steps_per_print": None,
+        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "bf16": {"enabled": train.dtype == "bfloat16"},
+        "tensorboard": {"enabled": log.tensorboard, "output_path": run_dir, "job_name": "tb"},
+    }
+    if log.wandb is not None:
+        wandb = {"project": log.wandb.project, "team": log.wandb.entity, "group": log.wandb.group}
+        generated["wandb"] = {"enabled": True} | {key: value for key, value in wandb.items() if value is not None}
+    return _merge(generated, config.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+class Engine:
+    """A thin hold on `deepspeed.initialize`: what the trainer needs, and no more."""
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, ds_config: dict, world: World):
+        with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+            )
+        self.world = world
+        self.clip = ds_config["gradient_clipping"]
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self.engine.module
+
+    def __call__(self, *args, **kwargs):
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulates the gradient; on the `last` micro-batch of the step the ranks' gradients are averaged.
+
+        The loss arrives normalized over the whole optimizer step, so DeepSpeed must not divide by the accumulation count;
+        and as the batch-size ramp changes that count, the boundary is given rather than counted.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()
+
+    def step(self, lr: float) -> float:
+        """Clips, updates, and returns the global gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._replicated_norm() if self.engine.zero_optimization_stage() == 0 else None
+        self.engine.step()
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def _replicated_norm(self) -> float:
+        """ZeRO-0 in float32 reports no norm; there every rank holds the whole averaged gradient."""
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def write_events(self, metrics: dict[str, float], tokens: int) -> None:
+        """TensorBoard and W&B through DeepSpeed's monitor; x axis = tokens."""
+        if self.engine.monitor.enabled:
+            self.engine.monitor.write_events([(name, value, tokens) for name, value in metrics.items()])

@@ -1,0 +1,121 @@
+"""Start and stop of one training process under `deepspeed`, `torchrun` or plain `python`.
+
+Importing this module imports DeepSpeed with its CPU traps disarmed; nothing else in the package may import it first.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")  # DeepSpeed's calls, not ours
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    # An inference-only all-reduce that every CPU start would compile for 45 s, or hang on for ever after a killed build.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(*, threads: int | None, timeout_s: float) -> World:
+    """Joins the process group: nccl on CUDA, gloo on CPU. Without a launcher this process is a world of one.
+
+    Args:
+        threads: CPU threads of this process; None shares the cores this process may use among the ranks of the host.
+        timeout_s: after this long a collective whose peer hangs raises instead of waiting for ever.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())
+    local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))  # deepspeed's, torchrun's
+    cuda = torch.cuda.is_available()
+    if not cuda or threads is not None:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    # DeepSpeed's sub-groups take torch's module default whatever timeout is passed: that default has to be set.
+    timeout = timedelta(seconds=timeout_s)
+    c10d = torch.distributed.distributed_c10d
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    with contextlib.redirect_stdout(None):
+        deepspeed.init_distributed(verbose=False, timeout=timeout, auto_mpi_discovery=False)
+    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def finish() -> None:
+    """Ends the process after success. gloo's worker threads abort a few percent of normal interpreter exits."""
+    torch.distributed.barrier()
+    gloo = torch.distributed.get_backend() == "gloo"
+    if not gloo:
+        torch.distributed.destroy_process_group()
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+class StopRequest:
+    """True once this process should save and stop: SIGTERM, SIGINT, or the `deepspeed` launcher is gone.
+
+    Killing `deepspeed` leaves its launch.py and the ranks running as orphans; a rank that was started by it therefore
+    watches its ancestors. A second SIGINT interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._ancestors = self._find_ancestors()
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def __bool__(self) -> bool:
+        if not self.reason and self._ancestors and self._find_ancestors() != self._ancestors:
+            self.reason = "the deepspeed launcher is gone"
+        return bool(self.reason)
+
+    def _on_signal(self, signum: int, _frame) -> None:
+        if signum == signal.SIGINT and self.reason == "SIGINT":
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(signum).name
+
+    @staticmethod
+    def _find_ancestors() -> tuple[int, int] | None:
+        """(pid of deepspeed's launch.py, pid of its parent) if that is what started this process."""
+        with contextlib.suppress(psutil.Error):
+            launcher = psutil.Process(os.getppid())
+            if "deepspeed.launcher.launch" in launcher.cmdline():
+                return launcher.pid, launcher.ppid()
+        return None

@@ -1,0 +1,129 @@
+"""The run folder: what it holds besides metrics and checkpoints, and what may change between two starts of a run.
+
+    runs/NAME/  config.yaml  ds_config.json  manifest.json  metrics.jsonl  curves.png  tb/  checkpoints/
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3_mtp.config import Config
+from dsv3_mtp.data.source import Source
+from dsv3_mtp.metrics import replacing
+
+PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
+
+# A checkpoint fits only these settings as they were; all others may change between starts and are reported.
+FIXED = ("model", "mtp.mode", "mtp.num_nextn_predict_layers", "mtp.trunk_hidden", "mtp.chain", "mtp.embed")
+FIXED += ("mtp.share_weights", "data.seq_len", "data.mask_documents", "train.dtype", "run.seed")
+FREE = ("run.dir", "log", "eval", "checkpoint", "deepspeed")  # no effect on what is learned: not worth a line
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.run.dir) / config.run.name
+
+
+def write_run_folder(
+    config: Config, ds_config: dict[str, Any], *, world_size: int, command: list[str], sources: dict[str, Source]
+) -> None:
+    """config.yaml (resolved), ds_config.json, and one more entry in manifest.json for this start."""
+    folder = run_folder(config)
+    manifest = folder / "manifest.json"
+    starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
+    starts.append(describe_start(world_size=world_size, command=command, sources=sources))
+    texts = {
+        "config.yaml": config.to_yaml(),
+        "ds_config.json": json.dumps(ds_config, indent=2),
+        "manifest.json": json.dumps({"starts": starts}, indent=2),
+    }
+    for name, text in texts.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def describe_start(*, world_size: int, command: list[str], sources: dict[str, Source]) -> dict[str, Any]:
+    """Versions, command, git commit, hardware, and the hash of every data source."""
+    cuda = torch.cuda.is_available()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command,
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "data": {
+            role: {"path": s.path, "manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents}
+            for role, s in sources.items()
+        },
+    }
+
+
+def changed_settings(saved: dict[str, Any], config: Config, checkpoint: Path) -> list[str]:
+    """One line per setting that differs from the checkpoint's and may.
+
+    Raises:
+        ValueError: settings differ that the checkpoint's weights or data position depend on, all of them listed.
+    """
+    before, now = dict(_flat(saved)), dict(_flat(config.to_dict()))
+    changes = {k: (before.get(k), now.get(k)) for k in sorted(before | now) if before.get(k) != now.get(k)}
+    lines = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items() if not _under(key, FREE)}
+    fixed = [line for key, line in lines.items() if _under(key, FIXED)]
+    if fixed:
+        raise ValueError(
+            f"{checkpoint} does not fit this config; restore these settings, or give the run another run.name:\n  "
+            + "\n  ".join(fixed)
+        )
+    return [f"changed since the checkpoint: {line}" for line in lines.values()]
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the source checkout, None outside one."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

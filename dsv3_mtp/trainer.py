@@ -1,0 +1,274 @@
+"""The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it (DESIGN: one training step)."""
+
+import importlib.util
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsv3_mtp import checkpoint, schedules
+from dsv3_mtp.config import Config
+from dsv3_mtp.data.corpus import build_corpus
+from dsv3_mtp.data.sampler import Sampler
+from dsv3_mtp.data.source import Source, check_vocab, open_source
+from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device
+from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets, model_size
+from dsv3_mtp.optim import build_optimizer
+from dsv3_mtp.parallel.engine import Engine, deepspeed_config
+from dsv3_mtp.parallel.launch import StopRequest, World, start
+from dsv3_mtp.plots import plot_run
+from dsv3_mtp.runs import changed_settings, run_folder, write_run_folder
+
+LEAK_RATIO = 0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm is nan or infinite."""
+
+
+class Trainer:
+    """A run from its config to its results: builds or resumes everything, then `run()`.
+
+    Raises:
+        ValueError: the config does not fit these ranks, the data, or the checkpoint in the run folder.
+    """
+
+    def __init__(self, config: Config, *, command: list[str]):
+        self.config = config
+        self.folder = run_folder(config)
+        self.world = start(threads=config.train.threads, timeout_s=config.parallel.timeout_s)
+        self.stop = StopRequest()
+        check_monitors(config)
+        ds_config = deepspeed_config(config, self.world.size, str(self.folder))
+        self.sampler, self.val = open_data(config, self.world)
+        latest = find_checkpoint(config, self.world)
+
+        torch.manual_seed(config.run.seed)
+        with self.world.device:
+            self.model = DeepseekV3MTP(config.model, config.mtp)
+        self.model.init_weights(config.run.seed)
+        self.flops_per_token = model_size(self.model, config.data.seq_len).flops_per_token
+        optimizer = build_optimizer(self.model, config.optim)
+        self.engine = Engine(self.model, optimizer, ds_config=ds_config, world=self.world)
+
+        self.step = self.tokens = 0
+        self.clock = Clock()
+        self.notes = self.resume(latest) if latest else []
+        if self.world.is_main:
+            self.log = MetricsLog(self.folder / "metrics.jsonl")
+            self.log.truncate_after(self.step if latest else -1)
+            sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {"val": self.val}
+            write_run_folder(config, ds_config, world_size=self.world.size, command=command, sources=sources)
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the training tokens consumed: what every schedule is a function of."""
+        return min(self.tokens / self.config.train.total_tokens, 1.0)
+
+    def run(self) -> Path:
+        """Trains to the end, or until a signal asks to save and stop. Returns the run folder.
+
+        Raises:
+            NonFiniteError: a loss or gradient is nan or infinite; nothing of that step is saved.
+        """
+        config, total = self.config, self.config.train.total_tokens
+        rows = config.train.micro_batch_size * self.world.size
+        steps = schedules.total_steps(config.train, config.data.seq_len, rows)
+        stream = None if self.world.is_main else open(os.devnull, "w")
+        with Progress(total, total_steps=steps, stream=stream) as self.display:
+            for note in [self.headline(), *self.notes]:
+                self.display.say(note)
+            self.clock.start(self.tokens)
+            stopping = warned = False
+            while self.tokens < total and not stopping:
+                record, stopping = self.optimizer_step()
+                eta = self.clock.eta(total - self.tokens)
+                self.display.advance(step=self.step, tokens=self.tokens, eta_s=eta)
+                done = self.tokens >= total
+                if self.step % config.log.every == 0 or self.step == 1 or done or stopping:
+                    self.report(record)
+                warned = warned or self.warn_of_leak(record)
+                with self.clock.paused():
+                    if done or (config.eval.every and self.step % config.eval.every == 0):
+                        self.validate()
+                    if done or stopping or self.step % config.checkpoint.every == 0:
+                        self.save()
+            return self.finish()
+
+    def optimizer_step(self) -> tuple[dict[str, Any], bool]:
+        """One step on the next global batch: its metrics, and whether some rank was asked to stop."""
+        config, world, depths = self.config, self.world, self.config.mtp.depths
+        lr = schedules.learning_rate(config.optim, self.progress)
+        loss_weights = schedules.depth_loss_weights(config.mtp, self.progress)
+        bias_speed = schedules.bias_update_speed(config.train, self.progress)
+        alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
+        batch_size = schedules.batch_size(config.train, self.progress, micro * world.size)
+
+        pieces = self.sampler.next_batch(batch_size, rank=world.rank, world_size=world.size, micro_batch_size=micro)
+        batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
+        # Valid targets of the whole step over all ranks, per rank: DeepSpeed averages gradients over the ranks.
+        counts = torch.stack([count_targets(tokens, documents, depths) for tokens, documents in batch]).sum(0)
+        normalizer = self.engine.all_reduce(counts) / world.size
+
+        losses = torch.zeros(2, dtype=torch.float64, device=world.device)  # total, balance
+        sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=world.device)
+        load = torch.zeros((), device=world.device)
+        for number, (tokens, documents) in enumerate(batch, start=1):
+            out = self.engine(
+                tokens, documents, loss_weights=loss_weights, balance_loss_weight=alpha, normalizer=normalizer
+            )
+            self.engine.backward(out.loss, last=number == len(batch))
+            losses += torch.stack([out.loss.detach(), out.balance])
+            sums += metric_sums(out)
+            load = load + out.load
+        stop = sums.new_tensor([bool(self.stop)])
+        reduced = self.engine.all_reduce(torch.cat([losses, stop, sums, load.double().flatten()]))
+        load = reduced[3 + len(sums) :].view_as(load)
+        total_loss, balance, stopping, *means = reduced[: 3 + len(sums)].tolist()
+        record = {"train/loss": total_loss / world.size}
+        record |= {f"train/{name}": value for name, value in metric_means(means, depths).items()}
+        self.require_finite(record)
+        record["optim/grad_norm"] = self.engine.step(lr)
+        self.require_finite(record)
+        self.model.update_router_bias(load, bias_speed)
+
+        record["train/balance_loss"] = alpha * balance / batch_size
+        if depths:
+            record["train/mtp_weight"] = schedules.mtp_loss_weight(config.mtp.loss_weight, self.progress)
+        record |= {"optim/lr": lr, "moe/bias_update_speed": bias_speed, "train/batch_size": batch_size}
+        record |= self.load_metrics(load)
+        self.step += 1
+        self.tokens += batch_size * config.data.seq_len
+        return record, stopping > 0
+
+    def load_metrics(self, load: torch.Tensor) -> dict[str, float]:
+        """MaxVio = (max load - mean) / mean (arXiv 2408.15664): mean over the trunk's routers; each MTP router by itself."""
+        if not len(load):
+            return {}
+        violation = (load.amax(1) / load.mean(1) - 1).tolist()
+        trunk = self.config.model.num_hidden_layers - self.config.model.first_k_dense_replace
+        record = {"moe/max_violation": sum(violation[:trunk]) / trunk} if trunk else {}
+        return record | {f"moe/mtp_max_violation/{k}": v for k, v in enumerate(violation[trunk:], start=1)}
+
+    def require_finite(self, record: dict[str, Any]) -> None:
+        bad = [f"{name} = {value}" for name, value in record.items() if not math.isfinite(value)]
+        if bad:
+            good = checkpoint.newest(self.folder / "checkpoints")
+            remedy = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            raise NonFiniteError(
+                f"step {self.step + 1} ({self.tokens:,} tokens): {', '.join(bad)}; {remedy}. "
+                "Lower optim.lr or optim.grad_clip, or look at the data of this step."
+            )
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Progress line, metrics.jsonl, monitor."""
+        speed = self.clock.lap(self.tokens)
+        device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "cpu"
+        utilisation = mfu(speed, self.flops_per_token, device, self.world.size)
+        record = self.stamp() | record | {"perf/tokens_per_s": speed}
+        if utilisation is not None:
+            record["perf/mfu"] = utilisation
+        self.display.train(record, eta_s=self.clock.eta(self.config.train.total_tokens - self.tokens))
+        self.write(record)
+
+    def validate(self) -> None:
+        record = self.stamp() | evaluate(self.engine, self.val, self.config)
+        self.display.validation(record)
+        self.write(record)
+
+    def stamp(self) -> dict[str, Any]:
+        return {"step": self.step, "tokens": self.tokens, "progress": self.progress, "time_s": self.clock.seconds}
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self.log.append(record)
+            self.engine.write_events({k: v for k, v in record.items() if "/" in k}, self.tokens)
+
+    def warn_of_leak(self, record: dict[str, Any]) -> bool:
+        main = record["train/main_loss"]
+        low = {k: v for k, v in record.items() if k.startswith("train/mtp_loss/") and v < LEAK_RATIO * main}
+        if not low or self.progress < self.config.optim.schedule.warmup:
+            return False
+        self.display.say(f"WARNING step {self.step}: {low} below {LEAK_RATIO} x main loss {main:.3f}: is a target leaking?")
+        return True
+
+    def save(self) -> None:
+        state = {"step": self.step, "tokens": self.tokens, "config": self.config.to_dict()}
+        state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
+        root = self.folder / "checkpoints"
+        checkpoint.save(self.engine, root, step=self.step, state=state, keep=self.config.checkpoint.keep)
+
+    def resume(self, folder: Path) -> list[str]:
+        """Restores the state saved in `folder`; returns what to tell the user."""
+        saved = checkpoint.read_state(folder)
+        notes = changed_settings(saved["config"], self.config, folder)
+        self.sampler.load_state_dict(saved["sampler"])
+        checkpoint.load(self.engine, folder)
+        self.step, self.tokens = saved["step"], saved["tokens"]
+        self.clock.load_state_dict(saved["clock"])
+        return [f"resumed at step {self.step} from {folder}", *notes]
+
+    def finish(self) -> Path:
+        """Plots, and says in one line how the run ended."""
+        if self.world.is_main:
+            plot_run(read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png", title=self.config.run.name)
+        if self.progress < 1:
+            end = f"stopped at step {self.step} by {self.stop.reason or 'another rank'}; the same command continues"
+        else:
+            end = f"finished: {self.step} steps, {self.tokens:,} tokens, {self.clock.seconds:.0f} s of training"
+        self.display.say(f"{end}\nresults: {self.folder} (curves.png, metrics.jsonl, checkpoints/)")
+        return self.folder
+
+    def headline(self) -> str:
+        config, size = self.config, model_size(self.model, self.config.data.seq_len)
+        heads = config.mtp.mode if config.mtp.mode == "none" else f"{config.mtp.mode} D={config.mtp.depths}"
+        train = sum(source.tokens for source in self.sampler.sources)
+        return (
+            f"{config.run.name}: {quantity(size.total)} parameters ({quantity(size.active)} active) + MTP {heads} "
+            f"({quantity(size.mtp_total)}), {quantity(config.train.total_tokens)} tokens of {quantity(train)}, "
+            f"{self.world.size} x {self.world.device.type}, ZeRO-{config.parallel.zero_stage}, {config.train.dtype}"
+        )
+
+
+def open_data(config: Config, world: World) -> tuple[Sampler, Source]:
+    """The training sampler and the validation source; rank 0 first builds the embedded corpus where it is missing."""
+    train = config.data.train_entries
+    if config.data.build == "pystdlib":
+        if world.is_main:
+            for path in dict.fromkeys([*(entry.path for entry in train), config.data.val]):
+                if not Path(path).exists():
+                    print(f"{path}: missing, building it from the standard library of this Python", flush=True)
+                    build_corpus(path, vocab_size=config.model.vocab_size)
+        dist.barrier()
+    sources = [open_source(entry.path, "train") for entry in train]
+    val = open_source(config.data.val, "val")
+    for source in [*sources, val]:
+        check_vocab(source, config.model.vocab_size)
+    lookahead, weights = 1 + config.mtp.depths, [entry.weight for entry in train]
+    sampler = Sampler(sources, weights, seq_len=config.data.seq_len, lookahead=lookahead, seed=config.run.seed)
+    return sampler, val
+
+
+def find_checkpoint(config: Config, world: World) -> Path | None:
+    """Rank 0's choice of the checkpoint to resume, the same on all ranks.
+
+    Raises:
+        ValueError: `checkpoint.resume: never` in a run folder that already has checkpoints.
+    """
+    found = [checkpoint.newest(run_folder(config) / "checkpoints") if world.is_main else None]
+    dist.broadcast_object_list(found)
+    if found[0] is not None and config.checkpoint.resume == "never":
+        raise ValueError(f"checkpoint.resume: never, but {found[0]} exists: choose another run.name or delete the folder")
+    return found[0]
+
+
+def check_monitors(config: Config) -> None:
+    """On every rank, before any of them starts: a missing package would otherwise fail on rank 0 and hang the others."""
+    wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb is not None}
+    missing = [name for name, wants in wanted.items() if wants and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError("\n".join(f"log.{name}: the package is not installed; pip install {name}" for name in missing))

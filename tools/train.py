@@ -1,0 +1,61 @@
+"""Train a model: `deepspeed tools/train.py --config configs/v3_tiny.yaml`, or with torchrun, or with plain python.
+
+The same command continues an interrupted run. SIGTERM and Ctrl-C save a checkpoint and exit 0.
+Exit codes: 0 done or stopped on request, 1 training failed, 2 wrong config, data or run folder.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="YAML")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="sets", metavar="a.b=c", help="override a setting; repeatable"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print config, sizes and DeepSpeed JSON; run nothing")
+    parser.add_argument("--plot", action="store_true", help="with --dry-run: draw the schedules into the run folder")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    args = parser.parse_args()
+    if args.plot and not args.dry_run:
+        parser.error("--plot goes with --dry-run; a run draws its own curves.png")
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    try:
+        from dsv3_mtp.config import load_config
+
+        config = load_config(args.config, args.sets)
+        if args.dry_run:
+            from dsv3_mtp.dryrun import dry_run
+
+            if is_main:
+                print(dry_run(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), plot=args.plot))
+            return 0
+        from dsv3_mtp.trainer import NonFiniteError, Trainer
+
+        try:
+            Trainer(config, command=sys.argv).run()
+        except NonFiniteError as error:
+            return fail(f"training stopped: {error}", 1, is_main=is_main)
+    except ValueError as error:
+        return fail(str(error), 2, is_main=is_main)
+    from dsv3_mtp.parallel.launch import finish
+
+    finish()
+    return 0
+
+
+def fail(message: str, code: int, *, is_main: bool) -> int:
+    """Every rank finds the same error: rank 0 says it, the others wait for the launcher to end them."""
+    if is_main:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)
+    sys.stdout.flush()
+    os._exit(code)  # not sys.exit: gloo's threads may abort a normal exit and change the code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
