@@ -2,8 +2,8 @@
 
     PREFIX.bin   token ids, back to back, nothing else
     PREFIX.idx   b"MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences | u64 len(doc_idx)
-                 | S x i32 tokens per sequence | S x i64 byte offset | doc_idx: i64 first sequence of each
-                 document, then S
+                 | S x i32 tokens per sequence | S x i64 byte offset
+                 | doc_idx: i64 number of the first sequence of each document, then S
 
 All numbers are little-endian. Our own shards have one sequence per document; foreign files may have several.
 """
@@ -61,8 +61,7 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     if len(raw) != expected:
         raise ValueError(
             f"{path}: {len(raw)} bytes, but its header promises {sequences} sequences and {borders} document "
-            "borders, "
-            f"which take {expected} bytes; the file is truncated or damaged"
+            f"borders, which take {expected} bytes; the file is truncated or damaged"
         )
     dtype = np.dtype(DTYPES[code])
     body = raw[HEADER.size :].tobytes()

@@ -1,6 +1,6 @@
-"""Text to token shards: split, tokenise on all cores, write; resumable, and byte-identical however often
-interrupted.
- Everything is written to DIR.partial, which becomes DIR with one rename at the end. DIR.partial/progress.json
+"""Text to token shards: split, tokenise, write. Byte-identical however often it is interrupted and resumed.
+
+Everything is written to DIR.partial, which becomes DIR with one rename at the end. DIR.partial/progress.json
 says how far the shards on disk go; whatever was written after it is cut off and made again. A lock in
 DIR.partial lets a second process wait for the first.
 """
@@ -33,9 +33,7 @@ from dsv3_mtp.data.tokenise import PROGRESS, Progress, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
 
 LOCK, TOKENIZER, MANIFEST = ".lock", "tokenizer.json", "manifest.json"
-TRAIN_CHARACTERS = (
-    256_000_000  # a new tokenizer is trained on the first this many characters of the train split
-)
+TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is trained on
 
 
 @dataclass(frozen=True)
@@ -62,39 +60,31 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        problems = [
-            text
-            for wrong, text in (
-                (
-                    (self.corpus is None) == (not self.inputs),
-                    "give either a corpus or inputs (--corpus or --input)",
-                ),
-                (
-                    self.corpus not in (None, "pystdlib"),
-                    f"corpus {self.corpus!r}: the only one is 'pystdlib'",
-                ),
-                (
-                    (self.tokenizer is None) == (self.vocab_size is None),
-                    "give either a tokenizer.json or the vocab_size of one to train (--tokenizer or "
-                    "--vocab-size)",
-                ),
-                (not 0 <= self.val_fraction < 1, f"val_fraction {self.val_fraction}: must be in [0, 1)"),
-                (
-                    self.corpus == "pystdlib" and self.val_fraction != 0.1,
-                    f"val_fraction {self.val_fraction}: the split of pystdlib is fixed; leave it at 0.1",
-                ),
-                (not 0 <= self.fim_rate <= 1, f"fim_rate {self.fim_rate}: must be in [0, 1]"),
-                (self.shard_tokens < 1, f"shard_tokens {self.shard_tokens}: must be at least 1"),
+        problems = []
+        if (self.corpus is None) == (not self.inputs):
+            problems.append("give either a corpus or inputs (--corpus or --input)")
+        if self.corpus not in (None, "pystdlib"):
+            problems.append(f"corpus {self.corpus!r}: the only one is 'pystdlib'")
+        if (self.tokenizer is None) == (self.vocab_size is None):
+            problems.append(
+                "give either a tokenizer.json or a vocab_size to train one (--tokenizer or --vocab-size)"
             )
-            if wrong
-        ]
+        if not 0 <= self.val_fraction < 1:
+            problems.append(f"val_fraction {self.val_fraction}: must be in [0, 1)")
+        if self.corpus == "pystdlib" and self.val_fraction != 0.1:
+            problems.append(
+                f"val_fraction {self.val_fraction}: the split of pystdlib is fixed; leave it at 0.1"
+            )
+        if not 0 <= self.fim_rate <= 1:
+            problems.append(f"fim_rate {self.fim_rate}: must be in [0, 1]")
+        if self.shard_tokens < 1:
+            problems.append(f"shard_tokens {self.shard_tokens}: must be at least 1")
         if problems:
             raise ValueError("\n".join(problems))
 
 
 def prepare(out_dir: str | Path, arguments: Arguments, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Make the prepared folder `out_dir`, or go on with it where an interrupted call with the same arguments
-    stopped.
+    """Make the prepared folder `out_dir`, or go on where an interrupted call with the same arguments stopped.
 
     Returns the contents of its index.json. Raises ValueError for bad input, naming file and record, and when
     `out_dir` or `out_dir`.partial were made with other arguments.
@@ -161,8 +151,7 @@ def _compare(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _lock(folder: Path) -> TextIO:
-    """Create `folder` and lock it, waiting for another holder. The kernel releases the lock when this process
-    ends."""
+    """Create `folder` and lock it, waiting for another holder. The lock ends with this process at the latest."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -174,8 +163,7 @@ def _lock(folder: Path) -> TextIO:
         except BlockingIOError:
             print(f"waiting for the process that is writing {folder}", file=sys.stderr, flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        # The holder before may have renamed the folder, with this lock in it: then it is no longer the lock
-        # of `folder`.
+        # The holder before may have renamed the folder with this file in it, which is then no longer its lock.
         if (folder / LOCK).exists() and os.path.samestat(os.stat(folder / LOCK), os.fstat(handle.fileno())):
             return handle
         handle.close()
@@ -198,8 +186,7 @@ def _build(
     if arguments.fim_rate > 0 and encoder.fim_ids is None:
         raise ValueError(
             f"fim_rate {arguments.fim_rate}: {arguments.tokenizer} has no fill-in-the-middle tokens such as "
-            "<|fim_begin|> "
-            f"<|fim_hole|> <|fim_end|>; use a tokenizer with them or --fim-rate 0"
+            "<|fim_begin|> <|fim_hole|> <|fim_end|>; use a tokenizer that has them, or --fim-rate 0"
         )
     dtype = token_dtype(encoder.vocab_size)
     writers = {
@@ -222,8 +209,7 @@ def _build(
 
 
 def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
-    """progress.json of an interrupted run, checked against this one; None after emptying the folder if there
-    is none."""
+    """progress.json of an interrupted run, checked against this one. None: there is none; empties the folder."""
     path = partial / PROGRESS
     if not path.is_file():
         for left in partial.iterdir():
@@ -280,8 +266,7 @@ def _finish(
     if documents["train"] == 0 or (documents["val"] == 0 and arguments.val_fraction > 0):
         raise ValueError(
             f"{state['documents']} documents ({state['empty']} of them empty) gave {documents['train']} for "
-            "train and "
-            f"{documents['val']} for val; give more text, or another --val-fraction (0: no val split)"
+            f"train and {documents['val']} for val; give more text, or another --val-fraction (0: no val split)"
         )
     index = {
         "format": FORMAT,

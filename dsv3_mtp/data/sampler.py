@@ -1,6 +1,6 @@
-"""Windows of T + lookahead tokens from one or several sources: an infinite, resumable, rank-independent
-stream.
- Per source, epoch e is a seeded permutation of the documents, and the epochs run on as one endless token
+"""Windows of T + lookahead tokens from one or several sources, endless, resumable, the same for any ranks.
+
+Per source, epoch e is a seeded permutation of the documents, and the epochs run on as one endless token
 stream. Window w covers stream[w * T : w * T + T + lookahead]; the inputs of consecutive windows touch and
 never overlap, so that each token is a main input once per epoch and (the stream's very first token apart) a
 main target once per epoch. The windows that start in an epoch are visited in a second permutation, so that a

@@ -1,6 +1,6 @@
 """A prepared folder: index.json, tokenizer.json and shards that are Megatron `.bin/.idx` pairs.
 
-DIR/index.json        format, vocab_size, dtype, eos_id, hashes, where the text came from, and per split its shards
+DIR/index.json        format, vocab_size, dtype, eos_id, hashes, origin of the text, and per split its shards
 DIR/tokenizer.json    the tokenizer, as Hugging Face `tokenizers` writes it
 DIR/manifest.json     pystdlib only: every file with its sha256 and split
 DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
@@ -22,8 +22,7 @@ SPLITS = ("train", "val")
 
 
 def read_folder_index(folder: Path) -> dict[str, Any]:
-    """index.json of a prepared folder. Raises ValueError when it is missing, damaged or of another format
-    version."""
+    """index.json of a prepared folder. Raises ValueError when it is missing, damaged or of another version."""
     path = folder / INDEX
     if not path.is_file():
         raise ValueError(
@@ -83,8 +82,7 @@ def _differences(folder: Path, expected: dict[str, str]) -> list[str]:
 
 
 class SplitWriter:
-    """Appends the documents of one split to shards; can go on from a `state()` after a crash at any later
-    moment.
+    """Appends the documents of one split to shards; can go on from any earlier `state()` after a crash.
 
     A shard is closed with the document that brings it to `shard_tokens` tokens. While it is open, the lengths
     of its documents are in NAME.sizes; its .idx is written when it is closed.
@@ -101,9 +99,8 @@ class SplitWriter:
     ) -> None:
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
         self.shards: list[dict[str, Any]] = []
-        self.bytes = self.tokens = self.documents = (
-            0  # bytes of the split; tokens and documents of the open shard
-        )
+        self.bytes = 0  # of the whole split
+        self.tokens = self.documents = 0  # of the open shard
         self._files: tuple[BinaryIO, BinaryIO] | None = None  # .bin and .sizes of the open shard
         self._hash = hashlib.sha256()
         if state is not None:
@@ -116,11 +113,9 @@ class SplitWriter:
         binary.write(raw)
         self._hash.update(raw)
         sizes.write(np.int32(len(tokens)).tobytes())
-        self.tokens, self.documents, self.bytes = (
-            self.tokens + len(tokens),
-            self.documents + 1,
-            self.bytes + text_bytes,
-        )
+        self.tokens += len(tokens)
+        self.documents += 1
+        self.bytes += text_bytes
         if self.tokens >= self.shard_tokens:
             self.close_shard()
 

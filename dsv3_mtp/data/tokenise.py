@@ -1,5 +1,4 @@
-"""The main loop of a preparation: read documents, encode them in other threads, write them in order, save how
-far."""
+"""The main loop of a preparation: read documents, encode them in other threads, write them in order."""
 
 import hashlib
 import time

@@ -1,5 +1,4 @@
-"""Byte-level BPE: training one, or loading any Hugging Face tokenizer.json, and fill-in-the-middle
-documents."""
+"""Train a byte-level BPE or load any Hugging Face tokenizer.json; documents to token ids."""
 
 import hashlib
 import itertools
@@ -34,8 +33,9 @@ MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
-    """A byte-level BPE with exactly `vocab_size` tokens as the text of a tokenizer.json; `<|endoftext|>` has
-    id 0.
+    """A byte-level BPE with exactly `vocab_size` tokens as the text of a tokenizer.json.
+
+    `<|endoftext|>` has id 0, the three fill-in-the-middle tokens follow. Deterministic.
 
     Raises ValueError when `vocab_size` is below 260 or above what the texts can fill.
     """
@@ -58,16 +58,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
             f"vocab_size {vocab_size}: the training documents have pairs for only "
-            f"{tokenizer.get_vocab_size()} tokens; "
-            f"ask for at most that, or give more text"
+            f"{tokenizer.get_vocab_size()} tokens; ask for at most that, or give more text"
         )
     return tokenizer.to_str(pretty=True)
 
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Documents to token ids. Text that looks like a special token is encoded as the plain characters it
-    is."""
+    """Documents to token ids. Text that looks like a special token is encoded as plain characters."""
 
     tokenizer: Any  # tokenizers.Tokenizer
     vocab_size: int  # largest id + 1
@@ -76,8 +74,7 @@ class DocumentEncoder:
     sha256: str  # of the tokenizer.json
 
     def encode(self, documents: list[tuple[str, ...]]) -> list[np.ndarray]:
-        """Token ids (n,) int64 per document, EOS last. A document is (text,) or, for FIM, (prefix, middle,
-        suffix).
+        """Token ids (n,) int64 per document, EOS last; a document is (text,) or (prefix, middle, suffix).
 
         FIM order is PSM: begin prefix hole suffix end middle EOS (arXiv 2412.19437, section 4.1).
         """
@@ -95,8 +92,7 @@ class DocumentEncoder:
 
 
 def load_encoder(path: Path, *, eos: str | None = None) -> DocumentEncoder:
-    """Read a tokenizer.json. `eos` is the end-of-text token (None: the first of the common names that it
-    has).
+    """Read a tokenizer.json. `eos` is its end-of-text token (None: the first common name that it has).
 
     Raises ValueError when the file is no tokenizer or has no such token.
     """
@@ -124,8 +120,7 @@ def load_encoder(path: Path, *, eos: str | None = None) -> DocumentEncoder:
 
 
 def fim_split(text: str, *, rate: float, seed: int, document: int) -> tuple[str, ...]:
-    """(prefix, middle, suffix) with probability `rate`, else (text,): a pure function of seed and document
-    number."""
+    """(prefix, middle, suffix) with probability `rate`, else (text,); a pure function of the arguments."""
     digest = hashlib.sha256(f"fim {seed} {document}".encode()).digest()
     draws = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16)]
     if draws[0] / 2**64 >= rate:
