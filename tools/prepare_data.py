@@ -34,14 +34,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted; to go on from {options.out}.partial, run the same command again", file=sys.stderr
-        )
+        print(f"\ninterrupted; the same command goes on from {options.out}.partial", file=sys.stderr)
         return 130
     for split, entry in index["splits"].items():
-        counts = (
-            f"{entry['tokens']:,} tokens, {entry['documents']:,} documents, {entry['bytes']:,} bytes of text"
-        )
+        counts = f"{entry['tokens']:,} tokens in {entry['documents']:,} documents of {entry['bytes']:,} bytes"
         print(f"{options.out} {split}: {counts}, {len(entry['shards'])} shards")
     return 0
 
@@ -63,8 +59,7 @@ def parse() -> argparse.Namespace:
         nargs="+",
         metavar="X",
         help="files, folders, globs: .jsonl[.gz|.zst], .parquet, folders of datasets.save_to_disk (a "
-        "document per record); "
-        "any other file is one document of UTF-8 text",
+        "document per record); any other file is one document of UTF-8 text",
     )
     text.add_argument("--text-key", metavar="KEY", help="key or column that holds the text (default: text)")
     text.add_argument(
@@ -99,8 +94,7 @@ def parse() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def progress_display() -> Iterator[Any]:
-    """A function (bytes done, bytes in all, tokens): a bar on a terminal, a line every ten seconds
-    elsewhere."""
+    """A function (bytes done, bytes in all, tokens): a bar on a terminal, else a line every ten seconds."""
     if not sys.stderr.isatty():
         shown = time.monotonic()
 
@@ -108,11 +102,8 @@ def progress_display() -> Iterator[Any]:
             nonlocal shown
             if time.monotonic() > shown + 10:
                 shown = time.monotonic()
-                print(
-                    f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB read, {tokens:,} tokens",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                megabytes = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+                print(f"{megabytes} read, {tokens:,} tokens", file=sys.stderr, flush=True)
 
         yield line
         return

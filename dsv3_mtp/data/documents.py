@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +39,12 @@ class Inputs(Protocol):
         ...
 
 
-Record = tuple[
-    int, int, Any, str
-]  # number of the next record, bytes read, text (not checked yet), where it stands
+# Number of the next record, bytes read, text (not checked yet), where it stands.
+Record = tuple[int, int, Any, str]
 
 
 class FileInputs:
-    """The documents of files, folders and globs, in sorted order; `val_fraction` of them, by content hash,
-    are val.
+    """The documents of files, folders and globs; `val_fraction` of them, by content hash, are val.
 
     A text file is one document; each record of .jsonl[.gz|.zst], .parquet and a saved data set is one.
     """
@@ -141,8 +140,7 @@ def _text_records(path: Path, start: int) -> Iterator[Record]:
             line = content.count(b"\n", 0, error.start) + 1
             raise ValueError(
                 f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the file, or "
-                "leave it out "
-                f"with a glob such as '{path.parent}/**/*.txt'"
+                f"leave it out with a glob such as '{path.parent}/**/*.txt'"
             ) from None
         yield 1, len(content), text, str(path)
 
@@ -155,7 +153,7 @@ def _jsonl_records(path: Path, key: str, start: int) -> Iterator[Record]:
                 if number > start and not line.isspace():
                     place = f"{path}, line {number}"
                     yield number, raw.tell(), _json_text(line, key, place), place
-        except (OSError, EOFError) as error:  # from the decompressor
+        except (OSError, EOFError, zlib.error) as error:  # from the decompressor
             raise ValueError(f"{path}, after line {number}: cannot be read ({error})") from None
 
 
@@ -206,12 +204,8 @@ def _table_records(path: Path, key: str, start: int) -> Iterator[Record]:
                 for offset, text in enumerate(batch.column(key).to_pylist()):
                     following = row + offset + 1
                     if following > start:
-                        yield (
-                            following,
-                            size * following // max(total, following),
-                            text,
-                            f"{path}, row {following}",
-                        )
+                        done = size * following // max(total, following)
+                        yield following, done, text, f"{path}, row {following}"
             row += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}, after row {row}: cannot be read ({error})") from None

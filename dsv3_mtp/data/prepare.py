@@ -151,7 +151,7 @@ def _compare(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _lock(folder: Path) -> TextIO:
-    """Create `folder` and lock it, waiting for another holder. The lock ends with this process at the latest."""
+    """Create `folder` and lock it, waiting for another holder; a process that dies gives its lock back."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -163,7 +163,7 @@ def _lock(folder: Path) -> TextIO:
         except BlockingIOError:
             print(f"waiting for the process that is writing {folder}", file=sys.stderr, flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        # The holder before may have renamed the folder with this file in it, which is then no longer its lock.
+        # The holder before may have renamed the folder with this file in it: then it locks nothing any more.
         if (folder / LOCK).exists() and os.path.samestat(os.stat(folder / LOCK), os.fstat(handle.fileno())):
             return handle
         handle.close()
@@ -209,7 +209,7 @@ def _build(
 
 
 def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
-    """progress.json of an interrupted run, checked against this one. None: there is none; empties the folder."""
+    """progress.json of an interrupted run, checked against this one; without it None, and all is deleted."""
     path = partial / PROGRESS
     if not path.is_file():
         for left in partial.iterdir():
@@ -265,8 +265,8 @@ def _finish(
     documents = {split: summary["documents"] for split, summary in splits.items()}
     if documents["train"] == 0 or (documents["val"] == 0 and arguments.val_fraction > 0):
         raise ValueError(
-            f"{state['documents']} documents ({state['empty']} of them empty) gave {documents['train']} for "
-            f"train and {documents['val']} for val; give more text, or another --val-fraction (0: no val split)"
+            f"{state['documents']} documents ({state['empty']} empty) gave {documents['train']} for train and "
+            f"{documents['val']} for val; give more text, or another --val-fraction (0: no val split)"
         )
     index = {
         "format": FORMAT,

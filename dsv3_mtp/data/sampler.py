@@ -75,24 +75,19 @@ class Sampler:
         return {"version": 1, "samples": self.samples, "counts": list(self.counts), **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises ValueError, with every difference, when it is of another
-        stream."""
-        differences = []
-        for key, ours in self._identity().items():
-            if state.get(key) != ours:
-                differences.append(f"{key}: saved {state.get(key)}, now {ours}")
+        """Continue where `state` was taken; ValueError with every difference when it is of another stream."""
+        now = self._identity()
+        differences = [f"{key}: saved {state[key]}, now {now[key]}" for key in now if state[key] != now[key]]
         if differences:
             raise ValueError(
                 "the saved data position belongs to another token stream; restore these settings, or start a "
-                "new run "
-                "(another run.name, or checkpoint.resume=never):\n  " + "\n  ".join(differences)
+                "new run under another run.name:\n  " + "\n  ".join(differences)
             )
         self.samples = int(state["samples"])
         self.counts = [int(count) for count in state["counts"]]
 
     def _pick(self) -> tuple[int, int]:
-        """(source, index within it) of the next sample: the source that lags its share most (largest
-        remainder)."""
+        """(source, index within it) of the next sample: the source that lags its share most ."""
         self.samples += 1
         lag = [weight * self.samples - count for weight, count in zip(self.weights, self.counts, strict=True)]
         source = lag.index(max(lag))
@@ -141,8 +136,7 @@ class _Stream:
     def __init__(self, source: Source, seq_len: int, key: tuple[int, int] | None) -> None:
         self.source, self.seq_len, self.key = source, seq_len, key
         self.lengths = np.diff(source.document_starts)
-        # A window touches its epoch and the next; samples of a batch may lie on both sides of an epoch
-        # border.
+        # A window touches its epoch and the next, and a batch may lie on both sides of an epoch border.
         self._documents = functools.lru_cache(maxsize=3)(self._document_order)
         self._windows = functools.lru_cache(maxsize=2)(self._window_order)
 
@@ -172,8 +166,7 @@ class _Stream:
         return -(-epoch * self.source.tokens // self.seq_len)
 
     def _document_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in the order of this epoch, token offset within the epoch at which each of them
-        ends)."""
+        """(documents in the order of this epoch, token offset in the epoch at which each of them ends)."""
         order = self._permutation(epoch, DOCUMENTS, len(self.lengths))
         return order, np.cumsum(self.lengths[order])
 
@@ -183,8 +176,7 @@ class _Stream:
     def _permutation(self, epoch: int, kind: int, n: int) -> np.ndarray:
         if self.key is None:
             return np.arange(n)
-        # Sorting raw generator output, since numpy fixes that stream for ever but not what
-        # Generator.permutation makes of it.
+        # numpy fixes the raw output of a generator for ever, but not what Generator.permutation makes of it.
         generator = np.random.PCG64(np.random.SeedSequence([*self.key, epoch, kind]))
         return np.argsort(generator.random_raw(n), kind="stable")
 

@@ -22,7 +22,7 @@ SPLITS = ("train", "val")
 
 
 def read_folder_index(folder: Path) -> dict[str, Any]:
-    """index.json of a prepared folder. Raises ValueError when it is missing, damaged or of another version."""
+    """index.json of a prepared folder. Raises ValueError when it is missing or of another format."""
     path = folder / INDEX
     if not path.is_file():
         raise ValueError(

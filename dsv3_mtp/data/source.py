@@ -65,7 +65,7 @@ def open_source(path: str | Path, split: str) -> Source:
         return _source(path, digest, None, None, [tokens], [lengths])
     hint = f"prepare it with: python tools/prepare_data.py --out {path} --corpus pystdlib --vocab-size 2048"
     if Path(f"{path}.partial").is_dir():
-        hint = f"{path}.partial is an unfinished preparation: run its tools/prepare_data.py command again to finish it"
+        hint = f"{path}.partial is unfinished: run its tools/prepare_data.py command again to finish it"
     raise ValueError(
         f"{path}: neither a prepared folder nor a Megatron prefix ({path}.bin, {path}.idx); {hint}"
     )
@@ -80,8 +80,7 @@ def check_vocab(source: Source, vocab_size: int) -> None:
         if source.vocab_size > vocab_size:
             raise ValueError(
                 f"{source.path} was tokenised with vocab_size {source.vocab_size}, but model.vocab_size is "
-                f"{vocab_size}; "
-                f"set model.vocab_size to at least {source.vocab_size} or prepare the data with a smaller "
+                f"{vocab_size}; set that to at least {source.vocab_size}, or prepare the data with a smaller "
                 "tokenizer"
             )
         return

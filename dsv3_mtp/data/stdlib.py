@@ -4,7 +4,6 @@ Nothing is vendored, so the text differs between Python versions; `manifest_hash
 """
 
 import hashlib
-import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,18 +12,8 @@ from pathlib import Path
 from dsv3_mtp.data.documents import Document
 
 EXCLUDED_FOLDERS = frozenset(
-    ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"]
-    + [
-        "encodings",
-        "pydoc_data",
-        "idlelib",
-        "lib2to3",
-        "distutils",
-        "tkinter",
-        "turtledemo",
-        "ensurepip",
-        "msilib",
-    ]
+    ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"]
+    + ["pydoc_data", "idlelib", "lib2to3", "distutils", "tkinter", "turtledemo", "ensurepip", "msilib"]
 )
 MIN_FILE_BYTES = 64
 MIN_FILES = 100  # a complete standard library has 360 to 410
@@ -44,9 +33,8 @@ class StdlibInputs:
         """All documents from record `record` (0 or 1) of file `file` on."""
         for number in range(file + record, len(self.texts)):
             path, text = self.texts[number]
-            yield Document(
-                text, hashlib.sha256(text.encode()).digest(), path_split(path), number, 1, self.sizes[number]
-            )
+            digest = hashlib.sha256(text.encode()).digest()
+            yield Document(text, digest, path_split(path), number, 1, self.sizes[number])
 
 
 def stdlib_inputs(root: Path | None = None) -> StdlibInputs:
@@ -71,16 +59,12 @@ def stdlib_inputs(root: Path | None = None) -> StdlibInputs:
         manifest.append((name, hashlib.sha256(content).hexdigest(), split))
     if len(texts) < MIN_FILES:
         raise ValueError(
-            f"{root}: has {len(texts)} of the standard library's .py files, expected {MIN_FILES} or more: "
-            "Python "
-            f"{sys.version.split()[0]} is installed without its sources. Install the full one (Debian: apt "
-            "install "
-            "libpython3-stdlib; or uv python install), or prepare text of your own: tools/prepare_data.py "
-            "--input"
+            f"{root}: has {len(texts)} standard library .py files, at least {MIN_FILES} are needed: this "
+            "Python comes without its sources. Install a full one (Debian: apt install libpython3-stdlib; or "
+            "uv python install), or prepare other text with tools/prepare_data.py --input"
         )
-    digest = hashlib.sha256(
-        "".join(f"{name} {sha} {split}\n" for name, sha, split in manifest).encode()
-    ).hexdigest()
+    listing = "".join(f"{name} {sha} {split}\n" for name, sha, split in manifest)
+    digest = hashlib.sha256(listing.encode()).hexdigest()
     sizes = [len(text.encode()) for _, text in texts]
     return StdlibInputs(tuple(texts), tuple(manifest), digest, sizes)
 
@@ -92,6 +76,5 @@ def path_split(path: str) -> str:
 
 def _excluded(name: str) -> bool:
     *folders, file = name.split("/")
-    return any(
-        folder in EXCLUDED_FOLDERS or folder.startswith("config-") for folder in folders
-    ) or file.startswith("_sysconfigdata")
+    excluded = any(folder in EXCLUDED_FOLDERS or folder.startswith("config-") for folder in folders)
+    return excluded or file.startswith("_sysconfigdata")
