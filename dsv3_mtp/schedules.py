@@ -5,7 +5,7 @@ belongs to what follows it: at exactly 10T of 14.8T tokens the MTP weight is alr
 """
 
 from itertools import pairwise
-from math import cos, floor, pi
+from math import ceil, cos, floor, pi
 from typing import Literal
 
 from dsv3_mtp.config import (
@@ -101,6 +101,17 @@ def batch_size(train: TrainConfig, progress: float, multiple: int = 1) -> int:
     if ramp is not None:
         size = _line(ramp.start, train.batch_size, _position(progress, 0.0, ramp.until))
     return max(1, floor(size / multiple + _ROUNDING)) * multiple
+
+
+def total_steps(train: TrainConfig, seq_len: int, multiple: int = 1) -> int:
+    """Optimizer steps until train.total_tokens are consumed, with `batch_size` sequences in each."""
+    steps = tokens = 0
+    ramp_end = 0.0 if train.batch_size_ramp is None else train.batch_size_ramp.until * train.total_tokens
+    while tokens < min(ramp_end, train.total_tokens):
+        tokens += batch_size(train, tokens / train.total_tokens, multiple) * seq_len
+        steps += 1
+    left = max(train.total_tokens - tokens, 0)
+    return steps + ceil(left / (batch_size(train, 1.0, multiple) * seq_len))
 
 
 def _checked(progress: float) -> float:

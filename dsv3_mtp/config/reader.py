@@ -43,11 +43,19 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 3e-4 and 14.8e12 as numbers (YAML 1.2), where PyYAML (YAML 1.1) reads strings."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Mappings as blocks, lists on one line; quotes the strings that _Loader would read as numbers."""
+
+
+_EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+_Dumper.add_representer(list, lambda to, items: to.represent_sequence("tag:yaml.org,2002:seq", items, True))
+
+
+def dump_tree(tree: Any) -> str:
+    """YAML text that read_tree reads back equal."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=110)
 
 
 def read_tree(path: str | Path, sets: Iterable[str] = ()) -> tuple[dict[str, Any], list[Problem]]:
@@ -137,7 +145,7 @@ _TYPES = {
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
-    "string": "text (put it in quotes)",
+    "string": "text; put it in quotes",
     "tuple": "a list",
     "dict": "a mapping",
     "model": "a mapping",

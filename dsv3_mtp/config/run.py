@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError
 
 from dsv3_mtp.config.deepspeed import check_deepspeed
@@ -27,7 +26,7 @@ from dsv3_mtp.config.model import (
     Section,
     Text,
 )
-from dsv3_mtp.config.reader import ConfigError, Problem, problems_of, read_tree, show
+from dsv3_mtp.config.reader import ConfigError, Problem, dump_tree, problems_of, read_tree, show
 
 
 class RunConfig(Section):
@@ -74,6 +73,11 @@ class DataConfig(Section):
     """Positions per sequence, T (V3 4.2: 4096). A sample holds T + 1 + D tokens."""
     mask_documents: bool = False
     """Mask attention, targets and MTP inputs across document boundaries (V3 4.1: not done)."""
+
+    @property
+    def entries(self) -> tuple[DataEntry, ...]:
+        """`train` as a mixture: a single corpus is one entry of weight 1."""
+        return (DataEntry(path=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
 
     def rules(self) -> Iterator[Problem]:
         if not self.train:
@@ -241,7 +245,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """YAML that load_config reads back into an equal Config."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, width=110)
+        return dump_tree(self.to_dict())
 
 
 def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
@@ -253,15 +257,6 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if train and data and train.total_tokens < (step := train.batch_size * data.seq_len):
         text = f"must be >= one step, train.batch_size * data.seq_len = {step}"
         yield "train.total_tokens", f"{text} (got {train.total_tokens})"
-
-
-class _Dumper(yaml.SafeDumper):
-    """Mappings as blocks, lists on one line."""
-
-
-_Dumper.add_representer(
-    list, lambda d, value: d.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-)
 
 
 def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:

@@ -1,0 +1,331 @@
+"""Every message of the configuration report, and the files in configs/."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3_mtp.config import Config, ConfigError, ModelConfig, StepWeight, load_config
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "v3_tiny.yaml"
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def problems(*sets: str, path: Path = TINY) -> list[str]:
+    """The lines of the report, without the first and without indentation."""
+    with pytest.raises(ConfigError) as error:
+        load_config(path, sets)
+    first, *lines = str(error.value).splitlines()
+    assert first == f"{path}: {len(lines)} problem" + "s" * (len(lines) != 1)
+    return [line.removeprefix("  ") for line in lines]
+
+
+MISTAKES = [
+    # unknown keys: a near miss, a key of another section, a section, nothing like it
+    (
+        "mtp.num_nextn_predict_layer=1",
+        "mtp.num_nextn_predict_layer: unknown key; did you mean 'mtp.num_nextn_predict_layers'?",
+    ),
+    ("mtp.lr=1", "mtp.lr: unknown key; did you mean 'optim.lr'?"),
+    ("lr=1", "lr: unknown key; did you mean 'optim.lr'?"),
+    ("optm.lr=1", "optm: unknown key; did you mean 'optim'?"),
+    ("zzz=1", "zzz: unknown key"),
+    (
+        "optim.schedule.warm_up=0",
+        "optim.schedule.warm_up: unknown key; did you mean 'optim.schedule.warmup'?",
+    ),
+    # types
+    ("train.batch_size=many", "train.batch_size: must be an integer (got 'many')"),
+    ("train.batch_size=1.5", "train.batch_size: must be an integer (got 1.5)"),
+    ("train.batch_size=null", "train.batch_size: must be an integer (got null)"),
+    ("train.batch_size=true", "train.batch_size: must be a number (got true)"),
+    ("optim.lr=fast", "optim.lr: must be a number (got 'fast')"),
+    ("optim.lr=.inf", "optim.lr: must be finite (got inf)"),
+    ("mtp.embed=maybe", "mtp.embed: must be true or false (got 'maybe')"),
+    ("run.name=3", "run.name: must be text; put it in quotes (got 3)"),
+    ("run=3", "run: must be a mapping (got 3)"),
+    ("optim.betas=0.9", "optim.betas: must be a list (got 0.9)"),
+    ("optim.betas=[0.9]", "optim.betas[1]: missing; it has no default"),
+    ("deepspeed=[]", "deepspeed: must be a mapping (got [])"),
+    # bounds
+    ("train.micro_batch_size=0", "train.micro_batch_size: must be >= 1 (got 0)"),
+    ("optim.lr=0", "optim.lr: must be > 0 (got 0)"),
+    ("optim.betas=[0.9, 1]", "optim.betas[1]: must be < 1 (got 1)"),
+    ("train.bias_update_until=1.1", "train.bias_update_until: must be <= 1 (got 1.1)"),
+    ("run.seed=-1", "run.seed: must be >= 0 (got -1)"),
+    ("eval.batches=0", "eval.batches: must be >= 1 (got 0)"),
+    ("checkpoint.keep=0", "checkpoint.keep: must be >= 1 (got 0)"),
+    # enumerations
+    (
+        "mtp.mode=sequental",
+        "mtp.mode: must be one of none, sequential, parallel, parallel_linear (got 'sequental'); "
+        "did you mean 'sequential'?",
+    ),
+    (
+        "train.dtype=float16",
+        "train.dtype: must be one of float32, bfloat16 (got 'float16'); did you mean 'bfloat16'?",
+    ),
+    ("parallel.zero_stage=3", "parallel.zero_stage: must be one of 0, 1 (got 3)"),
+    # missing
+    ("log.wandb={}", "log.wandb.project: missing; it has no default"),
+    ("data.train=[{path: a}]", "data.train[0].weight: missing; it has no default"),
+    # MTP loss weights
+    ("mtp.loss_weight=-0.1", "mtp.loss_weight: must be >= 0 (got -0.1)"),
+    ("mtp.loss_weight=.nan", "mtp.loss_weight: must be finite (got nan)"),
+    (
+        "mtp.loss_weight={type: stp}",
+        "mtp.loss_weight: type must be one of constant, step, linear, cosine, warmup, piecewise (got 'stp'); "
+        "did you mean 'step'?",
+    ),
+    ("mtp.loss_weight={value: 1}", "mtp.loss_weight: must be a mapping with a 'type' (got {'value': 1})"),
+    (
+        "mtp.loss_weight={type: step, values: [1], at: [0.5]}",
+        "mtp.loss_weight.values: must hold one number more than 'at' (got 1 and 1)",
+    ),
+    (
+        "mtp.loss_weight={type: step, values: [1, 2, 3], at: [0.5, 0.4]}",
+        "mtp.loss_weight.at: must increase (got [0.5, 0.4])",
+    ),
+    (
+        "mtp.loss_weight={type: linear, start: 1, end: 0, begin: 0.5, until: 0.5}",
+        "mtp.loss_weight.until: must be > 'begin' = 0.5 (got 0.5)",
+    ),
+    (
+        "mtp.loss_weight={type: piecewise, points: [[0.5, 1], [0.5, 2]]}",
+        "mtp.loss_weight.points: must be in order of progress, none twice (got [0.5, 0.5])",
+    ),
+    # rules between keys
+    ("run.name=a/b", "run.name: must be a plain folder name; put folders into run.dir (got 'a/b')"),
+    ("model.n_routed_experts=18", "model.n_routed_experts: must be a multiple of model.n_group = 4 (got 18)"),
+    ("model.topk_group=5", "model.topk_group: must be <= model.n_group = 4 (got 5)"),
+    (
+        "model.num_experts_per_tok=9",
+        "model.num_experts_per_tok: must be <= 8, the experts in 2 groups (model.topk_group) (got 9)",
+    ),
+    (
+        "model={<<: *x}",
+        "--set model={<<: *x}: the value is invalid YAML: found undefined alias 'x'",
+    ),
+    (
+        "model.first_k_dense_replace=5",
+        "model.first_k_dense_replace: must be <= model.num_hidden_layers = 4 (got 5)",
+    ),
+    (
+        "model.qk_rope_head_dim=15",
+        "model.qk_rope_head_dim: must be even, rotary embedding turns pairs (got 15)",
+    ),
+    ("data.seq_len=512", "data.seq_len: must be <= model.max_position_embeddings = 256 (got 512)"),
+    (
+        "data.train=[{path: a, weight: 1}]",
+        "data.build: needs one folder in data.train, not a list; set null (got 'pystdlib')",
+    ),
+    ("train.batch_size=24", "train.batch_size: must be a multiple of train.micro_batch_size = 16 (got 24)"),
+    (
+        "train.total_tokens=4095",
+        "train.total_tokens: must be >= one step, train.batch_size * data.seq_len = 4096 (got 4095)",
+    ),
+    (
+        "train.batch_size_ramp={start: 32, until: 0.1}",
+        "train.batch_size_ramp.start: must be <= train.batch_size = 16 (got 32)",
+    ),
+    (
+        "train.batch_size_ramp={start: 8, until: 0.1}",
+        "train.batch_size_ramp.start: must be a multiple of train.micro_batch_size = 16 (got 8)",
+    ),
+    ("optim.schedule.warmup=0.7", "optim.schedule.decay_start: must be >= warmup = 0.7 (got 0.6757)"),
+    ("mtp.depth_weights=[1, 2]", "mtp.depth_weights: must hold num_nextn_predict_layers = 1 numbers (got 2)"),
+    (
+        "mtp.num_nextn_predict_layers=0",
+        "mtp.num_nextn_predict_layers: must be >= 1 with mode sequential (got 0); "
+        "mtp.mode=none turns the heads off",
+    ),
+    # DeepSpeed
+    ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: set train.batch_size instead"),
+    (
+        "deepspeed.zero_optimization.stage=2",
+        "deepspeed.zero_optimization.stage: set parallel.zero_stage instead",
+    ),
+    (
+        "deepspeed.zero_optimizatoin={}",
+        "deepspeed.zero_optimizatoin: unknown to DeepSpeed 0.19.8; "
+        "did you mean 'deepspeed.zero_optimization'?",
+    ),
+    # overrides that are none
+    ("mtp.mode", "--set mtp.mode: must be KEY=VALUE, for example --set mtp.mode=parallel"),
+    ("=3", "--set =3: must be KEY=VALUE, for example --set mtp.mode=parallel"),
+    ("mtp.mode.x=1", "--set mtp.mode.x=1: mtp.mode is 'sequential', not a mapping; set mtp.mode as a whole"),
+]
+
+
+@pytest.mark.parametrize(("override", "line"), MISTAKES, ids=[override for override, _ in MISTAKES])
+def test_a_mistake_has_one_line_that_says_what_to_do(override, line):
+    assert problems(override) == [line]
+
+
+def test_a_group_of_one_expert_has_no_second_score():
+    sets = ["model.n_group=16", "model.topk_group=4"]
+    assert problems(*sets) == [
+        "model.n_group: must be <= 8 or 1, a group is scored by its top 2 experts (got 16)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "override", "default"),
+    [
+        ("parallel", "trunk_hidden=pre_norm", "'post_norm'"),
+        ("parallel", "chain=trunk", "'hidden'"),
+        ("parallel_linear", "embed=false", "true"),
+        ("parallel_linear", "share_weights=true", "false"),
+        ("none", "chain=trunk", "'hidden'"),
+        ("none", "depth_weights=[2.0]", "null"),
+        ("none", "curriculum=forward", "'none'"),
+        ("none", "detach=all", "'none'"),
+    ],
+)
+def test_a_setting_without_effect_is_an_error(mode, override, default):
+    (line,) = problems(f"mtp.mode={mode}", f"mtp.{override}")
+    key = override.partition("=")[0]
+    assert line.startswith(f"mtp.{key}: has no effect with mode {mode}; remove it or set {default} (got ")
+
+
+def test_all_problems_come_at_once_even_between_sections_that_parsed():
+    lines = problems("mtp.num_nextn_predict_layer=1", "train.micro_batch_size=0", "data.seq_len=512", "oops")
+    assert lines == [
+        "--set oops: must be KEY=VALUE, for example --set mtp.mode=parallel",
+        "mtp.num_nextn_predict_layer: unknown key; did you mean 'mtp.num_nextn_predict_layers'?",
+        "train.micro_batch_size: must be >= 1 (got 0)",
+        "data.seq_len: must be <= model.max_position_embeddings = 256 (got 512)",
+    ]
+
+
+def test_missing_sections_and_keys_are_listed(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text(
+        "data: {train: a, seq_len: 8}\ntrain: {total_tokens: 64, batch_size: 8, micro_batch_size: 8}\n"
+    )
+    assert problems(path=path) == [
+        "model: missing; it has no default",
+        "data.val: missing; it has no default",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("run:\n  name: a: b\n", "line 2, column 10: invalid YAML: mapping values are not allowed here"),
+        ("- 1\n", "file: must hold a mapping of sections (got [1])"),
+        ("", "file: must hold a mapping of sections (got null)"),
+    ],
+)
+def test_text_that_is_no_configuration(tmp_path, text, line):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert problems(path=path) == [line]
+
+
+def test_a_key_given_twice_is_reported_with_its_lines(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text(TINY.read_text() + "log: {every: 1}\n")
+    lines = path.read_text().splitlines()
+    first, last = lines.index("log:") + 1, len(lines)
+    assert problems(path=path) == [f"log: given twice, on lines {first} and {last}; keep one"]
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert problems(path=tmp_path / "none.yaml") == ["file: cannot be read: No such file or directory"]
+    assert problems(path=tmp_path) == ["file: cannot be read: Is a directory"]
+
+
+def test_overrides_are_yaml_values_applied_in_order():
+    config = load_config(
+        TINY, ["optim.lr=3e-4", "mtp.loss_weight=1e-1", "train.total_tokens=3e6", "run.name=a=b"]
+    )
+    assert (config.optim.lr, config.mtp.loss_weight.value, config.train.total_tokens) == (
+        3e-4,
+        0.1,
+        3_000_000,
+    )
+    assert config.run.name == "a=b"
+    assert load_config(TINY, ["run.seed=1", "run.seed=2"]).run.seed == 2
+    mixture = load_config(TINY, ["data.build=null", "data.train=[{path: a, weight: 2}]"]).data.train
+    assert [(entry.path, entry.weight) for entry in mixture] == [("a", 2.0)]
+
+
+def test_an_override_creates_sections_on_its_way():
+    sets = ["model.rope_scaling.type=yarn", "model.rope_scaling.factor=40"]
+    sets += [
+        "model.rope_scaling.original_max_position_embeddings=64",
+        "deepspeed.zero_optimization.overlap_comm=true",
+    ]
+    config = load_config(TINY, sets)
+    assert config.model.rope_scaling.factor == 40
+    assert config.deepspeed == {"zero_optimization": {"overlap_comm": True}}
+
+
+def test_mode_none_turns_the_file_into_its_baseline():
+    config = load_config(TINY, ["mtp.mode=none"])
+    assert (config.mtp.depths, config.mtp.num_nextn_predict_layers) == (0, 1)
+    assert load_config(TINY).mtp.depths == 1
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        [],
+        ["mtp.loss_weight=0.1"],
+        ["mtp.loss_weight={type: piecewise, points: [[0, 0], [0.5, 0.3]]}", "optim.lr=1e-6"],
+        [
+            "data.build=null",
+            "data.train=[{path: a, weight: 1}, {path: b, weight: 0.5}]",
+            "log.wandb.project=x",
+        ],
+        ["deepspeed={zero_optimization: {reduce_bucket_size: 5e8}}", "run.name='1e5'"],
+    ],
+)
+def test_to_yaml_reads_back_equal(tmp_path, sets):
+    config = load_config(TINY, sets)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+    assert Config.model_validate(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_parses_and_is_its_own_document(path):
+    config = load_config(path)
+    assert config.run.name == path.stem
+    assert f"configs/{path.name}" in path.read_text().splitlines()[0]
+    assert set(config.to_dict()) == set(Config.model_fields)
+
+
+@pytest.mark.parametrize("name", ["v3_tiny", "v3_small", "v3_671b"])
+def test_recipe_is_v3s_as_fractions_of_the_run(name):
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    schedule, weight, total = config.optim.schedule, config.mtp.loss_weight, 14.8
+    assert isinstance(weight, StepWeight) and weight.values == (0.3, 0.1)
+    assert weight.at[0] == schedule.decay_start == pytest.approx(10 / total, abs=5e-5)
+    assert schedule.decay_end == config.train.bias_update_until == pytest.approx(14.3 / total, abs=5e-5)
+    assert schedule.final_start == pytest.approx(14.633 / total, abs=5e-5)
+    assert (schedule.decay_ratio, schedule.final_ratio) == (0.1, pytest.approx(7.3e-6 / 2.2e-4, abs=5e-5))
+    assert (config.optim.betas, config.optim.weight_decay, config.optim.grad_clip) == ((0.9, 0.95), 0.1, 1.0)
+    assert (config.train.bias_update_speed, config.train.balance_loss_weight) == (0.001, 0.0001)
+    assert config.model.initializer_range == 0.006
+
+
+def test_a_model_built_by_hand_is_checked_the_same():
+    values = load_config(TINY).to_dict()["model"]
+    assert ModelConfig(**values) == load_config(TINY).model
+    with pytest.raises(ValueError, match=r"topk_group: must be <= model.n_group = 4 \(got 5\)"):
+        ModelConfig(**values | {"topk_group": 5})
+
+
+def test_sections_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(TINY).train.batch_size = 3
+
+
+def test_importing_the_configuration_does_not_import_torch():
+    code = "import sys, dsv3_mtp.config, dsv3_mtp.schedules; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
