@@ -48,6 +48,7 @@ MISTAKES = [
     ("run=3", "run: must be a mapping (got 3)"),
     ("optim.betas=0.9", "optim.betas: must be a list (got 0.9)"),
     ("optim.betas=[0.9]", "optim.betas[1]: missing; it has no default"),
+    ("optim.betas=[0.9, 0.95, 0.99]", "optim.betas: must hold 2 values (got [0.9, 0.95, 0.99])"),
     ("deepspeed=[]", "deepspeed: must be a mapping (got [])"),
     # bounds
     ("train.micro_batch_size=0", "train.micro_batch_size: must be >= 1 (got 0)"),
@@ -215,6 +216,7 @@ def test_missing_sections_and_keys_are_listed(tmp_path):
     ("text", "line"),
     [
         ("run:\n  name: a: b\n", "line 2, column 10: invalid YAML: mapping values are not allowed here"),
+        ("run: &run {<<: *run}\n", "file: invalid YAML: an anchor contains itself"),
         ("- 1\n", "file: must hold a mapping of sections (got [1])"),
         ("", "file: must hold a mapping of sections (got null)"),
     ],

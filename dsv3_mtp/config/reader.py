@@ -81,9 +81,12 @@ def read_tree(path: str | Path, sets: Iterable[str] = ()) -> tuple[dict[str, Any
 
 
 def _parse(text: str) -> tuple[Any, list[Problem]]:
-    node = yaml.compose(text, Loader=_Loader)
-    problems = list(_duplicates(node, "")) if node is not None else []
-    return yaml.load(text, Loader=_Loader), problems
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        problems = list(_duplicates(node, "")) if node is not None else []
+        return yaml.load(text, Loader=_Loader), problems
+    except RecursionError:
+        raise yaml.YAMLError("an anchor contains itself") from None
 
 
 def _duplicates(node: yaml.Node, path: str) -> Iterator[Problem]:
@@ -181,6 +184,8 @@ def _describe(item: Any) -> str:
         return f"type {_not_among(context['expected_tags'], context['tag'])}"
     if kind == "union_tag_not_found":
         return f"must be a mapping with a 'type' {got}"
+    if kind == "too_long":
+        return f"must hold {context['max_length']} values {got}"
     if kind == "value_error":
         return f"{context['error']} {got}"
     family = kind.split("_")[0]
