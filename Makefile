@@ -15,7 +15,8 @@ CONSTRAINT := -c constraints-cpu.txt
 export DS_ACCELERATOR ?= cpu
 endif
 
-# The stamp names the content that was installed: a changed pyproject.toml or constraint installs again.
+# The stamp's name holds what was installed, and it has no prerequisites: only changed content installs again, not the
+# newer dates of a fresh clone.
 KEY := $(shell cat pyproject.toml constraints-cpu.txt | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(KEY)
 # The deepspeed launcher starts plain `python`, which has to be the one in $(VENV). This checkout comes first on the
@@ -32,9 +33,9 @@ help:  ## this list
 
 install: $(STAMP)  ## create the virtual environment $(VENV) and install the project into it
 
-$(STAMP): pyproject.toml constraints-cpu.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "dsv3_mtp needs Python >= 3.11, but $(PYTHON) is $$($(PYTHON) -V 2>&1); try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "dsv3_mtp needs Python >= 3.11; $(PYTHON) is older or missing. Try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 	  exit 1; }
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
