@@ -45,6 +45,7 @@ MISTAKES = [
     ("optim.lr=.inf", "optim.lr: must be finite (got inf)"),
     ("mtp.embed=maybe", "mtp.embed: must be true or false (got 'maybe')"),
     ("run.name=3", "run.name: must be text; put it in quotes (got 3)"),
+    ("run.name=''", "run.name: must not be empty"),
     ("run=3", "run: must be a mapping (got 3)"),
     ("optim.betas=0.9", "optim.betas: must be a list (got 0.9)"),
     ("optim.betas=[0.9]", "optim.betas[1]: missing; it has no default"),

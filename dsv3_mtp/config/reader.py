@@ -108,7 +108,7 @@ def _yaml_problem(error: yaml.YAMLError) -> Problem:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}", f"invalid YAML: {error.problem}"
-    return "file", f"invalid YAML: {error}"
+    return "file", f"invalid YAML: {' '.join(str(error).split())}"
 
 
 def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
@@ -184,6 +184,8 @@ def _describe(item: Any) -> str:
         return f"type {_not_among(context['expected_tags'], context['tag'])}"
     if kind == "union_tag_not_found":
         return f"must be a mapping with a 'type' {got}"
+    if kind == "string_too_short":
+        return "must not be empty"
     if kind == "too_long":
         return f"must hold {context['max_length']} values {got}"
     if kind == "value_error":
