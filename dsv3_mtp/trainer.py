@@ -86,8 +86,7 @@ class Trainer:
             stopping = warned = False
             while self.tokens < total and not stopping:
                 record, stopping = self.optimizer_step()
-                eta = self.clock.eta(total - self.tokens)
-                self.display.advance(step=self.step, tokens=self.tokens, eta_s=eta)
+                self.display.advance(step=self.step, tokens=self.tokens, eta_s=self.eta())
                 done = self.tokens >= total
                 if self.step % config.log.every == 0 or self.step == 1 or done or stopping:
                     self.report(record)
@@ -102,11 +101,13 @@ class Trainer:
     def optimizer_step(self) -> tuple[dict[str, Any], bool]:
         """One step on the next global batch: its metrics, and whether some rank was asked to stop."""
         config, world, depths = self.config, self.world, self.config.mtp.depths
-        lr = schedules.learning_rate(config.optim, self.progress)
-        loss_weights = schedules.depth_loss_weights(config.mtp, self.progress)
-        bias_speed = schedules.bias_update_speed(config.train, self.progress)
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
         batch_size = schedules.batch_size(config.train, self.progress, micro * world.size)
+        tokens_after = self.tokens + batch_size * config.data.seq_len
+        # The warm-up's first step moves: its learning rate is that of the progress it reaches. All else: progress so far.
+        lr = schedules.learning_rate(config.optim, min(tokens_after / config.train.total_tokens, 1.0))
+        loss_weights = schedules.depth_loss_weights(config.mtp, self.progress)
+        bias_speed = schedules.bias_update_speed(config.train, self.progress)
 
         pieces = self.sampler.next_batch(batch_size, rank=world.rank, world_size=world.size, micro_batch_size=micro)
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
@@ -142,7 +143,7 @@ class Trainer:
         record |= {"optim/lr": lr, "moe/bias_update_speed": bias_speed, "train/batch_size": batch_size}
         record |= self.load_metrics(load)
         self.step += 1
-        self.tokens += batch_size * config.data.seq_len
+        self.tokens = tokens_after
         return record, stopping > 0
 
     def load_metrics(self, load: torch.Tensor) -> dict[str, float]:
@@ -172,13 +173,16 @@ class Trainer:
         record = self.stamp() | record | {"perf/tokens_per_s": speed}
         if utilisation is not None:
             record["perf/mfu"] = utilisation
-        self.display.train(record, eta_s=self.clock.eta(self.config.train.total_tokens - self.tokens))
+        self.display.train(record, eta_s=self.eta())
         self.write(record)
 
     def validate(self) -> None:
         record = self.stamp() | evaluate(self.engine, self.val, self.config)
         self.display.validation(record)
         self.write(record)
+
+    def eta(self) -> float | None:
+        return self.clock.eta(max(self.config.train.total_tokens - self.tokens, 0))
 
     def stamp(self) -> dict[str, Any]:
         return {"step": self.step, "tokens": self.tokens, "progress": self.progress, "time_s": self.clock.seconds}
@@ -236,20 +240,18 @@ class Trainer:
 
 def open_data(config: Config, world: World) -> tuple[Sampler, Source]:
     """The training sampler and the validation source; rank 0 first builds the embedded corpus where it is missing."""
-    train = config.data.train_entries
-    if config.data.build == "pystdlib":
-        if world.is_main:
-            for path in dict.fromkeys([*(entry.path for entry in train), config.data.val]):
-                if not Path(path).exists():
-                    print(f"{path}: missing, building it from the standard library of this Python", flush=True)
-                    build_corpus(path, vocab_size=config.model.vocab_size)
+    data = config.data
+    if data.build == "pystdlib":
+        if world.is_main and not Path(data.train).exists():
+            print(f"{data.train}: missing, building it from the standard library of this Python", flush=True)
+            build_corpus(data.train, vocab_size=config.model.vocab_size)
         dist.barrier()
-    sources = [open_source(entry.path, "train") for entry in train]
-    val = open_source(config.data.val, "val")
+    sources = [open_source(entry.path, "train") for entry in data.entries]
+    val = open_source(data.val, "val")
     for source in [*sources, val]:
         check_vocab(source, config.model.vocab_size)
-    lookahead, weights = 1 + config.mtp.depths, [entry.weight for entry in train]
-    sampler = Sampler(sources, weights, seq_len=config.data.seq_len, lookahead=lookahead, seed=config.run.seed)
+    lookahead, weights = 1 + config.mtp.depths, [entry.weight for entry in data.entries]
+    sampler = Sampler(sources, weights, seq_len=data.seq_len, lookahead=lookahead, seed=config.run.seed)
     return sampler, val
 
 

@@ -1,7 +1,4 @@
-"""Start and stop of one training process under `deepspeed`, `torchrun` or plain `python`.
-
-Importing this module imports DeepSpeed with its CPU traps disarmed; nothing else in the package may import it first.
-"""
+"""Start and stop of one training process under `deepspeed`, `torchrun` or plain `python`."""
 
 import atexit
 import contextlib
@@ -9,24 +6,13 @@ import os
 import signal
 import socket
 import sys
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
+import deepspeed
 import psutil
 import torch
 import torch.distributed
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")  # DeepSpeed's calls, not ours
-
-import deepspeed  # noqa: E402
-import deepspeed.ops  # noqa: E402
-
-if os.environ["DS_ACCELERATOR"] == "cpu":
-    # An inference-only all-reduce that every CPU start would compile for 45 s, or hang on for ever after a killed build.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
 
 @dataclass(frozen=True)
 class World:

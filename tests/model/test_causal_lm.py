@@ -72,9 +72,9 @@ def test_no_leak_from_future_tokens(build, variant):
         moved = ((model.logits(changed) - base).abs() > 1e-9).any(-1)[:, 0]  # (1+D, T)
         for depth in range(4):
             horizon = depth if reads_ahead else 0
-            first = max(position - horizon, 0)
-            assert not moved[depth, :first].any(), (depth, position)
-            if first < T:
+            first = position - horizon  # the slot whose farthest input is this token
+            assert not moved[depth, : max(first, 0)].any(), (depth, position)
+            if 0 <= first < T:
                 assert moved[depth, first], (depth, position)
 
 
