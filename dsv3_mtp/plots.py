@@ -78,7 +78,7 @@ def plot_schedules(config: Config, out: Path) -> None:
     axes[1].set_title("MTP loss weights")
     if config.mtp.depths:
         total = [mtp_loss_weight(config.mtp.loss_weight, p) for p in progress]
-        axes[1].plot(tokens, total, color=GREY, linestyle="--", label="lambda")
+        axes[1].plot(tokens, total, color="#d0d0d0", linewidth=1.6 + 2.6 * config.mtp.depths, label="lambda")
         weights = np.array([depth_loss_weights(config.mtp, p) for p in progress])  # (points, D)
         for depth, column in enumerate(weights.T, start=1):
             width = 1.6 + 2.6 * (config.mtp.depths - depth)  # equal weights stay visible under one another
@@ -89,6 +89,7 @@ def plot_schedules(config: Config, out: Path) -> None:
     axes[3].set_title("batch size (sequences)")
     micro = config.train.micro_batch_size
     axes[3].plot(tokens, [batch_size(config.train, p, multiple=micro) for p in progress], color="#cc79a7")
+    axes[3].yaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in axes:
         ax.set_ylim(bottom=0.0)
         _token_axis(ax, config.train.total_tokens)
