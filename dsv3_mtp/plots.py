@@ -78,7 +78,7 @@ def plot_schedules(config: Config, out: Path) -> None:
     axes[1].set_title("MTP loss weights")
     if config.mtp.depths:
         total = [mtp_loss_weight(config.mtp.loss_weight, p) for p in progress]
-        axes[1].plot(tokens, total, color="#d0d0d0", linewidth=1.6 + 2.6 * config.mtp.depths, label="lambda")
+        axes[1].plot(tokens, total, color="#c8c8c8", linewidth=5.0, label="lambda")
         weights = np.array([depth_loss_weights(config.mtp, p) for p in progress])  # (points, D)
         for depth, column in enumerate(weights.T, start=1):
             width = 1.6 + 2.6 * (config.mtp.depths - depth)  # equal weights stay visible under one another
