@@ -1,8 +1,9 @@
 """Text to token shards for training. Interrupted, the same command goes on where it stopped.
 
-python tools/prepare_data.py --out data/pystdlib-2048 --corpus pystdlib --vocab-size 2048
-python tools/prepare_data.py --out data/web --input 'web/*.jsonl.zst' --tokenizer tokenizer.json
-python tools/prepare_data.py --verify data/web
+Examples:
+    python tools/prepare_data.py --out data/pystdlib-2048 --corpus pystdlib --vocab-size 2048
+    python tools/prepare_data.py --out data/web --input 'web/*.jsonl.zst' --tokenizer tokenizer.json
+    python tools/prepare_data.py --verify data/web
 """
 
 import argparse

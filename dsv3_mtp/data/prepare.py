@@ -265,8 +265,8 @@ def _finish(
     documents = {split: summary["documents"] for split, summary in splits.items()}
     if documents["train"] == 0 or (documents["val"] == 0 and arguments.val_fraction > 0):
         raise ValueError(
-            f"{state['documents']} documents ({state['empty']} empty) gave {documents['train']} for train and "
-            f"{documents['val']} for val; give more text, or another --val-fraction (0: no val split)"
+            f"{state['documents']} documents ({state['empty']} empty) gave {documents['train']} for train "
+            f"and {documents['val']} for val; give more text, or another --val-fraction (0: no val)"
         )
     index = {
         "format": FORMAT,

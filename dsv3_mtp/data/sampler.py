@@ -87,7 +87,7 @@ class Sampler:
         self.counts = [int(count) for count in state["counts"]]
 
     def _pick(self) -> tuple[int, int]:
-        """(source, index within it) of the next sample: the source that lags its share most ."""
+        """(source, index within it) of the next sample: the source that lags its share most."""
         self.samples += 1
         lag = [weight * self.samples - count for weight, count in zip(self.weights, self.counts, strict=True)]
         source = lag.index(max(lag))

@@ -4,6 +4,7 @@ Nothing is vendored, so the text differs between Python versions; `manifest_hash
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,11 +45,8 @@ def stdlib_inputs(root: Path | None = None) -> StdlibInputs:
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     texts, manifest = [], []
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        name = path.relative_to(root).as_posix()
-        if _excluded(name) or not path.is_file():
-            continue
-        content = path.read_bytes()
+    for name in _source_files(root):
+        content = (root / name).read_bytes()
         if len(content) < MIN_FILE_BYTES:
             continue
         split = path_split(name)
@@ -74,7 +72,13 @@ def path_split(path: str) -> str:
     return "val" if int(hashlib.sha256(path.encode()).hexdigest(), 16) % 1000 < VAL_PER_MILLE else "train"
 
 
-def _excluded(name: str) -> bool:
-    *folders, file = name.split("/")
-    excluded = any(folder in EXCLUDED_FOLDERS or folder.startswith("config-") for folder in folders)
-    return excluded or file.startswith("_sysconfigdata")
+def _source_files(root: Path) -> list[str]:
+    """Paths of the .py files below `root` that belong to the corpus, relative to it, sorted."""
+    found = []
+    for folder, folders, files in os.walk(root):  # walks into what is left in `folders`
+        folders[:] = [f for f in folders if f not in EXCLUDED_FOLDERS and not f.startswith("config-")]
+        for file in files:
+            path = Path(folder, file)
+            if file.endswith(".py") and not file.startswith("_sysconfigdata") and path.is_file():
+                found.append(path.relative_to(root).as_posix())
+    return sorted(found)
