@@ -44,8 +44,16 @@ def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: 
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         sizes = {path.name: path.stat().st_size for path in files}
-        complete = {"step": step, "world_size": engine.world.size, "zero_stage": _stage(engine), "files": sizes}
-        for path, text in ((folder / COMPLETE, json.dumps(complete, indent=1)), (root / "latest", folder.name)):
+        complete = {
+            "step": step,
+            "world_size": engine.world.size,
+            "zero_stage": _stage(engine),
+            "files": sizes,
+        }
+        for path, text in (
+            (folder / COMPLETE, json.dumps(complete, indent=1)),
+            (root / "latest", folder.name),
+        ):
             with replacing(path) as temporary:
                 temporary.write_text(text)
         for old in sorted(_folders(root), key=_step_of)[:-keep]:
@@ -73,9 +81,13 @@ def load(engine: Engine, folder: Path) -> None:
     """
     made = json.loads((folder / COMPLETE).read_text())
     here = {"world_size": engine.world.size, "zero_stage": _stage(engine)}
-    different = [f"{key} {made[key]}, this run has {value}" for key, value in here.items() if made[key] != value]
+    different = [
+        f"{key} {made[key]}, this run has {value}" for key, value in here.items() if made[key] != value
+    ]
     if different:
-        raise ValueError(f"{folder}: written with {'; '.join(different)}: resume with the same layout, or use a new run.name")
+        raise ValueError(
+            f"{folder}: written with {'; '.join(different)}: resume with the same layout, or use a new run.name"
+        )
     path, _ = engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if path is None:
         raise ValueError(f"{folder}: DeepSpeed could not load it")
@@ -105,7 +117,12 @@ def _stage(engine: Engine) -> int:
 
 def _rng_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": np.random.get_state(), "python": random.getstate()}
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

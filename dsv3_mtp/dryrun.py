@@ -24,7 +24,11 @@ def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
     ds_config = deepspeed_config(config, world_size, str(folder))
     with torch.device("meta"):
         size = model_size(DeepseekV3MTP(config.model, config.mtp), config.data.seq_len)
-    rows = {**size_rows(config, size), **memory_rows(config, size, world_size), **cost_rows(config, size, world_size)}
+    rows = {
+        **size_rows(config, size),
+        **memory_rows(config, size, world_size),
+        **cost_rows(config, size, world_size),
+    }
     width = max(map(len, rows))
     parts = [
         "# resolved config\n" + config.to_yaml().rstrip(),

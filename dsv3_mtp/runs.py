@@ -1,6 +1,6 @@
 """The run folder: what it holds besides metrics and checkpoints, and what may change between two starts of a run.
 
-    runs/NAME/  config.yaml  ds_config.json  manifest.json  metrics.jsonl  curves.png  tb/  checkpoints/
+runs/NAME/  config.yaml  ds_config.json  manifest.json  metrics.jsonl  curves.png  tb/  checkpoints/
 """
 
 import importlib.metadata
@@ -33,7 +33,12 @@ def run_folder(config: Config) -> Path:
 
 
 def write_run_folder(
-    config: Config, ds_config: dict[str, Any], *, world_size: int, command: list[str], sources: dict[str, Source]
+    config: Config,
+    ds_config: dict[str, Any],
+    *,
+    world_size: int,
+    command: list[str],
+    sources: dict[str, Source],
 ) -> None:
     """config.yaml (resolved), ds_config.json, and one more entry in manifest.json for this start."""
     folder = run_folder(config)
@@ -66,7 +71,12 @@ def describe_start(*, world_size: int, command: list[str], sources: dict[str, So
         "threads": torch.get_num_threads(),
         "world_size": world_size,
         "data": {
-            role: {"path": s.path, "manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents}
+            role: {
+                "path": s.path,
+                "manifest_hash": s.manifest_hash,
+                "tokens": s.tokens,
+                "documents": s.documents,
+            }
             for role, s in sources.items()
         },
     }
@@ -113,7 +123,12 @@ def _git(*arguments: str) -> str | None:
     """Output of git in the source checkout, None outside one."""
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

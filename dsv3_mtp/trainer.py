@@ -23,7 +23,9 @@ from dsv3_mtp.parallel.launch import StopRequest, World, start
 from dsv3_mtp.plots import plot_run
 from dsv3_mtp.runs import changed_settings, run_folder, write_run_folder
 
-LEAK_RATIO = 0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
+LEAK_RATIO = (
+    0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
+)
 
 
 class NonFiniteError(RuntimeError):
@@ -61,7 +63,9 @@ class Trainer:
         if self.world.is_main:
             self.log = MetricsLog(self.folder / "metrics.jsonl")
             self.log.truncate_after(self.step if latest else -1)
-            sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {"val": self.val}
+            sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {
+                "val": self.val
+            }
             write_run_folder(config, ds_config, world_size=self.world.size, command=command, sources=sources)
 
     @property
@@ -109,7 +113,9 @@ class Trainer:
         loss_weights = schedules.depth_loss_weights(config.mtp, self.progress)
         bias_speed = schedules.bias_update_speed(config.train, self.progress)
 
-        pieces = self.sampler.next_batch(batch_size, rank=world.rank, world_size=world.size, micro_batch_size=micro)
+        pieces = self.sampler.next_batch(
+            batch_size, rank=world.rank, world_size=world.size, micro_batch_size=micro
+        )
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
         # Valid targets of the whole step over all ranks, per rank: DeepSpeed averages gradients over the ranks.
         counts = torch.stack([count_targets(tokens, documents, depths) for tokens, documents in batch]).sum(0)
@@ -185,7 +191,12 @@ class Trainer:
         return self.clock.eta(max(self.config.train.total_tokens - self.tokens, 0))
 
     def stamp(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, "progress": self.progress, "time_s": self.clock.seconds}
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "progress": self.progress,
+            "time_s": self.clock.seconds,
+        }
 
     def write(self, record: dict[str, Any]) -> None:
         if self.world.is_main:
@@ -197,7 +208,9 @@ class Trainer:
         low = {k: v for k, v in record.items() if k.startswith("train/mtp_loss/") and v < LEAK_RATIO * main}
         if not low or self.progress < self.config.optim.schedule.warmup:
             return False
-        self.display.say(f"WARNING step {self.step}: {low} below {LEAK_RATIO} x main loss {main:.3f}: is a target leaking?")
+        self.display.say(
+            f"WARNING step {self.step}: {low} below {LEAK_RATIO} x main loss {main:.3f}: is a target leaking?"
+        )
         return True
 
     def save(self) -> None:
@@ -219,11 +232,17 @@ class Trainer:
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
         if self.world.is_main:
-            plot_run(read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png", title=self.config.run.name)
+            plot_run(
+                read_metrics(self.folder / "metrics.jsonl"),
+                self.folder / "curves.png",
+                title=self.config.run.name,
+            )
         if self.progress < 1:
             end = f"stopped at step {self.step} by {self.stop.reason or 'another rank'}; the same command continues"
         else:
-            end = f"finished: {self.step} steps, {self.tokens:,} tokens, {self.clock.seconds:.0f} s of training"
+            end = (
+                f"finished: {self.step} steps, {self.tokens:,} tokens, {self.clock.seconds:.0f} s of training"
+            )
         self.display.say(f"{end}\nresults: {self.folder} (curves.png, metrics.jsonl, checkpoints/)")
         return self.folder
 
@@ -264,7 +283,9 @@ def find_checkpoint(config: Config, world: World) -> Path | None:
     found = [checkpoint.newest(run_folder(config) / "checkpoints") if world.is_main else None]
     dist.broadcast_object_list(found)
     if found[0] is not None and config.checkpoint.resume == "never":
-        raise ValueError(f"checkpoint.resume: never, but {found[0]} exists: choose another run.name or delete the folder")
+        raise ValueError(
+            f"checkpoint.resume: never, but {found[0]} exists: choose another run.name or delete the folder"
+        )
     return found[0]
 
 
@@ -273,4 +294,6 @@ def check_monitors(config: Config) -> None:
     wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb is not None}
     missing = [name for name, wants in wanted.items() if wants and importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError("\n".join(f"log.{name}: the package is not installed; pip install {name}" for name in missing))
+        raise ValueError(
+            "\n".join(f"log.{name}: the package is not installed; pip install {name}" for name in missing)
+        )

@@ -42,7 +42,7 @@ TINY_CONFIG: dict[str, dict[str, Any]] = {
     "mtp": {"mode": "sequential", "num_nextn_predict_layers": 1},
     "data": {"train": "data/tiny", "val": "data/tiny", "build": None, "seq_len": 16},
     "optim": {"lr": 3.0e-3},
-    "train": {"total_tokens": 4096, "batch_size": 4, "micro_batch_size": 4},
+    "train": {"total_tokens": 4096, "batch_size": 4, "micro_batch_size": 4, "threads": 1},
     "checkpoint": {"every": 4, "keep": 2},
     "eval": {"every": 4, "batches": 2},
     "log": {"every": 1, "tensorboard": False},

@@ -21,7 +21,9 @@ class MTPOutput:
     nll_sum: Tensor  # (1+D,) summed cross-entropy of each depth, depth 0 = main
     targets: Tensor  # (1+D,) number of valid targets of each depth
     correct: Tensor  # (1+D,) top1: teacher-forced argmax equals the label
-    agreed: Tensor  # (D,) agreement: argmax of depths 1..k all equal the main model's own argmax for that token
+    agreed: (
+        Tensor  # (D,) agreement: argmax of depths 1..k all equal the main model's own argmax for that token
+    )
     compared: Tensor  # (D,) slots in which that comparison exists
     balance: Tensor  # scalar: sum over sequences and routers of sum_i f_i P_i
     load: Tensor  # (routers, E) tokens per expert, trunk routers first
@@ -30,11 +32,15 @@ class MTPOutput:
 class LMHead(nn.Linear):
     """Output head. The loss is computed inside its own forward, so that ZeRO-3 finds the weight gathered."""
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, row_weight: Tensor | None = None, detach=False):
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, row_weight: Tensor | None = None, detach=False
+    ):
         """hidden (..., C) -> logits (..., V); with targets (M,) and row_weight (M,) -> loss, nll, prediction."""
         if targets is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden, self.weight.detach() if detach else self.weight, targets, row_weight)
+        return linear_cross_entropy(
+            hidden, self.weight.detach() if detach else self.weight, targets, row_weight
+        )
 
 
 class Trunk(nn.Module):
@@ -46,7 +52,9 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> tuple[TrunkStates, list[RouterStats]]:
+    def forward(
+        self, x: Tensor, angles: Tensor, mask: Tensor | None
+    ) -> tuple[TrunkStates, list[RouterStats]]:
         """x: (B, T, C) embeddings."""
         stats, last_input = [], x
         for layer in self.layers:
@@ -102,7 +110,9 @@ class DeepseekV3MTP(nn.Module):
             loss_weights = (1.0 / max(self.depths, 1),) * self.depths
         valid = valid_targets(tokens, documents, self.depths)  # (1+D, B, T)
         hiddens, stats = self.hidden_states(tokens, documents)
-        targets = torch.stack([tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)])  # (1+D, B, T)
+        targets = torch.stack(
+            [tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)]
+        )  # (1+D, B, T)
         scale = normalizer.new_tensor((1.0, *loss_weights)) / normalizer[:-1].clamp(min=1)  # (1+D,)
         row_weight = scale[:, None, None] * valid  # (1+D, B, T)
         loss, nll, prediction = self._head_losses(hiddens, targets, row_weight)
@@ -119,13 +129,17 @@ class DeepseekV3MTP(nn.Module):
             load=torch.stack([routed.load for routed in stats]) if stats else nll.new_zeros((0, 1)),
         )
 
-    def hidden_states(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[list[Tensor], list[RouterStats]]:
+    def hidden_states(
+        self, tokens: Tensor, documents: Tensor | None = None
+    ) -> tuple[list[Tensor], list[RouterStats]]:
         """tokens (B, T+1+D) -> normed hidden states of depth 0..D, each (B, T, C), and the stats of every router."""
         depths = self.depths
         length = tokens.shape[1] - 1 - depths
         angles = rotary_angles(self.config, torch.arange(length, device=tokens.device))  # (2, T, P/2)
         mask = None if documents is None else document_mask(documents[:, :length])
-        embedded = self.model.embed_tokens(tokens[:, : length + depths])  # (B, T+D, C), each token looked up once
+        embedded = self.model.embed_tokens(
+            tokens[:, : length + depths]
+        )  # (B, T+D, C), each token looked up once
         trunk, stats = self.model(embedded[:, :length], angles, mask)
         if not depths:
             return [trunk.post_norm], stats
@@ -145,9 +159,13 @@ class DeepseekV3MTP(nn.Module):
 
     def head(self, depth: int) -> LMHead:
         """The output head of a depth: one shared head, except in `parallel_linear`."""
-        return self.mtp.heads[depth - 1] if depth and self.mtp_config.mode == "parallel_linear" else self.lm_head
+        return (
+            self.mtp.heads[depth - 1] if depth and self.mtp_config.mode == "parallel_linear" else self.lm_head
+        )
 
-    def _head_losses(self, hiddens: list[Tensor], targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _head_losses(
+        self, hiddens: list[Tensor], targets: Tensor, row_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One fused call per distinct head weight: the main head and the depths that share it are concatenated."""
         if self.mtp_config.mode == "parallel_linear" or self.mtp_config.detach == "all":
             groups = [slice(k, k + 1) for k in range(len(hiddens))]
@@ -157,7 +175,9 @@ class DeepseekV3MTP(nn.Module):
         for group in groups:
             rows = torch.cat([hidden.flatten(0, 1) for hidden in hiddens[group]])  # (M, C)
             detach = group.start > 0 and self.mtp_config.mode != "parallel_linear"
-            part, *rest = self.head(group.start)(rows, targets[group].flatten(), row_weight[group].flatten(), detach)
+            part, *rest = self.head(group.start)(
+                rows, targets[group].flatten(), row_weight[group].flatten(), detach
+            )
             loss = loss + part
             nll.append(rest[0])
             prediction.append(rest[1])
@@ -195,7 +215,9 @@ def valid_targets(tokens: Tensor, documents: Tensor | None, depths: int) -> Tens
     length = tokens.shape[1] - 1 - depths
     if documents is None:
         return torch.ones(1 + depths, tokens.shape[0], length, dtype=torch.bool, device=tokens.device)
-    return torch.stack([documents[:, k + 1 : k + 1 + length] == documents[:, :length] for k in range(1 + depths)])
+    return torch.stack(
+        [documents[:, k + 1 : k + 1 + length] == documents[:, :length] for k in range(1 + depths)]
+    )
 
 
 def count_targets(tokens: Tensor, documents: Tensor | None, depths: int) -> Tensor:

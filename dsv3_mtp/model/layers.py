@@ -50,7 +50,9 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
     magnitude = 1.0
     if scaling is not None:
         frequency = _yarn_frequency(frequency, config)
-        magnitude = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+        magnitude = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(
+            scaling.factor, scaling.mscale_all_dim
+        )
     angle = positions[..., None].float() * frequency
     return torch.stack([angle.cos(), angle.sin()]) * magnitude
 
@@ -59,7 +61,9 @@ def _yarn_frequency(frequency: Tensor, config: ModelConfig) -> Tensor:
     """YaRN (arXiv 2309.00071; V3 section 4.3): slow pairs are interpolated by `factor`, fast ones kept, a ramp between."""
     scaling, dim = config.rope_scaling, config.qk_rope_head_dim
 
-    def pair_with(rotations: float) -> float:  # index of the pair that turns `rotations` times in the original context
+    def pair_with(
+        rotations: float,
+    ) -> float:  # index of the pair that turns `rotations` times in the original context
         turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(config.rope_theta))
 

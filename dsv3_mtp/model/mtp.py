@@ -72,7 +72,9 @@ class SequentialMTP(nn.Module):
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__()
         self.mtp = mtp
-        self.layers = nn.ModuleList(MTPModule(config, mtp) for _ in range(1 if mtp.share_weights else mtp.depths))
+        self.layers = nn.ModuleList(
+            MTPModule(config, mtp) for _ in range(1 if mtp.share_weights else mtp.depths)
+        )
 
     def module_of(self, depth: int) -> MTPModule:
         return self.layers[min(depth, len(self.layers)) - 1]
@@ -88,7 +90,9 @@ class SequentialMTP(nn.Module):
             outputs.append(module.shared_head(out))
             hidden = outputs[-1] if normed else out
             stats.append(routed)
-        if self.mtp.share_weights and stats[0] is not None:  # one router: its D forwards count once in the balance loss
+        if (
+            self.mtp.share_weights and stats[0] is not None
+        ):  # one router: its D forwards count once in the balance loss
             total = sum(stats[1:], start=stats[0])
             stats = [RouterStats(total.load, total.balance / len(embeddings))]
         return outputs, stats
@@ -123,7 +127,9 @@ class ParallelLinearMTP(nn.Module):
 
     def __init__(self, config: ModelConfig, mtp: MTPConfig, head: type[nn.Linear]):
         super().__init__()
-        self.heads = nn.ModuleList(head(config.hidden_size, config.vocab_size, bias=False) for _ in range(mtp.depths))
+        self.heads = nn.ModuleList(
+            head(config.hidden_size, config.vocab_size, bias=False) for _ in range(mtp.depths)
+        )
 
     def forward(self, trunk: TrunkStates, embeddings: list[Tensor], angles: Tensor, mask: Tensor | None):
         return [trunk.post_norm] * len(self.heads), []

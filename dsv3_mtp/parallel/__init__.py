@@ -8,8 +8,12 @@ import warnings
 
 import torch
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns of its guess
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")  # DeepSpeed's calls, not ours
+os.environ.setdefault(
+    "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
+)  # else it warns of its guess
+warnings.filterwarnings(
+    "ignore", category=FutureWarning, module=r"torch\.distributed.*"
+)  # DeepSpeed's calls, not ours
 
 import deepspeed.ops  # noqa: E402
 

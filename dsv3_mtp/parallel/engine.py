@@ -38,7 +38,9 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
     }
     if log.wandb is not None:
         wandb = {"project": log.wandb.project, "team": log.wandb.entity, "group": log.wandb.group}
-        generated["wandb"] = {"enabled": True} | {key: value for key, value in wandb.items() if value is not None}
+        generated["wandb"] = {"enabled": True} | {
+            key: value for key, value in wandb.items() if value is not None
+        }
     return _merge(generated, config.deepspeed)
 
 
@@ -53,8 +55,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 class Engine:
     """A thin hold on `deepspeed.initialize`: what the trainer needs, and no more."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, ds_config: dict, world: World):
-        with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, ds_config: dict, world: World
+    ):
+        with contextlib.redirect_stdout(
+            None
+        ):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
             )

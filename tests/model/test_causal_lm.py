@@ -174,7 +174,9 @@ def test_the_trunk_starts_the_same_whatever_the_heads(build, make_tiny_config):
 
 
 def test_init_is_normal_with_the_configured_range_and_norms_are_one(make_tiny_config):
-    config = make_tiny_config({"model.initializer_range": 0.006, "model.hidden_size": 64, "model.vocab_size": 512})
+    config = make_tiny_config(
+        {"model.initializer_range": 0.006, "model.hidden_size": 64, "model.vocab_size": 512}
+    )
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
     for name, parameter in model.named_parameters():
@@ -194,12 +196,16 @@ def test_detach_stops_exactly_the_gradients_it_names(build, mode, detach):
     model(tokens, loss_weights=(1.0, 1.0)).loss.backward()
     before(tokens, loss_weights=(0.0, 0.0)).loss.backward()
     trunk_moved = not torch.allclose(
-        model.model.layers[0].mlp.up_proj.weight.grad, before.model.layers[0].mlp.up_proj.weight.grad, atol=1e-9
+        model.model.layers[0].mlp.up_proj.weight.grad,
+        before.model.layers[0].mlp.up_proj.weight.grad,
+        atol=1e-9,
     )
     head_moved = not torch.allclose(model.lm_head.weight.grad, before.lm_head.weight.grad, atol=1e-9)
     assert trunk_moved == (detach == "none")
     assert head_moved == (detach != "all" and mode != "parallel_linear")
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.mtp.named_parameters() if p.ndim == 2)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.mtp.named_parameters() if p.ndim == 2
+    )
 
 
 def test_the_chain_carries_gradient_from_depth_two_to_module_one(build):
@@ -224,7 +230,8 @@ def test_parallel_heads_read_the_input_of_the_trunks_last_layer(build):
     model = build(2, **{"mtp.mode": "parallel"})
     head = model.mtp.layers[0]
     head.load_state_dict(
-        model.model.layers[-1].state_dict() | {"shared_head.norm.weight": model.model.norm.weight}, strict=True
+        model.model.layers[-1].state_dict() | {"shared_head.norm.weight": model.model.norm.weight},
+        strict=True,
     )
     logits = model.logits(tokens_for(model))
     assert torch.equal(logits[1], logits[0])  # with the last layer's weights, head 2 is head 1

@@ -1,0 +1,101 @@
+"""Real training processes for tests: forked from this one, which has imported torch and DeepSpeed already."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  the imports below are for the forked processes:
+import matplotlib.pyplot  # noqa: F401  each would otherwise load these for seconds
+import numpy as np
+import torch._dynamo  # noqa: F401
+
+import dsv3_mtp.trainer  # noqa: F401
+from dsv3_mtp.data.megatron import write_index
+
+
+def run_ranks(
+    function: Callable[..., Any], *args: Any, world_size: int = 1, log: Path, timeout: float = 120
+) -> list[int]:
+    """Calls function(*args) in `world_size` processes that form one process group; returns their exit codes.
+
+    Output and tracebacks go to log.rank{r}. As a launcher does, the first failure ends the others (exit code -9).
+    """
+    from dsv3_mtp.parallel.launch import free_port
+
+    port, context = free_port(), multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=_child, args=(function, args, rank, world_size, port, f"{log}.rank{rank}"))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + timeout
+    while any(process.exitcode is None for process in ranks):
+        failed = any(process.exitcode not in (None, 0) for process in ranks)
+        if failed or time.monotonic() > deadline:
+            time.sleep(0.5 if failed else 0)
+            for process in ranks:
+                process.kill()
+        time.sleep(0.05)
+    return [process.exitcode for process in ranks]  # type: ignore[misc]
+
+
+def _child(
+    function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str
+) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = 0
+    try:
+        function(*args)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def markov_chain(states: int = 32, *, seed: int = 0, sharpness: float = 2.0) -> np.ndarray:
+    """(states, states) transition probabilities of a random order-1 chain."""
+    logits = sharpness * np.random.default_rng(seed).standard_normal((states, states))
+    weights = np.exp(logits)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def markov_tokens(chain: np.ndarray, length: int, *, seed: int) -> np.ndarray:
+    """A walk of `length` tokens through the chain."""
+    draws = np.random.default_rng(seed).random(length)
+    cumulative, walk = chain.cumsum(1), np.empty(length, np.uint16)
+    state = 0
+    for i in range(length):
+        state = min(int(np.searchsorted(cumulative[state], draws[i])), len(chain) - 1)
+        walk[i] = state
+    return walk
+
+
+def write_markov(prefix: Path, *, tokens: int, documents: int, states: int = 64, seed: int = 1) -> str:
+    """A Megatron pair PREFIX.bin/.idx with a Markov walk cut into documents of random lengths."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    walk = markov_tokens(markov_chain(states), tokens, seed=seed)
+    cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, tokens), documents - 1, replace=False))
+    walk.tofile(f"{prefix}.bin")
+    write_index(Path(f"{prefix}.idx"), walk.dtype, np.diff([0, *cuts, tokens]))
+    return str(prefix)

@@ -1,0 +1,366 @@
+"""The whole training step and run, in real processes: ranks agree, resume is bitwise, kills are survived."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_mtp import checkpoint, schedules
+from dsv3_mtp.config import Config
+from dsv3_mtp.metrics import read_metrics
+from dsv3_mtp.trainer import NonFiniteError, Trainer
+from tests.ranks import run_ranks, write_markov
+
+pytestmark = pytest.mark.dist
+STEPS = 20
+
+
+@pytest.fixture
+def make_run(tmp_path, make_tiny_config):
+    """A function from overrides to the config of a 20-step run on Markov data in tmp_path."""
+    data = write_markov(tmp_path / "data" / "markov", tokens=3000, documents=40)
+
+    def make(name="run", **overrides) -> Config:
+        base = {
+            "run.name": name,
+            "run.dir": str(tmp_path / "runs"),
+            "data.train": data,
+            "data.val": data,
+            "train.dtype": "float32",
+            "train.total_tokens": STEPS * 8 * 16,
+            "train.batch_size": 8,
+            "train.micro_batch_size": 4,
+            "checkpoint.every": 5,
+            "eval.every": 10,
+        }
+        return make_tiny_config(base | {key.replace("__", "."): value for key, value in overrides.items()})
+
+    return make
+
+
+def folder_of(config: Config) -> Path:
+    return Path(config.run.dir) / config.run.name
+
+
+def train(config: Config, *, world_size: int = 1, function=None, args=(), expect=0) -> list[dict]:
+    """Runs to the end; returns the metrics."""
+    log = Path(config.run.dir).parent / f"{config.run.name}.log"
+    codes = run_ranks(function or run, config, *args, world_size=world_size, log=log)
+    text = "".join(path.read_text() for path in sorted(log.parent.glob(f"{log.name}.rank*")))
+    assert expect is None or codes == [expect] * world_size, f"exit codes {codes}\n{text}"
+    metrics = folder_of(config) / "metrics.jsonl"
+    return read_metrics(metrics) if metrics.exists() else []
+
+
+def run(config: Config) -> None:
+    Trainer(config, command=["test"]).run()
+
+
+def run_until(config: Config, step: int) -> None:
+    """Gets SIGTERM while it works on `step`, as from a scheduler."""
+    trainer = Trainer(config, command=["test"])
+    original = trainer.sampler.next_batch
+
+    def next_batch(*args, **kwargs):
+        if trainer.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    trainer.sampler.next_batch = next_batch
+    trainer.run()
+
+
+def timeless(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if k != "time_s" and not k.startswith("perf/")} for r in records]
+
+
+def weights_of(config: Config) -> dict[str, torch.Tensor]:
+    folder = checkpoint.newest(folder_of(config) / "checkpoints")
+    return torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+
+
+def assert_same_weights(a: Config, b: Config, **tolerance) -> None:
+    first, second = weights_of(a), weights_of(b)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        if tolerance:
+            torch.testing.assert_close(value, second[key], msg=lambda m, key=key: f"{key}: {m}", **tolerance)
+        else:
+            assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (1, 1), (2, 1)])
+def test_resume_after_sigterm_equals_an_uninterrupted_run_bitwise(make_run, world_size, zero_stage):
+    settings = {"parallel__zero_stage": zero_stage, "mtp__num_nextn_predict_layers": 2}
+    whole, parts = make_run("whole", **settings), make_run("parts", **settings)
+    expected = train(whole, world_size=world_size)
+    train(parts, world_size=world_size, function=run_until, args=(12,))
+    assert checkpoint.newest(folder_of(parts) / "checkpoints").name == "global_step12"
+    got = train(parts, world_size=world_size)
+    # the interrupted run logged its last step before stopping; log.every is 1, so no line differs
+    assert timeless(got) == timeless(expected)
+    assert_same_weights(whole, parts)
+    starts = json.loads((folder_of(parts) / "manifest.json").read_text())["starts"]
+    assert len(starts) == 2 and starts[0]["data"] == starts[1]["data"]
+
+
+def test_a_finished_run_trains_no_further(make_run):
+    config = make_run()
+    first = train(config)
+    assert train(config) == first
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_kill_9_of_a_rank_while_it_saves_leaves_a_loadable_latest(make_run, victim):
+    whole, parts = make_run("whole"), make_run("parts")
+    train(whole, world_size=2)
+    train(parts, world_size=2, function=killed_in_save, args=(victim, 10), expect=None)
+    root = folder_of(parts) / "checkpoints"
+    assert (root / "global_step10").exists()  # begun
+    assert checkpoint.newest(root).name == "global_step5" == (root / "latest").read_text()
+    got = train(parts, world_size=2)
+    assert timeless(got) == timeless(read_metrics(folder_of(whole) / "metrics.jsonl"))
+    assert_same_weights(whole, parts)
+
+
+def killed_in_save(config: Config, victim: int, step: int) -> None:
+    original = torch.save
+
+    def save(obj, file, *args, **kwargs):
+        if (
+            f"global_step{step}" in str(file)
+            and "optim_states" in str(file)
+            and os.environ["RANK"] == str(victim)
+        ):
+            Path(file).write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(obj, file, *args, **kwargs)
+
+    torch.save = save
+    run(config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel__zero_stage": 0},
+        {"parallel__zero_stage": 1, "mtp__num_nextn_predict_layers": 2, "data__mask_documents": True},
+        {"mtp__mode": "none"},
+        {"mtp__mode": "parallel", "mtp__num_nextn_predict_layers": 2},
+    ],
+    ids=["zero0", "zero1-D2-masked", "none", "parallel-D2"],
+)
+def test_two_ranks_equal_one_rank_on_the_same_global_batch(make_run, settings):
+    one, two = make_run("one", **settings), make_run("two", **settings)
+    for a, b in zip(timeless(train(one)), timeless(train(two, world_size=2)), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            # argmax and routing counts may flip on a tie of the last bit; everything else is float32 rounding
+            tolerance = (
+                5e-3
+                if key.startswith(("moe/", "train/top1", "train/agreement", "val/top1", "val/agree"))
+                else 2e-5
+            )
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (a["step"], key)
+    assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
+
+
+def test_gradient_accumulation_equals_the_whole_batch_with_uneven_valid_counts(make_run):
+    settings = {"data__mask_documents": True, "mtp__num_nextn_predict_layers": 2}
+    whole = make_run("whole", train__micro_batch_size=8, **settings)
+    parts = make_run("parts", train__micro_batch_size=1, **settings)
+    for a, b in zip(timeless(train(whole)), timeless(train(parts)), strict=True):
+        for key in ("train/loss", "optim/grad_norm", "train/mtp_loss/2"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=2e-5), (a["step"], key)
+    assert_same_weights(whole, parts, rtol=1e-4, atol=2e-5)
+
+
+def test_an_expert_with_tokens_on_one_rank_only_trains_as_on_one_rank(make_run):
+    one, two = make_run("one"), make_run("two")
+    expected = train(one, function=run_with_a_rare_expert)
+    got = train(two, world_size=2, function=run_with_a_rare_expert)
+    loads = [json.loads(Path(f"{folder_of(two)}.load{rank}").read_text()) for rank in (0, 1)]
+    assert any((a > 0) != (b > 0) for a, b in zip(*loads, strict=True)), (
+        "no step had the expert on one rank only"
+    )
+    for a, b in zip(expected, got, strict=True):
+        key = "train/loss" if "train/loss" in a else "val/main_loss"
+        assert a[key] == pytest.approx(b[key], rel=2e-5)
+    assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
+
+
+def run_with_a_rare_expert(config: Config) -> None:
+    trainer = Trainer(config, command=["test"])
+    loads: list[float] = []
+    bias = trainer.model.gates()[0].e_score_correction_bias
+    trainer.model.update_router_bias = lambda load, speed: None
+    bias[3] = -0.1  # chosen rarely
+    forward = trainer.engine.engine.forward
+
+    def counted(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        loads.append(out.load[0, 3].item())
+        return out
+
+    trainer.engine.engine.forward = counted
+    trainer.run()
+    Path(f"{folder_of(config)}.load{os.environ['RANK']}").write_text(json.dumps(loads))
+
+
+def test_the_batch_size_ramp_trains_on_the_batches_it_reports(make_run):
+    config = make_run(train__batch_size_ramp={"start": 4, "until": 0.5})
+    records = [r for r in train(config) if "train/loss" in r]
+    sizes = [r["train/batch_size"] for r in records]
+    assert sizes[0] == 4 and sizes[-1] == 8 and sizes == sorted(sizes)
+    assert [r["tokens"] for r in records] == [16 * sum(sizes[: i + 1]) for i in range(len(sizes))]
+    assert len(sizes) == schedules.total_steps(config.train, 16, 4)
+    # the same optimizer steps by hand: plain torch on the same batches
+    expected = plain_training(config, sizes)
+    got = [(r["train/loss"], r["optim/grad_norm"]) for r in records]
+    for (loss, norm), (want_loss, want_norm) in zip(got, expected, strict=True):
+        assert loss == pytest.approx(want_loss, rel=2e-5) and norm == pytest.approx(want_norm, rel=2e-4)
+
+
+def plain_training(config: Config, sizes: list[int]) -> list[tuple[float, float]]:
+    """The run without DeepSpeed, micro-batches or our optimizer set-up: (loss, gradient norm) of each step."""
+    from dsv3_mtp.data.sampler import Sampler, open_source
+    from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+
+    model = DeepseekV3MTP(config.model, config.mtp)
+    model.init_weights(config.run.seed)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": config.optim.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
+    sampler = Sampler(
+        [open_source(config.data.train, "train")], seq_len=16, lookahead=2, seed=config.run.seed
+    )
+    tokens, results = 0, []
+    for size in sizes:
+        progress = tokens / config.train.total_tokens
+        tokens += size * 16
+        batch = torch.from_numpy(sampler.next_batch(size)[0][0])
+        for group in optimizer.param_groups:
+            group["lr"] = schedules.learning_rate(config.optim, min(tokens / config.train.total_tokens, 1.0))
+        out = model(
+            batch,
+            loss_weights=schedules.depth_loss_weights(config.mtp, progress),
+            balance_loss_weight=config.train.balance_loss_weight,
+        )
+        optimizer.zero_grad()
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        optimizer.step()
+        model.update_router_bias(out.load, schedules.bias_update_speed(config.train, progress))
+        results.append((out.loss.item(), norm.item()))
+    return results
+
+
+def test_logged_values_recombine_and_lambda_is_the_schedules_at_every_step(make_run):
+    config = make_run(
+        mtp__num_nextn_predict_layers=2, mtp__loss_weight={"type": "step", "values": [0.3, 0.1], "at": [0.5]}
+    )
+    records = [r for r in train(config) if "train/loss" in r]
+    assert [r["train/mtp_weight"] for r in records] == [0.3] * 10 + [0.1] * 10
+    for r in records:
+        mtp = (r["train/mtp_loss/1"] + r["train/mtp_loss/2"]) / 2
+        total = r["train/main_loss"] + r["train/mtp_weight"] * mtp + r["train/balance_loss"]
+        assert r["train/loss"] == pytest.approx(total, rel=1e-6)
+
+
+def test_training_lowers_the_loss_and_moves_every_router(make_run):
+    config = make_run(optim__lr=0.01)
+    records = train(config)
+    main = [r["train/main_loss"] for r in records if "train/main_loss" in r]
+    assert main[-1] < main[0] - 0.3
+    biases = {k: v for k, v in weights_of(config).items() if k.endswith("e_score_correction_bias")}
+    assert len(biases) == 3 and any(k.startswith("mtp.") for k in biases)
+    assert all(bias.abs().sum() > 0 and bias.dtype == torch.float32 for bias in biases.values())
+    files = {path.name for path in folder_of(config).iterdir()}
+    assert files == {
+        "config.yaml",
+        "ds_config.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "curves.png",
+        "checkpoints",
+    }
+    kept = {path.name for path in (folder_of(config) / "checkpoints").glob("global_step*")}
+    assert kept == {"global_step15", "global_step20"}
+
+
+def test_bfloat16_trains_close_to_float32_and_keeps_router_biases_float32(make_run):
+    low = make_run("low", train__dtype="bfloat16", optim__lr=0.01)
+    high = make_run("high", optim__lr=0.01)
+    low_loss, high_loss = (
+        [r["train/main_loss"] for r in train(config) if "train/main_loss" in r][-1] for config in (low, high)
+    )
+    assert low_loss == pytest.approx(high_loss, rel=0.02)
+    bias = weights_of(low)["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype == torch.float32 and bias.abs().sum() > 0
+
+
+def poisoned(config: Config, what: str) -> None:
+    trainer = Trainer(config, command=["test"])
+    backward = trainer.engine.backward
+
+    def poison(loss, *, last):
+        if trainer.step == 7 and what == "gradient":
+            trainer.model.lm_head.weight.register_hook(lambda grad: grad * float("nan"))
+        if trainer.step == 7 and what == "loss":
+            trainer.model.lm_head.weight.data.fill_(float("inf"))
+        backward(loss, last=last)
+
+    trainer.engine.backward = poison
+    try:
+        trainer.run()
+    except NonFiniteError as error:
+        Path(f"{folder_of(config)}.error").write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("what", "metric", "step"), [("loss", "train/loss", 8), ("gradient", "optim/grad_norm", 8)]
+)
+def test_a_non_finite_value_stops_with_the_step_the_metric_and_the_last_good_checkpoint(
+    make_run, what, metric, step
+):
+    config = make_run(f"bad_{what}", train__micro_batch_size=4)
+    train(config, function=poisoned, args=(what,))
+    message = Path(f"{folder_of(config)}.error").read_text()
+    assert message.startswith(f"step {step} ") and any(f"{metric} = {x}" in message for x in ("nan", "inf"))
+    assert "global_step5" in message
+    assert checkpoint.newest(folder_of(config) / "checkpoints").name == "global_step5"
+
+
+def refused(config: Config) -> None:
+    try:
+        Trainer(config, command=["test"])
+    except ValueError as error:
+        Path(f"{folder_of(config)}.error").write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model__hidden_size": 64}, "model.hidden_size: 32 -> 64"),
+        ({"mtp__num_nextn_predict_layers": 2}, "mtp.num_nextn_predict_layers: 1 -> 2"),
+        ({"checkpoint__resume": "never"}, "checkpoint.resume: never, but"),
+        ({"parallel__zero_stage": 0}, "zero_stage 1, this run has 0"),
+        ({"train__batch_size": 12, "train__micro_batch_size": 12}, None),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_by_name_and_harmless_changes_are_not(
+    make_run, change, message
+):
+    train(make_run(), function=run_until, args=(3,))
+    config = make_run(**change)
+    error = Path(f"{folder_of(config)}.error")
+    train(config, function=refused)
+    assert (message in error.read_text()) if message else not error.exists()
