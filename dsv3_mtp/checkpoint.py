@@ -1,10 +1,11 @@
 """Checkpoints that a kill at any moment cannot break.
 
-    checkpoints/global_step{N}/   DeepSpeed's files (model, router biases, optimizer), state.json, rng_rank{r}.pt, COMPLETE.json
     checkpoints/latest            name of the newest complete folder
+    checkpoints/global_step{N}/   DeepSpeed's files (model, router biases, optimizer), state.json, rng_rank{r}.pt,
+                                  and, last of all, COMPLETE.json
 
-A folder counts only when its COMPLETE.json exists and every file listed there has its size: DeepSpeed's own `latest` may
-name a folder that another rank was still writing. Files are flushed to disk before that.
+A folder counts only when its COMPLETE.json exists and every file listed there has its size: DeepSpeed's own `latest`
+may name a folder that another rank was still writing. Files are flushed to disk before that.
 """
 
 import json
@@ -26,7 +27,7 @@ COMPLETE = "COMPLETE.json"
 
 
 def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes `root/global_step{step}` on all ranks, then prunes to the newest `keep`. `state` is the same on all ranks."""
+    """Writes `root/global_step{step}` from all ranks, then prunes to the newest `keep`. `state` is rank 0's."""
     folder, main = root / f"global_step{step}", engine.world.is_main
     if is_complete(folder):
         return folder
@@ -81,9 +82,7 @@ def load(engine: Engine, folder: Path) -> None:
     """
     made = json.loads((folder / COMPLETE).read_text())
     here = {"world_size": engine.world.size, "zero_stage": _stage(engine)}
-    different = [
-        f"{key} {made[key]}, this run has {value}" for key, value in here.items() if made[key] != value
-    ]
+    different = [f"{key} {made[key]}, this run has {value}" for key, value in here.items() if made[key] != value]
     if different:
         raise ValueError(
             f"{folder}: written with {'; '.join(different)}: resume with the same layout, or use a new run.name"

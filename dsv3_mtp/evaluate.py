@@ -16,8 +16,8 @@ from dsv3_mtp.parallel.engine import Engine
 def evaluate(engine: Engine, source: Source, config: Config) -> dict[str, Any]:
     """Losses, top1 and agreement of every depth on `eval.batches` fixed micro-batches of the val split.
 
-    Returns `val/...` metrics, summed over ranks before dividing. `val/main_loss` is the validation loss (nats per token);
-    `val/bits_per_byte` is the same per byte of text, comparable between tokenizers.
+    Returns `val/...` metrics, summed over ranks before dividing. `val/main_loss` is the validation loss (nats per
+    token); `val/bits_per_byte` is the same per byte of text, comparable between tokenizers.
     """
     depths, micro = config.mtp.depths, config.train.micro_batch_size
     batches = sequential_windows(
@@ -35,9 +35,7 @@ def evaluate(engine: Engine, source: Source, config: Config) -> dict[str, Any]:
         out = engine.module(*to_device(tokens, documents, config=config, device=engine.world.device))
         sums += metric_sums(out)
     engine.module.train()
-    metrics = {
-        f"val/{name}": value for name, value in metric_means(engine.all_reduce(sums).tolist(), depths).items()
-    }
+    metrics = {f"val/{name}": value for name, value in metric_means(engine.all_reduce(sums).tolist(), depths).items()}
     if source.bytes is not None:
         metrics["val/bits_per_byte"] = metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes
     return metrics
@@ -51,9 +49,7 @@ def to_device(tokens, documents, *, config: Config, device: torch.device):
 
 def metric_sums(out: MTPOutput) -> torch.Tensor:
     """(3+5D,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D]: adds up over batches and ranks."""
-    return torch.cat(
-        [part.double() for part in (out.nll_sum, out.targets, out.correct, out.agreed, out.compared)]
-    )
+    return torch.cat([part.double() for part in (out.nll_sum, out.targets, out.correct, out.agreed, out.compared)])
 
 
 def metric_means(sums: list[float], depths: int) -> dict[str, float]:

@@ -6,9 +6,7 @@ Shapes: M rows (tokens of any number of heads), C hidden_size, V vocab.
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = (
-    2**24
-)  # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
+CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,9 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d logits = row_weight * (softmax - onehot)
-            logits.exp_().scatter_add_(
-                1, targets[chunk, None], logits.new_full((), -1.0).expand(logits.shape[0], 1)
-            )
+            logits.exp_().scatter_add_(1, targets[chunk, None], logits.new_full((), -1.0).expand(logits.shape[0], 1))
             grad_logits = logits.mul_(row_weight[chunk, None]).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])

@@ -92,9 +92,7 @@ def _encode(key: str, value: Any) -> Any:
         return str(float(value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(
-        f"metric {key}: {type(value).__name__} is not a number or string; convert it, e.g. with .item()"
-    )
+    raise TypeError(f"metric {key}: {type(value).__name__} is not a number or string; convert it, e.g. with .item()")
 
 
 def _decode(value: Any) -> Any:

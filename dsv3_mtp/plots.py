@@ -56,9 +56,7 @@ def plot_run(metrics: Sequence[Record], out: Path, *, title: str) -> None:
         _token_axis(ax, last)
     depths = [depth for _, depth in _depth_keys([*train, *val], "train/mtp_loss", "val/mtp_loss")]
     handles = [Line2D([], [], color=_color(0), label="main head")]
-    handles += [
-        Line2D([], [], color=_color(depth), label=f"MTP depth {depth}") for depth in sorted(set(depths))
-    ]
+    handles += [Line2D([], [], color=_color(depth), label=f"MTP depth {depth}") for depth in sorted(set(depths))]
     handles += [
         Line2D([], [], color=GREY, label="training"),
         Line2D([], [], color=GREY, linestyle="", marker="o", label="validation"),

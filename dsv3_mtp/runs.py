@@ -23,7 +23,14 @@ from dsv3_mtp.metrics import replacing
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
 
 # A checkpoint fits only these settings as they were; all others may change between starts and are reported.
-FIXED = ("model", "mtp.mode", "mtp.num_nextn_predict_layers", "mtp.trunk_hidden", "mtp.chain", "mtp.embed")
+FIXED: tuple[str, ...] = (
+    "model",
+    "mtp.mode",
+    "mtp.num_nextn_predict_layers",
+    "mtp.trunk_hidden",
+    "mtp.chain",
+    "mtp.embed",
+)
 FIXED += ("mtp.share_weights", "data.seq_len", "data.mask_documents", "train.dtype", "run.seed")
 FREE = ("run.dir", "log", "eval", "checkpoint", "deepspeed")  # no effect on what is learned: not worth a line
 

@@ -116,9 +116,7 @@ def total_steps(train: TrainConfig, seq_len: int, multiple: int = 1) -> int:
 
 def _checked(progress: float) -> float:
     if not -_ROUNDING <= progress <= 1 + _ROUNDING:  # also false for nan
-        raise ValueError(
-            f"progress must be within [0, 1], tokens consumed over train.total_tokens (got {progress})"
-        )
+        raise ValueError(f"progress must be within [0, 1], tokens consumed over train.total_tokens (got {progress})")
     return min(max(progress, 0.0), 1.0)
 
 

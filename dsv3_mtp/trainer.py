@@ -1,8 +1,8 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it (DESIGN: one training step)."""
 
 import importlib.util
+import io
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,7 @@ from dsv3_mtp.parallel.launch import StopRequest, World, start
 from dsv3_mtp.plots import plot_run
 from dsv3_mtp.runs import changed_settings, run_folder, write_run_folder
 
-LEAK_RATIO = (
-    0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
-)
+LEAK_RATIO = 0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
 
 
 class NonFiniteError(RuntimeError):
@@ -63,9 +61,7 @@ class Trainer:
         if self.world.is_main:
             self.log = MetricsLog(self.folder / "metrics.jsonl")
             self.log.truncate_after(self.step if latest else -1)
-            sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {
-                "val": self.val
-            }
+            sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {"val": self.val}
             write_run_folder(config, ds_config, world_size=self.world.size, command=command, sources=sources)
 
     @property
@@ -82,7 +78,7 @@ class Trainer:
         config, total = self.config, self.config.train.total_tokens
         rows = config.train.micro_batch_size * self.world.size
         steps = schedules.total_steps(config.train, config.data.seq_len, rows)
-        stream = None if self.world.is_main else open(os.devnull, "w")
+        stream = None if self.world.is_main else io.StringIO()
         with Progress(total, total_steps=steps, stream=stream) as self.display:
             for note in [self.headline(), *self.notes]:
                 self.display.say(note)
@@ -108,14 +104,12 @@ class Trainer:
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
         batch_size = schedules.batch_size(config.train, self.progress, micro * world.size)
         tokens_after = self.tokens + batch_size * config.data.seq_len
-        # The warm-up's first step moves: its learning rate is that of the progress it reaches. All else: progress so far.
+        # A step has the learning rate of the progress it reaches, or the first one would not move.
         lr = schedules.learning_rate(config.optim, min(tokens_after / config.train.total_tokens, 1.0))
         loss_weights = schedules.depth_loss_weights(config.mtp, self.progress)
         bias_speed = schedules.bias_update_speed(config.train, self.progress)
 
-        pieces = self.sampler.next_batch(
-            batch_size, rank=world.rank, world_size=world.size, micro_batch_size=micro
-        )
+        pieces = self.sampler.next_batch(batch_size, rank=world.rank, world_size=world.size, micro_batch_size=micro)
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
         # Valid targets of the whole step over all ranks, per rank: DeepSpeed averages gradients over the ranks.
         counts = torch.stack([count_targets(tokens, documents, depths) for tokens, documents in batch]).sum(0)
@@ -153,7 +147,7 @@ class Trainer:
         return record, stopping > 0
 
     def load_metrics(self, load: torch.Tensor) -> dict[str, float]:
-        """MaxVio = (max load - mean) / mean (arXiv 2408.15664): mean over the trunk's routers; each MTP router by itself."""
+        """MaxVio = (max load - mean) / mean (arXiv 2408.15664): mean over the trunk's routers, then each MTP router."""
         if not len(load):
             return {}
         violation = (load.amax(1) / load.mean(1) - 1).tolist()
@@ -240,9 +234,7 @@ class Trainer:
         if self.progress < 1:
             end = f"stopped at step {self.step} by {self.stop.reason or 'another rank'}; the same command continues"
         else:
-            end = (
-                f"finished: {self.step} steps, {self.tokens:,} tokens, {self.clock.seconds:.0f} s of training"
-            )
+            end = f"finished: {self.step} steps, {self.tokens:,} tokens, {self.clock.seconds:.0f} s of training"
         self.display.say(f"{end}\nresults: {self.folder} (curves.png, metrics.jsonl, checkpoints/)")
         return self.folder
 
@@ -260,7 +252,7 @@ class Trainer:
 def open_data(config: Config, world: World) -> tuple[Sampler, Source]:
     """The training sampler and the validation source; rank 0 first builds the embedded corpus where it is missing."""
     data = config.data
-    if data.build == "pystdlib":
+    if data.build == "pystdlib" and isinstance(data.train, str):
         if world.is_main and not Path(data.train).exists():
             print(f"{data.train}: missing, building it from the standard library of this Python", flush=True)
             build_corpus(data.train, vocab_size=config.model.vocab_size)
@@ -290,10 +282,8 @@ def find_checkpoint(config: Config, world: World) -> Path | None:
 
 
 def check_monitors(config: Config) -> None:
-    """On every rank, before any of them starts: a missing package would otherwise fail on rank 0 and hang the others."""
+    """A missing package would otherwise fail on rank 0 alone and leave the other ranks waiting."""
     wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb is not None}
     missing = [name for name, wants in wanted.items() if wants and importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
-            "\n".join(f"log.{name}: the package is not installed; pip install {name}" for name in missing)
-        )
+        raise ValueError("\n".join(f"log.{name}: the package is not installed; pip install {name}" for name in missing))

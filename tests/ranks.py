@@ -46,13 +46,11 @@ def run_ranks(
     return [process.exitcode for process in ranks]  # type: ignore[misc]
 
 
-def _child(
-    function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str
-) -> None:
+def _child(function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -140,8 +140,7 @@ MISTAKES = [
     ("mtp.depth_weights=[1, 2]", "mtp.depth_weights: must hold num_nextn_predict_layers = 1 numbers (got 2)"),
     (
         "mtp.num_nextn_predict_layers=0",
-        "mtp.num_nextn_predict_layers: must be >= 1 with mode sequential (got 0); "
-        "mtp.mode=none turns the heads off",
+        "mtp.num_nextn_predict_layers: must be >= 1 with mode sequential (got 0); mtp.mode=none turns the heads off",
     ),
     # DeepSpeed
     ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: set train.batch_size instead"),
@@ -151,8 +150,7 @@ MISTAKES = [
     ),
     (
         "deepspeed.zero_optimizatoin={}",
-        "deepspeed.zero_optimizatoin: unknown to DeepSpeed 0.19.8; "
-        "did you mean 'deepspeed.zero_optimization'?",
+        "deepspeed.zero_optimizatoin: unknown to DeepSpeed 0.19.8; did you mean 'deepspeed.zero_optimization'?",
     ),
     # overrides that are none
     ("mtp.mode", "--set mtp.mode: must be KEY=VALUE, for example --set mtp.mode=parallel"),
@@ -168,9 +166,7 @@ def test_a_mistake_has_one_line_that_says_what_to_do(override, line):
 
 def test_a_group_of_one_expert_has_no_second_score():
     sets = ["model.n_group=16", "model.topk_group=4"]
-    assert problems(*sets) == [
-        "model.n_group: must be <= 8 or 1, a group is scored by its top 2 experts (got 16)"
-    ]
+    assert problems(*sets) == ["model.n_group: must be <= 8 or 1, a group is scored by its top 2 experts (got 16)"]
 
 
 @pytest.mark.parametrize(
@@ -204,9 +200,7 @@ def test_all_problems_come_at_once_even_between_sections_that_parsed():
 
 def test_missing_sections_and_keys_are_listed(tmp_path):
     path = tmp_path / "short.yaml"
-    path.write_text(
-        "data: {train: a, seq_len: 8}\ntrain: {total_tokens: 64, batch_size: 8, micro_batch_size: 8}\n"
-    )
+    path.write_text("data: {train: a, seq_len: 8}\ntrain: {total_tokens: 64, batch_size: 8, micro_batch_size: 8}\n")
     assert problems(path=path) == [
         "model: missing; it has no default",
         "data.val: missing; it has no default",
@@ -242,9 +236,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_overrides_are_yaml_values_applied_in_order():
-    config = load_config(
-        TINY, ["optim.lr=3e-4", "mtp.loss_weight=1e-1", "train.total_tokens=3e6", "run.name=a=b"]
-    )
+    config = load_config(TINY, ["optim.lr=3e-4", "mtp.loss_weight=1e-1", "train.total_tokens=3e6", "run.name=a=b"])
     assert (config.optim.lr, config.mtp.loss_weight.value, config.train.total_tokens) == (
         3e-4,
         0.1,

@@ -90,9 +90,7 @@ def test_deepspeed_is_out_of_reach_of(part: str):
     edges: dict[str, set[str]] = {}
     for path in package_files():
         names = [name.split(".") for name, _ in imported_modules(path.read_text(), dotted(path))]
-        edges.setdefault(part_of(path), set()).update(
-            n[1] for n in names if n[0] == "dsv3_mtp" and len(n) > 1
-        )
+        edges.setdefault(part_of(path), set()).update(n[1] for n in names if n[0] == "dsv3_mtp" and len(n) > 1)
     reached, frontier = set(), [part]
     while frontier:
         here = frontier.pop()

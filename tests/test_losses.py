@@ -82,8 +82,6 @@ def test_the_logits_never_exist_as_a_whole(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 4 * 19)
     seen = []
     original = torch.Tensor.logsumexp
-    monkeypatch.setattr(
-        torch.Tensor, "logsumexp", lambda x, *a, **k: seen.append(x.shape) or original(x, *a, **k)
-    )
+    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, *a, **k: seen.append(x.shape) or original(x, *a, **k))
     linear_cross_entropy(*inputs(rows=37))
     assert len(seen) == 10 and max(shape[0] for shape in seen) == 4

@@ -147,9 +147,7 @@ def test_train_line():
 
 
 def test_train_line_has_every_depth_in_order_and_mfu_when_known():
-    depths = {f"train/mtp_loss/{k}": float(k) for k in (10, 2, 1)} | {
-        f"train/agreement/{k}": 0.5 for k in (1, 2)
-    }
+    depths = {f"train/mtp_loss/{k}": float(k) for k in (10, 2, 1)} | {f"train/agreement/{k}": 0.5 for k in (1, 2)}
     line = train_line({**TRAIN, **depths, "perf/mfu": 0.4123}, total_steps=1465, eta_s=None)
     assert "mtp 1.000 2.000 10.000 (w 0.300) agr 0.50 0.50 |" in line
     assert "tok/s mfu 41.2% | eta -" in line

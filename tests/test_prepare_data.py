@@ -62,9 +62,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_in_the_middle_the_same_command_goes_on_byte_identically(corpus, whole, tmp_path, sent, code):
     out, progress = tmp_path / "out", tmp_path / "out.partial/progress.json"
-    process = subprocess.Popen(
-        command(*arguments(corpus, out)), stderr=subprocess.PIPE, text=True, env=environment()
-    )
+    process = subprocess.Popen(command(*arguments(corpus, out)), stderr=subprocess.PIPE, text=True, env=environment())
     while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["record"]):
         time.sleep(0.002)
     process.send_signal(sent)
@@ -107,15 +105,11 @@ def test_verify_tells_right_from_damaged(whole: Path, tmp_path: Path):
         (b"", ["--vocab-size", "260"], "0 documents"),
     ],
 )
-def test_bad_input_is_a_message_and_exit_code_2(
-    tmp_path: Path, content: bytes, options: list[str], message: str
-):
+def test_bad_input_is_a_message_and_exit_code_2(tmp_path: Path, content: bytes, options: list[str], message: str):
     (tmp_path / "a.jsonl").write_bytes(content)
     failed = run("--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", *options)
     assert failed.returncode == 2
-    assert (
-        failed.stderr.startswith("error: ") and message in failed.stderr and "Traceback" not in failed.stderr
-    )
+    assert failed.stderr.startswith("error: ") and message in failed.stderr and "Traceback" not in failed.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -13,9 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 
 # Covered elsewhere: .ci/run is `make lint` and `make test`; tests train with the tool that `make train` runs.
-COVERED = re.compile(
-    r"make (help|install|corpus|train|test|lint|check)|git clone \S+|cd \S+|(\. |source )\S*activate"
-)
+COVERED = re.compile(r"make (help|install|corpus|train|test|lint|check)|git clone \S+|cd \S+|(\. |source )\S*activate")
 # A comment with one of these words says what a command needs that CI does not have.
 MARKED = re.compile(r"#.*\b(GPUs?|nodes?|Slurm)\b")
 LAUNCHERS = {"python", "python3", "deepspeed", "torchrun"}
@@ -52,9 +50,7 @@ def run_tool(tool: str, arguments: list[str]) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, tool, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, (
-        f"{shlex.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
-    )
+    assert done.returncode == 0, f"{shlex.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
@@ -67,9 +63,7 @@ def test_readme_has_commands():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_command_is_covered(command: str):
-    assert how_covered(command), (
-        f"{command!r}: neither run by this test, nor by CI, nor marked, e.g. with '# GPU'"
-    )
+    assert how_covered(command), f"{command!r}: neither run by this test, nor by CI, nor marked, e.g. with '# GPU'"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if how_covered(c) == "run"])
@@ -78,9 +72,7 @@ def test_readme_command_fits_the_tool(command: str, tmp_path: Path):
     described = run_tool(tool, ["--help"])
     for argument in arguments:
         if argument.startswith("--"):
-            assert re.search(rf"(?<![\w-]){re.escape(argument.partition('=')[0])}(?![\w-])", described), (
-                argument
-            )
+            assert re.search(rf"(?<![\w-]){re.escape(argument.partition('=')[0])}(?![\w-])", described), argument
         if argument.startswith("configs/"):
             assert (ROOT / argument).exists(), argument
     if "--dry-run" in described:

@@ -64,9 +64,7 @@ def test_an_empty_cosine_is_a_step():
     assert rates == pytest.approx([1.0, 0.316, 0.316, 0.1])
 
 
-@pytest.mark.parametrize(
-    "edge", [V3.optim.schedule.warmup, V3.optim.schedule.decay_start, V3.optim.schedule.decay_end]
-)
+@pytest.mark.parametrize("edge", [V3.optim.schedule.warmup, V3.optim.schedule.decay_start, V3.optim.schedule.decay_end])
 def test_learning_rate_is_continuous_up_to_the_last_stage(edge):
     before, after = (schedules.learning_rate(V3.optim, edge + side * 1e-9) for side in (-1, 1))
     assert before == pytest.approx(after, rel=1e-5)
@@ -121,9 +119,7 @@ def test_stages_of_a_curriculum_begin_exactly_on_their_token():
 
 
 def test_depth_loss_weights_are_lambda_over_d_times_w():
-    mtp = MTPConfig(
-        num_nextn_predict_layers=3, depth_weights=(3.0, 2.0, 1.0), curriculum="forward", loss_weight=0.3
-    )
+    mtp = MTPConfig(num_nextn_predict_layers=3, depth_weights=(3.0, 2.0, 1.0), curriculum="forward", loss_weight=0.3)
     assert schedules.depth_loss_weights(mtp, 0.0) == pytest.approx((0.3, 0.0, 0.0))
     assert schedules.depth_loss_weights(mtp, 1 / 3) == pytest.approx((0.3, 0.2, 0.0))
     assert schedules.depth_loss_weights(mtp, 1.0) == pytest.approx((0.3, 0.2, 0.1))
@@ -182,11 +178,7 @@ weights = st.one_of(
 
 @given(weights, fraction)
 def test_loss_weight_stays_within_its_own_values(value, progress):
-    numbers = (
-        [value]
-        if isinstance(value, float)
-        else [value[key] for key in ("start", "end", "value") if key in value]
-    )
+    numbers = [value] if isinstance(value, float) else [value[key] for key in ("start", "end", "value") if key in value]
     if isinstance(value, dict):
         numbers += value.get("values", []) + [y for _, y in value.get("points", [])]
         numbers += [0.0] * (value["type"] == "warmup")

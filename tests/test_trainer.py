@@ -130,11 +130,7 @@ def killed_in_save(config: Config, victim: int, step: int) -> None:
     original = torch.save
 
     def save(obj, file, *args, **kwargs):
-        if (
-            f"global_step{step}" in str(file)
-            and "optim_states" in str(file)
-            and os.environ["RANK"] == str(victim)
-        ):
+        if f"global_step{step}" in str(file) and "optim_states" in str(file) and os.environ["RANK"] == str(victim):
             Path(file).write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
         original(obj, file, *args, **kwargs)
@@ -160,9 +156,7 @@ def test_two_ranks_equal_one_rank_on_the_same_global_batch(make_run, settings):
         for key in a:
             # argmax and routing counts may flip on a tie of the last bit; everything else is float32 rounding
             tolerance = (
-                5e-3
-                if key.startswith(("moe/", "train/top1", "train/agreement", "val/top1", "val/agree"))
-                else 2e-5
+                5e-3 if key.startswith(("moe/", "train/top1", "train/agreement", "val/top1", "val/agree")) else 2e-5
             )
             assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (a["step"], key)
     assert_same_weights(one, two, rtol=1e-4, atol=2e-5)
@@ -184,9 +178,7 @@ def test_an_expert_with_tokens_on_one_rank_only_trains_as_on_one_rank(make_run):
     expected = train(one, function=run_with_a_rare_expert)
     got = train(two, world_size=2, function=run_with_a_rare_expert)
     loads = [json.loads(Path(f"{folder_of(two)}.load{rank}").read_text()) for rank in (0, 1)]
-    assert any((a > 0) != (b > 0) for a, b in zip(*loads, strict=True)), (
-        "no step had the expert on one rank only"
-    )
+    assert any((a > 0) != (b > 0) for a, b in zip(*loads, strict=True)), "no step had the expert on one rank only"
     for a, b in zip(expected, got, strict=True):
         key = "train/loss" if "train/loss" in a else "val/main_loss"
         assert a[key] == pytest.approx(b[key], rel=2e-5)
@@ -239,9 +231,7 @@ def plain_training(config: Config, sizes: list[int]) -> list[tuple[float, float]
         {"params": others, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
-    sampler = Sampler(
-        [open_source(config.data.train, "train")], seq_len=16, lookahead=2, seed=config.run.seed
-    )
+    sampler = Sampler([open_source(config.data.train, "train")], seq_len=16, lookahead=2, seed=config.run.seed)
     tokens, results = 0, []
     for size in sizes:
         progress = tokens / config.train.total_tokens
@@ -325,12 +315,8 @@ def poisoned(config: Config, what: str) -> None:
         Path(f"{folder_of(config)}.error").write_text(str(error))
 
 
-@pytest.mark.parametrize(
-    ("what", "metric", "step"), [("loss", "train/loss", 8), ("gradient", "optim/grad_norm", 8)]
-)
-def test_a_non_finite_value_stops_with_the_step_the_metric_and_the_last_good_checkpoint(
-    make_run, what, metric, step
-):
+@pytest.mark.parametrize(("what", "metric", "step"), [("loss", "train/loss", 8), ("gradient", "optim/grad_norm", 8)])
+def test_a_non_finite_value_stops_with_the_step_the_metric_and_the_last_good_checkpoint(make_run, what, metric, step):
     config = make_run(f"bad_{what}", train__micro_batch_size=4)
     train(config, function=poisoned, args=(what,))
     message = Path(f"{folder_of(config)}.error").read_text()
@@ -356,9 +342,7 @@ def refused(config: Config) -> None:
         ({"train__batch_size": 12, "train__micro_batch_size": 12}, None),
     ],
 )
-def test_a_checkpoint_of_other_settings_is_refused_by_name_and_harmless_changes_are_not(
-    make_run, change, message
-):
+def test_a_checkpoint_of_other_settings_is_refused_by_name_and_harmless_changes_are_not(make_run, change, message):
     train(make_run(), function=run_until, args=(3,))
     config = make_run(**change)
     error = Path(f"{folder_of(config)}.error")

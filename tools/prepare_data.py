@@ -44,14 +44,10 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", metavar="DIR", help="folder to make")
-    target.add_argument(
-        "--verify", metavar="DIR", help="compare the files of a prepared folder with their checksums"
-    )
+    target.add_argument("--verify", metavar="DIR", help="compare the files of a prepared folder with their checksums")
     text = parser.add_argument_group("text")
     text.add_argument("--corpus", choices=["pystdlib"], help="the standard library of this Python")
     text.add_argument(
@@ -63,26 +59,18 @@ def parse() -> argparse.Namespace:
         "document per record); any other file is one document of UTF-8 text",
     )
     text.add_argument("--text-key", metavar="KEY", help="key or column that holds the text (default: text)")
-    text.add_argument(
-        "--val-fraction", type=float, metavar="F", help="share of val documents, by hash (default: 0.1)"
-    )
+    text.add_argument("--val-fraction", type=float, metavar="F", help="share of val documents, by hash (default: 0.1)")
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json")
-    tokens.add_argument(
-        "--vocab-size", type=int, metavar="N", help="train a byte-level BPE with N tokens instead"
-    )
-    tokens.add_argument(
-        "--eos", metavar="TOKEN", help="end-of-text token (default: the first common one it has)"
-    )
+    tokens.add_argument("--vocab-size", type=int, metavar="N", help="train a byte-level BPE with N tokens instead")
+    tokens.add_argument("--eos", metavar="TOKEN", help="end-of-text token (default: the first common one it has)")
     tokens.add_argument(
         "--fim-rate",
         type=float,
         metavar="P",
         help="share of train documents made fill-in-the-middle (default: 0)",
     )
-    tokens.add_argument(
-        "--shard-tokens", type=int, metavar="N", help="tokens per shard (default: 100,000,000)"
-    )
+    tokens.add_argument("--shard-tokens", type=int, metavar="N", help="tokens per shard (default: 100,000,000)")
     tokens.add_argument("--seed", type=int, metavar="N", help="of the fill-in-the-middle cuts (default: 0)")
     parser.add_argument("--workers", type=int, metavar="N", help="tokenizer threads (default: all cores)")
     options = parser.parse_args()

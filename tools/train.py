@@ -11,9 +11,7 @@ import time
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="YAML")
     parser.add_argument(
         "--set",
@@ -23,12 +21,8 @@ def main() -> int:
         metavar="a.b=c",
         help="override a setting; repeatable",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print config, sizes and DeepSpeed JSON; run nothing"
-    )
-    parser.add_argument(
-        "--plot", action="store_true", help="with --dry-run: draw the schedules into the run folder"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print config, sizes and DeepSpeed JSON; run nothing")
+    parser.add_argument("--plot", action="store_true", help="with --dry-run: draw the schedules into the run folder")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()
     if args.plot and not args.dry_run:

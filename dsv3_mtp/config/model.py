@@ -10,9 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from dsv3_mtp.config.reader import KeyProblems, Problem, show
 
-V3_TOKENS = (
-    14.8e12  # V3 4.2: the length of pre-training, against which the paper's token counts become fractions
-)
+V3_TOKENS = 14.8e12  # V3 4.2: the length of pre-training, against which the paper's token counts become fractions
 
 
 def _not_bool(value: Any) -> Any:
@@ -216,9 +214,7 @@ def _number_is_constant(value: Any) -> Any:
 
 
 LossWeight = Annotated[
-    Annotated[
-        ConstantWeight | StepWeight | RampWeight | WarmupWeight | PiecewiseWeight, Field(discriminator="type")
-    ],
+    Annotated[ConstantWeight | StepWeight | RampWeight | WarmupWeight | PiecewiseWeight, Field(discriminator="type")],
     BeforeValidator(_number_is_constant),
 ]
 
@@ -261,9 +257,7 @@ class MTPConfig(Section):
             yield "depth_weights", f"{text} (got {len(self.depth_weights)})"
         if self.mode != "sequential":
             yield from self._without_effect("trunk_hidden", "chain", "embed", "share_weights")
-        if (
-            self.mode == "none"
-        ):  # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
+        if self.mode == "none":  # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
             yield from self._without_effect("depth_weights", "curriculum", "detach")
 
     def _without_effect(self, *keys: str) -> Iterator[Problem]:

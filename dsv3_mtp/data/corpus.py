@@ -16,6 +16,4 @@ def build_corpus(
     Returns at once when `out_dir` is already that; raises ValueError when it is something else, or when this
     Python has no sources.
     """
-    return prepare(
-        out_dir, Arguments(corpus="pystdlib", vocab_size=vocab_size, shard_tokens=shard_tokens, seed=seed)
-    )
+    return prepare(out_dir, Arguments(corpus="pystdlib", vocab_size=vocab_size, shard_tokens=shard_tokens, seed=seed))

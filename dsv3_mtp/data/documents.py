@@ -66,9 +66,7 @@ class FileInputs:
                 try:
                     content = text.encode("utf-8")
                 except UnicodeEncodeError as error:
-                    raise ValueError(
-                        f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})"
-                    ) from None
+                    raise ValueError(f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})") from None
                 digest = hashlib.sha256(content).digest()
                 bucket = int.from_bytes(digest, "big") % VAL_BUCKETS
                 split = "val" if bucket < self.val_fraction * VAL_BUCKETS else "train"
@@ -97,9 +95,7 @@ def _walk(folder: Path) -> list[Path]:
     """All files below `folder` except hidden ones and __pycache__, sorted by path."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(str(p) for p in folder.iterdir() if p.is_dir())
-        raise ValueError(
-            f"{folder}: a saved DatasetDict; give the folder of one of its splits: {', '.join(splits)}"
-        )
+        raise ValueError(f"{folder}: a saved DatasetDict; give the folder of one of its splits: {', '.join(splits)}")
     found = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -112,9 +108,7 @@ def _saved_dataset(folder: Path) -> list[Path]:
     """The Arrow files of a folder written by datasets.Dataset.save_to_disk."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("_indices_data_files"):
-        raise ValueError(
-            f"{folder}: was saved with an indices mapping; save it again with a recent `datasets`"
-        )
+        raise ValueError(f"{folder}: was saved with an indices mapping; save it again with a recent `datasets`")
     files = [folder / entry["filename"] for entry in state["_data_files"]]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
@@ -174,9 +168,7 @@ def _json_text(line: bytes, key: str, place: str) -> Any:
     except ValueError as error:  # JSON or UTF-8
         raise ValueError(f"{place}: not valid JSON ({error})") from None
     if not isinstance(record, dict):
-        raise ValueError(
-            f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}"
-        )
+        raise ValueError(f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}")
     if key not in record:
         raise ValueError(f"{place}: has no key {key!r}, only {sorted(record)}; name it with --text-key")
     return record[key]

@@ -50,13 +50,9 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
         raise ValueError(f"{path}: {len(raw)} bytes, a Megatron index has at least {HEADER.size}")
     magic, version, code, sequences, borders = HEADER.unpack(raw[: HEADER.size].tobytes())
     if magic != MAGIC or version != 1:
-        raise ValueError(
-            f"{path}: starts with {magic!r} version {version}, a Megatron index with {MAGIC!r} version 1"
-        )
+        raise ValueError(f"{path}: starts with {magic!r} version {version}, a Megatron index with {MAGIC!r} version 1")
     if code not in DTYPES:
-        raise ValueError(
-            f"{path}: dtype code {code} is no integer type; token ids have one of {sorted(DTYPES)}"
-        )
+        raise ValueError(f"{path}: dtype code {code} is no integer type; token ids have one of {sorted(DTYPES)}")
     expected = HEADER.size + 12 * sequences + 8 * borders
     if len(raw) != expected:
         raise ValueError(
@@ -70,9 +66,7 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     doc_idx = np.frombuffer(body, "<i8", borders, 12 * sequences)
     ends = np.concatenate([[0], np.cumsum(sizes)])  # (S + 1,) in tokens
     if (sizes < 0).any() or not np.array_equal(offsets, ends[:-1] * dtype.itemsize):
-        raise ValueError(
-            f"{path}: its {sequences} sequences do not lie back to back; merge them into one file first"
-        )
+        raise ValueError(f"{path}: its {sequences} sequences do not lie back to back; merge them into one file first")
     if borders < 1 or doc_idx[0] != 0 or doc_idx[-1] != sequences or (np.diff(doc_idx) < 0).any():
         raise ValueError(f"{path}: doc_idx does not run from 0 to the number of sequences, {sequences}")
     lengths = np.diff(ends[doc_idx])
@@ -87,9 +81,7 @@ def open_pair(prefix: Path | str) -> tuple[np.ndarray, np.ndarray]:
     binary, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (binary, index):
         if not path.is_file():
-            raise ValueError(
-                f"{path}: no such file; a Megatron data set is the pair PREFIX.bin and PREFIX.idx"
-            )
+            raise ValueError(f"{path}: no such file; a Megatron data set is the pair PREFIX.bin and PREFIX.idx")
     dtype, lengths = read_index(index)
     expected, actual = int(lengths.sum()) * dtype.itemsize, binary.stat().st_size
     if actual != expected:

@@ -66,15 +66,11 @@ class Arguments:
         if self.corpus not in (None, "pystdlib"):
             problems.append(f"corpus {self.corpus!r}: the only one is 'pystdlib'")
         if (self.tokenizer is None) == (self.vocab_size is None):
-            problems.append(
-                "give either a tokenizer.json or a vocab_size to train one (--tokenizer or --vocab-size)"
-            )
+            problems.append("give either a tokenizer.json or a vocab_size to train one (--tokenizer or --vocab-size)")
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction {self.val_fraction}: must be in [0, 1)")
         if self.corpus == "pystdlib" and self.val_fraction != 0.1:
-            problems.append(
-                f"val_fraction {self.val_fraction}: the split of pystdlib is fixed; leave it at 0.1"
-            )
+            problems.append(f"val_fraction {self.val_fraction}: the split of pystdlib is fixed; leave it at 0.1")
         if not 0 <= self.fim_rate <= 1:
             problems.append(f"fim_rate {self.fim_rate}: must be in [0, 1]")
         if self.shard_tokens < 1:
@@ -108,9 +104,7 @@ def prepare(out_dir: str | Path, arguments: Arguments, *, progress: Progress | N
 def _open_inputs(arguments: Arguments) -> Inputs:
     if arguments.corpus is not None:
         return stdlib_inputs()
-    return FileInputs(
-        list(arguments.inputs), text_key=arguments.text_key, val_fraction=arguments.val_fraction
-    )
+    return FileInputs(list(arguments.inputs), text_key=arguments.text_key, val_fraction=arguments.val_fraction)
 
 
 def _recorded(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
@@ -140,9 +134,7 @@ def _compare(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     for key, value in now.items():
         if there.get(key) != value:
             long = key == "files" or (key == "tokenizer" and None not in (there.get(key), value))
-            differences.append(
-                f"{key}: other contents" if long else f"{key}: {there.get(key)} there, {value} now"
-            )
+            differences.append(f"{key}: other contents" if long else f"{key}: {there.get(key)} there, {value} now")
     if differences:
         raise ValueError(
             f"{folder} was made with other arguments; repeat those, choose another --out, or delete it:\n  "
@@ -219,13 +211,9 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
     state = json.loads(path.read_text(encoding="utf-8"))
     _compare(partial, state["arguments"], recorded)
     if state["inputs"] != inputs.fingerprint:
-        raise ValueError(
-            f"{partial}: the input files changed since it was interrupted; delete it and start again"
-        )
+        raise ValueError(f"{partial}: the input files changed since it was interrupted; delete it and start again")
     if not (partial / TOKENIZER).is_file() or file_sha256(partial / TOKENIZER) != state["tokenizer_sha256"]:
-        raise ValueError(
-            f"{partial / TOKENIZER}: is missing or was changed; delete {partial} and start again"
-        )
+        raise ValueError(f"{partial / TOKENIZER}: is missing or was changed; delete {partial} and start again")
     return state
 
 
@@ -285,9 +273,7 @@ def _finish(
         index |= {"manifest_hash": inputs.fingerprint}
         index["source"] = {"corpus": "pystdlib", "python": sys.version.split()[0]}
         files = [{"path": path, "sha256": sha256, "split": split} for path, sha256, split in inputs.manifest]
-        write_json(
-            partial / MANIFEST, {"manifest_hash": inputs.fingerprint, **index["source"], "files": files}
-        )
+        write_json(partial / MANIFEST, {"manifest_hash": inputs.fingerprint, **index["source"], "files": files})
     write_json(partial / INDEX, index)
     for left in [partial / PROGRESS, *partial.glob("*.sizes")]:
         left.unlink(missing_ok=True)

@@ -42,9 +42,7 @@ class Sampler:
     ) -> None:
         weights = [1.0] * len(sources) if weights is None else list(weights)
         if not sources or len(sources) != len(weights) or min(weights) <= 0:
-            raise ValueError(
-                f"one weight > 0 per source is needed: {len(sources)} sources, weights {weights}"
-            )
+            raise ValueError(f"one weight > 0 per source is needed: {len(sources)} sources, weights {weights}")
         if seq_len < 1 or lookahead < 0:
             raise ValueError(f"seq_len must be >= 1 and lookahead >= 0, got {seq_len} and {lookahead}")
         self.sources = list(sources)
@@ -96,8 +94,7 @@ class Sampler:
 
     def _identity(self) -> dict[str, Any]:
         sources = [
-            {"manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents}
-            for s in self.sources
+            {"manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents} for s in self.sources
         ]
         return {"seq_len": self.seq_len, "seed": self.seed, "weights": self.weights, "sources": sources}
 

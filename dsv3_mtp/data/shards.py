@@ -25,18 +25,14 @@ def read_folder_index(folder: Path) -> dict[str, Any]:
     """index.json of a prepared folder. Raises ValueError when it is missing or of another format."""
     path = folder / INDEX
     if not path.is_file():
-        raise ValueError(
-            f"{folder}: has no {INDEX}, so it is no prepared folder; make one with tools/prepare_data.py"
-        )
+        raise ValueError(f"{folder}: has no {INDEX}, so it is no prepared folder; make one with tools/prepare_data.py")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); prepare the folder again") from None
     found = (index.get("format"), index.get("version")) if isinstance(index, dict) else None
     if found != (FORMAT, VERSION):
-        raise ValueError(
-            f"{path}: format {found}, this program reads {(FORMAT, VERSION)}; prepare the folder again"
-        )
+        raise ValueError(f"{path}: format {found}, this program reads {(FORMAT, VERSION)}; prepare the folder again")
     return index
 
 
@@ -175,9 +171,7 @@ class SplitWriter:
             if not problems:
                 problems = _differences(self.folder, {self._path("bin").name: state["open"]["sha256"]})
         if problems:
-            raise ValueError(
-                "\n".join([*problems, f"cannot go on from {self.folder}: delete it and start again"])
-            )
+            raise ValueError("\n".join([*problems, f"cannot go on from {self.folder}: delete it and start again"]))
         if self.documents:
             self._hash.update(self._path("bin").read_bytes())
             self._open("ab")

@@ -66,9 +66,7 @@ def open_source(path: str | Path, split: str) -> Source:
     hint = f"prepare it with: python tools/prepare_data.py --out {path} --corpus pystdlib --vocab-size 2048"
     if Path(f"{path}.partial").is_dir():
         hint = f"{path}.partial is unfinished: run its tools/prepare_data.py command again to finish it"
-    raise ValueError(
-        f"{path}: neither a prepared folder nor a Megatron prefix ({path}.bin, {path}.idx); {hint}"
-    )
+    raise ValueError(f"{path}: neither a prepared folder nor a Megatron prefix ({path}.bin, {path}.idx); {hint}")
 
 
 def check_vocab(source: Source, vocab_size: int) -> None:
@@ -103,9 +101,7 @@ def _open_folder(folder: Path, split: str) -> Source:
         raise ValueError(f"{folder / INDEX}: no split {split!r}, there are {sorted(index['splits'])}")
     entry = index["splits"][split]
     if not entry["shards"]:
-        raise ValueError(
-            f"{folder}: the split {split!r} is empty; prepare it again with another --val-fraction"
-        )
+        raise ValueError(f"{folder}: the split {split!r} is empty; prepare it again with another --val-fraction")
     tokens, lengths = [], []
     for shard in entry["shards"]:
         array, sizes = open_pair(folder / shard["file"])
@@ -130,6 +126,4 @@ def _source(
 ) -> Source:
     shard_starts = np.cumsum([0] + [len(array) for array in tokens])
     document_starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return Source(
-        str(path), manifest_hash, vocab_size, text_bytes, tuple(tokens), shard_starts, document_starts
-    )
+    return Source(str(path), manifest_hash, vocab_size, text_bytes, tuple(tokens), shard_starts, document_starts)

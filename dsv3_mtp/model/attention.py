@@ -32,20 +32,14 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
         self.scale = (self.nope + self.rope) ** -0.5
-        if (
-            config.rope_scaling is not None
-        ):  # YaRN's temperature multiplies the logits: q and k each by mscale
+        if config.rope_scaling is not None:  # YaRN's temperature multiplies the logits: q and k each by mscale
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> Tensor:
         """x: (B, T, C); angles: (2, T, P/2) cos and sin; mask: bool (B, 1, T, T) True = attend, None = causal."""
         query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_compressed else self.q_proj(x)
-        q_nope, q_rope = query.unflatten(-1, (self.heads, -1)).split(
-            [self.nope, self.rope], dim=-1
-        )  # (B, T, H, .)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
-            [self.kv_rank, self.rope], dim=-1
-        )  # (B, T, R), (B, T, P)
+        q_nope, q_rope = query.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)  # (B, T, H, .)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)  # (B, T, R), (B, T, P)
         k_nope, value = (
             self.kv_b_proj(self.kv_a_layernorm(latent))
             .unflatten(-1, (self.heads, -1))
@@ -67,7 +61,5 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor
     width = value.shape[-1]
     if query.device.type == "cpu" and width < query.shape[-1]:
         value = F.pad(value, (0, query.shape[-1] - width))
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :width]

@@ -1,6 +1,7 @@
 """DeepSeek-V3 with 1+D prediction heads: trunk, heads, loss, metrics, init, counts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,7 @@ class MTPOutput:
     nll_sum: Tensor  # (1+D,) summed cross-entropy of each depth, depth 0 = main
     targets: Tensor  # (1+D,) number of valid targets of each depth
     correct: Tensor  # (1+D,) top1: teacher-forced argmax equals the label
-    agreed: (
-        Tensor  # (D,) agreement: argmax of depths 1..k all equal the main model's own argmax for that token
-    )
+    agreed: Tensor  # (D,) agreement: argmax of depths 1..k all equal the main model's own argmax for that token
     compared: Tensor  # (D,) slots in which that comparison exists
     balance: Tensor  # scalar: sum over sequences and routers of sum_i f_i P_i
     load: Tensor  # (routers, E) tokens per expert, trunk routers first
@@ -33,14 +32,12 @@ class LMHead(nn.Linear):
     """Output head. The loss is computed inside its own forward, so that ZeRO-3 finds the weight gathered."""
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, row_weight: Tensor | None = None, detach=False
-    ):
+        self, hidden: Tensor, targets: Tensor | None = None, row_weight: Tensor | None = None, detach: bool = False
+    ) -> Any:
         """hidden (..., C) -> logits (..., V); with targets (M,) and row_weight (M,) -> loss, nll, prediction."""
-        if targets is None:
+        if targets is None or row_weight is None:
             return super().forward(hidden)
-        return linear_cross_entropy(
-            hidden, self.weight.detach() if detach else self.weight, targets, row_weight
-        )
+        return linear_cross_entropy(hidden, self.weight.detach() if detach else self.weight, targets, row_weight)
 
 
 class Trunk(nn.Module):
@@ -52,9 +49,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, angles: Tensor, mask: Tensor | None
-    ) -> tuple[TrunkStates, list[RouterStats]]:
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> tuple[TrunkStates, list[RouterStats]]:
         """x: (B, T, C) embeddings."""
         stats, last_input = [], x
         for layer in self.layers:
@@ -73,6 +68,7 @@ class DeepseekV3MTP(nn.Module):
         self.config, self.mtp_config = config, mtp
         self.model = Trunk(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp: Any = None
         if mtp.mode == "sequential":
             self.mtp = SequentialMTP(config, mtp)
         elif mtp.mode == "parallel":
@@ -97,11 +93,11 @@ class DeepseekV3MTP(nn.Module):
 
         Args:
             tokens: (B, T+1+D) int64. Depth k reads tokens[:, k:k+T] and predicts tokens[:, k+1:k+1+T].
-            documents: (B, T+1+D) document numbers: attention, targets and MTP inputs stay inside documents. None: packed
-                without masks (V3 section 4.1).
+            documents: (B, T+1+D) document numbers: attention, targets and MTP inputs stay inside documents. None:
+                packed without masks (V3 section 4.1).
             loss_weights: D numbers lambda * w_k / D (eq. 25), default 1/D each.
             balance_loss_weight: alpha of eq. 17.
-            normalizer: (2+D,) from `count_targets`, of the whole optimizer step when this is a part of it. Default: own.
+            normalizer: (2+D,) from `count_targets`, of the whole optimizer step if this is a part of it. Default: own.
         """
         length = tokens.shape[1] - 1 - self.depths  # T
         if normalizer is None:
@@ -110,9 +106,7 @@ class DeepseekV3MTP(nn.Module):
             loss_weights = (1.0 / max(self.depths, 1),) * self.depths
         valid = valid_targets(tokens, documents, self.depths)  # (1+D, B, T)
         hiddens, stats = self.hidden_states(tokens, documents)
-        targets = torch.stack(
-            [tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)]
-        )  # (1+D, B, T)
+        targets = torch.stack([tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)])  # (1+D, B, T)
         scale = normalizer.new_tensor((1.0, *loss_weights)) / normalizer[:-1].clamp(min=1)  # (1+D,)
         row_weight = scale[:, None, None] * valid  # (1+D, B, T)
         loss, nll, prediction = self._head_losses(hiddens, targets, row_weight)
@@ -129,17 +123,13 @@ class DeepseekV3MTP(nn.Module):
             load=torch.stack([routed.load for routed in stats]) if stats else nll.new_zeros((0, 1)),
         )
 
-    def hidden_states(
-        self, tokens: Tensor, documents: Tensor | None = None
-    ) -> tuple[list[Tensor], list[RouterStats]]:
+    def hidden_states(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[list[Tensor], list[RouterStats]]:
         """tokens (B, T+1+D) -> normed hidden states of depth 0..D, each (B, T, C), and the stats of every router."""
         depths = self.depths
         length = tokens.shape[1] - 1 - depths
         angles = rotary_angles(self.config, torch.arange(length, device=tokens.device))  # (2, T, P/2)
         mask = None if documents is None else document_mask(documents[:, :length])
-        embedded = self.model.embed_tokens(
-            tokens[:, : length + depths]
-        )  # (B, T+D, C), each token looked up once
+        embedded = self.model.embed_tokens(tokens[:, : length + depths])  # (B, T+D, C), each token looked up once
         trunk, stats = self.model(embedded[:, :length], angles, mask)
         if not depths:
             return [trunk.post_norm], stats
@@ -159,13 +149,9 @@ class DeepseekV3MTP(nn.Module):
 
     def head(self, depth: int) -> LMHead:
         """The output head of a depth: one shared head, except in `parallel_linear`."""
-        return (
-            self.mtp.heads[depth - 1] if depth and self.mtp_config.mode == "parallel_linear" else self.lm_head
-        )
+        return self.mtp.heads[depth - 1] if depth and self.mtp_config.mode == "parallel_linear" else self.lm_head
 
-    def _head_losses(
-        self, hiddens: list[Tensor], targets: Tensor, row_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _head_losses(self, hiddens: list[Tensor], targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One fused call per distinct head weight: the main head and the depths that share it are concatenated."""
         if self.mtp_config.mode == "parallel_linear" or self.mtp_config.detach == "all":
             groups = [slice(k, k + 1) for k in range(len(hiddens))]
@@ -175,9 +161,7 @@ class DeepseekV3MTP(nn.Module):
         for group in groups:
             rows = torch.cat([hidden.flatten(0, 1) for hidden in hiddens[group]])  # (M, C)
             detach = group.start > 0 and self.mtp_config.mode != "parallel_linear"
-            part, *rest = self.head(group.start)(
-                rows, targets[group].flatten(), row_weight[group].flatten(), detach
-            )
+            part, *rest = self.head(group.start)(rows, targets[group].flatten(), row_weight[group].flatten(), detach)
             loss = loss + part
             nll.append(rest[0])
             prediction.append(rest[1])
@@ -215,13 +199,11 @@ def valid_targets(tokens: Tensor, documents: Tensor | None, depths: int) -> Tens
     length = tokens.shape[1] - 1 - depths
     if documents is None:
         return torch.ones(1 + depths, tokens.shape[0], length, dtype=torch.bool, device=tokens.device)
-    return torch.stack(
-        [documents[:, k + 1 : k + 1 + length] == documents[:, :length] for k in range(1 + depths)]
-    )
+    return torch.stack([documents[:, k + 1 : k + 1 + length] == documents[:, :length] for k in range(1 + depths)])
 
 
 def count_targets(tokens: Tensor, documents: Tensor | None, depths: int) -> Tensor:
-    """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over micro-batches and ranks."""
+    """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over batches and ranks."""
     targets = valid_targets(tokens, documents, depths).sum((1, 2))
     return torch.cat([targets, targets.new_tensor([tokens.shape[0]])]).double()
 
@@ -264,7 +246,7 @@ class ModelSize:
 
 
 def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
-    """6 FLOPs per active matmul weight and token, plus causal attention 6 H (qk + v) T/2 per layer; works on meta device."""
+    """6 FLOPs per active matmul weight and token, plus causal attention 6 H (qk + v) T/2 per layer. Meta will do."""
     config, mtp = model.config, model.mtp_config
     idle = 1 - config.num_experts_per_tok / config.n_routed_experts
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_mtp.config import ModelConfig
+from dsv3_mtp.config import ModelConfig, RopeScaling
 
 
 class RMSNorm(nn.Module):
@@ -49,17 +49,15 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
     frequency = 1.0 / config.rope_theta**exponent  # (P/2,)
     magnitude = 1.0
     if scaling is not None:
-        frequency = _yarn_frequency(frequency, config)
-        magnitude = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(
-            scaling.factor, scaling.mscale_all_dim
-        )
+        frequency = _yarn_frequency(frequency, config, scaling)
+        magnitude = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
     angle = positions[..., None].float() * frequency
     return torch.stack([angle.cos(), angle.sin()]) * magnitude
 
 
-def _yarn_frequency(frequency: Tensor, config: ModelConfig) -> Tensor:
-    """YaRN (arXiv 2309.00071; V3 section 4.3): slow pairs are interpolated by `factor`, fast ones kept, a ramp between."""
-    scaling, dim = config.rope_scaling, config.qk_rope_head_dim
+def _yarn_frequency(frequency: Tensor, config: ModelConfig, scaling: RopeScaling) -> Tensor:
+    """YaRN (arXiv 2309.00071; V3 section 4.3): slow pairs interpolated by `factor`, fast ones kept, a ramp between."""
+    dim = config.qk_rope_head_dim
 
     def pair_with(
         rotations: float,

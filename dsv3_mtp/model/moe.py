@@ -27,17 +27,13 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        # Float32 and no gradient: moved by `update_bias`. Dtype casts of parameters leave buffers alone.
-        self.register_buffer(
-            "e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32)
-        )
+        self.e_score_correction_bias: Tensor  # float32 and no gradient: moved by `update_bias`
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
         """x: (B, T, C) -> chosen experts (N, K) int64, gates (N, K) float32, stats."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        scores = F.linear(
-            x.to(wide), self.weight.to(wide)
-        ).sigmoid()  # (B, T, E); V3 keeps the gate in high precision
+        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # (B, T, E); V3 keeps the gate in high precision
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
         gates = flat.gather(1, chosen)
@@ -52,20 +48,16 @@ class Gate(nn.Module):
         biased = scores + self.e_score_correction_bias  # (N, E)
         if config.n_group > 1:
             groups = biased.unflatten(1, (config.n_group, -1))  # (N, G, E/G)
-            best = (
-                groups.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
-            )  # (N, topk_group)
+            best = groups.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices  # (N, topk_group)
             allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
             biased = groups.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
         return biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
     def balance_loss(self, scores: Tensor) -> Tensor:
-        """Sequence-wise balance (eqs. 17-20) summed over the batch: f from the unbiased top-K as printed, P its mean share."""
+        """Sequence-wise balance (eqs. 17-20) summed over the batch; f from the unbiased top-K, as printed."""
         top = scores.detach().topk(self.config.num_experts_per_tok, dim=-1).indices  # (B, T, K)
         hits = torch.zeros_like(scores).scatter_(2, top, 1.0)  # (B, T, E)
-        frequency = hits.mean(1) * (
-            scores.shape[2] / self.config.num_experts_per_tok
-        )  # (B, E), 1 when balanced
+        frequency = hits.mean(1) * (scores.shape[2] / self.config.num_experts_per_tok)  # (B, E), 1 when balanced
         share = (scores / scores.sum(-1, keepdim=True)).mean(1)  # (B, E)
         return (frequency * share).sum()
 
@@ -75,20 +67,16 @@ class Gate(nn.Module):
 
         load: (E,) summed over micro-batches and ranks (V3 section 2.1.2; arXiv 2408.15664).
         """
-        self.e_score_correction_bias += speed * torch.sign(load.mean() - load).to(
-            self.e_score_correction_bias
-        )
+        self.e_score_correction_bias += speed * torch.sign(load.mean() - load).to(self.e_score_correction_bias)
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts stacked in memory (per expert on disk). Every expert runs every step, on zero rows if need be."""
+    """E SwiGLU experts, stacked in memory (per expert on disk). Each runs in every step, on zero rows if need be."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(experts, 2 * width, hidden)
-        )  # (E, 2F, C), gate rows first
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))  # (E, 2F, C), gate rows first
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # (E, C, F)
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:

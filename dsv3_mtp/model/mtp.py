@@ -39,7 +39,7 @@ class SharedHead(nn.Module):
 
 
 class MTPModule(DecoderLayer):
-    """DeepSeek-V3's module k (section 2.2, eqs. 21-23): merge the previous hidden state with the token k ahead, one block.
+    """DeepSeek-V3's module k (eqs. 21-23): merge the previous hidden state with the token k ahead, one block.
 
         h'_k = eh_proj([enorm(Emb(t_{i+k})) ; hnorm(h_{k-1})])
         h_k  = Block(h'_k), read through shared_head.norm
@@ -72,12 +72,10 @@ class SequentialMTP(nn.Module):
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__()
         self.mtp = mtp
-        self.layers = nn.ModuleList(
-            MTPModule(config, mtp) for _ in range(1 if mtp.share_weights else mtp.depths)
-        )
+        self.layers = nn.ModuleList(MTPModule(config, mtp) for _ in range(1 if mtp.share_weights else mtp.depths))
 
     def module_of(self, depth: int) -> MTPModule:
-        return self.layers[min(depth, len(self.layers)) - 1]
+        return self.layers[min(depth, len(self.layers)) - 1]  # type: ignore[return-value]
 
     def forward(self, trunk: TrunkStates, embeddings: list[Tensor], angles: Tensor, mask: Tensor | None):
         normed = self.mtp.trunk_hidden == "post_norm"
@@ -90,9 +88,7 @@ class SequentialMTP(nn.Module):
             outputs.append(module.shared_head(out))
             hidden = outputs[-1] if normed else out
             stats.append(routed)
-        if (
-            self.mtp.share_weights and stats[0] is not None
-        ):  # one router: its D forwards count once in the balance loss
+        if self.mtp.share_weights and stats[0] is not None:  # one router: its D forwards count once in the balance loss
             total = sum(stats[1:], start=stats[0])
             stats = [RouterStats(total.load, total.balance / len(embeddings))]
         return outputs, stats
@@ -117,7 +113,7 @@ class ParallelMTP(nn.Module):
         outputs, stats = [], []
         for head in self.layers:
             out, routed = head(trunk.last_input, angles, mask)
-            outputs.append(head.shared_head(out))
+            outputs.append(head.shared_head(out))  # type: ignore[operator]
             stats.append(routed)
         return outputs, stats
 
@@ -127,9 +123,7 @@ class ParallelLinearMTP(nn.Module):
 
     def __init__(self, config: ModelConfig, mtp: MTPConfig, head: type[nn.Linear]):
         super().__init__()
-        self.heads = nn.ModuleList(
-            head(config.hidden_size, config.vocab_size, bias=False) for _ in range(mtp.depths)
-        )
+        self.heads = nn.ModuleList(head(config.hidden_size, config.vocab_size, bias=False) for _ in range(mtp.depths))
 
     def forward(self, trunk: TrunkStates, embeddings: list[Tensor], angles: Tensor, mask: Tensor | None):
         return [trunk.post_norm] * len(self.heads), []

@@ -38,9 +38,7 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
     }
     if log.wandb is not None:
         wandb = {"project": log.wandb.project, "team": log.wandb.entity, "group": log.wandb.group}
-        generated["wandb"] = {"enabled": True} | {
-            key: value for key, value in wandb.items() if value is not None
-        }
+        generated["wandb"] = {"enabled": True} | {key: value for key, value in wandb.items() if value is not None}
     return _merge(generated, config.deepspeed)
 
 
@@ -55,12 +53,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 class Engine:
     """A thin hold on `deepspeed.initialize`: what the trainer needs, and no more."""
 
-    def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, ds_config: dict, world: World
-    ):
-        with contextlib.redirect_stdout(
-            None
-        ):  # memory lines by plain print; errors go to stderr or are raised
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, ds_config: dict, world: World):
+        with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
@@ -77,8 +71,8 @@ class Engine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates the gradient; on the `last` micro-batch of the step the ranks' gradients are averaged.
 
-        The loss arrives normalized over the whole optimizer step, so DeepSpeed must not divide by the accumulation count;
-        and as the batch-size ramp changes that count, the boundary is given rather than counted.
+        The loss arrives normalized over the whole optimizer step, so DeepSpeed must not divide by the accumulation
+        count; and as the batch-size ramp changes that count, the boundary is given rather than counted.
         """
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)

@@ -39,16 +39,14 @@ def start(*, threads: int | None, timeout_s: float) -> World:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
-    local_size = int(
-        os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    )  # deepspeed's, torchrun's
+    local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))  # deepspeed's, torchrun's
     cuda = torch.cuda.is_available()
     if not cuda or threads is not None:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     # DeepSpeed's sub-groups take torch's module default whatever timeout is passed: that default has to be set.
     timeout = timedelta(seconds=timeout_s)
     c10d = torch.distributed.distributed_c10d
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

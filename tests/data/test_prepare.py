@@ -128,9 +128,7 @@ def test_inputs_that_changed_since_the_interruption_are_refused(files, tmp_path,
 
 def test_a_finished_folder_is_left_alone_and_a_foreign_one_refused(files, whole, tmp_path):
     before = (whole / "index.json").stat().st_mtime_ns
-    assert prepare(whole, Arguments(inputs=files, **OPTIONS)) == json.loads(
-        (whole / "index.json").read_text()
-    )
+    assert prepare(whole, Arguments(inputs=files, **OPTIONS)) == json.loads((whole / "index.json").read_text())
     assert (whole / "index.json").stat().st_mtime_ns == before
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="no prepared folder"):
@@ -202,9 +200,7 @@ def test_verify_names_every_damaged_file(whole, tmp_path):
         verify_folder(tmp_path)
 
 
-def test_building_pystdlib_again_gives_the_same_bytes_and_its_manifest(
-    pystdlib, small_stdlib, tmp_path, monkeypatch
-):
+def test_building_pystdlib_again_gives_the_same_bytes_and_its_manifest(pystdlib, small_stdlib, tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(small_stdlib))
     index = build_corpus(tmp_path / "again", vocab_size=512)
     assert contents(tmp_path / "again") == contents(pystdlib)

@@ -18,9 +18,7 @@ def rows(batches):
 
 
 @fast
-@given(
-    lengths=lengths_strategy, seq_len=st.integers(1, 50), lookahead=st.integers(1, 4), seed=st.integers(0, 9)
-)
+@given(lengths=lengths_strategy, seq_len=st.integers(1, 50), lookahead=st.integers(1, 4), seed=st.integers(0, 9))
 def test_an_epoch_is_every_token_once_in_touching_windows(make_source, lengths, seq_len, lookahead, seed):
     source = make_source(lengths)  # token ids 0 .. N-1, each once
     n, epochs = source.tokens, 3
@@ -83,10 +81,7 @@ def test_the_global_batch_does_not_depend_on_ranks_or_micro_batches(make_source,
     alone, ranks = sampler(), [sampler() for _ in range(world_size)]
     for _ in range(4):
         whole = rows(alone.next_batch(24))
-        parts = [
-            ranks[r].next_batch(24, rank=r, world_size=world_size, micro_batch_size=2)
-            for r in range(world_size)
-        ]
+        parts = [ranks[r].next_batch(24, rank=r, world_size=world_size, micro_batch_size=2) for r in range(world_size)]
         assert all(len(part) == 24 // world_size // 2 for part in parts)
         for got, expected in zip(rows([batch for part in parts for batch in part]), whole, strict=True):
             assert np.array_equal(got, expected)
@@ -204,8 +199,6 @@ def test_validation_works_on_less_than_a_window(make_source):
 def test_a_prepared_folder_is_sampled_whole(pystdlib):
     source = open_source(pystdlib, "val")
     sampler = Sampler([source], seq_len=512, lookahead=1, seed=0)
-    inputs = np.concatenate(
-        [rows(sampler.next_batch(1))[0][0, :512] for _ in range(math.ceil(source.tokens / 512))]
-    )
+    inputs = np.concatenate([rows(sampler.next_batch(1))[0][0, :512] for _ in range(math.ceil(source.tokens / 512))])
     corpus = source.read(0, source.tokens)
     assert np.abs(np.bincount(inputs, minlength=512) - np.bincount(corpus, minlength=512)).sum() < 512

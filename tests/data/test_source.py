@@ -15,9 +15,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("prepared")
     lines = [json.dumps({"text": f"document {i} " * (1 + i % 5)}) for i in range(200)]
     (root / "in.jsonl").write_text("\n".join(lines))
-    arguments = Arguments(
-        inputs=(str(root / "in.jsonl"),), vocab_size=270, shard_tokens=500, val_fraction=0.2
-    )
+    arguments = Arguments(inputs=(str(root / "in.jsonl"),), vocab_size=270, shard_tokens=500, val_fraction=0.2)
     prepare(root / "out", arguments)
     return root / "out"
 

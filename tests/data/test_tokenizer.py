@@ -27,9 +27,7 @@ def renamed(path: Path, folder: Path, names: dict[str, str]) -> Path:
     return folder / "renamed.json"
 
 
-@pytest.mark.parametrize(
-    "text", ["", " a  b\r\n\t", "\x00\x7f", "caf\u00e9 \U0001f600", "<|endoftext|> <|fim_begin|>"]
-)
+@pytest.mark.parametrize("text", ["", " a  b\r\n\t", "\x00\x7f", "caf\u00e9 \U0001f600", "<|endoftext|> <|fim_begin|>"])
 def test_any_text_round_trips_and_is_never_taken_for_a_special_token(trained: Path, text: str):
     encoder = load_encoder(trained)
     (ids,) = encoder.encode([(text,)])

@@ -174,9 +174,7 @@ def test_the_trunk_starts_the_same_whatever_the_heads(build, make_tiny_config):
 
 
 def test_init_is_normal_with_the_configured_range_and_norms_are_one(make_tiny_config):
-    config = make_tiny_config(
-        {"model.initializer_range": 0.006, "model.hidden_size": 64, "model.vocab_size": 512}
-    )
+    config = make_tiny_config({"model.initializer_range": 0.006, "model.hidden_size": 64, "model.vocab_size": 512})
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
     for name, parameter in model.named_parameters():
@@ -203,9 +201,7 @@ def test_detach_stops_exactly_the_gradients_it_names(build, mode, detach):
     head_moved = not torch.allclose(model.lm_head.weight.grad, before.lm_head.weight.grad, atol=1e-9)
     assert trunk_moved == (detach == "none")
     assert head_moved == (detach != "all" and mode != "parallel_linear")
-    assert all(
-        p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.mtp.named_parameters() if p.ndim == 2
-    )
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.mtp.named_parameters() if p.ndim == 2)
 
 
 def test_the_chain_carries_gradient_from_depth_two_to_module_one(build):
