@@ -1,0 +1,159 @@
+"""tools/train.py from the outside: the three launchers, exit codes, messages, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dsv3_mtp.metrics import read_metrics
+from tests.ranks import write_markov
+
+ROOT = Path(__file__).parents[1]
+TRAIN = str(ROOT / "tools" / "train.py")
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def job(tmp_path, make_tiny_config):
+    """Path of the YAML of a 20-step run on Markov data; the run's folder is tmp_path/runs/job."""
+    data = write_markov(tmp_path / "markov", tokens=3000, documents=40)
+    config = make_tiny_config(
+        {
+            "run.name": "job",
+            "run.dir": str(tmp_path / "runs"),
+            "data.train": data,
+            "data.val": data,
+            "train.dtype": "float32",
+            "train.total_tokens": 20 * 4 * 16,
+            "train.micro_batch_size": 2,
+            "log.tensorboard": True,
+        }
+    )
+    path = tmp_path / "job.yaml"
+    path.write_text(config.to_yaml())
+    return path
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    with log.open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+
+
+def finish(command: list[str], log: Path, timeout: float = 120) -> tuple[int, str]:
+    """Exit code and output; whatever is left of the job after `timeout` is killed."""
+    process = start(command, log)
+    try:
+        return process.wait(timeout), log.read_text()
+    finally:
+        for left in psutil.Process().children(recursive=True):
+            if left.pid != process.pid and str(log.parent) in " ".join(left.cmdline()):
+                left.kill()
+
+
+def launchers(job: Path) -> dict[str, list[str]]:
+    from dsv3_mtp.parallel.launch import free_port
+
+    port = str(free_port())
+    return {
+        "python": [sys.executable, TRAIN, "--config", str(job)],
+        "deepspeed-1": [str(BIN / "deepspeed"), "-q", "--master_port", port, TRAIN, "--config", str(job)],
+        "deepspeed-2": [str(BIN / "deepspeed"), "-q", "--num_gpus", "2", "--master_port", port, TRAIN]
+        + ["--config", str(job)],
+        "torchrun-2": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port, TRAIN]
+        + ["--config", str(job)],
+    }
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["python", "deepspeed-1", "deepspeed-2", "torchrun-2"])
+def test_every_launcher_trains_to_the_end_and_prints_only_our_lines(job, launcher):
+    code, output = finish(launchers(job)[launcher], job.with_suffix(".log"))
+    assert code == 0, output
+    folder = job.parent / "runs" / "job"
+    assert f"results: {folder}" in output
+    assert "finished: 20 steps" in output and f"{launcher.partition('-')[2] or 1} x cpu" in output
+    noise = ("shm", "[INFO]", "[WARNING]", "Traceback", "FutureWarning", "DeepSpeed info")
+    assert not [line for line in output.splitlines() if any(word in line for word in noise)]
+    assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "train/loss" in r] == list(range(1, 21))
+    assert list((folder / "tb").glob("events.out.tfevents.*"))
+    json.loads((folder / "ds_config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "mtp.lambda=1"], "mtp.lambda: unknown key"),
+        (["--set", "train.batch_size=0", "--set", "model.n_group=3"], "2 problems"),
+        (["--set", "data.train=nowhere"], "nowhere: neither a prepared folder nor a Megatron prefix"),
+        (["--set", "model.vocab_size=16"], "16"),
+        (["--set", "train.micro_batch_size=3"], "train.batch_size"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_bad_input_exits_2_with_the_reason_and_no_traceback(job, arguments, message):
+    code, output = finish([sys.executable, TRAIN, "--config", str(job), *arguments], job.with_suffix(".log"))
+    assert code == 2 and message in output and "Traceback" not in output, output
+    assert not (job.parent / "runs").exists()
+
+
+def test_dry_run_prints_config_sizes_and_deepspeed_json_and_starts_nothing(job):
+    command = [sys.executable, TRAIN, "--config", str(job), "--dry-run", "--plot"]
+    code, output = finish(command, job.with_suffix(".log"))
+    assert code == 0, output
+    config, sizes, ds_json = output.split("# ")[1:4]
+    assert config.startswith("resolved config\n") and "num_nextn_predict_layers: 1" in config
+    assert "parameters, main model" in sizes and "FLOP" in sizes and "memory per rank" in sizes
+    assert json.loads(ds_json.partition("\n")[2].rpartition("}")[0] + "}")["zero_optimization"] == {"stage": 1}
+    folder = job.parent / "runs" / "job"
+    assert [path.name for path in folder.iterdir()] == ["schedules.png"]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["launcher", "rank"])  # launch.py passes its own on to the ranks
+def test_sigterm_saves_wherever_it_arrives_and_the_same_command_finishes(job, target):
+    job.write_text(job.read_text().replace("total_tokens: 1280", "total_tokens: 64000"))  # a run that outlasts the test
+    command = launchers(job)["deepspeed-2"]
+    process, folder = start(command, job.with_suffix(".log")), job.parent / "runs" / "job"
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(read_metrics(folder / "metrics.jsonl")) > 2)
+    chain = {"launcher": psutil.Process(process.pid)}
+    chain["launch.py"] = chain["launcher"].children()[0]
+    ranks = chain["launch.py"].children()
+    (chain | {"rank": ranks[0]})[target].send_signal(signal.SIGTERM)
+    process.wait(30)
+    psutil.wait_procs(ranks, timeout=30)
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), "orphans"
+    output = job.with_suffix(".log").read_text()
+    stopped = max(r["step"] for r in read_metrics(folder / "metrics.jsonl"))
+    assert (folder / "checkpoints" / "latest").read_text() == f"global_step{stopped}", output
+    if target == "rank":
+        assert process.returncode == 0
+        code, output = finish([*command, "--set", f"train.total_tokens={(stopped + 2) * 64}"], job.with_suffix(".log"))
+        assert code == 0 and f"resumed at step {stopped}" in output and f"finished: {stopped + 2} steps" in output
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_kill_9_of_a_rank_ends_the_job_with_an_error(job):
+    job.write_text(job.read_text().replace("total_tokens: 1280", "total_tokens: 64000"))
+    process, folder = start(launchers(job)["deepspeed-2"], job.with_suffix(".log")), job.parent / "runs" / "job"
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(read_metrics(folder / "metrics.jsonl")) > 2)
+    ranks = psutil.Process(process.pid).children()[0].children()
+    ranks[1].kill()
+    assert process.wait(60) != 0
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+def wait_for(condition, timeout: float = 90) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
