@@ -7,7 +7,6 @@ import torch
 
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config
-from dsv3_mtp.metrics import quantity
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.plots import plot_schedules
@@ -49,7 +48,7 @@ def size_rows(config: Config, size: ModelSize) -> dict[str, Any]:
         "  active per token": f"{size.active:,} ({size.active - size.embedding:,} without the embedding)",
         f"parameters, MTP ({config.mtp.mode}, D={config.mtp.depths})": f"{size.mtp_total:,} (embedding, head shared)",
         "  active per token ": f"{size.mtp_active:,}",
-        "training FLOPs per token": f"{quantity(size.flops_per_token)}FLOP (6N + causal attention, all depths)",
+        "training FLOPs per token": f"{size.flops_per_token / 1e9:,.3f} GFLOP (6N + causal attention, all depths)",
     }
 
 

@@ -1,6 +1,6 @@
 """v3_tiny's model and recipe on seeded Markov data: the losses of the first 50 steps are on file.
 
-A change of these numbers is a change of what is trained. To accept one: `python -m tests.test_golden` rewrites the file;
+A change of these numbers is a change of what is trained. To accept one, `python -m tests.test_golden` rewrites it;
 say in the commit why.
 """
 

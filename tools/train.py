@@ -46,7 +46,7 @@ def main() -> int:
             Trainer(config, command=sys.argv).run()
         except NonFiniteError as error:
             return fail(f"training stopped: {error}", 1, is_main=is_main)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail(str(error), 2, is_main=is_main)
     from dsv3_mtp.parallel.launch import finish
 
