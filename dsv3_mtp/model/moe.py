@@ -111,5 +111,5 @@ class MoE(nn.Module):
         routed = self.experts(flat[order // top_k], stats.load.long())  # (N*K, C)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         routed = routed[back].unflatten(0, (-1, top_k))  # (N, K, C)
-        y = torch.einsum("nkc,nk->nc", routed, gates.to(routed.dtype)).view_as(x)
+        y = torch.bmm(gates.to(routed.dtype).unsqueeze(1), routed).view_as(x)  # sum over K of gate * expert
         return (y if self.shared_experts is None else y + self.shared_experts(x)), stats
