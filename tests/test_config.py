@@ -123,18 +123,18 @@ MISTAKES = [
         "data.train=[{path: a, weight: 1}]",
         "data.build: needs one folder in data.train, not a list; set null (got 'pystdlib')",
     ),
-    ("train.batch_size=24", "train.batch_size: must be a multiple of train.micro_batch_size = 16 (got 24)"),
+    ("train.batch_size=6", "train.batch_size: must be a multiple of train.micro_batch_size = 4 (got 6)"),
     (
-        "train.total_tokens=4095",
-        "train.total_tokens: must be >= one step, train.batch_size * data.seq_len = 4096 (got 4095)",
+        "train.total_tokens=2047",
+        "train.total_tokens: must be >= one step, train.batch_size * data.seq_len = 2048 (got 2047)",
     ),
     (
         "train.batch_size_ramp={start: 32, until: 0.1}",
-        "train.batch_size_ramp.start: must be <= train.batch_size = 16 (got 32)",
+        "train.batch_size_ramp.start: must be <= train.batch_size = 8 (got 32)",
     ),
     (
-        "train.batch_size_ramp={start: 8, until: 0.1}",
-        "train.batch_size_ramp.start: must be a multiple of train.micro_batch_size = 16 (got 8)",
+        "train.batch_size_ramp={start: 6, until: 0.1}",
+        "train.batch_size_ramp.start: must be a multiple of train.micro_batch_size = 4 (got 6)",
     ),
     ("optim.schedule.warmup=0.7", "optim.schedule.decay_start: must be >= warmup = 0.7 (got 0.6757)"),
     ("mtp.depth_weights=[1, 2]", "mtp.depth_weights: must hold num_nextn_predict_layers = 1 numbers (got 2)"),
@@ -306,7 +306,7 @@ def test_recipe_is_v3s_as_fractions_of_the_run(name):
     assert (schedule.decay_ratio, schedule.final_ratio) == (0.1, pytest.approx(7.3e-6 / 2.2e-4, abs=5e-5))
     assert (config.optim.betas, config.optim.weight_decay, config.optim.grad_clip) == ((0.9, 0.95), 0.1, 1.0)
     assert (config.train.bias_update_speed, config.train.balance_loss_weight) == (0.001, 0.0001)
-    assert config.model.initializer_range == 0.006
+    assert config.model.initializer_range == {"v3_tiny": 0.04}.get(name, 0.006)  # v3_tiny scales it with its width
 
 
 def test_a_model_built_by_hand_is_checked_the_same():
