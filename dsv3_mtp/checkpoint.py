@@ -10,6 +10,7 @@ may name a folder that another rank was still writing. Files are flushed to disk
 
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -57,7 +58,8 @@ def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: 
         ):
             with replacing(path) as temporary:
                 temporary.write_text(text)
-        for old in sorted(_folders(root), key=_step_of)[:-keep]:
+        usable = sorted((path for path in _folders(root) if is_complete(path)), key=_step_of)
+        for old in set(_folders(root)) - {folder, *usable[-keep:]}:
             (old / COMPLETE).unlink(missing_ok=True)  # a half-deleted folder must not count as complete
             shutil.rmtree(old)
     dist.barrier()
@@ -69,6 +71,11 @@ def newest(root: Path) -> Path | None:
     return max((folder for folder in _folders(root) if is_complete(folder)), key=_step_of, default=None)
 
 
+def incomplete(root: Path) -> list[Path]:
+    """Checkpoints that a kill or damage left unusable."""
+    return sorted((folder for folder in _folders(root) if not is_complete(folder)), key=_step_of)
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The `state` given to `save`: progress, data position, clock, config."""
     return json.loads((folder / "state.json").read_text())
@@ -78,7 +85,7 @@ def load(engine: Engine, folder: Path) -> None:
     """Restores model, router biases, optimizer and this rank's random generators.
 
     Raises:
-        ValueError: the checkpoint was written by another number of ranks or another ZeRO stage.
+        ValueError: the checkpoint is damaged, or of another number of ranks or another ZeRO stage.
     """
     made = json.loads((folder / COMPLETE).read_text())
     here = {"world_size": engine.world.size, "zero_stage": _stage(engine)}
@@ -87,18 +94,21 @@ def load(engine: Engine, folder: Path) -> None:
         raise ValueError(
             f"{folder}: written with {'; '.join(different)}: resume with the same layout, or use a new run.name"
         )
-    path, _ = engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    try:  # DeepSpeed unpickles its files, as is done here: load only what you trust
+        path, _ = engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        rng_state = torch.load(folder / f"rng_rank{engine.world.rank}.pt", weights_only=False)
+    except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder}: damaged ({error}); delete this folder to use the checkpoint before it") from error
     if path is None:
-        raise ValueError(f"{folder}: DeepSpeed could not load it")
-    # Only files this program wrote are loaded here, as by DeepSpeed itself.
-    _set_rng_state(torch.load(folder / f"rng_rank{engine.world.rank}.pt", weights_only=False))
+        raise ValueError(f"{folder}: damaged; delete this folder to use the checkpoint before it")
+    _set_rng_state(rng_state)
 
 
 def is_complete(folder: Path) -> bool:
     try:
         files = json.loads((folder / COMPLETE).read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -53,13 +53,16 @@ def metric_sums(out: MTPOutput) -> torch.Tensor:
 
 
 def metric_means(sums: list[float], depths: int) -> dict[str, float]:
-    """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k."""
+    """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k.
+
+    A depth without a valid target (masked documents shorter than it reaches) has no entry.
+    """
     heads = 1 + depths
     nll, targets, correct = sums[:heads], sums[heads : 2 * heads], sums[2 * heads : 3 * heads]
     agreed, compared = sums[3 * heads : 3 * heads + depths], sums[3 * heads + depths :]
     losses = [value / max(count, 1) for value, count in zip(nll, targets, strict=True)]
     metrics = {"main_loss": losses[0]}
-    metrics |= {f"mtp_loss/{depth}": losses[depth] for depth in range(1, heads)}
-    metrics |= {f"top1/{depth}": correct[depth] / max(targets[depth], 1) for depth in range(heads)}
-    metrics |= {f"agreement/{k + 1}": agreed[k] / max(compared[k], 1) for k in range(depths)}
+    metrics |= {f"mtp_loss/{depth}": losses[depth] for depth in range(1, heads) if targets[depth]}
+    metrics |= {f"top1/{depth}": correct[depth] / targets[depth] for depth in range(heads) if targets[depth]}
+    metrics |= {f"agreement/{k + 1}": agreed[k] / compared[k] for k in range(depths) if compared[k]}
     return metrics

@@ -3,6 +3,7 @@
 runs/NAME/  config.yaml  ds_config.json  manifest.json  metrics.jsonl  curves.png  tb/  checkpoints/
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,20 +24,47 @@ from dsv3_mtp.metrics import replacing
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
 
 # A checkpoint fits only these settings as they were; all others may change between starts and are reported.
-FIXED: tuple[str, ...] = (
+FIXED = (
     "model",
     "mtp.mode",
     "mtp.num_nextn_predict_layers",
     "mtp.trunk_hidden",
     "mtp.chain",
     "mtp.embed",
+    "mtp.share_weights",
+    "data.seq_len",
+    "data.mask_documents",
+    "train.dtype",
+    "run.seed",
 )
-FIXED += ("mtp.share_weights", "data.seq_len", "data.mask_documents", "train.dtype", "run.seed")
-FREE = ("run.dir", "log", "eval", "checkpoint", "deepspeed")  # no effect on what is learned: not worth a line
+FREE = (
+    "run.dir",
+    "log",
+    "eval",
+    "checkpoint",
+    "deepspeed",
+    "train.threads",
+    "parallel.timeout_s",
+)  # no effect on what is learned: not worth a line
 
 
 def run_folder(config: Config) -> Path:
     return Path(config.run.dir) / config.run.name
+
+
+def lock_run_folder(config: Config) -> None:
+    """Holds the folder for this process until it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: the kernel frees it with the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process trains in this run folder; choose another run.name") from None
 
 
 def write_run_folder(
@@ -50,7 +78,10 @@ def write_run_folder(
     """config.yaml (resolved), ds_config.json, and one more entry in manifest.json for this start."""
     folder = run_folder(config)
     manifest = folder / "manifest.json"
-    starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
+    try:
+        starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest}: damaged ({error}); delete this file") from None
     starts.append(describe_start(world_size=world_size, command=command, sources=sources))
     texts = {
         "config.yaml": config.to_yaml(),

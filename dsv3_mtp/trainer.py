@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from dsv3_mtp import checkpoint, schedules
 from dsv3_mtp.config import Config
@@ -17,11 +16,11 @@ from dsv3_mtp.data.source import Source, check_vocab, open_source
 from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device
 from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets, model_size
-from dsv3_mtp.optim import build_optimizer
+from dsv3_mtp.optim import build_optimizer, set_hyperparameters
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config
-from dsv3_mtp.parallel.launch import StopRequest, World, start
+from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
 from dsv3_mtp.plots import plot_run
-from dsv3_mtp.runs import changed_settings, run_folder, write_run_folder
+from dsv3_mtp.runs import changed_settings, lock_run_folder, run_folder, write_run_folder
 
 LEAK_RATIO = 0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
 
@@ -45,24 +44,28 @@ class Trainer:
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         self.sampler, self.val = open_data(config, self.world)
-        latest = find_checkpoint(config, self.world)
+        latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
 
         torch.manual_seed(config.run.seed)
         with self.world.device:
             self.model = DeepseekV3MTP(config.model, config.mtp)
         self.model.init_weights(config.run.seed)
-        self.flops_per_token = model_size(self.model, config.data.seq_len).flops_per_token
+        self.size = model_size(self.model, config.data.seq_len)
         optimizer = build_optimizer(self.model, config.optim)
-        self.engine = Engine(self.model, optimizer, ds_config=ds_config, world=self.world)
+        self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
 
         self.step = self.tokens = 0
         self.clock = Clock()
-        self.notes = self.resume(latest) if latest else []
-        if self.world.is_main:
-            self.log = MetricsLog(self.folder / "metrics.jsonl")
-            self.log.truncate_after(self.step if latest else -1)
-            sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {"val": self.val}
-            write_run_folder(config, ds_config, world_size=self.world.size, command=command, sources=sources)
+        if latest:
+            self.notes += self.resume(latest)
+        on_main(self.world, lambda: self.open_folder(ds_config, command))
+
+    def open_folder(self, ds_config: dict[str, Any], command: list[str]) -> None:
+        """metrics.jsonl up to the step this start begins at, and the description of this start."""
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self.log.truncate_after(self.step or -1)
+        sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {"val": self.val}
+        write_run_folder(self.config, ds_config, world_size=self.world.size, command=command, sources=sources)
 
     @property
     def progress(self) -> float:
@@ -169,7 +172,7 @@ class Trainer:
         """Progress line, metrics.jsonl, monitor."""
         speed = self.clock.lap(self.tokens)
         device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "cpu"
-        utilisation = mfu(speed, self.flops_per_token, device, self.world.size)
+        utilisation = mfu(speed, self.size.flops_per_token, device, self.world.size)
         record = self.stamp() | record | {"perf/tokens_per_s": speed}
         if utilisation is not None:
             record["perf/mfu"] = utilisation
@@ -219,6 +222,7 @@ class Trainer:
         notes = changed_settings(saved["config"], self.config, folder)
         self.sampler.load_state_dict(saved["sampler"])
         checkpoint.load(self.engine, folder)
+        set_hyperparameters(self.engine.optimizer.param_groups, self.config.optim)
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.clock.load_state_dict(saved["clock"])
         return [f"resumed at step {self.step} from {folder}", *notes]
@@ -239,7 +243,7 @@ class Trainer:
         return self.folder
 
     def headline(self) -> str:
-        config, size = self.config, model_size(self.model, self.config.data.seq_len)
+        config, size = self.config, self.size
         heads = config.mtp.mode if config.mtp.mode == "none" else f"{config.mtp.mode} D={config.mtp.depths}"
         train = sum(source.tokens for source in self.sampler.sources)
         return (
@@ -253,10 +257,7 @@ def open_data(config: Config, world: World) -> tuple[Sampler, Source]:
     """The training sampler and the validation source; rank 0 first builds the embedded corpus where it is missing."""
     data = config.data
     if data.build == "pystdlib" and isinstance(data.train, str):
-        if world.is_main and not Path(data.train).exists():
-            print(f"{data.train}: missing, building it from the standard library of this Python", flush=True)
-            build_corpus(data.train, vocab_size=config.model.vocab_size)
-        dist.barrier()
+        on_main(world, lambda: build_missing(str(data.train), config.model.vocab_size))
     sources = [open_source(entry.path, "train") for entry in data.entries]
     val = open_source(data.val, "val")
     for source in [*sources, val]:
@@ -266,19 +267,41 @@ def open_data(config: Config, world: World) -> tuple[Sampler, Source]:
     return sampler, val
 
 
-def find_checkpoint(config: Config, world: World) -> Path | None:
-    """Rank 0's choice of the checkpoint to resume, the same on all ranks.
+def build_missing(folder: str, vocab_size: int) -> None:
+    if not Path(folder).exists():
+        print(f"{folder}: missing, building it from the standard library of this Python", flush=True)
+        build_corpus(folder, vocab_size=vocab_size)
+
+
+def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+    """Claims the run folder for this process; the checkpoint to resume there, and what to tell the user about it.
 
     Raises:
-        ValueError: `checkpoint.resume: never` in a run folder that already has checkpoints.
+        ValueError: another process trains in the folder; `checkpoint.resume: never` and there is a checkpoint; or all
+            checkpoints are damaged.
     """
-    found = [checkpoint.newest(run_folder(config) / "checkpoints") if world.is_main else None]
-    dist.broadcast_object_list(found)
-    if found[0] is not None and config.checkpoint.resume == "never":
+    root = run_folder(config) / "checkpoints"
+    lock_run_folder(config)
+    newest = checkpoint.newest(root)
+    if newest is not None and config.checkpoint.resume == "never":
+        raise ValueError(f"checkpoint.resume: never, but {newest} exists; choose another run.name or delete the folder")
+    damaged = checkpoint.incomplete(root)
+    if newest is None and (root / "latest").exists():
         raise ValueError(
-            f"checkpoint.resume: never, but {found[0]} exists: choose another run.name or delete the folder"
+            f"{root}: no checkpoint in it is complete any more; delete the run folder to start again, "
+            "or choose another run.name"
         )
-    return found[0]
+    return newest, [f"{folder} is incomplete: not used, and deleted at the next save" for folder in damaged]
+
+
+def start_engine(model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: World, config: Config) -> Engine:
+    """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names the section."""
+    try:
+        return Engine(model, optimizer, ds_config=ds_config, world=world)
+    except Exception as error:
+        if not config.deepspeed:
+            raise
+        raise ValueError(f"deepspeed: DeepSpeed refuses this section: {error}") from error
 
 
 def check_monitors(config: Config) -> None:

@@ -107,3 +107,10 @@ def test_commands_are_read_from_bash_blocks_only():
         "python tools/x.py    --a 1",
         "make test",
     ]
+
+
+def test_the_python_examples_run(tmp_path: Path):
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)):
+        script = tmp_path / f"example{number}.py"
+        script.write_text(block)
+        run_tool(str(script), [])

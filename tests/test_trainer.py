@@ -275,6 +275,7 @@ def test_training_lowers_the_loss_and_moves_every_router(make_run):
     assert all(bias.abs().sum() > 0 and bias.dtype == torch.float32 for bias in biases.values())
     files = {path.name for path in folder_of(config).iterdir()}
     assert files == {
+        ".lock",
         "config.yaml",
         "ds_config.json",
         "manifest.json",
@@ -348,3 +349,96 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name_and_harmless_changes_
     error = Path(f"{folder_of(config)}.error")
     train(config, function=refused)
     assert (message in error.read_text()) if message else not error.exists()
+
+
+def test_pruning_keeps_the_newest_complete_checkpoints_and_removes_incomplete_ones(make_run):
+    config = make_run()
+    train(config)
+    root = folder_of(config) / "checkpoints"
+    (root / "global_step20" / "COMPLETE.json").unlink()  # as a kill in the last save leaves it
+    config = make_run(checkpoint__keep=1, checkpoint__every=2, train__total_tokens=18 * 8 * 16)
+    train(config)
+    assert {path.name for path in root.glob("global_step*")} == {"global_step18"}
+    assert checkpoint.newest(root).name == "global_step18" == (root / "latest").read_text()
+    assert "global_step20 is incomplete" in Path(f"{folder_of(config).parents[1]}/run.log.rank0").read_text()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_not_begun_anew(make_run):
+    config = make_run()
+    train(config)
+    before = (folder_of(config) / "metrics.jsonl").read_text()
+    for complete in folder_of(config).glob("checkpoints/*/COMPLETE.json"):
+        complete.write_text("{}")
+    train(config, function=refused)
+    assert "no checkpoint in it is complete" in Path(f"{folder_of(config)}.error").read_text()
+    assert (folder_of(config) / "metrics.jsonl").read_text() == before
+
+
+def test_a_damaged_checkpoint_file_is_named(make_run):
+    config = make_run()
+    train(config, function=run_until, args=(3,))
+    file = folder_of(config) / "checkpoints" / "global_step3" / "mp_rank_00_model_states.pt"
+    file.write_bytes(b"x" * file.stat().st_size)
+    train(config, function=refused)
+    assert "global_step3: damaged" in Path(f"{folder_of(config)}.error").read_text()
+
+
+def test_optimizer_settings_changed_on_resume_are_those_in_use(make_run):
+    train(make_run(), function=run_until, args=(3,))
+    changed = {"optim__weight_decay": 0.7, "optim__betas": [0.5, 0.6], "optim__eps": 0.1}
+    config = make_run(**changed)
+    train(config, function=hyperparameters)
+    groups = json.loads(Path(f"{folder_of(config)}.groups").read_text())
+    assert groups == [[0.7, [0.5, 0.6], 0.1], [0.0, [0.5, 0.6], 0.1]]
+
+
+def hyperparameters(config: Config) -> None:
+    trainer = Trainer(config, command=["test"])
+    inner = trainer.engine.optimizer.optimizer.param_groups  # the AdamW inside DeepSpeed's ZeRO optimizer
+    groups = [[group["weight_decay"], group["betas"], group["eps"]] for group in inner]
+    Path(f"{folder_of(config)}.groups").write_text(json.dumps(groups))
+
+
+def test_two_processes_never_train_in_one_run_folder(make_run):
+    from dsv3_mtp.runs import lock_run_folder
+
+    config = make_run()
+    lock_run_folder(config)  # this process holds it
+    train(config, function=refused)
+    assert "another process trains in this run folder" in Path(f"{folder_of(config)}.error").read_text()
+
+
+def test_an_error_that_only_rank_0_meets_is_raised_on_every_rank(make_run):
+    config = make_run()
+    folder_of(config).parent.write_text("a file where the folder of runs should be")
+    train(config, world_size=2, function=refused_by_rank)
+    errors = [Path(f"{folder_of(config).parent}.error{rank}").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1] and "runs" in errors[0]
+
+
+def refused_by_rank(config: Config) -> None:
+    try:
+        Trainer(config, command=["test"])
+    except ValueError as error:
+        Path(f"{folder_of(config).parent}.error{os.environ['RANK']}").write_text(str(error))
+
+
+def test_what_deepspeed_says_against_the_deepspeed_section_names_the_section(make_run):
+    config = make_run(**{"deepspeed.zero_optimization": {"overlap_com": True}})
+    train(config, function=refused)
+    assert "deepspeed: DeepSpeed refuses" in (error := Path(f"{folder_of(config)}.error").read_text())
+    assert "overlap_com" in error
+
+
+def test_a_depth_without_valid_targets_is_left_out_of_the_metrics(make_run, tmp_path):
+    data = write_markov(tmp_path / "short", tokens=3000, documents=1500)  # 2 tokens each on average
+    config = make_run(
+        data__train=data,
+        data__val=data,
+        data__mask_documents=True,
+        mtp__num_nextn_predict_layers=2,
+        mtp__loss_weight=0.1,
+    )
+    records = train(config)
+    assert all(record.get("train/mtp_loss/2", 1.0) > 0 for record in records)
+    assert all("val/main_loss" in record or "train/main_loss" in record for record in records)

@@ -1,6 +1,6 @@
 """Train a model: `deepspeed tools/train.py --config configs/v3_tiny.yaml`, or with torchrun, or with plain python.
 
-The same command continues an interrupted run. SIGTERM and Ctrl-C save a checkpoint and exit 0.
+The same command continues an interrupted run. Once training has begun, SIGTERM and Ctrl-C save a checkpoint and exit 0.
 Exit codes: 0 done or stopped on request, 1 training failed, 2 wrong config, data or run folder.
 """
 
@@ -48,6 +48,8 @@ def main() -> int:
             return fail(f"training stopped: {error}", 1, is_main=is_main)
     except (ValueError, OSError) as error:
         return fail(str(error), 2, is_main=is_main)
+    except KeyboardInterrupt:
+        return fail("interrupted before the run could save; it goes on from its last checkpoint", 130, is_main=True)
     from dsv3_mtp.parallel.launch import finish
 
     finish()

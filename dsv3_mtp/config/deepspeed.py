@@ -7,26 +7,16 @@ from dsv3_mtp.config.reader import KeyProblems, Problem, did_you_mean
 # Top-level keys that DeepSpeed 0.19.8 reads and that a run may set.
 ALLOWED = frozenset(
     {
-        "activation_checkpointing",
-        "aio",
         "checkpoint",
-        "comet",
         "comms_logger",
         "communication_data_type",
-        "compile",
         "csv_monitor",
         "data_types",
-        "datastates_ckpt",
-        "disable_allgather",
         "disable_python_gc",
         "dump_state",
-        "flops_profiler",
         "log_level",
         "memory_breakdown",
         "timers",
-        "wall_clock_breakdown",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
         "zero_optimization",
     }
 )
@@ -34,6 +24,8 @@ ALLOWED = frozenset(
 _SCALE = "is fixed: losses are divided by the token counts of the whole step, so gradients are summed"
 _LAYOUT = "is not supported: the ranks of a run are laid out by the parallel section"
 _UNUSED = "would have no effect: tokens come from the data section's own sampler"
+
+_NOT_READ = "would have no effect on this training loop"
 
 # Keys that belong to another section, or that would break or be lost on the training loop.
 OWNED = {
@@ -64,6 +56,16 @@ OWNED = {
     "sequence_parallel_size": _LAYOUT,
     "data_parallel_size": _LAYOUT,
     "seq_parallel_communication_data_type": _LAYOUT,
+    "activation_checkpointing": _NOT_READ,
+    "aio": _NOT_READ,
+    "compile": _NOT_READ,
+    "datastates_ckpt": _NOT_READ,
+    "disable_allgather": _NOT_READ,
+    "zero_allow_untested_optimizer": _NOT_READ,
+    "zero_force_ds_cpu_optimizer": _NOT_READ,
+    "flops_profiler": "is not supported: --dry-run prints the FLOPs per token",
+    "wall_clock_breakdown": "is not supported: perf/tokens_per_s is logged",
+    "comet": "is not supported: set log.tensorboard or log.wandb",
     "autotuning": "is not supported: its launcher rewrites the batch size, which train.batch_size owns",
     "hybrid_engine": "is not supported: this is not an RLHF loop",
     "weight_quantization": "is not supported: it is for DeepSpeed inference",
@@ -77,7 +79,7 @@ def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
         if key in OWNED:
             problems.append((key, OWNED[key]))
         elif key not in ALLOWED:
-            known = [f"deepspeed.{name}" for name in sorted(ALLOWED)]
+            known = [f"deepspeed.{name}" for name in sorted({*ALLOWED, *OWNED})]
             problems.append((key, "unknown to DeepSpeed 0.19.8" + did_you_mean(f"deepspeed.{key}", known)))
     zero = block.get("zero_optimization", {})
     if not isinstance(zero, dict):

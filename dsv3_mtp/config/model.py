@@ -113,7 +113,7 @@ class ModelConfig(Section):
     """Leading layers with a dense FFN (3)."""
     max_position_embeddings: Count
     """Longest sequence, tokens (4096 in pre-training)."""
-    rope_theta: Positive = 10000.0
+    rope_theta: Annotated[Number, Field(gt=1)] = 10000.0
     """Rotary base."""
     rope_scaling: RopeScaling | None = None
     """Long-context extension; null in pre-training."""

@@ -87,6 +87,10 @@ def _parse(text: str) -> tuple[Any, list[Problem]]:
         return yaml.load(text, Loader=_Loader), problems
     except RecursionError:
         raise yaml.YAMLError("an anchor contains itself") from None
+    except yaml.YAMLError:
+        raise
+    except ValueError as error:  # a date that is none, say
+        raise yaml.YAMLError(f"{error}; put quotes around a value that is text") from None
 
 
 def _duplicates(node: yaml.Node, path: str) -> Iterator[Problem]:

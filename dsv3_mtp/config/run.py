@@ -36,7 +36,7 @@ class RunConfig(Section):
     """The run's folder is DIR/NAME."""
     dir: Text = "runs"
     """Folder of all runs."""
-    seed: Annotated[Integer, Field(ge=0)] = 1234
+    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 1234
     """Initialisation and data order."""
 
     def rules(self) -> Iterator[Problem]:
@@ -177,7 +177,7 @@ class ParallelConfig(Section):
 
     zero_stage: Literal[0, 1] = 1
     """DeepSpeed ZeRO: 0 keeps optimizer states whole on every rank, 1 shards them (V3 3.1 uses 1)."""
-    timeout_s: Positive = 600.0
+    timeout_s: Annotated[Number, Field(gt=0, le=1e6)] = 600.0
     """Seconds after which a hung collective fails."""
 
 

@@ -252,6 +252,7 @@ def _finish(
     splits = {split: writer.summary() for split, writer in writers.items()}
     documents = {split: summary["documents"] for split, summary in splits.items()}
     if documents["train"] == 0 or (documents["val"] == 0 and arguments.val_fraction > 0):
+        shutil.rmtree(partial)  # nothing in it fits other text or another fraction
         raise ValueError(
             f"{state['documents']} documents ({state['empty']} empty) gave {documents['train']} for train "
             f"and {documents['val']} for val; give more text, or another --val-fraction (0: no val)"

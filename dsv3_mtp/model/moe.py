@@ -87,9 +87,10 @@ class Experts(nn.Module):
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows of group e times weight[e].T. x: (rows, in), weight: (E, out, in), counts: (E,) -> (rows, out)."""
-    if x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype == torch.float32):
+    kernel = x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype == torch.float32)
+    if kernel and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):  # it wants aligned rows
         return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).int())
-    parts = zip(x.split(counts.tolist()), weight.unbind(), strict=True)  # no grouped kernel for this dtype
+    parts = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
     return torch.cat([part @ matrix.T for part, matrix in parts])
 
 

@@ -59,7 +59,6 @@ class Engine:
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
         self.world = world
-        self.clip = ds_config["gradient_clipping"]
 
     @property
     def module(self) -> torch.nn.Module:

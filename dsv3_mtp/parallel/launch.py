@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import psutil
@@ -60,6 +62,24 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def on_main(world: World, function: Callable[[], Any]) -> Any:
+    """Calls `function` on rank 0 while the others wait; returns its result everywhere, or raises everywhere.
+
+    Raises:
+        ValueError: with the message of the ValueError or OSError that rank 0 met.
+    """
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = str(error)
+    torch.distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
 
 
 def finish() -> None:

@@ -156,3 +156,12 @@ def test_grouped_linear_equals_separate_products_with_empty_groups(dtype):
     expected = torch.cat([x[:10] @ weight[1].T, x[10:] @ weight[3].T])
     got = grouped_linear(x, weight, counts)
     torch.testing.assert_close(got, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [6, 10])
+def test_expert_widths_that_the_grouped_kernel_refuses_still_work(make_tiny_config, width):
+    moe = MoE(config_of(make_tiny_config, moe_intermediate_size=width))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(moe(x)[0], loop_over_experts(moe, x), rtol=1e-5, atol=1e-5)
