@@ -1,4 +1,4 @@
-"""The model: layers -> attention (MLA), moe -> block -> mtp -> causal_lm. Needs torch alone.
+"""The model: layers -> attention (MLA), moe -> block -> mtp -> causal_lm. Needs torch and dsv3_mtp.config.
 
 Shape letters used in every file of this folder:
     B batch, T tokens, N = B*T, C hidden_size, H heads, E experts, K experts per token, F expert width,
