@@ -31,7 +31,7 @@ FIXED: tuple[str, ...] = (
     "mtp.chain",
     "mtp.embed",
 )
-FIXED += ("mtp.share_weights", "data.seq_len", "data.mask_documents", "train.dtype", "run.seed")
+FIXED += ("mtp.share_weights", "data.seq_len", "data.mask_documents", "train.dtype", "train.freeze", "run.seed")
 FREE = ("run.dir", "log", "eval", "checkpoint", "deepspeed")  # no effect on what is learned: not worth a line
 
 

@@ -15,6 +15,7 @@ from dsv3_mtp.data.corpus import build_corpus
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import Source, check_vocab, open_source
 from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device
+from dsv3_mtp.hf import load_weights
 from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets, model_size
 from dsv3_mtp.optim import build_optimizer
@@ -51,13 +52,18 @@ class Trainer:
         with self.world.device:
             self.model = DeepseekV3MTP(config.model, config.mtp)
         self.model.init_weights(config.run.seed)
+        self.notes = []
+        if config.train.init_from is not None and latest is None:
+            self.notes += load_weights(self.model, Path(config.train.init_from))
+        if config.train.freeze == "trunk":
+            self.model.freeze_trunk()
         self.flops_per_token = model_size(self.model, config.data.seq_len).flops_per_token
         optimizer = build_optimizer(self.model, config.optim)
         self.engine = Engine(self.model, optimizer, ds_config=ds_config, world=self.world)
 
         self.step = self.tokens = 0
         self.clock = Clock()
-        self.notes = self.resume(latest) if latest else []
+        self.notes += self.resume(latest) if latest else []
         if self.world.is_main:
             self.log = MetricsLog(self.folder / "metrics.jsonl")
             self.log.truncate_after(self.step if latest else -1)
