@@ -7,5 +7,6 @@ safetensors, blockfp8.py quantises; load.py fills a model, export.py and importe
 from dsv3_mtp.hf.export import export_hf
 from dsv3_mtp.hf.importer import import_hf
 from dsv3_mtp.hf.load import load_hf, load_weights
+from dsv3_mtp.hf.run import load_run
 
-__all__ = ["export_hf", "import_hf", "load_hf", "load_weights"]
+__all__ = ["export_hf", "import_hf", "load_hf", "load_run", "load_weights"]

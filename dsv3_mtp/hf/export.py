@@ -18,6 +18,7 @@ from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, Entry, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots
 from dsv3_mtp.hf.load import open_checkpoint, read_slot
+from dsv3_mtp.hf.run import WEIGHTS, newest_checkpoint, read_state_dict, tokenizer_of
 from dsv3_mtp.hf.settings import SPECIAL_IDS, representable, to_config_json, write_settings
 
 Read = Callable[[Slot], Tensor]
@@ -26,7 +27,6 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "generation_config.json"),
 )
-WEIGHTS = "weights"  # folder of an imported run
 
 
 def export_hf(
@@ -96,14 +96,12 @@ def _open_run(run: Path, config: Config, expected: list[Slot], modules: int) -> 
         return _open_imported(run, expected, modules)
     if newest is None:
         raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
-    # Mapped, not read; only files this program wrote are loaded here, and DeepSpeed's hold plain Python objects.
-    file = newest / "mp_rank_00_model_states.pt"
-    state = torch.load(file, mmap=True, map_location="cpu", weights_only=False)["module"]
+    state = read_state_dict(newest)
     problems = _state_problems(state, modules, expected)
     progress = min(json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0)
     problems += _untrained(config, modules, progress)
     if problems:
-        raise ValueError("\n".join([f"{file}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]))
+        raise ValueError("\n".join([f"{newest}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]))
     return lambda slot: state[slot.key][slot.index], newest, []
 
 
@@ -144,26 +142,6 @@ def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
                 f"MTP module {module + 1} is as it was initialised: its loss weight was 0 so far (mtp.loss_weight, "
                 "mtp.depth_weights, mtp.curriculum); train on, or export with --trunk-only"
             )
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint of the highest step: COMPLETE.json exists and every file listed there has its size."""
-
-    def is_complete(folder: Path) -> bool:
-        try:
-            files = json.loads((folder / "COMPLETE.json").read_text())["files"]
-            return all((folder / name).stat().st_size == size for name, size in files.items())
-        except (OSError, ValueError):
-            return False
-
-    folders = [path for path in (run / "checkpoints").glob("global_step*") if path.name[11:].isdecimal()]
-    return max(filter(is_complete, folders), key=lambda path: int(path.name[11:]), default=None)
-
-
-def tokenizer_of(run: Path, config: Config) -> Path | None:
-    """tokenizer.json of a run: the imported one, else that of its training data."""
-    places = [run / WEIGHTS, *(Path(entry.path) for entry in config.data.entries)]
-    return next((place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None)
 
 
 def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, Any], list[str]]:

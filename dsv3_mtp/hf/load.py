@@ -162,11 +162,16 @@ def load_hf(
     mtp = MTPConfig(mode="sequential" if settings.modules else "none", num_nextn_predict_layers=settings.modules)
     if dtype is None:
         dtype = torch.float32 if settings.dtype == "float32" and settings.block is None else torch.bfloat16
-    with torch.device("meta"):
-        model = DeepseekV3MTP(settings.model, mtp)
-    for parameter in model.parameters():  # not model.to(dtype): router biases are buffers and stay float32
-        parameter.data = parameter.data.to(dtype)
-    model = model.to_empty(device="cpu").eval()
+    model = empty_model(settings.model, mtp, dtype)
     load_weights(model, folder)
     tokenizer = folder / "tokenizer.json"
-    return model, settings.model, mtp, tokenizer if tokenizer.is_file() else None
+    return model.eval(), settings.model, mtp, tokenizer if tokenizer.is_file() else None
+
+
+def empty_model(config: ModelConfig, mtp: MTPConfig, dtype: torch.dtype) -> DeepseekV3MTP:
+    """A model on the CPU whose values are not set yet: weights of `dtype`, router biases float32."""
+    with torch.device("meta"):
+        model = DeepseekV3MTP(config, mtp)
+    for parameter in model.parameters():  # not model.to(dtype): that would convert the router biases too
+        parameter.data = parameter.data.to(dtype)
+    return model.to_empty(device="cpu")
