@@ -176,7 +176,9 @@ def lm_eval(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include)
+    manager = TaskManager(include_path=include, include_defaults=False) if include else None
+    if manager is None or not all(manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=include)  # its thousands of tasks take a while to index
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(f"--lm-eval: lm-evaluation-harness does not know {', '.join(unknown)}")
     with _exported(run, hf) as folder:

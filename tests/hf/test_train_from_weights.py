@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dsv3_mtp import checkpoint
+from dsv3_mtp.data.source import open_source
+from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.trainer import Trainer
@@ -54,7 +56,10 @@ def test_a_run_starts_from_the_weights_of_an_export(tmp_path, train):
     _, again, log = train("again", train__init_from=str(tmp_path / "hf"), optim__lr=1e-30, train__bias_update_speed=0)
     assert "weights from" in log
     last = metrics[-1]
-    assert "val/main_loss" in last
+    model, config = open_model(run=str(first), hf=None, seq_len=None, micro_batch_size=None)
+    source, cpu = open_source(config.data.val, "val"), torch.device("cpu")
+    found = validate(model, source, config, batches=config.eval.batches, device=cpu)
+    assert found == {key: value for key, value in last.items() if key.startswith("val/")}  # bit for bit
     for key in ("val/main_loss", "val/mtp_loss/1", "val/top1/0", "val/agreement/1"):
         assert again[-1][key] == pytest.approx(last[key], abs=1e-6), key
 
