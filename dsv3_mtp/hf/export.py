@@ -17,7 +17,7 @@ from dsv3_mtp.data.tokenizer import load_encoder
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, Entry, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots
-from dsv3_mtp.hf.load import open_checkpoint, read_slot
+from dsv3_mtp.hf.load import is_finite, open_checkpoint, read_slot
 from dsv3_mtp.hf.run import WEIGHTS, newest_checkpoint, read_state_dict, tokenizer_of
 from dsv3_mtp.hf.settings import SPECIAL_IDS, representable, to_config_json, write_settings
 
@@ -80,7 +80,7 @@ def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> 
     """The tensors of `entries_of` all slots; names of tensors with non-finite values are added to `bad`."""
     for slot in expected:
         tensor = read(slot)
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             bad.append(f"  {slot.name}")
             tensor = torch.zeros_like(tensor)
         if dtype == "fp8" and slot.quantised:

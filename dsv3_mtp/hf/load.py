@@ -1,5 +1,6 @@
 """From a checkpoint in DeepSeek-V3's layout to a model in memory; and the check of its keys."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -86,6 +87,11 @@ def read_slot(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None)
     if tensor.dtype == torch.float8_e4m3fn and block is not None:
         return dequantise(tensor, checkpoint.read(slot.name + SCALE), block=block)
     return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No nan, no infinity: both survive min and max. torch.isfinite takes twenty times as long on bfloat16."""
+    return all(math.isfinite(value) for value in torch.aminmax(tensor))
 
 
 def load_weights(model: DeepseekV3MTP, folder: Path) -> list[str]:
