@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.data.tokenizer import load_encoder
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, Entry, write_checkpoint
-from dsv3_mtp.hf.keys import SCALE, Slot, slots
+from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, open_checkpoint, read_slot
 from dsv3_mtp.hf.run import WEIGHTS, newest_checkpoint, read_state_dict, tokenizer_of
 from dsv3_mtp.hf.settings import SPECIAL_IDS, representable, to_config_json, write_settings
@@ -119,18 +120,22 @@ def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read,
 
 
 def _state_problems(state: dict[str, Tensor], modules: int, expected: list[Slot]) -> list[str]:
-    """Tensors of the run that the slots do not fill exactly."""
-    filled: dict[str, int] = {}
+    """Tensors of the run that are missing, unused, or not filled exactly by the slots."""
+    problems, filled = [], Counter[str]()
     for slot in expected:
-        if not slot.alias:
-            filled[slot.key] = filled.get(slot.key, 0) + torch.Size(slot.shape).numel()
-    problems = [f"{key}: missing" for key in filled if key not in state]
+        if slot.alias:
+            continue
+        filled[slot.key] += torch.Size(slot.shape).numel()
+        if slot.key not in state:
+            problems.append((slot.key, "missing"))
+        elif len(slot.index) >= state[slot.key].ndim or state[slot.key][slot.index].shape != slot.shape:
+            problems.append((slot.key, f"has shape {list(state[slot.key].shape)}, config.yaml asks for another"))
     for key, tensor in state.items():
-        if key in filled and tensor.numel() != filled[key]:
-            problems.append(f"{key}: has {tensor.numel()} numbers, config.yaml asks for {filled[key]}")
+        if key in filled and tensor.numel() > filled[key]:
+            problems.append((key, f"has shape {list(tensor.shape)}, config.yaml asks for less"))
         elif key not in filled and (modules or not key.startswith("mtp.")):
-            problems.append(f"{key}: not used by the layout")
-    return problems
+            problems.append((key, "not used by the layout"))
+    return summarise(dict.fromkeys(problems))
 
 
 def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:

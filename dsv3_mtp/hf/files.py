@@ -124,6 +124,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 def _place(path: Path, value: dict[str, Any], data: int) -> Place:
     shape = tuple(int(size) for size in value["shape"])
     start, stop = value["data_offsets"]
+    if not 0 <= start <= stop:
+        raise ValueError(f"data_offsets {start} .. {stop}")
     place = Place(path, value["dtype"], shape, data + start, data + stop)
     if place.dtype in DTYPES and math.prod(shape) * DTYPES[place.dtype].itemsize != stop - start:
         raise ValueError(f"{stop - start} bytes for {place.dtype} {list(shape)}")

@@ -89,12 +89,17 @@ def test_missing_unused_misshapen_and_not_finite_tensors_of_a_run(make_run, tmp_
 
     state = model.state_dict()
     broken = {name: value for name, value in state.items() if name != "mtp.layers.0.enorm.weight"}
-    save(broken | {"extra": torch.zeros(1), "model.norm.weight": torch.zeros(3)})
+    save(
+        broken
+        | {"extra": torch.zeros(1), "model.norm.weight": torch.zeros(3)}
+        | {"model.layers.1.mlp.experts.down_proj": torch.zeros(8, 16, 32)}
+    )
     with pytest.raises(ValueError) as error:
         export_hf(run, tmp_path / "hf")
     text = str(error.value)
-    assert "3 problem(s)" in text and "mtp.layers.0.enorm.weight: missing" in text
-    assert "extra: not used by the layout" in text and "model.norm.weight: has 3 numbers" in text
+    assert "4 problem(s)" in text and "mtp.layers.0.enorm.weight: missing" in text
+    assert "extra: not used by the layout" in text and "model.norm.weight: has shape [3], config.yaml" in text
+    assert "experts.down_proj: has shape [8, 16, 32], config.yaml asks for another" in text
 
     state["lm_head.weight"][0, 0] = float("nan")
     state["model.layers.1.mlp.experts.down_proj"][5, 0, 0] = float("inf")
