@@ -7,6 +7,8 @@ CORPUS ?= data/pystdlib-2048
 # Extra options for pip (an index with CPU builds of torch, a proxy) and for pytest.
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2
+# Optional dependencies to install: dev, hf (parity with transformers), eval (lm-evaluation-harness), wandb, zstd.
+EXTRAS ?= dev
 
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 # Without a GPU torch is pinned to a release with a CPU build, and DeepSpeed is told so: its own detection warns.
@@ -17,7 +19,7 @@ endif
 
 # The stamp's name holds what was installed, and it has no prerequisites: only changed content installs again, not the
 # newer dates of a fresh clone.
-KEY := $(shell cat pyproject.toml constraints-cpu.txt | cksum | cut -d' ' -f1)
+KEY := $(shell { cat pyproject.toml constraints-cpu.txt; echo $(EXTRAS); } | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(KEY)
 # The deepspeed launcher starts plain `python`, which has to be the one in $(VENV). This checkout comes first on the
 # module path, so that an environment shared by several clones runs the code of the one it was started in.
@@ -39,7 +41,7 @@ $(STAMP):
 	  exit 1; }
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) $(CONSTRAINT) $(PIP_FLAGS) -e '.[dev]'
+	@$(PIP) $(CONSTRAINT) $(PIP_FLAGS) -e '.[$(EXTRAS)]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 corpus: $(CORPUS)/index.json  ## prepare the embedded training corpus (Python's standard library)

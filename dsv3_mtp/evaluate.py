@@ -1,41 +1,79 @@
-"""Validation: the same windows at every evaluation and for every number of ranks."""
+"""Validation: the same windows at every evaluation and for every number of ranks; evaluation of finished models.
 
+`evaluate` belongs to the trainer; tools/evaluate.py calls `open_model`, `validate`, `acceptance` and `lm_eval`.
+"""
+
+import contextlib
+import importlib.util
 import math
-from typing import Any
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
-from dsv3_mtp.config import Config
+from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.data.sampler import sequential_windows
 from dsv3_mtp.data.source import Source
-from dsv3_mtp.model.causal_lm import MTPOutput
-from dsv3_mtp.parallel.engine import Engine
+from dsv3_mtp.hf import export_hf, load_hf, load_run
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
+
+if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
+    from dsv3_mtp.parallel.engine import Engine
+
+
+def evaluate(engine: "Engine", source: Source, config: Config) -> dict[str, Any]:
+    """`validate` in a training run: all ranks share the work and get the same metrics."""
+    world = engine.world
+    return validate(
+        cast(DeepseekV3MTP, engine.module),
+        source,
+        config,
+        batches=config.eval.batches,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.size,
+        all_reduce=engine.all_reduce,
+    )
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, source: Source, config: Config) -> dict[str, Any]:
-    """Losses, top1 and agreement of every depth on `eval.batches` fixed micro-batches of the val split.
+def validate(
+    model: DeepseekV3MTP,
+    source: Source,
+    config: Config,
+    *,
+    batches: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> dict[str, Any]:
+    """Losses, top1 and agreement of every depth on `batches` fixed micro-batches of train.micro_batch_size sequences.
 
     Returns `val/...` metrics, summed over ranks before dividing. `val/main_loss` is the validation loss (nats per
     token); `val/bits_per_byte` is the same per byte of text, comparable between tokenizers.
     """
     depths, micro = config.mtp.depths, config.train.micro_batch_size
-    batches = sequential_windows(
+    windows = sequential_windows(
         source,
         seq_len=config.data.seq_len,
         lookahead=1 + depths,
-        count=config.eval.batches * micro,
-        rank=engine.world.rank,
-        world_size=engine.world.size,
+        count=batches * micro,
+        rank=rank,
+        world_size=world_size,
         micro_batch_size=micro,
     )
-    sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=engine.world.device)
-    engine.module.eval()
-    for tokens, documents in batches:
-        out = engine.module(*to_device(tokens, documents, config=config, device=engine.world.device))
+    sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=device)
+    training = model.training
+    model.eval()
+    for tokens, documents in windows:
+        out = model(*to_device(tokens, documents, config=config, device=device))
         sums += metric_sums(out)
-    engine.module.train()
-    metrics = {f"val/{name}": value for name, value in metric_means(engine.all_reduce(sums).tolist(), depths).items()}
+    model.train(training)
+    metrics = {f"val/{name}": value for name, value in metric_means(all_reduce(sums).tolist(), depths).items()}
     if source.bytes is not None:
         metrics["val/bits_per_byte"] = metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes
     return metrics
@@ -66,3 +104,115 @@ def metric_means(sums: list[float], depths: int) -> dict[str, float]:
     metrics |= {f"top1/{depth}": correct[depth] / targets[depth] for depth in range(heads) if targets[depth]}
     metrics |= {f"agreement/{k + 1}": agreed[k] / compared[k] for k in range(depths) if compared[k]}
     return metrics
+
+
+def open_model(
+    *, run: str | None, hf: str | None, seq_len: int | None, micro_batch_size: int | None
+) -> tuple[DeepseekV3MTP, Config]:
+    """The model of a run, or of a folder in DeepSeek-V3's layout, and the config that `validate` reads.
+
+    Args:
+        seq_len: tokens per window; None: the run's, for a folder the model's longest, at most 4096.
+        micro_batch_size: sequences per forward; None: the run's, for a folder 1.
+
+    Raises:
+        ValueError: there is nothing to load, or the windows are longer than the model takes.
+    """
+    if run is not None:
+        model, config, _ = load_run(run)
+        sections = config.to_dict()
+    else:
+        model, model_config, mtp, _ = load_hf(hf or "")
+        longest = model_config.max_position_embeddings
+        sections = {"model": model_config.model_dump(), "mtp": mtp.model_dump(mode="json")}
+        sections["data"] = {"train": "none", "val": "none", "seq_len": min(4096, longest)}
+        sections["train"] = {"total_tokens": 2**62, "batch_size": 1, "micro_batch_size": 1}
+    longest = sections["model"]["max_position_embeddings"]
+    if seq_len is not None:
+        sections["data"]["seq_len"] = seq_len
+    if not 2 <= sections["data"]["seq_len"] <= longest:
+        raise ValueError(f"--seq-len {seq_len}: must be 2 .. model.max_position_embeddings = {longest}")
+    if micro_batch_size is not None:
+        sections["train"] |= {"micro_batch_size": micro_batch_size, "batch_size": micro_batch_size}
+        sections["train"] |= {"batch_size_ramp": None, "total_tokens": 2**62}
+    return model, Config.model_validate(sections)
+
+
+def acceptance(
+    model: DeepseekV3MTP, source: Source, *, depth: int, prompts: int, prompt_tokens: int, new_tokens: int
+) -> dict[str, float]:
+    """Free-running acceptance of greedy drafts of `depth` tokens on prompts from the source (DESIGN S14).
+
+    Returns `val/acceptance/k`, joint for drafts 1..k, and `val/tokens_per_step`; {} where decoding is not installed.
+    """
+    if importlib.util.find_spec("dsv3_mtp.generate") is None:
+        return {}
+    decoding: Any = importlib.import_module("dsv3_mtp.generate")
+    windows = sequential_windows(source, seq_len=prompt_tokens, lookahead=0, count=prompts, micro_batch_size=prompts)
+    settings = decoding.Settings(max_new_tokens=new_tokens, draft_depth=depth)
+    found = decoding.generate(model, windows[0][0].tolist(), settings).acceptance
+    metrics = {f"val/acceptance/{k}": share for k, share in enumerate(found.joint, start=1)}
+    return metrics | {"val/tokens_per_step": found.tokens_per_step}
+
+
+def lm_eval(
+    tasks: Sequence[str],
+    *,
+    run: str | None,
+    hf: str | None,
+    include: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+) -> dict[str, float]:
+    """Tasks of EleutherAI's lm-evaluation-harness through its Hugging Face adapter; a run is exported first.
+
+    Args:
+        include: folder with more task YAMLs. limit: documents per task, None: all.
+    Returns:
+        `TASK/METRIC` -> value.
+
+    Raises:
+        ValueError: the package is missing, or a task is unknown.
+    """
+    if missing := [name for name in ("lm_eval", "transformers") if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"--lm-eval needs {' and '.join(missing)}: pip install 'dsv3_mtp[eval,hf]'")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include, include_defaults=False) if include else None
+    if manager is None or not all(manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=include)  # its thousands of tasks take a while to index
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise ValueError(f"--lm-eval: lm-evaluation-harness does not know {', '.join(unknown)}")
+    with _exported(run, hf) as folder:
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{run or hf}: has no tokenizer.json, and tasks are text")
+        results = simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(folder), "dtype": "auto"},
+            tasks=list(tasks),
+            task_manager=manager,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            batch_size=batch_size,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
+    values = {}
+    for task, metrics in results["results"].items():
+        for name, value in metrics.items():
+            if isinstance(value, float) and "_stderr" not in name:
+                values[f"{task}/{name.removesuffix(',none')}"] = value
+    return values
+
+
+@contextlib.contextmanager
+def _exported(run: str | None, hf: str | None) -> Iterator[Path]:
+    """The folder of weights, for a run a temporary export in the run's own dtype."""
+    if hf is not None:
+        yield Path(hf)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        wide = load_config(Path(run or "") / "config.yaml").train.dtype == "float32"
+        export_hf(run or "", Path(temporary) / "hf", dtype="fp32" if wide else "bf16", trunk_only=True)
+        yield Path(temporary) / "hf"

@@ -35,6 +35,7 @@ FIXED = (
     "data.seq_len",
     "data.mask_documents",
     "train.dtype",
+    "train.freeze",
     "run.seed",
 )
 FREE = (

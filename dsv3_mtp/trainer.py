@@ -14,6 +14,7 @@ from dsv3_mtp.data.corpus import build_corpus
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import Source, check_vocab, open_source
 from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device
+from dsv3_mtp.hf import load_weights
 from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets, model_size
 from dsv3_mtp.optim import build_optimizer, set_hyperparameters
@@ -51,6 +52,10 @@ class Trainer:
             self.model = DeepseekV3MTP(config.model, config.mtp)
         self.model.init_weights(config.run.seed)
         self.size = model_size(self.model, config.data.seq_len)
+        if config.train.init_from is not None and latest is None:
+            self.notes += load_weights(self.model, Path(config.train.init_from))
+        if config.train.freeze == "trunk":
+            self.model.freeze_trunk()
         optimizer = build_optimizer(self.model, config.optim)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
 

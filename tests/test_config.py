@@ -188,6 +188,21 @@ def test_a_setting_without_effect_is_an_error(mode, override, default):
     assert line.startswith(f"mtp.{key}: has no effect with mode {mode}; remove it or set {default} (got ")
 
 
+FROZEN = ("train.freeze=trunk", "train.init_from=hf/base", "mtp.detach=trunk")
+
+
+def test_a_frozen_trunk_needs_weights_heads_and_a_detached_loss():
+    assert load_config(TINY, FROZEN).train.freeze == "trunk"
+    assert problems("train.freeze=trunk") == [
+        "train.freeze: trunk needs mtp.detach: trunk or all (got none)",
+        "train.freeze: trunk needs train.init_from: a trunk at random weights teaches nothing",
+    ]
+    assert problems("train.freeze=trunk", "train.init_from=hf/base", "mtp.mode=none") == [
+        "train.freeze: trunk leaves nothing to train without MTP heads; set none, or mtp.mode"
+    ]
+    assert problems("train.freeze=all") == ["train.freeze: must be one of none, trunk (got 'all')"]
+
+
 def test_all_problems_come_at_once_even_between_sections_that_parsed():
     lines = problems("mtp.num_nextn_predict_layer=1", "train.micro_batch_size=0", "data.seq_len=512", "oops")
     assert lines == [

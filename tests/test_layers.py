@@ -85,7 +85,7 @@ def test_tool_leaves_deepspeed_and_transformer_engine_to_the_package(path: Path)
     assert roots.isdisjoint(DOORS)
 
 
-@pytest.mark.parametrize("part", ["model", "generate"])
+@pytest.mark.parametrize("part", ["model", "generate", "hf"])
 def test_deepspeed_is_out_of_reach_of(part: str):
     edges: dict[str, set[str]] = {}
     for path in package_files():
@@ -106,6 +106,8 @@ def test_deepspeed_is_out_of_reach_of(part: str):
         ("dsv3_mtp.config", ["torch", "numpy", "deepspeed", "matplotlib"]),
         ("dsv3_mtp.metrics", ["torch", "deepspeed", "matplotlib"]),
         ("dsv3_mtp.model", ["deepspeed", "transformer_engine", "transformers"]),
+        ("dsv3_mtp.hf", ["deepspeed", "transformer_engine", "transformers", "safetensors"]),
+        ("dsv3_mtp.evaluate", ["deepspeed", "transformers", "lm_eval"]),
         ("dsv3_mtp.generate", ["deepspeed", "transformer_engine", "transformers"]),
     ],
 )

@@ -156,6 +156,10 @@ class TrainConfig(Section):
     """alpha of the sequence-wise balance loss (V3 eq. 17, 4.2)."""
     threads: Count | None = None
     """CPU threads per rank; null: cores over ranks of this host."""
+    init_from: Text | None = None
+    """Folder of a DeepSeek-V3-layout checkpoint: weights and router biases at step 0; null: `initializer_range`."""
+    freeze: Literal["none", "trunk"] = "none"
+    """trunk: only the MTP heads learn; embedding, trunk, router biases of the trunk and output head stay."""
 
     def rules(self) -> Iterator[Problem]:
         of = f"must be a multiple of train.micro_batch_size = {self.micro_batch_size}"
@@ -250,13 +254,20 @@ class Config(Section):
 
 def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
     """Rules between sections, as far as they parsed."""
-    model, data, train = (sections.get(name) for name in ("model", "data", "train"))
+    model, mtp, data, train = (sections.get(name) for name in ("model", "mtp", "data", "train"))
     if model and data and data.seq_len > model.max_position_embeddings:
         text = f"must be <= model.max_position_embeddings = {model.max_position_embeddings}"
         yield "data.seq_len", f"{text} (got {data.seq_len})"
     if train and data and train.total_tokens < (step := train.batch_size * data.seq_len):
         text = f"must be >= one step, train.batch_size * data.seq_len = {step}"
         yield "train.total_tokens", f"{text} (got {train.total_tokens})"
+    if train and mtp and train.freeze == "trunk":
+        if not mtp.depths:
+            yield "train.freeze", "trunk leaves nothing to train without MTP heads; set none, or mtp.mode"
+        elif mtp.detach == "none":
+            yield "train.freeze", "trunk needs mtp.detach: trunk or all (got none)"
+        if train.init_from is None:
+            yield "train.freeze", "trunk needs train.init_from: a trunk at random weights teaches nothing"
 
 
 def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:

@@ -173,9 +173,18 @@ class DeepseekV3MTP(nn.Module):
 
     @torch.no_grad()
     def update_router_bias(self, load: Tensor, speed: float) -> None:
-        """load: (routers, E) of the whole optimizer step over all ranks; MTP routers are routers like the others."""
+        """load: (routers, E) of the whole optimizer step over all ranks; MTP routers are routers like the others.
+
+        A frozen router (`freeze_trunk`) keeps its bias.
+        """
         for gate, gate_load in zip(self.gates(), load, strict=True):
-            gate.update_bias(gate_load, speed)
+            if gate.weight.requires_grad:
+                gate.update_bias(gate_load, speed)
+
+    def freeze_trunk(self) -> None:
+        """Only the MTP heads go on learning: no gradient into embedding, trunk, its routers and the output head."""
+        for part in (self.model, self.lm_head):
+            part.requires_grad_(False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -1,0 +1,193 @@
+"""A run's weights as a folder that transformers, vLLM and SGLang read."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3_mtp import schedules
+from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.data.tokenizer import load_encoder
+from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
+from dsv3_mtp.hf.files import SHARD_BYTES, Entry, write_checkpoint
+from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
+from dsv3_mtp.hf.load import is_finite, open_checkpoint, read_slot
+from dsv3_mtp.hf.run import WEIGHTS, newest_checkpoint, read_state_dict, tokenizer_of
+from dsv3_mtp.hf.settings import SPECIAL_IDS, representable, to_config_json, write_settings
+
+Read = Callable[[Slot], Tensor]
+TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "generation_config.json"),
+)
+
+
+def export_hf(
+    run: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "bf16",
+    trunk_only: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+    """Writes the newest checkpoint of a run to the new folder `out`. Returns what the user should know.
+
+    Args:
+        dtype: bf16; fp8 (E4M3 in 128 x 128 blocks, see `keys.QUANTISED`, the rest bf16); fp32.
+        trunk_only: leave MTP modules out.
+
+    Raises:
+        ValueError: `out` exists, there is no checkpoint, the layout cannot represent the run, tensors are missing,
+            unused, of a wrong shape or not finite; all reasons at once, and nothing is written.
+    """
+    run, out = Path(run), Path(out)
+    config = load_config(run / "config.yaml")
+    modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
+    expected = list(slots(config.model, modules))
+    read, origin, more = _open_run(run, config, expected, modules)
+    notes = [f"weights from {origin}", *notes, *more]
+    if dtype == "fp32" and config.train.dtype == "bfloat16":
+        notes.append("fp32: this run's weights are bfloat16 numbers; bf16 says the same in half the space")
+    bad: list[str] = []
+    with new_folder(out) as temporary:
+        ids, found = _copy_tokenizer(run, config, temporary)
+        notes += found
+        entries = [entry for slot in expected for entry in entries_of(slot, dtype)]
+        write_checkpoint(temporary, entries, _converted(expected, read, dtype, bad), shard_bytes=shard_bytes)
+        write_settings(temporary, to_config_json(config.model, modules, dtype=dtype, special_ids=ids))
+        if bad:
+            raise ValueError("\n".join([f"{origin}: {len(bad)} tensor(s) hold nan or infinity:", *bad]))
+        open_checkpoint(temporary)  # the key contract, on the files as a reader finds them
+    return notes
+
+
+def entries_of(slot: Slot, dtype: str) -> list[Entry]:
+    """What is written for a slot: itself, and in FP8 the scales of a quantised one."""
+    if dtype == "fp8" and slot.quantised:
+        scales = Entry(slot.name + SCALE, torch.float32, scale_shape(slot.shape))
+        return [Entry(slot.name, torch.float8_e4m3fn, slot.shape), scales]
+    return [Entry(slot.name, torch.float32 if slot.is_float32 else TYPES[dtype], slot.shape)]
+
+
+def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> Iterator[Tensor]:
+    """The tensors of `entries_of` all slots; names of tensors with non-finite values are added to `bad`."""
+    for slot in expected:
+        tensor = read(slot)
+        if not is_finite(tensor):
+            bad.append(f"  {slot.name}")
+            tensor = torch.zeros_like(tensor)
+        if dtype == "fp8" and slot.quantised:
+            yield from quantise(tensor)
+        else:
+            yield tensor.to(torch.float32 if slot.is_float32 else TYPES[dtype])
+
+
+def _open_run(run: Path, config: Config, expected: list[Slot], modules: int) -> tuple[Read, Path, list[str]]:
+    """(function from a slot to its tensor, where they come from, notes) of a run's newest weights."""
+    newest = newest_checkpoint(run)
+    if newest is None and (run / WEIGHTS).is_dir():
+        return _open_imported(run, expected, modules)
+    if newest is None:
+        raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
+    state = read_state_dict(newest)
+    problems = _state_problems(state, modules, expected)
+    progress = min(json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0)
+    problems += _untrained(config, modules, progress)
+    if problems:
+        raise ValueError("\n".join([f"{newest}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]))
+    return lambda slot: state[slot.key][slot.index], newest, []
+
+
+def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read, Path, list[str]]:
+    """The same for a run that was imported and not trained yet."""
+    checkpoint, settings, stored = open_checkpoint(run / WEIGHTS)
+    names = {(slot.key, str(slot.index)): slot for slot in stored if not slot.alias}
+    if any((slot.key, str(slot.index)) not in names for slot in expected):
+        raise ValueError(f"{run}: its {modules} MTP module(s) were never trained; train, or export with --trunk-only")
+
+    def read(slot: Slot) -> Tensor:
+        return read_slot(checkpoint, names[slot.key, str(slot.index)], settings.block)
+
+    return read, run / WEIGHTS, settings.notes
+
+
+def _state_problems(state: dict[str, Tensor], modules: int, expected: list[Slot]) -> list[str]:
+    """Tensors of the run that are missing, unused, or not filled exactly by the slots."""
+    problems, filled = [], Counter[str]()
+    for slot in expected:
+        if slot.alias:
+            continue
+        filled[slot.key] += torch.Size(slot.shape).numel()
+        if slot.key not in state:
+            problems.append((slot.key, "missing"))
+        elif len(slot.index) >= state[slot.key].ndim or state[slot.key][slot.index].shape != slot.shape:
+            problems.append((slot.key, f"has shape {list(state[slot.key].shape)}, config.yaml asks for another"))
+    for key, tensor in state.items():
+        if key in filled and tensor.numel() > filled[key]:
+            problems.append((key, f"has shape {list(tensor.shape)}, config.yaml asks for less"))
+        elif key not in filled and (modules or not key.startswith("mtp.")):
+            problems.append((key, "not used by the layout"))
+    return summarise(dict.fromkeys(problems))
+
+
+def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
+    """MTP modules that are as they were initialised: no loss reached them, theirs or, by the chain, a deeper one."""
+    reached = [progress * step / 100 for step in range(101)]
+    for module in range(modules):
+        if not any(any(schedules.depth_loss_weights(config.mtp, point)[module:]) for point in reached):
+            yield (
+                f"MTP module {module + 1} is as it was initialised: its loss weight was 0 so far (mtp.loss_weight, "
+                "mtp.depth_weights, mtp.curriculum); train on, or export with --trunk-only"
+            )
+
+
+def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Puts the tokenizer into `folder`; returns bos, eos and pad ids, and notes."""
+    imported = run / WEIGHTS
+    for name in TOKENIZER_FILES:
+        if (imported / name).is_file():
+            shutil.copyfile(imported / name, folder / name)
+    if (imported / "config.json").is_file():
+        content = json.loads((imported / "config.json").read_text(encoding="utf-8"))
+        return {key: content[key] for key in SPECIAL_IDS if key in content}, []
+    tokenizer = tokenizer_of(run, config)
+    if tokenizer is None:
+        return {}, ["no tokenizer: the training data has none; put its files beside the weights to use text"]
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    index = tokenizer.with_name("index.json")
+    encoder = load_encoder(tokenizer)
+    eos_id = json.loads(index.read_text())["eos_id"] if index.is_file() else encoder.eos_id
+    eos = encoder.tokenizer.id_to_token(eos_id)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos, "pad_token": eos}
+    settings |= {"add_bos_token": False, "model_max_length": config.model.max_position_embeddings}
+    settings |= {"clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    # A training document is followed by the end-of-text token of its predecessor: that token begins a text as well.
+    return {"bos_token_id": eos_id, "eos_token_id": eos_id}, []
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `out` on success and disappears on failure.
+
+    Raises:
+        ValueError: `out` exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another folder, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,163 @@
+"""A checkpoint in DeepSeek-V3's layout as a run that train, evaluate, generate and export accept.
+
+RUN/config.yaml   the checkpoint's architecture, and `train.init_from: RUN/weights`
+RUN/weights/      the same layout, FP8 dequantised, with config.json and tokenizer
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3_mtp.config import Config, ConfigError, load_config
+from dsv3_mtp.config.reader import dump_tree, read_tree
+from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
+from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, Entry, write_checkpoint
+from dsv3_mtp.hf.keys import Slot, slots
+from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot
+from dsv3_mtp.hf.run import WEIGHTS
+from dsv3_mtp.hf.settings import Settings, to_config_json, write_settings
+
+# How a stored type is kept: FP8 codes times a power of two are bfloat16 numbers.
+KEPT = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}
+CHOICES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SEQ_LEN = 4096  # V3 4.2; shorter for a checkpoint made for less
+
+
+def import_hf(
+    source: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    sets: Iterable[str] = (),
+    data: str | None = None,
+    dtype: str | None = None,
+    trunk_only: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+    """Writes the new run folder `out`. Returns what the user should know.
+
+    Args:
+        base: YAML of a run whose sections other than `model` are taken over; None: defaults, and the checkpoint's D.
+        sets: overrides such as "train.freeze=trunk", applied last.
+        data: prepared folder for data.train and data.val.
+        dtype: bf16 or fp32 for all weights; None: as stored, bf16 for FP8.
+        trunk_only: leave the checkpoint's MTP modules out.
+
+    Raises:
+        ValueError: `out` exists; the checkpoint is damaged, incomplete or of another architecture; tensors are not
+            finite; the config has problems. All reasons of a kind at once, and nothing is written.
+    """
+    source, out = Path(source), Path(out)
+    checkpoint, settings, stored = open_checkpoint(source, trunk_only=trunk_only)
+    modules = 0 if trunk_only else settings.modules
+    keep = {slot.key: _kept(checkpoint, slot, dtype) for slot in stored if not slot.alias}
+    wide = keep["model.embed_tokens.weight"] == torch.float32
+    notes = list(settings.notes)
+    with new_folder(out) as temporary:
+        tree = _tree(out, settings, modules, base=base, data=data, dtype="float32" if wide else "bfloat16")
+        config = _resolve(tree, temporary / "config.yaml", sets)
+        notes += fit(settings, modules, config.model, config.mtp, folder=source)[1]
+        weights = temporary / WEIGHTS
+        weights.mkdir()
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, weights / name)
+        reader = _Reader(checkpoint, settings, stored, keep)
+        expected = list(slots(settings.model, modules))
+        entries = [Entry(slot.name, keep[slot.key], slot.shape) for slot in expected]
+        write_checkpoint(weights, entries, reader.tensors(expected), shard_bytes=shard_bytes)
+        if reader.problems:
+            raise ValueError("\n".join([f"{source}: {len(reader.problems)} problem(s)", *reader.problems]))
+        content = to_config_json(
+            settings.model, modules, dtype="fp32" if wide else "bf16", special_ids=settings.special_ids
+        )
+        write_settings(weights, content)
+        open_checkpoint(weights)  # the key contract, on the files as the trainer finds them
+    notes += reader.notes
+    if not (source / "tokenizer.json").is_file():
+        notes.append(f"{source} has no tokenizer.json: only data that is tokenised already can be used")
+    elif not Path(config.data.train if isinstance(config.data.train, str) else "").exists():
+        notes.append(
+            f"next: python tools/prepare_data.py --tokenizer {out / WEIGHTS / 'tokenizer.json'} --input ... "
+            f"--out {config.data.train}"
+        )
+    return notes
+
+
+def _kept(checkpoint: Checkpoint, slot: Slot, dtype: str | None) -> torch.dtype:
+    if slot.is_float32:
+        return torch.float32
+    return KEPT[checkpoint.places[slot.name].dtype] if dtype is None else CHOICES[dtype]
+
+
+class _Reader:
+    """The tensors of a run, one at a time, and what was wrong with them."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, stored: list[Slot], keep: dict[str, torch.dtype]):
+        self.checkpoint, self.block, self.keep = checkpoint, settings.block, keep
+        self.own = {slot.key: slot for slot in stored if not slot.alias}
+        self.problems: list[str] = []
+        self.rounded = 0
+
+    def tensors(self, expected: list[Slot]) -> Iterator[Tensor]:
+        for slot in expected:
+            own = self.own[slot.key] if slot.alias else slot
+            tensor = read_slot(self.checkpoint, own, self.block)
+            if not slot.alias and not is_finite(tensor):
+                self.problems.append(f"  {slot.name}: holds nan or infinity")
+            if slot.alias and slot.name in self.checkpoint.places:
+                copy = read_slot(self.checkpoint, slot, self.block)
+                if not torch.equal(copy.float(), tensor.float()):
+                    self.problems.append(f"  {slot.name}: differs from {own.name}, which this model shares")
+            kept = tensor.to(self.keep[slot.key])
+            if self.checkpoint.places[own.name].dtype == "F8_E4M3" and not torch.equal(kept.float(), tensor):
+                self.rounded += 1
+            yield kept
+
+    @property
+    def notes(self) -> list[str]:
+        if not self.rounded:
+            return []
+        return [f"{self.rounded} FP8 tensors have scales that bfloat16 rounds; keep them exact with --dtype fp32"]
+
+
+def _tree(
+    out: Path, settings: Settings, modules: int, *, base: str | Path | None, data: str | None, dtype: str
+) -> dict[str, Any]:
+    """The run's config before overrides."""
+    if base is not None:
+        tree, problems = read_tree(base)
+        if problems:
+            raise ConfigError(str(base), problems)
+    else:
+        mode = "sequential" if modules else "none"
+        tree = {
+            "mtp": {"mode": mode, "num_nextn_predict_layers": modules},
+            "data": {"train": f"data/{out.name}", "val": f"data/{out.name}"},
+            "train": {"total_tokens": 10**9, "batch_size": 64, "micro_batch_size": 1, "dtype": dtype},
+        }
+        tree["data"]["seq_len"] = min(SEQ_LEN, settings.model.max_position_embeddings)
+    tree["model"] = settings.model.model_dump(mode="json")
+    for section in ("run", "data", "train"):
+        tree[section] = dict(tree.get(section) or {})
+    tree["run"] |= {"name": out.name, "dir": str(out.parent)}
+    tree["train"]["init_from"] = str(out / WEIGHTS)
+    if data is not None:
+        tree["data"] |= {"train": data, "val": data}
+    return tree
+
+
+def _resolve(tree: dict[str, Any], path: Path, sets: Iterable[str]) -> Config:
+    """Checks the config and writes it with every default filled in."""
+    path.write_text(dump_tree(json.loads(json.dumps(tree))), encoding="utf-8")
+    try:
+        config = load_config(path, sets)
+    except ConfigError as error:
+        raise ConfigError("the imported run's config", error.problems) from None
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    return config

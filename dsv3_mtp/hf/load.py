@@ -1,0 +1,183 @@
+"""From a checkpoint in DeepSeek-V3's layout to a model in memory; and the check of its keys."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.hf.blockfp8 import dequantise, scale_shape
+from dsv3_mtp.hf.files import DTYPES, Checkpoint
+from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
+from dsv3_mtp.hf.settings import Settings, read_settings
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+
+# Keys of the model section that leave what given weights compute as it is.
+NO_EFFECT = {"initializer_range", "max_position_embeddings"}
+
+
+def open_checkpoint(folder: Path, *, trunk_only: bool = False) -> tuple[Checkpoint, Settings, list[Slot]]:
+    """The files and settings of a complete checkpoint and the slots it fills, aliases it lacks left out.
+
+    Raises:
+        ValueError: truncated or missing files, missing or unused tensors, wrong shapes or types; all of them listed.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    settings = read_settings(folder)
+    checkpoint = Checkpoint(folder)
+    first, stop = settings.model.num_hidden_layers, settings.model.num_hidden_layers + settings.modules
+    module_names = tuple(f"model.layers.{layer}." for layer in range(first, stop))
+    modules = 0 if trunk_only else settings.modules
+    ignored = {name for name in checkpoint.places if trunk_only and name.startswith(module_names)}
+    expected = list(slots(settings.model, modules))
+    lines = summarise(checkpoint.problems + key_problems(checkpoint, expected, settings.block, ignored))
+    if lines:
+        if modules and not any(name.startswith(module_names) for name in checkpoint.places):
+            lines.append("config.json promises MTP modules that are not there: take the trunk with --trunk-only")
+        raise ValueError("\n".join([f"{folder}: {len(lines)} problem(s)", *(f"  {line}" for line in lines)]))
+    return checkpoint, settings, [slot for slot in expected if not slot.alias or slot.name in checkpoint.places]
+
+
+def key_problems(
+    checkpoint: Checkpoint, expected: list[Slot], block: tuple[int, int] | None, ignored: set[str]
+) -> list[tuple[str, str]]:
+    """The key contract: what is missing, of a wrong shape or type, or not used. (tensor, what is wrong)."""
+    problems = []
+    unused = checkpoint.places.keys() - ignored
+    for slot in expected:
+        place = checkpoint.places.get(slot.name)
+        if place is None:
+            if not slot.alias:  # some writers leave the two aliases of an MTP module out
+                problems.append((slot.name, "missing"))
+            continue
+        unused.discard(slot.name)
+        if place.shape != slot.shape:
+            problems.append((slot.name, f"has shape {list(place.shape)}, config.json asks for {list(slot.shape)}"))
+        elif place.dtype not in DTYPES:
+            problems.append((slot.name, f"has type {place.dtype}; supported are {', '.join(DTYPES)}"))
+        elif place.dtype == "F8_E4M3":
+            unused.discard(slot.name + SCALE)
+            problems += _scale_problems(checkpoint, slot, block)
+    problems += [(name, "not used by this architecture") for name in sorted(unused) if not _is_constant(name)]
+    return problems
+
+
+def _scale_problems(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None) -> list[tuple[str, str]]:
+    if block is None:
+        return [(slot.name, "is FP8, but config.json has no quantization_config")]
+    if len(slot.shape) != 2:
+        return [(slot.name, "is FP8, but no matrix")]
+    scale, shape = checkpoint.places.get(slot.name + SCALE), scale_shape(slot.shape, block)
+    if scale is None:
+        return [(slot.name + SCALE, "missing")]
+    if scale.shape != shape or scale.dtype not in ("F32", "BF16"):
+        return [(slot.name + SCALE, f"is {scale.dtype} {list(scale.shape)}, not F32 {list(shape)}")]
+    return []
+
+
+def _is_constant(name: str) -> bool:
+    return name.endswith("rotary_emb.inv_freq")  # some writers store what rope_theta already says
+
+
+def read_slot(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None) -> Tensor:
+    """The tensor in its stored type; FP8 is dequantised to float32."""
+    tensor = checkpoint.read(slot.name)
+    if tensor.dtype == torch.float8_e4m3fn and block is not None:
+        return dequantise(tensor, checkpoint.read(slot.name + SCALE), block=block)
+    return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No nan, no infinity: both survive min and max. torch.isfinite takes twenty times as long on bfloat16."""
+    return all(math.isfinite(value) for value in torch.aminmax(tensor))
+
+
+def load_weights(model: DeepseekV3MTP, folder: Path) -> list[str]:
+    """Copies weights and router biases of a checkpoint into the model, one tensor at a time.
+
+    MTP modules are taken as far as the model has them; others keep the values they have. Returns what the user should
+    know: modules left as they were, modules not used.
+
+    Raises:
+        ValueError: the checkpoint is damaged or does not fit the model; every reason is listed, nothing was copied.
+    """
+    checkpoint, settings, _ = open_checkpoint(folder)
+    modules, notes = fit(settings, settings.modules, model.config, model.mtp_config, folder=folder)
+    state = model.state_dict()
+    with torch.no_grad():
+        for slot in slots(settings.model, modules):
+            if not slot.alias:
+                state[slot.key][slot.index].copy_(read_slot(checkpoint, slot, settings.block))
+    return [f"weights from {folder}", *settings.notes, *notes]
+
+
+def fit(settings: Settings, stored: int, config: ModelConfig, mtp: MTPConfig, *, folder: Path) -> tuple[int, list[str]]:
+    """How many of the `stored` MTP modules a model with these sections takes, and what becomes of the others.
+
+    Raises:
+        ValueError: the sections make another computation of the weights; every difference is listed.
+    """
+    problems = _differences(settings.model, config)
+    own = mtp.depths if mtp.mode == "sequential" else 0
+    own = min(own, 1) if mtp.share_weights else own
+    modules = min(own, stored)
+    if modules:
+        usual = {"trunk_hidden": "post_norm", "embed": True} | ({"chain": "hidden"} if own > 1 else {})
+        problems += [
+            f"mtp.{key}: {getattr(mtp, key)}, the checkpoint's MTP modules have {value}"
+            for key, value in usual.items()
+            if getattr(mtp, key) != value
+        ]
+    if modules and config.first_k_dense_replace == config.num_hidden_layers:
+        problems.append("model.first_k_dense_replace: all layers are dense here, the checkpoint's MTP modules are MoE")
+    if problems:
+        raise ValueError("\n".join([f"{folder} does not fit this config:", *(f"  {text}" for text in problems)]))
+    notes = []
+    if modules < stored:
+        notes.append(f"not used: MTP module(s) {modules + 1}..{stored} of {folder}")
+    if mtp.depths and modules < max(own, 1):
+        fresh = f"MTP module(s) {modules + 1}..{own}" if own else f"the {mtp.depths} {mtp.mode} head(s)"
+        notes.append(f"not in {folder}, at their random start: {fresh}")
+    return modules, notes
+
+
+def _differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
+    pairs = ((key, getattr(stored, key), getattr(wanted, key)) for key in ModelConfig.model_fields)
+    return [
+        f"model.{key}: {ours}, the checkpoint has {theirs}"
+        for key, theirs, ours in pairs
+        if theirs != ours and key not in NO_EFFECT
+    ]
+
+
+def load_hf(
+    folder: str | Path, *, dtype: torch.dtype | None = None
+) -> tuple[DeepseekV3MTP, ModelConfig, MTPConfig, Path | None]:
+    """A checkpoint in DeepSeek-V3's layout as a model in eval mode on the CPU, ready for evaluation and decoding.
+
+    Args:
+        folder: config.json, *.safetensors (bfloat16, float32 or block-FP8), tokenizer.json.
+        dtype: of the weights; None: as stored, bfloat16 for FP8. Router biases are always float32.
+    Returns:
+        model, its `model` and `mtp` sections, and the path of tokenizer.json (None if there is none).
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    mtp = MTPConfig(mode="sequential" if settings.modules else "none", num_nextn_predict_layers=settings.modules)
+    if dtype is None:
+        dtype = torch.float32 if settings.dtype == "float32" and settings.block is None else torch.bfloat16
+    model = empty_model(settings.model, mtp, dtype)
+    load_weights(model, folder)
+    tokenizer = folder / "tokenizer.json"
+    return model.eval(), settings.model, mtp, tokenizer if tokenizer.is_file() else None
+
+
+def empty_model(config: ModelConfig, mtp: MTPConfig, dtype: torch.dtype) -> DeepseekV3MTP:
+    """A model on the CPU whose values are not set yet: weights of `dtype`, router biases float32."""
+    with torch.device("meta"):
+        model = DeepseekV3MTP(config, mtp)
+    for parameter in model.parameters():  # not model.to(dtype): that would convert the router biases too
+        parameter.data = parameter.data.to(dtype)
+    return model.to_empty(device="cpu")

@@ -1,0 +1,211 @@
+"""config.json of a DeepSeek-V3 checkpoint, to and from the `model` and `mtp` sections of a run; what is refused."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.hf.blockfp8 import BLOCK
+from dsv3_mtp.hf.files import write_json
+
+TORCH_NAMES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
+QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+# What this code computes and has no key for: (value written, values accepted when read).
+FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "model_type": ("deepseek_v3", ("deepseek_v3",)),
+    "hidden_act": ("silu", ("silu",)),
+    "scoring_func": ("sigmoid", ("sigmoid",)),
+    "topk_method": ("noaux_tc", ("noaux_tc",)),
+    "moe_layer_freq": (1, (1,)),
+    "attention_bias": (False, (False, None)),
+    "tie_word_embeddings": (False, (False, None)),
+}
+READ_ONLY = {"rope_interleave": (True, None), "mtp_hidden_states_first": (False, None)}
+# Without influence on what the weights compute.
+UNUSED = {
+    *("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "pretraining_tp", "ep_size", "head_dim"),
+    *("aux_loss_alpha", "seq_aux", "qk_head_dim", "output_router_logits", "num_key_value_heads", "quantization_config"),
+    *("num_nextn_predict_layers", "num_mtp_layers", "rope_parameters", "return_dict", "output_hidden_states"),
+}
+YARN_PROBLEM = (
+    "rope_scaling: mscale {mscale} with mscale_all_dim {mscale_all_dim} means different things to different readers; "
+    "both must be > 0, or 1 and 0"
+)
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint's config.json says."""
+
+    model: ModelConfig
+    modules: int  # MTP modules stored
+    block: tuple[int, int] | None  # of an FP8 checkpoint
+    special_ids: dict[str, Any]  # bos_token_id, eos_token_id, pad_token_id as far as given
+    dtype: str
+    notes: list[str]
+
+
+def representable(model: ModelConfig, mtp: MTPConfig, *, trunk_only: bool) -> tuple[int, list[str]]:
+    """MTP modules that an export of this run holds, and what the user should know about it.
+
+    Raises:
+        ValueError: DeepSeek-V3's layout has no place for something of this run; every reason is listed.
+    """
+    problems, notes = [], []
+    if not model.n_shared_experts:
+        problems.append("model.n_shared_experts: 0: the layout has no MoE layer without shared experts")
+    yarn = model.rope_scaling
+    if yarn is not None and not _same_yarn(yarn.mscale, yarn.mscale_all_dim):
+        problems.append("model." + YARN_PROBLEM.format(**yarn.model_dump()))
+    sequential = mtp.mode == "sequential" and mtp.depths > 0
+    if sequential and not trunk_only:
+        problems += _sequential_problems(model, mtp)
+    if problems:
+        raise ValueError("\n".join(["this run cannot be written in DeepSeek-V3's layout:", *problems]))
+    if mtp.depths and (trunk_only or not sequential):
+        why = "as asked" if trunk_only else "the layout has no place for them"
+        notes.append(
+            f"not exported: the {mtp.depths} {mtp.mode} MTP head(s), {why}; the trunk is complete without them"
+        )
+    if not sequential or trunk_only:
+        return 0, notes
+    if mtp.share_weights and mtp.depths > 1:
+        notes.append(f"one MTP module is written: this run recycles it for its {mtp.depths} depths")
+    return (1 if mtp.share_weights else mtp.depths), notes
+
+
+def _sequential_problems(model: ModelConfig, mtp: MTPConfig) -> Iterator[str]:
+    remedy = "; export the trunk alone with --trunk-only"
+    if mtp.trunk_hidden == "pre_norm":
+        yield f"mtp.trunk_hidden: pre_norm: every reader of the layout feeds the trunk's normed output{remedy}"
+    if mtp.chain == "trunk" and mtp.depths > 1:
+        yield f"mtp.chain: trunk with {mtp.depths} depths: readers chain the modules' hidden states{remedy}"
+    if not mtp.embed:
+        yield f"mtp.embed: false: the layout's eh_proj reads the token embedding{remedy}"
+    if model.first_k_dense_replace == model.num_hidden_layers:
+        text = "model.first_k_dense_replace: all layers are dense, so the MTP modules are; the layout's are MoE"
+        yield f"{text}{remedy}"
+
+
+def to_config_json(model: ModelConfig, modules: int, *, dtype: str, special_ids: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json with DeepSeek-V3's own keys. dtype: bf16, fp8 or fp32."""
+    content: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"]}
+    content |= {key: written for key, (written, _) in FIXED.items()}
+    content |= model.model_dump(mode="json")
+    content["num_key_value_heads"] = model.num_attention_heads
+    content["num_nextn_predict_layers"] = modules
+    content |= {"attention_dropout": 0.0, "use_cache": True, "torch_dtype": TORCH_NAMES[dtype]}
+    content |= {key: special_ids.get(key) for key in SPECIAL_IDS[:2]}
+    content |= {key: special_ids[key] for key in SPECIAL_IDS[2:] if special_ids.get(key) is not None}
+    if dtype == "fp8":
+        content["quantization_config"] = QUANTIZATION
+    return dict(sorted(content.items()))
+
+
+def write_settings(folder: Path, content: dict[str, Any]) -> None:
+    """config.json, and generation_config.json unless the folder has one."""
+    write_json(folder / "config.json", content)
+    generation = folder / "generation_config.json"
+    if not generation.exists():
+        ids = {key: content[key] for key in SPECIAL_IDS if content.get(key) is not None}
+        write_json(generation, {"_from_model_config": True, **ids, "do_sample": False})
+
+
+def read_settings(folder: Path) -> Settings:
+    """Reads config.json.
+
+    Raises:
+        ValueError: it is missing, or describes something that this code does not compute; all reasons are listed.
+    """
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(f"{path}: cannot be read: {reason}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold a mapping")
+    problems = list(_fixed_problems(content))
+    block, quantization_problems = _block(content.get("quantization_config"))
+    problems += quantization_problems
+    values = {key: content[key] for key in ModelConfig.model_fields if content.get(key) is not None}
+    values["q_lora_rank"] = content.get("q_lora_rank")
+    try:
+        values |= _rope(content)
+        model = ModelConfig.model_validate(values)
+    except ValidationError as error:
+        for fault in error.errors():
+            problems.append(f"{'.'.join(map(str, fault['loc'])) or 'model'}: {fault['msg']}")
+    except ValueError as error:
+        problems.append(str(error))
+    modules: Any = content.get("num_nextn_predict_layers", content.get("num_mtp_layers", 0))
+    if not isinstance(modules, int) or modules < 0:
+        problems.append(f"num_nextn_predict_layers: must be a number >= 0 (got {modules!r})")
+    if problems:
+        raise ValueError("\n".join([f"{path}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]))
+    unknown = sorted(content.keys() - ModelConfig.model_fields.keys() - FIXED.keys() - READ_ONLY.keys() - UNUSED)
+    notes = [f"{path}: not used: {', '.join(unknown)}"] if unknown else []
+    ids = {key: content[key] for key in SPECIAL_IDS if key in content}
+    dtype = content.get("torch_dtype") or content.get("dtype") or "bfloat16"
+    return Settings(model, modules, block, ids, dtype, notes)
+
+
+def _fixed_problems(content: dict[str, Any]) -> Iterator[str]:
+    accepted = {key: values for key, (_, values) in FIXED.items()} | READ_ONLY
+    for key, values in accepted.items():
+        value = content.get(key, values[0])
+        if value not in values:
+            yield f"{key}: {value!r} is not supported, only {values[0]!r}"
+    if content.get("model_type") is None:
+        yield "model_type: missing; it must be 'deepseek_v3'"
+    heads = content.get("num_attention_heads")
+    if (groups := content.get("num_key_value_heads")) not in (None, heads):
+        yield f"num_key_value_heads: {groups} is not num_attention_heads = {heads}; latent attention has no groups"
+
+
+def _block(quantization: Any) -> tuple[tuple[int, int] | None, list[str]]:
+    """Block size of an FP8 checkpoint, and what is not supported about its quantisation."""
+    if quantization is None:
+        return None, []
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        return None, [f"quantization_config: quant_method {method!r} is not supported, only 'fp8'"]
+    block = quantization.get("weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        return None, [f"quantization_config: weight_block_size must hold two sizes (got {block!r})"]
+    if quantization.get("fmt", "e4m3") != "e4m3":
+        return None, [f"quantization_config: fmt {quantization['fmt']!r} is not supported, only 'e4m3'"]
+    return (block[0], block[1]), []
+
+
+def _rope(content: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling, from DeepSeek's two keys or transformers 5's rope_parameters."""
+    scaling = dict(content.get("rope_parameters") or content.get("rope_scaling") or {})
+    theta = scaling.pop("rope_theta", None) or content.get("rope_theta", 10000.0)
+    kind = scaling.pop("rope_type", None)
+    kind = scaling.pop("type", kind) or "default"
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind != "yarn":
+        raise ValueError(f"rope_scaling: type {kind!r} is not supported, only 'yarn'")
+    # Readers take 0.1 ln(s) + 1 on the rotary part alone when the two are not given.
+    scaling = {"mscale": 1.0, "mscale_all_dim": 0.0} | {k: v for k, v in scaling.items() if v is not None}
+    if not _same_yarn(scaling["mscale"], scaling["mscale_all_dim"]):
+        raise ValueError(YARN_PROBLEM.format(**scaling))
+    return {"rope_theta": theta, "rope_scaling": {"type": "yarn", **scaling}}
+
+
+def _same_yarn(mscale: float, mscale_all_dim: float) -> bool:
+    """Readers replace both by a default when one is 0; only mscale 1 with mscale_all_dim 0 is that default."""
+    return bool(mscale and mscale_all_dim) or (mscale == 1 and mscale_all_dim == 0)

@@ -1,0 +1,159 @@
+"""tools/evaluate.py: the numbers of training again, of a run and of its export; tasks of lm-evaluation-harness."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_mtp.data import Arguments, prepare
+from dsv3_mtp.data.source import open_source
+from dsv3_mtp.evaluate import open_model, validate
+from dsv3_mtp.hf import export_hf, import_hf
+from tools import evaluate as tool
+
+CPU = torch.device("cpu")
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A prepared folder of a few hundred lines of code."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n\n" for i in range(400)]
+    for number in range(20):
+        (folder / f"{number}.txt").write_text("".join(lines[number * 20 : number * 20 + 20]))
+    prepare(folder / "data", Arguments(inputs=(str(folder / "*.txt"),), vocab_size=VOCAB, val_fraction=0.3))
+    return folder / "data"
+
+
+@pytest.fixture
+def run(make_run, corpus) -> Path:
+    sizes = {"model__vocab_size": VOCAB, "model__max_position_embeddings": 64}
+    return make_run(data__train=str(corpus), data__val=str(corpus), mtp__num_nextn_predict_layers=2, **sizes)[0]
+
+
+def call(monkeypatch, capsys, *arguments: str) -> dict:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--json"])
+    code = tool.main()
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out)
+
+
+def test_a_run_and_its_float32_export_have_the_same_losses(run, corpus, tmp_path, monkeypatch, capsys):
+    export_hf(run, tmp_path / "hf", dtype="fp32")
+    sizes = ("--batches", "3", "--prompts", "0", "--micro-batch-size", "2")
+    (of_run,) = call(monkeypatch, capsys, "--run", str(run), *sizes).values()
+    data = ("--data", str(corpus), "--seq-len", "16")
+    (of_export,) = call(monkeypatch, capsys, "--hf", str(tmp_path / "hf"), *data, *sizes).values()
+    assert of_run == of_export
+    names = ["main_loss", "mtp_loss/1", "mtp_loss/2", "top1/0", "top1/1", "top1/2", "agreement/1", "agreement/2"]
+    assert set(of_run) == {f"val/{name}" for name in [*names, "bits_per_byte"]}
+    assert of_run["val/main_loss"] == pytest.approx(5.7, abs=0.3)  # ln 300: random weights
+    source = open_source(corpus, "val")
+    bits = of_run["val/main_loss"] / 0.6931471805599453 * source.tokens / source.bytes
+    assert of_run["val/bits_per_byte"] == pytest.approx(bits)
+
+
+def test_validation_is_that_of_the_trainer_in_any_number_of_shares(run, corpus):
+    model, config = open_model(run=str(run), hf=None, seq_len=None, micro_batch_size=2)
+    source = open_source(corpus, "val")
+    alone = validate(model, source, config, batches=4, device=CPU)
+    parts: list[torch.Tensor] = []
+    for rank in range(2):
+        validate(
+            model,
+            source,
+            config,
+            batches=4,
+            device=CPU,
+            rank=rank,
+            world_size=2,
+            all_reduce=lambda sums: parts.append(sums) or sums,
+        )
+    both = validate(
+        model, source, config, batches=4, device=CPU, rank=0, world_size=2, all_reduce=lambda _: parts[0] + parts[1]
+    )
+    assert both == pytest.approx(alone)
+
+
+def test_an_imported_run_is_evaluated_before_it_is_trained(run, corpus, tmp_path, monkeypatch, capsys):
+    export_hf(run, tmp_path / "hf", dtype="fp32")
+    fresh = ["mtp.mode=sequential", "mtp.num_nextn_predict_layers=1", "mtp.detach=trunk", "train.freeze=trunk"]
+    import_hf(tmp_path / "hf", tmp_path / "runs" / "head", data=str(corpus), sets=fresh, trunk_only=True)
+    sizes = ("--batches", "2", "--prompts", "0", "--seq-len", "16", "--micro-batch-size", "2")
+    (fresh_head,) = call(monkeypatch, capsys, "--run", str(tmp_path / "runs" / "head"), *sizes).values()
+    (whole,) = call(monkeypatch, capsys, "--run", str(run), *sizes).values()
+    assert fresh_head["val/main_loss"] == pytest.approx(whole["val/main_loss"], abs=1e-6)
+    assert "val/mtp_loss/1" in fresh_head and "val/mtp_loss/2" not in fresh_head
+
+
+@pytest.mark.skipif(importlib.util.find_spec("dsv3_mtp.generate") is None, reason="dsv3_mtp.generate does not exist")
+def test_acceptance_is_measured_by_decoding(run, monkeypatch, capsys):
+    arguments = ("--run", str(run), "--batches", "1", "--prompts", "2", "--new-tokens", "8")
+    (metrics,) = call(monkeypatch, capsys, *arguments).values()
+    assert 0 <= metrics["val/acceptance/2"] <= metrics["val/acceptance/1"] <= 1
+    assert 1 <= metrics["val/tokens_per_step"] <= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seq-len", "65"), "must be 2 .. model.max_position_embeddings = 64"),
+        (("--data", "nowhere"), "nowhere: neither a prepared folder nor a Megatron prefix"),
+    ],
+)
+def test_user_errors_have_exit_code_2(run, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(run), *arguments])
+    assert tool.main() == 2
+    assert message in capsys.readouterr().err
+
+
+TASK = """
+task: code_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch) -> Path:
+    """A folder with a multiple-choice task on a local file: needs no network."""
+    pytest.importorskip("lm_eval", reason="the eval extra is not installed")
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "task"
+    folder.mkdir()
+    documents = [{"text": f"def f{i}(x):\n    return", "choices": [" x", " y"], "label": i % 2} for i in range(6)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (folder / "code_choice.yaml").write_text(TASK.replace("FILE", str(folder / "documents.jsonl")))
+    return folder
+
+
+def test_tasks_of_lm_evaluation_harness_run_on_a_run_and_on_its_export(run, tmp_path, task, monkeypatch, capsys):
+    from dsv3_mtp.evaluate import lm_eval
+
+    export_hf(run, tmp_path / "hf", dtype="fp32")
+    where = ("--lm-eval", "code_choice", "--lm-eval-include", str(task))
+    of_export = call(monkeypatch, capsys, "--hf", str(tmp_path / "hf"), *where)["lm-eval"]
+    assert set(of_export) == {"code_choice/acc"} and of_export["code_choice/acc"] in (0.5, 1 / 6, 2 / 6, 4 / 6, 5 / 6)
+    assert lm_eval(["code_choice"], run=str(run), hf=None, include=str(task)) == of_export
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_a_user_error(run, task):
+    from dsv3_mtp.evaluate import lm_eval
+
+    with pytest.raises(ValueError, match="does not know no_such_task"):
+        lm_eval(["no_such_task"], run=str(run), hf=None)

@@ -1,0 +1,106 @@
+"""Evaluate a run, or any checkpoint in DeepSeek-V3's layout, on prepared data and on tasks.
+
+    python tools/evaluate.py --run runs/v3_tiny
+    python tools/evaluate.py --hf hf/v3_tiny --data data/pystdlib-2048 data/web --batches 64
+    python tools/evaluate.py --run runs/v3_tiny --lm-eval lambada_openai,hellaswag --limit 100
+
+Per depth: loss (nats per token), top1 (argmax equals the text), agreement (argmax equals the main model's own along
+the text), bits per byte of the main head; acceptance of free-running greedy drafts. Depth 0 is the main head.
+Exit codes: 0 done, 2 the model, the data or a task cannot be used.
+"""
+
+import argparse
+import json
+import sys
+
+
+def main() -> int:
+    options = parse()
+    try:
+        from dsv3_mtp import evaluate
+
+        if options.lm_eval:
+            where = {"run": options.run, "hf": options.hf, "include": options.lm_eval_include}
+            size = {"limit": options.limit, "batch_size": options.micro_batch_size or 1}
+            show({"lm-eval": evaluate.lm_eval(options.lm_eval.split(","), **where, **size)}, options.json)
+            return 0
+        show(losses(options), options.json)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", metavar="RUN", help="run folder: its newest checkpoint")
+    what.add_argument("--hf", metavar="DIR", help="folder with config.json and *.safetensors")
+    parser.add_argument(
+        "--data", nargs="+", metavar="DIR", help="prepared folders or Megatron prefixes (default: the run's data.val)"
+    )
+    parser.add_argument("--split", default="val", choices=["train", "val"], help="of prepared folders (default: val)")
+    parser.add_argument("--batches", type=positive, default=16, metavar="N", help="micro-batches (default: 16)")
+    parser.add_argument("--micro-batch-size", type=positive, metavar="N", help="sequences per forward")
+    parser.add_argument("--seq-len", type=positive, metavar="T", help="tokens per window")
+    parser.add_argument(
+        "--prompts", type=int, default=8, metavar="N", help="prompts for acceptance; 0: leave it out (default: 8)"
+    )
+    parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="of each prompt (default: 64)")
+    parser.add_argument("--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead")
+    parser.add_argument("--lm-eval-include", metavar="DIR", help="folder with task YAMLs of your own")
+    parser.add_argument("--limit", type=positive, metavar="N", help="documents per task (default: all)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    if options.hf and not options.data and not options.lm_eval:
+        parser.error("--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on")
+    return options
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Metrics of every data source."""
+    import torch
+
+    from dsv3_mtp.data.source import check_vocab, open_source
+    from dsv3_mtp.evaluate import acceptance, open_model, validate
+
+    model, config = open_model(
+        run=options.run, hf=options.hf, seq_len=options.seq_len, micro_batch_size=options.micro_batch_size
+    )
+    sources = [open_source(path, options.split) for path in options.data or [config.data.val]]
+    for source in sources:
+        check_vocab(source, config.model.vocab_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    results = {}
+    for source in sources:
+        metrics = validate(model, source, config, batches=options.batches, device=device)
+        if options.prompts and config.mtp.depths:
+            room = config.model.max_position_embeddings - options.new_tokens
+            length = min(config.data.seq_len // 2, room)
+            if length < 1:
+                raise ValueError(f"--new-tokens {options.new_tokens}: leaves no room for a prompt; give fewer")
+            counts = {"prompts": options.prompts, "prompt_tokens": length, "new_tokens": options.new_tokens}
+            metrics |= acceptance(model, source, depth=config.mtp.depths, **counts)
+        results[source.path] = metrics
+    return results
+
+
+def show(results: dict[str, dict[str, float]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(results, indent=1))
+        return
+    for source, metrics in results.items():
+        width = max(map(len, metrics), default=0)
+        print("\n".join([source, *(f"  {name:{width}}  {value:.4f}" for name, value in metrics.items())]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
