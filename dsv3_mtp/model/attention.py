@@ -80,11 +80,11 @@ class MLA(nn.Module):
             (N, C)
         """
         (rows, length), heads = window.shape, self.heads
-        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_compressed else self.q_proj(x)
+        query = self.q_b_proj(self.q_a_layernorm.decode(self.q_a_proj(x))) if self.q_compressed else self.q_proj(x)
         q_nope, q_rope = query.view(-1, heads, self.nope + self.rope).split([self.nope, self.rope], dim=-1)  # (N, H, .)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)  # (N, R), (N, P)
         turned = turn(torch.cat([q_rope, k_rope.unsqueeze(1)], dim=1), window.rotation)  # (N, H+1, P)
-        entry = torch.cat([self.kv_a_layernorm(latent), turned[:, heads]], dim=-1)  # (N, R+P)
+        entry = torch.cat([self.kv_a_layernorm.decode(latent), turned[:, heads]], dim=-1)  # (N, R+P)
         cache[window.write] = entry.view(rows, length, -1)
         w_uk, w_uv = self.kv_b_proj.weight.view(heads, -1, self.kv_rank).split([self.nope, self.value], dim=1)  # (H, ., R)
         absorbed = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # (N, H, R)

@@ -28,6 +28,6 @@ class DecoderLayer(nn.Module):
 
     def decode(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
         """x: (N, C); cache: (B, S, R+P) of this layer, extended by the window's slots -> (N, C)."""
-        x = x + self.self_attn.decode(self.input_layernorm(x), cache, window)
-        hidden = self.post_attention_layernorm(x)
+        x = x + self.self_attn.decode(self.input_layernorm.decode(x), cache, window)
+        hidden = self.post_attention_layernorm.decode(x)
         return x + (self.mlp.decode(hidden) if isinstance(self.mlp, MoE) else self.mlp(hidden))

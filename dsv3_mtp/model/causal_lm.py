@@ -66,7 +66,7 @@ class Trunk(nn.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             last_input = x
             x = layer.decode(x, cache, window)  # type: ignore[operator]
-        return TrunkStates(last_input, x, self.norm(x))
+        return TrunkStates(last_input, x, self.norm.decode(x))
 
 
 class DeepseekV3MTP(nn.Module):

@@ -48,7 +48,7 @@ class Gate(nn.Module):
     def pick(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` without the training statistics. x: (N, C) -> chosen (N, K), gates (N, K) float32."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # (N, E)
+        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid_()  # (N, E)
         chosen = self.choose(scores)
         gates = scores.gather(1, chosen)
         if self.config.norm_topk_prob:
@@ -103,13 +103,21 @@ class Experts(nn.Module):
         At this size a product costs what reading its weights costs, whatever the number of rows, and sorting costs more.
         x: (N, C); chosen, gates: (N, K) -> (N, C).
         """
-        share = x.new_zeros(x.shape[0], self.down_proj.shape[0]).scatter_(1, chosen, gates)  # (N, E)
+        experts = chosen.flatten().tolist()
         y = torch.zeros_like(x)
-        for expert in sorted(set(chosen.flatten().tolist())):
-            gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)  # (N, F) each
-            hidden = F.silu(gate).mul_(up).mul_(share[:, expert : expert + 1])
-            y.addmm_(hidden, self.down_proj[expert].t())
+        if x.shape[0] == 1:
+            for expert, factor in zip(experts, gates[0].tolist(), strict=True):
+                y.addmm_(self.hidden(x, expert), self.down_proj[expert].t(), alpha=factor)
+            return y
+        share = x.new_zeros(self.down_proj.shape[0], x.shape[0]).scatter_(0, chosen.t(), gates.t()).unsqueeze(2)
+        for expert in sorted(set(experts)):
+            y.addmm_(self.hidden(x, expert).mul_(share[expert]), self.down_proj[expert].t())
         return y
+
+    def hidden(self, x: Tensor, expert: int) -> Tensor:
+        """(N, C) -> (N, F): one expert before its down projection."""
+        gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
