@@ -157,26 +157,29 @@ def prompt_problems(model: DeepseekV3MTP, prompts: Sequence[Sequence[int]]) -> I
 class _Batch:
     """Rows in decoding: their tokens, the trunk's cache, the drafter. Grows by `join`, shrinks by `keep`."""
 
-    def __init__(self, model: DeepseekV3MTP, slots: Slots, prompt: list[int], settings: Settings):
+    def __init__(self, model: DeepseekV3MTP, slots: Slots, prompts: list[list[int]], settings: Settings):
+        """prompts: of one length."""
         self.model, self.slots, self.settings = model, slots, settings
         self.chunk = settings.prefill_chunk
         depth = draft_limit(model, settings.draft_depth)
         self.drafter: Drafter | None = None
         if depth:
-            self.drafter = KINDS[model.mtp_config.mode](model, slots, depth=depth, chunk=self.chunk)
-        self.cache = slots.cache(model.config.num_hidden_layers, 1)  # (layers, B, S, R+P)
-        self.ids = torch.zeros(1, slots.slots + 2 * (depth + 1), dtype=torch.long, device=slots.device)
-        self.ids[0, : len(prompt)] = torch.tensor(prompt)
-        self.last = [len(prompt) - 1]  # m: index of each row's last known token
+            kind = KINDS[model.mtp_config.mode]
+            self.drafter = kind(model, slots, rows=len(prompts), depth=depth, chunk=self.chunk)
+        self.cache = slots.cache(model.config.num_hidden_layers, len(prompts))  # (layers, B, S, R+P)
+        self.ids = torch.zeros(len(prompts), slots.slots + 2 * (depth + 1), dtype=torch.long, device=slots.device)
+        self.ids[:, : len(prompts[0])] = torch.tensor(prompts)
+        self.last = [len(prompts[0]) - 1] * len(prompts)  # m: index of each row's last known token
 
-    def prefill(self, sampler: Sampler) -> int:
-        """Runs the prompt of a batch of one row; its first new token."""
-        length = self.last[0] + 1
+    def prefill(self, sampler: Sampler) -> list[int]:
+        """Runs the prompts, chunk by chunk; the first new token of each row."""
+        rows, length = len(self.last), self.last[0] + 1
         for start in range(0, length, self.chunk):
-            states = self._forward([start], min(self.chunk, length - start))
+            states = self._forward([start] * rows, min(self.chunk, length - start))
             if self.drafter is not None:
-                self.drafter.observe(states, [start], self.ids, [length])
-        return int(sampler.draw(self.model.lm_head(states.post_norm[-1:]))[0])
+                self.drafter.observe(states, [start] * rows, self.ids, length)
+        final = states.post_norm.unflatten(0, (rows, -1))[:, -1]  # (B, C)
+        return sampler.draw(self.model.lm_head(final))[0].tolist()
 
     def step(self, count: int, sampler: Sampler) -> tuple[list[int], list[list[int]]]:
         """Drafts `count` tokens and verifies them: accepted drafts per row, and the tokens after m: K drafts, then next."""
@@ -185,7 +188,7 @@ class _Batch:
             drafts, probability = self.drafter.draft(self.ids, self.last, count, sampler)
         states = self._forward(self.last, 1 + count)
         if self.drafter is not None:
-            self.drafter.observe(states, self.last, self.ids, [m + 1 for m in self.last])
+            self.drafter.observe(states, self.last, self.ids)
         logits = self.model.lm_head(states.post_norm).view(len(self.last), 1 + count, -1)
         accepted, following = sampler.verify(logits, drafts, probability)
         new = torch.cat([drafts, following[:, None], accepted[:, None]], dim=1).tolist()  # one transfer per step
@@ -233,16 +236,24 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
     sampler = Sampler(settings.temperature, settings.top_k, settings.top_p, generator)
     ends = [min(model.config.max_position_embeddings, len(prompt) + settings.max_new_tokens) for prompt in prompts]
     stops = frozenset(settings.stop_tokens)
-    batches, rows = [], []  # rows: the prompt's number of each row that goes on
+    by_length: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompts):
-        batch = _Batch(model, slots, prompt, settings)
+        by_length.setdefault(len(prompt), []).append(row)
+    batches, rows = [], []  # rows: the prompt's number of each row that goes on
+    for numbers in by_length.values():
+        batch = _Batch(model, slots, [prompts[row] for row in numbers], settings)
         first = batch.prefill(sampler)
-        batch.append([[first]])
-        done = first in stops or batch.last[0] + 1 == ends[row]
-        yield Step(row, [first], 0, 0, done)
-        if not done:
+        batch.append([[token] for token in first])
+        going = []
+        for i, (row, token) in enumerate(zip(numbers, first, strict=True)):
+            done = token in stops or batch.last[i] + 1 == ends[row]
+            yield Step(row, [token], 0, 0, done)
+            if not done:
+                going.append(i)
+        if going:
+            batch.keep(going)
             batches.append(batch)
-            rows.append(row)
+            rows += [numbers[i] for i in going]
     if not rows:
         return
     batch = batches[0]

@@ -20,14 +20,14 @@ from dsv3_mtp.model.mtp import TrunkStates
 class Drafter:
     """What all kinds share: a ring of the trunk's states, caches of `depths` modules, rows of a batch."""
 
-    def __init__(self, model: DeepseekV3MTP, slots: Slots, *, depth: int, chunk: int):
+    def __init__(self, model: DeepseekV3MTP, slots: Slots, *, rows: int, depth: int, chunk: int):
         """depth: most drafts per step; chunk: most slots that one `observe` brings."""
         self.model, self.slots, self.depth = model, slots, depth
         self.modules = min(depth, model.depths)
         width = max(chunk, depth + 1) + 2 * (self.modules + 1)
-        self.rings = [Ring(1, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())]
-        self.caches = slots.cache(self.caches_needed(), 1)  # (modules, B, S, R+P)
-        self.filled = [[0] for _ in range(self.caches_needed())]  # [module][row]: slots whose inputs were all known
+        self.rings = [Ring(rows, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())]
+        self.caches = slots.cache(self.caches_needed(), rows)  # (modules, B, S, R+P)
+        self.filled = [[0] * rows for _ in range(self.caches_needed())]  # [module][row]: slots whose inputs were all known
 
     def rings_needed(self) -> int:
         return 1
@@ -39,10 +39,10 @@ class Drafter:
         """The trunk state that the heads read."""
         raise NotImplementedError
 
-    def observe(self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: Sequence[int]) -> None:
+    def observe(self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0) -> None:
         """The trunk has computed slots starts[b].. of each row. states: (B*T, C).
 
-        ids: (B, S+1) tokens of the rows; known: (B,) how many of them are known; later ones are not read here.
+        ids: (B, >S) tokens of the rows; known: in a prefill, how many of them are known, the same for all rows.
         """
         self.rings[0].write(starts, self.source(states).view(len(starts), -1, self.rings[0].states.shape[-1]))
 
@@ -51,7 +51,7 @@ class Drafter:
     ) -> tuple[Tensor, Tensor | None]:
         """`count` drafts t_{m+1}.. for each row, m = last[b]: (B, count), and for sampling their probabilities.
 
-        ids: (B, S+1) with the drafts written into it on return; probabilities: (B, count, V) or None when greedy.
+        ids: (B, >S) with the drafts written into it on return; probabilities: (B, count, V) or None when greedy.
         """
         raise NotImplementedError
 
@@ -84,17 +84,17 @@ class ChainDrafter(Drafter):
     def source(self, states: TrunkStates) -> Tensor:
         return states.post_norm if self.model.mtp_config.trunk_hidden == "post_norm" else states.pre_norm
 
-    def observe(self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: Sequence[int]) -> None:
+    def observe(self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0) -> None:
         super().observe(states, starts, ids, known)
         length = states.post_norm.shape[0] // len(starts)
         if length <= self.depth + 1:  # a decode step: `draft` comes next and catches up
             return
         for depth in range(1, 1 + self.modules):  # prefill: slots whose token k ahead is in the prompt
             first = self.filled[depth - 1]
-            stops = [min(s + length, n - depth) for s, n in zip(starts, known, strict=True)]
-            if max(new := [stop - start for start, stop in zip(first, stops, strict=True)]) > 0:
-                self._run(depth, first, max(new), ids)
-                self.filled[depth - 1] = [max(a, b) for a, b in zip(first, stops, strict=True)]
+            stop = min(starts[0] + length, known - depth)
+            if stop > first[0]:
+                self._run(depth, first, stop - first[0], ids)
+                self.filled[depth - 1] = [stop] * len(starts)
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
         rows = torch.arange(len(last), device=ids.device)
@@ -150,7 +150,7 @@ class ParallelDrafter(Drafter):
     def source(self, states: TrunkStates) -> Tensor:
         return states.last_input
 
-    def observe(self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: Sequence[int]) -> None:
+    def observe(self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0) -> None:
         super().observe(states, starts, ids, known)
         length = states.post_norm.shape[0] // len(starts)
         if length > self.depth + 1:  # prefill; the last slot is left to `draft`, which needs its state
