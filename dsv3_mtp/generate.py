@@ -10,6 +10,8 @@ writes over their slots.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from dsv3_mtp.decode.cache import Slots
 from dsv3_mtp.decode.draft import KINDS, Drafter, draft_limit
 from dsv3_mtp.decode.sample import Sampler
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, Trunk
 
 PREFILL_CHUNK = 128  # slots per forward of a prompt: bounds memory, whatever its length
 
@@ -34,6 +36,7 @@ class Settings:
     stop_tokens: tuple[int, ...] = ()
     seed: int = 0
     prefill_chunk: int = PREFILL_CHUNK
+    compile: bool = False  # torch.compile of the trunk's decode steps: minutes once, then about 1.5 times as fast
 
     def problems(self) -> Iterator[str]:
         if self.max_new_tokens < 1:
@@ -224,7 +227,16 @@ class _Batch:
         else:
             first = torch.tensor(starts, device=self.ids.device)[:, None]
             tokens = self.ids.gather(1, first + torch.arange(length, device=self.ids.device))
-        return self.model.model.decode(tokens, self.cache, self.slots.window(starts, length))
+        window = self.slots.window(starts, length)
+        if self.settings.compile and length <= 1 + draft_limit(self.model, self.settings.draft_depth):
+            return compiled_decode()(self.model.model, tokens, self.cache, window)
+        return self.model.model.decode(tokens, self.cache, window)
+
+
+@cache
+def compiled_decode() -> Any:
+    """One compiled function for all models; torch compiles it again for each number of rows and of drafts."""
+    return torch.compile(Trunk.decode, fullgraph=True)
 
 
 @torch.inference_mode()

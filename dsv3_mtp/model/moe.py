@@ -114,6 +114,12 @@ class Experts(nn.Module):
             y.addmm_(self.hidden(x, expert).mul_(share[expert]), self.down_proj[expert].t())
         return y
 
+    def gathered(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """The same for a compiler: static shapes and no loop. Inductor reads the picked weights in place, ungathered."""
+        gate, up = (self.gate_up_proj[chosen] * x[:, None, None, :]).sum(-1).chunk(2, dim=-1)  # (N, K, F) each
+        hidden = F.silu(gate) * up * gates.unsqueeze(-1)
+        return (self.down_proj[chosen] * hidden.unsqueeze(2)).sum((1, 3))
+
     def hidden(self, x: Tensor, expert: int) -> Tensor:
         """(N, C) -> (N, F): one expert before its down projection."""
         gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
@@ -152,7 +158,9 @@ class MoE(nn.Module):
     def decode(self, x: Tensor) -> Tensor:
         """`forward` for inference: no statistics. x: (N, C) -> (N, C)."""
         chosen, gates = self.gate.pick(x)  # (N, K)
-        if x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
+        if torch.compiler.is_compiling():
+            y = self.experts.gathered(x, chosen, gates.to(x.dtype))
+        elif x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
             y = self.experts.one_by_one(x, chosen, gates.to(x.dtype))
         else:
             counts = torch.bincount(chosen.flatten(), minlength=self.gate.config.n_routed_experts)
