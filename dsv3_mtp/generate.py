@@ -2,10 +2,10 @@
 
     tokens = generate(model, [prompt_ids], Settings(max_new_tokens=64, draft_depth=2)).tokens[0]
 
-One speculative step (any heads): K drafts -> one trunk forward on the last token and the drafts -> the longest prefix that
-stands, plus one token of the main model. Plain decoding is the same step with K = 0. The output is the main model's own:
-greedy is equal token for token, samples have the same distribution. Rejected drafts need no clean-up: the next step
-writes over their slots.
+One speculative step (any heads): K drafts -> one trunk forward on the last token and the drafts -> the longest prefix
+that stands, plus one token of the main model. Plain decoding is the same step with K = 0. The output is the main model's
+own: greedy is equal token for token, samples have the same distribution. Rejected drafts need no clean-up: the next
+step writes over their slots.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dsv3_mtp.decode.cache import Slots
 from dsv3_mtp.decode.draft import KINDS, Drafter, draft_limit
@@ -121,9 +120,7 @@ def generate(model: DeepseekV3MTP, prompts: Sequence[Sequence[int]], settings: S
     return result
 
 
-def stream(
-    model: DeepseekV3MTP, prompts: Sequence[Sequence[int]], settings: Settings | None = None
-) -> Iterator[Step]:
+def stream(model: DeepseekV3MTP, prompts: Sequence[Sequence[int]], settings: Settings | None = None) -> Iterator[Step]:
     """Yields each row's new tokens as they are decided; rows end at a stop token, max_new_tokens or the context limit.
 
     Args:
@@ -185,7 +182,7 @@ class _Batch:
         return sampler.draw(self.model.lm_head(final))[0].tolist()
 
     def step(self, count: int, sampler: Sampler) -> tuple[list[int], list[list[int]]]:
-        """Drafts `count` tokens and verifies them: accepted drafts per row, and the tokens after m: K drafts, then next."""
+        """Drafts and verifies: how many of `count` drafts stand in each row, and these drafts plus the next token."""
         drafts, probability = self.ids[:, :0], None
         if count and self.drafter is not None:
             drafts, probability = self.drafter.draft(self.ids, self.last, count, sampler)

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 RANDOM_MODEL = {
@@ -48,7 +49,9 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{name}; prompt of {len(prompt)} tokens, {options.new_tokens} new ones, greedy, batch 1, {options.rounds} rounds")
+    print(
+        f"{name}; prompt of {len(prompt)} tokens, {options.new_tokens} new ones, greedy, batch 1, {options.rounds} rounds"
+    )
     seconds = measure(variants, options.rounds)
     print(report(variants, seconds, options))
     print(steps_report(model, prompt, options))
@@ -83,7 +86,7 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP, model_size
 
     if options.run is None:
-        model = DeepseekV3MTP(ModelConfig(**RANDOM_MODEL), MTPConfig()).requires_grad_(False).eval()  # type: ignore[arg-type]
+        model = DeepseekV3MTP(ModelConfig(**RANDOM_MODEL), MTPConfig()).requires_grad_(False).eval()
         model.init_weights(0)
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(model.config.vocab_size, (options.prompt_tokens,), generator=generator).tolist()
@@ -99,7 +102,9 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
         prompt = load_encoder(run.tokenizer).tokenizer.encode(options.prompt, add_special_tokens=False).ids
     room = model.config.max_position_embeddings - len(prompt)
     if room < options.new_tokens:
-        raise ValueError(f"prompt of {len(prompt)} tokens: the context leaves room for {room} new ones; lower --new-tokens")
+        raise ValueError(
+            f"prompt of {len(prompt)} tokens: the context leaves room for {room} new ones; lower --new-tokens"
+        )
     size = model_size(model, 1)
     return model, prompt, f"{name}: {size.total / 1e6:.2f}M parameters, MTP {model.mtp_config.mode} D={model.depths}"
 
@@ -179,7 +184,9 @@ def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 
 def report(variants: dict[str, Callable[[], Any]], seconds: dict[str, list[float]], options: argparse.Namespace) -> str:
-    rows = [f"{'':28}{'us/token':>10}{'tokens/cpu-s':>14}{'x transformers':>16}{'x plain':>9}{'tokens/step':>13}  acceptance"]
+    rows = [
+        f"{'':28}{'us/token':>10}{'tokens/cpu-s':>14}{'x transformers':>16}{'x plain':>9}{'tokens/step':>13}  acceptance"
+    ]
     outputs = {name: run() for name, run in variants.items()}
     expected = outputs["plain"].tokens[0]
     for name, times in seconds.items():
@@ -207,7 +214,7 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
     most = max(options.depths, default=1)
     slots = Slots(model, len(prompt) + most + 2)
     cache, start = slots.cache(model.config.num_hidden_layers, 1), len(prompt)
-    tokens = torch.tensor([(prompt * 2)[: most + 1]]) if prompt else None
+    tokens = torch.tensor([(prompt * (most + 1))[: most + 1]])
 
     @torch.inference_mode()
     def forward(count: int) -> None:
@@ -215,7 +222,7 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
             states = model.model.decode(tokens[:, :count], cache, slots.window([start], count))
             model.lm_head(states.post_norm).argmax(-1).tolist()
 
-    steps: dict[str, Callable[[], Any]] = {f"{n}": lambda n=n: forward(n) for n in range(1, most + 2)}
+    steps: dict[str, Callable[[], Any]] = {str(n): partial(forward, n) for n in range(1, most + 2)}
     if model.mtp_config.mode == "sequential":
         module, hidden = model.mtp.module_of(1), torch.zeros(1, model.config.hidden_size, dtype=slots.dtype)
         own = slots.cache(1, 1)[0]
@@ -231,7 +238,9 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
     seconds = measure(steps, 4 * options.rounds)
     cost = {n: statistics.median(a / b for a, b in zip(t, seconds["1"], strict=True)) for n, t in seconds.items()}
     one = statistics.median(seconds["1"]) / 20
-    lines = [f"one trunk step {one * 1e6:.0f} us; " + ", ".join(f"T{n}/T1 {cost[str(n)]:.2f}" for n in range(2, most + 2))]
+    lines = [
+        f"one trunk step {one * 1e6:.0f} us; " + ", ".join(f"T{n}/T1 {cost[str(n)]:.2f}" for n in range(2, most + 2))
+    ]
     if "draft" in cost:
         lines[0] += f"; one draft Td/T1 {cost['draft']:.2f}"
         for k in range(1, most + 1):

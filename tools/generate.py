@@ -36,7 +36,7 @@ def main() -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of stdout has gone (head)
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
     return 0
 
 
@@ -55,10 +55,14 @@ def parse() -> argparse.Namespace:
     choice.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens")
     choice.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the most likely tokens up to P")
     choice.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    choice.add_argument("--stop", action="append", default=[], metavar="TOKEN", help="stop after this token: text or id")
+    choice.add_argument(
+        "--stop", action="append", default=[], metavar="TOKEN", help="stop after this token: text or id"
+    )
     choice.add_argument("--ignore-eos", action="store_true", help="go on behind the end-of-text token")
     drafts = parser.add_argument_group("self-speculative decoding")
-    drafts.add_argument("--speculative", action="store_true", help="draft with the MTP heads; the output stays the same")
+    drafts.add_argument(
+        "--speculative", action="store_true", help="draft with the MTP heads; the output stays the same"
+    )
     drafts.add_argument("--draft-depth", type=int, metavar="K", help="drafts per step (default: the model's D)")
     drafts.add_argument("--show-drafts", action="store_true", help="accepted drafts in colour, in a terminal")
     parser.add_argument("--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu")

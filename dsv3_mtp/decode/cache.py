@@ -1,6 +1,7 @@
 """What decoding remembers: latents per layer and slot, and hidden states of the last few slots."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Slots:
     def window(self, starts: Sequence[int], length: int) -> Window:
         """Row b computes slots starts[b]..starts[b]+length-1 and sees slots 0..its own."""
         rows, start, end = len(starts), starts[0], max(starts) + length
+        write: tuple[Any, Any]
         if min(starts) == max(starts):
             positions = self.arange[start:end]  # (T,), the same for all rows
             rotation = self.rotation[start:end]

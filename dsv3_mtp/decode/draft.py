@@ -27,7 +27,9 @@ class Drafter:
         width = max(chunk, depth + 1) + 2 * (self.modules + 1)
         self.rings = [Ring(rows, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())]
         self.caches = slots.cache(self.caches_needed(), rows)  # (modules, B, S, R+P)
-        self.filled = [[0] * rows for _ in range(self.caches_needed())]  # [module][row]: slots whose inputs were all known
+        self.filled = [
+            [0] * rows for _ in range(self.caches_needed())
+        ]  # [module][row]: slots whose inputs were all known
 
     def rings_needed(self) -> int:
         return 1
@@ -46,9 +48,7 @@ class Drafter:
         """
         self.rings[0].write(starts, self.source(states).view(len(starts), -1, self.rings[0].states.shape[-1]))
 
-    def draft(
-        self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler
-    ) -> tuple[Tensor, Tensor | None]:
+    def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
         """`count` drafts t_{m+1}.. for each row, m = last[b]: (B, count), and for sampling their probabilities.
 
         ids: (B, >S) with the drafts written into it on return; probabilities: (B, count, V) or None when greedy.
@@ -74,8 +74,8 @@ class Drafter:
 class ChainDrafter(Drafter):
     """Sequential modules: depth k reads the state of depth k-1 and the embedding of the token k ahead.
 
-    Beyond the trained depths the last module goes on, one slot further per draft, as serving engines recycle it: its own
-    state stands in for the trunk state of a slot that the trunk has not seen.
+    Beyond the trained depths the last module goes on, one slot further per draft, as serving engines recycle it: its
+    own state stands in for the trunk state of a slot that the trunk has not seen.
     """
 
     def rings_needed(self) -> int:
@@ -98,7 +98,7 @@ class ChainDrafter(Drafter):
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
         rows = torch.arange(len(last), device=ids.device)
-        drafts, probabilities, hidden = [], [], None
+        drawn, hidden = [], None
         for depth in range(1, 1 + count):
             if depth <= self.modules:
                 starts = self.filled[depth - 1]
@@ -113,14 +113,12 @@ class ChainDrafter(Drafter):
                 if self.model.mtp_config.chain == "trunk":
                     hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)
                 hidden, normed = self._module(self.modules, hidden, starts, 1, ids)
-            drawn, probability = sampler.draw(self.model.lm_head(normed))  # (B,), (B, V)
-            drafts.append(drawn)
-            probabilities.append(probability)
-            ids[rows, torch.tensor(last, device=ids.device) + depth] = drawn
-        return torch.stack(drafts, 1), None if sampler.greedy else torch.stack(probabilities, 1)
+            drawn.append(sampler.draw(self.model.lm_head(normed)))  # (B,), (B, V)
+            ids[rows, torch.tensor(last, device=ids.device) + depth] = drawn[-1][0]
+        return _stacked(drawn)
 
     def _run(self, depth: int, starts: Sequence[int], length: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Depth's states of slots starts[b]..starts[b]+length-1, chained and normed; the next depth's ring gets them."""
+        """Depth's chained and normed states of slots starts[b].. (`length` of them); the next depth's ring gets them."""
         chained = self.model.mtp_config.chain == "hidden"
         hidden = self.rings[depth - 1 if chained else 0].read(starts, length).flatten(0, 1)
         out, normed = (x.view(len(starts), length, -1) for x in self._module(depth, hidden, starts, length, ids))
@@ -159,7 +157,7 @@ class ParallelDrafter(Drafter):
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
         drawn = [sampler.draw(self.model.lm_head(self._run(head, last))) for head in range(count)]
-        return _write_drafts(ids, last, drawn, sampler)
+        return _write_drafts(ids, last, drawn)
 
     def _run(self, head: int, stops: Sequence[int]) -> Tensor:
         """Brings head's cache up to slot stops[b] - 1 and returns that slot's normed state, (B, C)."""
@@ -183,14 +181,20 @@ class LinearDrafter(Drafter):
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
         hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)  # (B, C)
-        return _write_drafts(ids, last, [sampler.draw(head(hidden)) for head in self.model.mtp.heads[:count]], sampler)
+        return _write_drafts(ids, last, [sampler.draw(head(hidden)) for head in self.model.mtp.heads[:count]])
 
 
-def _write_drafts(ids: Tensor, last: Sequence[int], drawn: list[tuple[Tensor, Tensor | None]], sampler: Sampler):
-    drafts = torch.stack([tokens for tokens, _ in drawn], 1)  # (B, K)
+def _write_drafts(ids: Tensor, last: Sequence[int], drawn: list[tuple[Tensor, Tensor | None]]):
+    drafts, probabilities = _stacked(drawn)
     rows, first = torch.arange(len(last), device=ids.device), torch.tensor(last, device=ids.device)
     ids[rows[:, None], first[:, None] + torch.arange(1, 1 + drafts.shape[1], device=ids.device)] = drafts
-    return drafts, None if sampler.greedy else torch.stack([p for _, p in drawn], 1)  # type: ignore[misc]
+    return drafts, probabilities
+
+
+def _stacked(drawn: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """(B,) tokens and (B, V) probabilities of each depth -> (B, K) and (B, K, V), None when greedy."""
+    probabilities = [probability for _, probability in drawn if probability is not None]
+    return torch.stack([tokens for tokens, _ in drawn], 1), torch.stack(probabilities, 1) if probabilities else None
 
 
 KINDS = {"sequential": ChainDrafter, "parallel": ParallelDrafter, "parallel_linear": LinearDrafter}

@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V3 section 2.1.1, eqs. 1-11): training, and decoding from a cache of latents."""
+"""Multi-head latent attention (DeepSeek-V3 section 2.1.1, eqs. 1-11): training, and decoding from latents."""
 
 from typing import Any, NamedTuple
 
@@ -70,8 +70,8 @@ class MLA(nn.Module):
     def decode(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
         """The same function of new tokens, with R+P numbers kept per past token; inference only.
 
-        The absorbed form (V3 section 2.1.1; DeepSeek-V2 section 2.1.2): W_UK goes into the query and W_UV into the output,
-        so that all heads attend to one shared key, the cache row itself, and no past key or value is ever expanded.
+        The absorbed form (V3 section 2.1.1; DeepSeek-V2 section 2.1.2): W_UK goes into the query and W_UV into the
+        output, so that all heads attend to one shared key, the cache row itself, and no past key is ever expanded.
 
         Args:
             x: (N, C) with N = B*T, normed.
@@ -86,7 +86,9 @@ class MLA(nn.Module):
         turned = turn(torch.cat([q_rope, k_rope.unsqueeze(1)], dim=1), window.rotation)  # (N, H+1, P)
         entry = torch.cat([self.kv_a_layernorm.decode(latent), turned[:, heads]], dim=-1)  # (N, R+P)
         cache[window.write] = entry.view(rows, length, -1)
-        w_uk, w_uv = self.kv_b_proj.weight.view(heads, -1, self.kv_rank).split([self.nope, self.value], dim=1)  # (H, ., R)
+        w_uk, w_uv = self.kv_b_proj.weight.view(heads, -1, self.kv_rank).split(
+            [self.nope, self.value], dim=1
+        )  # (H, ., R)
         absorbed = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # (N, H, R)
         query = torch.cat([absorbed, turned[:, :heads]], dim=-1).view(rows, 1, length * heads, -1)
         past = cache[:, : window.end].unsqueeze(1)  # (B, 1, end, R+P): the key, and in its first R columns the value

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.layers import MLP
 
-
 FEW_TOKENS = 16  # up to here `decode` runs experts one by one on a CPU
 
 
@@ -100,7 +99,7 @@ class Experts(nn.Module):
     def one_by_one(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """Few tokens on a CPU: each expert that any of them chose runs on all of them, with gate 0 for the others.
 
-        At this size a product costs what reading its weights costs, whatever the number of rows, and sorting costs more.
+        At this size a product costs what reading its weights costs, whatever the number of rows; sorting costs more.
         x: (N, C); chosen, gates: (N, K) -> (N, C).
         """
         experts = chosen.flatten().tolist()
@@ -115,7 +114,7 @@ class Experts(nn.Module):
         return y
 
     def gathered(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """The same for a compiler: static shapes and no loop. Inductor reads the picked weights in place, ungathered."""
+        """The same for a compiler: static shapes and no loop. Inductor reads the picked weights in place."""
         gate, up = (self.gate_up_proj[chosen] * x[:, None, None, :]).sum(-1).chunk(2, dim=-1)  # (N, K, F) each
         hidden = F.silu(gate) * up * gates.unsqueeze(-1)
         return (self.down_proj[chosen] * hidden.unsqueeze(2)).sum((1, 3))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.decode.plain import CYCLE, HEADS, plain_logits
 
 from dsv3_mtp.decode.draft import draft_limit
 from dsv3_mtp.generate import Settings, generate, stream
+from tests.decode.plain import CYCLE, HEADS, plain_logits
 
 
 class RecordingSampler:

@@ -1,16 +1,16 @@
 """Acceptance in one teacher-forced pass equals counting by brute force and equals what decoding reports."""
 
 import pytest
-from tests.decode.plain import CYCLE, HEADS, plain_greedy, plain_logits
 
 from dsv3_mtp.decode.offline import accepted_prefixes, offline_acceptance
 from dsv3_mtp.generate import Acceptance, Settings, Step, generate
+from tests.decode.plain import CYCLE, HEADS, plain_greedy, plain_logits
 
 PROMPT = CYCLE[:4]
 
 
 def brute_force(model, text: list[int], m: int) -> int:
-    """Drafts that stand when t_m is the last known token: drafted one by one without a cache, compared with the text."""
+    """Drafts that stand when t_m is the last known token: drafted one by one, without a cache."""
     drafts = []
     for depth in range(1, 1 + model.depths):
         drafts.append(int(plain_logits(model, text[: m + 1] + drafts)[depth, m - 1].argmax()))
