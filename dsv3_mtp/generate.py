@@ -3,8 +3,8 @@
     tokens = generate(model, [prompt_ids], Settings(max_new_tokens=64, draft_depth=2)).tokens[0]
 
 One speculative step (any heads): K drafts -> one trunk forward on the last token and the drafts -> the longest prefix
-that stands, plus one token of the main model. Plain decoding is the same step with K = 0. The output is the main model's
-own: greedy is equal token for token, samples have the same distribution. Rejected drafts need no clean-up: the next
+that stands, plus one token of the main model. Plain decoding is the same step with K = 0. The output is what the main
+model says: greedy is equal token for token, samples have the same distribution. Rejected drafts need no clean-up: the next
 step writes over their slots.
 """
 

@@ -49,9 +49,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"{name}; prompt of {len(prompt)} tokens, {options.new_tokens} new ones, greedy, batch 1, {options.rounds} rounds"
-    )
+    print(f"{name}\nprompt of {len(prompt)} tokens, {options.new_tokens} new, greedy, batch 1, {options.rounds} rounds")
     seconds = measure(variants, options.rounds)
     print(report(variants, seconds, options))
     print(steps_report(model, prompt, options))
@@ -184,9 +182,8 @@ def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 
 def report(variants: dict[str, Callable[[], Any]], seconds: dict[str, list[float]], options: argparse.Namespace) -> str:
-    rows = [
-        f"{'':28}{'us/token':>10}{'tokens/cpu-s':>14}{'x transformers':>16}{'x plain':>9}{'tokens/step':>13}  acceptance"
-    ]
+    names = f"{'us/token':>10}{'tokens/cpu-s':>14}{'x transformers':>16}{'x plain':>9}{'tokens/step':>13}  acceptance"
+    rows = [" " * 28 + names]
     outputs = {name: run() for name, run in variants.items()}
     expected = outputs["plain"].tokens[0]
     for name, times in seconds.items():

@@ -118,7 +118,7 @@ class ChainDrafter(Drafter):
         return _stacked(drawn)
 
     def _run(self, depth: int, starts: Sequence[int], length: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Depth's chained and normed states of slots starts[b].. (`length` of them); the next depth's ring gets them."""
+        """Depth's chained and normed states of `length` slots from starts[b]; the next depth's ring gets them."""
         chained = self.model.mtp_config.chain == "hidden"
         hidden = self.rings[depth - 1 if chained else 0].read(starts, length).flatten(0, 1)
         out, normed = (x.view(len(starts), length, -1) for x in self._module(depth, hidden, starts, length, ids))
