@@ -4,8 +4,8 @@
 
 One speculative step (any heads): K drafts -> one trunk forward on the last token and the drafts -> the longest prefix
 that stands, plus one token of the main model. Plain decoding is the same step with K = 0. The output is what the main
-model says: greedy is equal token for token, samples have the same distribution. Rejected drafts need no clean-up: the next
-step writes over their slots.
+model says: greedy is equal token for token, samples have the same distribution. Rejected drafts need no clean-up, the
+next step writes over their slots.
 """
 
 from collections.abc import Iterator, Sequence

@@ -36,7 +36,7 @@ def test_the_newest_complete_checkpoint_is_taken(make_tiny_config, tmp_path):
 
 
 def test_a_missing_run_or_checkpoint_is_named(make_tiny_config, tmp_path):
-    with pytest.raises(ValueError, match="nowhere: no config.yaml there"):
+    with pytest.raises(ValueError, match=r"nowhere: no config\.yaml there"):
         load_run(tmp_path / "nowhere")
     folder, _ = write_run(make_tiny_config(), tmp_path)
     (folder / "checkpoints/global_step4/COMPLETE.json").write_text(json.dumps({"files": {"gone": 1}}))

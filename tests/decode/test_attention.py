@@ -5,6 +5,7 @@ import torch
 
 from dsv3_mtp.decode.cache import Ring, Slots
 from dsv3_mtp.generate import Settings, generate
+from dsv3_mtp.model.causal_lm import Trunk
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 CASES = {
@@ -143,3 +144,18 @@ def test_ring_forgets_only_what_is_older_than_its_width():
         slots = torch.arange(start, start + 3.0)
         ring.write([start, start + 1], torch.stack([slots, slots + 1])[..., None])
     assert ring.read([16, 17], 5)[..., 0].tolist() == [[16, 17, 18, 19, 20], [17, 18, 19, 20, 21]]
+
+
+def test_a_decode_step_is_one_graph_for_a_compiler_and_equals_the_eager_one(make_model):
+    model = make_model()
+    tokens = torch.randint(64, (1, 9))
+    compiled = torch.compile(Trunk.decode, fullgraph=True, backend="eager")
+    slots = Slots(model, 12)
+    outs = []
+    for decode in (Trunk.decode, compiled):
+        cache = slots.cache(3, 1)
+        with torch.inference_mode():
+            model.model.decode(tokens[:, :5], cache, slots.window([0], 5))
+            states = [decode(model.model, tokens[:, i : i + 1], cache, slots.window([i], 1)) for i in (5, 6, 7, 8)]
+        outs.append(torch.cat([state.post_norm for state in states]))
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
