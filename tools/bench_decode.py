@@ -161,6 +161,9 @@ def transformers_mtp(folder: str, prompt: list[int], count: int) -> Callable[[],
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    layers, modules = theirs.config.num_hidden_layers, theirs.config.num_nextn_predict_layers
+    # transformers 5.23 finds MTP weights by a pattern that names DeepSeek-V3's layer 61.
+    theirs._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{layers + k}\..*" for k in range(modules)]
     return lambda: hf_generate(theirs, torch.tensor([prompt]), count, use_mtp=True)
 
 
