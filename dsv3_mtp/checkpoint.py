@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dsv3_mtp.loading import COMPLETE, checkpoints, is_complete
 from dsv3_mtp.metrics import replacing
 from dsv3_mtp.parallel.engine import Engine
-
-COMPLETE = "COMPLETE.json"
 
 
 def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -58,22 +56,17 @@ def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: 
         ):
             with replacing(path) as temporary:
                 temporary.write_text(text)
-        usable = sorted((path for path in _folders(root) if is_complete(path)), key=_step_of)
-        for old in set(_folders(root)) - {folder, *usable[-keep:]}:
+        usable = [path for path in checkpoints(root) if is_complete(path)]
+        for old in set(checkpoints(root)) - {folder, *usable[-keep:]}:
             (old / COMPLETE).unlink(missing_ok=True)  # a half-deleted folder must not count as complete
             shutil.rmtree(old)
     dist.barrier()
     return folder
 
 
-def newest(root: Path) -> Path | None:
-    """The complete checkpoint of the highest step, None if there is none."""
-    return max((folder for folder in _folders(root) if is_complete(folder)), key=_step_of, default=None)
-
-
 def incomplete(root: Path) -> list[Path]:
     """Checkpoints that a kill or damage left unusable."""
-    return sorted((folder for folder in _folders(root) if not is_complete(folder)), key=_step_of)
+    return [folder for folder in checkpoints(root) if not is_complete(folder)]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -102,22 +95,6 @@ def load(engine: Engine, folder: Path) -> None:
     if path is None:
         raise ValueError(f"{folder}: damaged; delete this folder to use the checkpoint before it")
     _set_rng_state(rng_state)
-
-
-def is_complete(folder: Path) -> bool:
-    try:
-        files = json.loads((folder / COMPLETE).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _folders(root: Path) -> list[Path]:
-    return [path for path in root.glob("global_step*") if re.fullmatch(r"global_step\d+", path.name)]
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("global_step"))
 
 
 def _stage(engine: Engine) -> int:

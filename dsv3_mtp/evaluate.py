@@ -17,6 +17,7 @@ from torch import Tensor
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.data.sampler import sequential_windows
 from dsv3_mtp.data.source import Source
+from dsv3_mtp.generate import Settings, generate
 from dsv3_mtp.hf import export_hf, load_hf, load_run
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
 
@@ -143,14 +144,11 @@ def acceptance(
 ) -> dict[str, float]:
     """Free-running acceptance of greedy drafts of `depth` tokens on prompts from the source (DESIGN S14).
 
-    Returns `val/acceptance/k`, joint for drafts 1..k, and `val/tokens_per_step`; {} where decoding is not installed.
+    Returns `val/acceptance/k`, joint for drafts 1..k, and `val/tokens_per_step`.
     """
-    if importlib.util.find_spec("dsv3_mtp.generate") is None:
-        return {}
-    decoding: Any = importlib.import_module("dsv3_mtp.generate")
     windows = sequential_windows(source, seq_len=prompt_tokens, lookahead=0, count=prompts, micro_batch_size=prompts)
-    settings = decoding.Settings(max_new_tokens=new_tokens, draft_depth=depth)
-    found = decoding.generate(model, windows[0][0].tolist(), settings).acceptance
+    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth)
+    found = generate(model, windows[0][0].tolist(), settings).acceptance
     metrics = {f"val/acceptance/{k}": share for k, share in enumerate(found.joint, start=1)}
     return metrics | {"val/tokens_per_step": found.tokens_per_step}
 

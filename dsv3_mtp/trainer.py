@@ -15,6 +15,7 @@ from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import Source, check_vocab, open_source
 from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device
 from dsv3_mtp.hf import load_weights
+from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets, model_size
 from dsv3_mtp.optim import build_optimizer, set_hyperparameters
@@ -166,7 +167,7 @@ class Trainer:
     def require_finite(self, record: dict[str, Any]) -> None:
         bad = [f"{name} = {value}" for name, value in record.items() if not math.isfinite(value)]
         if bad:
-            good = checkpoint.newest(self.folder / "checkpoints")
+            good = newest_checkpoint(self.folder / "checkpoints")
             remedy = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise NonFiniteError(
                 f"step {self.step + 1} ({self.tokens:,} tokens): {', '.join(bad)}; {remedy}. "
@@ -287,7 +288,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     """
     root = run_folder(config) / "checkpoints"
     lock_run_folder(config)
-    newest = checkpoint.newest(root)
+    newest = newest_checkpoint(root)
     if newest is not None and config.checkpoint.resume == "never":
         raise ValueError(f"checkpoint.resume: never, but {newest} exists; choose another run.name or delete the folder")
     damaged = checkpoint.incomplete(root)

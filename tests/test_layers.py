@@ -15,7 +15,7 @@ LAYERS = {
     "config": 0,
     **dict.fromkeys(["schedules", "losses", "precision", "data", "metrics", "plots"], 1),
     "model": 2,
-    **dict.fromkeys(["parallel", "optim", "checkpoint", "hf", "generate"], 3),
+    **dict.fromkeys(["parallel", "optim", "checkpoint", "hf", "generate", "decode", "loading"], 3),
     **dict.fromkeys(["trainer", "evaluate", "study", "runs", "dryrun"], 4),
 }
 TOP = 5  # the package's __init__.py (the public API) and tools/
@@ -85,7 +85,7 @@ def test_tool_leaves_deepspeed_and_transformer_engine_to_the_package(path: Path)
     assert roots.isdisjoint(DOORS)
 
 
-@pytest.mark.parametrize("part", ["model", "generate", "hf"])
+@pytest.mark.parametrize("part", ["model", "generate", "decode", "loading", "hf"])
 def test_deepspeed_is_out_of_reach_of(part: str):
     edges: dict[str, set[str]] = {}
     for path in package_files():

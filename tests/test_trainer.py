@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_mtp import checkpoint, schedules
+from dsv3_mtp import schedules
 from dsv3_mtp.config import Config
+from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.trainer import NonFiniteError, Trainer
 from tests.ranks import run_ranks, write_markov
@@ -78,7 +79,7 @@ def timeless(records: list[dict]) -> list[dict]:
 
 
 def weights_of(config: Config) -> dict[str, torch.Tensor]:
-    folder = checkpoint.newest(folder_of(config) / "checkpoints")
+    folder = newest_checkpoint(folder_of(config) / "checkpoints")
     return torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
 
 
@@ -98,7 +99,7 @@ def test_resume_after_sigterm_equals_an_uninterrupted_run_bitwise(make_run, worl
     whole, parts = make_run("whole", **settings), make_run("parts", **settings)
     expected = train(whole, world_size=world_size)
     train(parts, world_size=world_size, function=run_until, args=(12,))
-    assert checkpoint.newest(folder_of(parts) / "checkpoints").name == "global_step12"
+    assert newest_checkpoint(folder_of(parts) / "checkpoints").name == "global_step12"
     got = train(parts, world_size=world_size)
     # the interrupted run logged its last step before stopping; log.every is 1, so no line differs
     assert timeless(got) == timeless(expected)
@@ -120,7 +121,7 @@ def test_kill_9_of_a_rank_while_it_saves_leaves_a_loadable_latest(make_run, vict
     train(parts, world_size=2, function=killed_in_save, args=(victim, 10), expect=None)
     root = folder_of(parts) / "checkpoints"
     assert (root / "global_step10").exists()  # begun
-    assert checkpoint.newest(root).name == "global_step5" == (root / "latest").read_text()
+    assert newest_checkpoint(root).name == "global_step5" == (root / "latest").read_text()
     got = train(parts, world_size=2)
     assert timeless(got) == timeless(read_metrics(folder_of(whole) / "metrics.jsonl"))
     assert_same_weights(whole, parts)
@@ -323,7 +324,7 @@ def test_a_non_finite_value_stops_with_the_step_the_metric_and_the_last_good_che
     message = Path(f"{folder_of(config)}.error").read_text()
     assert message.startswith(f"step {step} ") and any(f"{metric} = {x}" in message for x in ("nan", "inf"))
     assert "global_step5" in message
-    assert checkpoint.newest(folder_of(config) / "checkpoints").name == "global_step5"
+    assert newest_checkpoint(folder_of(config) / "checkpoints").name == "global_step5"
 
 
 def refused(config: Config) -> None:
@@ -359,7 +360,7 @@ def test_pruning_keeps_the_newest_complete_checkpoints_and_removes_incomplete_on
     config = make_run(checkpoint__keep=1, checkpoint__every=2, train__total_tokens=18 * 8 * 16)
     train(config)
     assert {path.name for path in root.glob("global_step*")} == {"global_step18"}
-    assert checkpoint.newest(root).name == "global_step18" == (root / "latest").read_text()
+    assert newest_checkpoint(root).name == "global_step18" == (root / "latest").read_text()
     assert "global_step20 is incomplete" in Path(f"{folder_of(config).parents[1]}/run.log.rank0").read_text()
 
 

@@ -19,8 +19,8 @@ from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, Entry, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, open_checkpoint, read_slot
-from dsv3_mtp.hf.run import WEIGHTS, newest_checkpoint, read_state_dict, tokenizer_of
 from dsv3_mtp.hf.settings import SPECIAL_IDS, representable, to_config_json, write_settings
+from dsv3_mtp.loading import IMPORTED, newest_checkpoint, read_state_dict, tokenizer_of
 
 Read = Callable[[Slot], Tensor]
 TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
@@ -92,8 +92,8 @@ def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> 
 
 def _open_run(run: Path, config: Config, expected: list[Slot], modules: int) -> tuple[Read, Path, list[str]]:
     """(function from a slot to its tensor, where they come from, notes) of a run's newest weights."""
-    newest = newest_checkpoint(run)
-    if newest is None and (run / WEIGHTS).is_dir():
+    newest = newest_checkpoint(run / "checkpoints")
+    if newest is None and (run / IMPORTED).is_dir():
         return _open_imported(run, expected, modules)
     if newest is None:
         raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
@@ -108,7 +108,7 @@ def _open_run(run: Path, config: Config, expected: list[Slot], modules: int) -> 
 
 def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read, Path, list[str]]:
     """The same for a run that was imported and not trained yet."""
-    checkpoint, settings, stored = open_checkpoint(run / WEIGHTS)
+    checkpoint, settings, stored = open_checkpoint(run / IMPORTED)
     names = {(slot.key, str(slot.index)): slot for slot in stored if not slot.alias}
     if any((slot.key, str(slot.index)) not in names for slot in expected):
         raise ValueError(f"{run}: its {modules} MTP module(s) were never trained; train, or export with --trunk-only")
@@ -116,7 +116,7 @@ def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read,
     def read(slot: Slot) -> Tensor:
         return read_slot(checkpoint, names[slot.key, str(slot.index)], settings.block)
 
-    return read, run / WEIGHTS, settings.notes
+    return read, run / IMPORTED, settings.notes
 
 
 def _state_problems(state: dict[str, Tensor], modules: int, expected: list[Slot]) -> list[str]:
@@ -151,14 +151,14 @@ def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
 
 def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Puts the tokenizer into `folder`; returns bos, eos and pad ids, and notes."""
-    imported = run / WEIGHTS
+    imported = run / IMPORTED
     for name in TOKENIZER_FILES:
         if (imported / name).is_file():
             shutil.copyfile(imported / name, folder / name)
     if (imported / "config.json").is_file():
         content = json.loads((imported / "config.json").read_text(encoding="utf-8"))
         return {key: content[key] for key in SPECIAL_IDS if key in content}, []
-    tokenizer = tokenizer_of(run, config)
+    tokenizer = tokenizer_of(config, run)
     if tokenizer is None:
         return {}, ["no tokenizer: the training data has none; put its files beside the weights to use text"]
     shutil.copyfile(tokenizer, folder / "tokenizer.json")

@@ -19,8 +19,8 @@ from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, Entry, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, slots
 from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot
-from dsv3_mtp.hf.run import WEIGHTS
 from dsv3_mtp.hf.settings import Settings, to_config_json, write_settings
+from dsv3_mtp.loading import IMPORTED
 
 # How a stored type is kept: FP8 codes times a power of two are bfloat16 numbers.
 KEPT = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}
@@ -62,7 +62,7 @@ def import_hf(
         tree = _tree(out, settings, modules, base=base, data=data, dtype="float32" if wide else "bfloat16")
         config = _resolve(tree, temporary / "config.yaml", sets)
         notes += fit(settings, modules, config.model, config.mtp, folder=source)[1]
-        weights = temporary / WEIGHTS
+        weights = temporary / IMPORTED
         weights.mkdir()
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
@@ -83,7 +83,7 @@ def import_hf(
         notes.append(f"{source} has no tokenizer.json: only data that is tokenised already can be used")
     elif not Path(config.data.train if isinstance(config.data.train, str) else "").exists():
         notes.append(
-            f"next: python tools/prepare_data.py --tokenizer {out / WEIGHTS / 'tokenizer.json'} --input ... "
+            f"next: python tools/prepare_data.py --tokenizer {out / IMPORTED / 'tokenizer.json'} --input ... "
             f"--out {config.data.train}"
         )
     return notes
@@ -146,7 +146,7 @@ def _tree(
     for section in ("run", "data", "train"):
         tree[section] = dict(tree.get(section) or {})
     tree["run"] |= {"name": out.name, "dir": str(out.parent)}
-    tree["train"]["init_from"] = str(out / WEIGHTS)
+    tree["train"]["init_from"] = str(out / IMPORTED)
     if data is not None:
         tree["data"] |= {"train": data, "val": data}
     return tree

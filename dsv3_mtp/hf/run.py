@@ -1,66 +1,49 @@
-"""A run folder read without DeepSpeed: its newest checkpoint, or the weights that it was imported with."""
+"""The model of a run folder: its newest checkpoint, or the weights that it was imported with."""
 
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.hf.load import empty_model, load_weights
+from dsv3_mtp.loading import IMPORTED, newest_checkpoint, read_state_dict, tokenizer_of
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
-WEIGHTS = "weights"  # folder of an imported run, in DeepSeek-V3's layout
+
+class LoadedRun(NamedTuple):
+    """`tokenizer` is the run's tokenizer.json, None where its data has none (Megatron files)."""
+
+    model: DeepseekV3MTP
+    config: Config
+    tokenizer: Path | None
 
 
-def load_run(run: str | Path) -> tuple[DeepseekV3MTP, Config, Path | None]:
-    """A run's model on the CPU in eval mode and in the run's dtype, its config, and the path of its tokenizer.json.
+def load_run(folder: str | Path) -> LoadedRun:
+    """A run's model on the CPU, in eval mode and in the dtype of the run.
 
     The newest complete checkpoint; for an imported run without one, the imported weights as training would start.
 
     Raises:
-        ValueError: neither is there, or the weights do not fit the run's config.
+        ValueError: no run there, neither checkpoint nor imported weights, or weights that do not fit the run's config.
     """
-    run = Path(run)
-    config = load_config(run / "config.yaml")
-    model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
-    newest = newest_checkpoint(run)
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder}: no config.yaml there; name the folder of a run, like runs/v3_tiny")
+    config = load_config(folder / "config.yaml")
+    newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None:
+        with torch.device("meta"):
+            model = DeepseekV3MTP(config.model, config.mtp)
         try:
-            model.load_state_dict(read_state_dict(newest), strict=True)
+            model.load_state_dict(read_state_dict(newest), strict=True, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"{newest}: its weights do not fit {run / 'config.yaml'}: {error}") from None
-    elif (run / WEIGHTS).is_dir():
+            detail = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{newest}: its weights do not fit {folder / 'config.yaml'}: {detail}") from None
+    elif (folder / IMPORTED).is_dir():
+        model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
         model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module
-        load_weights(model, run / WEIGHTS)
+        load_weights(model, folder / IMPORTED)
     else:
-        raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
-    return model.eval(), config, tokenizer_of(run, config)
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint of the highest step: COMPLETE.json exists and every file listed there has its size."""
-
-    def is_complete(folder: Path) -> bool:
-        try:
-            files = json.loads((folder / "COMPLETE.json").read_text())["files"]
-            return all((folder / name).stat().st_size == size for name, size in files.items())
-        except (OSError, ValueError):
-            return False
-
-    folders = [path for path in (run / "checkpoints").glob("global_step*") if path.name[11:].isdecimal()]
-    return max(filter(is_complete, folders), key=lambda path: int(path.name[11:]), default=None)
-
-
-def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights and router biases, mapped from the file rather than read (ZeRO 0 and 1 keep the whole model in one)."""
-    file = checkpoint / "mp_rank_00_model_states.pt"
-    return torch.load(file, mmap=True, map_location="cpu", weights_only=True)["module"]
-
-
-def tokenizer_of(run: Path, config: Config) -> Path | None:
-    """tokenizer.json of a run: the imported one, else that of its data (a path relative to where training started)."""
-    corpora = [Path(entry.path) for entry in config.data.entries]
-    started = run.resolve().parent.parent
-    places = [run / WEIGHTS, *corpora, *(started / corpus for corpus in corpora)]
-    return next((place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None)
+        raise ValueError(f"{folder}: no complete checkpoint there; train the run first, or further")
+    return LoadedRun(model.requires_grad_(False).eval(), config, tokenizer_of(config, folder))

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.layers import MLP
 
+FEW_TOKENS = 16  # up to here `decode` runs experts one by one on a CPU
+
 
 class RouterStats(NamedTuple):
     """What one router did in one forward. Returned, not stored, so that recomputation cannot count it twice."""
@@ -41,6 +43,16 @@ class Gate(nn.Module):
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         load = torch.bincount(chosen.flatten(), minlength=flat.shape[1]).float()
         return chosen, gates * self.config.routed_scaling_factor, RouterStats(load, self.balance_loss(scores))
+
+    def pick(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` without the training statistics. x: (N, C) -> chosen (N, K), gates (N, K) float32."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid_()  # (N, E)
+        chosen = self.choose(scores)
+        gates = scores.gather(1, chosen)
+        if self.config.norm_topk_prob:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        return chosen, gates * self.config.routed_scaling_factor
 
     def choose(self, scores: Tensor) -> Tensor:
         """Top-K of score + bias, restricted to the `topk_group` groups whose two best biased scores sum highest."""
@@ -84,6 +96,34 @@ class Experts(nn.Module):
         gate, up = grouped_linear(x, self.gate_up_proj, counts).chunk(2, dim=-1)  # (rows, F) each
         return grouped_linear(F.silu(gate) * up, self.down_proj, counts)
 
+    def one_by_one(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """Few tokens on a CPU: each expert that any of them chose runs on all of them, with gate 0 for the others.
+
+        At this size a product costs what reading its weights costs, whatever the number of rows; sorting costs more.
+        x: (N, C); chosen, gates: (N, K) -> (N, C).
+        """
+        experts = chosen.flatten().tolist()
+        y = torch.zeros_like(x)
+        if x.shape[0] == 1:
+            for expert, factor in zip(experts, gates[0].tolist(), strict=True):
+                y.addmm_(self.hidden(x, expert), self.down_proj[expert].t(), alpha=factor)
+            return y
+        share = x.new_zeros(self.down_proj.shape[0], x.shape[0]).scatter_(0, chosen.t(), gates.t()).unsqueeze(2)
+        for expert in sorted(set(experts)):
+            y.addmm_(self.hidden(x, expert).mul_(share[expert]), self.down_proj[expert].t())
+        return y
+
+    def gathered(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """The same for a compiler: static shapes and no loop. Inductor reads the picked weights in place."""
+        gate, up = (self.gate_up_proj[chosen] * x[:, None, None, :]).sum(-1).chunk(2, dim=-1)  # (N, K, F) each
+        hidden = F.silu(gate) * up * gates.unsqueeze(-1)
+        return (self.down_proj[chosen] * hidden.unsqueeze(2)).sum((1, 3))
+
+    def hidden(self, x: Tensor, expert: int) -> Tensor:
+        """(N, C) -> (N, F): one expert before its down projection."""
+        gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Rows of group e times weight[e].T. x: (rows, in), weight: (E, out, in), counts: (E,) -> (rows, out)."""
@@ -114,3 +154,18 @@ class MoE(nn.Module):
         routed = routed[back].unflatten(0, (-1, top_k))  # (N, K, C)
         y = torch.bmm(gates.to(routed.dtype).unsqueeze(1), routed).view_as(x)  # sum over K of gate * expert
         return (y if self.shared_experts is None else y + self.shared_experts(x)), stats
+
+    def decode(self, x: Tensor) -> Tensor:
+        """`forward` for inference: no statistics. x: (N, C) -> (N, C)."""
+        chosen, gates = self.gate.pick(x)  # (N, K)
+        if torch.compiler.is_compiling():
+            y = self.experts.gathered(x, chosen, gates.to(x.dtype))
+        elif x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
+            y = self.experts.one_by_one(x, chosen, gates.to(x.dtype))
+        else:
+            counts = torch.bincount(chosen.flatten(), minlength=self.gate.config.n_routed_experts)
+            order = chosen.flatten().argsort(stable=True)
+            routed = torch.empty((order.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
+            routed[order] = self.experts(x[order // chosen.shape[1]], counts)
+            y = torch.einsum("nkc,nk->nc", routed.view(*chosen.shape, -1), gates.to(x.dtype))
+        return y if self.shared_experts is None else y + self.shared_experts(x)

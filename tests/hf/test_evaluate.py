@@ -1,6 +1,5 @@
 """tools/evaluate.py: the numbers of training again, of a run and of its export; tasks of lm-evaluation-harness."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -91,7 +90,6 @@ def test_an_imported_run_is_evaluated_before_it_is_trained(run, corpus, tmp_path
     assert "val/mtp_loss/1" in fresh_head and "val/mtp_loss/2" not in fresh_head
 
 
-@pytest.mark.skipif(importlib.util.find_spec("dsv3_mtp.generate") is None, reason="dsv3_mtp.generate does not exist")
 def test_acceptance_is_measured_by_decoding(run, monkeypatch, capsys):
     arguments = ("--run", str(run), "--batches", "1", "--prompts", "2", "--new-tokens", "8")
     (metrics,) = call(monkeypatch, capsys, *arguments).values()

@@ -1,0 +1,79 @@
+"""What decoding remembers: latents per layer and slot, and hidden states of the last few slots."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3_mtp.model.attention import Window
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.layers import rotary_angles
+
+
+class Slots:
+    """Makes the windows of a model: where each row's new slots lie, their rotary angles, what they may see."""
+
+    def __init__(self, model: DeepseekV3MTP, slots: int):
+        """slots: size S of every cache, at least the highest slot of any window + 1."""
+        weight = model.lm_head.weight
+        self.slots, self.heads, self.device = slots, model.config.num_attention_heads, weight.device
+        self.dtype = weight.dtype
+        cos, sin = rotary_angles(model.config, torch.arange(slots, device=self.device))  # (S, P/2) each
+        self.rotation = torch.complex(cos, sin).unsqueeze(1)  # (S, 1, P/2)
+        self.width = model.config.kv_lora_rank + model.config.qk_rope_head_dim  # R+P
+        self.arange = torch.arange(slots, device=self.device)
+
+    def cache(self, layers: int, rows: int) -> Tensor:
+        """(layers, B, S, R+P), zero: a slot that was never written must not be NaN where it is masked."""
+        return torch.zeros(layers, rows, self.slots, self.width, dtype=self.dtype, device=self.device)
+
+    def window(self, starts: Sequence[int], length: int) -> Window:
+        """Row b computes slots starts[b]..starts[b]+length-1 and sees slots 0..its own."""
+        rows, start, end = len(starts), starts[0], max(starts) + length
+        write: tuple[Any, Any]
+        if min(starts) == max(starts):
+            positions = self.arange[start:end]  # (T,), the same for all rows
+            rotation = self.rotation[start:end]
+            write = (slice(None), slice(start, end))
+            if rows > 1:
+                rotation = rotation.repeat(rows, 1, 1)
+        else:
+            first = torch.tensor(starts, device=self.device)
+            positions = first[:, None] + self.arange[:length]  # (B, T)
+            rotation = self.rotation[positions.flatten()]
+            write = (torch.arange(rows, device=self.device)[:, None], positions)
+        mask = None
+        if length > 1 or positions.ndim == 2:
+            hidden = self.arange[:end] > positions[..., None]  # (T, end) or (B, T, end)
+            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+            mask = mask.repeat_interleave(self.heads, dim=-2).view(-1, 1, length * self.heads, end)
+        return Window((rows, length), write, end, rotation, mask)
+
+
+class Ring:
+    """Hidden states of each row's last W slots. Writing slot i forgets slot i - W.
+
+    A drafting module runs a few slots behind the trunk (it needs tokens that are not known yet), so the states that it
+    reads have to wait here; a full-length buffer would cost more than the latent cache.
+    """
+
+    def __init__(self, rows: int, width: int, like: Tensor):
+        """like: (C, .) a weight of the model."""
+        self.states = torch.zeros(rows, width, like.shape[-1], dtype=like.dtype, device=like.device)  # (B, W, C)
+
+    def read(self, starts: Sequence[int], length: int) -> Tensor:
+        """(B, length, C): slots starts[b]..starts[b]+length-1."""
+        return self.states[self._index(starts, length)]
+
+    def write(self, starts: Sequence[int], states: Tensor) -> None:
+        """states: (B, T, C) of slots starts[b]..starts[b]+T-1, T <= W."""
+        self.states[self._index(starts, states.shape[1])] = states
+
+    def _index(self, starts: Sequence[int], length: int):
+        width, device = self.states.shape[1], self.states.device
+        if min(starts) == max(starts) and starts[0] % width + length <= width:
+            start = starts[0] % width
+            return slice(None), slice(start, start + length)
+        slots = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)  # (B, T)
+        return torch.arange(len(starts), device=device)[:, None], slots % width

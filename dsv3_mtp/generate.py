@@ -1,0 +1,292 @@
+"""Generation: plain and self-speculative, greedy and sampled, one prompt or a batch of different lengths.
+
+    tokens = generate(model, [prompt_ids], Settings(max_new_tokens=64, draft_depth=2)).tokens[0]
+
+One speculative step (any heads): K drafts -> one trunk forward on the last token and the drafts -> the longest prefix
+that stands, plus one token of the main model. Plain decoding is the same step with K = 0. The output is what the main
+model says: greedy is equal token for token, samples have the same distribution. Rejected drafts need no clean-up, the
+next step writes over their slots.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from dsv3_mtp.decode.cache import Slots
+from dsv3_mtp.decode.draft import KINDS, Drafter, draft_limit
+from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, Trunk
+
+PREFILL_CHUNK = 128  # slots per forward of a prompt: bounds memory, whatever its length
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate. `draft_depth` 0 is plain decoding; temperature 0 is greedy."""
+
+    max_new_tokens: int = 128
+    draft_depth: int = 0
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+    seed: int = 0
+    prefill_chunk: int = PREFILL_CHUNK
+    compile: bool = False  # torch.compile of the trunk's decode steps: minutes once, then about 1.5 times as fast
+
+    def problems(self) -> Iterator[str]:
+        if self.max_new_tokens < 1:
+            yield f"max_new_tokens must be >= 1 (got {self.max_new_tokens})"
+        if self.draft_depth < 0:
+            yield f"draft_depth must be >= 0 (got {self.draft_depth})"
+        if not self.temperature >= 0:
+            yield f"temperature must be >= 0, 0 is greedy (got {self.temperature})"
+        if self.top_k is not None and self.top_k < 1:
+            yield f"top_k must be >= 1 (got {self.top_k})"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p must be in (0, 1] (got {self.top_p})"
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
+            yield "top_k and top_p have no effect at temperature 0; set a temperature or drop them"
+        if self.prefill_chunk < 1:
+            yield f"prefill_chunk must be >= 1 (got {self.prefill_chunk})"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one row got from one trunk forward."""
+
+    row: int
+    tokens: list[int]  # new tokens, at least one; a stop token is the last one
+    accepted: int  # the first `accepted` of them were drafts
+    drafted: int  # drafts that were put to the test: behind a stop token or the limit there is nothing to test
+    done: bool
+
+
+@dataclass
+class Acceptance:
+    """Counts over decode steps, by draft position 1..K."""
+
+    tried: list[int] = field(default_factory=list)  # steps in which position k was put to the test
+    kept: list[int] = field(default_factory=list)  # ... and drafts 1..k all stood
+    reached: list[int] = field(default_factory=list)  # ... and drafts 1..k-1 all stood
+    steps: int = 0  # trunk forwards per row, without the prefill
+    tokens: int = 0  # tokens from them
+
+    def add(self, step: Step) -> None:
+        while len(self.tried) < step.drafted:
+            for counts in (self.tried, self.kept, self.reached):
+                counts.append(0)
+        for k in range(step.drafted):
+            self.tried[k] += 1
+            self.reached[k] += step.accepted >= k
+            self.kept[k] += step.accepted > k
+        self.steps += 1
+        self.tokens += len(step.tokens)
+
+    @property
+    def joint(self) -> list[float]:
+        """P(drafts 1..k all accepted) for k = 1..K."""
+        return [kept / max(tried, 1) for kept, tried in zip(self.kept, self.tried, strict=True)]
+
+    @property
+    def conditional(self) -> list[float]:
+        """P(draft k accepted | drafts 1..k-1 accepted)."""
+        return [kept / max(reached, 1) for kept, reached in zip(self.kept, self.reached, strict=True)]
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1 + accepted, the convention of FastMTP, Nemotron and Meta's tables."""
+        return self.tokens / max(self.steps, 1)
+
+
+@dataclass
+class Generation:
+    """Result of `generate`."""
+
+    tokens: list[list[int]]  # new tokens of each prompt
+    acceptance: Acceptance
+
+
+def generate(model: DeepseekV3MTP, prompts: Sequence[Sequence[int]], settings: Settings | None = None) -> Generation:
+    """New tokens of each prompt. Raises what `stream` raises."""
+    result = Generation([[] for _ in prompts], Acceptance())
+    for step in stream(model, prompts, settings):
+        if result.tokens[step.row]:  # the first token of a row comes from its prefill
+            result.acceptance.add(step)
+        result.tokens[step.row] += step.tokens
+    return result
+
+
+def stream(model: DeepseekV3MTP, prompts: Sequence[Sequence[int]], settings: Settings | None = None) -> Iterator[Step]:
+    """Yields each row's new tokens as they are decided; rows end at a stop token, max_new_tokens or the context limit.
+
+    Args:
+        prompts: token ids, B prompts of any lengths >= 1.
+
+    Raises:
+        ValueError: a setting or prompt that cannot be used, one sentence for each.
+    """
+    settings = settings or Settings()
+    problems = [*settings.problems(), *prompt_problems(model, prompts)]
+    if settings.draft_depth and not model.depths:
+        problems.append("the model has no MTP heads to draft with (mtp.mode: none); decode without speculation")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return _stream(model, [list(prompt) for prompt in prompts], settings)
+
+
+def prompt_problems(model: DeepseekV3MTP, prompts: Sequence[Sequence[int]]) -> Iterator[str]:
+    """What is wrong with prompts, one sentence each."""
+    limit, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    if not prompts:
+        yield "no prompt was given"
+    for number, prompt in enumerate(prompts, start=1):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {number}"
+        if not prompt:
+            yield f"{name} is empty: at least one token is needed to predict the next one"
+        elif len(prompt) >= limit:
+            room = f"max_position_embeddings = {limit} leaves room for at most {limit - 1} and one new token"
+            yield f"{name} has {len(prompt)} tokens, but {room}"
+        if unknown := sorted({token for token in prompt if not 0 <= token < vocab}):
+            yield f"{name} has token ids outside the vocabulary of {vocab}: {', '.join(map(str, unknown[:5]))}"
+
+
+class _Batch:
+    """Rows in decoding: their tokens, the trunk's cache, the drafter. Grows by `join`, shrinks by `keep`."""
+
+    def __init__(self, model: DeepseekV3MTP, slots: Slots, prompts: list[list[int]], settings: Settings):
+        """prompts: of one length."""
+        self.model, self.slots, self.settings = model, slots, settings
+        self.chunk = settings.prefill_chunk
+        depth = draft_limit(model, settings.draft_depth)
+        self.drafter: Drafter | None = None
+        if depth:
+            kind = KINDS[model.mtp_config.mode]
+            self.drafter = kind(model, slots, rows=len(prompts), depth=depth, chunk=self.chunk)
+        self.cache = slots.cache(model.config.num_hidden_layers, len(prompts))  # (layers, B, S, R+P)
+        self.ids = torch.zeros(len(prompts), slots.slots + 2 * (depth + 1), dtype=torch.long, device=slots.device)
+        self.ids[:, : len(prompts[0])] = torch.tensor(prompts)
+        self.last = [len(prompts[0]) - 1] * len(prompts)  # m: index of each row's last known token
+
+    def prefill(self, sampler: Sampler) -> list[int]:
+        """Runs the prompts, chunk by chunk; the first new token of each row."""
+        rows, length = len(self.last), self.last[0] + 1
+        for start in range(0, length, self.chunk):
+            states = self._forward([start] * rows, min(self.chunk, length - start))
+            if self.drafter is not None:
+                self.drafter.observe(states, [start] * rows, self.ids, length)
+        final = states.post_norm.unflatten(0, (rows, -1))[:, -1]  # (B, C)
+        return sampler.draw(self.model.lm_head(final))[0].tolist()
+
+    def step(self, count: int, sampler: Sampler) -> tuple[list[int], list[list[int]]]:
+        """Drafts and verifies: how many of `count` drafts stand in each row, and these drafts plus the next token."""
+        drafts, probability = self.ids[:, :0], None
+        if count and self.drafter is not None:
+            drafts, probability = self.drafter.draft(self.ids, self.last, count, sampler)
+        states = self._forward(self.last, 1 + count)
+        if self.drafter is not None:
+            self.drafter.observe(states, self.last, self.ids)
+        logits = self.model.lm_head(states.post_norm).view(len(self.last), 1 + count, -1)
+        accepted, following = sampler.verify(logits, drafts, probability)
+        new = torch.cat([drafts, following[:, None], accepted[:, None]], dim=1).tolist()  # one transfer per step
+        return [row[-1] for row in new], [row[: row[-1]] + [row[-2]] for row in new]
+
+    def append(self, new: list[list[int]]) -> None:
+        """Makes the given tokens of each row known."""
+        for row, tokens in enumerate(new):
+            start = self.last[row] + 1
+            self.ids[row, start : start + len(tokens)] = torch.tensor(tokens)
+            self.last[row] += len(tokens)
+
+    def join(self, others: "list[_Batch]") -> None:
+        if not others:
+            return
+        self.cache = torch.cat([self.cache, *(other.cache for other in others)], dim=1)
+        self.ids = torch.cat([self.ids, *(other.ids for other in others)])
+        self.last += [m for other in others for m in other.last]
+        if self.drafter is not None:
+            self.drafter.join([other.drafter for other in others if other.drafter is not None])
+
+    def keep(self, rows: list[int]) -> None:
+        if len(rows) == len(self.last):
+            return
+        self.cache, self.ids, self.last = self.cache[:, rows], self.ids[rows], [self.last[row] for row in rows]
+        if self.drafter is not None:
+            self.drafter.keep(rows)
+
+    def _forward(self, starts: list[int], length: int):
+        """The trunk on slots starts[b]..starts[b]+length-1 of each row."""
+        if min(starts) == max(starts):
+            tokens = self.ids[:, starts[0] : starts[0] + length]
+        else:
+            first = torch.tensor(starts, device=self.ids.device)[:, None]
+            tokens = self.ids.gather(1, first + torch.arange(length, device=self.ids.device))
+        window = self.slots.window(starts, length)
+        if self.settings.compile and length <= 1 + draft_limit(self.model, self.settings.draft_depth):
+            return compiled_decode()(self.model.model, tokens, self.cache, window)
+        return self.model.model.decode(tokens, self.cache, window)
+
+
+@cache
+def compiled_decode() -> Any:
+    """One compiled function for all models; torch compiles it again for each number of rows and of drafts."""
+    return torch.compile(Trunk.decode, fullgraph=True)
+
+
+@torch.inference_mode()
+def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) -> Iterator[Step]:
+    limit = min(model.config.max_position_embeddings, max(map(len, prompts)) + settings.max_new_tokens)
+    depth = draft_limit(model, settings.draft_depth)
+    slots = Slots(model, limit + 2 * (depth + 1))  # windows of ragged rows reach past the last slot that is used
+    generator = torch.Generator(slots.device).manual_seed(settings.seed)
+    sampler = Sampler(settings.temperature, settings.top_k, settings.top_p, generator)
+    ends = [min(model.config.max_position_embeddings, len(prompt) + settings.max_new_tokens) for prompt in prompts]
+    stops = frozenset(settings.stop_tokens)
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(row)
+    batches, rows = [], []  # rows: the prompt's number of each row that goes on
+    for numbers in by_length.values():
+        batch = _Batch(model, slots, [prompts[row] for row in numbers], settings)
+        first = batch.prefill(sampler)
+        batch.append([[token] for token in first])
+        going = []
+        for i, (row, token) in enumerate(zip(numbers, first, strict=True)):
+            done = token in stops or batch.last[i] + 1 == ends[row]
+            yield Step(row, [token], 0, 0, done)
+            if not done:
+                going.append(i)
+        if going:
+            batch.keep(going)
+            batches.append(batch)
+            rows += [numbers[i] for i in going]
+    if not rows:
+        return
+    batch = batches[0]
+    batch.join(batches[1:])
+    del batches
+    while rows:
+        room = [ends[row] - 1 - m for row, m in zip(rows, batch.last, strict=True)]  # tokens that still fit, >= 1
+        count = min(depth, max(room) - 1)
+        accepted, new = batch.step(count, sampler)
+        going, steps = [], []
+        for i, row in enumerate(rows):
+            tokens = new[i][: room[i]]
+            stop = next((j for j, token in enumerate(tokens) if token in stops), None)
+            drafted = min(count, room[i] - 1)
+            if stop is not None:
+                tokens = tokens[: stop + 1]
+                drafted = min(drafted, stop + 1)
+            done = stop is not None or len(tokens) == room[i]
+            new[i] = tokens
+            steps.append(Step(row, tokens, min(accepted[i], drafted, len(tokens)), drafted, done))
+            if not done:
+                going.append(i)
+        batch.append(new)
+        rows = [rows[i] for i in going]
+        if rows:
+            batch.keep(going)
+        yield from steps

@@ -1,0 +1,39 @@
+"""Tiny models of every head type."""
+
+from collections.abc import Callable
+
+import pytest
+
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from tests.decode.plain import HEADS, train_on_cycle
+
+
+@pytest.fixture(scope="session")
+def made() -> dict:
+    return {}
+
+
+@pytest.fixture
+def make_model(make_tiny_config, made: dict) -> Callable[..., DeepseekV3MTP]:
+    """make_model(heads, trained=False, **overrides): random weights, or a few steps on a noisy cycle, cached.
+
+    A trained one accepts some drafts and rejects others; a random one rejects nearly all.
+    """
+
+    def make(heads: str = "one_module", *, trained: bool = False, overrides: dict | None = None) -> DeepseekV3MTP:
+        key = (heads, trained, str(overrides))
+        if key not in made:
+            config = make_tiny_config({"model.max_position_embeddings": 32, **HEADS[heads], **(overrides or {})})
+            model = DeepseekV3MTP(config.model, config.mtp)
+            model.init_weights(0)
+            for name, parameter in model.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.data.uniform_(0.5, 1.5)
+            for gate in model.gates():
+                gate.e_score_correction_bias.uniform_(0.0, 0.2)
+            if trained:
+                train_on_cycle(model)
+            made[key] = model.requires_grad_(False).eval()
+        return made[key]
+
+    return make

@@ -1,0 +1,161 @@
+"""The absorbed, cached attention and the cached trunk against the training forward."""
+
+import pytest
+import torch
+
+from dsv3_mtp.decode.cache import Ring, Slots
+from dsv3_mtp.generate import Settings, generate
+from dsv3_mtp.model.causal_lm import Trunk
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+CASES = {
+    "v3": {},
+    "no_query_compression": {"model.q_lora_rank": None},
+    "odd_nope": {"model.qk_nope_head_dim": 7},
+    "no_groups_no_shared": {"model.n_group": 1, "model.topk_group": 1, "model.n_shared_experts": 0},
+    "unnormalised": {"model.norm_topk_prob": False},
+    "yarn": {"model.rope_scaling": YARN},
+}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 6e-2}  # float64: rotary angles are float32
+
+
+def cached_states(model, tokens, chunks):
+    """Trunk states (B, T, C) of tokens (B, T), computed in windows of the given lengths."""
+    slots = Slots(model, tokens.shape[1])
+    caches, start, parts = slots.cache(model.config.num_hidden_layers, len(tokens)), 0, []
+    with torch.inference_mode():
+        for length in chunks:
+            window = slots.window([start] * len(tokens), length)
+            states = model.model.decode(tokens[:, start : start + length], caches, window)
+            parts.append(states.post_norm.view(len(tokens), length, -1))
+            start += length
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 3, 9]], ids=["whole", "one_by_one", "mixed"])
+def test_cached_trunk_equals_the_training_forward(make_model, case, chunks):
+    model = make_model(overrides=CASES[case])
+    tokens = torch.randint(64, (2, 20))
+    expected = model.hidden_states(torch.cat([tokens, tokens[:, :2]], 1))[0][0]
+    torch.testing.assert_close(cached_states(model, tokens, chunks), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_cached_logits_equal_the_uncached_ones_in_every_dtype(make_tiny_config, dtype):
+    from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+
+    config = make_tiny_config({"model.max_position_embeddings": 48, "model.num_experts_per_tok": 4})
+    model = DeepseekV3MTP(config.model, config.mtp)
+    model.init_weights(1)
+    for parameter in model.parameters():  # as a bfloat16 run: router biases stay float32
+        parameter.data = parameter.data.to(dtype)
+    tokens = torch.randint(64, (2, 20))
+    with torch.no_grad():
+        expected = model.logits(torch.cat([tokens, tokens[:, :2]], 1))[0]
+        got = model.lm_head(cached_states(model, tokens, [7, 1, 3, 9]))
+    assert got.dtype == dtype
+    error = (got - expected).double().pow(2).mean().sqrt() / expected.double().pow(2).mean().sqrt()
+    assert error < TOLERANCE[dtype]
+
+
+def test_a_window_writes_over_rejected_slots(make_model):
+    """Slots behind the last accepted one may hold anything."""
+    model = make_model()
+    tokens = torch.randint(64, (1, 12))
+    slots = Slots(model, 24)
+    with torch.inference_mode():
+        clean, dirty = (slots.cache(3, 1) for _ in range(2))
+        model.model.decode(tokens[:, :8], clean, slots.window([0], 8))
+        model.model.decode(tokens[:, :8], dirty, slots.window([0], 8))
+        model.model.decode(torch.randint(64, (1, 6)), dirty, slots.window([8], 6))  # rejected drafts
+        after = [model.model.decode(tokens[:, 8:], cache, slots.window([8], 4)).post_norm for cache in (clean, dirty)]
+    assert torch.equal(*after)
+    assert torch.equal(clean[:, :, :12], dirty[:, :, :12])
+
+
+def test_rows_at_different_slots_equal_rows_alone(make_model):
+    model = make_model()
+    tokens = torch.randint(64, (3, 14))
+    whole = cached_states(model, tokens, [14])
+    slots, starts = Slots(model, 24), [2, 9, 5]
+    cache = slots.cache(3, 3)
+    with torch.inference_mode():
+        for row, start in enumerate(starts):
+            model.model.decode(tokens[row : row + 1, :start], cache[:, row : row + 1], slots.window([0], start))
+        new = torch.stack([tokens[row, start : start + 4] for row, start in enumerate(starts)])
+        states = model.model.decode(new, cache, slots.window(starts, 4)).post_norm.view(3, 4, -1)
+    expected = torch.stack([whole[row, start : start + 4] for row, start in enumerate(starts)])
+    torch.testing.assert_close(states, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_cache_holds_the_latent_and_the_rotary_key_of_each_token_and_layer(make_model):
+    model = make_model()
+    config = model.config
+    assert Slots(model, 10).cache(3, 1).shape == (3, 1, 10, config.kv_lora_rank + config.qk_rope_head_dim)
+
+
+def test_no_tensor_of_a_long_prefill_grows_with_the_square_of_the_prompt(make_model):
+    """Largest tensor made in the prefill of 256 and of 512 tokens: at most twice as large, a T x T mask four times."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.size = max(self.size, tensor.numel())
+            return out
+
+        size = 0
+
+    model = make_model(overrides={"model.max_position_embeddings": 600})
+    sizes = []
+    for length in (256, 512):
+        with Largest() as largest:
+            prompt = torch.randint(64, (length,)).tolist()
+            generate(model, [prompt], Settings(max_new_tokens=2, draft_depth=1, prefill_chunk=64))
+        sizes.append(largest.size)
+    assert sizes[1] < 2.2 * sizes[0]
+
+
+def test_the_chunk_of_the_prefill_does_not_change_the_tokens(make_model):
+    model = make_model("two_modules", trained=True)
+    prompt = torch.randint(64, (21,)).tolist()
+    runs = [
+        generate(model, [prompt], Settings(max_new_tokens=20, draft_depth=2, prefill_chunk=chunk))
+        for chunk in (1, 2, 3, 4, 5, 7, 20, 21, 22, 128)
+    ]
+    assert all(run.tokens == runs[0].tokens and run.acceptance == runs[0].acceptance for run in runs)
+
+
+def test_experts_one_by_one_equal_grouped_experts(make_model):
+    moe = make_model().model.layers[1].mlp
+    for rows in (1, 2, 5):
+        x = torch.randn(rows, 32)
+        torch.testing.assert_close(moe.decode(x), moe(x[None])[0][0], rtol=1e-5, atol=1e-6)
+    x = torch.randn(40, 32)
+    torch.testing.assert_close(moe.decode(x), moe(x[None])[0][0], rtol=1e-5, atol=1e-6)
+
+
+def test_ring_forgets_only_what_is_older_than_its_width():
+    ring = Ring(2, 5, torch.zeros(1, 1))
+    for start in range(0, 21, 3):
+        slots = torch.arange(start, start + 3.0)
+        ring.write([start, start + 1], torch.stack([slots, slots + 1])[..., None])
+    assert ring.read([16, 17], 5)[..., 0].tolist() == [[16, 17, 18, 19, 20], [17, 18, 19, 20, 21]]
+
+
+def test_a_decode_step_is_one_graph_for_a_compiler_and_equals_the_eager_one(make_model):
+    model = make_model()
+    tokens = torch.randint(64, (1, 9))
+    compiled = torch.compile(Trunk.decode, fullgraph=True, backend="eager")
+    slots = Slots(model, 12)
+    outs = []
+    for decode in (Trunk.decode, compiled):
+        cache = slots.cache(3, 1)
+        with torch.inference_mode():
+            model.model.decode(tokens[:, :5], cache, slots.window([0], 5))
+            states = [decode(model.model, tokens[:, i : i + 1], cache, slots.window([i], 1)) for i in (5, 6, 7, 8)]
+        outs.append(torch.cat([state.post_norm for state in states]))
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)

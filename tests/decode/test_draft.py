@@ -1,0 +1,69 @@
+"""Drafts are what the teacher-forced heads say, at every step of a decode and for every kind of head."""
+
+import pytest
+import torch
+
+from dsv3_mtp.decode.draft import draft_limit
+from dsv3_mtp.generate import Settings, generate, stream
+from tests.decode.plain import CYCLE, HEADS, plain_logits
+
+
+class RecordingSampler:
+    """Greedy; keeps the logits that drafts are drawn from."""
+
+    greedy = True
+
+    def __init__(self):
+        self.logits = []
+
+    def draw(self, logits):
+        self.logits.append(logits.clone())
+        return logits.argmax(-1), None
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Every call of a drafter: (rows' known tokens, drafts, draft logits (K, B, V))."""
+    from dsv3_mtp.decode import draft
+
+    calls = []
+    for kind in draft.KINDS.values():
+
+        def record(self, ids, last, count, sampler, original=kind.draft):
+            recorder = RecordingSampler()
+            known = [ids[row, : m + 1].tolist() for row, m in enumerate(last)]
+            drafts, probability = original(self, ids, last, count, recorder)
+            calls.append((known, drafts.tolist(), recorder.logits))
+            return drafts, probability
+
+        monkeypatch.setattr(kind, "draft", record)
+    return calls
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("prompts", [[[5]], [CYCLE[:6]], [CYCLE[:9], [5], CYCLE[4:7]]], ids=["short", "one", "batch"])
+def test_draft_logits_equal_the_training_forward_with_the_drafts_as_text(make_model, recorded, heads, prompts):
+    """Caches after any number of rejections equal those of a fresh prefill, lag slots included."""
+    model = make_model(heads, trained=True)
+    generate(model, prompts, Settings(max_new_tokens=24, draft_depth=model.depths))
+    assert len(recorded) > 5
+    for known, drafts, logits in recorded:
+        for row, tokens in enumerate(known):
+            expected = plain_logits(model, tokens + drafts[row])
+            for k, drawn in enumerate(logits, start=1):  # depth k at slot m-1, m the last known token
+                torch.testing.assert_close(drawn[row], expected[k, len(tokens) - 2], rtol=1e-4, atol=1e-4)
+
+
+def test_beyond_its_depths_a_chain_goes_on_drafting(make_model, recorded):
+    """The recycled module sees new tokens and slots: it does not repeat its last draft."""
+    model = make_model(trained=True)
+    result = generate(model, [CYCLE[:6]], Settings(max_new_tokens=30, draft_depth=4))
+    assert any(len(set(drafts[0])) > 1 for _, drafts, _ in recorded if len(drafts[0]) == 4)
+    assert result.acceptance.joint[1] > 0.2
+
+
+def test_independent_heads_end_at_their_depth(make_model):
+    assert draft_limit(make_model("two_modules"), 4) == 4
+    assert draft_limit(make_model("parallel"), 4) == 2
+    steps = list(stream(make_model("parallel"), [[5]], Settings(max_new_tokens=12, draft_depth=4)))
+    assert max(step.drafted for step in steps) == 2

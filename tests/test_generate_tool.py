@@ -1,0 +1,153 @@
+"""tools/generate.py and tools/bench_decode.py from the outside."""
+
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3_mtp.generate import Settings, generate
+from dsv3_mtp.hf import export_hf, load_run
+from tests.decode.run_folder import write_run
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """run_tool("generate", "--prompt", ...) -> (exit code, stdout, stderr), in this process."""
+
+    def run(name: str, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            code = module.main()
+        except SystemExit as error:
+            code = error.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def folder(make_tiny_config, tmp_path) -> str:
+    return str(write_run(make_tiny_config({"model.vocab_size": 260}), tmp_path)[0])
+
+
+SHORT = ["--max-new-tokens", "6", "--ignore-eos"]
+
+
+def test_speculative_text_is_plain_text_and_the_summary_says_so(run_tool, folder):
+    plain = run_tool("generate", "--run", folder, "--prompt", "def", *SHORT)
+    drafted = run_tool("generate", "--run", folder, "--prompt", "def", "--speculative", "--draft-depth", "2", *SHORT)
+    assert plain[0] == drafted[0] == 0
+    assert plain[1] == drafted[1] != "\n"
+    pattern = (
+        r"6 tokens, [\d.,]+ tokens/s, [\d.]+ tokens per trunk forward, acceptance by position [\d.]+ [\d.]+ joint,"
+    )
+    assert re.match(pattern + r" [\d.]+ [\d.]+ conditional, [\d.]+x plain decoding, same tokens\n$", drafted[2])
+
+
+def test_an_export_generates_the_text_of_its_run(run_tool, folder, tmp_path):
+    export_hf(folder, tmp_path / "hf", dtype="fp32")
+    options = ["--prompt-ids", "5 9 3", "--speculative", "--draft-depth", "2", *SHORT]
+    from_run = run_tool("generate", "--run", folder, *options)
+    from_export = run_tool("generate", "--hf", str(tmp_path / "hf"), *options)
+    assert from_run[0] == from_export[0] == 0, from_export[2]
+    assert from_run[1] == from_export[1]
+    assert run_tool("generate", "--hf", str(tmp_path / "none"), *options)[0] == 2
+
+
+def test_prompts_come_from_options_files_ids_and_stdin(run_tool, folder, tmp_path):
+    (tmp_path / "prompt.txt").write_text("class")
+    ids = "5 9, 3"
+    options = ["--prompt", "def", "--prompt-file", str(tmp_path / "prompt.txt"), "--prompt-ids", ids]
+    code, out, _ = run_tool("generate", "--run", folder, *options, *SHORT)
+    assert code == 0
+    assert re.findall(r"^--- (.*)$", out, re.MULTILINE) == [
+        "prompt 'def'",
+        str(tmp_path / "prompt.txt"),
+        f"prompt ids {ids}",
+    ]
+    alone = run_tool("generate", "--run", folder, *SHORT, stdin="class")
+    assert alone[0] == 0
+    assert alone[1] in out
+
+
+def test_generation_stops_at_the_given_token(run_tool, folder):
+    whole = generate(load_run(folder).model, [[5]], Settings(max_new_tokens=6)).tokens[0]
+    count = whole.index(whole[2]) + 1
+    code, _, err = run_tool("generate", "--run", folder, "--prompt-ids", "5", "--stop", str(whole[2]), *SHORT)
+    assert code == 0, err
+    assert err.startswith(f"{count} tokens")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x" * 16], "max_position_embeddings = 16"),
+        (["--prompt-ids", "1 260"], "outside the vocabulary of 260: 260"),
+        (["--prompt-ids", "one"], "must be whole numbers"),
+        (["--prompt-file", "gone.txt"], "--prompt-file gone.txt: No such file"),
+        (["--prompt", "a", "--stop", "gone"], "--stop 'gone': not one token"),
+        (["--prompt", "a", "--top-p", "0.5"], "no effect at temperature 0"),
+        (["--prompt", "a", "--device", "abacus"], "--device abacus:"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(run_tool, folder, arguments, message):
+    code, out, err = run_tool("generate", "--run", folder, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_missing_checkpoint_and_a_model_without_heads_are_refused(run_tool, make_tiny_config, tmp_path):
+    for tool in ("generate", "bench_decode"):
+        code, _, err = run_tool(tool, "--run", str(tmp_path / "gone"), "--prompt", "a")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "no config.yaml there" in err
+    folder, _ = write_run(make_tiny_config({"mtp.mode": "none", "model.vocab_size": 260}), tmp_path)
+    code, _, err = run_tool("generate", "--run", str(folder), "--prompt", "a", "--speculative")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no MTP heads" in err
+
+
+def test_independent_heads_say_how_many_tokens_they_draft(run_tool, make_tiny_config, tmp_path):
+    folder, _ = write_run(make_tiny_config({"mtp.mode": "parallel", "model.vocab_size": 260}), tmp_path)
+    code, _, err = run_tool(
+        "generate", "--run", str(folder), "--prompt", "a", "--speculative", "--draft-depth", "3", *SHORT
+    )
+    assert code == 0
+    assert "--draft-depth 3 drafts 1" in err
+
+
+def test_the_benchmark_prints_its_tables(run_tool, folder):
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    options = ["--prompt", "def", "--new-tokens", "4", "--rounds", "1", "--depths", "1", "2"]
+    code, out, err = run_tool("bench_decode", "--run", folder, *options)
+    assert code == 0, err
+    assert "OTHER TOKENS" not in out
+    assert [line.split("  ")[0] for line in out.splitlines()[3:6]] == ["transformers generate()", "plain", "K=1"]
+    assert "T3/T1" in out
+    assert "break-even K=2" in out
+
+
+@pytest.mark.parametrize("name", ["generate", "bench_decode"])
+def test_help_needs_no_torch(name, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(TOOLS / f"{name}.py"), "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert "--run" in run.stdout

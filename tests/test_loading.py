@@ -1,0 +1,59 @@
+"""A run folder becomes a model again, without DeepSpeed; what is wrong with the folder is said in a sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_mtp.hf import load_run
+from dsv3_mtp.loading import WEIGHTS, newest_checkpoint
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from tests.decode.run_folder import write_checkpoint, write_run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_run_loads_with_its_weights_biases_dtype_and_tokenizer(make_tiny_config, tmp_path, dtype):
+    folder, model = write_run(make_tiny_config(), tmp_path, dtype=dtype)
+    run = load_run(folder)
+    expected = model.state_dict()
+    assert run.config == make_tiny_config()
+    assert run.tokenizer == tmp_path / "data/tiny/tokenizer.json"
+    assert not run.model.training
+    assert {name: value.dtype for name, value in run.model.state_dict().items()} == {
+        name: value.dtype for name, value in expected.items()
+    }
+    assert all(torch.equal(value, expected[name]) for name, value in run.model.state_dict().items())
+
+
+def test_the_newest_complete_checkpoint_is_taken(make_tiny_config, tmp_path):
+    folder, model = write_run(make_tiny_config(), tmp_path)
+    write_checkpoint(model, folder, step=12)
+    write_checkpoint(model, folder, step=100)
+    with (folder / "checkpoints/global_step100" / WEIGHTS).open("ab") as file:
+        file.write(b"x")  # not what COMPLETE.json says
+    (folder / "checkpoints/global_step101").mkdir()
+    assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints/global_step12"
+
+
+def test_a_missing_run_or_checkpoint_is_named(make_tiny_config, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: no config\.yaml there"):
+        load_run(tmp_path / "nowhere")
+    folder, _ = write_run(make_tiny_config(), tmp_path)
+    (folder / "checkpoints/global_step4/COMPLETE.json").write_text(json.dumps({"files": {"gone": 1}}))
+    with pytest.raises(ValueError, match="no complete checkpoint there"):
+        load_run(folder)
+
+
+def test_weights_of_another_model_are_refused(make_tiny_config, tmp_path):
+    folder, _ = write_run(make_tiny_config(), tmp_path)
+    other = make_tiny_config({"mtp.mode": "none"})
+    write_checkpoint(DeepseekV3MTP(other.model, other.mtp), folder, step=9)
+    with pytest.raises(ValueError, match=r"do not fit .*config.yaml"):
+        load_run(folder)
+
+
+def test_data_without_a_tokenizer_gives_none(make_tiny_config, tmp_path):
+    folder, _ = write_run(make_tiny_config(), tmp_path)
+    (tmp_path / "data/tiny/tokenizer.json").unlink()
+    assert load_run(Path(folder)).tokenizer is None

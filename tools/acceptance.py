@@ -1,0 +1,85 @@
+"""Acceptance of a run's drafts by position, over continuations of real validation text.
+
+    python tools/acceptance.py --run runs/v3_tiny runs/v3_tiny_parallel --draft-depth 2
+
+Each row decodes the same prefixes speculatively, greedy and sampled at temperature 1. "joint" is P(drafts 1..k all
+accepted), "conditional" P(draft k accepted | those before it). A model that repeats itself accepts everything: look at
+the validation loss and at the share of distinct tokens too. Exit codes: 0 done, 2 wrong options or run.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+
+def main() -> int:
+    options = parse()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    print(f"{'run':24}{'heads':18}{'T':>4}{'tokens/step':>13}{'distinct':>10}  {'joint':20}conditional")
+    try:
+        for run in options.run:
+            for line in rows(run, options):
+                print(line, flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", nargs="+", required=True, metavar="DIR", help="run folders")
+    parser.add_argument("--draft-depth", type=int, default=2, metavar="K", help="default: 2")
+    parser.add_argument("--prefixes", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--prefix-tokens", type=int, default=96, metavar="N", help="default: 96")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
+    options = parser.parse_args()
+    for key in ("draft_depth", "prefixes", "prefix_tokens", "new_tokens", "threads"):
+        if getattr(options, key) < 1:
+            parser.error(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 1")
+    return options
+
+
+def rows(folder: str, options: argparse.Namespace) -> list[str]:
+    from dsv3_mtp.generate import Settings, generate
+    from dsv3_mtp.hf import load_run
+
+    run = load_run(folder)
+    prompts, lines = validation_prefixes(run.config, options), []
+    for temperature in (0.0, 1.0):
+        settings = Settings(max_new_tokens=options.new_tokens, draft_depth=options.draft_depth, temperature=temperature)
+        out = generate(run.model, prompts, settings)
+        distinct = sum(len(set(row)) / len(row) for row in out.tokens) / len(out.tokens)
+        joint, conditional = (
+            " ".join(f"{p:.3f}" for p in x) for x in (out.acceptance.joint, out.acceptance.conditional)
+        )
+        heads = f"{run.config.mtp.mode} D={run.model.depths}"
+        speed = f"{out.acceptance.tokens_per_step:>13.2f}"
+        lines.append(
+            f"{run.config.run.name:24}{heads:18}{temperature:>4.0f}{speed}{distinct:>10.2f}  {joint:20}{conditional}"
+        )
+    return lines
+
+
+def validation_prefixes(config: Any, options: argparse.Namespace) -> list[list[int]]:
+    """The same places of the validation split for every run with the same data."""
+    from dsv3_mtp.data import open_source, sequential_windows
+
+    source = open_source(config.data.val, "val")
+    batches = sequential_windows(
+        source,
+        seq_len=options.prefix_tokens,
+        lookahead=0,
+        count=options.prefixes,
+        rank=0,
+        world_size=1,
+        micro_batch_size=1,
+    )
+    return [row.tolist() for tokens, _ in batches for row in tokens]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
