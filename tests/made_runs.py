@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from dsv3_mtp.loading import WEIGHTS
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 
@@ -23,15 +24,19 @@ def randomise(model: DeepseekV3MTP, seed: int = 0) -> DeepseekV3MTP:
 
 def write_run(folder: Path, config, model: DeepseekV3MTP, *, step: int = 7) -> Path:
     """A run folder with one complete checkpoint, as the trainer leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    write_checkpoint(folder, model, step=step, tokens=config.train.total_tokens // 2)
+    return folder
+
+
+def write_checkpoint(folder: Path, model: DeepseekV3MTP, *, step: int, tokens: int = 2048) -> None:
     checkpoint = folder / "checkpoints" / f"global_step{step}"
     checkpoint.mkdir(parents=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    states = checkpoint / "mp_rank_00_model_states.pt"
-    torch.save({"module": model.state_dict()}, states)
-    (checkpoint / "state.json").write_text(json.dumps({"step": step, "tokens": config.train.total_tokens // 2}))
+    torch.save({"module": model.state_dict()}, checkpoint / WEIGHTS)
+    (checkpoint / "state.json").write_text(json.dumps({"step": step, "tokens": tokens}))
     sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
     (checkpoint / "COMPLETE.json").write_text(json.dumps({"files": sizes}))
-    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,8 @@ import torch
 from dsv3_mtp.hf import load_run
 from dsv3_mtp.loading import WEIGHTS, newest_checkpoint
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from tests.decode.run_folder import write_checkpoint, write_run
+from tests.decode.run_folder import write_run
+from tests.made_runs import write_checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -28,8 +29,8 @@ def test_a_run_loads_with_its_weights_biases_dtype_and_tokenizer(make_tiny_confi
 
 def test_the_newest_complete_checkpoint_is_taken(make_tiny_config, tmp_path):
     folder, model = write_run(make_tiny_config(), tmp_path)
-    write_checkpoint(model, folder, step=12)
-    write_checkpoint(model, folder, step=100)
+    write_checkpoint(folder, model, step=12)
+    write_checkpoint(folder, model, step=100)
     with (folder / "checkpoints/global_step100" / WEIGHTS).open("ab") as file:
         file.write(b"x")  # not what COMPLETE.json says
     (folder / "checkpoints/global_step101").mkdir()
@@ -48,7 +49,7 @@ def test_a_missing_run_or_checkpoint_is_named(make_tiny_config, tmp_path):
 def test_weights_of_another_model_are_refused(make_tiny_config, tmp_path):
     folder, _ = write_run(make_tiny_config(), tmp_path)
     other = make_tiny_config({"mtp.mode": "none"})
-    write_checkpoint(DeepseekV3MTP(other.model, other.mtp), folder, step=9)
+    write_checkpoint(folder, DeepseekV3MTP(other.model, other.mtp), step=9)
     with pytest.raises(ValueError, match=r"do not fit .*config.yaml"):
         load_run(folder)
 

@@ -1,5 +1,6 @@
 """Every command in the README's bash blocks is run here, run by CI, or marked as needing what CI has not."""
 
+import functools
 import os
 import re
 import shlex
@@ -54,6 +55,11 @@ def run_tool(tool: str, arguments: list[str]) -> str:
     return done.stdout
 
 
+@functools.cache
+def help_of(tool: str) -> str:
+    return run_tool(tool, ["--help"])
+
+
 COMMANDS = readme_commands(README.read_text()) if README.exists() else []
 
 
@@ -69,7 +75,7 @@ def test_readme_command_is_covered(command: str):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if how_covered(c) == "run"])
 def test_readme_command_fits_the_tool(command: str, tmp_path: Path):
     tool, arguments = tool_of(command) or pytest.fail(command)
-    described = run_tool(tool, ["--help"])
+    described = help_of(tool)
     for argument in arguments:
         if argument.startswith("--"):
             assert re.search(rf"(?<![\w-]){re.escape(argument.partition('=')[0])}(?![\w-])", described), argument

@@ -1,14 +1,13 @@
 """A run folder as training leaves it, made in a moment."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv3_mtp.data.tokenizer import train_tokenizer
-from dsv3_mtp.loading import WEIGHTS
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from tests.made_runs import write_checkpoint
 
 
 def write_run(config: Any, root: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Path, DeepseekV3MTP]:
@@ -22,12 +21,5 @@ def write_run(config: Any, root: Path, *, dtype: torch.dtype = torch.float32) ->
     model.init_weights(0)
     for parameter in model.parameters():  # router biases stay float32
         parameter.data = parameter.data.to(dtype)
-    write_checkpoint(model, folder, step=4)
+    write_checkpoint(folder, model, step=4)
     return folder, model
-
-
-def write_checkpoint(model: DeepseekV3MTP, folder: Path, *, step: int) -> None:
-    path = folder / f"checkpoints/global_step{step}"
-    path.mkdir(parents=True)
-    torch.save({"module": model.state_dict(), "global_steps": step}, path / WEIGHTS)
-    (path / "COMPLETE.json").write_text(json.dumps({"files": {WEIGHTS: (path / WEIGHTS).stat().st_size}}))

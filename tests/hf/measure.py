@@ -6,7 +6,6 @@ the part of it that is not pages of the mapped checkpoint file.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import threading
@@ -74,7 +73,7 @@ def call(folder: Path, code: str) -> None:
     done.set()
     watcher.join()
     del result
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    peak = status("VmHWM") - before  # not getrusage: its maximum is inherited from the process that started this one
     print(json.dumps({"s": wall, "cpu_s": cpu, "peak_MiB": peak, "anonymous_MiB": max(anonymous) - anonymous[0]}))
 
 

@@ -147,11 +147,3 @@ def test_tasks_of_lm_evaluation_harness_run_on_a_run_and_on_its_export(run, tmp_
     of_export = call(monkeypatch, capsys, "--hf", str(tmp_path / "hf"), *where)["lm-eval"]
     assert set(of_export) == {"code_choice/acc"} and of_export["code_choice/acc"] in (0.5, 1 / 6, 2 / 6, 4 / 6, 5 / 6)
     assert lm_eval(["code_choice"], run=str(run), hf=None, include=str(task)) == of_export
-
-
-@pytest.mark.slow
-def test_an_unknown_task_is_a_user_error(run, task):
-    from dsv3_mtp.evaluate import lm_eval
-
-    with pytest.raises(ValueError, match="does not know no_such_task"):
-        lm_eval(["no_such_task"], run=str(run), hf=None)

@@ -290,7 +290,7 @@ def test_help_comes_without_torch(name):
     [
         ("export_hf", ("--run", "nowhere", "--out", "OUT"), "error: nowhere/config.yaml"),
         ("import_hf", ("--from", "nowhere", "--out", "OUT"), "error: nowhere: no such folder"),
-        ("evaluate", ("--run", "nowhere"), "error: nowhere/config.yaml"),
+        ("evaluate", ("--run", "nowhere"), "error: nowhere: no config.yaml there"),
     ],
 )
 def test_a_user_error_is_one_report_with_exit_code_2(tmp_path, name, arguments, message):

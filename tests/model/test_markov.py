@@ -13,7 +13,7 @@ import torch
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.ranks import markov_chain, markov_tokens
 
-STATES, DEPTHS, T, STEPS = 32, 2, 64, 200
+STATES, DEPTHS, T, STEPS = 32, 2, 64, 150
 TOLERANCE = 0.04  # nats
 
 
