@@ -29,7 +29,7 @@ def main() -> int:
         parser.error("--plot goes with --dry-run; a run draws its own curves.png")
     is_main = int(os.environ.get("RANK", "0")) == 0
     # Before torch starts its threads: one that spins for a core held by another process slows small machines fivefold.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
         from dsv3_mtp.config import load_config
 
