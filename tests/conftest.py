@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, and no time limit on one: machines are shared.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 
 # Read when torch and numpy are imported, here and in the processes that tests start. torch is not
 # imported here: the tests of --help and of the config do without it.
