@@ -63,9 +63,10 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_in_the_middle_the_same_command_goes_on_byte_identically(corpus, whole, tmp_path, sent, code):
     out, progress = tmp_path / "out", tmp_path / "out.partial/progress.json"
-    start = [sys.executable, "-c", "import os, sys; os.nice(10); os.execv(sys.argv[1], sys.argv[1:])"]
+    # A shell without job control starts background jobs with SIGINT ignored, and they hand that on.
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     for _ in range(5):  # on a busy machine it may finish before this test is given a core to notice that it began
-        words = [*start, *command(*arguments(corpus, out))]
+        words = [sys.executable, "-c", heed, *command(*arguments(corpus, out))]
         process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
         while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["record"]):
             time.sleep(0.002)
