@@ -28,7 +28,7 @@ def main() -> int:
     if args.plot and not args.dry_run:
         parser.error("--plot goes with --dry-run; a run draws its own curves.png")
     is_main = int(os.environ.get("RANK", "0")) == 0
-    # Before torch starts its threads: one that spins for a core held by another process slows small machines fivefold.
+    # Before torch starts threads: one that spins for a core held by another process slows small machines severalfold.
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
         from dsv3_mtp.config import load_config
