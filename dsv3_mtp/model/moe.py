@@ -147,13 +147,17 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """x: (B, T, C) -> (B, T, C), stats."""
         chosen, gates, stats = self.gate(x)  # (N, K)
-        flat, top_k = x.flatten(0, 1), chosen.shape[1]
+        y = self.route(x.flatten(0, 1), chosen, gates, stats.load.long()).view_as(x)
+        return (y if self.shared_experts is None else y + self.shared_experts(x)), stats
+
+    def route(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
+        """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K); counts: (E,)."""
+        top_k = chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)  # (N*K,) slots grouped by expert
-        routed = self.experts(flat[order // top_k], stats.load.long())  # (N*K, C)
+        routed = self.experts(x[order // top_k], counts)  # (N*K, C)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         routed = routed[back].unflatten(0, (-1, top_k))  # (N, K, C)
-        y = torch.bmm(gates.to(routed.dtype).unsqueeze(1), routed).view_as(x)  # sum over K of gate * expert
-        return (y if self.shared_experts is None else y + self.shared_experts(x)), stats
+        return torch.bmm(gates.to(routed.dtype).unsqueeze(1), routed).squeeze(1)
 
     def decode(self, x: Tensor) -> Tensor:
         """`forward` for inference: no statistics. x: (N, C) -> (N, C)."""
@@ -163,9 +167,5 @@ class MoE(nn.Module):
         elif x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
             y = self.experts.one_by_one(x, chosen, gates.to(x.dtype))
         else:
-            counts = torch.bincount(chosen.flatten(), minlength=self.gate.config.n_routed_experts)
-            order = chosen.flatten().argsort(stable=True)
-            routed = torch.empty((order.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
-            routed[order] = self.experts(x[order // chosen.shape[1]], counts)
-            y = torch.einsum("nkc,nk->nc", routed.view(*chosen.shape, -1), gates.to(x.dtype))
+            y = self.route(x, chosen, gates, torch.bincount(chosen.flatten(), minlength=self.gate.weight.shape[0]))
         return y if self.shared_experts is None else y + self.shared_experts(x)
