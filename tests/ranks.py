@@ -1,7 +1,8 @@
-"""Real training processes for tests: forked from this one, which has imported torch and DeepSpeed already."""
+"""Real processes for tests, ranks and tools: forked from this one, which has imported torch and DeepSpeed already."""
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import time
@@ -63,12 +64,34 @@ def _child(function: Callable[..., Any], args: tuple, rank: int, world_size: int
     code = 0
     try:
         function(*args)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def run_tool(tool: Path, *arguments: str, log: Path, world_size: int = 1, cwd: Path | None = None) -> tuple[int, str]:
+    """`python tool arguments` in its own processes, without the seconds of its imports: exit code and output of rank 0.
+
+    One process starts without a launcher's environment, as a user's would.
+    """
+    codes = run_ranks(
+        _main, tool, arguments, cwd or Path.cwd(), world_size, world_size=world_size, log=log, timeout=200
+    )
+    return codes[0], Path(f"{log}.rank0").read_text()
+
+
+def _main(tool: Path, arguments: tuple[str, ...], cwd: Path, world_size: int) -> None:
+    if world_size == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name)
+    os.chdir(cwd)
+    sys.argv = [str(tool), *arguments]
+    runpy.run_path(str(tool), run_name="__main__")
 
 
 def markov_chain(states: int = 32, *, seed: int = 0, sharpness: float = 2.0) -> np.ndarray:

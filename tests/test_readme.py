@@ -1,14 +1,12 @@
 """Every command in the README's bash blocks is run here, run by CI, or marked as needing what CI has not."""
 
-import functools
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -47,17 +45,10 @@ def how_covered(command: str) -> str | None:
     return "run" if tool_of(command) else None
 
 
-def run_tool(tool: str, arguments: list[str]) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, tool, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, f"{shlex.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-@functools.cache
-def help_of(tool: str) -> str:
-    return run_tool(tool, ["--help"])
+def run(tool: str, arguments: list[str], log: Path) -> str:
+    code, output = run_tool(ROOT / tool, *arguments, log=log, cwd=ROOT)
+    assert code == 0, f"{shlex.join([tool, *arguments])}: exit code {code}\n{output}"
+    return output
 
 
 COMMANDS = readme_commands(README.read_text()) if README.exists() else []
@@ -75,17 +66,15 @@ def test_readme_command_is_covered(command: str):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if how_covered(c) == "run"])
 def test_readme_command_fits_the_tool(command: str, tmp_path: Path):
     tool, arguments = tool_of(command) or pytest.fail(command)
-    described = help_of(tool)
+    described = run(tool, ["--help"], tmp_path / "help")
     for argument in arguments:
         if argument.startswith("--"):
             assert re.search(rf"(?<![\w-]){re.escape(argument.partition('=')[0])}(?![\w-])", described), argument
         if argument.startswith("configs/"):
             assert (ROOT / argument).exists(), argument
     if "--dry-run" in described:
-        run_tool(
-            tool,
-            [*arguments, "--dry-run", *(["--set", f"run.dir={tmp_path}"] if "--set" in described else [])],
-        )
+        elsewhere = ["--set", f"run.dir={tmp_path}"] if "--set" in described else []
+        run(tool, [*arguments, "--dry-run", *elsewhere], tmp_path / "dry-run")
 
 
 @pytest.mark.parametrize(
@@ -119,4 +108,4 @@ def test_the_python_examples_run(tmp_path: Path):
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)):
         script = tmp_path / f"example{number}.py"
         script.write_text(block)
-        run_tool(str(script), [])
+        run(str(script), [], tmp_path / script.stem)

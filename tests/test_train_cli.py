@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from dsv3_mtp.metrics import read_metrics
-from tests.ranks import write_markov
+from tests.ranks import run_tool, write_markov
 
 ROOT = Path(__file__).parents[1]
-TRAIN = str(ROOT / "tools" / "train.py")
+TRAIN = ROOT / "tools" / "train.py"
 BIN = Path(sys.executable).parent
 
 
@@ -62,11 +62,11 @@ def launchers(job: Path) -> dict[str, list[str]]:
 
     port = str(free_port())
     return {
-        "python": [sys.executable, TRAIN, "--config", str(job)],
-        "deepspeed-1": [str(BIN / "deepspeed"), "-q", "--master_port", port, TRAIN, "--config", str(job)],
-        "deepspeed-2": [str(BIN / "deepspeed"), "-q", "--num_gpus", "2", "--master_port", port, TRAIN]
+        "python": [sys.executable, str(TRAIN), "--config", str(job)],
+        "deepspeed-1": [str(BIN / "deepspeed"), "-q", "--master_port", port, str(TRAIN), "--config", str(job)],
+        "deepspeed-2": [str(BIN / "deepspeed"), "-q", "--num_gpus", "2", "--master_port", port, str(TRAIN)]
         + ["--config", str(job)],
-        "torchrun-2": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port, TRAIN]
+        "torchrun-2": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port, str(TRAIN)]
         + ["--config", str(job)],
     }
 
@@ -99,14 +99,13 @@ def test_every_launcher_trains_to_the_end_and_prints_only_our_lines(job, launche
     ],
 )
 def test_bad_input_exits_2_with_the_reason_and_no_traceback(job, arguments, message):
-    code, output = finish([sys.executable, TRAIN, "--config", str(job), *arguments], job.with_suffix(".log"))
+    code, output = run_tool(TRAIN, "--config", str(job), *arguments, log=job.with_suffix(".log"))
     assert code == 2 and message in output and "Traceback" not in output, output
     assert not (job.parent / "runs").exists()
 
 
 def test_dry_run_prints_config_sizes_and_deepspeed_json_and_starts_nothing(job):
-    command = [sys.executable, TRAIN, "--config", str(job), "--dry-run", "--plot"]
-    code, output = finish(command, job.with_suffix(".log"))
+    code, output = run_tool(TRAIN, "--config", str(job), "--dry-run", "--plot", log=job.with_suffix(".log"))
     assert code == 0, output
     config, sizes, ds_json = output.split("# ")[1:4]
     assert config.startswith("resolved config\n") and "num_nextn_predict_layers: 1" in config
@@ -136,7 +135,8 @@ def test_sigterm_saves_wherever_it_arrives_and_the_same_command_finishes(job, ta
     assert (folder / "checkpoints" / "latest").read_text() == f"global_step{stopped}", output
     if target == "rank":
         assert process.returncode == 0
-        code, output = finish([*command, "--set", f"train.total_tokens={(stopped + 2) * 64}"], job.with_suffix(".log"))
+        more = ["--config", str(job), "--set", f"train.total_tokens={(stopped + 2) * 64}"]
+        code, output = run_tool(TRAIN, *more, world_size=2, log=job.with_suffix(".log"))
         assert code == 0 and f"resumed at step {stopped}" in output and f"finished: {stopped + 2} steps" in output
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv3_mtp.hf import export_hf, import_hf
+from tests.ranks import run_tool
 
 ROOT = Path(__file__).parents[2]
 
@@ -294,7 +295,8 @@ def test_help_comes_without_torch(name):
     ],
 )
 def test_a_user_error_is_one_report_with_exit_code_2(tmp_path, name, arguments, message):
-    done = tool(name, *(str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments))
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert left_behind(tmp_path) == []
+    arguments = [str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments]
+    code, output = run_tool(ROOT / "tools" / f"{name}.py", *arguments, log=tmp_path / "log")
+    assert code == 2
+    assert message in output and "Traceback" not in output
+    assert left_behind(tmp_path) == ["log.rank0"]
