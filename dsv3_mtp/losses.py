@@ -6,6 +6,8 @@ Shapes: M rows (tokens of any number of heads), C hidden_size, V vocab.
 import torch
 from torch import Tensor
 
+from dsv3_mtp import kernels
+
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
 
 
@@ -24,14 +26,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
             logits = (hidden[chunk] @ weight.T).to(wide)  # (rows, V)
-            prediction[chunk] = logits.argmax(-1)
-            logits.sub_(logits.logsumexp(-1, keepdim=True))  # now log-probabilities
-            nll[chunk] = -logits.gather(1, targets[chunk, None]).squeeze(1)
-            if grad_hidden is None and grad_weight is None:
-                continue
-            # d loss / d logits = row_weight * (softmax - onehot)
-            logits.exp_().scatter_add_(1, targets[chunk, None], logits.new_full((), -1.0).expand(logits.shape[0], 1))
-            grad_logits = logits.mul_(row_weight[chunk, None]).to(hidden.dtype)
+            nll[chunk], prediction[chunk] = _to_gradient(logits, targets[chunk], row_weight[chunk])
+            grad_logits = logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -53,6 +49,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 gradient.mul_(grad_loss)
         return grad_hidden, grad_weight, None, None
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """nll and prediction of each row; logits become d loss / d logits = row_weight * (softmax - onehot)."""
+    if kernels.usable(logits):
+        return kernels.cross_entropy_(logits, targets.contiguous(), row_weight.contiguous())
+    prediction = logits.argmax(-1)
+    logits.sub_(logits.logsumexp(-1, keepdim=True))  # now log-probabilities
+    nll = -logits.gather(1, targets[:, None]).squeeze(1)
+    logits.exp_().scatter_add_(1, targets[:, None], logits.new_full((), -1.0).expand(logits.shape[0], 1))
+    logits.mul_(row_weight[:, None])
+    return nll, prediction
 
 
 def linear_cross_entropy(

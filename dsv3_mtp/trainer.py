@@ -23,6 +23,7 @@ from dsv3_mtp.parallel.engine import Engine, deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
 from dsv3_mtp.plots import plot_run
 from dsv3_mtp.runs import changed_settings, lock_run_folder, run_folder, write_run_folder
+from dsv3_mtp.tuning import tune_cpu
 
 LEAK_RATIO = 0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
 
@@ -47,6 +48,8 @@ class Trainer:
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         self.sampler, self.val = open_data(config, self.world)
         latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
+        if self.world.device.type == "cpu":
+            self.notes += tune_cpu()
 
         torch.manual_seed(config.run.seed)
         with self.world.device:

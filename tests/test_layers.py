@@ -13,7 +13,7 @@ PACKAGE = ROOT / "dsv3_mtp"
 
 LAYERS = {
     "config": 0,
-    **dict.fromkeys(["schedules", "losses", "precision", "data", "metrics", "plots"], 1),
+    **dict.fromkeys(["kernels", "tuning", "schedules", "losses", "precision", "data", "metrics", "plots"], 1),
     "model": 2,
     **dict.fromkeys(["parallel", "optim", "checkpoint", "hf", "generate", "decode", "loading"], 3),
     **dict.fromkeys(["trainer", "evaluate", "study", "runs", "dryrun"], 4),

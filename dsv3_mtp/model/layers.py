@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_mtp import kernels
 from dsv3_mtp.config import ModelConfig, RopeScaling
 
 
@@ -18,6 +19,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cuda" and not torch.compiler.is_compiling():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if kernels.usable(x):
+            return _RMSNorm.apply(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -40,7 +45,39 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.usable(x):
+            weight = torch.cat([self.gate_proj.weight, self.up_proj.weight])  # one product instead of two
+            return self.down_proj(_SwiGLU.apply(F.linear(x, weight)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float):
+        rows = x.flatten(0, -2)
+        y, scale = kernels.rms_norm(rows if rows.stride(1) == 1 else rows.contiguous(), weight, eps)
+        ctx.save_for_backward(rows, weight, scale)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, weight, scale = ctx.saved_tensors
+        grad_x, grad_weight = kernels.rms_norm_backward(grad.contiguous().view(rows.shape), rows, weight, scale)
+        return grad_x.view(grad.shape), grad_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor):
+        ctx.save_for_backward(gate_up)
+        return kernels.swiglu(gate_up.flatten(0, -2), None).view(*gate_up.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (gate_up,) = ctx.saved_tensors
+        return kernels.swiglu_backward(grad.contiguous().flatten(0, -2), gate_up.flatten(0, -2), None)[0].view(
+            gate_up.shape
+        )
 
 
 def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:

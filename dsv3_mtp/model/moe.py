@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
+from dsv3_mtp.model.dispatch import routed
 from dsv3_mtp.model.layers import MLP
 
 FEW_TOKENS = 16  # up to here `decode` runs experts one by one on a CPU
@@ -91,10 +92,9 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))  # (E, 2F, C), gate rows first
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # (E, C, F)
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x: (rows, C) sorted by expert; counts: (E,) int64 rows of each expert -> (rows, C)."""
-        gate, up = grouped_linear(x, self.gate_up_proj, counts).chunk(2, dim=-1)  # (rows, F) each
-        return grouped_linear(F.silu(gate) * up, self.down_proj, counts)
+    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
+        """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K); counts: (E,)."""
+        return routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
 
     def one_by_one(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """Few tokens on a CPU: each expert that any of them chose runs on all of them, with gate 0 for the others.
@@ -125,15 +125,6 @@ class Experts(nn.Module):
         return F.silu(gate).mul_(up)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows of group e times weight[e].T. x: (rows, in), weight: (E, out, in), counts: (E,) -> (rows, out)."""
-    kernel = x.dtype == torch.bfloat16 or (x.device.type == "cpu" and x.dtype == torch.float32)
-    if kernel and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:]):  # it wants aligned rows
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).int())
-    parts = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
-    return torch.cat([part @ matrix.T for part, matrix in parts])
-
-
 class MoE(nn.Module):
     """y = shared(x) + sum over the K chosen experts of gate * expert(x). Dropless."""
 
@@ -152,12 +143,7 @@ class MoE(nn.Module):
 
     def route(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
         """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K); counts: (E,)."""
-        top_k = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)  # (N*K,) slots grouped by expert
-        routed = self.experts(x[order // top_k], counts)  # (N*K, C)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        routed = routed[back].unflatten(0, (-1, top_k))  # (N, K, C)
-        return torch.bmm(gates.to(routed.dtype).unsqueeze(1), routed).squeeze(1)
+        return self.experts(x, chosen, gates, counts)
 
     def decode(self, x: Tensor) -> Tensor:
         """`forward` for inference: no statistics. x: (N, C) -> (N, C)."""
