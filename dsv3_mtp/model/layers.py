@@ -45,10 +45,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
         if kernels.usable(x):
-            weight = torch.cat([self.gate_proj.weight, self.up_proj.weight])  # one product instead of two
-            return self.down_proj(_SwiGLU.apply(F.linear(x, weight)))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(_SwiGLU.apply(torch.cat([gate, up], dim=-1)))
+        return self.down_proj(F.silu(gate) * up)
 
 
 class _RMSNorm(torch.autograd.Function):
