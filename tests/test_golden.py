@@ -7,6 +7,7 @@ say in the commit why.
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dsv3_mtp.config import load_config
@@ -15,6 +16,7 @@ from tests.ranks import run_ranks, write_markov
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "v3_tiny.txt"
+EXACT = 15  # steps; later the rounding of another CPU or kernel flips a choice of experts, and runs drift apart by 1e-3
 COLUMNS = ("train/loss", "train/main_loss", "train/mtp_loss/1", "optim/grad_norm")
 
 
@@ -54,8 +56,12 @@ def test_the_first_50_steps_of_v3_tiny_are_those_on_file(tmp_path):
     losses = golden_run(tmp_path, "first")
     expected = [[float(x) for x in line.split()[1:]] for line in GOLDEN.read_text().splitlines()[1:]]
     assert len(losses) == len(expected) == 50
-    for step, (got, want) in enumerate(zip(losses, expected, strict=True), start=1):
-        assert got == pytest.approx(want, rel=1e-3), f"step {step}"
+    for step, (got, want) in enumerate(zip(losses[:EXACT], expected, strict=False), start=1):
+        assert got == pytest.approx(want, rel=2e-5), f"step {step}"
+    for start in range(EXACT, 50, 10):
+        got, want = (np.mean(rows[start : start + 10], axis=0) for rows in (losses, expected))
+        assert got[:-1] == pytest.approx(want[:-1], rel=1e-3), f"losses after step {start}"
+        assert got[-1] == pytest.approx(want[-1], rel=1e-2), f"gradient norm after step {start}"
 
 
 def main() -> None:
