@@ -10,15 +10,14 @@ next step writes over their slots.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
 import torch
 
 from dsv3_mtp.decode.cache import Slots
+from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.draft import KINDS, Drafter, draft_limit
 from dsv3_mtp.decode.sample import Sampler
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, Trunk
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 PREFILL_CHUNK = 128  # slots per forward of a prompt: bounds memory, whatever its length
 
@@ -35,7 +34,7 @@ class Settings:
     stop_tokens: tuple[int, ...] = ()
     seed: int = 0
     prefill_chunk: int = PREFILL_CHUNK
-    compile: bool = False  # torch.compile of the trunk's decode steps: minutes once, then about 1.5 times as fast
+    compile: bool = False  # torch.compile of decoding and drafting steps: a minute or more once, then faster
 
     def problems(self) -> Iterator[str]:
         if self.max_new_tokens < 1:
@@ -157,15 +156,15 @@ def prompt_problems(model: DeepseekV3MTP, prompts: Sequence[Sequence[int]]) -> I
 class _Batch:
     """Rows in decoding: their tokens, the trunk's cache, the drafter. Grows by `join`, shrinks by `keep`."""
 
-    def __init__(self, model: DeepseekV3MTP, slots: Slots, prompts: list[list[int]], settings: Settings):
+    def __init__(self, decoder: Decoder, slots: Slots, prompts: list[list[int]], settings: Settings):
         """prompts: of one length."""
-        self.model, self.slots, self.settings = model, slots, settings
+        self.decoder, self.slots, model = decoder, slots, decoder.model
         self.chunk = settings.prefill_chunk
         depth = draft_limit(model, settings.draft_depth)
         self.drafter: Drafter | None = None
         if depth:
             kind = KINDS[model.mtp_config.mode]
-            self.drafter = kind(model, slots, rows=len(prompts), depth=depth, chunk=self.chunk)
+            self.drafter = kind(decoder, slots, rows=len(prompts), depth=depth, chunk=self.chunk)
         self.cache = slots.cache(model.config.num_hidden_layers, len(prompts))  # (layers, B, S, R+P)
         self.ids = torch.zeros(len(prompts), slots.slots + 2 * (depth + 1), dtype=torch.long, device=slots.device)
         self.ids[:, : len(prompts[0])] = torch.tensor(prompts)
@@ -179,7 +178,7 @@ class _Batch:
             if self.drafter is not None:
                 self.drafter.observe(states, [start] * rows, self.ids, length)
         final = states.post_norm.unflatten(0, (rows, -1))[:, -1]  # (B, C)
-        return sampler.draw(self.model.lm_head(final))[0].tolist()
+        return sampler.draw(self.decoder.logits(final))[0].tolist()
 
     def step(self, count: int, sampler: Sampler) -> tuple[list[int], list[list[int]]]:
         """Drafts and verifies: how many of `count` drafts stand in each row, and these drafts plus the next token."""
@@ -189,7 +188,7 @@ class _Batch:
         states = self._forward(self.last, 1 + count)
         if self.drafter is not None:
             self.drafter.observe(states, self.last, self.ids)
-        logits = self.model.lm_head(states.post_norm).view(len(self.last), 1 + count, -1)
+        logits = self.decoder.logits(states.post_norm).view(len(self.last), 1 + count, -1)
         accepted, following = sampler.verify(logits, drafts, probability)
         new = torch.cat([drafts, following[:, None], accepted[:, None]], dim=1).tolist()  # one transfer per step
         return [row[-1] for row in new], [row[: row[-1]] + [row[-2]] for row in new]
@@ -224,16 +223,7 @@ class _Batch:
         else:
             first = torch.tensor(starts, device=self.ids.device)[:, None]
             tokens = self.ids.gather(1, first + torch.arange(length, device=self.ids.device))
-        window = self.slots.window(starts, length)
-        if self.settings.compile and length <= 1 + draft_limit(self.model, self.settings.draft_depth):
-            return compiled_decode()(self.model.model, tokens, self.cache, window)
-        return self.model.model.decode(tokens, self.cache, window)
-
-
-@cache
-def compiled_decode() -> Any:
-    """One compiled function for all models; torch compiles it again for each number of rows and of drafts."""
-    return torch.compile(Trunk.decode, fullgraph=True)
+        return self.decoder.trunk(tokens, self.cache, self.slots.window(starts, length))
 
 
 @torch.inference_mode()
@@ -241,6 +231,7 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
     limit = min(model.config.max_position_embeddings, max(map(len, prompts)) + settings.max_new_tokens)
     depth = draft_limit(model, settings.draft_depth)
     slots = Slots(model, limit + 2 * (depth + 1))  # windows of ragged rows reach past the last slot that is used
+    decoder = Decoder(model, compile_up_to=depth + 1 if settings.compile else 0)
     generator = torch.Generator(slots.device).manual_seed(settings.seed)
     sampler = Sampler(settings.temperature, settings.top_k, settings.top_p, generator)
     ends = [min(model.config.max_position_embeddings, len(prompt) + settings.max_new_tokens) for prompt in prompts]
@@ -250,7 +241,7 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
         by_length.setdefault(len(prompt), []).append(row)
     batches, rows = [], []  # rows: the prompt's number of each row that goes on
     for numbers in by_length.values():
-        batch = _Batch(model, slots, [prompts[row] for row in numbers], settings)
+        batch = _Batch(decoder, slots, [prompts[row] for row in numbers], settings)
         first = batch.prefill(sampler)
         batch.append([[token] for token in first])
         going = []

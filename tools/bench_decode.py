@@ -210,29 +210,30 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
     import torch
 
     from dsv3_mtp.decode.cache import Slots
+    from dsv3_mtp.decode.decoder import Decoder
 
     most = max(options.depths, default=1)
     slots = Slots(model, len(prompt) + most + 2)
+    with torch.inference_mode():
+        decoder = Decoder(model)
     cache, start = slots.cache(model.config.num_hidden_layers, 1), len(prompt)
     tokens = torch.tensor([(prompt * (most + 1))[: most + 1]])
 
     @torch.inference_mode()
     def forward(count: int) -> None:
         for _ in range(20):
-            states = model.model.decode(tokens[:, :count], cache, slots.window([start], count))
-            model.lm_head(states.post_norm).argmax(-1).tolist()
+            states = decoder.trunk(tokens[:, :count], cache, slots.window([start], count))
+            decoder.logits(states.post_norm).argmax(-1).tolist()
 
     steps: dict[str, Callable[[], Any]] = {str(n): partial(forward, n) for n in range(1, most + 2)}
     if model.mtp_config.mode == "sequential":
-        module, hidden = model.mtp.module_of(1), torch.zeros(1, model.config.hidden_size, dtype=slots.dtype)
-        own = slots.cache(1, 1)[0]
+        hidden, own = torch.zeros(1, model.config.hidden_size, dtype=slots.dtype), slots.cache(1, 1)[0]
 
         @torch.inference_mode()
         def draft() -> None:
             for _ in range(20):
-                merged = module.merge(hidden, model.model.embed_tokens(tokens[0, :1]))
-                out = module.shared_head(module.decode(merged, own, slots.window([start], 1)))
-                model.lm_head(out).argmax(-1).tolist()
+                _, normed = decoder.module(1, hidden, tokens[0, :1], own, slots.window([start], 1))
+                decoder.logits(normed).argmax(-1).tolist()
 
         steps["draft"] = draft
     seconds = measure(steps, 4 * options.rounds)

@@ -1,14 +1,27 @@
 """What decoding remembers: latents per layer and slot, and hidden states of the last few slots."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsv3_mtp.model.attention import Window
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import rotary_angles
+
+
+class Window(NamedTuple):
+    """The slots that one cached forward computes, the same for all layers. Slot and position are one number.
+
+    A row's window is T consecutive slots; rows may start at different ones. What lies behind a window in the cache is
+    masked, so that forgetting slots (a rejected draft) is no more than writing over them.
+    """
+
+    shape: tuple[int, int]  # (B, T)
+    write: tuple[Any, Any]  # index of the window's slots in a cache (B, S, .)
+    end: int  # slots 0..end-1 of the cache are read
+    rotation: Tensor  # (B*T, 1, P/2, 2): cosine and sine at the window's positions
+    mask: Tensor | None  # (1 or B, 1, T*H, end) additive; None: every slot is visible
 
 
 class Slots:
@@ -20,7 +33,7 @@ class Slots:
         self.slots, self.heads, self.device = slots, model.config.num_attention_heads, weight.device
         self.dtype = weight.dtype
         cos, sin = rotary_angles(model.config, torch.arange(slots, device=self.device))  # (S, P/2) each
-        self.rotation = torch.complex(cos, sin).unsqueeze(1)  # (S, 1, P/2)
+        self.rotation = torch.stack([cos, sin], dim=-1).unsqueeze(1)  # (S, 1, P/2, 2)
         self.width = model.config.kv_lora_rank + model.config.qk_rope_head_dim  # R+P
         self.arange = torch.arange(slots, device=self.device)
 
@@ -37,7 +50,7 @@ class Slots:
             rotation = self.rotation[start:end]
             write = (slice(None), slice(start, end))
             if rows > 1:
-                rotation = rotation.repeat(rows, 1, 1)
+                rotation = rotation.repeat(rows, 1, 1, 1)
         else:
             first = torch.tensor(starts, device=self.device)
             positions = first[:, None] + self.arange[:length]  # (B, T)

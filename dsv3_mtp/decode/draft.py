@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.decode.cache import Ring, Slots
+from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.sample import Sampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.mtp import TrunkStates
@@ -20,9 +21,10 @@ from dsv3_mtp.model.mtp import TrunkStates
 class Drafter:
     """What all kinds share: a ring of the trunk's states, caches of `depths` modules, rows of a batch."""
 
-    def __init__(self, model: DeepseekV3MTP, slots: Slots, *, rows: int, depth: int, chunk: int):
+    def __init__(self, decoder: Decoder, slots: Slots, *, rows: int, depth: int, chunk: int):
         """depth: most drafts per step; chunk: most slots that one `observe` brings."""
-        self.model, self.slots, self.depth = model, slots, depth
+        model = decoder.model
+        self.decoder, self.model, self.slots, self.depth = decoder, model, slots, depth
         self.modules = min(depth, model.depths)
         width = max(chunk, depth + 1) + 2 * (self.modules + 1)
         self.rings = [Ring(rows, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())]
@@ -113,7 +115,7 @@ class ChainDrafter(Drafter):
                 if self.model.mtp_config.chain == "trunk":
                     hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)
                 hidden, normed = self._module(self.modules, hidden, starts, 1, ids)
-            drawn.append(sampler.draw(self.model.lm_head(normed)))  # (B,), (B, V)
+            drawn.append(sampler.draw(self.decoder.logits(normed)))  # (B,), (B, V)
             ids[rows, torch.tensor(last, device=ids.device) + depth] = drawn[-1][0]
         return _stacked(drawn)
 
@@ -128,18 +130,14 @@ class ChainDrafter(Drafter):
 
     def _module(self, depth: int, hidden: Any, starts: Sequence[int], length: int, ids: Tensor):
         """One module on (B*T, C) states -> its chained and its normed state, each (B*T, C)."""
-        module = self.model.mtp.module_of(depth)
         ahead = [start + depth for start in starts]
         if min(ahead) == max(ahead):
             tokens = ids[:, ahead[0] : ahead[0] + length]
         else:
             index = torch.tensor(ahead, device=ids.device)[:, None] + torch.arange(length, device=ids.device)
             tokens = ids.gather(1, index)
-        embedding = self.model.model.embed_tokens(tokens.flatten())
         window = self.slots.window(starts, length)
-        out = module.decode(module.merge(hidden, embedding), self.caches[depth - 1], window)
-        normed = module.shared_head(out)
-        return (normed if self.model.mtp_config.trunk_hidden == "post_norm" else out), normed
+        return self.decoder.module(depth, hidden, tokens.flatten(), self.caches[depth - 1], window)
 
 
 class ParallelDrafter(Drafter):
@@ -156,18 +154,19 @@ class ParallelDrafter(Drafter):
                 self._run(head, [s + length - 1 for s in starts])
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
-        drawn = [sampler.draw(self.model.lm_head(self._run(head, last))) for head in range(count)]
+        drawn = [sampler.draw(self.decoder.logits(self._run(head, last))) for head in range(count)]
         return _write_drafts(ids, last, drawn)
 
     def _run(self, head: int, stops: Sequence[int]) -> Tensor:
         """Brings head's cache up to slot stops[b] - 1 and returns that slot's normed state, (B, C)."""
-        starts, module = self.filled[head], self.model.mtp.layers[head]
+        starts = self.filled[head]
         counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
         x = self.rings[0].read(starts, max(counts))  # (B, T, C)
-        out = module.decode(x.flatten(0, 1), self.caches[head], self.slots.window(starts, max(counts))).view_as(x)
+        window = self.slots.window(starts, max(counts))
+        out = self.decoder.head(head, x.flatten(0, 1), self.caches[head], window).view_as(x)
         self.filled[head] = list(stops)
         rows = torch.arange(len(counts), device=x.device)
-        return module.shared_head(out[rows, torch.tensor(counts, device=x.device) - 1])
+        return out[rows, torch.tensor(counts, device=x.device) - 1]
 
 
 class LinearDrafter(Drafter):

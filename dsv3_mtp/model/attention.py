@@ -1,6 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V3 section 2.1.1, eqs. 1-11): training, and decoding from latents."""
-
-from typing import Any, NamedTuple
+"""Multi-head latent attention (DeepSeek-V3 section 2.1.1, eqs. 1-11)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,20 +8,6 @@ from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model import causal
 from dsv3_mtp.model.causal import causal_attention
 from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
-
-
-class Window(NamedTuple):
-    """The slots that one cached forward computes, the same for all layers. Slot and position are one number.
-
-    A row's window is T consecutive slots; rows may start at different ones. What lies behind a window in the cache is
-    masked, so that forgetting slots (a rejected draft) is no more than writing over them.
-    """
-
-    shape: tuple[int, int]  # (B, T)
-    write: tuple[Any, Any]  # index of the window's slots in a cache (B, S, .)
-    end: int  # slots 0..end-1 of the cache are read
-    rotation: Tensor  # (B*T, 1, P/2) complex: cos + i sin of the window's positions
-    mask: Tensor | None  # (1 or B, 1, T*H, end) additive; None: every slot is visible
 
 
 class MLA(nn.Module):
@@ -72,42 +56,6 @@ class MLA(nn.Module):
         query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_compressed else self.q_proj(x)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)
         return query.unflatten(-1, (self.heads, -1)), latent, k_rope
-
-    def decode(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
-        """The same function of new tokens, with R+P numbers kept per past token; inference only.
-
-        The absorbed form (V3 section 2.1.1; DeepSeek-V2 section 2.1.2): W_UK goes into the query and W_UV into the
-        output, so that all heads attend to one shared key, the cache row itself, and no past key is ever expanded.
-
-        Args:
-            x: (N, C) with N = B*T, normed.
-            cache: (B, S, R+P), normed latent and rotated key of each slot; the window's slots are written here.
-        Returns:
-            (N, C)
-        """
-        (rows, length), heads = window.shape, self.heads
-        query = self.q_b_proj(self.q_a_layernorm.decode(self.q_a_proj(x))) if self.q_compressed else self.q_proj(x)
-        q_nope, q_rope = query.view(-1, heads, self.nope + self.rope).split([self.nope, self.rope], dim=-1)  # (N, H, .)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)  # (N, R), (N, P)
-        turned = turn(torch.cat([q_rope, k_rope.unsqueeze(1)], dim=1), window.rotation)  # (N, H+1, P)
-        entry = torch.cat([self.kv_a_layernorm.decode(latent), turned[:, heads]], dim=-1)  # (N, R+P)
-        cache[window.write] = entry.view(rows, length, -1)
-        w_uk, w_uv = self.kv_b_proj.weight.view(heads, -1, self.kv_rank).split(
-            [self.nope, self.value], dim=1
-        )  # (H, ., R)
-        absorbed = torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)  # (N, H, R)
-        query = torch.cat([absorbed, turned[:, :heads]], dim=-1).view(rows, 1, length * heads, -1)
-        past = cache[:, : window.end].unsqueeze(1)  # (B, 1, end, R+P): the key, and in its first R columns the value
-        mixed = F.scaled_dot_product_attention(query, past, past, attn_mask=window.mask, scale=self.scale)
-        mixed = mixed[..., : self.kv_rank].reshape(-1, heads, self.kv_rank).transpose(0, 1)  # (H, N, R)
-        return self.o_proj(torch.bmm(mixed, w_uv.transpose(1, 2)).transpose(0, 1).flatten(1))
-
-
-def turn(x: Tensor, rotation: Tensor) -> Tensor:
-    """`rotate` as one complex product. x: (N, H, P) contiguous; rotation: (N, 1, P/2) complex64."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:

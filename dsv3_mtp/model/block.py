@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model.attention import MLA, Window
+from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, RouterStats
 
@@ -25,9 +25,3 @@ class DecoderLayer(nn.Module):
         out = self.mlp(self.post_attention_layernorm(x))
         y, stats = out if isinstance(self.mlp, MoE) else (out, None)
         return x + y, stats
-
-    def decode(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
-        """x: (N, C); cache: (B, S, R+P) of this layer, extended by the window's slots -> (N, C)."""
-        x = x + self.self_attn.decode(self.input_layernorm.decode(x), cache, window)
-        hidden = self.post_attention_layernorm.decode(x)
-        return x + (self.mlp.decode(hidden) if isinstance(self.mlp, MoE) else self.mlp(hidden))

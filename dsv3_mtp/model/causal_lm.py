@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.losses import linear_cross_entropy
-from dsv3_mtp.model.attention import Window
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
@@ -59,14 +58,6 @@ class Trunk(nn.Module):
             if routed is not None:
                 stats.append(routed)
         return TrunkStates(last_input, x, self.norm(x)), stats
-
-    def decode(self, tokens: Tensor, caches: Tensor, window: Window) -> TrunkStates:
-        """tokens: (B, T) of the window's slots; caches: (layers, B, S, R+P) -> states, each (B*T, C)."""
-        x = last_input = self.embed_tokens(tokens.flatten())
-        for layer, cache in zip(self.layers, caches, strict=True):
-            last_input = x
-            x = layer.decode(x, cache, window)  # type: ignore[operator]
-        return TrunkStates(last_input, x, self.norm.decode(x))
 
 
 class DeepseekV3MTP(nn.Module):

@@ -27,13 +27,6 @@ class RMSNorm(nn.Module):
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
-    def decode(self, x: Tensor) -> Tensor:
-        """The same in fewer and cheaper operations, which is what counts for one token; equal to rounding."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = torch.addcmul(torch.full_like(norm, self.eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-        return (x * scale).to(x.dtype).mul_(self.weight)
-
 
 class MLP(nn.Module):
     """SwiGLU feed-forward: down(silu(gate(x)) * up(x)). The dense layers and the shared experts."""

@@ -10,8 +10,6 @@ from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.dispatch import routed
 from dsv3_mtp.model.layers import MLP
 
-FEW_TOKENS = 16  # up to here `decode` runs experts one by one on a CPU
-
 
 class RouterStats(NamedTuple):
     """What one router did in one forward. Returned, not stored, so that recomputation cannot count it twice."""
@@ -39,21 +37,15 @@ class Gate(nn.Module):
         scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # (B, T, E); V3 keeps the gate in high precision
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
-        gates = flat.gather(1, chosen)
-        if self.config.norm_topk_prob:
-            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         load = torch.bincount(chosen.flatten(), minlength=flat.shape[1]).float()
-        return chosen, gates * self.config.routed_scaling_factor, RouterStats(load, self.balance_loss(scores))
+        return chosen, self.weigh(flat, chosen), RouterStats(load, self.balance_loss(scores))
 
-    def pick(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` without the training statistics. x: (N, C) -> chosen (N, K), gates (N, K) float32."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid_()  # (N, E)
-        chosen = self.choose(scores)
+    def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """scores: (N, E); chosen: (N, K) -> gates (N, K): the chosen scores, normalised and scaled."""
         gates = scores.gather(1, chosen)
         if self.config.norm_topk_prob:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-        return chosen, gates * self.config.routed_scaling_factor
+        return gates * self.config.routed_scaling_factor
 
     def choose(self, scores: Tensor) -> Tensor:
         """Top-K of score + bias, restricted to the `topk_group` groups whose two best biased scores sum highest."""
@@ -96,34 +88,6 @@ class Experts(nn.Module):
         """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K); counts: (E,)."""
         return routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
 
-    def one_by_one(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """Few tokens on a CPU: each expert that any of them chose runs on all of them, with gate 0 for the others.
-
-        At this size a product costs what reading its weights costs, whatever the number of rows; sorting costs more.
-        x: (N, C); chosen, gates: (N, K) -> (N, C).
-        """
-        experts = chosen.flatten().tolist()
-        y = torch.zeros_like(x)
-        if x.shape[0] == 1:
-            for expert, factor in zip(experts, gates[0].tolist(), strict=True):
-                y.addmm_(self.hidden(x, expert), self.down_proj[expert].t(), alpha=factor)
-            return y
-        share = x.new_zeros(self.down_proj.shape[0], x.shape[0]).scatter_(0, chosen.t(), gates.t()).unsqueeze(2)
-        for expert in sorted(set(experts)):
-            y.addmm_(self.hidden(x, expert).mul_(share[expert]), self.down_proj[expert].t())
-        return y
-
-    def gathered(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """The same for a compiler: static shapes and no loop. Inductor reads the picked weights in place."""
-        gate, up = (self.gate_up_proj[chosen] * x[:, None, None, :]).sum(-1).chunk(2, dim=-1)  # (N, K, F) each
-        hidden = F.silu(gate) * up * gates.unsqueeze(-1)
-        return (self.down_proj[chosen] * hidden.unsqueeze(2)).sum((1, 3))
-
-    def hidden(self, x: Tensor, expert: int) -> Tensor:
-        """(N, C) -> (N, F): one expert before its down projection."""
-        gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
 
 class MoE(nn.Module):
     """y = shared(x) + sum over the K chosen experts of gate * expert(x). Dropless."""
@@ -138,20 +102,5 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """x: (B, T, C) -> (B, T, C), stats."""
         chosen, gates, stats = self.gate(x)  # (N, K)
-        y = self.route(x.flatten(0, 1), chosen, gates, stats.load.long()).view_as(x)
+        y = self.experts(x.flatten(0, 1), chosen, gates, stats.load.long()).view_as(x)
         return (y if self.shared_experts is None else y + self.shared_experts(x)), stats
-
-    def route(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
-        """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K); counts: (E,)."""
-        return self.experts(x, chosen, gates, counts)
-
-    def decode(self, x: Tensor) -> Tensor:
-        """`forward` for inference: no statistics. x: (N, C) -> (N, C)."""
-        chosen, gates = self.gate.pick(x)  # (N, K)
-        if torch.compiler.is_compiling():
-            y = self.experts.gathered(x, chosen, gates.to(x.dtype))
-        elif x.device.type == "cpu" and x.shape[0] <= FEW_TOKENS:
-            y = self.experts.one_by_one(x, chosen, gates.to(x.dtype))
-        else:
-            y = self.route(x, chosen, gates, torch.bincount(chosen.flatten(), minlength=self.gate.weight.shape[0]))
-        return y if self.shared_experts is None else y + self.shared_experts(x)

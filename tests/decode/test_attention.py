@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dsv3_mtp.decode.cache import Ring, Slots
+from dsv3_mtp.decode.decoder import Decoder, Trunk
+from dsv3_mtp.decode.layers import Mixture
 from dsv3_mtp.generate import Settings, generate
-from dsv3_mtp.model.causal_lm import Trunk
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 CASES = {
@@ -24,9 +25,10 @@ def cached_states(model, tokens, chunks):
     slots = Slots(model, tokens.shape[1])
     caches, start, parts = slots.cache(model.config.num_hidden_layers, len(tokens)), 0, []
     with torch.inference_mode():
+        decoder = Decoder(model)
         for length in chunks:
             window = slots.window([start] * len(tokens), length)
-            states = model.model.decode(tokens[:, start : start + length], caches, window)
+            states = decoder.trunk(tokens[:, start : start + length], caches, window)
             parts.append(states.post_norm.view(len(tokens), length, -1))
             start += length
     return torch.cat(parts, 1)
@@ -66,10 +68,11 @@ def test_a_window_writes_over_rejected_slots(make_model):
     slots = Slots(model, 24)
     with torch.inference_mode():
         clean, dirty = (slots.cache(3, 1) for _ in range(2))
-        model.model.decode(tokens[:, :8], clean, slots.window([0], 8))
-        model.model.decode(tokens[:, :8], dirty, slots.window([0], 8))
-        model.model.decode(torch.randint(64, (1, 6)), dirty, slots.window([8], 6))  # rejected drafts
-        after = [model.model.decode(tokens[:, 8:], cache, slots.window([8], 4)).post_norm for cache in (clean, dirty)]
+        decoder = Decoder(model)
+        decoder.trunk(tokens[:, :8], clean, slots.window([0], 8))
+        decoder.trunk(tokens[:, :8], dirty, slots.window([0], 8))
+        decoder.trunk(torch.randint(64, (1, 6)), dirty, slots.window([8], 6))  # rejected drafts
+        after = [decoder.trunk(tokens[:, 8:], cache, slots.window([8], 4)).post_norm for cache in (clean, dirty)]
     assert torch.equal(*after)
     assert torch.equal(clean[:, :, :12], dirty[:, :, :12])
 
@@ -81,10 +84,11 @@ def test_rows_at_different_slots_equal_rows_alone(make_model):
     slots, starts = Slots(model, 24), [2, 9, 5]
     cache = slots.cache(3, 3)
     with torch.inference_mode():
+        decoder = Decoder(model)
         for row, start in enumerate(starts):
-            model.model.decode(tokens[row : row + 1, :start], cache[:, row : row + 1], slots.window([0], start))
+            decoder.trunk(tokens[row : row + 1, :start], cache[:, row : row + 1], slots.window([0], start))
         new = torch.stack([tokens[row, start : start + 4] for row, start in enumerate(starts)])
-        states = model.model.decode(new, cache, slots.window(starts, 4)).post_norm.view(3, 4, -1)
+        states = decoder.trunk(new, cache, slots.window(starts, 4)).post_norm.view(3, 4, -1)
     expected = torch.stack([whole[row, start : start + 4] for row, start in enumerate(starts)])
     torch.testing.assert_close(states, expected, rtol=2e-5, atol=2e-5)
 
@@ -130,12 +134,13 @@ def test_the_chunk_of_the_prefill_does_not_change_the_tokens(make_model):
 
 
 def test_experts_one_by_one_equal_grouped_experts(make_model):
-    moe = make_model().model.layers[1].mlp
-    for rows in (1, 2, 5):
-        x = torch.randn(rows, 32)
-        torch.testing.assert_close(moe.decode(x), moe(x[None])[0][0], rtol=1e-5, atol=1e-6)
-    x = torch.randn(40, 32)
-    torch.testing.assert_close(moe.decode(x), moe(x[None])[0][0], rtol=1e-5, atol=1e-6)
+    layer = make_model().model.layers[1]
+    with torch.inference_mode():
+        mixture = Mixture(layer.post_attention_layernorm, layer.mlp)
+        for rows in (1, 2, 5, 40):
+            x = torch.randn(rows, 32)
+            expected = layer.mlp(layer.post_attention_layernorm(x)[None])[0][0]
+            torch.testing.assert_close(mixture(x) - x, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_ring_forgets_only_what_is_older_than_its_width():
@@ -149,13 +154,14 @@ def test_ring_forgets_only_what_is_older_than_its_width():
 def test_a_decode_step_is_one_graph_for_a_compiler_and_equals_the_eager_one(make_model):
     model = make_model()
     tokens = torch.randint(64, (1, 9))
-    compiled = torch.compile(Trunk.decode, fullgraph=True, backend="eager")
+    compiled = torch.compile(Trunk.forward, fullgraph=True, backend="eager")
     slots = Slots(model, 12)
     outs = []
-    for decode in (Trunk.decode, compiled):
-        cache = slots.cache(3, 1)
-        with torch.inference_mode():
-            model.model.decode(tokens[:, :5], cache, slots.window([0], 5))
-            states = [decode(model.model, tokens[:, i : i + 1], cache, slots.window([i], 1)) for i in (5, 6, 7, 8)]
-        outs.append(torch.cat([state.post_norm for state in states]))
+    with torch.inference_mode():
+        decoder = Decoder(model)
+        for forward in (Trunk.forward, compiled):
+            cache = slots.cache(3, 1)
+            decoder.trunk(tokens[:, :5], cache, slots.window([0], 5))
+            states = [forward(decoder.layers, tokens[:, i : i + 1], cache, slots.window([i], 1)) for i in (5, 6, 7, 8)]
+            outs.append(torch.cat([state.post_norm for state in states]))
     torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,209 @@
+"""Layers as decoding runs them: training's functions, arranged for a few tokens at a time.
+
+For one token the number of operations counts, and the bytes of weights that are read; arithmetic is free. So norms give
+their weights to the product that follows, products with a common input become one, the softmax scale and, where that
+costs little more reading, W_UK go into the query's projection, and the views of experts are made beforehand. Each
+`generate` derives these weights from the model's own: they cannot go stale, and training never sees them. Copied are
+the attention's down-projections, W_UQ, W_UKV and the shared experts' gate and up; the rest are views.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3_mtp.decode.cache import Window
+from dsv3_mtp.model.attention import MLA
+from dsv3_mtp.model.block import DecoderLayer
+from dsv3_mtp.model.layers import MLP, RMSNorm
+from dsv3_mtp.model.moe import MoE
+
+FEW_TOKENS = 16  # up to here experts run one by one on a CPU
+ABSORB = 1.5  # W_UQ with W_UK in it may be so many times as large as both
+
+
+class Norm:
+    """RMSNorm as x / |(x, sqrt(C eps))|, its `direction`, times sqrt(C) weight, its `gain`."""
+
+    def __init__(self, norm: RMSNorm):
+        size, self.dtype = norm.weight.shape[0], norm.weight.dtype
+        wide = torch.promote_types(self.dtype, torch.float32)
+        self.gain = norm.weight.to(wide) * math.sqrt(size)  # (C,)
+        self.floor = self.gain.new_tensor([math.sqrt(size * norm.eps)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x / self.length(x) * self.gain).to(self.dtype)
+
+    def direction(self, x: Tensor) -> Tensor:
+        return (x / self.length(x)).to(self.dtype)
+
+    def length(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, 1), float32 or wider."""
+        return torch.linalg.vector_norm(x, 2, -1, True, dtype=self.floor.dtype).hypot(self.floor)
+
+
+class Attention:
+    """x + MLA(norm(x)) in the absorbed form (V3 section 2.1.1; DeepSeek-V2 section 2.1.2).
+
+    W_UK goes into the query and W_UV into the output, so that all heads attend to one shared key, the cache row itself,
+    and no past key is ever expanded. The row holds the latent without its norm's weight: both matrices have taken it.
+    """
+
+    def __init__(self, norm: RMSNorm, mla: MLA):
+        self.heads, self.rank = mla.heads, mla.kv_rank
+        self.norm, self.kv_norm, self.q_norm = Norm(norm), Norm(mla.kv_a_layernorm), None
+        down, self.q_rank = [mla.kv_a_proj_with_mqa.weight * self.norm.gain], 0
+        if mla.q_compressed:
+            self.q_norm, self.q_rank = Norm(mla.q_a_layernorm), mla.q_a_proj.weight.shape[0]
+            down.insert(0, mla.q_a_proj.weight * self.norm.gain)
+            up = mla.q_b_proj.weight * (self.q_norm.gain * mla.scale)
+        else:
+            up = mla.q_proj.weight * (self.norm.gain * mla.scale)
+        w_uk, w_uv = (
+            (mla.kv_b_proj.weight * self.kv_norm.gain)
+            .view(self.heads, -1, self.rank)
+            .split([mla.nope, mla.value], dim=1)
+        )  # (H, nope, R), (H, v, R)
+        self.w_uk: Tensor | None = w_uk.to(norm.weight.dtype)
+        rows = up.unflatten(0, (self.heads, -1))  # (H, nope + P, q)
+        if self.heads * (self.rank + mla.rope) * up.shape[1] <= ABSORB * (up.numel() + w_uk.numel()):
+            rows = torch.cat([w_uk.transpose(1, 2) @ rows[:, : mla.nope], rows[:, mla.nope :]], dim=1)
+            self.w_uk = None
+        self.nope = rows.shape[1] - mla.rope
+        self.paired = self.norm.gain.dtype == norm.weight.dtype and self.nope % 2 == (self.q_rank + self.rank) % 2 == 0
+        self.down = torch.cat(down).to(norm.weight.dtype).t()  # (C, q + R + P)
+        self.up = rows.flatten(0, 1).to(norm.weight.dtype).t()  # (q, H (R+P)), or (q, H (nope+P))
+        self.w_uv = w_uv.transpose(1, 2).to(norm.weight.dtype).contiguous()  # (H, R, v)
+        self.out = mla.o_proj.weight.t()  # (H v, C)
+
+    def __call__(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
+        """x: (N, C), N = B*T; cache: (B, S, R+P), where the window's slots are written -> (N, C)."""
+        (rows, length), heads, rank = window.shape, self.heads, self.rank
+        hidden = self.norm.direction(x)
+        low = torch.mm(hidden, self.down)
+        entry = low[:, self.q_rank :]  # (N, R+P)
+        latent = entry[:, :rank]
+        latent.div_(self.kv_norm.length(latent))
+        rotate_(entry[:, None, rank:], window.rotation, paired=self.paired)
+        cache[window.write] = entry.view(rows, length, -1)
+        if self.q_norm is not None:
+            hidden = self.q_norm.direction(low[:, : self.q_rank])
+        query = torch.mm(hidden, self.up).view(rows * length, heads, -1)
+        rotate_(query[..., self.nope :], window.rotation, paired=self.paired)
+        if self.w_uk is not None:
+            absorbed = torch.bmm(query[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)
+            query = torch.cat([absorbed, query[..., self.nope :]], dim=-1)
+        query = query.view(rows, 1, length * heads, -1)
+        past = cache[:, : window.end].unsqueeze(1)  # (B, 1, end, R+P): the key, and in its first R columns the value
+        mixed = F.scaled_dot_product_attention(query, past, past, attn_mask=window.mask, scale=1.0)[..., :rank]
+        mixed = torch.bmm(mixed.reshape(-1, heads, rank).transpose(0, 1), self.w_uv)  # (H, N, v)
+        return torch.addmm(x, mixed.transpose(0, 1).flatten(1), self.out)
+
+
+def rotate_(x: Tensor, rotation: Tensor, *, paired: bool) -> None:
+    """`model.layers.rotate` in place. x: (N, H, P); rotation: (N, 1, P/2, 2) cosines and sines.
+
+    paired: x can be viewed as complex numbers, and then it is one operation.
+    """
+    pairs = x.view(*x.shape[:-1], -1, 2)
+    if paired and not torch.compiler.is_compiling():  # compilers generate no code for complex numbers
+        torch.view_as_complex(pairs).mul_(torch.view_as_complex(rotation))
+        return
+    (even, odd), (cos, sin) = pairs.to(rotation.dtype).unbind(-1), rotation.unbind(-1)
+    pairs.copy_(torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1))
+
+
+class Dense:
+    """x + MLP(norm(x))."""
+
+    def __init__(self, norm: RMSNorm, mlp: MLP):
+        self.norm = Norm(norm)
+        self.gate, self.up, self.down = (part.weight.t() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, C)"""
+        hidden = self.norm(x)
+        return torch.addmm(x, F.silu(torch.mm(hidden, self.gate)).mul_(torch.mm(hidden, self.up)), self.down)
+
+
+class Mixture:
+    """x + MoE(norm(x)). The shared expert is as many experts of the common width, taken always and with gate 1."""
+
+    def __init__(self, norm: RMSNorm, moe: MoE):
+        self.norm, self.moe = Norm(norm), moe
+        self.router = moe.gate.weight.to(self.norm.gain.dtype).t()  # (C, E)
+        up, down = moe.experts.gate_up_proj, moe.experts.down_proj  # (E, 2F, C), (E, C, F)
+        self.width, self.shared = down.shape[2], []
+        self.up, self.down = [[weight.t() for weight in stack.unbind()] for stack in (up, down)]
+        if moe.shared_experts is not None:
+            count = moe.shared_experts.down_proj.weight.shape[1] // self.width
+            halves = [part.weight.chunk(count) for part in (moe.shared_experts.gate_proj, moe.shared_experts.up_proj)]
+            self.up += [torch.cat(pair).t() for pair in zip(*halves, strict=True)]
+            self.down += [weight.t() for weight in moe.shared_experts.down_proj.weight.chunk(count, dim=1)]
+            self.shared = list(range(len(up), len(up) + count))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C) -> (N, C)"""
+        hidden = self.norm(x)
+        if torch.compiler.is_compiling():
+            return self.gathered(x, hidden)
+        if x.device.type == "cpu" and len(x) <= FEW_TOKENS:
+            return self.one_by_one(x, hidden)
+        chosen = self.moe.gate.choose(scores := self.scores(hidden))  # (N, K)
+        counts = torch.bincount(chosen.flatten(), minlength=scores.shape[1])
+        y = x + self.moe.experts(hidden, chosen, self.moe.gate.weigh(scores, chosen), counts)
+        return y if self.moe.shared_experts is None else y + self.moe.shared_experts(hidden)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """(N, C) -> (N, E), in high precision as in V3."""
+        return torch.mm(hidden.to(self.router.dtype), self.router).sigmoid()
+
+    def one_by_one(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Few tokens on a CPU: each expert that any of them chose runs on all of them, with gate 0 for the others.
+
+        At this size a product costs what reading its weights costs, whatever the number of rows; sorting costs more.
+        """
+        scores = self.scores(hidden)
+        chosen = self.moe.gate.choose(scores)  # (N, K)
+        gates = self.moe.gate.weigh(scores, chosen).to(x.dtype)
+        if len(x) == 1:
+            experts, factors = chosen[0].tolist(), gates[0].tolist()
+        else:
+            share = torch.zeros_like(scores, dtype=x.dtype).scatter_(1, chosen, gates)  # (N, E)
+            experts = sorted(set(chosen.flatten().tolist()))
+            factors = [1.0] * len(experts)
+        both = x.new_empty(len(experts) + len(self.shared), len(x), 2 * self.width)
+        for row, expert in zip(both.unbind(), experts + self.shared, strict=True):
+            torch.mm(hidden, self.up[expert], out=row)
+        gate, up = both.chunk(2, dim=-1)
+        inner = F.silu(gate).mul_(up)  # (experts, N, F)
+        if len(x) > 1:
+            inner[: len(experts)].mul_(share.t()[experts].unsqueeze(2))
+        y, factors = x.clone(), factors + [1.0] * len(self.shared)
+        for row, expert, factor in zip(inner.unbind(), experts + self.shared, factors, strict=True):
+            y.addmm_(row, self.down[expert], alpha=factor)
+        return y
+
+    def gathered(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """The same for a compiler: static shapes and no loop. Inductor reads the picked weights in place."""
+        experts = self.moe.experts
+        chosen = self.moe.gate.choose(scores := self.scores(hidden))  # (N, K)
+        gates = self.moe.gate.weigh(scores, chosen).to(x.dtype)
+        gate, up = (experts.gate_up_proj[chosen] * hidden[:, None, None, :]).sum(-1).chunk(2, dim=-1)  # (N, K, F) each
+        inner = F.silu(gate) * up * gates.unsqueeze(-1)
+        y = x + (experts.down_proj[chosen] * inner.unsqueeze(2)).sum((1, 3))
+        return y if self.moe.shared_experts is None else y + self.moe.shared_experts(hidden)
+
+
+class Layer:
+    """One decoder layer."""
+
+    def __init__(self, layer: DecoderLayer):
+        self.attention = Attention(layer.input_layernorm, layer.self_attn)
+        norm, mlp = layer.post_attention_layernorm, layer.mlp
+        self.feed_forward = Mixture(norm, mlp) if isinstance(mlp, MoE) else Dense(norm, mlp)
+
+    def __call__(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
+        """x: (N, C); cache: (B, S, R+P) of this layer, extended by the window's slots -> (N, C)."""
+        return self.feed_forward(self.attention(x, cache, window))
