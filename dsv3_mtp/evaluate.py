@@ -140,17 +140,26 @@ def open_model(
 
 
 def acceptance(
-    model: DeepseekV3MTP, source: Source, *, depth: int, prompts: int, prompt_tokens: int, new_tokens: int
+    model: DeepseekV3MTP,
+    source: Source,
+    *,
+    depth: int,
+    prompts: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    temperature: float = 0.0,
 ) -> dict[str, float]:
-    """Free-running acceptance of greedy drafts of `depth` tokens on prompts from the source (DESIGN S14).
+    """Free-running acceptance of drafts of `depth` tokens on prompts from the source (DESIGN S14).
 
-    Returns `val/acceptance/k`, joint for drafts 1..k, and `val/tokens_per_step`.
+    Returns `val/acceptance/k`, joint for drafts 1..k, `val/tokens_per_step`, and `val/distinct`, the share of distinct
+    tokens: a model that repeats itself accepts everything.
     """
     windows = sequential_windows(source, seq_len=prompt_tokens, lookahead=0, count=prompts, micro_batch_size=prompts)
-    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth)
-    found = generate(model, windows[0][0].tolist(), settings).acceptance
-    metrics = {f"val/acceptance/{k}": share for k, share in enumerate(found.joint, start=1)}
-    return metrics | {"val/tokens_per_step": found.tokens_per_step}
+    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature)
+    out = generate(model, windows[0][0].tolist(), settings)
+    metrics = {f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)}
+    metrics["val/tokens_per_step"] = out.acceptance.tokens_per_step
+    return metrics | {"val/distinct": sum(len(set(row)) / len(row) for row in out.tokens) / len(out.tokens)}
 
 
 def lm_eval(
