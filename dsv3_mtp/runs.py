@@ -62,14 +62,15 @@ def lock_run_folder(config: Config) -> None:
     lock_folder(run_folder(config))
 
 
-def lock_folder(folder: Path) -> None:
-    """As `lock_run_folder`, for any folder."""
+def lock_folder(folder: Path) -> int:
+    """As `lock_run_folder`, for any folder. Closing the returned descriptor frees it earlier."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: the kernel frees it with the process
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # the kernel frees it with the process
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process trains in this run folder; choose another run.name") from None
+        raise ValueError(f"{folder}: another process works in this folder; choose another run.name") from None
+    return lock
 
 
 def write_run_folder(

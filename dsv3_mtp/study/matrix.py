@@ -8,7 +8,7 @@ The file says beforehand what is asked, what is expected and which one metric de
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -110,6 +110,8 @@ class Acceptance(Section):
 class Scale(Section):
     """One size of the study, chosen with --set scale=NAME."""
 
+    base: Text
+    """Run config that every arm starts from, relative to the study file."""
     set: Overrides = {}
     flops_per_s: Positive
     """Training FLOP/s of one worker: turns FLOPs into the time that --dry-run foretells."""
@@ -122,10 +124,8 @@ class Study(Section):
     question: Text
     expectation: Text
     """Written before the runs, and printed beside the outcome."""
-    base: Text
-    """Run config that every arm starts from, relative to the study file."""
     set: Overrides = {}
-    """Settings of every arm, on top of the base."""
+    """Settings of every arm, on top of the scale's."""
     scale: Text = "cpu"
     scales: Annotated[dict[Text, Scale], Field(min_length=1)]
     seeds: Annotated[tuple[Annotated[Integer, Field(ge=0)], ...], Field(min_length=1)]
@@ -221,7 +221,9 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     configs = {}
     for name in study.arms:
         try:
-            configs[name] = load_config(path.parent / study.base, list(_settings(study, name, of_runs)))
+            configs[name] = load_config(
+                path.parent / study.scales[study.scale].base, list(_settings(study, name, of_runs))
+            )
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(name)
@@ -241,7 +243,7 @@ def _sections() -> set[str]:
 def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:
     """What load_config is to override in the base for an arm's first seed: later ones win."""
     own = {"run.name": f"{name}-seed{study.seeds[0]}", "run.dir": str(study.folder), "run.seed": study.seeds[0]}
-    for overrides in (study.set, study.scales[study.scale].set):
+    for overrides in (study.scales[study.scale].set, study.set):
         yield from (f"{key}={json.dumps(value)}" for key, value in overrides.items())
     yield from of_runs
     yield from (f"{key}={json.dumps(value)}" for key, value in (study.arms[name].set | own).items())
@@ -252,24 +254,25 @@ def plan(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
 
     budgets: total_tokens of the arms that match another's measured time; such an arm is left out until it is known.
     """
-    study, runs = loaded.study, []
-    known = {name: tokens_of(loaded, name, budgets) for name in study.arms}
+    study = loaded.study
+    configs: dict[str, Config] = {}
+    parents: dict[str, tuple[str | None, int]] = {}
+    for name in study.arms:
+        tokens = tokens_of(loaded, name, budgets)
+        if tokens is not None:
+            config = _replace(loaded.configs[name], train={"total_tokens": tokens})
+            parents[name] = _best_parent(config, configs)
+            configs[name] = config
+    forked = {parent for parent, _ in parents.values()}
+    runs = []
     for seed in study.seeds:
-        of_seed: list[Run] = []
-        for name, tokens in known.items():
-            if tokens is not None:
-                run = {"name": f"{name}-seed{seed}", "seed": seed}
-                config = _replace(loaded.configs[name], run=run, train={"total_tokens": tokens})
-                parent, step = _best_parent(config, [other.config for other in of_seed])
-                of_seed.append(Run(name, seed, config, parent, step))
-        runs += of_seed
-    parents = {run.parent for run in runs}
-    return [_keeping_all(run) if run.name in parents else run for run in runs]
-
-
-def _keeping_all(run: Run) -> Run:
-    """A run that others fork from keeps every checkpoint; they are deleted once the others have taken theirs."""
-    return replace(run, config=_replace(run.config, checkpoint={"keep": 2 + steps_of(run.config)}))
+        for name, config in configs.items():
+            # A run that others fork from keeps every checkpoint until all of them have taken theirs.
+            keep = 2 + steps_of(config) if name in forked else config.checkpoint.keep
+            own = _replace(config, run={"name": f"{name}-seed{seed}", "seed": seed}, checkpoint={"keep": keep})
+            parent, step = parents[name]
+            runs.append(Run(name, seed, own, f"{parent}-seed{seed}" if parent else None, step))
+    return runs
 
 
 def _replace(config: Config, **sections: Mapping[str, Any]) -> Config:
@@ -320,14 +323,14 @@ def training_flops(config: Config) -> float:
     return size_of(config).flops_per_token * max(config.train.total_tokens, 1)
 
 
-def _best_parent(config: Config, others: list[Config]) -> tuple[str | None, int]:
-    """The run that shares the longest prefix with `config`, and the last checkpoint of it that lies in the prefix."""
+def _best_parent(config: Config, others: Mapping[str, Config]) -> tuple[str | None, int]:
+    """The arm that shares the longest prefix with `config`, and the last checkpoint of it that lies in the prefix."""
     parent, best = None, 0
-    for other in others:
+    for name, other in others.items():
         shared, every = shared_steps(config, other), other.checkpoint.every
         step = min(shared, steps_of(config) - 1, steps_of(other) - 1) // every * every
         if step > best:
-            parent, best = other.run.name, step
+            parent, best = name, step
     return parent, best
 
 

@@ -203,7 +203,7 @@ def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]
             rows.append([arm, *counts, *cost, fork, spec.about, settings])
     header = ["arm", "parameters, training", "inference", "tokens", "training FLOPs", "seconds", "forked from", "what",
               "settings"]  # fmt: skip
-    common = {**study.set, **scale.set}
+    common = {**scale.set, **study.set}
     return [
         Heading("Setup"),
         Rows(header, rows),
@@ -212,7 +212,7 @@ def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]
             "weight and token, attention, every depth). Seconds are of one process computing a whole run, validations "
             "included. A forked run shares the first steps with its parent, bit for bit."
         ),
-        Code(f"base: {study.base}, scale: {study.scale}, seeds: {show(study.seeds)}, --set: {show(loaded.sets)}"),
+        Code(f"base: {scale.base}, scale: {study.scale}, seeds: {show(study.seeds)}, --set: {show(loaded.sets)}"),
         Code("\n".join(f"{key}: {show(value)}" for key, value in common.items())),
         Paragraph(f"Drafts: {show(study.acceptance.model_dump())}." if study.acceptance else "Drafts: not measured."),
         Items(environment(starts)),

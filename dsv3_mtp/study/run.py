@@ -45,17 +45,21 @@ def run_study(
         ValueError: another process works on this study, or a run folder holds a run of other settings.
     """
     study = loaded.study
-    lock_folder(study.folder)
     failed: list[str] = []
-    while True:
-        budgets = read_budgets(study.folder)
-        runs = plan(loaded, budgets)
-        check_folders(study, runs)
-        failed += _execute(study, runs, only, jobs, say)
-        if not (more := new_budgets(loaded, budgets)):
-            return failed
-        with replacing(study.folder / BUDGETS) as temporary:
-            temporary.write_text(json.dumps(budgets | more, indent=1) + "\n")
+    lock = lock_folder(study.folder)
+    try:
+        while True:
+            budgets = read_budgets(study.folder)
+            runs = plan(loaded, budgets)
+            check_folders(study, runs)
+            chosen = [run for run in runs if only(run) and run.name not in failed]
+            failed += _execute(study, runs, chosen, jobs, say)
+            if not (more := new_budgets(loaded, budgets)):
+                return failed
+            with replacing(study.folder / BUDGETS) as temporary:
+                temporary.write_text(json.dumps(budgets | more, indent=1) + "\n")
+    finally:
+        os.close(lock)
 
 
 def read_budgets(folder: Path) -> dict[str, int]:
@@ -114,11 +118,9 @@ def check_folders(study: Study, runs: list[Run]) -> None:
         )
 
 
-def _execute(
-    study: Study, runs: list[Run], only: Callable[[Run], bool], jobs: int, say: Callable[[str], None]
-) -> list[str]:
-    """Works through the runs; a run waits for the one that it forks from."""
-    waiting = [run for run in runs if only(run) and not is_closed(study, run)]
+def _execute(study: Study, runs: list[Run], chosen: list[Run], jobs: int, say: Callable[[str], None]) -> list[str]:
+    """Works through the chosen ones of all runs; a run waits for the one that it forks from."""
+    waiting = [run for run in chosen if not is_closed(study, run)]
     total, failed = len(waiting), []
     active: dict[Any, tuple[BaseProcess, Run, float]] = {}
     try:
