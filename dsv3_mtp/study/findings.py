@@ -20,11 +20,15 @@ METRICS: dict[str, tuple[str, str | None]] = {
     "acceptance/T0/tokens_per_step": ("tokens per step, greedy, free-running", "higher"),
     "acceptance/T1/tokens_per_step": ("tokens per step at temperature 1, free-running", "higher"),
     "task/exact_match": ("exact match by generation", "higher"),
+    "task/first_node": ("first node of the path, by generation", "higher"),
+    "task/first_sum": ("first sum, by generation", "higher"),
+    "task/second_token": ("second token of a known name, by generation", "higher"),
     "task/solved": ("share of seeds that solved the task", "higher"),
     "train/max_violation": ("MaxVio of the trunk's routers, last quarter of training", "lower"),
     "train/mtp_max_violation/1": ("MaxVio of the first MTP router, last quarter of training", "lower"),
 }
 FAMILIES = {
+    "task/excess_loss": ("loss of depth {} above that of the true source, nats per token", "lower"),
     "val/mtp_loss": ("teacher-forced loss of depth {}, nats per token", "lower"),
     "val/top1": ("top1 of depth {} (teacher-forced, against the text)", "higher"),
     "val/agreement": ("agreement of depths 1..{} (teacher-forced, with the main head)", "higher"),

@@ -13,6 +13,7 @@ import torch
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.source import open_source
+from dsv3_mtp.data.tasks import TaskSource
 from dsv3_mtp.evaluate import acceptance
 from dsv3_mtp.hf import load_run
 from dsv3_mtp.metrics import Record, read_metrics, replacing
@@ -93,14 +94,16 @@ def solved_at(records: Sequence[Record], threshold: float) -> int | None:
 def free_running(folder: Path, config: Config, drafts: Acceptance) -> dict[str, float]:
     """Acceptance at temperature 0 and 1 of as many drafts as the model has depths (DESIGN S14)."""
     model = load_run(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
+    task = config.data.task
     metrics: dict[str, float] = {}
+    source = open_source(str(config.data.val), "val") if task is None else TaskSource(task)
     for temperature in (0, 1):
         found = acceptance(
             model,
-            open_source(config.data.val, "val"),
+            source,
             depth=config.mtp.depths,
             prompts=drafts.prefixes,
-            prompt_tokens=drafts.prefix_tokens,
+            seq_len=2 * drafts.prefix_tokens,
             new_tokens=drafts.new_tokens,
             temperature=float(temperature),
         )

@@ -14,6 +14,7 @@ from typing import Any
 from dsv3_mtp.config.reader import show
 from dsv3_mtp.metrics import quantity, read_metrics, replacing
 from dsv3_mtp.study import findings, stats
+from dsv3_mtp.study.calibration import calibration_table, worst_excess
 from dsv3_mtp.study.findings import Effect, Table, describe_metric, values_of, verdict
 from dsv3_mtp.study.matrix import LoadedStudy, Study, plan
 from dsv3_mtp.study.measure import read_results
@@ -50,6 +51,7 @@ def write_report(loaded: LoadedStudy) -> Path:
     lines = verdicts(study, table, effects)
     blocks = [
         *opening(study, table, lines),
+        *calibration_table(loaded.configs, table),
         *result_tables(study, table, effects),
         *(Picture(name, caption) for name, caption in pictures),
         *health(study, table),
@@ -237,21 +239,10 @@ def environment(starts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def summary(study: Study, table: Table, effects: Sequence[Effect], lines: Sequence[str]) -> dict[str, Any]:
     """For other programs, and for the reports that quote the calibration."""
-    worst = [
-        (abs(value), arm, metric)
-        for arm, seeds in table.items()
-        for results in seeds.values()
-        for metric, value in results.get("metrics", {}).items()
-        if metric.startswith("task/excess_loss/")
-    ]
-    found = "no Markov source"
-    if worst:
-        value, arm, metric = max(worst)
-        found = f"losses of every depth within {value:.3f} nats of the known ones (largest: {metric} of {arm})"
     rows = [
         {**{k: v for k, v in vars(e).items() if k != "interval"}, **(vars(e.interval) if e.interval else {})}
         for e in effects
     ]
     for row in rows:
         row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    return {"study": study.run.name, "calibration": found, "verdicts": list(lines), "effects": rows}
+    return {"study": study.run.name, "calibration": worst_excess(table), "verdicts": list(lines), "effects": rows}
