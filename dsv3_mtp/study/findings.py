@@ -105,7 +105,7 @@ def values_of(table: Table, arm: str, metric: str) -> dict[int, float]:
 
 
 def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -> str:
-    """One effect in plain words; never more than the interval says."""
+    """One effect in plain words; never more than the interval says. lost_runs: those that diverged."""
     words, better = describe_metric(effect.metric)
     subject = f"{effect.arm} against {effect.against}, {words}:"
     if effect.interval is None:
@@ -113,7 +113,7 @@ def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -
     i = effect.interval
     if i.n < 2:
         return f"{subject} {i.mean:+.4g} with one seed: no conclusion."
-    tail = f" {len(lost_runs)} runs did not finish ({', '.join(lost_runs)}) and count against it." if lost_runs else ""
+    tail = f" Counting against it: {', '.join(lost_runs)}." if lost_runs else ""
     if effect.metric == "task/solved":
         found = "a difference in solve rates" if effect.adjusted_p < ALPHA else "no detectable difference"
         return f"{subject} {found}, {i.mean:+.2f} (Fisher p = {effect.p:.3g}, Holm {effect.adjusted_p:.3g}).{tail}"
@@ -144,14 +144,17 @@ def leaks(table: Table) -> list[str]:
     return alarms
 
 
-def unfinished(study: Any, table: Table, arms: Sequence[str]) -> list[str]:
-    """Names and reasons of the runs of `arms` that have no result to count."""
+def lost(table: Table, arms: Sequence[str]) -> list[str]:
+    """The runs of `arms` that came to no result by their own fault."""
+    runs = [(arm, seed, results["status"]) for arm in arms for seed, results in table.get(arm, {}).items()]
+    return [f"{arm} seed {seed} {status}" for arm, seed, status in runs if status != "finished"]
+
+
+def not_run(study: Any, table: Table) -> list[str]:
+    """Per arm the seeds that have not been run, or that failed for a reason that is not training's."""
     found = []
-    for arm in arms:
-        for seed in study.seeds:
-            results = table.get(arm, {}).get(seed)
-            if results is None:
-                found.append(f"{arm} seed {seed}: not run")
-            elif results["status"] != "finished":
-                found.append(f"{arm} seed {seed}: {results['status']}")
+    for arm in study.arms:
+        seeds = [str(seed) for seed in study.seeds if seed not in table.get(arm, {})]
+        if seeds:
+            found.append(f"{arm}: not run with seed {', '.join(seeds)}")
     return found

@@ -86,8 +86,16 @@ class Comparison(Section):
 
     against: Text
     arms: Annotated[tuple[Text, ...], Field(min_length=1)]
-    rule: Literal["added parameters", "matched parameters", "matched training FLOPs", "matched CPU time", "same model"]
-    """What makes it fair: heads on top (V3), heads instead of trunk layers (Meta), equal cost, or equal models."""
+    rule: Literal[
+        "added parameters",
+        "matched parameters",
+        "matched training FLOPs",
+        "matched CPU time",
+        "same trunk",
+        "same model",
+    ]
+    """What makes it fair: heads on top (V3), heads instead of trunk layers (Meta), equal cost, other heads on the same
+    trunk, or other settings of the same model."""
 
 
 class Primary(Section):

@@ -132,14 +132,14 @@ def draw_depths(out: Path, table: Table, arms: Mapping[str, str]) -> bool:
     families = ("val/mtp_loss", "acceptance/T0/joint", "acceptance/T1/joint")
     titles = ("loss of depth k, teacher-forced", "drafts 1..k accepted, greedy", "drafts 1..k accepted, T = 1")
     figure = Figure(figsize=(13, 4.6), layout="constrained")
-    drawn = False
+    shown: set[str] = set()
     for ax, family, title in zip(figure.subplots(1, 3), families, titles, strict=True):
         for n, (arm, color) in enumerate(arms.items()):
             first = next((r for r in table.get(arm, {}).values() if r.get("metrics")), None)
             depths = depths_of(first["metrics"], family) if first else []
             values = [list(values_of(table, arm, f"{family}/{k}").values()) for k in depths]
             if values and all(values):
-                drawn = True
+                shown.add(arm)
                 at = np.array(depths) + 0.03 * (n - len(arms) / 2)
                 half = [t_interval(v).high - np.mean(v) if len(v) > 1 else 0.0 for v in values]
                 ax.errorbar(at, [np.mean(v) for v in values], half, color=color, marker="o", ms=4, label=arm)
@@ -148,30 +148,28 @@ def draw_depths(out: Path, table: Table, arms: Mapping[str, str]) -> bool:
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         if family != "val/mtp_loss":
             ax.set_ylim(0, 1)
-    handles = [Line2D([], [], color=color, marker="o", label=arm) for arm, color in arms.items()]
-    figure.legend(handles=handles, loc="outside right upper")
-    return _saved(figure, out, drawn)
+    _legend(figure, arms, shown, marker="o")
+    return _saved(figure, out, bool(shown))
 
 
 @matplotlib.rc_context(STYLE)
 def draw_tradeoff(out: Path, table: Table, arms: Mapping[str, str]) -> bool:
     figure = Figure(figsize=(12, 5), layout="constrained")
-    drawn = False
+    shown: set[str] = set()
     for ax, temperature in zip(figure.subplots(1, 2), (0, 1), strict=True):
         metric = f"acceptance/T{temperature}/tokens_per_step"
         for arm, color in arms.items():
             loss, drafts = values_of(table, arm, "val/main_loss"), values_of(table, arm, metric)
             points = np.array([(drafts[seed], loss[seed]) for seed in drafts if seed in loss]).reshape(-1, 2)
             if len(points):
-                drawn = True
+                shown.add(arm)
                 ax.plot(*points.T, ".", color=color, alpha=0.5)
                 ax.plot(*points.mean(0), "o", color=color, ms=9, label=arm)
         ax.set_title("greedy" if temperature == 0 else "temperature 1")
         ax.set_xlabel("tokens per step, free-running")
         ax.set_ylabel("main validation loss")
-    handles = [Line2D([], [], color=color, marker="o", ls="", label=arm) for arm, color in arms.items()]
-    figure.legend(handles=handles, loc="outside right upper")
-    return _saved(figure, out, drawn)
+    _legend(figure, arms, shown, marker="o", ls="")
+    return _saved(figure, out, bool(shown))
 
 
 @matplotlib.rc_context(STYLE)
@@ -202,12 +200,12 @@ def draw_lambda(out: Path, configs: Mapping[str, Config], arms: Mapping[str, str
 @matplotlib.rc_context(STYLE)
 def draw_balance(out: Path, curves: Curves, arms: Mapping[str, str]) -> bool:
     figure = Figure(figsize=(12, 4.6), layout="constrained")
-    drawn = False
+    shown: set[str] = set()
     keys = {"moe/max_violation": "trunk's routers", "moe/mtp_max_violation/1": "first MTP router"}
     for ax, (key, title) in zip(figure.subplots(1, 2), keys.items(), strict=True):
         for arm, color in arms.items():
             if found := _mean_curves(curves, arm, key):
-                drawn = True
+                shown.add(arm)
                 tokens, values = found
                 width = max(1, len(tokens) // 12)
                 smooth = np.convolve(values.mean(0), np.ones(width) / width, "valid")
@@ -215,9 +213,8 @@ def draw_balance(out: Path, curves: Curves, arms: Mapping[str, str]) -> bool:
         ax.set_title(f"MaxVio, {title}")
         ax.set_ylim(bottom=0)
         _tokens(ax)
-    handles = [Line2D([], [], color=color, label=arm) for arm, color in arms.items()]
-    figure.legend(handles=handles, loc="outside right upper")
-    return _saved(figure, out, drawn)
+    _legend(figure, arms, shown)
+    return _saved(figure, out, bool(shown))
 
 
 @matplotlib.rc_context(STYLE)
@@ -238,6 +235,11 @@ def draw_solved(out: Path, table: Table, arms: Mapping[str, str]) -> bool:
     _tokens(ax)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
     return _saved(figure, out, drawn)
+
+
+def _legend(figure: Figure, arms: Mapping[str, str], shown: set[str], **style: Any) -> None:
+    handles = [Line2D([], [], color=color, label=arm, **style) for arm, color in arms.items() if arm in shown]
+    figure.legend(handles=handles, loc="outside right upper")
 
 
 def _tokens(ax: Axes) -> None:

@@ -92,7 +92,7 @@ def calibration_line(study: Study) -> str:
         return "Calibration: this study measures against known answers; the other reports quote it."
     path = Path(study.run.dir) / CALIBRATION / "summary.json"
     if not path.exists():
-        return f"Calibration: not run ({path} is missing), so nothing here has been checked against known answers."
+        return f"Calibration: configs/studies/{CALIBRATION}.yaml has not been run beside this study."
     found = json.loads(path.read_text())
     return f"Calibration against a source with known entropy: {found['calibration']}"
 
@@ -112,11 +112,11 @@ def verdicts(study: Study, table: Table, effects: Sequence[Effect]) -> list[str]
     rest = [e for e in effects if not is_primary(study, e) and e.interval is not None]
     lines = []
     for effect in primary:
-        lost = findings.unfinished(study, table, [effect.arm, effect.against])
+        lost = findings.lost(table, [effect.arm, effect.against])
         lines.append("Primary: " + verdict(effect, margin=study.primary.margin, lost_runs=lost))
     clear = [e for e in rest if e.interval and not e.interval.covers_zero and e.interval.n > 1]
     for effect in clear:
-        lost = findings.unfinished(study, table, [effect.arm, effect.against])
+        lost = findings.lost(table, [effect.arm, effect.against])
         lines.append(f"Exploratory ({effect.comparison}): " + verdict(effect, margin=None, lost_runs=lost))
     nulls = [e for e in rest if e not in clear]
     if nulls:
@@ -176,7 +176,7 @@ def interval_cell(table: Table, arm: str, metric: str) -> str:
 
 def health(study: Study, table: Table) -> list[Block]:
     """What did not go well, and the leak alarm."""
-    missing = findings.unfinished(study, table, list(study.arms))
+    missing = findings.lost(table, list(study.arms)) + findings.not_run(study, table)
     blocks: list[Block] = [Heading("Runs that do not count, and alarms")]
     blocks.append(Items(missing) if missing else Paragraph("Every run of the matrix finished; none diverged."))
     alarms = findings.leaks(table)
