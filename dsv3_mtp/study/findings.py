@@ -104,6 +104,13 @@ def values_of(table: Table, arm: str, metric: str) -> dict[int, float]:
     return found
 
 
+def stands_out(effect: Effect) -> bool:
+    """The interval of the difference leaves out 0; of solve rates it is Fisher's p that counts."""
+    if effect.interval is None or effect.interval.n < 2:
+        return False
+    return effect.p < ALPHA if effect.metric == "task/solved" else not effect.interval.covers_zero
+
+
 def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -> str:
     """One effect in plain words; never more than the interval says. lost_runs: those that diverged."""
     words, better = describe_metric(effect.metric)
@@ -115,14 +122,15 @@ def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -
         return f"{subject} {i.mean:+.4g} with one seed: no conclusion."
     tail = f" Counting against it: {', '.join(lost_runs)}." if lost_runs else ""
     if effect.metric == "task/solved":
-        found = "a difference in solve rates" if effect.adjusted_p < ALPHA else "no detectable difference"
-        return f"{subject} {found}, {i.mean:+.2f} (Fisher p = {effect.p:.3g}, Holm {effect.adjusted_p:.3g}).{tail}"
+        found = "a difference" if effect.adjusted_p < ALPHA else "a hint only"
+        found = found if stands_out(effect) else "no detectable difference"
+        return f"{subject} {found}, {i.mean:+.2f} (Fisher p = {effect.p:.3g}, Holm p = {effect.adjusted_p:.3g}).{tail}"
     size = f"{i.mean:+.4g} [{i.low:+.4g}, {i.high:+.4g}], n = {i.n}"
     same = ""
     if margin is not None and effect.equivalence_p is not None:
         within = effect.equivalence_p < ALPHA
         same = f"{'' if within else 'not '}shown to be within +-{margin:g} (TOST p = {effect.equivalence_p:.2g})"
-    if i.covers_zero:
+    if not stands_out(effect):
         return f"{subject} no detectable difference, {size}{f'; {same}' if same else ''}.{tail}"
     direction = "higher" if i.mean > 0 else "lower"
     good = f", which is {'better' if direction == better else 'worse'}" if better else ""

@@ -114,7 +114,7 @@ def verdicts(study: Study, table: Table, effects: Sequence[Effect]) -> list[str]
     for effect in primary:
         lost = findings.lost(table, [effect.arm, effect.against])
         lines.append("Primary: " + verdict(effect, margin=study.primary.margin, lost_runs=lost))
-    clear = [e for e in rest if e.interval and not e.interval.covers_zero and e.interval.n > 1]
+    clear = [e for e in rest if findings.stands_out(e)]
     for effect in clear:
         lost = findings.lost(table, [effect.arm, effect.against])
         lines.append(f"Exploratory ({effect.comparison}): " + verdict(effect, margin=None, lost_runs=lost))
@@ -159,6 +159,8 @@ def effect_row(study: Study, effect: Effect) -> list[str]:
     tost = "-" if effect.equivalence_p is None else f"{effect.equivalence_p:.2g} (+-{study.primary.margin:g})"
     spread = f"{i.sd:.4f} / {effect.unpaired_sd:.4f}"
     limits = f"[{i.low:+.4f}, {i.high:+.4f}]" if i.n > 1 else "one seed: none"
+    if effect.metric == "task/solved":
+        limits, spread, tost = f"Fisher p = {effect.p:.3g}", "-", "-"
     p = f"{effect.adjusted_p:.2g}" if i.n > 1 else "-"
     return [effect.arm + mark, effect.metric, f"{i.mean:+.4f}", limits, str(i.n), p, spread, tost]
 

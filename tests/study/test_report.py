@@ -138,9 +138,13 @@ def test_solve_rates_have_exact_intervals_and_fishers_test(report):
             results["metrics"]["task/solved"] = float(won)
             path.write_text(json.dumps(results | {"solved_at": 300 if won else None}))
 
-    text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, after=solve)
+    def ask(tree):
+        five_seeds(tree)
+        tree["primary"]["metric"] = "task/solved"
+
+    text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, ask, after=solve)
     assert "0 of 5 [0.00, 0.52]" in text and "5 of 5 [0.48, 1.00]" in text
-    assert "a difference in solve rates, +1.00 (Fisher p = 0.00794" in text
+    assert "a difference, +1.00 (Fisher p = 0.00794, Holm p = 0.00794)" in text
 
 
 def test_a_low_loss_of_a_head_raises_the_leak_alarm(report):
