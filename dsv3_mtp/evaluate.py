@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.data.sampler import sequential_windows
-from dsv3_mtp.data.source import Source
+from dsv3_mtp.data.sampler import deal, sequential_windows
+from dsv3_mtp.data.source import Source, open_source
+from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.generate import Settings, generate
+from dsv3_mtp.grade import Grade
 from dsv3_mtp.hf import export_hf, load_hf, load_run
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
 
@@ -25,7 +27,14 @@ if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
     from dsv3_mtp.parallel.engine import Engine
 
 
-def evaluate(engine: "Engine", source: Source, config: Config) -> dict[str, Any]:
+def validation_source(config: Config) -> Source | TaskSource:
+    """What a run is validated on: data.val, or other examples of its task than it is trained on."""
+    if config.data.task is not None:
+        return TaskSource(config.data.task)
+    return open_source(config.data.val or "", "val")
+
+
+def evaluate(engine: "Engine", source: Source | TaskSource, config: Config) -> dict[str, Any]:
     """`validate` in a training run: all ranks share the work and get the same metrics."""
     world = engine.world
     return validate(
@@ -43,7 +52,7 @@ def evaluate(engine: "Engine", source: Source, config: Config) -> dict[str, Any]
 @torch.no_grad()
 def validate(
     model: DeepseekV3MTP,
-    source: Source,
+    source: Source | TaskSource,
     config: Config,
     *,
     batches: int,
@@ -55,35 +64,40 @@ def validate(
     """Losses, top1 and agreement of every depth on `batches` fixed micro-batches of train.micro_batch_size sequences.
 
     Returns `val/...` metrics, summed over ranks before dividing. `val/main_loss` is the validation loss (nats per
-    token); `val/bits_per_byte` is the same per byte of text, comparable between tokenizers.
+    token); `val/bits_per_byte` is the same per byte of text, comparable between tokenizers. For a task also its
+    `task/...` metrics, on the examples of the same rows.
     """
-    depths, micro = config.mtp.depths, config.train.micro_batch_size
-    windows = sequential_windows(
-        source,
-        seq_len=config.data.seq_len,
-        lookahead=1 + depths,
-        count=batches * micro,
-        rank=rank,
-        world_size=world_size,
-        micro_batch_size=micro,
-    )
+    depths, micro, count = config.mtp.depths, config.train.micro_batch_size, batches * config.train.micro_batch_size
+    share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro}
+    windows = sequential_windows(source, seq_len=config.data.seq_len, lookahead=1 + depths, count=count, **share)
     sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=device)
     training = model.training
     model.eval()
-    for tokens, documents in windows:
-        out = model(*to_device(tokens, documents, config=config, device=device))
-        sums += metric_sums(out)
+    for window in windows:
+        tokens, documents, scored = to_device(*window, config=config, device=device)
+        sums += metric_sums(model(tokens, documents, scored=scored))
+    grade = None
+    if isinstance(source, TaskSource):
+        rows = [row for part in deal(count, **share) for row in part]
+        grade = Grade(model, source.task)
+        grade.mark(TaskStream(source, config.data.seq_len, None), rows, windows)
+        sums = torch.cat([sums, grade.sums.to(device)])
     model.train(training)
-    metrics = {f"val/{name}": value for name, value in metric_means(all_reduce(sums).tolist(), depths).items()}
-    if source.bytes is not None:
+    totals = all_reduce(sums).tolist()
+    metrics = {f"val/{name}": value for name, value in metric_means(totals[: 3 + 5 * depths], depths).items()}
+    if grade is not None:
+        metrics |= grade.metrics(totals[3 + 5 * depths :], metrics)
+    if isinstance(source, Source) and source.bytes is not None:
         metrics["val/bits_per_byte"] = metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes
     return metrics
 
 
-def to_device(tokens, documents, *, config: Config, device: torch.device):
-    """One micro-batch of the sampler as the model takes it; documents only where they are to be masked."""
-    tokens = torch.from_numpy(tokens).to(device)
-    return tokens, torch.from_numpy(documents).to(device) if config.data.mask_documents else None
+def to_device(tokens, documents, scored=None, *, config: Config, device: torch.device):
+    """One micro-batch of the sampler as the model takes it: tokens, documents only where they are to be masked, and
+    which tokens are targets (None: all of a text).
+    """
+    numbers = documents if config.data.mask_documents else None
+    return tuple(None if part is None else torch.from_numpy(part).to(device) for part in (tokens, numbers, scored))
 
 
 def metric_sums(out: MTPOutput) -> torch.Tensor:

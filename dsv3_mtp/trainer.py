@@ -13,7 +13,8 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.data.corpus import build_corpus
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import Source, check_vocab, open_source
-from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device
+from dsv3_mtp.data.tasks import TaskSource
+from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, validation_source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
@@ -124,15 +125,20 @@ class Trainer:
         pieces = self.sampler.next_batch(batch_size, rank=world.rank, world_size=world.size, micro_batch_size=micro)
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
         # Valid targets of the whole step over all ranks, per rank: DeepSpeed averages gradients over the ranks.
-        counts = torch.stack([count_targets(tokens, documents, depths) for tokens, documents in batch]).sum(0)
+        counts = torch.stack([count_targets(t, documents, depths, scored) for t, documents, scored in batch]).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size
 
         losses = torch.zeros(2, dtype=torch.float64, device=world.device)  # total, balance
         sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=world.device)
         load = torch.zeros((), device=world.device)
-        for number, (tokens, documents) in enumerate(batch, start=1):
+        for number, (tokens, documents, scored) in enumerate(batch, start=1):
             out = self.engine(
-                tokens, documents, loss_weights=loss_weights, balance_loss_weight=alpha, normalizer=normalizer
+                tokens,
+                documents,
+                scored=scored,
+                loss_weights=loss_weights,
+                balance_loss_weight=alpha,
+                normalizer=normalizer,
             )
             self.engine.backward(out.loss, last=number == len(batch))
             losses += torch.stack([out.loss.detach(), out.balance])
@@ -254,24 +260,28 @@ class Trainer:
     def headline(self) -> str:
         config, size = self.config, self.size
         heads = config.mtp.mode if config.mtp.mode == "none" else f"{config.mtp.mode} D={config.mtp.depths}"
-        train = sum(source.tokens for source in self.sampler.sources)
+        tokens = [source.tokens for source in self.sampler.sources if isinstance(source, Source)]
+        data = quantity(sum(tokens)) if tokens else self.val.path
         return (
             f"{config.run.name}: {quantity(size.total)} parameters ({quantity(size.active)} active) + MTP {heads} "
-            f"({quantity(size.mtp_total)}), {quantity(config.train.total_tokens)} tokens of {quantity(train)}, "
+            f"({quantity(size.mtp_total)}), {quantity(config.train.total_tokens)} tokens of {data}, "
             f"{self.world.size} x {self.world.device.type}, ZeRO-{config.parallel.zero_stage}, {config.train.dtype}"
         )
 
 
-def open_data(config: Config, world: World) -> tuple[Sampler, Source]:
+def open_data(config: Config, world: World) -> tuple[Sampler, Source | TaskSource]:
     """The training sampler and the validation source; rank 0 first builds the embedded corpus where it is missing."""
     data = config.data
+    lookahead = 1 + config.mtp.depths
     if data.build == "pystdlib" and isinstance(data.train, str):
         on_main(world, lambda: build_missing(str(data.train), config.model.vocab_size))
+    val = validation_source(config)
+    if isinstance(val, TaskSource):
+        return Sampler([val], seq_len=data.seq_len, lookahead=lookahead, seed=config.run.seed), val
     sources = [open_source(entry.path, "train") for entry in data.entries]
-    val = open_source(data.val, "val")
     for source in [*sources, val]:
         check_vocab(source, config.model.vocab_size)
-    lookahead, weights = 1 + config.mtp.depths, [entry.weight for entry in data.entries]
+    weights = [entry.weight for entry in data.entries]
     sampler = Sampler(sources, weights, seq_len=data.seq_len, lookahead=lookahead, seed=config.run.seed)
     return sampler, val
 

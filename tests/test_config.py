@@ -218,7 +218,7 @@ def test_missing_sections_and_keys_are_listed(tmp_path):
     path.write_text("data: {train: a, seq_len: 8}\ntrain: {total_tokens: 64, batch_size: 8, micro_batch_size: 8}\n")
     assert problems(path=path) == [
         "model: missing; it has no default",
-        "data.val: missing; it has no default",
+        "data.val: missing; name prepared data here, or set data.task",
     ]
 
 

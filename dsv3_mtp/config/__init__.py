@@ -3,10 +3,20 @@
     config = load_config("configs/v3_tiny.yaml", ["mtp.mode=parallel", "optim.lr=1e-3"])
     config.model.hidden_size, config.mtp.depths, config.optim.schedule.warmup
 
-run.py holds the whole and most sections, model.py what is trained, reader.py files and reports, deepspeed.py
-the keys that a run may hand to DeepSpeed.
+run.py holds the whole and most sections, model.py what is trained, data.py on what, reader.py files and reports,
+deepspeed.py the keys that a run may hand to DeepSpeed.
 """
 
+from dsv3_mtp.config.data import (
+    DataConfig,
+    DataEntry,
+    InductionTask,
+    MarkovTask,
+    PolynomialTask,
+    StarTask,
+    SuffixSumTask,
+    Task,
+)
 from dsv3_mtp.config.model import (
     ConstantWeight,
     LossWeight,
@@ -22,8 +32,6 @@ from dsv3_mtp.config.reader import ConfigError
 from dsv3_mtp.config.run import (
     BatchSizeRamp,
     Config,
-    DataConfig,
-    DataEntry,
     OptimConfig,
     ScheduleConfig,
     TrainConfig,
@@ -37,15 +45,21 @@ __all__ = [
     "ConstantWeight",
     "DataConfig",
     "DataEntry",
+    "InductionTask",
     "LossWeight",
     "MTPConfig",
+    "MarkovTask",
     "ModelConfig",
     "OptimConfig",
     "PiecewiseWeight",
+    "PolynomialTask",
     "RampWeight",
     "RopeScaling",
     "ScheduleConfig",
+    "StarTask",
     "StepWeight",
+    "SuffixSumTask",
+    "Task",
     "TrainConfig",
     "WarmupWeight",
     "load_config",

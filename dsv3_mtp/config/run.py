@@ -10,8 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
+from dsv3_mtp.config.data import DataConfig, Task
 from dsv3_mtp.config.deepspeed import check_deepspeed
 from dsv3_mtp.config.model import (
     V3_TOKENS,
@@ -42,48 +43,6 @@ class RunConfig(Section):
     def rules(self) -> Iterator[Problem]:
         if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
             yield "name", f"must be a plain folder name; put folders into run.dir (got {show(self.name)})"
-
-
-class DataEntry(Section):
-    """One corpus of a mixture."""
-
-    path: Text
-    """Prepared folder or Megatron prefix."""
-    weight: Positive
-    """Relative share of the sampled sequences."""
-
-
-def _one_or_many(value: Any) -> str:
-    return "<one>" if isinstance(value, str) else "<many>"
-
-
-class DataConfig(Section):
-    """Where tokens come from. Documents are packed (V3 4.1)."""
-
-    train: Annotated[
-        Annotated[Text, Tag("<one>")] | Annotated[tuple[DataEntry, ...], Tag("<many>")],
-        Discriminator(_one_or_many),
-    ]
-    """Prepared folder, Megatron prefix (PREFIX.bin, PREFIX.idx), or a list of {path, weight}."""
-    val: Text
-    """Prepared folder (its validation split) or Megatron prefix."""
-    build: Literal["pystdlib"] | None = None
-    """Corpus to build into the folder `train` when it is missing: the running interpreter's library."""
-    seq_len: Annotated[Integer, Field(ge=2)]
-    """Positions per sequence, T (V3 4.2: 4096). A sample holds T + 1 + D tokens."""
-    mask_documents: bool = False
-    """Mask attention, targets and MTP inputs across document boundaries (V3 4.1: not done)."""
-
-    @property
-    def entries(self) -> tuple[DataEntry, ...]:
-        """`train` as a mixture: a single corpus is one entry of weight 1."""
-        return (DataEntry(path=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
-
-    def rules(self) -> Iterator[Problem]:
-        if not self.train:
-            yield "train", "must name at least one corpus (got [])"
-        if self.build is not None and not isinstance(self.train, str):
-            yield "build", f"needs one folder in data.train, not a list; set null (got {show(self.build)})"
 
 
 class ScheduleConfig(Section):
@@ -258,6 +217,8 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if model and data and data.seq_len > model.max_position_embeddings:
         text = f"must be <= model.max_position_embeddings = {model.max_position_embeddings}"
         yield "data.seq_len", f"{text} (got {data.seq_len})"
+    if model and data and data.task:
+        yield from _task_fits(model, data.task)
     if train and data and train.total_tokens < (step := train.batch_size * data.seq_len):
         text = f"must be >= one step, train.batch_size * data.seq_len = {step}"
         yield "train.total_tokens", f"{text} (got {train.total_tokens})"
@@ -268,6 +229,15 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
             yield "train.freeze", "trunk needs mtp.detach: trunk or all (got none)"
         if train.init_from is None:
             yield "train.freeze", "trunk needs train.init_from: a trunk at random weights teaches nothing"
+
+
+def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:
+    if model.vocab_size < task.vocab_size:
+        text = f"must be >= {task.vocab_size}, the tokens of data.task.type {task.type}"
+        yield "model.vocab_size", f"{text} (got {model.vocab_size})"
+    if model.max_position_embeddings < task.example_length:
+        text = f"must be >= {task.example_length}, the length of an example of data.task"
+        yield "model.max_position_embeddings", f"{text} (got {model.max_position_embeddings})"
 
 
 def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:

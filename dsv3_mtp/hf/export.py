@@ -160,6 +160,8 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
         return {key: content[key] for key in SPECIAL_IDS if key in content}, []
     tokenizer = tokenizer_of(config, run)
     if tokenizer is None:
+        if config.data.task is not None:
+            return {}, [f"no tokenizer: data.task {config.data.task.type} generates token ids, not text"]
         return {}, ["no tokenizer: the training data has none; put its files beside the weights to use text"]
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     index = tokenizer.with_name("index.json")

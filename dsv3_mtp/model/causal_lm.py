@@ -85,6 +85,7 @@ class DeepseekV3MTP(nn.Module):
         tokens: Tensor,
         documents: Tensor | None = None,
         *,
+        scored: Tensor | None = None,
         loss_weights: tuple[float, ...] | None = None,
         balance_loss_weight: float = 0.0,
         normalizer: Tensor | None = None,
@@ -95,16 +96,17 @@ class DeepseekV3MTP(nn.Module):
             tokens: (B, T+1+D) int64. Depth k reads tokens[:, k:k+T] and predicts tokens[:, k+1:k+1+T].
             documents: (B, T+1+D) document numbers: attention, targets and MTP inputs stay inside documents. None:
                 packed without masks (V3 section 4.1).
+            scored: (B, T+1+D) bool, the tokens that are targets, at every depth. None: all.
             loss_weights: D numbers lambda * w_k / D (eq. 25), default 1/D each.
             balance_loss_weight: alpha of eq. 17.
             normalizer: (2+D,) from `count_targets`, of the whole optimizer step if this is a part of it. Default: own.
         """
         length = tokens.shape[1] - 1 - self.depths  # T
         if normalizer is None:
-            normalizer = count_targets(tokens, documents, self.depths)
+            normalizer = count_targets(tokens, documents, self.depths, scored)
         if loss_weights is None:
             loss_weights = (1.0 / max(self.depths, 1),) * self.depths
-        valid = valid_targets(tokens, documents, self.depths)  # (1+D, B, T)
+        valid = valid_targets(tokens, documents, self.depths, scored)  # (1+D, B, T)
         hiddens, stats = self.hidden_states(tokens, documents)
         targets = torch.stack([tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)])  # (1+D, B, T)
         scale = normalizer.new_tensor((1.0, *loss_weights)) / normalizer[:-1].clamp(min=1)  # (1+D,)
@@ -203,17 +205,24 @@ class DeepseekV3MTP(nn.Module):
             gate.e_score_correction_bias.zero_()
 
 
-def valid_targets(tokens: Tensor, documents: Tensor | None, depths: int) -> Tensor:
-    """(1+D, B, T) bool: the target of slot i at depth k is in slot i's own document (always, without documents)."""
+def valid_targets(tokens: Tensor, documents: Tensor | None, depths: int, scored: Tensor | None = None) -> Tensor:
+    """(1+D, B, T) bool: the target of slot i at depth k is scored and in slot i's own document (without them: always).
+
+    What decides is the target, not the slot: deep heads are trained on an answer from slots of its prompt as well.
+    """
     length = tokens.shape[1] - 1 - depths
-    if documents is None:
-        return torch.ones(1 + depths, tokens.shape[0], length, dtype=torch.bool, device=tokens.device)
-    return torch.stack([documents[:, k + 1 : k + 1 + length] == documents[:, :length] for k in range(1 + depths)])
+    ahead = [slice(k + 1, k + 1 + length) for k in range(1 + depths)]
+    valid = torch.ones(1 + depths, tokens.shape[0], length, dtype=torch.bool, device=tokens.device)
+    if documents is not None:
+        valid &= torch.stack([documents[:, span] == documents[:, :length] for span in ahead])
+    if scored is not None:
+        valid &= torch.stack([scored[:, span] for span in ahead])
+    return valid
 
 
-def count_targets(tokens: Tensor, documents: Tensor | None, depths: int) -> Tensor:
+def count_targets(tokens: Tensor, documents: Tensor | None, depths: int, scored: Tensor | None = None) -> Tensor:
     """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over batches and ranks."""
-    targets = valid_targets(tokens, documents, depths).sum((1, 2))
+    targets = valid_targets(tokens, documents, depths, scored).sum((1, 2))
     return torch.cat([targets, targets.new_tensor([tokens.shape[0]])]).double()
 
 
