@@ -6,7 +6,10 @@ from typing import Any
 import torch
 
 from dsv3_mtp import schedules
-from dsv3_mtp.config import Config
+from dsv3_mtp.config import Config, MarkovTask
+from dsv3_mtp.data.markov import best_acceptance, best_agreement, step_entropy, transition_matrix
+from dsv3_mtp.data.tasks import TaskSource, TaskStream
+from dsv3_mtp.grade import sees_tokens
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.plots import plot_schedules
@@ -27,6 +30,7 @@ def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
         **size_rows(config, size),
         **memory_rows(config, size, world_size),
         **cost_rows(config, size, world_size),
+        **task_rows(config),
     }
     width = max(map(len, rows))
     parts = [
@@ -73,6 +77,34 @@ def cost_rows(config: Config, size: ModelSize, world_size: int) -> dict[str, Any
         "tokens per step (full batch)": f"{train.batch_size * config.data.seq_len:,}",
         "training FLOPs": f"{size.flops_per_token * train.total_tokens:.3e}",
     }
+
+
+def task_rows(config: Config) -> dict[str, Any]:
+    """What is known about data.task beforehand; nothing for text."""
+    task, depths = config.data.task, config.mtp.depths
+    if task is None:
+        return {}
+    if not isinstance(task, MarkovTask):
+        examples = (
+            f"{TaskStream(TaskSource(task), config.data.seq_len, None).per_row} per row of {config.data.seq_len + 1}"
+        )
+        return {
+            f"task {task.type}": f"examples of {task.example_length} tokens, {examples}; {task.vocab_size} token ids"
+        }
+    chain = transition_matrix(task.states, sharpness=task.sharpness, chain_seed=task.chain_seed)
+    sees = sees_tokens(config.mtp)
+    losses = [step_entropy(chain, 1 if sees else 1 + k) for k in range(1 + depths)]
+    rows = {"task markov: lowest loss by depth, nats": _numbers(losses)}
+    if depths:
+        rows["  agreement of such heads"] = _numbers(best_agreement(chain, depths, sees_tokens=sees))
+        for temperature in (0, 1):
+            best = best_acceptance(chain, depths, temperature=temperature, sees_tokens=sees)
+            rows[f"  acceptance at temperature {temperature}, joint"] = _numbers(best)
+    return rows
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)
 
 
 def _bytes(value: float) -> str:

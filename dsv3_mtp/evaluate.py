@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.config import Config, MarkovTask, load_config
 from dsv3_mtp.data.sampler import deal, sequential_windows
-from dsv3_mtp.data.source import Source, open_source
+from dsv3_mtp.data.source import Source, check_vocab, open_source
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.generate import Settings, generate
 from dsv3_mtp.grade import Grade
@@ -27,11 +27,19 @@ if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
     from dsv3_mtp.parallel.engine import Engine
 
 
-def validation_source(config: Config) -> Source | TaskSource:
-    """What a run is validated on: data.val, or other examples of its task than it is trained on."""
-    if config.data.task is not None:
-        return TaskSource(config.data.task)
-    return open_source(config.data.val or "", "val")
+def validation_source(config: Config, split: str = "val") -> Source | TaskSource:
+    """What a run is validated on: data.val, or other examples of its task than it is trained on.
+
+    Raises:
+        ValueError: the data cannot be used, or `split` is asked of a task, which has validation examples only.
+    """
+    if config.data.task is None:
+        source = open_source(config.data.val or "", split)
+        check_vocab(source, config.model.vocab_size)
+        return source
+    if split != "val":
+        raise ValueError(f"data.task {config.data.task.type} has no split {split!r}: its training examples are all new")
+    return TaskSource(config.data.task)
 
 
 def evaluate(engine: "Engine", source: Source | TaskSource, config: Config) -> dict[str, Any]:
@@ -154,17 +162,39 @@ def open_model(
 
 
 def acceptance(
-    model: DeepseekV3MTP, source: Source, *, depth: int, prompts: int, prompt_tokens: int, new_tokens: int
+    model: DeepseekV3MTP, source: Source | TaskSource, *, depth: int, prompts: int, seq_len: int, new_tokens: int
 ) -> dict[str, float]:
     """Free-running acceptance of greedy drafts of `depth` tokens on prompts from the source (DESIGN S14).
 
-    Returns `val/acceptance/k`, joint for drafts 1..k, and `val/tokens_per_step`.
+    A prompt is half a window of seq_len tokens, shorter where `new_tokens` need the room. On a task it is the text
+    before an answer, and the answers are decoded; those of one token have nothing to draft. Returns
+    `val/acceptance/k`, joint for drafts 1..k, and `val/tokens_per_step`.
+
+    Raises:
+        ValueError: `new_tokens` leave no room for a prompt.
     """
-    windows = sequential_windows(source, seq_len=prompt_tokens, lookahead=0, count=prompts, micro_batch_size=prompts)
-    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth)
-    found = generate(model, windows[0][0].tolist(), settings).acceptance
+    if isinstance(source, TaskSource) and not isinstance(source.task, MarkovTask):
+        texts, new_tokens = task_prompts(TaskStream(source, seq_len, None), prompts)
+    else:
+        length = min(seq_len // 2, model.config.max_position_embeddings - new_tokens)
+        if length < 1:
+            raise ValueError(f"{new_tokens} new tokens leave no room for a prompt; give fewer (--new-tokens)")
+        windows = sequential_windows(source, seq_len=length, lookahead=0, count=prompts, micro_batch_size=prompts)
+        texts = windows[0][0].tolist()
+    if new_tokens < 2:
+        return {}
+    found = generate(model, texts, Settings(max_new_tokens=new_tokens, draft_depth=depth)).acceptance
     metrics = {f"val/acceptance/{k}": share for k, share in enumerate(found.joint, start=1)}
     return metrics | {"val/tokens_per_step": found.tokens_per_step}
+
+
+def task_prompts(stream: TaskStream, count: int) -> tuple[list[list[int]], int]:
+    """The text before the last answer of each of `count` validation examples, and the length of the answers."""
+    rows = range(-(-count // stream.per_row))
+    examples = [example for row in rows for example in stream.examples(row)][:count]
+    spans = [example.answers[-1] for example in examples]
+    prompts = [example.tokens[:start] for example, (start, _) in zip(examples, spans, strict=True)]
+    return prompts, max(stop - start for start, stop in spans)
 
 
 def lm_eval(

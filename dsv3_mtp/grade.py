@@ -1,4 +1,4 @@
-"""How well a model does a task: answers generated from their prompts, or its losses against those of the true source."""
+"""How well a model does a task: answers generated from their prompts, or its losses against the true source's."""
 
 from collections.abc import Sequence
 

@@ -7,6 +7,7 @@ has 81 examples), so that its validation examples are met in training.
 
 import bisect
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,7 +156,7 @@ def star(task: StarTask, draws: Draws) -> Example:
     steps = task.path_length - 1
     start, *others = draws.sample(task.nodes, 1 + task.degree * steps)
     paths = [[start, *others[arm * steps : (arm + 1) * steps]] for arm in range(task.degree)]
-    edges = [edge for path in paths for edge in zip(path, path[1:], strict=False)]
+    edges = [edge for path in paths for edge in itertools.pairwise(path)]
     tokens: list[int] = []
     for number in draws.sample(len(edges), len(edges)):
         tokens += [*edges[number], bar]
