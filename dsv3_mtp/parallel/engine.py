@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.config.layout import refusals
 from dsv3_mtp.parallel.launch import World
 
 
@@ -17,15 +18,12 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
     """The complete DeepSpeed JSON. The config's `deepspeed:` section is merged over it; keys we own were refused there.
 
     Raises:
-        ValueError: batch_size does not divide over ranks and micro-batches.
+        ValueError: this many ranks cannot be laid out as the config says.
     """
     train, log = config.train, config.log
+    if refused := refusals(config, world_size):
+        raise ValueError("\n".join(refused))
     rows = train.micro_batch_size * world_size
-    if train.batch_size % rows:
-        raise ValueError(
-            f"train.batch_size: {train.batch_size} sequences do not divide into micro-batches of "
-            f"{train.micro_batch_size} on {world_size} ranks; use a multiple of {rows}"
-        )
     generated: dict[str, Any] = {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
