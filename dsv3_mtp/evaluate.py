@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,6 +74,9 @@ def validate(
     for tokens, documents in windows:
         out = model(*to_device(tokens, documents, config=config, device=device))
         sums += metric_sums(out)
+    if len(windows) < -(-batches // world_size):  # every rank computes as often: they may share experts or weights
+        blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
+        model(*to_device(blank, blank, config=config, device=device))
     model.train(training)
     metrics = {f"val/{name}": value for name, value in metric_means(all_reduce(sums).tolist(), depths).items()}
     if source.bytes is not None:

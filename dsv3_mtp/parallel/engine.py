@@ -30,14 +30,23 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         "gradient_accumulation_steps": train.batch_size // rows,
         "gradient_clipping": config.optim.grad_clip,
         "steps_per_print": None,
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": _zero(config),
         "bf16": {"enabled": train.dtype == "bfloat16"},
+        "data_types": {"keep_in_fp32_modules": ["e_score_correction_bias"]},
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too, with nothing to build
         "tensorboard": {"enabled": log.tensorboard, "output_path": run_dir, "job_name": "tb"},
     }
     if log.wandb is not None:
         wandb = {"project": log.wandb.project, "team": log.wandb.entity, "group": log.wandb.group}
         generated["wandb"] = {"enabled": True} | {key: value for key, value in wandb.items() if value is not None}
     return _merge(generated, config.deepspeed)
+
+
+def _zero(config: Config) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
+    if config.parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return zero
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
