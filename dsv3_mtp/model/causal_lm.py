@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.mtp import ParallelLinearMTP, ParallelMTP, SequentialMTP, TrunkStates
 
 
-class MTPOutput(NamedTuple):
+@dataclass(frozen=True)
+class MTPOutput:
     """One micro-batch. `loss` has a gradient; everything else is detached and adds up over micro-batches and ranks."""
 
     loss: Tensor  # scalar: main + sum_k weight_k L_k + alpha * balance, in the normalizer's units
