@@ -259,10 +259,12 @@ class Trainer:
         config, size = self.config, self.size
         heads = config.mtp.mode if config.mtp.mode == "none" else f"{config.mtp.mode} D={config.mtp.depths}"
         train = sum(source.tokens for source in self.sampler.sources)
+        experts = f", EP {config.parallel.expert_parallel_size}" if config.parallel.expert_parallel_size > 1 else ""
         return (
             f"{config.run.name}: {quantity(size.total)} parameters ({quantity(size.active)} active) + MTP {heads} "
             f"({quantity(size.mtp_total)}), {quantity(config.train.total_tokens)} tokens of {quantity(train)}, "
-            f"{self.world.size} x {self.world.device.type}, ZeRO-{config.parallel.zero_stage}, {config.train.dtype}"
+            f"{self.world.size} x {self.world.device.type}, ZeRO-{config.parallel.zero_stage}{experts}, "
+            f"{config.train.dtype}"
         )
 
 

@@ -162,6 +162,10 @@ MISTAKES = [
         "parallel.expert_parallel_size: must divide model.n_routed_experts = 16 (got 32)",
     ),
     # DeepSpeed
+    (
+        "deepspeed.zero_optimization.offload_optimizer={}",
+        "deepspeed.zero_optimization.offload_optimizer: set parallel.offload_optimizer instead",
+    ),
     ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: set train.batch_size instead"),
     (
         "deepspeed.zero_optimization.stage=2",

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsv3_mtp.config.reader import Problem
 
-NEEDS = ("model", "optim", "train", "parallel")  # the sections that the rules read
+NEEDS = ("model", "mtp", "train", "parallel")  # the sections that the rules read
 
 
 def refusals(config: Any, world_size: int | None = None) -> list[str]:
@@ -44,6 +44,8 @@ def _experts(config: Any) -> Iterator[Problem]:
         yield key, f"must divide model.n_group = {model.n_group}, whose groups are nodes, or be a multiple (got {size})"
     if model.first_k_dense_replace == model.num_hidden_layers:
         yield key, f"has no experts to share with model.first_k_dense_replace = {model.num_hidden_layers}; set 1"
+    if config.train.freeze == "trunk" and config.mtp.mode == "parallel_linear":
+        yield key, "has no experts that learn with train.freeze: trunk and mtp.mode: parallel_linear; set 1"
     if stage == 0:
         yield key, "needs parallel.zero_stage 1 or 2: DeepSpeed's ZeRO-0 clips by each rank's own gradient norm (got 0)"
     if stage == 3:

@@ -19,7 +19,10 @@ from dsv3_mtp.model.mtp import ParallelLinearMTP, ParallelMTP, SequentialMTP, Tr
 
 @dataclass(frozen=True)
 class MTPOutput:
-    """One micro-batch. `loss` has a gradient; everything else is detached and adds up over micro-batches and ranks."""
+    """One micro-batch. `loss` has a gradient; everything else is detached and adds up over micro-batches and ranks.
+
+    No tuple: DeepSpeed divides the gradient of every tensor that it finds in an output by the accumulation count.
+    """
 
     loss: Tensor  # scalar: main + sum_k weight_k L_k + alpha * balance, in the normalizer's units
     nll_sum: Tensor  # (1+D,) summed cross-entropy of each depth, depth 0 = main

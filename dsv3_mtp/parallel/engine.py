@@ -61,6 +61,8 @@ class Engine:
     """A thin hold on `deepspeed.initialize`: what the trainer needs, and no more."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, ds_config: dict, world: World):
+        # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no weights of its own.
+        deepspeed.runtime.zero.utils.warned = True
         with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False

@@ -11,9 +11,15 @@ import pytest
 import torch
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.config.layout import refusals
 from dsv3_mtp.evaluate import evaluate
+from dsv3_mtp.hf import export_hf
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.parallel.build import build_model
+from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.trainer import Trainer
 from tests.conftest import TINY_CONFIG
+from tests.made_runs import randomise, write_run
 from tests.ranks import run_ranks, write_markov
 
 pytestmark = pytest.mark.dist
@@ -25,9 +31,11 @@ D1: dict[str, Any] = {}
 D2 = {"mtp.num_nextn_predict_layers": 2, "data.mask_documents": True}
 NONE = {"mtp.mode": "none"}
 PARALLEL = {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2}
-BF16 = {"train.dtype": "bfloat16"}
-SKEWED = {"run.seed": 77}  # `skew` sends every token of one router to rank 0, and none of another's to one expert
-MODELS = {"D1": D1, "D2": D2, "none": NONE, "parallel": PARALLEL, "bf16": BF16, "skewed": SKEWED}
+BF16 = {"train.dtype": "bfloat16", "optim.eps": 0.01}  # with a tiny eps, Adam makes whole steps of rounding errors
+# `skew` sends every token of one router to rank 0's experts, and none of another's to two of its experts.
+SKEWED = {"mtp.num_nextn_predict_layers": 2, "mtp.share_weights": True}
+FROZEN = {"train.init_from": "hf", "train.freeze": "trunk", "mtp.detach": "trunk"}
+MODELS = {"D1": D1, "D2": D2, "none": NONE, "parallel": PARALLEL, "bf16": BF16, "skewed": SKEWED, "frozen": FROZEN}
 
 # Layouts: model, ranks, ranks that share the experts, ZeRO stage, offload. ZeRO-3 last: it replaces F.linear for good.
 LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
@@ -37,7 +45,6 @@ LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
     "ZeRO-2, no MTP": ("none", 2, 1, 2, False),
     "ZeRO-2, parallel D=2": ("parallel", 2, 1, 2, False),
     "ZeRO-2, offload": ("D1", 2, 1, 2, True),
-    "ZeRO-2, bf16": ("bf16", 2, 1, 2, False),
     "EP=2, ZeRO-1": ("D1", 2, 2, 1, False),
     "EP=2, ZeRO-2, D=2, masked": ("D2", 2, 2, 2, False),
     "EP=2, ZeRO-1, no MTP": ("none", 2, 2, 1, False),
@@ -45,9 +52,11 @@ LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
     "EP=2, ZeRO-1, offload": ("D1", 2, 2, 1, True),
     "EP=2, ZeRO-1, bf16": ("bf16", 2, 2, 1, False),
     "EP=2, ZeRO-2, idle rank and expert": ("skewed", 2, 2, 2, False),
+    "EP=2, ZeRO-1, frozen trunk": ("frozen", 2, 2, 1, False),
     "ZeRO-3": ("D1", 2, 1, 3, False),
     "ZeRO-3, D=2, masked, offload": ("D2", 2, 1, 3, True),
     "ZeRO-3, bf16": ("bf16", 2, 1, 3, False),
+    "ZeRO-3, frozen trunk": ("frozen", 2, 1, 3, False),
     "EP=2 x 2 copies, ZeRO-1": ("D1", 4, 2, 1, False),
     "EP=2 x 2 copies, ZeRO-2, idle ranks": ("skewed", 4, 2, 2, False),
     "EP=4, ZeRO-1, D=2, masked": ("D2", 4, 4, 1, False),
@@ -75,7 +84,7 @@ def make_config(
     }
     for key, value in (overrides | MODELS[model]).items():
         section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
+        sections.setdefault(section, {})[name] = str(folder.parent / "hf") if key == "train.init_from" else value
     return Config.model_validate(sections)
 
 
@@ -95,7 +104,7 @@ def train(jobs: list[tuple[str, Config, str]]) -> None:
         sharded = config.parallel.zero_stage > 0
         if model == "skewed":
             skew(trainer)
-        named, grads, loads = dict(trainer.model.named_parameters()), {}, []
+        named, grads, loads = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}, {}, []
         step, update = trainer.engine.step, trainer.model.update_router_bias
 
         def step_and_look(lr, *, step=step, named=named, grads=grads, sharded=sharded):
@@ -121,9 +130,13 @@ def seen(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     """What every rank saw of every layout and, under the names of MODELS, of one rank without any."""
     folder = tmp_path_factory.mktemp("layouts")
     data = write_markov(folder / "data" / "markov", tokens=3000, documents=40)
+    trunk = make_config(folder, data, "none")
+    run = write_run(folder / "trunk", trunk, randomise(DeepseekV3MTP(trunk.model, trunk.mtp)))
+    export_hf(run, folder / "hf", dtype="fp32")
     jobs: dict[int, list[tuple[str, str, Config]]] = {1: [], 2: [], 4: []}
     for model in MODELS:
-        jobs[1].append((model, model, make_config(folder / model, data, model)))
+        stage = int(model == "bf16")  # ZeRO-0 would compute the norm in bfloat16
+        jobs[1].append((model, model, make_config(folder / model, data, model, stage=stage)))
     for number, (name, (model, ranks, experts, stage, offload)) in enumerate(LAYOUTS.items()):
         config = make_config(folder / str(number), data, model, experts=experts, stage=stage, offload=offload)
         jobs[ranks].append((name, model, config))
@@ -171,8 +184,10 @@ def test_the_table_of_differences_is_printed(seen):
 def test_a_layout_equals_one_rank(seen, layout):
     found, low = differences(seen, layout), LAYOUTS[layout][0] == "bf16"
     limits = {"loss": 2e-6, "norm": 2e-6, "validation": 2e-6, "grads": 2e-7, "params": 4e-5}
-    if low:  # sums of bfloat16 in another order; the loss is about 4
-        limits = {"loss": 4e-3, "norm": 1e-2, "validation": 4e-3, "grads": 4e-3, "params": 2e-2}
+    if low:  # sums of bfloat16 in another order turn a choice of experts now and then: the loss of about 5 by 2^-8
+        limits = {"loss": 2e-2, "norm": 2e-2, "validation": 2e-2, "grads": 2e-3, "params": 4e-3}
+        first = [ranks[0]["records"][0]["train/loss"] for ranks in (seen["bf16"], seen[layout])]
+        assert first[0] == pytest.approx(first[1], abs=1e-5)
     assert all(found[what] <= limit for what, limit in limits.items()), found
     one, ranks = seen[LAYOUTS[layout][0]][0], seen[layout]
     for rank in ranks:  # the router biases and the balance statistics are those of all tokens, on every rank
@@ -204,3 +219,21 @@ def test_a_rank_holds_only_its_experts_and_copies_stay_equal(seen, layout):
                 assert len(value) == 8 // experts
                 assert torch.equal(value, seen[layout][rank % experts]["params"][name])
     assert count % experts == 0
+
+
+def test_layouts_that_do_not_fit_the_ranks_are_refused_all_at_once(tmp_path):
+    config = make_config(tmp_path, "data", "D1", experts=4, stage=1)
+    assert refusals(config) == refusals(config, 4) == []
+    first, second = refusals(config, 6)
+    assert first == "parallel.expert_parallel_size: must divide the number of ranks, 6 (got 4)"
+    assert second.startswith("train.batch_size: 8 sequences do not divide into micro-batches of 2 on 6 ranks")
+
+
+def test_a_built_model_is_the_plain_model_of_that_seed(tmp_path):
+    config = make_config(tmp_path, "data", "D2")
+    built = build_model(config, {}, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")))
+    plain = DeepseekV3MTP(config.model, config.mtp)
+    plain.init_weights(config.run.seed)
+    assert list(dict(built.named_buffers())) == list(dict(plain.named_buffers()))
+    for (name, a), (_, b) in zip(built.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
