@@ -19,8 +19,8 @@ from dsv3_mtp.model.moe import Experts, MoE
 class LocalExperts(Experts, deepspeed.moe.layer.MoE):
     """This rank's experts of a layer, with the interface of all of them.
 
-    Dropless: every row travels to its expert's rank and back, however uneven the load. A rank that gets no row takes
-    part all the same, and its experts get zero gradients.
+    Dropless: every token reaches its experts, however uneven the load. A rank that gets no row takes part all the same,
+    and its experts get zero gradients.
 
     Being one of DeepSpeed's MoE layers is what makes DeepSpeed reduce the gradients of parameters with allreduce=False
     over the ranks that hold copies of them, divide by all ranks, and count every expert once in the gradient norm.
@@ -30,8 +30,8 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
         nn.Module.__init__(self)  # not DeepSpeed's, which would build a router and experts of its own
         self.group_name = f"ep_size_{size}"
         self.group = groups._get_expert_parallel_group(self.group_name)
-        self.num_experts = len(whole.down_proj)
-        count = self.num_experts // size
+        self.num_experts = size  # DeepSpeed's count: the stack of a rank is one of its experts
+        count = len(whole.down_proj) // size
         self.first = groups._get_expert_parallel_rank(self.group_name) * count
         for name, parameter in whole.named_parameters():
             self.register_parameter(name, nn.Parameter(parameter.new_empty(count, *parameter.shape[1:])))
@@ -44,19 +44,38 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """DeepSpeed asks for the groups, which are there already."""
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x: (rows, C) of this rank's tokens, sorted by expert; counts: (E,) int64 rows of each expert -> (rows, C)."""
-        arriving = torch.empty_like(counts)
-        dist.all_to_all_single(arriving, counts.contiguous(), group=self.group)
-        ranks = self.num_experts // len(self.down_proj)
-        leaving, arriving = counts.view(ranks, -1), arriving.view(ranks, -1)  # (ranks, local experts)
-        send, receive = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()
-        rows = _Exchange.apply(x, send, receive, self.group)  # by rank of origin, then by expert
-        expert = torch.arange(arriving.shape[1], device=x.device).repeat(ranks).repeat_interleave(arriving.flatten())
-        order = expert.argsort(stable=True)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        out = super().forward(rows[order], arriving.sum(0))
-        return _Exchange.apply(out[back], receive, send, self.group)
+    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
+        """`Experts.forward` for this rank's tokens, with the experts of all ranks of the group.
+
+        A token travels once to each rank that has experts of it, and the sum of their outputs once back.
+        x: (N, C); chosen, gates: (N, K); counts: (E,), of which only its length counts -> (N, C).
+        """
+        local = len(self.down_proj)
+        home = chosen // local  # (N, K) rank of each choice
+        wanted = chosen.new_zeros(len(x), len(counts) // local).scatter_(1, home, 1)  # (N, ranks)
+        rank, token = wanted.T.nonzero(as_tuple=True)  # (M,) each, sorted by rank
+        leaving = wanted.sum(0)
+        arriving = torch.empty_like(leaving)
+        dist.all_to_all_single(arriving, leaving, group=self.group)
+        send, receive = torch.stack([leaving, arriving]).tolist()
+        there = home.index_select(0, token) == rank.unsqueeze(1)  # (M, K) which of its choices a row is sent for
+        numbers = torch.where(there, chosen.index_select(0, token) % local, -1)
+
+        numbers = _Exchange.apply(numbers, send, receive, self.group)  # (rows, K) of this rank's experts
+        weights = _Exchange.apply(gates.index_select(0, token), send, receive, self.group)
+        rows = _Exchange.apply(x.index_select(0, token), send, receive, self.group)  # (rows, C)
+        row, slot = (numbers >= 0).nonzero(as_tuple=True)  # (pairs,) each
+        expert = numbers[row, slot]
+        load = torch.bincount(expert, minlength=local)
+        out = super().forward(rows.index_select(0, row), expert.unsqueeze(1), weights[row, slot].unsqueeze(1), load)
+        back = _Exchange.apply(_add_rows(out, row, len(rows)), receive, send, self.group)  # (M, C)
+        return _add_rows(back, token, len(x))
+
+
+def _add_rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Sums of the rows of x (M, C) that share an index, at least in float32 -> (rows, C)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_zeros(rows, x.shape[1], dtype=wide).index_add(0, index, x.to(wide)).to(x.dtype)
 
 
 class _Exchange(torch.autograd.Function):
