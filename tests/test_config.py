@@ -69,7 +69,7 @@ MISTAKES = [
         "train.dtype=float16",
         "train.dtype: must be one of float32, bfloat16 (got 'float16'); did you mean 'bfloat16'?",
     ),
-    ("parallel.zero_stage=3", "parallel.zero_stage: must be one of 0, 1 (got 3)"),
+    ("parallel.zero_stage=4", "parallel.zero_stage: must be one of 0, 1, 2, 3 (got 4)"),
     # missing
     ("log.wandb={}", "log.wandb.project: missing; it has no default"),
     ("data.train=[{path: a}]", "data.train[0].weight: missing; it has no default"),
@@ -142,7 +142,30 @@ MISTAKES = [
         "mtp.num_nextn_predict_layers=0",
         "mtp.num_nextn_predict_layers: must be >= 1 with mode sequential (got 0); mtp.mode=none turns the heads off",
     ),
+    # layouts
+    (
+        "parallel={zero_stage: 0, offload_optimizer: true}",
+        "parallel.offload_optimizer: needs parallel.zero_stage >= 1: ZeRO-0 has no optimizer shard to move",
+    ),
+    (
+        "parallel={zero_stage: 0, expert_parallel_size: 2}",
+        "parallel.expert_parallel_size: needs parallel.zero_stage 1 or 2: DeepSpeed's ZeRO-0 clips by each rank's own "
+        "gradient norm (got 0)",
+    ),
+    (
+        "parallel={zero_stage: 3, expert_parallel_size: 2}",
+        "parallel.expert_parallel_size: needs parallel.zero_stage 1 or 2: DeepSpeed's ZeRO-3 takes no expert-parallel "
+        "groups (got 3)",
+    ),
+    (
+        "parallel.expert_parallel_size=32",
+        "parallel.expert_parallel_size: must divide model.n_routed_experts = 16 (got 32)",
+    ),
     # DeepSpeed
+    (
+        "deepspeed.zero_optimization.offload_optimizer={}",
+        "deepspeed.zero_optimization.offload_optimizer: set parallel.offload_optimizer instead",
+    ),
     ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: set train.batch_size instead"),
     (
         "deepspeed.zero_optimization.stage=2",
