@@ -9,7 +9,7 @@ from typing import Any
 
 from dsv3_mtp.config.reader import Problem
 
-NEEDS = ("model", "mtp", "train", "parallel")  # the sections that the rules read
+NEEDS = ("model", "mtp", "data", "train", "parallel")  # the sections that the rules read
 
 
 def refusals(config: Any, world_size: int | None = None) -> list[str]:
