@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,6 +85,9 @@ def validate(
     for window in windows:
         tokens, documents, scored = to_device(*window, config=config, device=device)
         sums += metric_sums(model(tokens, documents, scored=scored))
+    if len(windows) < -(-batches // world_size):  # every rank computes as often: they may share experts or weights
+        blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
+        model(*to_device(blank, blank, config=config, device=device)[:2])
     grade = None
     if isinstance(source, TaskSource):
         rows = [row for part in deal(count, **share) for row in part]

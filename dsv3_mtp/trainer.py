@@ -20,6 +20,7 @@ from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets, model_size
 from dsv3_mtp.optim import build_optimizer, set_hyperparameters
+from dsv3_mtp.parallel.build import build_model, writable
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
 from dsv3_mtp.plots import plot_run
@@ -52,13 +53,11 @@ class Trainer:
         if self.world.device.type == "cpu":
             self.notes += tune_cpu()
 
-        torch.manual_seed(config.run.seed)
-        with self.world.device:
-            self.model = DeepseekV3MTP(config.model, config.mtp)
-        self.model.init_weights(config.run.seed)
-        self.size = model_size(self.model, config.data.seq_len)
+        with torch.device("meta"):
+            self.size = model_size(DeepseekV3MTP(config.model, config.mtp), config.data.seq_len)
+        self.model = build_model(config, ds_config, self.world)
         if config.train.init_from is not None and latest is None:
-            self.notes += load_weights(self.model, Path(config.train.init_from))
+            self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
         optimizer = build_optimizer(self.model, config.optim)
@@ -128,7 +127,7 @@ class Trainer:
         counts = torch.stack([count_targets(t, documents, depths, scored) for t, documents, scored in batch]).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size
 
-        losses = torch.zeros(2, dtype=torch.float64, device=world.device)  # total, balance
+        losses = torch.zeros(3, dtype=torch.float64, device=world.device)  # total, balance, nodes
         sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=world.device)
         load = torch.zeros((), device=world.device)
         for number, (tokens, documents, scored) in enumerate(batch, start=1):
@@ -141,13 +140,13 @@ class Trainer:
                 normalizer=normalizer,
             )
             self.engine.backward(out.loss, last=number == len(batch))
-            losses += torch.stack([out.loss.detach(), out.balance])
+            losses += torch.stack([out.loss.detach(), out.balance, out.nodes.sum()])
             sums += metric_sums(out)
             load = load + out.load
         stop = sums.new_tensor([bool(self.stop)])
         reduced = self.engine.all_reduce(torch.cat([losses, stop, sums, load.double().flatten()]))
-        load = reduced[3 + len(sums) :].view_as(load)
-        total_loss, balance, stopping, *means = reduced[: 3 + len(sums)].tolist()
+        load = reduced[4 + len(sums) :].view_as(load)
+        total_loss, balance, node_count, stopping, *means = reduced[: 4 + len(sums)].tolist()
         record = {"train/loss": total_loss / world.size}
         record |= {f"train/{name}": value for name, value in metric_means(means, depths).items()}
         self.require_finite(record)
@@ -159,19 +158,24 @@ class Trainer:
         if depths:
             record["train/mtp_weight"] = schedules.mtp_loss_weight(config.mtp.loss_weight, self.progress)
         record |= {"optim/lr": lr, "moe/bias_update_speed": bias_speed, "train/batch_size": batch_size}
-        record |= self.load_metrics(load)
+        record |= self.load_metrics(load, node_count)
         self.step += 1
         self.tokens = tokens_after
         return record, stopping > 0
 
-    def load_metrics(self, load: torch.Tensor) -> dict[str, float]:
-        """MaxVio = (max load - mean) / mean (arXiv 2408.15664): mean over the trunk's routers, then each MTP router."""
+    def load_metrics(self, load: torch.Tensor, nodes: float) -> dict[str, float]:
+        """MaxVio = (max load - mean) / mean (arXiv 2408.15664): mean over the trunk's routers, then each MTP router.
+
+        And how many expert groups, which are nodes, a token is sent to: mean over all routers.
+        """
         if not len(load):
             return {}
+        tokens = load.sum().item() / self.config.model.num_experts_per_tok  # of all routers together
         violation = (load.amax(1) / load.mean(1) - 1).tolist()
         trunk = self.config.model.num_hidden_layers - self.config.model.first_k_dense_replace
         record = {"moe/max_violation": sum(violation[:trunk]) / trunk} if trunk else {}
-        return record | {f"moe/mtp_max_violation/{k}": v for k, v in enumerate(violation[trunk:], start=1)}
+        record |= {f"moe/mtp_max_violation/{k}": v for k, v in enumerate(violation[trunk:], start=1)}
+        return record | {"moe/nodes_per_token": nodes / tokens}
 
     def require_finite(self, record: dict[str, Any]) -> None:
         bad = [f"{name} = {value}" for name, value in record.items() if not math.isfinite(value)]
@@ -263,10 +267,12 @@ class Trainer:
         heads = config.mtp.mode if config.mtp.mode == "none" else f"{config.mtp.mode} D={config.mtp.depths}"
         tokens = [source.tokens for source in self.sampler.sources if isinstance(source, Source)]
         data = quantity(sum(tokens)) if tokens else self.val.path
+        experts = f", EP {config.parallel.expert_parallel_size}" if config.parallel.expert_parallel_size > 1 else ""
         return (
             f"{config.run.name}: {quantity(size.total)} parameters ({quantity(size.active)} active) + MTP {heads} "
             f"({quantity(size.mtp_total)}), {quantity(config.train.total_tokens)} tokens of {data}, "
-            f"{self.world.size} x {self.world.device.type}, ZeRO-{config.parallel.zero_stage}, {config.train.dtype}"
+            f"{self.world.size} x {self.world.device.type}, ZeRO-{config.parallel.zero_stage}{experts}, "
+            f"{config.train.dtype}"
         )
 
 

@@ -84,8 +84,11 @@ def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
     zero = block.get("zero_optimization", {})
     if not isinstance(zero, dict):
         problems.append(("zero_optimization", f"must be a mapping (got {zero!r})"))
-    elif "stage" in zero:
-        problems.append(("zero_optimization.stage", "set parallel.zero_stage instead"))
+    else:
+        owned = {"stage": "parallel.zero_stage", "offload_optimizer": "parallel.offload_optimizer"}
+        problems += [
+            (f"zero_optimization.{key}", f"set {owner} instead") for key, owner in owned.items() if key in zero
+        ]
     if problems:
         raise KeyProblems(problems)
     return block

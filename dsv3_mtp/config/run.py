@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from dsv3_mtp.config import layout
 from dsv3_mtp.config.data import DataConfig, Task
 from dsv3_mtp.config.deepspeed import check_deepspeed
 from dsv3_mtp.config.model import (
@@ -138,8 +140,12 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How ranks share the work."""
 
-    zero_stage: Literal[0, 1] = 1
-    """DeepSpeed ZeRO: 0 keeps optimizer states whole on every rank, 1 shards them (V3 3.1 uses 1)."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also weights."""
+    offload_optimizer: bool = False
+    """Keep optimizer states and master weights in host memory, and update there (ZeRO 1, 2, 3)."""
+    expert_parallel_size: Count = 1
+    """Ranks that share the routed experts of a layer; the groups of ranks are copies (V3 3.2: 64)."""
     timeout_s: Annotated[Number, Field(gt=0, le=1e6)] = 600.0
     """Seconds after which a hung collective fails."""
 
@@ -229,6 +235,9 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
             yield "train.freeze", "trunk needs mtp.detach: trunk or all (got none)"
         if train.init_from is None:
             yield "train.freeze", "trunk needs train.init_from: a trunk at random weights teaches nothing"
+
+    if all(sections.get(name) is not None for name in layout.NEEDS):
+        yield from layout.problems(SimpleNamespace(**sections))
 
 
 def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:

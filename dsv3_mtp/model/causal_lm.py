@@ -1,5 +1,7 @@
 """DeepSeek-V3 with 1+D prediction heads: trunk, heads, loss, metrics, init, counts."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,10 @@ from dsv3_mtp.model.mtp import ParallelLinearMTP, ParallelMTP, SequentialMTP, Tr
 
 @dataclass(frozen=True)
 class MTPOutput:
-    """One micro-batch. `loss` has a gradient; everything else is detached and adds up over micro-batches and ranks."""
+    """One micro-batch. `loss` has a gradient; everything else is detached and adds up over micro-batches and ranks.
+
+    No tuple: DeepSpeed divides the gradient of every tensor that it finds in an output by the accumulation count.
+    """
 
     loss: Tensor  # scalar: main + sum_k weight_k L_k + alpha * balance, in the normalizer's units
     nll_sum: Tensor  # (1+D,) summed cross-entropy of each depth, depth 0 = main
@@ -26,6 +31,7 @@ class MTPOutput:
     compared: Tensor  # (D,) slots in which that comparison exists
     balance: Tensor  # scalar: sum over sequences and routers of sum_i f_i P_i
     load: Tensor  # (routers, E) tokens per expert, trunk routers first
+    nodes: Tensor  # (routers,) sum over tokens of the groups (V3: nodes) that the token's experts lie in
 
 
 class LMHead(nn.Linear):
@@ -123,6 +129,7 @@ class DeepseekV3MTP(nn.Module):
             compared=compared,
             balance=balance.detach(),
             load=torch.stack([routed.load for routed in stats]) if stats else nll.new_zeros((0, 1)),
+            nodes=torch.stack([routed.nodes for routed in stats]) if stats else targets.new_zeros(0),
         )
 
     def hidden_states(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[list[Tensor], list[RouterStats]]:
@@ -189,18 +196,32 @@ class DeepseekV3MTP(nn.Module):
             part.requires_grad_(False)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(
+        self, seed: int, *, writable: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
         """All weights N(0, initializer_range), norms 1, router biases 0 (V3 section 4.2: 0.006 for everything).
 
-        Trunk and head first: models of different `mtp` settings and the same seed start from the same trunk.
+        Trunk and head first: models of different `mtp` settings and the same seed start from the same trunk. A part of
+        a layer's experts starts as in the whole layer, and low precision as float32 rounded.
+
+        Args:
+            writable: context in which a parameter can be written, for parameters that are kept in parts.
         """
         device = self.lm_head.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        for module in self.modules():
+            for parameter in module.parameters(recurse=False):
+                with writable(parameter):
+                    if isinstance(module, RMSNorm):
+                        parameter.fill_(1.0)
+                        continue
+                    first, count = 0, len(parameter)
+                    shape, wide = parameter.shape, torch.promote_types(parameter.dtype, torch.float32)
+                    if isinstance(module, Experts):
+                        first, shape = module.first, torch.Size([self.config.n_routed_experts, *shape[1:]])
+                    values = torch.empty(shape, dtype=wide, device=device)
+                    values.normal_(0.0, self.config.initializer_range, generator=generator)
+                    parameter.copy_(values[first : first + count])
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
 

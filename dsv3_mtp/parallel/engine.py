@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.config.layout import refusals
 from dsv3_mtp.parallel.launch import World
 
 
@@ -17,29 +18,35 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
     """The complete DeepSpeed JSON. The config's `deepspeed:` section is merged over it; keys we own were refused there.
 
     Raises:
-        ValueError: batch_size does not divide over ranks and micro-batches.
+        ValueError: this many ranks cannot be laid out as the config says.
     """
     train, log = config.train, config.log
+    if refused := refusals(config, world_size):
+        raise ValueError("\n".join(refused))
     rows = train.micro_batch_size * world_size
-    if train.batch_size % rows:
-        raise ValueError(
-            f"train.batch_size: {train.batch_size} sequences do not divide into micro-batches of "
-            f"{train.micro_batch_size} on {world_size} ranks; use a multiple of {rows}"
-        )
     generated: dict[str, Any] = {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.batch_size // rows,
         "gradient_clipping": config.optim.grad_clip,
         "steps_per_print": None,
-        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_optimization": _zero(config),
         "bf16": {"enabled": train.dtype == "bfloat16"},
+        "data_types": {"keep_in_fp32_modules": ["e_score_correction_bias"]},
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too, with nothing to build
         "tensorboard": {"enabled": log.tensorboard, "output_path": run_dir, "job_name": "tb"},
     }
     if log.wandb is not None:
         wandb = {"project": log.wandb.project, "team": log.wandb.entity, "group": log.wandb.group}
         generated["wandb"] = {"enabled": True} | {key: value for key, value in wandb.items() if value is not None}
     return _merge(generated, config.deepspeed)
+
+
+def _zero(config: Config) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
+    if config.parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return zero
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +61,8 @@ class Engine:
     """A thin hold on `deepspeed.initialize`: what the trainer needs, and no more."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, ds_config: dict, world: World):
+        # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no weights of its own.
+        deepspeed.runtime.zero.utils.warned = True
         with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
