@@ -1,43 +1,25 @@
-"""A study file: one base run, arms that change settings of it, seeds, comparisons; and the runs that it stands for.
+"""A study file: one base run, arms that change settings of it, seeds, and what is compared with what.
 
-    study = load_study("configs/studies/lambda.yaml", ["seeds=[1, 2]"])
-    for run in plan(study, budgets={}): print(run.name, run.config)
+    loaded = load_study("configs/studies/lambda.yaml", ["seeds=[1, 2]"])
+    loaded.study.arms, loaded.configs["v3_step"].mtp.loss_weight
 
 The file says beforehand what is asked, what is expected and which one metric decides; everything else is exploratory.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, ValidationError
 
-from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, ConfigError, load_config
 from dsv3_mtp.config.model import Count, Fraction, Integer, Positive, Section, Text
 from dsv3_mtp.config.reader import Problem, problems_of, read_tree, show
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, ModelSize, model_size
-from dsv3_mtp.runs import FREE, differences
 
 Overrides = dict[Text, Any]
 OWNED = ("run.name", "run.dir", "run.seed")  # settings that the study gives to each run
-
-# A run is a pure function of what these are at each step: arms that differ in nothing else may share a prefix.
-SCHEDULED = (
-    "mtp.loss_weight",
-    "mtp.depth_weights",
-    "mtp.curriculum",
-    "optim.lr",
-    "optim.schedule",
-    "train.bias_update_speed",
-    "train.bias_update_until",
-    "train.batch_size_ramp",
-    "train.total_tokens",
-)
 
 
 class StudyRun(Section):
@@ -188,21 +170,6 @@ class Study(Section):
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of the matrix."""
-
-    arm: str
-    seed: int
-    config: Config
-    parent: str | None = None  # name of the run whose checkpoint it goes on from
-    fork_step: int = 0  # the step of that checkpoint
-
-    @property
-    def name(self) -> str:
-        return self.config.run.name
-
-
-@dataclass(frozen=True)
 class LoadedStudy:
     """A valid study and the config of each arm, for the first seed and before budgets are matched."""
 
@@ -255,115 +222,3 @@ def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:
         yield from (f"{key}={json.dumps(value)}" for key, value in overrides.items())
     yield from of_runs
     yield from (f"{key}={json.dumps(value)}" for key, value in (study.arms[name].set | own).items())
-
-
-def plan(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
-    """The runs, seed by seed, parents before the runs that fork from them.
-
-    budgets: total_tokens of the arms that match another's measured time; such an arm is left out until it is known.
-    """
-    study = loaded.study
-    configs: dict[str, Config] = {}
-    parents: dict[str, tuple[str | None, int]] = {}
-    for name in study.arms:
-        tokens = tokens_of(loaded, name, budgets)
-        if tokens is not None:
-            config = _replace(loaded.configs[name], train={"total_tokens": tokens})
-            parents[name] = _best_parent(config, configs)
-            configs[name] = config
-    forked = {parent for parent, _ in parents.values()}
-    runs = []
-    for seed in study.seeds:
-        for name, config in configs.items():
-            # A run that others fork from keeps every checkpoint until all of them have taken theirs.
-            keep = 2 + steps_of(config) if name in forked else config.checkpoint.keep
-            own = _replace(config, run={"name": f"{name}-seed{seed}", "seed": seed}, checkpoint={"keep": keep})
-            parent, step = parents[name]
-            runs.append(Run(name, seed, own, f"{parent}-seed{seed}" if parent else None, step))
-    return runs
-
-
-def _replace(config: Config, **sections: Mapping[str, Any]) -> Config:
-    tree = config.to_dict()
-    for name, values in sections.items():
-        tree[name] |= values
-    return Config.model_validate(tree)
-
-
-def tokens_of(loaded: LoadedStudy, name: str, budgets: Mapping[str, int]) -> int | None:
-    """train.total_tokens of an arm; None while it depends on a time that has not been measured."""
-    match, config = loaded.study.arms[name].match, loaded.configs[name]
-    if match is None:
-        return config.train.total_tokens
-    if match.by == "cpu_time":
-        return budgets.get(name)
-    other_tokens = tokens_of(loaded, match.arm, budgets)
-    if other_tokens is None:
-        return None
-    other = _replace(loaded.configs[match.arm], train={"total_tokens": other_tokens})
-    return whole_steps(config, training_flops(other) / size_of(config).flops_per_token)
-
-
-def whole_steps(config: Config, tokens: float) -> int:
-    """`tokens` rounded to whole optimizer steps, at least one."""
-    step = config.train.batch_size * config.data.seq_len
-    return max(1, round(tokens / step)) * step
-
-
-@cache
-def _size(model: str, mtp: str, seq_len: int) -> ModelSize:
-    sections = Config.model_fields["model"].annotation, Config.model_fields["mtp"].annotation
-    with torch.device("meta"):
-        parsed = [cls.model_validate_json(text) for cls, text in zip(sections, (model, mtp), strict=True)]  # type: ignore[union-attr]
-        return model_size(DeepseekV3MTP(*parsed), seq_len)
-
-
-def size_of(config: Config) -> ModelSize:
-    return _size(config.model.model_dump_json(), config.mtp.model_dump_json(), config.data.seq_len)
-
-
-def steps_of(config: Config) -> int:
-    """Optimizer steps of a run in one process."""
-    return schedules.total_steps(config.train, config.data.seq_len, config.train.micro_batch_size)
-
-
-def training_flops(config: Config) -> float:
-    return size_of(config).flops_per_token * max(config.train.total_tokens, 1)
-
-
-def _best_parent(config: Config, others: Mapping[str, Config]) -> tuple[str | None, int]:
-    """The arm that shares the longest prefix with `config`, and the last checkpoint of it that lies in the prefix."""
-    parent, best = None, 0
-    for name, other in others.items():
-        shared, every = shared_steps(config, other), other.checkpoint.every
-        step = min(shared, steps_of(config) - 1, steps_of(other) - 1) // every * every
-        if step > best:
-            parent, best = name, step
-    return parent, best
-
-
-def shared_steps(a: Config, b: Config) -> int:
-    """How many of the first steps of two runs are the same, number for number. Both train in one process."""
-    if differences(a.to_dict(), b.to_dict(), ignoring=(*SCHEDULED, *FREE, "run.name")):
-        return 0
-    count = 0
-    for left, right in zip(_steps(a), _steps(b), strict=False):
-        if left != right:
-            break
-        count += 1
-    return count
-
-
-def _steps(config: Config) -> Iterator[tuple[Any, ...]]:
-    """All that a step takes from the schedules, as the trainer takes it."""
-    train, tokens = config.train, 0
-    while tokens < train.total_tokens:
-        progress = tokens / train.total_tokens
-        size = schedules.batch_size(train, progress, train.micro_batch_size)
-        tokens += size * config.data.seq_len
-        yield (
-            size,
-            schedules.learning_rate(config.optim, min(tokens / train.total_tokens, 1.0)),
-            schedules.depth_loss_weights(config.mtp, progress),
-            schedules.bias_update_speed(train, progress),
-        )

@@ -17,7 +17,8 @@ from dsv3_mtp.data.tasks import TaskSource
 from dsv3_mtp.evaluate import acceptance
 from dsv3_mtp.hf import load_run
 from dsv3_mtp.metrics import Record, read_metrics, replacing
-from dsv3_mtp.study.matrix import Acceptance, Run, size_of, steps_of
+from dsv3_mtp.study.matrix import Acceptance
+from dsv3_mtp.study.plan import Run, consumed, size_of, training_flops
 
 RESULTS = "results.json"
 SOLVED = "task/exact_match"
@@ -45,24 +46,17 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 def describe(run: Run, *, settings: dict[str, Any]) -> dict[str, Any]:
     """What results.json says of every run, trained or failed."""
-    size, config = size_of(run.config), run.config
+    size = size_of(run.config)
     return {
         "arm": run.arm,
         "seed": run.seed,
         "settings": settings,
         "parameters": {"training": size.total + size.mtp_total, "inference": size.total, "active": size.active},
         "flops_per_token": size.flops_per_token,
-        "flops": size.flops_per_token * steps_tokens(config),
-        "tokens": steps_tokens(config),
+        "flops": training_flops(run.config),
+        "tokens": consumed(run.config),
         "forked_from": {"run": run.parent, "step": run.fork_step} if run.parent else None,
     }
-
-
-def steps_tokens(config: Config) -> int:
-    """Tokens that the run consumes, its last step whole (without a batch-size ramp)."""
-    if config.train.batch_size_ramp is not None:
-        return config.train.total_tokens
-    return steps_of(config) * config.train.batch_size * config.data.seq_len
 
 
 def measure(folder: Path, config: Config, *, drafts: Acceptance | None, threshold: float | None) -> dict[str, Any]:

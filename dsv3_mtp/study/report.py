@@ -16,11 +16,12 @@ from dsv3_mtp.metrics import quantity, read_metrics, replacing
 from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
 from dsv3_mtp.study.findings import Effect, Table, describe_metric, values_of, verdict
-from dsv3_mtp.study.matrix import LoadedStudy, Study, plan
+from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import read_results
 from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, to_html, to_markdown
 from dsv3_mtp.study.page import Table as Rows
 from dsv3_mtp.study.pictures import draw_all
+from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.run import read_budgets
 
 CALIBRATION = "calibrate"  # name of the study whose outcome every report starts with

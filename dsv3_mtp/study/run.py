@@ -26,8 +26,9 @@ from dsv3_mtp.config import load_config
 from dsv3_mtp.loading import checkpoints, is_complete, newest_checkpoint
 from dsv3_mtp.metrics import duration, read_metrics, replacing
 from dsv3_mtp.runs import FREE, differences, lock_folder
-from dsv3_mtp.study.matrix import LoadedStudy, Run, Study, plan, whole_steps
+from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import describe, measure, read_results, write_results
+from dsv3_mtp.study.plan import Run, plan, whole_steps
 from dsv3_mtp.trainer import NonFiniteError, Trainer
 
 BUDGETS = "budgets.json"

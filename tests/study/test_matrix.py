@@ -8,7 +8,8 @@ from dsv3_mtp import schedules
 from dsv3_mtp.config import ConfigError
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, model_size
 from dsv3_mtp.study.dryrun import dry_run
-from dsv3_mtp.study.matrix import load_study, plan, shared_steps, steps_of, training_flops
+from dsv3_mtp.study.matrix import load_study
+from dsv3_mtp.study.plan import plan, shared_steps, steps_of, training_flops
 from tests.study.toy import STEPS, load_toy, write_toy
 
 ROOT = Path(__file__).resolve().parents[2]

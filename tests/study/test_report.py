@@ -8,8 +8,8 @@ import subprocess
 import pytest
 
 from dsv3_mtp.study.findings import effects_of, verdict
-from dsv3_mtp.study.matrix import plan
 from dsv3_mtp.study.measure import describe, write_results
+from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
 from tests.study.toy import load_toy
 

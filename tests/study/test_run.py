@@ -13,8 +13,9 @@ import torch
 
 from dsv3_mtp.loading import WEIGHTS, newest_checkpoint
 from dsv3_mtp.metrics import read_metrics
-from dsv3_mtp.study.matrix import load_study, plan
+from dsv3_mtp.study.matrix import load_study
 from dsv3_mtp.study.measure import read_results
+from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
 from dsv3_mtp.study.run import check_folders, read_budgets, run_study
 from tests.study.toy import STEPS, load_toy, write_toy
