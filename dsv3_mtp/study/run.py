@@ -43,7 +43,8 @@ def run_study(
     Arms with another's measured time follow when that arm's runs are finished.
 
     Raises:
-        ValueError: another process works on this study, or a run folder holds a run of other settings.
+        ValueError: another process works on this study, a run folder holds a run of other settings, or `only` chooses
+            nothing.
     """
     study = loaded.study
     failed: list[str] = []
@@ -53,6 +54,11 @@ def run_study(
             budgets = read_budgets(study.folder)
             runs = plan(loaded, budgets)
             check_folders(study, runs)
+            if not any(map(only, runs)):
+                names = ", ".join(dict.fromkeys(run.arm for run in runs))
+                raise ValueError(
+                    f"--only: none of the runs that can be planned now is called so; their arms are {names}"
+                )
             chosen = [run for run in runs if only(run) and run.name not in failed]
             failed += _execute(study, runs, chosen, jobs, say)
             if not (more := new_budgets(loaded, budgets)):

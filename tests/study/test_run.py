@@ -128,6 +128,12 @@ def test_a_finished_study_is_not_run_again(finished):
     assert {path: path.stat().st_mtime_ns for path in loaded.study.folder.glob("*/results.json")} == before
 
 
+def test_choosing_no_run_is_an_error_that_names_the_arms(finished):
+    loaded, _, _ = finished
+    with pytest.raises(ValueError, match="--only: none of the runs .* constant, step, none, wild, absent, timed"):
+        run_study(loaded, only=lambda run: False, jobs=1)
+
+
 def test_run_folders_of_other_settings_are_refused(finished):
     loaded, _, _ = finished
     other = load_study(loaded.path, ["optim.grad_clip=0.5"])
