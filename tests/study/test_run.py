@@ -130,7 +130,7 @@ def test_a_finished_study_is_not_run_again(finished):
 
 def test_choosing_no_run_is_an_error_that_names_the_arms(finished):
     loaded, _, _ = finished
-    with pytest.raises(ValueError, match="--only: none of the runs .* constant, step, none, wild, absent, timed"):
+    with pytest.raises(ValueError, match=r"--only: none of the runs .* constant, step, none, wild, absent, timed"):
         run_study(loaded, only=lambda run: False, jobs=1)
 
 
