@@ -26,6 +26,7 @@ from dsv3_mtp.config.model import (
     Section,
     Text,
 )
+from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import ConfigError, Problem, dump_tree, problems_of, read_tree, show
 
 
@@ -233,6 +234,8 @@ class Config(Section):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+    fp8: FP8Config = FP8Config()
+    attention: AttentionConfig = AttentionConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
