@@ -22,7 +22,9 @@ class ScaledMM:
         rows, columns = a.shape[0], b.shape[0]
         if 0 in (rows, columns, a.shape[1]):  # an expert without tokens
             return a.new_zeros(rows, columns)
-        (a_codes, a_inv), (b_codes, b_inv) = (quantise(_aligned(x), t, self.scale) for x, t in ((a, a_tile), (b, b_tile)))
+        (a_codes, a_inv), (b_codes, b_inv) = (
+            quantise(_aligned(x), t, self.scale) for x, t in ((a, a_tile), (b, b_tile))
+        )
         out = F.scaled_mm(
             a_codes.contiguous(),
             b_codes.contiguous().t(),
@@ -56,7 +58,7 @@ def unsupported(device: torch.device) -> str | None:
         return f"needs a Hopper GPU (compute capability 9.x); this one has {capability[0]}.{capability[1]}"
     cuda = tuple(int(part) for part in str(torch.version.cuda).split(".")[:2])
     if cuda < (12, 9) or not hasattr(F, "scaled_mm"):
-        return f"needs torch >= 2.11 built for CUDA >= 12.9; this is torch {torch.__version__}, CUDA {torch.version.cuda}"
+        return (
+            f"needs torch >= 2.11 built for CUDA >= 12.9; this is torch {torch.__version__}, CUDA {torch.version.cuda}"
+        )
     return None
-
-

@@ -89,3 +89,20 @@ class TEGroupedLinear:
         with te.autocast(enabled=True, recipe=self.recipe):
             y = self.inner(padded, padded_splits)
         return self.unpad(y, splits)
+
+
+def quantise(x: Tensor, tile: tuple[int, int], scale: Scale) -> tuple[Tensor, Tensor]:
+    """What TE's own quantiser makes of x (M, K): codes (M, K) uint8 and scale_inv in rows and columns of tiles."""
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+
+    quantiser = Float8BlockQuantizer(
+        tex.DType.kFloat8E4M3,
+        rowwise=True,
+        columnwise=False,
+        force_pow_2_scales=scale == "pow2",
+        block_scaling_dim=1 if tile[0] == 1 else 2,
+    )
+    quantised = quantiser(x)
+    scale_inv = quantised._rowwise_scale_inv  # of 1 x 128 tiles it is transposed; padded to four
+    return quantised._rowwise_data, scale_inv.t() if tile[0] == 1 else scale_inv

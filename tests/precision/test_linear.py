@@ -52,7 +52,9 @@ def test_grouped_experts_equal_one_layer_per_expert(dtype):
     grad, recipe = torch.randn(200, 48).to(dtype), Recipe(Emulated())
     y = recipe.grouped_linear(x, weight, counts)
     y.backward(grad)
-    for expert, (rows, part) in enumerate(zip(x.detach().split(counts.tolist()), grad.split(counts.tolist()), strict=True)):
+    for expert, (rows, part) in enumerate(
+        zip(x.detach().split(counts.tolist()), grad.split(counts.tolist()), strict=True)
+    ):
         at = slice(int(counts[:expert].sum()), int(counts[: expert + 1].sum()))
         a, w = rows.clone().requires_grad_(), weight[expert].detach().clone().requires_grad_()
         out = recipe.linear(a, w)
