@@ -22,6 +22,7 @@ from dsv3_mtp.optim import build_optimizer, set_hyperparameters
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
 from dsv3_mtp.plots import plot_run
+from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.runs import changed_settings, lock_run_folder, run_folder, write_run_folder
 from dsv3_mtp.tuning import tune_cpu
 
@@ -60,6 +61,7 @@ class Trainer:
             self.notes += load_weights(self.model, Path(config.train.init_from))
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
+        self.notes += set_precision(self.model, config, self.world.device)
         optimizer = build_optimizer(self.model, config.optim)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
 

@@ -1,5 +1,7 @@
 """Multi-head latent attention (DeepSeek-V3 section 2.1.1, eqs. 1-11)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,12 +11,17 @@ from dsv3_mtp.model import causal
 from dsv3_mtp.model.causal import causal_attention
 from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
 
+# softmax(query key^T * scale) value; see `attend`.
+Core = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+
 
 class MLA(nn.Module):
     """Keys and values come from one compressed latent per token (R numbers) and one shared rotary key (P numbers).
 
     Queries are compressed as well when `q_lora_rank` is set. RMSNorm sits on both latents.
     """
+
+    core: Core | None = None  # precision/ puts a GPU's attention kernel here
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -41,14 +48,14 @@ class MLA(nn.Module):
         """x: (B, T, C); angles: (2, T, P/2) cos and sin; mask: bool (B, 1, T, T) True = attend, None = causal."""
         query, latent, k_rope = self.project(x)  # (B, T, H, nope+P), (B, T, R), (B, T, P)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1))  # (B, T, H, nope+v)
-        if causal.usable(x, mask):
+        if self.core is None and causal.usable(x, mask):
             return self.o_proj(causal_attention(query, kv, k_rope, angles, self.scale))
         q_nope, q_rope = query.split([self.nope, self.rope], dim=-1)
         k_nope, value = kv.split([self.nope, self.value], dim=-1)
         k_rope = rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, self.heads, -1)
         query = torch.cat([q_nope, rotate(q_rope, angles)], dim=-1).transpose(1, 2)  # (B, H, T, nope+P)
         key = torch.cat([k_nope, k_rope], dim=-1).transpose(1, 2)
-        mixed = attend(query, key, value.transpose(1, 2), self.scale, mask)  # (B, H, T, v)
+        mixed = (self.core or attend)(query, key, value.transpose(1, 2), self.scale, mask)  # (B, H, T, v)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

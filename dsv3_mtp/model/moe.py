@@ -1,5 +1,6 @@
 """DeepSeekMoE with bias-based, auxiliary-loss-free load balancing (DeepSeek-V3 section 2.1.2, eqs. 12-20)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model.dispatch import routed
+from dsv3_mtp.model.dispatch import routed, sort_by_expert
 from dsv3_mtp.model.layers import MLP
+
+# Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), counts (E,) -> (rows, out).
+GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class RouterStats(NamedTuple):
@@ -78,6 +82,8 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """E SwiGLU experts, stacked in memory (per expert on disk). Each runs in every step, on zero rows if need be."""
 
+    linear: tuple[GroupedLinear, GroupedLinear] | None = None  # of gate_up and down; precision/ puts FP8 here
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -86,7 +92,13 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
         """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K); counts: (E,)."""
-        return routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
+        if self.linear is None:
+            return routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
+        gate_up_linear, down_linear = self.linear
+        layout = sort_by_expert(chosen, gates.to(x.dtype), counts, 1)
+        gate, up = gate_up_linear(x[layout.source], self.gate_up_proj, counts).chunk(2, dim=-1)  # (N*K, F) each
+        y = down_linear(F.silu(gate) * up, self.down_proj, counts) * layout.gates.unsqueeze(1)  # (N*K, C)
+        return y[layout.slots].sum(1)
 
 
 class MoE(nn.Module):

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from dsv3_mtp.config import FP8Config
+from dsv3_mtp.config import Config, FP8Config
 from dsv3_mtp.precision import hopper, te
+from dsv3_mtp.precision.attention import choose_attention
 from dsv3_mtp.precision.emulate import Emulated
 from dsv3_mtp.precision.linear import FP8Linear, Recipe
 from dsv3_mtp.precision.quantise import BLOCK, ROW
@@ -25,6 +26,27 @@ UNSUPPORTED: dict[str, Callable[[torch.device], str | None]] = {
     "torch": hopper.unsupported,
     "emulate": lambda device: None,
 }
+
+
+def set_precision(model: nn.Module, config: Config, device: torch.device) -> list[str]:
+    """Puts a run's model into the numbers and on the attention kernel of its config; one line on each.
+
+    Raises:
+        ValueError: what the config names cannot run here, or not with this model.
+    """
+    shape = config.model
+    core, note = choose_attention(
+        config.attention.backend,
+        heads=shape.num_attention_heads,
+        widths=(shape.qk_nope_head_dim + shape.qk_rope_head_dim, shape.v_head_dim),
+        dtype=getattr(torch, config.train.dtype),
+        device=device,
+        masked=config.data.mask_documents,
+    )
+    for module in model.modules():
+        if hasattr(module, "core"):
+            module.core = core
+    return [convert(model, config.fp8, device), note]
 
 
 def choose_backend(fp8: FP8Config, device: torch.device) -> tuple[str | None, str]:
@@ -77,9 +99,9 @@ def convert(model: nn.Module, fp8: FP8Config, device: torch.device) -> str:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement)
         elif backend == "te":
-            module.gate_up_linear, module.down_linear = te.TEGroupedLinear(fp8.scale), te.TEGroupedLinear(fp8.scale)
+            module.linear = te.TEGroupedLinear(fp8.scale), te.TEGroupedLinear(fp8.scale)
         else:
-            module.gate_up_linear = module.down_linear = recipe.grouped_linear
+            module.linear = recipe.grouped_linear, recipe.grouped_linear
     return f"{note}: {len(layers)} layers ({', '.join(fp8.modules)}{'' if fp8.mtp else ', MTP blocks not'})"
 
 

@@ -95,7 +95,7 @@ def test_the_error_is_that_of_three_mantissa_bits(tile):
     x = torch.randn(300, 500)
     codes, scale_inv = quantise(x, tile, "fp32")
     error = (dequantise(codes, scale_inv, tile) - x).abs()
-    step = torch.clamp(x.abs() / 16, min=float((scale_inv.max() * 2.0**-10)))  # half a step: 2^-4 of the value
+    step = torch.clamp(x.abs() / 16, min=float(scale_inv.max() * 2.0**-10))  # half a step: 2^-4 of the value
     assert bool((error <= step * 1.0001).all())
 
 
