@@ -7,6 +7,7 @@ import torch
 
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, MarkovTask
+from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.data.markov import best_acceptance, best_agreement, step_entropy, transition_matrix
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.grade import sees_tokens
@@ -70,7 +71,7 @@ def memory_rows(config: Config, size: ModelSize, world_size: int) -> dict[str, A
 
 def cost_rows(config: Config, size: ModelSize, world_size: int) -> dict[str, Any]:
     train = config.train
-    steps = schedules.total_steps(train, config.data.seq_len, train.micro_batch_size * world_size)
+    steps = schedules.total_steps(train, config.data.seq_len, train.micro_batch_size * data_size(config, world_size))
     return {
         "optimizer steps": f"{steps:,}",
         "tokens": f"{train.total_tokens:,}",
