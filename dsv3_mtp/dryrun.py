@@ -7,6 +7,7 @@ import torch
 
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config
+from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.plots import plot_schedules
@@ -66,7 +67,7 @@ def memory_rows(config: Config, size: ModelSize, world_size: int) -> dict[str, A
 
 def cost_rows(config: Config, size: ModelSize, world_size: int) -> dict[str, Any]:
     train = config.train
-    steps = schedules.total_steps(train, config.data.seq_len, train.micro_batch_size * world_size)
+    steps = schedules.total_steps(train, config.data.seq_len, train.micro_batch_size * data_size(config, world_size))
     return {
         "optimizer steps": f"{steps:,}",
         "tokens": f"{train.total_tokens:,}",

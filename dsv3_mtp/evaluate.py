@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,20 +30,19 @@ def evaluate(engine: "Engine", source: Source, config: Config) -> dict[str, Any]
     """`validate` in a training run: all ranks share the work and get the same metrics."""
     world = engine.world
     return validate(
-        cast(DeepseekV3MTP, engine.module),
+        engine,
         source,
         config,
         batches=config.eval.batches,
         device=world.device,
-        rank=world.rank,
-        world_size=world.size,
+        rank=world.data_rank,
+        world_size=world.data_size,
         all_reduce=engine.all_reduce,
     )
 
 
-@torch.no_grad()
 def validate(
-    model: DeepseekV3MTP,
+    model: "DeepseekV3MTP | Engine",
     source: Source,
     config: Config,
     *,
@@ -68,16 +67,11 @@ def validate(
         world_size=world_size,
         micro_batch_size=micro,
     )
-    sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=device)
-    training = model.training
-    model.eval()
-    for tokens, documents in windows:
-        out = model(*to_device(tokens, documents, config=config, device=device))
-        sums += metric_sums(out)
-    if len(windows) < -(-batches // world_size):  # every rank computes as often: they may share experts or weights
-        blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
-        model(*to_device(blank, blank, config=config, device=device))
-    model.train(training)
+    batch = [to_device(*window, config=config, device=device) for window in windows]
+    blanks = -(-batches // world_size) - len(batch)  # every rank computes as often: they may share experts or weights
+    blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
+    batch += [to_device(blank, blank, config=config, device=device)] * blanks
+    sums = metric_sums(model.evaluate(batch, blanks=blanks))
     metrics = {f"val/{name}": value for name, value in metric_means(all_reduce(sums).tolist(), depths).items()}
     if source.bytes is not None:
         metrics["val/bits_per_byte"] = metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes

@@ -17,7 +17,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
         # Expert parallelism marks its parameters with the ranks that hold copies; DeepSpeed wants them apart, by name.
         shared = getattr(parameter, "group_name", None)
         name = shared or ("vectors" if id(parameter) in norms else "matrices")
-        if parameter.requires_grad:
+        if parameter.requires_grad and not parameter.is_meta:  # meta: on another pipeline stage
             groups.setdefault(name, {"name": name, "params": [], "moe": True})["params"].append(parameter)
     optimizer = torch.optim.AdamW(list(groups.values()), lr=optim.lr, fused=True)
     set_hyperparameters(optimizer.param_groups, optim)

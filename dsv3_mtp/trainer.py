@@ -22,6 +22,7 @@ from dsv3_mtp.optim import build_optimizer, set_hyperparameters
 from dsv3_mtp.parallel.build import build_model, writable
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
+from dsv3_mtp.parallel.pipeline import PipelineEngine
 from dsv3_mtp.plots import plot_run
 from dsv3_mtp.runs import changed_settings, lock_run_folder, run_folder, write_run_folder
 from dsv3_mtp.tuning import tune_cpu
@@ -43,7 +44,8 @@ class Trainer:
     def __init__(self, config: Config, *, command: list[str]):
         self.config = config
         self.folder = run_folder(config)
-        self.world = start(threads=config.train.threads, timeout_s=config.parallel.timeout_s)
+        parallel = config.parallel
+        self.world = start(threads=config.train.threads, timeout_s=parallel.timeout_s, stages=parallel.pipeline_stages)
         self.stop = StopRequest()
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
@@ -87,7 +89,7 @@ class Trainer:
             NonFiniteError: a loss or gradient is nan or infinite; nothing of that step is saved.
         """
         config, total = self.config, self.config.train.total_tokens
-        rows = config.train.micro_batch_size * self.world.size
+        rows = config.train.micro_batch_size * self.world.data_size
         steps = schedules.total_steps(config.train, config.data.seq_len, rows)
         stream = None if self.world.is_main else io.StringIO()
         with Progress(total, total_steps=steps, stream=stream) as self.display:
@@ -113,36 +115,30 @@ class Trainer:
         """One step on the next global batch: its metrics, and whether some rank was asked to stop."""
         config, world, depths = self.config, self.world, self.config.mtp.depths
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
-        batch_size = schedules.batch_size(config.train, self.progress, micro * world.size)
+        batch_size = schedules.batch_size(config.train, self.progress, micro * world.data_size)
         tokens_after = self.tokens + batch_size * config.data.seq_len
         # A step has the learning rate of the progress it reaches, or the first one would not move.
         lr = schedules.learning_rate(config.optim, min(tokens_after / config.train.total_tokens, 1.0))
         loss_weights = schedules.depth_loss_weights(config.mtp, self.progress)
         bias_speed = schedules.bias_update_speed(config.train, self.progress)
 
-        pieces = self.sampler.next_batch(batch_size, rank=world.rank, world_size=world.size, micro_batch_size=micro)
+        pieces = self.sampler.next_batch(
+            batch_size, rank=world.data_rank, world_size=world.data_size, micro_batch_size=micro
+        )
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
-        # Valid targets of the whole step over all ranks, per rank: DeepSpeed averages gradients over the ranks.
+        # Valid targets of the whole step, per data-parallel rank: DeepSpeed averages gradients over these. (Pipeline
+        # stages have the same batch, and are as many times in the sum as in world.size.)
         counts = torch.stack([count_targets(tokens, documents, depths) for tokens, documents in batch]).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size
 
-        losses = torch.zeros(3, dtype=torch.float64, device=world.device)  # total, balance, nodes
-        sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=world.device)
-        load = torch.zeros((), device=world.device)
-        for number, (tokens, documents) in enumerate(batch, start=1):
-            out = self.engine(
-                tokens, documents, loss_weights=loss_weights, balance_loss_weight=alpha, normalizer=normalizer
-            )
-            self.engine.backward(out.loss, last=number == len(batch))
-            losses += torch.stack([out.loss.detach(), out.balance, out.nodes.sum()])
-            sums += metric_sums(out)
-            load = load + out.load
-        stop = sums.new_tensor([bool(self.stop)])
-        reduced = self.engine.all_reduce(torch.cat([losses, stop, sums, load.double().flatten()]))
-        load = reduced[4 + len(sums) :].view_as(load)
-        total_loss, balance, node_count, stopping, *means = reduced[: 4 + len(sums)].tolist()
-        record = {"train/loss": total_loss / world.size}
-        record |= {f"train/{name}": value for name, value in metric_means(means, depths).items()}
+        out = self.engine.accumulate(batch, loss_weights=loss_weights, balance_loss_weight=alpha, normalizer=normalizer)
+        stop = out.loss.new_tensor(bool(self.stop))
+        totals = torch.cat([torch.stack([out.loss, out.balance, out.nodes.sum(), stop]), metric_sums(out)])
+        reduced = self.engine.all_reduce(torch.cat([totals, out.load.flatten()]))
+        load = reduced[len(totals) :].view_as(out.load)
+        total_loss, balance, node_count, stopping, *sums = reduced[: len(totals)].tolist()
+        record = {"train/loss": total_loss / world.data_size}
+        record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
         self.require_finite(record)
         record["optim/grad_norm"] = self.engine.step(lr)
         self.require_finite(record)
@@ -260,10 +256,11 @@ class Trainer:
         heads = config.mtp.mode if config.mtp.mode == "none" else f"{config.mtp.mode} D={config.mtp.depths}"
         train = sum(source.tokens for source in self.sampler.sources)
         experts = f", EP {config.parallel.expert_parallel_size}" if config.parallel.expert_parallel_size > 1 else ""
+        stages = f", {self.world.stages} pipeline stages" if self.world.stages > 1 else ""
         return (
             f"{config.run.name}: {quantity(size.total)} parameters ({quantity(size.active)} active) + MTP {heads} "
             f"({quantity(size.mtp_total)}), {quantity(config.train.total_tokens)} tokens of {quantity(train)}, "
-            f"{self.world.size} x {self.world.device.type}, ZeRO-{config.parallel.zero_stage}{experts}, "
+            f"{self.world.size} x {self.world.device.type}{stages}, ZeRO-{config.parallel.zero_stage}{experts}, "
             f"{config.train.dtype}"
         )
 
@@ -312,6 +309,8 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
 def start_engine(model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: World, config: Config) -> Engine:
     """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names the section."""
     try:
+        if world.stages > 1:
+            return PipelineEngine(model, optimizer, ds_config=ds_config, world=world, seq_len=config.data.seq_len)
         return Engine(model, optimizer, ds_config=ds_config, world=world)
     except Exception as error:
         if not config.deepspeed:

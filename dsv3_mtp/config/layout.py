@@ -23,6 +23,7 @@ def refusals(config: Any, world_size: int | None = None) -> list[str]:
 def problems(config: Any, world_size: int | None = None) -> Iterator[Problem]:
     yield from _zero(config)
     yield from _experts(config)
+    yield from _pipeline(config)
     if world_size is not None:
         yield from _ranks(config, world_size)
 
@@ -52,14 +53,46 @@ def _experts(config: Any) -> Iterator[Problem]:
         yield key, "needs parallel.zero_stage 1 or 2: DeepSpeed's ZeRO-3 takes no expert-parallel groups (got 3)"
 
 
+def _pipeline(config: Any) -> Iterator[Problem]:
+    model, mtp, parallel, train = config.model, config.mtp, config.parallel, config.train
+    if parallel.pipeline_stages == 1:
+        return
+    key = "parallel.pipeline_stages"
+    # What follows the trunk is one more piece to cut; parallel heads stay with the trunk's last layer, whose input
+    # they read.
+    pieces = model.num_hidden_layers + (mtp.mode != "parallel")
+    if parallel.pipeline_stages > pieces:
+        end = "the last layer with the heads" if mtp.mode == "parallel" else "the heads"
+        yield key, f"must be <= {pieces}: the layers and {end} are what can be cut (got {parallel.pipeline_stages})"
+    if parallel.zero_stage == 0:
+        yield key, "needs parallel.zero_stage 1: DeepSpeed's ZeRO-0 clips by each stage's own gradient norm (got 0)"
+    if parallel.zero_stage in (2, 3):
+        reason = "ZeRO-2 and 3 share gradients out in every backward, a pipeline has several under way"
+        yield key, f"needs parallel.zero_stage 1: {reason} (got {parallel.zero_stage})"
+    if parallel.offload_optimizer:
+        yield key, "needs parallel.offload_optimizer false: DeepSpeed's pipeline leaves the gradients on the device"
+    if train.freeze == "trunk":
+        yield key, "needs train.freeze none: with trunk, all stages but the last have nothing to learn"
+
+
+def data_size(config: Any, world_size: int) -> int:
+    """Ranks that work on different sequences: those of one pipeline stage."""
+    return max(world_size // config.parallel.pipeline_stages, 1)
+
+
 def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
-    train, experts = config.train, config.parallel.expert_parallel_size
-    if world_size % experts:
-        yield "parallel.expert_parallel_size", f"must divide the number of ranks, {world_size} (got {experts})"
-    rows = train.micro_batch_size * world_size
+    train, experts, stages = config.train, config.parallel.expert_parallel_size, config.parallel.pipeline_stages
+    if world_size % stages:
+        yield "parallel.pipeline_stages", f"must divide the number of ranks, {world_size} (got {stages})"
+        return
+    ranks = data_size(config, world_size)
+    of = f" of a pipeline stage, {ranks}" if stages > 1 else f", {ranks}"
+    if ranks % experts:
+        yield "parallel.expert_parallel_size", f"must divide the number of ranks{of} (got {experts})"
+    rows = train.micro_batch_size * ranks
     if train.batch_size % rows:
         yield (
             "train.batch_size",
-            f"{train.batch_size} sequences do not divide into micro-batches of "
-            f"{train.micro_batch_size} on {world_size} ranks; use a multiple of {rows}",
+            f"{train.batch_size} sequences do not divide into micro-batches of {train.micro_batch_size} on "
+            f"{ranks} {'data-parallel ' * (stages > 1)}ranks; use a multiple of {rows}",
         )

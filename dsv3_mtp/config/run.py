@@ -187,6 +187,8 @@ class ParallelConfig(Section):
     """Keep optimizer states and master weights in host memory, and update there (ZeRO 1, 2, 3)."""
     expert_parallel_size: Count = 1
     """Ranks that share the routed experts of a layer; the groups of ranks are copies (V3 3.2: 64)."""
+    pipeline_stages: Count = 1
+    """Stages into which the layers are cut, each on its own ranks (V3 3.2: 16)."""
     timeout_s: Annotated[Number, Field(gt=0, le=1e6)] = 600.0
     """Seconds after which a hung collective fails."""
 

@@ -121,6 +121,8 @@ def load_weights(
     }
     wanted = sorted((slot for slot in slots(settings.model, modules) if not slot.alias), key=lambda slot: slot.key)
     for key, group in itertools.groupby(wanted, key=lambda slot: slot.key):
+        if tensors[key].is_meta:  # on another pipeline stage
+            continue
         with torch.no_grad(), writable(tensors[key]):
             for slot in group:
                 index = slot.index

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.config.layout import refusals
+from dsv3_mtp.config.layout import data_size, refusals
+from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput
 from dsv3_mtp.parallel.launch import World
 
 
@@ -23,7 +24,7 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
     train, log = config.train, config.log
     if refused := refusals(config, world_size):
         raise ValueError("\n".join(refused))
-    rows = train.micro_batch_size * world_size
+    rows = train.micro_batch_size * data_size(config, world_size)
     generated: dict[str, Any] = {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -60,14 +61,23 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 class Engine:
     """A thin hold on `deepspeed.initialize`: what the trainer needs, and no more."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, ds_config: dict, world: World):
+    def __init__(
+        self,
+        model: DeepseekV3MTP,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ds_config: dict,
+        world: World,
+        module: torch.nn.Module | None = None,
+    ):
+        """module: what runs, made of the model's parts; None: the model itself."""
         # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no weights of its own.
         deepspeed.runtime.zero.utils.warned = True
         with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+                model=module or model, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
-        self.world = world
+        self.world, self.model = world, model
 
     @property
     def module(self) -> torch.nn.Module:
@@ -75,6 +85,22 @@ class Engine:
 
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)
+
+    def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
+        """Forward and backward of this rank's micro-batches of one optimizer step; the gradients are then averaged.
+
+        settings: keywords of the model's forward, normalized over the whole step. Returns the sums of the outputs.
+        """
+        total = self.model.no_output()
+        for number, (tokens, documents) in enumerate(batch, start=1):
+            out = self(tokens, documents, **settings)
+            self.backward(out.loss, last=number == len(batch))
+            total += out.sums()
+        return total
+
+    def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
+        """The model's `evaluate`: the sums of the outputs for this rank's micro-batches but the last `blanks`."""
+        return self.model.evaluate(batch, blanks=blanks)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates the gradient; on the `last` micro-batch of the step the ranks' gradients are averaged.
@@ -92,10 +118,13 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self._replicated_norm() if self.engine.zero_optimization_stage() == 0 else None
-        self.engine.step()
+        self.update()
         if norm is None:
             norm = self.engine.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
+
+    def update(self) -> None:
+        self.engine.step()
 
     def _replicated_norm(self) -> float:
         """ZeRO-0 in float32 reports no norm; there every rank holds the whole averaged gradient."""
