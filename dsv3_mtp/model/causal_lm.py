@@ -250,7 +250,7 @@ class DeepseekV3MTP(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, blanks: int = 0) -> MTPOutput:
-        """The sums of the outputs for some micro-batches, in evaluation mode; the last `blanks` of them do not count."""
+        """The sums of the outputs for some micro-batches, in evaluation mode; the last `blanks` do not count."""
         total, training = self.no_output(), self.training
         self.eval()
         for left, (tokens, documents) in zip(range(len(batch), 0, -1), batch, strict=True):
