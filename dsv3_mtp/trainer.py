@@ -310,7 +310,7 @@ def start_engine(model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: W
     """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names the section."""
     try:
         if world.stages > 1:
-            return PipelineEngine(model, optimizer, ds_config=ds_config, world=world, seq_len=config.data.seq_len)
+            return PipelineEngine(model, optimizer, ds_config=ds_config, world=world, config=config)
         return Engine(model, optimizer, ds_config=ds_config, world=world)
     except Exception as error:
         if not config.deepspeed:

@@ -54,16 +54,18 @@ def _experts(config: Any) -> Iterator[Problem]:
 
 
 def _pipeline(config: Any) -> Iterator[Problem]:
-    model, mtp, parallel, train = config.model, config.mtp, config.parallel, config.train
+    model, parallel, train = config.model, config.parallel, config.train
     if parallel.pipeline_stages == 1:
         return
     key = "parallel.pipeline_stages"
-    # What follows the trunk is one more piece to cut; parallel heads stay with the trunk's last layer, whose input
-    # they read.
-    pieces = model.num_hidden_layers + (mtp.mode != "parallel")
+    head, tail = uncut(config)
+    pieces = model.num_hidden_layers + 1 - (head - 1) - (tail - 1)
     if parallel.pipeline_stages > pieces:
-        end = "the last layer with the heads" if mtp.mode == "parallel" else "the heads"
-        yield key, f"must be <= {pieces}: the layers and {end} are what can be cut (got {parallel.pipeline_stages})"
+        together = [f"layers 0..{head - 1}"] * (head > 1)
+        together += [f"layer {model.num_hidden_layers - 1} and the heads"] * (tail > 1)
+        kept = f" ({'; '.join(together)} stay together)" if together else ""
+        text = f"must be <= {pieces}, the pieces that layers and heads can be cut into{kept}"
+        yield key, f"{text} (got {parallel.pipeline_stages})"
     if parallel.zero_stage == 0:
         yield key, "needs parallel.zero_stage 1: DeepSpeed's ZeRO-0 clips by each stage's own gradient norm (got 0)"
     if parallel.zero_stage in (2, 3):
@@ -73,6 +75,18 @@ def _pipeline(config: Any) -> Iterator[Problem]:
         yield key, "needs parallel.offload_optimizer false: DeepSpeed's pipeline leaves the gradients on the device"
     if train.freeze == "trunk":
         yield key, "needs train.freeze none: with trunk, all stages but the last have nothing to learn"
+
+
+def uncut(config: Any) -> tuple[int, int]:
+    """How many of the first and of the last pieces of a pipeline stay together; pieces are the trunk's layers and, as
+    the last one, all that follows. (1, 1): everything may be cut apart.
+
+    Parallel heads read the input of the trunk's last layer. And with expert parallelism every stage has an MoE layer,
+    because DeepSpeed adds up the gradient norm over the stages once per kind of parameter.
+    """
+    model, mtp, shared = config.model, config.mtp, config.parallel.expert_parallel_size > 1
+    with_heads = mtp.mode == "parallel" or (shared and mtp.mode != "sequential")
+    return 1 + model.first_k_dense_replace if shared else 1, 2 if with_heads else 1
 
 
 def data_size(config: Any, world_size: int) -> int:

@@ -28,7 +28,7 @@ def build_model(config: Config, ds_config: dict[str, Any], world: World) -> Deep
             model = DeepseekV3MTP(config.model, config.mtp)
             if config.parallel.expert_parallel_size > 1:
                 share_experts(model, size=config.parallel.expert_parallel_size, pipeline_stages=world.stages)
-        for part in stage_parts(model, world, config.data.seq_len) if world.stages > 1 else [model]:
+        for part in stage_parts(config, model, world) if world.stages > 1 else [model]:
             part.to_empty(device=world.device)
         for module in model.modules():
             if isinstance(module, LocalExperts):

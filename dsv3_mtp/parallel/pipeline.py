@@ -24,7 +24,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
-from dsv3_mtp.config import MTPConfig
+from dsv3_mtp.config import Config, MTPConfig
+from dsv3_mtp.config.layout import uncut
 from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, layer_flops, run_layers
 from dsv3_mtp.model.moe import RouterStats
 from dsv3_mtp.model.mtp import TrunkStates
@@ -57,16 +58,15 @@ def balanced(costs: Sequence[float], parts: int) -> list[int]:
     return cut(lambda cost: cost**2 if cost <= limit else float("inf"), lambda a, b: a + b)[1]
 
 
-def stage_layers(model: DeepseekV3MTP, stages: int, seq_len: int) -> list[range]:
-    """The trunk layers of each stage, balanced by FLOPs; what follows the trunk weighs on the last stage.
-
-    Meta's parallel heads read the input of the trunk's last layer, which therefore is on the last stage with them.
+def stage_layers(config: Config, model: DeepseekV3MTP) -> list[range]:
+    """The trunk layers of each stage: FLOPs balanced over the pieces that may be cut apart (config.layout.uncut), of
+    which what follows the trunk is the last. `model` is the whole one; the meta device will do.
     """
-    *trunk, tail = layer_flops(model, seq_len)
-    if model.mtp_config.mode == "parallel":
-        tail += trunk.pop()
-    bounds = balanced([*trunk, tail], stages)
-    bounds[-1] = len(model.model.layers)
+    layers, (head, tail) = len(model.model.layers), uncut(config)
+    costs = layer_flops(model, config.data.seq_len)
+    pieces = [sum(costs[:head]), *costs[head : layers + 1 - tail], sum(costs[layers + 1 - tail :])]
+    bounds = balanced(pieces, config.parallel.pipeline_stages)
+    bounds = [0, *(bound + head - 1 for bound in bounds[1:-1]), layers]
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
@@ -75,9 +75,9 @@ def reads_tokens(mtp: MTPConfig) -> bool:
     return mtp.mode == "sequential" and mtp.embed
 
 
-def stage_parts(model: DeepseekV3MTP, world: World, seq_len: int) -> list[nn.Module]:
+def stage_parts(config: Config, model: DeepseekV3MTP, world: World) -> list[nn.Module]:
     """What of the model this rank's stage holds."""
-    parts: list[nn.Module] = [model.model.layers[i] for i in stage_layers(model, world.stages, seq_len)[world.stage]]
+    parts: list[nn.Module] = [model.model.layers[layer] for layer in stage_layers(config, model)[world.stage]]
     last = world.stage == world.stages - 1
     if world.stage == 0 or (last and reads_tokens(model.mtp_config)):
         parts.append(model.model.embed_tokens)
@@ -184,30 +184,35 @@ class Accumulation(schedule.TrainSchedule):
 
 
 def backward_pass(engine: Any, buffer_id: int) -> None:
-    """DeepSpeed's instruction with two differences: the loss, normalized over the whole step, is not divided by the
-    number of micro-batches; and the outputs of a stage go backward together, not one after another over all layers.
+    """DeepSpeed's instruction, except that
+
+    - the loss, normalized over the whole optimizer step, is not divided by the number of micro-batches;
+    - the outputs of a stage go backward together, not one after another through all of its layers;
+    - an input on which nothing depends (the balance before the first router) gets its zeros, which are waited for.
     """
     if engine.is_last_stage():
         DeepSpeedEngine.backward(engine, engine.loss, scale_wrt_gas=False)
-        return
-    outputs = [output for output in engine.pipe_buffers["outputs"][buffer_id] if output.is_floating_point()]
-    pairs = [pair for pair in zip(outputs, engine.grad_layer, strict=True) if pair[0].requires_grad]
-    if engine.using_bf16_optimizer:
-        engine.optimizer.clear_lp_grads()
-    engine._running_engine_backward = True
-    torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
-    engine._running_engine_backward = False
-    if engine.using_bf16_optimizer:
-        engine.optimizer.update_hp_grads(clear_lp_grads=False)
-    engine.pipe_buffers["outputs"][buffer_id] = None
+    else:
+        outputs = [output for output in engine.pipe_buffers["outputs"][buffer_id] if output.is_floating_point()]
+        pairs = [pair for pair in zip(outputs, engine.grad_layer, strict=True) if pair[0].requires_grad]
+        if engine.using_bf16_optimizer:
+            engine.optimizer.clear_lp_grads()
+        engine._running_engine_backward = True
+        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+        engine._running_engine_backward = False
+        if engine.using_bf16_optimizer:
+            engine.optimizer.update_hp_grads(clear_lp_grads=False)
+        engine.pipe_buffers["outputs"][buffer_id] = None
+    for received in engine.pipe_buffers["inputs"][buffer_id]:
+        if received.is_floating_point() and received.grad is None:
+            received.grad = torch.zeros_like(received)
 
 
 class PipelineEngine(Engine):
     """`Engine` for one stage of a pipeline. Only the last stage's outputs count; other ranks return sums of zero."""
 
-    def __init__(self, model: DeepseekV3MTP, optimizer: torch.optim.Optimizer, *, seq_len: int, **start: Any):
-        layers = stage_layers(model, start["world"].stages, seq_len)
-        self.stages = Stages(model, layers, self.add)
+    def __init__(self, model: DeepseekV3MTP, optimizer: torch.optim.Optimizer, *, config: Config, **start: Any):
+        self.stages = Stages(model, stage_layers(config, model), self.add)
         super().__init__(model, optimizer, module=self.stages, **start)
         instructions = {**self.engine._INSTRUCTION_MAP, schedule.BackwardPass: backward_pass}
         self.engine._INSTRUCTION_MAP, self.engine._compute_loss = instructions, True
