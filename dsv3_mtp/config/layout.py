@@ -71,8 +71,6 @@ def _pipeline(config: Any) -> Iterator[Problem]:
     if parallel.zero_stage in (2, 3):
         reason = "ZeRO-2 and 3 share gradients out in every backward, a pipeline has several under way"
         yield key, f"needs parallel.zero_stage 1: {reason} (got {parallel.zero_stage})"
-    if parallel.offload_optimizer:
-        yield key, "needs parallel.offload_optimizer false: DeepSpeed's pipeline leaves the gradients on the device"
     if train.freeze == "trunk":
         yield key, "needs train.freeze none: with trunk, all stages but the last have nothing to learn"
 
@@ -100,9 +98,9 @@ def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
         yield "parallel.pipeline_stages", f"must divide the number of ranks, {world_size} (got {stages})"
         return
     ranks = data_size(config, world_size)
-    of = f" of a pipeline stage, {ranks}" if stages > 1 else f", {ranks}"
+    of = f"the ranks of a stage, {ranks}" if stages > 1 else f"the number of ranks, {ranks}"
     if ranks % experts:
-        yield "parallel.expert_parallel_size", f"must divide the number of ranks{of} (got {experts})"
+        yield "parallel.expert_parallel_size", f"must divide {of} (got {experts})"
     rows = train.micro_batch_size * ranks
     if train.batch_size % rows:
         yield (

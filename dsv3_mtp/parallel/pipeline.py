@@ -58,12 +58,13 @@ def balanced(costs: Sequence[float], parts: int) -> list[int]:
     return cut(lambda cost: cost**2 if cost <= limit else float("inf"), lambda a, b: a + b)[1]
 
 
-def stage_layers(config: Config, model: DeepseekV3MTP) -> list[range]:
+def stage_layers(config: Config) -> list[range]:
     """The trunk layers of each stage: FLOPs balanced over the pieces that may be cut apart (config.layout.uncut), of
-    which what follows the trunk is the last. `model` is the whole one; the meta device will do.
+    which what follows the trunk is the last.
     """
-    layers, (head, tail) = len(model.model.layers), uncut(config)
-    costs = layer_flops(model, config.data.seq_len)
+    with torch.device("meta"):
+        costs = layer_flops(DeepseekV3MTP(config.model, config.mtp), config.data.seq_len)
+    layers, (head, tail) = len(costs) - 1, uncut(config)
     pieces = [sum(costs[:head]), *costs[head : layers + 1 - tail], sum(costs[layers + 1 - tail :])]
     bounds = balanced(pieces, config.parallel.pipeline_stages)
     bounds = [0, *(bound + head - 1 for bound in bounds[1:-1]), layers]
@@ -77,7 +78,7 @@ def reads_tokens(mtp: MTPConfig) -> bool:
 
 def stage_parts(config: Config, model: DeepseekV3MTP, world: World) -> list[nn.Module]:
     """What of the model this rank's stage holds."""
-    parts: list[nn.Module] = [model.model.layers[layer] for layer in stage_layers(config, model)[world.stage]]
+    parts: list[nn.Module] = [model.model.layers[layer] for layer in stage_layers(config)[world.stage]]
     last = world.stage == world.stages - 1
     if world.stage == 0 or (last and reads_tokens(model.mtp_config)):
         parts.append(model.model.embed_tokens)
@@ -212,7 +213,7 @@ class PipelineEngine(Engine):
     """`Engine` for one stage of a pipeline. Only the last stage's outputs count; other ranks return sums of zero."""
 
     def __init__(self, model: DeepseekV3MTP, optimizer: torch.optim.Optimizer, *, config: Config, **start: Any):
-        self.stages = Stages(model, stage_layers(config, model), self.add)
+        self.stages = Stages(model, stage_layers(config), self.add)
         super().__init__(model, optimizer, module=self.stages, **start)
         instructions = {**self.engine._INSTRUCTION_MAP, schedule.BackwardPass: backward_pass}
         self.engine._INSTRUCTION_MAP, self.engine._compute_loss = instructions, True
