@@ -161,6 +161,20 @@ MISTAKES = [
         "parallel.expert_parallel_size=32",
         "parallel.expert_parallel_size: must divide model.n_routed_experts = 16 (got 32)",
     ),
+    (
+        "parallel={zero_stage: 0, pipeline_stages: 2}",
+        "parallel.pipeline_stages: needs parallel.zero_stage 1: DeepSpeed's ZeRO-0 clips by each stage's own gradient "
+        "norm (got 0)",
+    ),
+    (
+        "parallel={zero_stage: 2, pipeline_stages: 2}",
+        "parallel.pipeline_stages: needs parallel.zero_stage 1: DeepSpeed's pipeline reduces gradients once per step, "
+        "ZeRO-2 and 3 in every backward (got 2)",
+    ),
+    (
+        "parallel.pipeline_stages=6",
+        "parallel.pipeline_stages: must be <= 5, the pieces that layers and heads can be cut into (got 6)",
+    ),
     # DeepSpeed
     (
         "deepspeed.zero_optimization.offload_optimizer={}",

@@ -69,7 +69,7 @@ def _pipeline(config: Any) -> Iterator[Problem]:
     if parallel.zero_stage == 0:
         yield key, "needs parallel.zero_stage 1: DeepSpeed's ZeRO-0 clips by each stage's own gradient norm (got 0)"
     if parallel.zero_stage in (2, 3):
-        reason = "ZeRO-2 and 3 share gradients out in every backward, a pipeline has several under way"
+        reason = "DeepSpeed's pipeline reduces gradients once per step, ZeRO-2 and 3 in every backward"
         yield key, f"needs parallel.zero_stage 1: {reason} (got {parallel.zero_stage})"
     if train.freeze == "trunk":
         yield key, "needs train.freeze none: with trunk, all stages but the last have nothing to learn"
