@@ -121,8 +121,11 @@ class Fragments:
     def _place(self, rank: int, key: str) -> Place:
         if rank not in self._headers:
             path = self.folder / shard_name(rank)
-            header, data, _ = read_header(path)
-            self._headers[rank] = {name: place_of(path, value, data) for name, value in header.items()}
+            header, data, size = read_header(path)
+            places = {name: place_of(path, value, data) for name, value in header.items()}
+            if (stop := max(place.stop for place in places.values())) != size:
+                raise ValueError(f"{path.name} has {size:,} bytes, its header promises {stop:,}")
+            self._headers[rank] = places
         return self._headers[rank][key]
 
     def _damaged(self, error: Exception) -> ValueError:

@@ -1,17 +1,18 @@
 """A run folder becomes a model again, without DeepSpeed; what is wrong with the folder is said in a sentence."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from dsv3_mtp.fragments import shard_name
-from dsv3_mtp.hf import load_run
+from dsv3_mtp.hf import export_hf, load_run
 from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.decode.run_folder import write_run
-from tests.made_runs import write_checkpoint
+from tests.made_runs import contents, write_checkpoint
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -27,6 +28,17 @@ def test_a_run_loads_with_its_weights_biases_dtype_and_tokenizer(make_tiny_confi
         name: value.dtype for name, value in expected.items()
     }
     assert all(torch.equal(value, expected[name]) for name, value in run.model.state_dict().items())
+
+
+def test_a_checkpoint_of_many_ranks_loads_and_exports_as_one_of_one_rank(make_tiny_config, tmp_path):
+    folder, model = write_run(make_tiny_config(), tmp_path)
+    export_hf(folder, tmp_path / "one")
+    shutil.rmtree(folder / "checkpoints")
+    write_checkpoint(folder, model, step=4, ranks=7)
+    export_hf(folder, tmp_path / "seven")
+    assert contents(tmp_path / "one") == contents(tmp_path / "seven")
+    state = load_run(folder).model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_the_newest_complete_checkpoint_is_taken(make_tiny_config, tmp_path):

@@ -1,7 +1,7 @@
 """Which ranges of which tensors this rank holds: the layout of a run, in terms that no layout shares.
 
-A tensor's canonical name and shape are those of an unsharded DeepseekV3MTP. Expert parallelism leaves the name and keeps
-a range of the experts; pipeline stages keep a part of the names, and where their module names differ it has
+A tensor's canonical name and shape are those of an unsharded DeepseekV3MTP. Expert parallelism keeps a range of a
+layer's experts. A pipeline stage keeps some of the tensors; a module whose names for them differ has
 `canonical_names`, {its name: canonical name}. ZeRO splits what is left: its optimizers are read here in the terms of
 DeepSpeed 0.19.8. DeepSpeed's own view of that, `param._hp_mapping`, does not know ZeRO 0 and 3, and is wrong under
 round_robin_gradients.
