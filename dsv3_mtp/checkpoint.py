@@ -45,7 +45,7 @@ def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: 
     dist.barrier()
     torch.save(_rng_state(), folder / f"rng_rank{world.rank}.pt")
     optimizer = engine.engine.optimizer
-    fragments = [_fragment(mine, optimizer) for mine in held(engine.engine) if mine.share[0] < mine.share[1]]
+    fragments = [_fragment(mine, optimizer) for mine in held(engine) if mine.share[0] < mine.share[1]]
     parts: list[Any] = [None] * world.size
     dist.gather_object(write_fragments(folder, world.rank, fragments), parts if world.is_main else None)
     counters = {name: getattr(engine.engine, name) for name in COUNTERS}
@@ -105,11 +105,11 @@ def load(engine: Engine, folder: Path) -> list[str]:
         ValueError: the checkpoint is damaged, of another format, or of another model.
     """
     stored = Fragments(folder)
-    mine = [part for part in held(engine.engine) if part.numel]
+    mine = [part for part in held(engine) if part.numel]
     different = [part.name for part in mine if stored.shapes.get(part.name) != part.shape]
     if different:
         raise ValueError(f"{folder}: of another model: {', '.join(different)} missing or of another shape")
-    with torch.no_grad(), restoring(engine.engine):
+    with torch.no_grad(), restoring(engine):
         for part in mine:
             _restore(part, stored, engine.engine.optimizer)
     for name, value in json.loads((folder / COMPLETE).read_text())["counters"].items():

@@ -116,4 +116,5 @@ def describe(config: Any, world_size: int) -> str:
     parts = [f"{world_size} rank{'s' * (world_size > 1)} x {config.train.micro_batch_size} sequences"]
     parts += [f"ZeRO-{parallel.zero_stage}{' with offload' * parallel.offload_optimizer}"]
     parts += [f"EP {parallel.expert_parallel_size}"] * (parallel.expert_parallel_size > 1)
+    parts += [f"PP {parallel.pipeline_stages}"] * (parallel.pipeline_stages > 1)
     return ", ".join(parts)

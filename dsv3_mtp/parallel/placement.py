@@ -1,10 +1,9 @@
 """Which ranges of which tensors this rank holds: the layout of a run, in terms that no layout shares.
 
-A tensor's canonical name and shape are those of an unsharded DeepseekV3MTP. Expert parallelism keeps a range of a
-layer's experts. A pipeline stage keeps some of the tensors; a module whose names for them differ has
-`canonical_names`, {its name: canonical name}. ZeRO splits what is left: its optimizers are read here in the terms of
-DeepSpeed 0.19.8. DeepSpeed's own view of that, `param._hp_mapping`, does not know ZeRO 0 and 3, and is wrong under
-round_robin_gradients.
+A tensor's canonical name and shape are those of an unsharded DeepseekV3MTP. Every layout keeps the names: a pipeline
+stage has storage for some of the tensors, expert parallelism for a range of a layer's experts. ZeRO splits the rest;
+what its optimizers hold is read here in the terms of DeepSpeed 0.19.8. DeepSpeed's own view of that, `param._hp_mapping`,
+does not know ZeRO 0 and 3, and is wrong under round_robin_gradients.
 """
 
 import math
@@ -21,6 +20,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from torch import Tensor
 
+from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.experts import LocalExperts
 
 SHARE = 1 << 16  # elements below which a tensor that several ranks hold is written by the first of them alone
@@ -51,20 +51,18 @@ class _Range(NamedTuple):
     numel: int
 
 
-def held(engine: Any) -> Iterator[Held]:
-    """All that this rank holds of the model: masters of what it updates, frozen parameters, buffers.
-
-    engine: a DeepSpeedEngine.
-    """
-    module = engine.module
-    names, masters = getattr(module, "canonical_names", {}), dict(_masters(engine.optimizer))
-    experts = {
-        id(tensor): part for part in module.modules() if isinstance(part, LocalExperts) for tensor in part.parameters()
-    }
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if getattr(tensor, "requires_grad", False):
+def held(engine: Engine) -> Iterator[Held]:
+    """All that this rank holds of the model: masters of what it updates, frozen parameters, buffers."""
+    model, optimizer = engine.model, engine.engine.optimizer
+    masters = dict(_masters(optimizer))
+    layers = [part for part in model.modules() if isinstance(part, LocalExperts)]
+    experts = {id(tensor): layer for layer in layers for tensor in layer.parameters()}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            continue  # of another pipeline stage
+        if tensor.requires_grad:
             found = masters.get(id(tensor))
-            sharded = not isinstance(engine.optimizer, torch.optim.Optimizer | FP16_UnfusedOptimizer)
+            sharded = not isinstance(optimizer, torch.optim.Optimizer | FP16_UnfusedOptimizer)
         else:
             found, sharded = _whole(tensor), hasattr(tensor, "ds_id")
         if found is None:
@@ -74,10 +72,10 @@ def held(engine: Any) -> Iterator[Held]:
             layer = experts[id(tensor)]
             start += layer.first * math.prod(shape[1:])
             shape = (layer.num_experts, *shape[1:])
-        share = (0, found.numel) if sharded else _share(found.numel, _replicas(engine, tensor))
+        share = (0, found.numel) if sharded else _share(found.numel, _replicas(engine.engine, tensor))
         if getattr(tensor, "ds_pipe_replicated", False):
             share = (0, 0)  # the first stage that has this tied parameter writes it
-        yield Held(names.get(name, name), shape, start, found.numel, found.flat, found.at, share)
+        yield Held(name, shape, start, found.numel, found.flat, found.at, share)
 
 
 def _masters(optimizer: Any) -> Iterator[tuple[int, _Range]]:
@@ -144,9 +142,9 @@ def _share(numel: int, peers: Any) -> tuple[int, int]:
 
 
 @contextmanager
-def restoring(engine: Any) -> Iterator[None]:
+def restoring(engine: Engine) -> Iterator[None]:
     """Around writing into what is `held`: afterwards the weights of forward and backward follow their masters."""
-    optimizer = engine.optimizer
+    optimizer = engine.engine.optimizer
     zero3 = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
     if zero3:
         optimizer.checkpoint_event_prologue()  # no parameter stays gathered
