@@ -47,7 +47,8 @@ FREE = (
     "checkpoint",
     "deepspeed",
     "train.threads",
-    "parallel.timeout_s",
+    "train.micro_batch_size",
+    "parallel",
 )  # no effect on what is learned: not worth a line
 
 

@@ -10,6 +10,7 @@ import torch
 
 from dsv3_mtp import checkpoint, schedules
 from dsv3_mtp.config import Config
+from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.corpus import build_corpus
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import Source, check_vocab, open_source
@@ -19,7 +20,7 @@ from dsv3_mtp.hf import load_weights
 from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets, model_size
-from dsv3_mtp.optim import build_optimizer, set_hyperparameters
+from dsv3_mtp.optim import build_optimizer
 from dsv3_mtp.parallel.build import build_model, writable
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
@@ -224,19 +225,20 @@ class Trainer:
     def save(self) -> None:
         state = {"step": self.step, "tokens": self.tokens, "config": self.config.to_dict()}
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
+        state |= {"layout": describe(self.config, self.world.size)}
         root = self.folder / "checkpoints"
         checkpoint.save(self.engine, root, step=self.step, state=state, keep=self.config.checkpoint.keep)
 
     def resume(self, folder: Path) -> list[str]:
-        """Restores the state saved in `folder`; returns what to tell the user."""
-        saved = checkpoint.read_state(folder)
+        """Restores the state saved in `folder`, by any layout of ranks; returns what to tell the user."""
+        saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
         notes = changed_settings(saved["config"], self.config, folder)
         self.sampler.load_state_dict(saved["sampler"])
-        checkpoint.load(self.engine, folder)
-        set_hyperparameters(self.engine.optimizer.param_groups, self.config.optim)
+        notes += checkpoint.load(self.engine, folder)
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.clock.load_state_dict(saved["clock"])
-        return [f"resumed at step {self.step} from {folder}", *notes]
+        moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""
+        return [f"resumed at step {self.step} from {folder}{moved}", *notes]
 
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""

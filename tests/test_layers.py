@@ -14,6 +14,7 @@ PACKAGE = ROOT / "dsv3_mtp"
 LAYERS = {
     "config": 0,
     **dict.fromkeys(["kernels", "tuning", "schedules", "losses", "precision", "data", "metrics", "plots"], 1),
+    **dict.fromkeys(["tensorfile", "fragments"], 1),
     "model": 2,
     **dict.fromkeys(["parallel", "optim", "checkpoint", "hf", "generate", "decode", "loading"], 3),
     **dict.fromkeys(["trainer", "evaluate", "grade", "study", "runs", "dryrun"], 4),

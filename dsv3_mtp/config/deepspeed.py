@@ -7,7 +7,6 @@ from dsv3_mtp.config.reader import KeyProblems, Problem, did_you_mean
 # Top-level keys that DeepSpeed 0.19.8 reads and that a run may set.
 ALLOWED = frozenset(
     {
-        "checkpoint",
         "comms_logger",
         "communication_data_type",
         "csv_monitor",
@@ -46,6 +45,7 @@ OWNED = {
     "prescale_gradients": _SCALE,
     "gradient_predivide_factor": _SCALE,
     "managed_gradient_accumulation": "is fixed: the training loop decides when a step ends",
+    "checkpoint": "would have no effect: checkpoints are not DeepSpeed's; set checkpoint instead",
     "data_efficiency": _UNUSED,
     "dataloader_drop_last": _UNUSED,
     "vocabulary_size": "set model.vocab_size instead",

@@ -118,3 +118,13 @@ def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
             f"{train.batch_size} sequences do not divide into micro-batches of {train.micro_batch_size} on "
             f"{ranks} {'data-parallel ' * (stages > 1)}ranks; use a multiple of {rows}",
         )
+
+
+def describe(config: Any, world_size: int) -> str:
+    """The layout in a few words: "2 ranks x 4 sequences, ZeRO-1"."""
+    parallel = config.parallel
+    parts = [f"{world_size} rank{'s' * (world_size > 1)} x {config.train.micro_batch_size} sequences"]
+    parts += [f"ZeRO-{parallel.zero_stage}{' with offload' * parallel.offload_optimizer}"]
+    parts += [f"EP {parallel.expert_parallel_size}"] * (parallel.expert_parallel_size > 1)
+    parts += [f"PP {parallel.pipeline_stages}"] * (parallel.pipeline_stages > 1)
+    return ", ".join(parts)
