@@ -46,6 +46,7 @@ FREE = (
     "eval",
     "checkpoint",
     "deepspeed",
+    "train.activation_checkpointing",
     "train.threads",
     "parallel.timeout_s",
 )  # no effect on what is learned: not worth a line

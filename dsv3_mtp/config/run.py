@@ -109,6 +109,8 @@ class TrainConfig(Section):
     """null: batch_size from the first step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Weights and activations in the forward; master weights are float32 (V3 3.3)."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward makes again to save memory. selective: norms, MLA up-projections (V3 3.2.3); full: whole blocks."""
     bias_update_speed: NotNegative = 0.001
     """Router bias step gamma (V3 2.1.2, 4.2)."""
     bias_update_until: Fraction = 14.3e12 / V3_TOKENS
