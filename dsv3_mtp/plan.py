@@ -7,6 +7,7 @@ carries it out; volumes are bytes that one rank sends, with ring algorithms, in 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 
 from torch import nn
 
@@ -81,7 +82,7 @@ def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[Stage]:
     """Memory of every pipeline stage; without a pipeline, of the only one. `model` may be on the meta device."""
     embedding, *layers, head = parts(model)
     count, stages = len(layers), []
-    cuts = stage_layers(model, shape.stages, config.data.seq_len) if shape.stages > 1 else [range(count)]
+    cuts = stage_layers(config, model) if shape.stages > 1 else [range(count)]
     for number, cut in enumerate(cuts):
         mine, last = [layers[n] for n in cut], number == shape.stages - 1
         if number == 0 or (last and reads_tokens(config.mtp)):
@@ -173,44 +174,40 @@ def element_size(config: Config) -> int:
 
 
 def activation_elements(config: Config, part: Part) -> float:
-    """Elements per token that a part keeps from its forward to its backward, its input not counted.
-
-    Without checkpointing: what goes into each product and each elementwise function of two arguments. selective: the
-    results of all products but MLA's up-projections, and the residual stream. full: the input of each block.
-    """
+    """Elements per token that a part keeps from its forward to its backward, its input not counted."""
     model, mode = config.model, config.train.activation_checkpointing
-    hidden = model.hidden_size
+    hidden, spread = model.hidden_size, config.parallel.expert_parallel_size > 1
     if part.name == "embedding":
         return hidden
-    kept = part.dense_blocks * block_elements(model, mode, moe=False) + part.moe_blocks * block_elements(
-        model, mode, moe=True
-    )
-    kept += 3 * hidden * part.merges  # two normed halves, and their projection
-    if part.name.endswith("head"):
-        kept += 2 * hidden * (1 + config.mtp.depths)  # normed states, and the gradients that the loss keeps of them
-    return kept
+    kept = part.dense_blocks * block_elements(model, mode, moe=False, spread=False)
+    kept += part.moe_blocks * block_elements(model, mode, moe=True, spread=spread)
+    kept += 4 * hidden * part.merges  # what is merged, its two normed halves, and their projection
+    return kept + hidden * (1 + config.mtp.depths) * part.name.endswith("head")  # gradients that the loss has made
 
 
-def block_elements(model: ModelConfig, mode: str, *, moe: bool) -> float:
-    """One decoder layer of `activation_elements`, V3's names in comments; K tokens per token go to experts."""
+def block_elements(model: ModelConfig, mode: str, *, moe: bool, spread: bool) -> float:
+    """`activation_elements` of one decoder layer, as its operations are fused on a GPU.
+
+    none: the inputs of all products and of attention. selective: of these neither norms, nor what the up-projections
+    and SwiGLU make (model/recompute.py). full: the input of the next layer. spread: experts on several ranks.
+    """
     hidden, top_k, width = model.hidden_size, model.num_experts_per_tok, model.moe_intermediate_size
     if mode == "full":
         return hidden
     heads, key = model.num_attention_heads, model.qk_nope_head_dim + model.qk_rope_head_dim
-    query, latent, value = model.q_lora_rank, model.kv_lora_rank, heads * model.v_head_dim
-    shared = model.n_shared_experts * width
-    if mode == "selective":
-        attention = (heads * key if query is None else query) + latent + model.qk_rope_head_dim + value + hidden
-        if not moe:
-            return attention + 2 * model.intermediate_size + 2 * hidden
-        experts = model.n_routed_experts + top_k * (2 * width + hidden) + (2 * shared + hidden if shared else 0)
-        return attention + experts + hidden
-    latents = 2 * (query or 0) + 2 * latent + model.qk_rope_head_dim  # before and after their norms
-    attention = hidden + latents + 2 * heads * key + 2 * value + hidden  # norm, q, k, v, mixed, residual
-    if not moe:
-        return attention + hidden + 4 * model.intermediate_size + hidden
-    experts = 4 * model.n_routed_experts + top_k * (2 * hidden + 4 * width) + 4 * shared
-    return attention + hidden + experts + hidden
+    queries, value = model.q_lora_rank, heads * model.v_head_dim
+    latents = (heads * key if queries is None else queries) + model.kv_lora_rank + model.qk_rope_head_dim
+    kept = latents + value + 2 * hidden  # latents, attention's output, the stream after attention and after all
+    inner = model.n_shared_experts * width if moe else model.intermediate_size
+    kept += 2 * inner  # gate and up
+    if moe:
+        kept += top_k * 2 * width + 2 * model.n_routed_experts
+        kept += top_k * hidden if spread else 0  # the rows that arrived
+    if mode == "none":
+        kept += 2 * hidden + (queries or 0) + model.kv_lora_rank  # norms
+        kept += heads * key + value + (0 if queries is None else heads * key)  # key, value, query
+        kept += 2 * inner  # silu(gate), and its product with up
+    return kept
 
 
 def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[str, float]:
@@ -237,16 +234,24 @@ def ring(ranks: int) -> float:
 
 
 def _expert_exchange(config: Config, shape: Layout, layers: int) -> dict[str, float]:
-    """Rows to the experts and back, forward and backward. Routing is taken as even over all that it may choose."""
-    model = config.model
+    """Rows to the experts and back, forward and backward; a token travels once to each rank with experts of it.
+
+    Routing is taken as even over the experts that a token may choose, those of `topk_group` groups: nodes.
+    """
+    model, top_k = config.model, config.model.num_experts_per_tok
+    local = model.n_routed_experts // shape.experts
+    reachable = max(model.n_routed_experts * model.topk_group // model.n_group, local)
+    missed = comb(reachable - local, top_k) / comb(reachable, top_k)  # chance that no choice is on a given rank
+    visits = reachable / local * (1 - missed)
+    full = config.train.activation_checkpointing == "full"
     row = element_size(config) * model.hidden_size * shape.tokens * shape.micro_batches * layers
-    passes = 4 if config.train.activation_checkpointing == "none" else 6
-    rows = {"experts, all-to-all": passes * row * model.num_experts_per_tok * ring(shape.experts)}
+    sent = (6 if full else 4) * row
+    rows = {f"experts, all-to-all ({visits:.2f} ranks per token)": sent * visits * ring(shape.experts)}
     nodes = min(model.n_group, shape.experts)
-    if nodes > 1:  # groups of experts are nodes
-        rows["  of it between nodes"] = passes * row * model.num_experts_per_tok * ring(nodes)
-        copies = min(model.topk_group, model.num_experts_per_tok)
-        rows["  with one copy per node (V3 3.2.2; not done here)"] = passes * row * copies * ring(nodes)
+    if nodes > 1:
+        rows["  of it between nodes"] = sent * visits * ring(nodes)
+        once = min(model.topk_group, top_k)
+        rows[f"  with one copy per node, {once} nodes (V3 3.2.2; not done here)"] = sent * once * ring(nodes)
     return rows
 
 

@@ -1,12 +1,15 @@
 """The plan of a layout against the papers' numbers, against brute force, and against what runs really hold and send."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from dsv3_mtp import kernels
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.meter import Meter, measure_step
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, model_size
@@ -25,6 +28,18 @@ from tests.ranks import run_ranks, write_markov
 
 ROOT = Path(__file__).parents[1]
 GB = 1e9
+
+
+@contextlib.contextmanager
+def kernels_on() -> Iterator[None]:
+    """Norms and SwiGLU as one function each, as on a GPU."""
+    note = kernels.enable()
+    if "not built" in note:
+        pytest.skip(note)
+    try:
+        yield
+    finally:
+        kernels.disable()
 
 
 def on_meta(config: Config) -> DeepseekV3MTP:
@@ -93,24 +108,24 @@ HEADS = [
 ]
 
 
-@pytest.mark.parametrize(("mode", "tolerance"), [("none", 0.25), ("selective", 0.1), ("full", 0.1)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, dtype, mode, tolerance):
+def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, mode):
     wide = {"model.hidden_size": 64, "model.moe_intermediate_size": 64, "model.intermediate_size": 128}
-    settings = {"train.dtype": dtype, "train.activation_checkpointing": mode, "model.v_head_dim": 12}  # = key width
+    settings = {"train.activation_checkpointing": mode, "train.dtype": "float32"}
+    settings["model.v_head_dim"] = 12  # the keys' width: a CPU pads narrower values
     config = make_tiny_config(wide | settings | heads)
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
-    model.to(getattr(torch, dtype))
     model.checkpoint_activations(mode)
     tokens = torch.randint(0, config.model.vocab_size, (16, 16 + 1 + config.mtp.depths))
-    with Meter() as meter:
-        out = model(tokens)
-    heads_own = [model.head(depth) for depth in range(1 + config.mtp.depths)]
-    kept_by_loss = sum(head.weight.numel() for head in set(heads_own)) * element_size(config)
+    documents = torch.zeros_like(tokens)  # a mask: attention as on a GPU, which keeps no probabilities
+    with kernels_on(), Meter() as meter:
+        out = model(tokens, documents)
+    weights = {model.head(depth) for depth in range(1 + config.mtp.depths)}
+    kept_by_loss = sum(head.weight.numel() for head in weights) * element_size(config)
     estimate = sum(activation_elements(config, part) for part in parts(on_meta(config))) * 16 * 16
-    assert meter.held - kept_by_loss == pytest.approx(estimate * element_size(config), rel=tolerance)
+    assert meter.held - kept_by_loss == pytest.approx(estimate * element_size(config), rel=0.15)
     assert out.loss.requires_grad
 
 
@@ -144,7 +159,8 @@ def test_two_ranks_hold_and_send_what_is_planned(make_tiny_config, tmp_path):
             states = stage.weights + stage.gradients + stage.states
             assert held == pytest.approx(states, rel=0.05), config.run.name
             planned = communication(config, stages, shape)
-            assert sent.get("all_to_all", 0) == pytest.approx(planned.get("experts, all-to-all", 0), rel=0.25)
+            exchanged = sum(value for name, value in planned.items() if name.startswith("experts"))
+            assert sent.get("all_to_all", 0) == pytest.approx(exchanged, rel=0.3), config.run.name
             assert sent.get("all_gather", 0) == pytest.approx(planned.get("weights", 0), rel=0.05), config.run.name
             reduced = sent.get("all_reduce", 0) + sent.get("reduce_scatter", 0)
             assert reduced == pytest.approx(planned["gradients"], rel=0.05), config.run.name

@@ -1,9 +1,9 @@
 """Tables of docs/parallelism.md: what layouts hold and send, measured against the plan, and weak scaling.
 
-    python tools/bench_parallel.py refusals
-    python tools/bench_parallel.py activations
-    torchrun --nproc_per_node 2 tools/bench_parallel.py memory
-    torchrun --nproc_per_node 1 tools/bench_parallel.py scaling        # then with 2: the same work per process
+python tools/bench_parallel.py refusals
+python tools/bench_parallel.py activations
+torchrun --nproc_per_node 2 tools/bench_parallel.py memory
+torchrun --nproc_per_node 1 tools/bench_parallel.py scaling        # then with 2: the same work per process
 """
 
 import argparse
@@ -93,7 +93,8 @@ def memory(args: argparse.Namespace, sets: list[str]) -> None:
 
     main, ranks = os.environ["RANK"] == "0", int(os.environ["WORLD_SIZE"])
     if main:
-        print("| layout | dtype | held, MiB | planned, MiB | sent per step, MiB | planned, MiB |\n|---|---|---|---|---|---|")
+        print("| layout | dtype | held, MiB | planned | sent per step, MiB | planned |")
+        print("|---|---|---|---|---|---|")
     for dtype in ("float32", "bfloat16"):
         for name, keys in LAYOUTS.items():
             own = [f"train.dtype={dtype}", f"run.name={name}-{dtype}", f"deepspeed.zero_optimization={ZERO}"]

@@ -150,6 +150,8 @@ class ParallelConfig(Section):
     """Ranks that share the routed experts of a layer; the groups of ranks are copies (V3 3.2: 64)."""
     pipeline_stages: Count = 1
     """Stages into which the layers are cut, each on its own ranks (V3 3.2: 16)."""
+    sequence_parallel_size: Count = 1
+    """Ranks that share a row; only 1 is built (docs/parallelism.md)."""
     timeout_s: Annotated[Number, Field(gt=0, le=1e6)] = 600.0
     """Seconds after which a hung collective fails."""
 

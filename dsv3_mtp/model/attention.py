@@ -44,7 +44,8 @@ class MLA(nn.Module):
         kv = again(self.kv_b_proj, again(self.kv_a_layernorm, latent)).unflatten(-1, (self.heads, -1))  # (.., nope+v)
         if causal.usable(x, mask):
             return self.o_proj(causal_attention(query, kv, k_rope, angles, self.scale))
-        mixed = attend(*again(self.to_heads, query, kv, k_rope, angles), scale=self.scale, mask=mask)  # (B, H, T, v)
+        query, key, value = again(self.to_heads, query, kv, k_rope, angles)
+        mixed = attend(query, key, value, self.scale, mask)  # (B, H, T, v)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
