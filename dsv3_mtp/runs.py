@@ -46,6 +46,7 @@ FREE = (
     "eval",
     "checkpoint",
     "deepspeed",
+    "train.activation_checkpointing",
     "train.threads",
     "train.micro_batch_size",
     "parallel",

@@ -284,6 +284,12 @@ class DeepseekV3MTP(nn.Module):
             if gate.weight.requires_grad:
                 gate.update_bias(gate_load, speed)
 
+    def checkpoint_activations(self, mode: str) -> None:
+        """none | selective | full, for the blocks of trunk and MTP heads (see DecoderLayer)."""
+        for module in self.modules():
+            if isinstance(module, DecoderLayer):
+                module.activation_checkpointing = mode
+
     def freeze_trunk(self) -> None:
         """Only the MTP heads go on learning: no gradient into embedding, trunk, its routers and the output head."""
         for part in (self.model, self.lm_head):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.dispatch import routed
 from dsv3_mtp.model.layers import MLP
+from dsv3_mtp.model.recompute import again
 
 
 class RouterStats(NamedTuple):
@@ -35,7 +36,8 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
         """x: (B, T, C) -> chosen experts (N, K) int64, gates (N, K) float32, stats."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # (B, T, E); V3 keeps the gate in high precision
+        # V3 keeps the gate in high precision.
+        scores = F.linear(again(Tensor.to, x, wide), self.weight.to(wide)).sigmoid()  # (B, T, E)
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
         load = torch.bincount(chosen.flatten(), minlength=flat.shape[1]).float()

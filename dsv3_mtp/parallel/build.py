@@ -34,6 +34,7 @@ def build_model(config: Config, ds_config: dict[str, Any], world: World) -> Deep
             if isinstance(module, LocalExperts):
                 module.mark()
     model.init_weights(config.run.seed, writable=writable)
+    model.checkpoint_activations(config.train.activation_checkpointing)
     return model
 
 
