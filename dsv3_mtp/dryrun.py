@@ -7,9 +7,8 @@ import torch
 
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, MarkovTask
-from dsv3_mtp.data.markov import best_acceptance, best_agreement, step_entropy, transition_matrix
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
-from dsv3_mtp.grade import sees_tokens
+from dsv3_mtp.grade import reference
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.plan import Layout, Stage, bubbles, communication, layout, plan
@@ -118,7 +117,7 @@ def cost_rows(config: Config, size: ModelSize, shape: Layout) -> dict[str, Any]:
 
 def task_rows(config: Config) -> dict[str, Any]:
     """What is known about data.task beforehand; nothing for text."""
-    task, depths = config.data.task, config.mtp.depths
+    task = config.data.task
     if task is None:
         return {}
     if not isinstance(task, MarkovTask):
@@ -128,20 +127,7 @@ def task_rows(config: Config) -> dict[str, Any]:
         return {
             f"task {task.type}": f"examples of {task.example_length} tokens, {examples}; {task.vocab_size} token ids"
         }
-    chain = transition_matrix(task.states, sharpness=task.sharpness, chain_seed=task.chain_seed)
-    sees = sees_tokens(config.mtp)
-    losses = [step_entropy(chain, 1 if sees else 1 + k) for k in range(1 + depths)]
-    rows = {"task markov: lowest loss by depth, nats": _numbers(losses)}
-    if depths:
-        rows["  agreement of such heads"] = _numbers(best_agreement(chain, depths, sees_tokens=sees))
-        for temperature in (0, 1):
-            best = best_acceptance(chain, depths, temperature=temperature, sees_tokens=sees)
-            rows[f"  acceptance at temperature {temperature}, joint"] = _numbers(best)
-    return rows
-
-
-def _numbers(values: list[float]) -> str:
-    return " ".join(f"{value:.4f}" for value in values)
+    return {f"task markov: best {name}": f"{value:.4f}" for name, value in reference(task, config.mtp).items()}
 
 
 def _rows(rows: dict[str, Any]) -> str:
