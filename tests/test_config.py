@@ -414,6 +414,13 @@ def test_a_task_that_does_not_fit_is_refused_with_the_remedy(sets, line):
     assert line in problems(*sets, path=TASK)
 
 
+def test_a_task_needs_the_whole_model_on_every_rank():
+    refusal = "data.task: needs parallel.zero_stage <= 2 and expert_parallel_size 1: every rank generates by itself"
+    assert problems("parallel.zero_stage=3", path=TASK) == [refusal]
+    assert refusal in problems("parallel.expert_parallel_size=2", path=TASK)
+    assert load_config(TASK, ["parallel.zero_stage=2"]).data.task.terms == 4
+
+
 @pytest.mark.parametrize(
     ("task", "vocab_size", "length"),
     [
