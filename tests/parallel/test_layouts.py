@@ -44,7 +44,6 @@ LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
     "ZeRO-2, D=2, masked": ("D2", 2, 1, 2, False),
     "ZeRO-2, no MTP": ("none", 2, 1, 2, False),
     "ZeRO-2, parallel D=2": ("parallel", 2, 1, 2, False),
-    "ZeRO-2, offload": ("D1", 2, 1, 2, True),
     "EP=2, ZeRO-1": ("D1", 2, 2, 1, False),
     "EP=2, ZeRO-2, D=2, masked": ("D2", 2, 2, 2, False),
     "EP=2, ZeRO-1, no MTP": ("none", 2, 2, 1, False),
