@@ -16,7 +16,8 @@ from dsv3_mtp.model.layers import RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.mtp import ParallelLinearMTP, ParallelMTP, SequentialMTP, TrunkStates
 
-Batch = Sequence[tuple[Tensor, Tensor | None]]  # micro-batches: tokens (B, T+1+D); documents, None without masks
+# Micro-batches: tokens, documents (None without masks), scored (None: every token is a target), each (B, T+1+D).
+Batch = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -248,8 +249,8 @@ class DeepseekV3MTP(nn.Module):
         """The sums of the outputs for some micro-batches, in evaluation mode; the last `blanks` do not count."""
         total, training = self.no_output(), self.training
         self.eval()
-        for left, (tokens, documents) in zip(range(len(batch), 0, -1), batch, strict=True):
-            out = self(tokens, documents).sums()
+        for left, (tokens, documents, scored) in zip(range(len(batch), 0, -1), batch, strict=True):
+            out = self(tokens, documents, scored=scored).sums()
             total = total + out if left > blanks else total
         self.train(training)
         return total

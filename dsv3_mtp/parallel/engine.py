@@ -92,8 +92,8 @@ class Engine:
         settings: keywords of the model's forward, normalized over the whole step. Returns the sums of the outputs.
         """
         total = self.model.no_output()
-        for number, (tokens, documents) in enumerate(batch, start=1):
-            out = self(tokens, documents, **settings)
+        for number, (tokens, documents, scored) in enumerate(batch, start=1):
+            out = self(tokens, documents, scored=scored, **settings)
             self.backward(out.loss, last=number == len(batch))
             total += out.sums()
         return total

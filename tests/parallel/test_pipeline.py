@@ -105,7 +105,7 @@ def plain(config: Config) -> dict[str, Any]:
         weights = schedules.depth_loss_weights(config.mtp, progress)
         alpha = config.train.balance_loss_weight
         out = model(
-            *to_device(*batch, config=config, device=torch.device("cpu")),
+            *to_device(*batch, config=config, device=torch.device("cpu"))[:2],
             loss_weights=weights,
             balance_loss_weight=alpha,
         )
