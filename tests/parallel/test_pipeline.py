@@ -49,6 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "parallel D=2": {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2},
     "parallel_linear D=2": {"mtp.mode": "parallel_linear", "mtp.num_nextn_predict_layers": 2},
     "dense": {"model.first_k_dense_replace": 3, **D2},  # no router before the last stage, or anywhere
+    "recomputed": {"train.activation_checkpointing": "full", **D2},
     "batch ramp": {"train.batch_size_ramp": {"start": 4, "until": 0.1}},
 }
 # model, ranks, stages, ranks that share the experts
