@@ -16,7 +16,7 @@ from dsv3_mtp.model.layers import RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.mtp import ParallelLinearMTP, ParallelMTP, SequentialMTP, TrunkStates
 
-# Micro-batches: tokens (B, T+1+D); documents, None without masks; scored tokens, None for all
+# Micro-batches: tokens, documents (None without masks), scored (None: every token is a target), each (B, T+1+D).
 Batch = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
 
 

@@ -49,6 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "parallel D=2": {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2},
     "parallel_linear D=2": {"mtp.mode": "parallel_linear", "mtp.num_nextn_predict_layers": 2},
     "dense": {"model.first_k_dense_replace": 3, **D2},  # no router before the last stage, or anywhere
+    "recomputed": {"train.activation_checkpointing": "full", **D2},
     "batch ramp": {"train.batch_size_ramp": {"start": 4, "until": 0.1}},
 }
 # model, ranks, stages, ranks that share the experts
@@ -105,7 +106,7 @@ def plain(config: Config) -> dict[str, Any]:
         weights = schedules.depth_loss_weights(config.mtp, progress)
         alpha = config.train.balance_loss_weight
         out = model(
-            *to_device(*batch, config=config, device=torch.device("cpu")),
+            *to_device(*batch, config=config, device=torch.device("cpu"))[:2],
             loss_weights=weights,
             balance_loss_weight=alpha,
         )
