@@ -180,6 +180,15 @@ MISTAKES = [
         "deepspeed.zero_optimization.offload_optimizer={}",
         "deepspeed.zero_optimization.offload_optimizer: set parallel.offload_optimizer instead",
     ),
+    (
+        "deepspeed.zero_optimization={offload_param: {device: nvme}}",
+        "deepspeed.zero_optimization.offload_param: is not supported: checkpoints read weights and optimizer states "
+        "from DeepSpeed's memory",
+    ),
+    (
+        "deepspeed.checkpoint={}",
+        "deepspeed.checkpoint: would have no effect: checkpoints are not DeepSpeed's; set checkpoint instead",
+    ),
     ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: set train.batch_size instead"),
     (
         "deepspeed.zero_optimization.stage=2",

@@ -24,6 +24,8 @@ _SCALE = "is fixed: losses are divided by the token counts of the whole step, so
 _LAYOUT = "is not supported: the ranks of a run are laid out by the parallel section"
 _UNUSED = "would have no effect: tokens come from the data section's own sampler"
 
+_STATES = "is not supported: checkpoints read weights and optimizer states from DeepSpeed's memory"
+
 _NOT_READ = "would have no effect on this training loop"
 
 # Keys that belong to another section, or that would break or be lost on the training loop.
@@ -89,6 +91,10 @@ def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
         problems += [
             (f"zero_optimization.{key}", f"set {owner} instead") for key, owner in owned.items() if key in zero
         ]
+        if "zenflow" in zero:
+            problems.append(("zero_optimization.zenflow", _STATES))
+        if "nvme" in str(zero.get("offload_param")):
+            problems.append(("zero_optimization.offload_param", _STATES))
     if problems:
         raise KeyProblems(problems)
     return block

@@ -109,8 +109,7 @@ class Engine:
         count; and as the batch-size ramp changes that count, the boundary is given rather than counted.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        # A tensor of its own: DeepSpeed's hook on the model's output, which divides, must find its mark on the loss.
-        self.engine.backward(loss.clone(), scale_wrt_gas=False)
+        self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
             self.engine.step()
 

@@ -20,8 +20,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 from torch import Tensor
 
+from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.parallel.engine import Engine
-from dsv3_mtp.parallel.experts import LocalExperts
 
 SHARE = 1 << 16  # elements below which a tensor that several ranks hold is written by the first of them alone
 
@@ -55,8 +55,8 @@ def held(engine: Engine) -> Iterator[Held]:
     """All that this rank holds of the model: masters of what it updates, frozen parameters, buffers."""
     model, optimizer = engine.model, engine.engine.optimizer
     masters = dict(_masters(optimizer))
-    layers = [part for part in model.modules() if isinstance(part, LocalExperts)]
-    experts = {id(tensor): layer for layer in layers for tensor in layer.parameters()}
+    layers = [part for part in model.modules() if isinstance(part, Experts)]
+    first = {id(tensor): layer.first for layer in layers for tensor in layer.parameters()}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             continue  # of another pipeline stage
@@ -68,10 +68,9 @@ def held(engine: Engine) -> Iterator[Held]:
         if found is None:
             continue  # another rank updates it
         shape, start = tuple(getattr(tensor, "ds_shape", tensor.shape)), found.start
-        if id(tensor) in experts:
-            layer = experts[id(tensor)]
-            start += layer.first * math.prod(shape[1:])
-            shape = (layer.num_experts, *shape[1:])
+        if id(tensor) in first:
+            start += first[id(tensor)] * math.prod(shape[1:])
+            shape = (model.config.n_routed_experts, *shape[1:])
         share = (0, found.numel) if sharded else _share(found.numel, _replicas(engine.engine, tensor))
         if getattr(tensor, "ds_pipe_replicated", False):
             share = (0, 0)  # the first stage that has this tied parameter writes it
