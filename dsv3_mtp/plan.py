@@ -82,7 +82,7 @@ def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[Stage]:
     """Memory of every pipeline stage; without a pipeline, of the only one. `model` may be on the meta device."""
     embedding, *layers, head = parts(model)
     count, stages = len(layers), []
-    cuts = stage_layers(config, model) if shape.stages > 1 else [range(count)]
+    cuts = stage_layers(config) if shape.stages > 1 else [range(count)]
     for number, cut in enumerate(cuts):
         mine, last = [layers[n] for n in cut], number == shape.stages - 1
         if number == 0 or (last and reads_tokens(config.mtp)):
