@@ -44,7 +44,7 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
-    """A training step that returns its loss, the model, and the optimizer. All kinds start from the same weights."""
+    """A step that returns its main loss, the model, and the optimizer. All kinds start from the same weights."""
     config = Config.model_validate(spec["config"])
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(config.run.seed)
@@ -66,10 +66,10 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = model(tokens, balance_loss_weight=alpha).loss
-        loss.backward()
+        out = model(tokens, balance_loss_weight=alpha)
+        out.loss.backward()
         optimizer.step()
-        return loss
+        return out.nll_sum[0] / out.targets[0]
 
     return step, model, optimizer
 

@@ -286,7 +286,7 @@ def startup(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         write_index(Path(f"{folder}/random.idx"), tokens.dtype, np.array([len(tokens)]))
         for number in range(options.rounds):
             sets = [f"data.train={folder}/random", f"data.val={folder}/random", "data.build=null"]
-            sets += [f"run.dir={folder}/runs", f"run.name=r{number}", *options.sets]
+            sets += [f"run.dir={folder}/runs", f"run.name=r{number}", f"train.threads={options.threads}", *options.sets]
             command = [sys.executable, "-c", STARTUP, options.config, *sets]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)

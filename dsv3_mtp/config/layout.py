@@ -159,7 +159,7 @@ def composition(config: Any) -> str:
     names, reasons = list(FEATURES), list[str]()
 
     def cell(row: str, column: str) -> str:
-        if row[:4] == column[:4] == "ZeRO" and row != column or {row, column} == {"selective", "full"}:
+        if (row[:4] == column[:4] == "ZeRO" and row != column) or {row, column} == {"selective", "full"}:
             return "-"  # two values of one key
         run = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_stage": 1})})
         for section, keys in [*FEATURES[row].items(), *FEATURES[column].items()]:
