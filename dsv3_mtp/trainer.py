@@ -25,7 +25,6 @@ from dsv3_mtp.parallel.build import build_model, writable
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
 from dsv3_mtp.parallel.pipeline import PipelineEngine
-from dsv3_mtp.plots import plot_run
 from dsv3_mtp.runs import changed_settings, lock_run_folder, run_folder, write_run_folder
 from dsv3_mtp.tuning import tune_cpu
 
@@ -243,6 +242,8 @@ class Trainer:
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
         if self.world.is_main:
+            from dsv3_mtp.plots import plot_run  # here, because matplotlib would make every start wait for it
+
             plot_run(
                 read_metrics(self.folder / "metrics.jsonl"),
                 self.folder / "curves.png",

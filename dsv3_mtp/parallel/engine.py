@@ -1,7 +1,9 @@
 """The DeepSpeed engine: its JSON generated from the config, one optimizer step, reductions over ranks."""
 
 import contextlib
+import importlib
 import math
+import os
 from typing import Any
 
 import deepspeed
@@ -58,6 +60,21 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def import_muon() -> None:
+    """DeepSpeed imports its Muon optimizer on every start, to find that this run uses another one.
+
+    That hands three functions to torch.compile, which loads inductor for one to two seconds; this way they stay plain.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 class Engine:
     """A thin hold on `deepspeed.initialize`: what the trainer needs, and no more."""
 
@@ -73,6 +90,7 @@ class Engine:
         """module: what runs, made of the model's parts; None: the model itself."""
         # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no weights of its own.
         deepspeed.runtime.zero.utils.warned = True
+        import_muon()
         with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=module or model, optimizer=optimizer, config=ds_config, dist_init_required=False
