@@ -9,15 +9,18 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.data.sampler import sequential_windows
-from dsv3_mtp.data.source import Source
+from dsv3_mtp.config import Config, MarkovTask, load_config
+from dsv3_mtp.data.sampler import deal, sequential_windows
+from dsv3_mtp.data.source import Source, check_vocab, open_source
+from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.generate import Settings, generate
+from dsv3_mtp.grade import Grade
 from dsv3_mtp.hf import export_hf, load_hf, load_run
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
 
@@ -25,25 +28,39 @@ if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
     from dsv3_mtp.parallel.engine import Engine
 
 
-def evaluate(engine: "Engine", source: Source, config: Config) -> dict[str, Any]:
+def validation_source(config: Config, split: str = "val") -> Source | TaskSource:
+    """What a run is validated on: data.val, or other examples of its task than it is trained on.
+
+    Raises:
+        ValueError: the data cannot be used, or `split` is asked of a task, which has validation examples only.
+    """
+    if config.data.task is None:
+        source = open_source(config.data.val or "", split)
+        check_vocab(source, config.model.vocab_size)
+        return source
+    if split != "val":
+        raise ValueError(f"data.task {config.data.task.type} has no split {split!r}: its training examples are all new")
+    return TaskSource(config.data.task)
+
+
+def evaluate(engine: "Engine", source: Source | TaskSource, config: Config) -> dict[str, Any]:
     """`validate` in a training run: all ranks share the work and get the same metrics."""
     world = engine.world
     return validate(
-        cast(DeepseekV3MTP, engine.module),
+        engine,
         source,
         config,
         batches=config.eval.batches,
         device=world.device,
-        rank=world.rank,
-        world_size=world.size,
+        rank=world.data_rank,
+        world_size=world.data_size,
         all_reduce=engine.all_reduce,
     )
 
 
-@torch.no_grad()
 def validate(
-    model: DeepseekV3MTP,
-    source: Source,
+    model: "DeepseekV3MTP | Engine",
+    source: Source | TaskSource,
     config: Config,
     *,
     batches: int,
@@ -55,35 +72,38 @@ def validate(
     """Losses, top1 and agreement of every depth on `batches` fixed micro-batches of train.micro_batch_size sequences.
 
     Returns `val/...` metrics, summed over ranks before dividing. `val/main_loss` is the validation loss (nats per
-    token); `val/bits_per_byte` is the same per byte of text, comparable between tokenizers.
+    token); `val/bits_per_byte` is the same per byte of text, comparable between tokenizers. For a task also its
+    `task/...` metrics, on the examples of the same rows.
     """
-    depths, micro = config.mtp.depths, config.train.micro_batch_size
-    windows = sequential_windows(
-        source,
-        seq_len=config.data.seq_len,
-        lookahead=1 + depths,
-        count=batches * micro,
-        rank=rank,
-        world_size=world_size,
-        micro_batch_size=micro,
-    )
-    sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=device)
-    training = model.training
-    model.eval()
-    for tokens, documents in windows:
-        out = model(*to_device(tokens, documents, config=config, device=device))
-        sums += metric_sums(out)
-    model.train(training)
-    metrics = {f"val/{name}": value for name, value in metric_means(all_reduce(sums).tolist(), depths).items()}
-    if source.bytes is not None:
+    depths, micro, count = config.mtp.depths, config.train.micro_batch_size, batches * config.train.micro_batch_size
+    share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro}
+    windows = sequential_windows(source, seq_len=config.data.seq_len, lookahead=1 + depths, count=count, **share)
+    batch = [to_device(*window, config=config, device=device) for window in windows]
+    blanks = -(-batches // world_size) - len(batch)  # every rank computes as often: they may share experts or weights
+    blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
+    batch += [to_device(blank, blank, config=config, device=device)] * blanks
+    sums = metric_sums(model.evaluate(batch, blanks=blanks))
+    grade = None
+    if isinstance(source, TaskSource):
+        rows = [row for part in deal(count, **share) for row in part]
+        grade = Grade(model if isinstance(model, DeepseekV3MTP) else model.model, source.task)
+        grade.mark(TaskStream(source, config.data.seq_len, None), rows, windows)
+        sums = torch.cat([sums, grade.sums.to(device)])
+    totals = all_reduce(sums).tolist()
+    metrics = {f"val/{name}": value for name, value in metric_means(totals[: 3 + 5 * depths], depths).items()}
+    if grade is not None:
+        metrics |= grade.metrics(totals[3 + 5 * depths :], metrics)
+    if isinstance(source, Source) and source.bytes is not None:
         metrics["val/bits_per_byte"] = metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes
     return metrics
 
 
-def to_device(tokens, documents, *, config: Config, device: torch.device):
-    """One micro-batch of the sampler as the model takes it; documents only where they are to be masked."""
-    tokens = torch.from_numpy(tokens).to(device)
-    return tokens, torch.from_numpy(documents).to(device) if config.data.mask_documents else None
+def to_device(tokens, documents, scored=None, *, config: Config, device: torch.device):
+    """One micro-batch of the sampler as the model takes it: tokens, documents only where they are to be masked, and
+    which tokens are targets (None: all of a text).
+    """
+    numbers = documents if config.data.mask_documents else None
+    return tuple(None if part is None else torch.from_numpy(part).to(device) for part in (tokens, numbers, scored))
 
 
 def metric_sums(out: MTPOutput) -> torch.Tensor:
@@ -140,17 +160,39 @@ def open_model(
 
 
 def acceptance(
-    model: DeepseekV3MTP, source: Source, *, depth: int, prompts: int, prompt_tokens: int, new_tokens: int
+    model: DeepseekV3MTP, source: Source | TaskSource, *, depth: int, prompts: int, seq_len: int, new_tokens: int
 ) -> dict[str, float]:
     """Free-running acceptance of greedy drafts of `depth` tokens on prompts from the source (DESIGN S14).
 
-    Returns `val/acceptance/k`, joint for drafts 1..k, and `val/tokens_per_step`.
+    A prompt is half a window of seq_len tokens, shorter where `new_tokens` need the room. On a task it is the text
+    before an answer, and the answers are decoded; those of one token have nothing to draft. Returns
+    `val/acceptance/k`, joint for drafts 1..k, and `val/tokens_per_step`.
+
+    Raises:
+        ValueError: `new_tokens` leave no room for a prompt.
     """
-    windows = sequential_windows(source, seq_len=prompt_tokens, lookahead=0, count=prompts, micro_batch_size=prompts)
-    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth)
-    found = generate(model, windows[0][0].tolist(), settings).acceptance
+    if isinstance(source, TaskSource) and not isinstance(source.task, MarkovTask):
+        texts, new_tokens = task_prompts(TaskStream(source, seq_len, None), prompts)
+    else:
+        length = min(seq_len // 2, model.config.max_position_embeddings - new_tokens)
+        if length < 1:
+            raise ValueError(f"{new_tokens} new tokens leave no room for a prompt; give fewer (--new-tokens)")
+        windows = sequential_windows(source, seq_len=length, lookahead=0, count=prompts, micro_batch_size=prompts)
+        texts = windows[0][0].tolist()
+    if new_tokens < 2:
+        return {}
+    found = generate(model, texts, Settings(max_new_tokens=new_tokens, draft_depth=depth)).acceptance
     metrics = {f"val/acceptance/{k}": share for k, share in enumerate(found.joint, start=1)}
     return metrics | {"val/tokens_per_step": found.tokens_per_step}
+
+
+def task_prompts(stream: TaskStream, count: int) -> tuple[list[list[int]], int]:
+    """The text before the last answer of each of `count` validation examples, and the length of the answers."""
+    rows = range(-(-count // stream.per_row))
+    examples = [example for row in rows for example in stream.examples(row)][:count]
+    spans = [example.answers[-1] for example in examples]
+    prompts = [example.tokens[:start] for example, (start, _) in zip(examples, spans, strict=True)]
+    return prompts, max(stop - start for start, stop in spans)
 
 
 def lm_eval(

@@ -218,6 +218,8 @@ def validation_line(record: Record, *, total_steps: int) -> str:
     for name, key in (("top1", "val/top1"), ("agreement", "val/agreement")):
         if values := _by_depth(record, key, ".2f"):
             fields.append(f"{name} {values}")
+    if "task/exact_match" in record:
+        fields.append(f"exact match {record['task/exact_match']:.3f}")
     return " | ".join(fields)
 
 

@@ -6,18 +6,20 @@ import torch
 from torch import nn
 
 from dsv3_mtp.config import OptimConfig
+from dsv3_mtp.model.layers import RMSNorm
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW; matrices decay, vectors (the norms) do not. The learning rate is set anew at every step."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors}], lr=optim.lr, fused=True)
-    set_hyperparameters(optimizer.param_groups, optim)
-    return optimizer
-
-
-def set_hyperparameters(param_groups: list[dict[str, Any]], optim: OptimConfig) -> None:
-    """Of a new optimizer, and again after a checkpoint brought its own back: the config decides."""
-    for group, decay in zip(param_groups, (optim.weight_decay, 0.0), strict=True):
-        group.update(betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, weight_decay=decay)
+    norms = {id(p) for module in model.modules() if isinstance(module, RMSNorm) for p in module.parameters()}
+    groups: dict[str, dict[str, Any]] = {name: {"name": name, "params": []} for name in ("matrices", "vectors")}
+    for parameter in model.parameters():
+        # Expert parallelism marks its parameters with the ranks that hold copies; DeepSpeed wants them apart, by name.
+        shared = getattr(parameter, "group_name", None)
+        name = shared or ("vectors" if id(parameter) in norms else "matrices")
+        if parameter.requires_grad and not parameter.is_meta:  # meta: on another pipeline stage
+            groups.setdefault(name, {"name": name, "params": [], "moe": True})["params"].append(parameter)
+    for group in groups.values():
+        group["weight_decay"] = 0.0 if group["name"] == "vectors" else optim.weight_decay
+    betas = (optim.betas[0], optim.betas[1])
+    return torch.optim.AdamW(list(groups.values()), lr=optim.lr, betas=betas, eps=optim.eps, fused=True)

@@ -19,6 +19,7 @@ import torch
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.source import Source
+from dsv3_mtp.data.tasks import TaskSource
 from dsv3_mtp.metrics import replacing
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
@@ -32,6 +33,7 @@ FIXED = (
     "mtp.chain",
     "mtp.embed",
     "mtp.share_weights",
+    "data.task",
     "data.seq_len",
     "data.mask_documents",
     "train.dtype",
@@ -44,8 +46,10 @@ FREE = (
     "eval",
     "checkpoint",
     "deepspeed",
+    "train.activation_checkpointing",
     "train.threads",
-    "parallel.timeout_s",
+    "train.micro_batch_size",
+    "parallel",
 )  # no effect on what is learned: not worth a line
 
 
@@ -74,7 +78,7 @@ def write_run_folder(
     *,
     world_size: int,
     command: list[str],
-    sources: dict[str, Source],
+    sources: dict[str, Source | TaskSource],
 ) -> None:
     """config.yaml (resolved), ds_config.json, and one more entry in manifest.json for this start."""
     folder = run_folder(config)
@@ -94,8 +98,8 @@ def write_run_folder(
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def describe_start(*, world_size: int, command: list[str], sources: dict[str, Source]) -> dict[str, Any]:
-    """Versions, command, git commit, hardware, and the hash of every data source."""
+def describe_start(*, world_size: int, command: list[str], sources: dict[str, Source | TaskSource]) -> dict[str, Any]:
+    """Versions, command, git commit, hardware, and the hash of every data source (of a task: of its settings)."""
     cuda = torch.cuda.is_available()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

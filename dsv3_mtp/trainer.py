@@ -10,18 +10,21 @@ import torch
 
 from dsv3_mtp import checkpoint, schedules
 from dsv3_mtp.config import Config
+from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.corpus import build_corpus
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import Source, check_vocab, open_source
-from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device
+from dsv3_mtp.data.tasks import TaskSource
+from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, validation_source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets, model_size
-from dsv3_mtp.optim import build_optimizer, set_hyperparameters
+from dsv3_mtp.optim import build_optimizer
+from dsv3_mtp.parallel.build import build_model, writable
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
-from dsv3_mtp.plots import plot_run
+from dsv3_mtp.parallel.pipeline import PipelineEngine
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.runs import changed_settings, lock_run_folder, run_folder, write_run_folder
 from dsv3_mtp.tuning import tune_cpu
@@ -43,7 +46,8 @@ class Trainer:
     def __init__(self, config: Config, *, command: list[str]):
         self.config = config
         self.folder = run_folder(config)
-        self.world = start(threads=config.train.threads, timeout_s=config.parallel.timeout_s)
+        parallel = config.parallel
+        self.world = start(threads=config.train.threads, timeout_s=parallel.timeout_s, stages=parallel.pipeline_stages)
         self.stop = StopRequest()
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
@@ -52,13 +56,11 @@ class Trainer:
         if self.world.device.type == "cpu":
             self.notes += tune_cpu()
 
-        torch.manual_seed(config.run.seed)
-        with self.world.device:
-            self.model = DeepseekV3MTP(config.model, config.mtp)
-        self.model.init_weights(config.run.seed)
-        self.size = model_size(self.model, config.data.seq_len)
+        with torch.device("meta"):
+            self.size = model_size(DeepseekV3MTP(config.model, config.mtp), config.data.seq_len)
+        self.model = build_model(config, ds_config, self.world)
         if config.train.init_from is not None and latest is None:
-            self.notes += load_weights(self.model, Path(config.train.init_from))
+            self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
         self.notes += set_precision(self.model, config, self.world.device)
@@ -90,7 +92,7 @@ class Trainer:
             NonFiniteError: a loss or gradient is nan or infinite; nothing of that step is saved.
         """
         config, total = self.config, self.config.train.total_tokens
-        rows = config.train.micro_batch_size * self.world.size
+        rows = config.train.micro_batch_size * self.world.data_size
         steps = schedules.total_steps(config.train, config.data.seq_len, rows)
         stream = None if self.world.is_main else io.StringIO()
         with Progress(total, total_steps=steps, stream=stream) as self.display:
@@ -116,36 +118,30 @@ class Trainer:
         """One step on the next global batch: its metrics, and whether some rank was asked to stop."""
         config, world, depths = self.config, self.world, self.config.mtp.depths
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
-        batch_size = schedules.batch_size(config.train, self.progress, micro * world.size)
+        batch_size = schedules.batch_size(config.train, self.progress, micro * world.data_size)
         tokens_after = self.tokens + batch_size * config.data.seq_len
         # A step has the learning rate of the progress it reaches, or the first one would not move.
         lr = schedules.learning_rate(config.optim, min(tokens_after / config.train.total_tokens, 1.0))
         loss_weights = schedules.depth_loss_weights(config.mtp, self.progress)
         bias_speed = schedules.bias_update_speed(config.train, self.progress)
 
-        pieces = self.sampler.next_batch(batch_size, rank=world.rank, world_size=world.size, micro_batch_size=micro)
+        pieces = self.sampler.next_batch(
+            batch_size, rank=world.data_rank, world_size=world.data_size, micro_batch_size=micro
+        )
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
-        # Valid targets of the whole step over all ranks, per rank: DeepSpeed averages gradients over the ranks.
-        counts = torch.stack([count_targets(tokens, documents, depths) for tokens, documents in batch]).sum(0)
+        # Valid targets of the whole step, per data-parallel rank: DeepSpeed averages gradients over these. (Pipeline
+        # stages have the same batch, and are as many times in the sum as in world.size.)
+        counts = torch.stack([count_targets(t, documents, depths, scored) for t, documents, scored in batch]).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size
 
-        losses = torch.zeros(2, dtype=torch.float64, device=world.device)  # total, balance
-        sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=world.device)
-        load = torch.zeros((), device=world.device)
-        for number, (tokens, documents) in enumerate(batch, start=1):
-            out = self.engine(
-                tokens, documents, loss_weights=loss_weights, balance_loss_weight=alpha, normalizer=normalizer
-            )
-            self.engine.backward(out.loss, last=number == len(batch))
-            losses += torch.stack([out.loss.detach(), out.balance])
-            sums += metric_sums(out)
-            load = load + out.load
-        stop = sums.new_tensor([bool(self.stop)])
-        reduced = self.engine.all_reduce(torch.cat([losses, stop, sums, load.double().flatten()]))
-        load = reduced[3 + len(sums) :].view_as(load)
-        total_loss, balance, stopping, *means = reduced[: 3 + len(sums)].tolist()
-        record = {"train/loss": total_loss / world.size}
-        record |= {f"train/{name}": value for name, value in metric_means(means, depths).items()}
+        out = self.engine.accumulate(batch, loss_weights=loss_weights, balance_loss_weight=alpha, normalizer=normalizer)
+        stop = out.loss.new_tensor(bool(self.stop))
+        totals = torch.cat([torch.stack([out.loss, out.balance, out.nodes.sum(), stop]), metric_sums(out)])
+        reduced = self.engine.all_reduce(torch.cat([totals, out.load.flatten()]))
+        load = reduced[len(totals) :].view_as(out.load)
+        total_loss, balance, node_count, stopping, *sums = reduced[: len(totals)].tolist()
+        record = {"train/loss": total_loss / world.data_size}
+        record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
         self.require_finite(record)
         record["optim/grad_norm"] = self.engine.step(lr)
         self.require_finite(record)
@@ -155,19 +151,24 @@ class Trainer:
         if depths:
             record["train/mtp_weight"] = schedules.mtp_loss_weight(config.mtp.loss_weight, self.progress)
         record |= {"optim/lr": lr, "moe/bias_update_speed": bias_speed, "train/batch_size": batch_size}
-        record |= self.load_metrics(load)
+        record |= self.load_metrics(load, node_count)
         self.step += 1
         self.tokens = tokens_after
         return record, stopping > 0
 
-    def load_metrics(self, load: torch.Tensor) -> dict[str, float]:
-        """MaxVio = (max load - mean) / mean (arXiv 2408.15664): mean over the trunk's routers, then each MTP router."""
+    def load_metrics(self, load: torch.Tensor, nodes: float) -> dict[str, float]:
+        """MaxVio = (max load - mean) / mean (arXiv 2408.15664): mean over the trunk's routers, then each MTP router.
+
+        And how many expert groups, which are nodes, a token is sent to: mean over all routers.
+        """
         if not len(load):
             return {}
+        tokens = load.sum().item() / self.config.model.num_experts_per_tok  # of all routers together
         violation = (load.amax(1) / load.mean(1) - 1).tolist()
         trunk = self.config.model.num_hidden_layers - self.config.model.first_k_dense_replace
         record = {"moe/max_violation": sum(violation[:trunk]) / trunk} if trunk else {}
-        return record | {f"moe/mtp_max_violation/{k}": v for k, v in enumerate(violation[trunk:], start=1)}
+        record |= {f"moe/mtp_max_violation/{k}": v for k, v in enumerate(violation[trunk:], start=1)}
+        return record | {"moe/nodes_per_token": nodes / tokens}
 
     def require_finite(self, record: dict[str, Any]) -> None:
         bad = [f"{name} = {value}" for name, value in record.items() if not math.isfinite(value)]
@@ -214,7 +215,8 @@ class Trainer:
     def warn_of_leak(self, record: dict[str, Any]) -> bool:
         main = record["train/main_loss"]
         low = {k: v for k, v in record.items() if k.startswith("train/mtp_loss/") and v < LEAK_RATIO * main}
-        if not low or self.progress < self.config.optim.schedule.warmup:
+        # On a task a head may well solve what the main head has not solved yet: no leak.
+        if not low or self.progress < self.config.optim.schedule.warmup or self.config.data.task is not None:
             return False
         self.display.say(
             f"WARNING step {self.step}: {low} below {LEAK_RATIO} x main loss {main:.3f}: is a target leaking?"
@@ -224,23 +226,26 @@ class Trainer:
     def save(self) -> None:
         state = {"step": self.step, "tokens": self.tokens, "config": self.config.to_dict()}
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
+        state |= {"layout": describe(self.config, self.world.size)}
         root = self.folder / "checkpoints"
         checkpoint.save(self.engine, root, step=self.step, state=state, keep=self.config.checkpoint.keep)
 
     def resume(self, folder: Path) -> list[str]:
-        """Restores the state saved in `folder`; returns what to tell the user."""
-        saved = checkpoint.read_state(folder)
+        """Restores the state saved in `folder`, by any layout of ranks; returns what to tell the user."""
+        saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
         notes = changed_settings(saved["config"], self.config, folder)
         self.sampler.load_state_dict(saved["sampler"])
-        checkpoint.load(self.engine, folder)
-        set_hyperparameters(self.engine.optimizer.param_groups, self.config.optim)
+        notes += checkpoint.load(self.engine, folder)
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.clock.load_state_dict(saved["clock"])
-        return [f"resumed at step {self.step} from {folder}", *notes]
+        moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""
+        return [f"resumed at step {self.step} from {folder}{moved}", *notes]
 
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
         if self.world.is_main:
+            from dsv3_mtp.plots import plot_run  # here, because matplotlib would make every start wait for it
+
             plot_run(
                 read_metrics(self.folder / "metrics.jsonl"),
                 self.folder / "curves.png",
@@ -256,24 +261,31 @@ class Trainer:
     def headline(self) -> str:
         config, size = self.config, self.size
         heads = config.mtp.mode if config.mtp.mode == "none" else f"{config.mtp.mode} D={config.mtp.depths}"
-        train = sum(source.tokens for source in self.sampler.sources)
+        tokens = [source.tokens for source in self.sampler.sources if isinstance(source, Source)]
+        data = quantity(sum(tokens)) if tokens else self.val.path
+        experts = f", EP {config.parallel.expert_parallel_size}" if config.parallel.expert_parallel_size > 1 else ""
+        stages = f", {self.world.stages} pipeline stages" if self.world.stages > 1 else ""
         return (
             f"{config.run.name}: {quantity(size.total)} parameters ({quantity(size.active)} active) + MTP {heads} "
-            f"({quantity(size.mtp_total)}), {quantity(config.train.total_tokens)} tokens of {quantity(train)}, "
-            f"{self.world.size} x {self.world.device.type}, ZeRO-{config.parallel.zero_stage}, {config.train.dtype}"
+            f"({quantity(size.mtp_total)}), {quantity(config.train.total_tokens)} tokens of {data}, "
+            f"{self.world.size} x {self.world.device.type}{stages}, ZeRO-{config.parallel.zero_stage}{experts}, "
+            f"{config.train.dtype}"
         )
 
 
-def open_data(config: Config, world: World) -> tuple[Sampler, Source]:
+def open_data(config: Config, world: World) -> tuple[Sampler, Source | TaskSource]:
     """The training sampler and the validation source; rank 0 first builds the embedded corpus where it is missing."""
     data = config.data
+    lookahead = 1 + config.mtp.depths
     if data.build == "pystdlib" and isinstance(data.train, str):
         on_main(world, lambda: build_missing(str(data.train), config.model.vocab_size))
+    val = validation_source(config)
+    if isinstance(val, TaskSource):
+        return Sampler([val], seq_len=data.seq_len, lookahead=lookahead, seed=config.run.seed), val
     sources = [open_source(entry.path, "train") for entry in data.entries]
-    val = open_source(data.val, "val")
-    for source in [*sources, val]:
+    for source in sources:
         check_vocab(source, config.model.vocab_size)
-    lookahead, weights = 1 + config.mtp.depths, [entry.weight for entry in data.entries]
+    weights = [entry.weight for entry in data.entries]
     sampler = Sampler(sources, weights, seq_len=data.seq_len, lookahead=lookahead, seed=config.run.seed)
     return sampler, val
 
@@ -308,6 +320,8 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
 def start_engine(model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: World, config: Config) -> Engine:
     """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names the section."""
     try:
+        if world.stages > 1:
+            return PipelineEngine(model, optimizer, ds_config=ds_config, world=world, config=config)
         return Engine(model, optimizer, ds_config=ds_config, world=world)
     except Exception as error:
         if not config.deepspeed:

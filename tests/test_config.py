@@ -69,7 +69,7 @@ MISTAKES = [
         "train.dtype=float16",
         "train.dtype: must be one of float32, bfloat16 (got 'float16'); did you mean 'bfloat16'?",
     ),
-    ("parallel.zero_stage=3", "parallel.zero_stage: must be one of 0, 1 (got 3)"),
+    ("parallel.zero_stage=4", "parallel.zero_stage: must be one of 0, 1, 2, 3 (got 4)"),
     # missing
     ("log.wandb={}", "log.wandb.project: missing; it has no default"),
     ("data.train=[{path: a}]", "data.train[0].weight: missing; it has no default"),
@@ -142,7 +142,53 @@ MISTAKES = [
         "mtp.num_nextn_predict_layers=0",
         "mtp.num_nextn_predict_layers: must be >= 1 with mode sequential (got 0); mtp.mode=none turns the heads off",
     ),
+    # layouts
+    (
+        "parallel={zero_stage: 0, offload_optimizer: true}",
+        "parallel.offload_optimizer: needs parallel.zero_stage >= 1: ZeRO-0 has no optimizer shard to move",
+    ),
+    (
+        "parallel={zero_stage: 0, expert_parallel_size: 2}",
+        "parallel.expert_parallel_size: needs parallel.zero_stage 1 or 2: DeepSpeed's ZeRO-0 clips by each rank's own "
+        "gradient norm (got 0)",
+    ),
+    (
+        "parallel={zero_stage: 3, expert_parallel_size: 2}",
+        "parallel.expert_parallel_size: needs parallel.zero_stage 1 or 2: DeepSpeed's ZeRO-3 takes no expert-parallel "
+        "groups (got 3)",
+    ),
+    (
+        "parallel.expert_parallel_size=32",
+        "parallel.expert_parallel_size: must divide model.n_routed_experts = 16 (got 32)",
+    ),
+    (
+        "parallel={zero_stage: 0, pipeline_stages: 2}",
+        "parallel.pipeline_stages: needs parallel.zero_stage 1: DeepSpeed's ZeRO-0 clips by each stage's own gradient "
+        "norm (got 0)",
+    ),
+    (
+        "parallel={zero_stage: 2, pipeline_stages: 2}",
+        "parallel.pipeline_stages: needs parallel.zero_stage 1: DeepSpeed's pipeline reduces gradients once per step, "
+        "ZeRO-2 and 3 in every backward (got 2)",
+    ),
+    (
+        "parallel.pipeline_stages=6",
+        "parallel.pipeline_stages: must be <= 5, the pieces that layers and heads can be cut into (got 6)",
+    ),
     # DeepSpeed
+    (
+        "deepspeed.zero_optimization.offload_optimizer={}",
+        "deepspeed.zero_optimization.offload_optimizer: set parallel.offload_optimizer instead",
+    ),
+    (
+        "deepspeed.zero_optimization={offload_param: {device: nvme}}",
+        "deepspeed.zero_optimization.offload_param: is not supported: checkpoints read weights and optimizer states "
+        "from DeepSpeed's memory",
+    ),
+    (
+        "deepspeed.checkpoint={}",
+        "deepspeed.checkpoint: would have no effect: checkpoints are not DeepSpeed's; set checkpoint instead",
+    ),
     ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: set train.batch_size instead"),
     (
         "deepspeed.zero_optimization.stage=2",
@@ -218,7 +264,7 @@ def test_missing_sections_and_keys_are_listed(tmp_path):
     path.write_text("data: {train: a, seq_len: 8}\ntrain: {total_tokens: 64, batch_size: 8, micro_batch_size: 8}\n")
     assert problems(path=path) == [
         "model: missing; it has no default",
-        "data.val: missing; it has no default",
+        "data.val: missing; name prepared data here, or set data.task",
     ]
 
 
@@ -292,6 +338,7 @@ def test_mode_none_turns_the_file_into_its_baseline():
             "log.wandb.project=x",
         ],
         ["deepspeed={zero_optimization: {reduce_bucket_size: 5e8}}", "run.name='1e5'"],
+        ["data.train=null", "data.val=null", "data.build=null", "data.task={type: markov, sharpness: 0}"],
     ],
 )
 def test_to_yaml_reads_back_equal(tmp_path, sets):
@@ -329,6 +376,75 @@ def test_a_model_built_by_hand_is_checked_the_same():
     assert ModelConfig(**values) == load_config(TINY).model
     with pytest.raises(ValueError, match=r"topk_group: must be <= model.n_group = 4 \(got 5\)"):
         ModelConfig(**values | {"topk_group": 5})
+
+
+TASK = ROOT / "configs" / "task_tiny.yaml"
+STAR = "data.task={type: star, degree: 2, path_length: 3, nodes: 10}"
+
+
+@pytest.mark.parametrize(
+    ("sets", "line"),
+    [
+        (["data.task=null", "data.val=a"], "data.train: missing; name prepared data here, or set data.task"),
+        (["data.train=a"], "data.train: must be null: data.task generates the data (got 'a')"),
+        (["data.build=pystdlib"], "data.build: must be null: data.task generates the data (got 'pystdlib')"),
+        (
+            ["data.task.type=sufix_sum"],
+            "data.task: type must be one of markov, star, induction, suffix_sum, polynomial (got 'sufix_sum'); "
+            "did you mean 'suffix_sum'?",
+        ),
+        (["data.task.nodes=9"], "data.task.nodes: unknown key of this type"),
+        (["data.task.terms=1"], "data.task.terms: must be >= 2 (got 1)"),
+        (
+            [STAR],
+            "data.seq_len: must be >= 17: an example of star has 18 tokens, the last is only a target (got 8)",
+        ),
+        (
+            [STAR.replace("10", "4"), "data.seq_len=17"],
+            "data.task.nodes: must be >= 5, the nodes of a graph with 2 paths (got 4)",
+        ),
+        (
+            ["data.seq_len=20"],
+            "data.mask_documents: must be true: seq_len = 20 packs several examples, and none may see another; "
+            "or set data.seq_len to 8 for one (got false)",
+        ),
+        (["model.vocab_size=4"], "model.vocab_size: must be >= 5, the tokens of data.task.type suffix_sum (got 4)"),
+        (
+            ["model.max_position_embeddings=8"],
+            "model.max_position_embeddings: must be >= 9, the length of an example of data.task (got 8)",
+        ),
+        (
+            ["data.task={type: induction, mentions: 3, names: 3}", "data.seq_len=47"],
+            "data.task.mentions: must be > data.task.names = 3, or no name need come back (got 3)",
+        ),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused_with_the_remedy(sets, line):
+    assert line in problems(*sets, path=TASK)
+
+
+def test_a_task_needs_the_whole_model_on_every_rank():
+    needs = "needs parallel.zero_stage <= 2, expert_parallel_size 1 and pipeline_stages 1"
+    refusal = f"data.task: {needs}: every rank generates by itself"
+    assert problems("parallel.zero_stage=3", path=TASK) == [refusal]
+    assert refusal in problems("parallel.expert_parallel_size=2", path=TASK)
+    assert load_config(TASK, ["parallel.zero_stage=2"]).data.task.terms == 4
+
+
+@pytest.mark.parametrize(
+    ("task", "vocab_size", "length"),
+    [
+        ("{type: markov, states: 7}", 7, 2),
+        ("{type: star, degree: 5, path_length: 5, nodes: 50}", 54, 68),
+        ("{type: induction}", 33, 48),
+        ("{type: suffix_sum}", 5, 9),
+        ("{type: polynomial}", 13, 41),
+    ],
+)
+def test_every_task_says_what_it_needs(task, vocab_size, length):
+    config = load_config(TASK, [f"data.task={task}", "data.seq_len=67"] + ["data.mask_documents=true"])
+    assert (config.data.task.vocab_size, config.data.task.example_length) == (vocab_size, length)
+    assert config.data.entries == ()
 
 
 def test_sections_are_frozen():

@@ -16,7 +16,7 @@ from tests.ranks import run_ranks, write_markov
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "v3_tiny.txt"
-EXACT = 15  # steps; later the rounding of another CPU or kernel flips a choice of experts, and runs drift apart by 1e-3
+EXACT = 10  # steps; later the rounding of another CPU or kernel flips a choice of experts, and runs drift apart by 1e-3
 COLUMNS = ("train/loss", "train/main_loss", "train/mtp_loss/1", "optim/grad_norm")
 
 

@@ -66,9 +66,13 @@ def rows(folder: str, options: argparse.Namespace) -> list[str]:
 
 def validation_prefixes(config: Any, options: argparse.Namespace) -> list[list[int]]:
     """The same places of the validation split for every run with the same data."""
-    from dsv3_mtp.data import open_source, sequential_windows
+    from dsv3_mtp.data import sequential_windows
+    from dsv3_mtp.evaluate import validation_source
 
-    source = open_source(config.data.val, "val")
+    task = config.data.task
+    if task is not None and task.type != "markov":
+        raise ValueError(f"{config.run.name}: data.task {task.type} has no text; tools/evaluate.py drafts its answers")
+    source = validation_source(config)
     batches = sequential_windows(
         source,
         seq_len=options.prefix_tokens,
@@ -78,7 +82,7 @@ def validation_prefixes(config: Any, options: argparse.Namespace) -> list[list[i
         world_size=1,
         micro_batch_size=1,
     )
-    return [row.tolist() for tokens, _ in batches for row in tokens]
+    return [row.tolist() for tokens, *_ in batches for row in tokens]
 
 
 if __name__ == "__main__":

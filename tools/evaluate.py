@@ -4,6 +4,7 @@
     python tools/evaluate.py --hf hf/v3_tiny --data data/pystdlib-2048 data/web --batches 64
     python tools/evaluate.py --run runs/v3_tiny --lm-eval lambada_openai,hellaswag --limit 100
 
+Of a run on a generated task (data.task) also what it gets right: exact match of the generated answers.
 Per depth: loss (nats per token), top1 (argmax equals the text), agreement (argmax equals the main model's own along
 the text), bits per byte of the main head; acceptance of free-running greedy drafts. Depth 0 is the main head.
 Exit codes: 0 done, 2 the model, the data or a task cannot be used.
@@ -37,7 +38,10 @@ def parse() -> argparse.Namespace:
     what.add_argument("--run", metavar="RUN", help="run folder: its newest checkpoint")
     what.add_argument("--hf", metavar="DIR", help="folder with config.json and *.safetensors")
     parser.add_argument(
-        "--data", nargs="+", metavar="DIR", help="prepared folders or Megatron prefixes (default: the run's data.val)"
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help="prepared folders or Megatron prefixes (default: what the run is validated on)",
     )
     parser.add_argument("--split", default="val", choices=["train", "val"], help="of prepared folders (default: val)")
     parser.add_argument("--batches", type=positive, default=16, metavar="N", help="micro-batches (default: 16)")
@@ -69,26 +73,22 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     import torch
 
     from dsv3_mtp.data.source import check_vocab, open_source
-    from dsv3_mtp.evaluate import acceptance, open_model, validate
+    from dsv3_mtp.evaluate import acceptance, open_model, validate, validation_source
 
     model, config = open_model(
         run=options.run, hf=options.hf, seq_len=options.seq_len, micro_batch_size=options.micro_batch_size
     )
-    sources = [open_source(path, options.split) for path in options.data or [config.data.val]]
+    sources: list = [open_source(path, options.split) for path in options.data or []]
     for source in sources:
         check_vocab(source, config.model.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     results = {}
-    for source in sources:
+    for source in sources or [validation_source(config, options.split)]:
         metrics = validate(model, source, config, batches=options.batches, device=device)
         if options.prompts and config.mtp.depths:
-            room = config.model.max_position_embeddings - options.new_tokens
-            length = min(config.data.seq_len // 2, room)
-            if length < 1:
-                raise ValueError(f"--new-tokens {options.new_tokens}: leaves no room for a prompt; give fewer")
-            counts = {"prompts": options.prompts, "prompt_tokens": length, "new_tokens": options.new_tokens}
-            metrics |= acceptance(model, source, depth=config.mtp.depths, **counts)
+            counts = {"prompts": options.prompts, "new_tokens": options.new_tokens}
+            metrics |= acceptance(model, source, depth=config.mtp.depths, seq_len=config.data.seq_len, **counts)
         results[source.path] = metrics
     return results
 

@@ -3,10 +3,20 @@
     config = load_config("configs/v3_tiny.yaml", ["mtp.mode=parallel", "optim.lr=1e-3"])
     config.model.hidden_size, config.mtp.depths, config.optim.schedule.warmup
 
-run.py holds the whole and most sections, model.py what is trained, precision.py in which numbers, reader.py files and
-reports, deepspeed.py the keys that a run may hand to DeepSpeed.
+run.py holds the whole and most sections, model.py what is trained, data.py on what, precision.py in which numbers,
+reader.py files and reports, deepspeed.py the keys that a run may hand to DeepSpeed.
 """
 
+from dsv3_mtp.config.data import (
+    DataConfig,
+    DataEntry,
+    InductionTask,
+    MarkovTask,
+    PolynomialTask,
+    StarTask,
+    SuffixSumTask,
+    Task,
+)
 from dsv3_mtp.config.model import (
     ConstantWeight,
     LossWeight,
@@ -23,8 +33,6 @@ from dsv3_mtp.config.reader import ConfigError
 from dsv3_mtp.config.run import (
     BatchSizeRamp,
     Config,
-    DataConfig,
-    DataEntry,
     OptimConfig,
     ScheduleConfig,
     TrainConfig,
@@ -40,15 +48,21 @@ __all__ = [
     "DataConfig",
     "DataEntry",
     "FP8Config",
+    "InductionTask",
     "LossWeight",
     "MTPConfig",
+    "MarkovTask",
     "ModelConfig",
     "OptimConfig",
     "PiecewiseWeight",
+    "PolynomialTask",
     "RampWeight",
     "RopeScaling",
     "ScheduleConfig",
+    "StarTask",
     "StepWeight",
+    "SuffixSumTask",
+    "Task",
     "TrainConfig",
     "WarmupWeight",
     "load_config",

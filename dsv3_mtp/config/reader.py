@@ -234,6 +234,8 @@ def did_you_mean(key: str, paths: Iterable[str]) -> str:
     elsewhere = [path for path in paths if path.rpartition(".")[2] == name]
     siblings = {path.rpartition(".")[2]: path for path in paths if path.rpartition(".")[0] == schema_parent}
     leaves = {path.rpartition(".")[2]: path for path in paths}
+    if key in paths:
+        return " of this type"
     if close := get_close_matches(name, siblings, n=1, cutoff=0.75):
         found = f"{parent}.{close[0]}".lstrip(".")
     elif elsewhere:

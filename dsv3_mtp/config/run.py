@@ -8,10 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
+from dsv3_mtp.config import layout
+from dsv3_mtp.config.data import DataConfig, Task
 from dsv3_mtp.config.deepspeed import check_deepspeed
 from dsv3_mtp.config.model import (
     V3_TOKENS,
@@ -43,48 +46,6 @@ class RunConfig(Section):
     def rules(self) -> Iterator[Problem]:
         if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
             yield "name", f"must be a plain folder name; put folders into run.dir (got {show(self.name)})"
-
-
-class DataEntry(Section):
-    """One corpus of a mixture."""
-
-    path: Text
-    """Prepared folder or Megatron prefix."""
-    weight: Positive
-    """Relative share of the sampled sequences."""
-
-
-def _one_or_many(value: Any) -> str:
-    return "<one>" if isinstance(value, str) else "<many>"
-
-
-class DataConfig(Section):
-    """Where tokens come from. Documents are packed (V3 4.1)."""
-
-    train: Annotated[
-        Annotated[Text, Tag("<one>")] | Annotated[tuple[DataEntry, ...], Tag("<many>")],
-        Discriminator(_one_or_many),
-    ]
-    """Prepared folder, Megatron prefix (PREFIX.bin, PREFIX.idx), or a list of {path, weight}."""
-    val: Text
-    """Prepared folder (its validation split) or Megatron prefix."""
-    build: Literal["pystdlib"] | None = None
-    """Corpus to build into the folder `train` when it is missing: the running interpreter's library."""
-    seq_len: Annotated[Integer, Field(ge=2)]
-    """Positions per sequence, T (V3 4.2: 4096). A sample holds T + 1 + D tokens."""
-    mask_documents: bool = False
-    """Mask attention, targets and MTP inputs across document boundaries (V3 4.1: not done)."""
-
-    @property
-    def entries(self) -> tuple[DataEntry, ...]:
-        """`train` as a mixture: a single corpus is one entry of weight 1."""
-        return (DataEntry(path=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
-
-    def rules(self) -> Iterator[Problem]:
-        if not self.train:
-            yield "train", "must name at least one corpus (got [])"
-        if self.build is not None and not isinstance(self.train, str):
-            yield "build", f"needs one folder in data.train, not a list; set null (got {show(self.build)})"
 
 
 class ScheduleConfig(Section):
@@ -149,6 +110,8 @@ class TrainConfig(Section):
     """null: batch_size from the first step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Weights and activations in the forward; master weights are float32 (V3 3.3)."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward makes again to save memory. selective: norms, MLA up-projections (V3 3.2.3); full: whole blocks."""
     bias_update_speed: NotNegative = 0.001
     """Router bias step gamma (V3 2.1.2, 4.2)."""
     bias_update_until: Fraction = 14.3e12 / V3_TOKENS
@@ -180,8 +143,16 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How ranks share the work."""
 
-    zero_stage: Literal[0, 1] = 1
-    """DeepSpeed ZeRO: 0 keeps optimizer states whole on every rank, 1 shards them (V3 3.1 uses 1)."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also weights."""
+    offload_optimizer: bool = False
+    """Keep optimizer states and master weights in host memory, and update there (ZeRO 1, 2, 3)."""
+    expert_parallel_size: Count = 1
+    """Ranks that share the routed experts of a layer; the groups of ranks are copies (V3 3.2: 64)."""
+    pipeline_stages: Count = 1
+    """Stages into which the layers are cut, each on its own ranks (V3 3.2: 16)."""
+    sequence_parallel_size: Count = 1
+    """Ranks that share a row; only 1 is built (docs/parallelism.md)."""
     timeout_s: Annotated[Number, Field(gt=0, le=1e6)] = 600.0
     """Seconds after which a hung collective fails."""
 
@@ -261,6 +232,8 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
     if model and data and data.seq_len > model.max_position_embeddings:
         text = f"must be <= model.max_position_embeddings = {model.max_position_embeddings}"
         yield "data.seq_len", f"{text} (got {data.seq_len})"
+    if model and data and data.task:
+        yield from _task_fits(model, data.task)
     if train and data and train.total_tokens < (step := train.batch_size * data.seq_len):
         text = f"must be >= one step, train.batch_size * data.seq_len = {step}"
         yield "train.total_tokens", f"{text} (got {train.total_tokens})"
@@ -271,6 +244,18 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
             yield "train.freeze", "trunk needs mtp.detach: trunk or all (got none)"
         if train.init_from is None:
             yield "train.freeze", "trunk needs train.init_from: a trunk at random weights teaches nothing"
+
+    if all(sections.get(name) is not None for name in layout.NEEDS):
+        yield from layout.problems(SimpleNamespace(**sections))
+
+
+def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:
+    if model.vocab_size < task.vocab_size:
+        text = f"must be >= {task.vocab_size}, the tokens of data.task.type {task.type}"
+        yield "model.vocab_size", f"{text} (got {model.vocab_size})"
+    if model.max_position_embeddings < task.example_length:
+        text = f"must be >= {task.example_length}, the length of an example of data.task"
+        yield "model.max_position_embeddings", f"{text} (got {model.max_position_embeddings})"
 
 
 def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from dsv3_mtp.data.source import Source, check_vocab, open_source
+from dsv3_mtp.data.tasks import TaskSource, TaskStream
 
 __all__ = ["Batch", "Sampler", "Source", "check_vocab", "open_source", "sequential_windows"]
 
-Batch = tuple[np.ndarray, np.ndarray]  # tokens (b, T + lookahead) int64, documents (b, T + lookahead) int64
+# tokens and documents (b, T + lookahead) int64; of a task also (b, T + lookahead) bool: which tokens are targets
+Batch = tuple[np.ndarray, ...]
 
 DOCUMENTS, WINDOWS = 0, 1  # which of the two permutations of an epoch
 
@@ -33,7 +35,7 @@ class Sampler:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Source | TaskSource],
         weights: Sequence[float] | None = None,
         *,
         seq_len: int,
@@ -50,7 +52,7 @@ class Sampler:
         self.seq_len, self.lookahead, self.seed = seq_len, lookahead, seed
         self.samples = 0
         self.counts = [0] * len(sources)
-        self._streams = [_Stream(source, seq_len, (seed, i)) for i, source in enumerate(sources)]
+        self._streams = [_open_stream(source, seq_len, (seed, i)) for i, source in enumerate(sources)]
 
     def next_batch(
         self, batch_size: int, *, rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None
@@ -100,7 +102,7 @@ class Sampler:
 
 
 def sequential_windows(
-    source: Source,
+    source: Source | TaskSource,
     *,
     seq_len: int,
     lookahead: int,
@@ -113,15 +115,24 @@ def sequential_windows(
 
     The windows are the same for every number of ranks and start at the same tokens for every `lookahead`.
     Windows repeat when the source has fewer than `count`; past the last document the first follows (as
-    another document). Micro-batches of `micro_batch_size` rows (None: one slice per rank) are dealt to the
-    ranks in turn.
+    another document). A task has no end: these are its first validation rows. Micro-batches of
+    `micro_batch_size` rows (None: one slice per rank) are dealt to the ranks in turn, see `deal`.
     """
-    available = max((source.tokens - 1) // seq_len, 1)
-    starts = [i * available // count * seq_len for i in range(count)]
+    stream = _open_stream(source, seq_len, None)
+    batches = deal(count, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+    return [_stack([stream.spread(row, count, seq_len + lookahead) for row in rows]) for rows in batches]
+
+
+def deal(count: int, *, rank: int, world_size: int, micro_batch_size: int | None) -> list[range]:
+    """The validation rows, out of `count`, of each of this rank's micro-batches."""
     micro = micro_batch_size or -(-count // world_size)
-    stream = _Stream(source, seq_len, None)
-    batches = [starts[i : i + micro] for i in range(0, count, micro)][rank::world_size]
-    return [_stack([stream.span(start, seq_len + lookahead) for start in batch]) for batch in batches]
+    return [range(i, min(i + micro, count)) for i in range(0, count, micro)][rank::world_size]
+
+
+def _open_stream(source: Source | TaskSource, seq_len: int, key: tuple[int, int] | None) -> "_Stream | TaskStream":
+    if isinstance(source, TaskSource):
+        return TaskStream(source, seq_len, key)
+    return _Stream(source, seq_len, key)
 
 
 class _Stream:
@@ -143,6 +154,11 @@ class _Stream:
         first = self._first_window(epoch)
         window = first + int(self._windows(epoch)[index - first])
         return self.span(window * self.seq_len, length)
+
+    def spread(self, index: int, count: int, length: int) -> Batch:
+        """Window `index` of `count` that are evenly spread over the source."""
+        available = max((self.source.tokens - 1) // self.seq_len, 1)
+        return self.span(index * available // count * self.seq_len, length)
 
     def span(self, start: int, length: int) -> Batch:
         """stream[start : start + length] and the document number of each token, from 0."""
@@ -191,4 +207,4 @@ def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> i
 
 
 def _stack(samples: list[Batch]) -> Batch:
-    return np.stack([tokens for tokens, _ in samples]), np.stack([documents for _, documents in samples])
+    return tuple(np.stack(parts) for parts in zip(*samples, strict=True))

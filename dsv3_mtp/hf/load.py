@@ -1,17 +1,23 @@
 """From a checkpoint in DeepSeek-V3's layout to a model in memory; and the check of its keys."""
 
+import itertools
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.hf.blockfp8 import dequantise, scale_shape
-from dsv3_mtp.hf.files import DTYPES, Checkpoint
+from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.moe import Experts
+from dsv3_mtp.tensorfile import DTYPES
 
 # Keys of the model section that leave what given weights compute as it is.
 NO_EFFECT = {"initializer_range", "max_position_embeddings"}
@@ -94,22 +100,39 @@ def is_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(value) for value in torch.aminmax(tensor))
 
 
-def load_weights(model: DeepseekV3MTP, folder: Path) -> list[str]:
+def load_weights(
+    model: DeepseekV3MTP, folder: Path, *, writable: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
+) -> list[str]:
     """Copies weights and router biases of a checkpoint into the model, one tensor at a time.
 
     MTP modules are taken as far as the model has them; others keep the values they have. Returns what the user should
     know: modules left as they were, modules not used.
+
+    Args:
+        writable: context in which a tensor can be written, for parameters that are kept in parts.
 
     Raises:
         ValueError: the checkpoint is damaged or does not fit the model; every reason is listed, nothing was copied.
     """
     checkpoint, settings, _ = open_checkpoint(folder)
     modules, notes = fit(settings, settings.modules, model.config, model.mtp_config, folder=folder)
-    state = model.state_dict()
-    with torch.no_grad():
-        for slot in slots(settings.model, modules):
-            if not slot.alias:
-                state[slot.key][slot.index].copy_(read_slot(checkpoint, slot, settings.block))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    first = {
+        f"{name}.{p}": m.first for name, m in model.named_modules() if isinstance(m, Experts) for p in m._parameters
+    }
+    wanted = sorted((slot for slot in slots(settings.model, modules) if not slot.alias), key=lambda slot: slot.key)
+    for key, group in itertools.groupby(wanted, key=lambda slot: slot.key):
+        if tensors[key].is_meta:  # on another pipeline stage
+            continue
+        with torch.no_grad(), writable(tensors[key]):
+            for slot in group:
+                index = slot.index
+                if key in first:  # of the experts of a layer, those that are kept here
+                    number, rows = index
+                    index = (number - first[key], rows)
+                    if not 0 <= index[0] < len(tensors[key]):
+                        continue
+                tensors[key][index].copy_(read_slot(checkpoint, slot, settings.block))
     return [f"weights from {folder}", *settings.notes, *notes]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.dispatch import routed, sort_by_expert
 from dsv3_mtp.model.layers import MLP
+from dsv3_mtp.model.recompute import again
 
 # Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), counts (E,) -> (rows, out).
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -20,9 +21,10 @@ class RouterStats(NamedTuple):
 
     load: Tensor  # (E,) float32: tokens sent to each expert, no gradient
     balance: Tensor  # scalar: sum over the B sequences of sum_i f_i P_i (eq. 17 before alpha), with gradient
+    nodes: Tensor  # scalar int64: sum over tokens of the groups (V3: nodes) that the token's experts lie in
 
     def __add__(self, other):
-        return RouterStats(self.load + other.load, self.balance + other.balance)
+        return RouterStats(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Gate(nn.Module):
@@ -38,11 +40,13 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
         """x: (B, T, C) -> chosen experts (N, K) int64, gates (N, K) float32, stats."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # (B, T, E); V3 keeps the gate in high precision
+        # V3 keeps the gate in high precision.
+        scores = F.linear(again(Tensor.to, x, wide), self.weight.to(wide)).sigmoid()  # (B, T, E)
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
         load = torch.bincount(chosen.flatten(), minlength=flat.shape[1]).float()
-        return chosen, self.weigh(flat, chosen), RouterStats(load, self.balance_loss(scores))
+        stats = RouterStats(load, self.balance_loss(scores), self.count_nodes(chosen))
+        return chosen, self.weigh(flat, chosen), stats
 
     def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """scores: (N, E); chosen: (N, K) -> gates (N, K): the chosen scores, normalised and scaled."""
@@ -61,6 +65,12 @@ class Gate(nn.Module):
             allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
             biased = groups.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
         return biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    def count_nodes(self, chosen: Tensor) -> Tensor:
+        """Messages between nodes that the tokens cost: groups are nodes, `topk_group` of them at most (V3 2.1.2)."""
+        groups = self.config.n_group
+        used = chosen.new_zeros(chosen.shape[0], groups)
+        return used.scatter_(1, chosen // (self.config.n_routed_experts // groups), 1).sum()
 
     def balance_loss(self, scores: Tensor) -> Tensor:
         """Sequence-wise balance (eqs. 17-20) summed over the batch; f from the unbiased top-K, as printed."""
@@ -87,6 +97,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.first = 0  # number of the first expert here; parallel/experts.py keeps a part of the layer's
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))  # (E, 2F, C), gate rows first
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # (E, C, F)
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm
-from dsv3_mtp.model.moe import RouterStats
 
 
 class TrunkStates(NamedTuple):
@@ -90,7 +89,7 @@ class SequentialMTP(nn.Module):
             stats.append(routed)
         if self.mtp.share_weights and stats[0] is not None:  # one router: its D forwards count once in the balance loss
             total = sum(stats[1:], start=stats[0])
-            stats = [RouterStats(total.load, total.balance / len(embeddings))]
+            stats = [total._replace(balance=total.balance / len(embeddings))]
         return outputs, stats
 
 

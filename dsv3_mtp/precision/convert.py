@@ -111,8 +111,11 @@ def check_layers(layers: dict[str, nn.Module], fp8: FP8Config, backend: str) -> 
         raise ValueError(f"fp8.modules: the model has no layer of {', '.join(fp8.modules)}; set fp8.enabled: false")
     if backend == "emulate":
         return
-    weights = {f"{name} {list(p.shape)}": p for name, layer in layers.items() for p in layer.parameters()}
-    odd = [name for name, p in weights.items() if any(size % hopper.ALIGN for size in p.shape[-2:])]
+    weights = {name: p for name, layer in layers.items() for p in layer.parameters()}
+    shapes = {
+        name: getattr(p, "ds_shape", p.shape) for name, p in weights.items()
+    }  # ZeRO-3 keeps the whole shape there
+    odd = [f"{name} {list(shape)}" for name, shape in shapes.items() if any(size % hopper.ALIGN for size in shape[-2:])]
     if odd:
         raise ValueError(
             f"fp8.backend: {backend} needs weights whose sides are multiples of {hopper.ALIGN}; not so: "

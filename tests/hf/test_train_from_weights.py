@@ -8,7 +8,7 @@ import torch
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
-from dsv3_mtp.loading import newest_checkpoint
+from dsv3_mtp.loading import newest_checkpoint, read_state_dict
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.trainer import Trainer
 from tests.ranks import run_ranks, write_markov
@@ -45,8 +45,7 @@ def train(tmp_path, make_tiny_config):
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest = newest_checkpoint(folder / "checkpoints")
-    return torch.load(newest / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    return read_state_dict(newest_checkpoint(folder / "checkpoints"))
 
 
 def test_a_run_starts_from_the_weights_of_an_export(tmp_path, train):

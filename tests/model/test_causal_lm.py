@@ -386,3 +386,53 @@ def test_counts_equal_the_parameters_that_exist(build, variant):
     size = model_size(model, T)
     assert size.total + size.mtp_total == sum(p.numel() for p in model.parameters())
     assert 0 < size.active < size.total
+
+
+def test_scored_tokens_are_the_targets_of_every_depth_by_hand():
+    # one example of T = 8, D = 2:  slot   0 1 2 3 4 5 6 7
+    #                               token  1 1 2 2 3 0 2 1 2 p p     suffix sums: 1 1 2 2 = 0 2 1 2, then padding
+    tokens = torch.tensor([[1, 1, 2, 2, 3, 0, 2, 1, 2, 4, 4]])
+    scored = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0]]).bool()
+    by_hand = [
+        [0, 0, 0, 0, 1, 1, 1, 1],  # depth 0 at slot i: token i + 1
+        [0, 0, 0, 1, 1, 1, 1, 0],  # depth 1: token i + 2, the last slot's is padding
+        [0, 0, 1, 1, 1, 1, 0, 0],  # depth 2: token i + 3
+    ]
+    assert valid_targets(tokens, None, 2, scored).int().squeeze(1).tolist() == by_hand
+    assert count_targets(tokens, None, 2, scored).tolist() == [4, 4, 4, 1]
+
+
+def test_scored_tokens_count_only_inside_their_own_document_by_hand():
+    # two examples of 3 tokens and padding, T = 6, D = 1; the last two tokens of each example are scored
+    tokens = torch.tensor([[5, 6, 7, 5, 6, 7, 9, 9]])
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]])
+    scored = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0]]).bool()
+    by_hand = [
+        [1, 1, 0, 1, 1, 0],  # depth 0: slot 2 would predict the next example's first token
+        [1, 0, 0, 1, 0, 0],  # depth 1: slot 2 would predict 6, scored, but of the next example
+    ]
+    assert valid_targets(tokens, documents, 1, scored).int().squeeze(1).tolist() == by_hand
+    assert count_targets(tokens, documents, 1, scored).tolist() == [4, 2, 1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_that_are_not_scored_change_neither_loss_nor_gradient_as_targets(build, variant):
+    model = build(**VARIANTS[variant])
+    tokens = tokens_for(model)
+    scored = torch.zeros_like(tokens, dtype=torch.bool)
+    scored[:, 5:8] = True
+    out = model(tokens, scored=scored)
+    assert out.targets.tolist() == [6, 6, 6]
+    out.loss.backward()
+    logits = model.logits(tokens)  # (1+D, B, T, V)
+    want = torch.zeros(())
+    for depth in range(3):
+        rows = logits[depth, :, 5 - depth - 1 : 8 - depth - 1]  # the slots whose target is token 5, 6 or 7
+        loss = F.cross_entropy(rows.flatten(0, 1), tokens[:, 5:8].flatten())
+        assert out.nll_sum[depth].item() == pytest.approx(6 * loss.item(), rel=1e-5)
+        want = want + (loss if depth == 0 else loss / 2)
+    got = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    want.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)

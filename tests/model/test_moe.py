@@ -32,6 +32,13 @@ def test_groups_are_ranked_by_their_two_best_and_experts_come_from_those_groups_
     torch.testing.assert_close(gates[0][order], torch.tensor([0.5, 0.6]) / 1.1 * 2.5)
 
 
+def test_nodes_are_the_groups_that_a_tokens_experts_lie_in(make_tiny_config):
+    gate = Gate(config_of(make_tiny_config, n_group=4))
+    assert gate.count_nodes(torch.tensor([[0, 1], [0, 2], [6, 7], [7, 0], [3, 4]])) == 1 + 2 + 1 + 2 + 2
+    everywhere = Gate(config_of(make_tiny_config, n_group=1, topk_group=1))
+    assert everywhere.count_nodes(torch.tensor([[0, 1], [0, 2]])) == 2
+
+
 def test_bias_changes_the_choice_and_not_the_gates(make_tiny_config):
     config = config_of(make_tiny_config, n_group=1, topk_group=1, num_experts_per_tok=2, routed_scaling_factor=1.0)
     gate, x = gate_with_scores(config, [[0.9, 0.8, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1]])

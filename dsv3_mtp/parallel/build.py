@@ -1,0 +1,43 @@
+"""From a config to this rank's part of the model: all, a stage, its share of the experts, or shards of each weight."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from dsv3_mtp.config import Config
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.parallel.experts import LocalExperts, share_experts
+from dsv3_mtp.parallel.launch import World
+from dsv3_mtp.parallel.pipeline import stage_parts
+
+
+def build_model(config: Config, ds_config: dict[str, Any], world: World) -> DeepseekV3MTP:
+    """The model at its random start, equal for every layout of the ranks.
+
+    No rank ever holds more than its part and one whole tensor.
+    """
+    torch.manual_seed(config.run.seed)
+    if config.parallel.zero_stage == 3:  # every module is sharded as soon as it is made
+        with deepspeed.zero.Init(config_dict_or_path=ds_config), world.device:
+            model = DeepseekV3MTP(config.model, config.mtp)
+    else:
+        with torch.device("meta"):
+            model = DeepseekV3MTP(config.model, config.mtp)
+            if config.parallel.expert_parallel_size > 1:
+                share_experts(model, size=config.parallel.expert_parallel_size, pipeline_stages=world.stages)
+        for part in stage_parts(config, model, world) if world.stages > 1 else [model]:
+            part.to_empty(device=world.device)
+        for module in model.modules():
+            if isinstance(module, LocalExperts):
+                module.mark()
+    model.init_weights(config.run.seed, writable=writable)
+    model.checkpoint_activations(config.train.activation_checkpointing)
+    return model
+
+
+def writable(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which the whole tensor is there to be written, the same by all ranks; for ZeRO-3's shards."""
+    return deepspeed.zero.GatheredParameters(tensor, modifier_rank=0)
