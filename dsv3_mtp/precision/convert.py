@@ -115,7 +115,7 @@ def check_layers(layers: dict[str, nn.Module], fp8: FP8Config, backend: str) -> 
     shapes = {
         name: getattr(p, "ds_shape", p.shape) for name, p in weights.items()
     }  # ZeRO-3 keeps the whole shape there
-    odd = [f"{name} {list(shape)}" for name, shape in shapes.items() if any(size % hopper.ALIGN for size in shape[-2:])]
+    odd = [f"{name} {list(shape)}" for name, shape in shapes.items() if any(n % hopper.ALIGN for n in shape[-2:])]
     if odd:
         raise ValueError(
             f"fp8.backend: {backend} needs weights whose sides are multiples of {hopper.ALIGN}; not so: "
