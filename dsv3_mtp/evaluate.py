@@ -160,13 +160,21 @@ def open_model(
 
 
 def acceptance(
-    model: DeepseekV3MTP, source: Source | TaskSource, *, depth: int, prompts: int, seq_len: int, new_tokens: int
+    model: DeepseekV3MTP,
+    source: Source | TaskSource,
+    *,
+    depth: int,
+    prompts: int,
+    seq_len: int,
+    new_tokens: int,
+    temperature: float = 0.0,
 ) -> dict[str, float]:
-    """Free-running acceptance of greedy drafts of `depth` tokens on prompts from the source (DESIGN S14).
+    """Free-running acceptance of drafts of `depth` tokens on prompts from the source (DESIGN S14).
 
     A prompt is half a window of seq_len tokens, shorter where `new_tokens` need the room. On a task it is the text
     before an answer, and the answers are decoded; those of one token have nothing to draft. Returns
-    `val/acceptance/k`, joint for drafts 1..k, and `val/tokens_per_step`.
+    `val/acceptance/k`, joint for drafts 1..k, `val/tokens_per_step`, and `val/distinct`, the share of distinct tokens:
+    a model that repeats itself accepts everything.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
@@ -181,9 +189,11 @@ def acceptance(
         texts = windows[0][0].tolist()
     if new_tokens < 2:
         return {}
-    found = generate(model, texts, Settings(max_new_tokens=new_tokens, draft_depth=depth)).acceptance
-    metrics = {f"val/acceptance/{k}": share for k, share in enumerate(found.joint, start=1)}
-    return metrics | {"val/tokens_per_step": found.tokens_per_step}
+    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature)
+    out = generate(model, texts, settings)
+    metrics = {f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)}
+    metrics["val/tokens_per_step"] = out.acceptance.tokens_per_step
+    return metrics | {"val/distinct": sum(len(set(row)) / len(row) for row in out.tokens) / len(out.tokens)}
 
 
 def task_prompts(stream: TaskStream, count: int) -> tuple[list[list[int]], int]:

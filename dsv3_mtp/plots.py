@@ -62,7 +62,7 @@ def plot_run(metrics: Sequence[Record], out: Path, *, title: str) -> None:
         Line2D([], [], color=GREY, linestyle="", marker="o", label="validation"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 @matplotlib.rc_context(STYLE)
@@ -91,7 +91,7 @@ def plot_schedules(config: Config, out: Path) -> None:
     for ax in axes:
         ax.set_ylim(bottom=0.0)
         _token_axis(ax, config.train.total_tokens)
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def _losses(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:
@@ -146,7 +146,7 @@ def _health(ax: Axes, train: Sequence[Record]) -> None:
         handles += _line(ax, *_series(train, key), color=color, linewidth=1.2, label=label)
     speed = _series(train, "perf/tokens_per_s")
     handles += _line(twin, *speed, color=GREY, linestyle="--", linewidth=1.2, label="tokens/s (right)")
-    twin.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    twin.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     ax.set_ylim(bottom=0.0)
     twin.set_ylim(bottom=0.0)
     _legend_above(ax, handles)
@@ -220,12 +220,12 @@ def _legend_above(ax: Axes, handles: list[Line2D]) -> None:
 
 def _token_axis(ax: Axes, last: float) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(7))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     ax.set_xlim(0, last * 1.01)
     ax.set_xlabel("tokens")
 
 
-def _short(value: float) -> str:
+def short_number(value: float) -> str:
     """A tick label: 0, 500k, 1.5M, 14.8T."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
@@ -233,7 +233,8 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _save(figure: Figure, out: Path) -> None:
+def save_figure(figure: Figure, out: Path) -> None:
+    """PNG, atomically."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png")

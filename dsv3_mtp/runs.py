@@ -63,13 +63,18 @@ def lock_run_folder(config: Config) -> None:
     Raises:
         ValueError: another process holds it.
     """
-    folder = run_folder(config)
+    lock_folder(run_folder(config))
+
+
+def lock_folder(folder: Path) -> int:
+    """As `lock_run_folder`, for any folder. Closing the returned descriptor frees it earlier."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: the kernel frees it with the process
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # the kernel frees it with the process
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process trains in this run folder; choose another run.name") from None
+        raise ValueError(f"{folder}: another process works in this folder; choose another run.name") from None
+    return lock
 
 
 def write_run_folder(
@@ -131,9 +136,8 @@ def changed_settings(saved: dict[str, Any], config: Config, checkpoint: Path) ->
     Raises:
         ValueError: settings differ that the checkpoint's weights or data position depend on, all of them listed.
     """
-    before, now = dict(_flat(saved)), dict(_flat(config.to_dict()))
-    changes = {k: (before.get(k), now.get(k)) for k in sorted(before | now) if before.get(k) != now.get(k)}
-    lines = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items() if not _under(key, FREE)}
+    changes = differences(saved, config.to_dict(), ignoring=FREE)
+    lines = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
     fixed = [line for key, line in lines.items() if _under(key, FIXED)]
     if fixed:
         raise ValueError(
@@ -141,6 +145,15 @@ def changed_settings(saved: dict[str, Any], config: Config, checkpoint: Path) ->
             + "\n  ".join(fixed)
         )
     return [f"changed since the checkpoint: {line}" for line in lines.values()]
+
+
+def differences(
+    before: dict[str, Any], now: dict[str, Any], *, ignoring: tuple[str, ...] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (before, now) of every setting in which two resolved configs differ, but those under `ignoring`."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key) and not _under(key, ignoring)]
+    return {key: (old.get(key), new.get(key)) for key in keys}
 
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:

@@ -39,8 +39,8 @@ def records(depths, points, *, validate_every=3):
 def drawn(monkeypatch):
     """The Figure objects that were saved."""
     figures: list[Figure] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, out: (figures.append(figure), save(figure, out)))
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, out: (figures.append(figure), save(figure, out)))
     return figures
 
 
@@ -153,4 +153,4 @@ def test_plot_schedules_shows_the_schedule_functions(tmp_path, make_tiny_config,
     ("value", "text"), [(0, "0"), (600, "600"), (5e5, "500k"), (1.5e6, "1.5M"), (14.8e12, "14.8T")]
 )
 def test_tick_labels_have_readable_units(value, text):
-    assert plots._short(value) == text
+    assert plots.short_number(value) == text

@@ -405,7 +405,7 @@ def test_two_processes_never_train_in_one_run_folder(make_run):
     config = make_run()
     lock_run_folder(config)  # this process holds it
     train(config, function=refused)
-    assert "another process trains in this run folder" in Path(f"{folder_of(config)}.error").read_text()
+    assert "another process works in this folder" in Path(f"{folder_of(config)}.error").read_text()
 
 
 def test_an_error_that_only_rank_0_meets_is_raised_on_every_rank(make_run):

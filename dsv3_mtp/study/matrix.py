@@ -1,0 +1,224 @@
+"""A study file: one base run, arms that change settings of it, seeds, and what is compared with what.
+
+    loaded = load_study("configs/studies/lambda.yaml", ["seeds=[1, 2]"])
+    loaded.study.arms, loaded.configs["v3_step"].mtp.loss_weight
+
+The file says beforehand what is asked, what is expected and which one metric decides; everything else is exploratory.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from dsv3_mtp.config import Config, ConfigError, load_config
+from dsv3_mtp.config.model import Count, Fraction, Integer, Positive, Section, Text
+from dsv3_mtp.config.reader import Problem, problems_of, read_tree, show
+
+Overrides = dict[Text, Any]
+OWNED = ("run.name", "run.dir", "run.seed")  # settings that the study gives to each run
+
+
+class StudyRun(Section):
+    """Where the study lives: its folder is DIR/NAME, and holds one run folder per arm and seed."""
+
+    name: Text
+    dir: Text = "runs"
+
+    def rules(self) -> Iterator[Problem]:
+        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
+            yield "name", f"must be a plain folder name; put folders into run.dir (got {show(self.name)})"
+
+
+class Match(Section):
+    """Gives an arm the budget of another: total_tokens follows from it."""
+
+    arm: Text
+    """The arm whose cost is matched."""
+    by: Literal["flops", "cpu_time"]
+    """flops: training FLOPs, by count; cpu_time: seconds of computing, as measured in the finished runs of `arm`."""
+    pace: Text | None = None
+    """With cpu_time: the arm whose measured tokens per second this arm has."""
+
+    def rules(self) -> Iterator[Problem]:
+        if (self.pace is None) == (self.by == "cpu_time"):
+            yield "pace", f"is needed with by: cpu_time, and only there (got {show(self.pace)})"
+
+
+class Arm(Section):
+    """One kind of run: settings that differ from the base."""
+
+    about: Text
+    """What it is, in a few words for the report."""
+    set: Overrides = {}
+    """Dotted keys of the run's config and their values."""
+    match: Match | None = None
+    """null: train.total_tokens as the base has it."""
+
+    def rules(self) -> Iterator[Problem]:
+        if self.match and "train.total_tokens" in self.set:
+            yield "set.train.total_tokens", "follows from 'match'; remove one of them"
+
+
+class Comparison(Section):
+    """Arms against one other arm, paired by seed."""
+
+    against: Text
+    arms: Annotated[tuple[Text, ...], Field(min_length=1)]
+    rule: Literal[
+        "added parameters",
+        "matched parameters",
+        "matched training FLOPs",
+        "matched CPU time",
+        "same trunk",
+        "same model",
+    ]
+    """What makes it fair: heads on top (V3), heads instead of trunk layers (Meta), equal cost, other heads on the same
+    trunk, or other settings of the same model."""
+
+
+class Primary(Section):
+    """The one metric and comparison that decide; declared before the runs."""
+
+    metric: Text
+    comparison: Text
+    margin: Positive
+    """Differences within +-margin would not matter: the equivalence test's bound, in units of the metric."""
+
+
+class Acceptance(Section):
+    """Free-running drafts on prefixes of real validation text, after training, at temperature 0 and 1."""
+
+    prefixes: Count = 64
+    prefix_tokens: Count = 64
+    new_tokens: Count = 16
+
+
+class Scale(Section):
+    """One size of the study, chosen with --set scale=NAME."""
+
+    base: Text
+    """Run config that every arm starts from, relative to the study file."""
+    set: Overrides = {}
+    flops_per_s: Positive
+    """Training FLOP/s of one worker: turns FLOPs into the time that --dry-run foretells."""
+
+
+class Study(Section):
+    """The whole file."""
+
+    run: StudyRun
+    question: Text
+    expectation: Text
+    """Written before the runs, and printed beside the outcome."""
+    set: Overrides = {}
+    """Settings of every arm, on top of the scale's."""
+    scale: Text = "cpu"
+    scales: Annotated[dict[Text, Scale], Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[Integer, Field(ge=0)], ...], Field(min_length=1)]
+    arms: Annotated[dict[Text, Arm], Field(min_length=1)]
+    comparisons: Annotated[dict[Text, Comparison], Field(min_length=1)]
+    primary: Primary
+    metrics: tuple[Text, ...] = ()
+    """Exploratory metrics, beside the primary one."""
+    acceptance: Acceptance | None = None
+    """null: not measured."""
+    solve_threshold: Fraction | None = None
+    """A run has solved its task at the first validation whose task/exact_match reaches this; null: not asked."""
+
+    def rules(self) -> Iterator[Problem]:
+        if self.scale not in self.scales:
+            yield "scale", f"must be one of {', '.join(self.scales)} (got {show(self.scale)})"
+        if len(set(self.seeds)) != len(self.seeds):
+            yield "seeds", f"must differ (got {show(self.seeds)})"
+        if self.primary.comparison not in self.comparisons:
+            names = ", ".join(self.comparisons)
+            yield "primary.comparison", f"must be one of {names} (got {show(self.primary.comparison)})"
+        for place, overrides in self.overrides():
+            for key in [key for key in OWNED if key in overrides]:
+                yield f"{place}.{key}", "is given by the study: use run, seeds and the names of the arms"
+        yield from self._name_rules()
+
+    def _name_rules(self) -> Iterator[Problem]:
+        earlier: list[str] = []
+        for name, arm in self.arms.items():
+            if not name.replace("_", "").replace(".", "").isalnum():
+                yield f"arms.{name}", "names are letters, digits, dots and underscores"
+            for role, other in (("arm", arm.match and arm.match.arm), ("pace", arm.match and arm.match.pace)):
+                if other is not None and other not in earlier:
+                    yield f"arms.{name}.match.{role}", f"must be an arm above it (got {show(other)})"
+            earlier.append(name)
+        for name, comparison in self.comparisons.items():
+            for arm_name in (comparison.against, *comparison.arms):
+                if arm_name not in self.arms:
+                    yield f"comparisons.{name}", f"there is no arm {show(arm_name)}"
+            if comparison.against in comparison.arms:
+                yield f"comparisons.{name}", f"compares {show(comparison.against)} with itself"
+
+    def overrides(self) -> list[tuple[str, Overrides]]:
+        """Every `set` of the file and its place."""
+        places = [("set", self.set)]
+        places += [(f"scales.{name}.set", scale.set) for name, scale in self.scales.items()]
+        return places + [(f"arms.{name}.set", arm.set) for name, arm in self.arms.items()]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+
+@dataclass(frozen=True)
+class LoadedStudy:
+    """A valid study and the config of each arm, for the first seed and before budgets are matched."""
+
+    study: Study
+    path: Path
+    sets: tuple[str, ...]
+    configs: dict[str, Config]
+
+
+def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
+    """Reads and checks a study file and every arm's config.
+
+    sets: overrides of the file, such as "scale=gpu", or of the run that all arms start from, such as "optim.lr=1e-3".
+    Raises ConfigError, whose text reports every problem of the study and of its arms.
+    """
+    path, sets = Path(path), tuple(sets)
+    of_runs = [item for item in sets if item.partition("=")[0].partition(".")[0] in _sections()]
+    tree, problems = read_tree(path, [item for item in sets if item not in of_runs])
+    try:
+        study = Study.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(str(path), problems + problems_of(error, tree, Study)) from None
+    found: dict[Problem, list[str]] = {}
+    configs = {}
+    for name in study.arms:
+        try:
+            configs[name] = load_config(
+                path.parent / study.scales[study.scale].base, list(_settings(study, name, of_runs))
+            )
+        except ConfigError as error:
+            for problem in error.problems:
+                found.setdefault(problem, []).append(name)
+    for (key, text), arms in found.items():
+        where = "every arm" if len(arms) == len(study.arms) else f"arms.{', '.join(arms)}"
+        problems.append((f"{where}: {key}", text))
+    if problems:
+        raise ConfigError(str(path), problems)
+    return LoadedStudy(study, path, sets, configs)
+
+
+def _sections() -> set[str]:
+    """Sections of a run's config that are not keys of a study file too."""
+    return set(Config.model_fields) - set(Study.model_fields)
+
+
+def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:
+    """What load_config is to override in the base for an arm's first seed: later ones win."""
+    own = {"run.name": f"{name}-seed{study.seeds[0]}", "run.dir": str(study.folder), "run.seed": study.seeds[0]}
+    for overrides in (study.scales[study.scale].set, study.set):
+        yield from (f"{key}={json.dumps(value)}" for key, value in overrides.items())
+    yield from of_runs
+    yield from (f"{key}={json.dumps(value)}" for key, value in (study.arms[name].set | own).items())

@@ -1,0 +1,106 @@
+"""Layout: one list of blocks, written as Markdown and as one HTML page that needs no network."""
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; margin: 0.5rem 0 1rem; }
+th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child, td.text { text-align: left; } td.text { white-space: normal; min-width: 16rem; }
+img { max-width: 100%; } pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; }
+"""
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Items:
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    file: str  # name in the folder of the report
+    caption: str
+
+
+Block = Heading | Paragraph | Items | Table | Code | Picture
+
+
+def to_markdown(blocks: Sequence[Block]) -> str:
+    return "\n\n".join(_markdown(block) for block in blocks) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading():
+            return f"{'#' * block.level} {block.text}"
+        case Paragraph():
+            return block.text
+        case Items():
+            return "\n".join(f"- {text}" for text in block.texts)
+        case Code():
+            return f"```\n{block.text}\n```"
+        case Picture():
+            return f"![{block.caption}]({block.file})\n\n{block.caption}"
+    rows = [block.header, ["---", *["---:"] * (len(block.header) - 1)], *block.rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def to_html(blocks: Sequence[Block], *, title: str, folder: Path) -> str:
+    """The page; pictures are read from `folder` and put into it."""
+    body = "\n".join(_html(block, folder) for block in blocks)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
+    )
+
+
+def _html(block: Block, folder: Path) -> str:
+    match block:
+        case Heading():
+            return f"<h{block.level}>{html.escape(block.text)}</h{block.level}>"
+        case Paragraph():
+            return f"<p>{html.escape(block.text)}</p>"
+        case Items():
+            return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in block.texts) + "</ul>"
+        case Code():
+            return f"<pre>{html.escape(block.text)}</pre>"
+        case Picture():
+            data = base64.b64encode((folder / block.file).read_bytes()).decode()
+            caption = html.escape(block.caption)
+            image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
+            return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
+    rows = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in block.rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    return f"<td{' class=text' if len(text) > 40 else ''}>{html.escape(text)}</td>"

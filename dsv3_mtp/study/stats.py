@@ -1,0 +1,103 @@
+"""Statistics of a few seeds: t intervals, Holm, equivalence, exact intervals of rates, time to solve.
+
+The bootstrap is left out on purpose: over three to five seeds its nominal 95 % intervals cover 73 to 83 %; t intervals
+cover 95 %. A sign-flip test cannot reach p < 0.05 with fewer than six seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of n values and its two-sided t interval; with one value the interval is unbounded."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    sd: float  # of the values, n - 1 in the denominator
+    p: float  # two-sided, of a mean of 0
+
+    @property
+    def covers_zero(self) -> bool:
+        return self.low <= 0 <= self.high
+
+
+def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Student's interval of the mean. For a comparison give the paired differences.
+
+    Raises:
+        ValueError: there is no value, or one is not finite.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if not len(x) or not np.isfinite(x).all():
+        raise ValueError(f"an interval needs finite values (got {list(values)})")
+    mean = float(x.mean())
+    if len(x) == 1:
+        return Interval(mean, -math.inf, math.inf, 1, math.nan, 1.0)
+    sd = float(x.std(ddof=1))
+    if sd == 0:  # runs that are the same up to here
+        return Interval(mean, mean, mean, len(x), 0.0, 1.0 if mean == 0 else 0.0)
+    error = sd / math.sqrt(len(x))
+    half = float(stats.t.ppf(0.5 + confidence / 2, len(x) - 1)) * error
+    p = 2 * float(stats.t.sf(abs(mean) / error, len(x) - 1))
+    return Interval(mean, mean - half, mean + half, len(x), sd, p)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down adjustment: claims with adjusted p < a are wrong anywhere in the family with probability < a."""
+    adjusted, largest, ranked = {}, 0.0, sorted(p_values.items(), key=lambda item: item[1])
+    for rank, (name, p) in enumerate(ranked):
+        largest = max(largest, min(1.0, (len(ranked) - rank) * p))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def equivalence(differences: Sequence[float], margin: float) -> float:
+    """p of two one-sided t tests (TOST): small means that the mean lies within +-margin. 1 with one value."""
+    x = np.asarray(differences, dtype=np.float64)
+    if len(x) < 2:
+        return 1.0
+    mean, error = float(x.mean()), float(x.std(ddof=1)) / math.sqrt(len(x))
+    if error == 0:
+        return 0.0 if abs(mean) < margin else 1.0
+    return float(stats.t.sf((margin - abs(mean)) / error, len(x) - 1))
+
+
+def exact_rate(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a rate."""
+    found = stats.binomtest(successes, trials).proportion_ci(confidence, method="exact")
+    return float(found.low), float(found.high)
+
+
+def fisher(a: tuple[int, int], b: tuple[int, int]) -> float:
+    """Fisher's exact p of equal rates; a and b are (successes, trials)."""
+    table = [[a[0], a[1] - a[0]], [b[0], b[1] - b[0]]]
+    return float(stats.fisher_exact(table)[1])
+
+
+@dataclass(frozen=True)
+class SolveCurve:
+    """Kaplan and Meier's estimate of the share that has not solved its task yet, as steps."""
+
+    times: tuple[float, ...]  # at which some run solved
+    unsolved: tuple[float, ...]  # share from that time on
+    median: float | None  # None: fewer than half solved within their budgets
+
+
+def solve_curve(solved_at: Sequence[float | None], budgets: Sequence[float]) -> SolveCurve:
+    """solved_at: tokens at which each run solved its task, None where it did not within its budget (censored)."""
+    times = [budget if at is None else at for at, budget in zip(solved_at, budgets, strict=True)]
+    data = stats.CensoredData.right_censored(times, [at is None for at in solved_at])
+    curve = stats.ecdf(data).sf
+    steps = [(float(t), float(s)) for t, s in zip(curve.quantiles, curve.probabilities, strict=True)]
+    events = [(t, s) for t, s in steps if t in {at for at in solved_at if at is not None}]
+    median = next((t for t, s in events if s <= 0.5), None)
+    return SolveCurve(tuple(t for t, _ in events), tuple(s for _, s in events), median)

@@ -1,0 +1,156 @@
+"""A study file is checked as a whole, and stands for exactly the runs that it should."""
+
+from pathlib import Path
+
+import pytest
+
+from dsv3_mtp import schedules
+from dsv3_mtp.config import ConfigError
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, model_size
+from dsv3_mtp.study.dryrun import dry_run
+from dsv3_mtp.study.matrix import load_study
+from dsv3_mtp.study.plan import plan, shared_steps, steps_of, training_flops
+from tests.study.toy import STEPS, load_toy, write_toy
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
+
+
+def test_the_matrix_is_every_arm_with_every_seed(tmp_path):
+    runs = plan(load_toy(tmp_path), budgets={})
+    assert [run.name for run in runs] == [
+        f"{arm}-seed{seed}" for seed in (1, 2) for arm in ("constant", "step", "none")
+    ]
+    for run in runs:
+        assert run.config.run.seed == run.seed
+        assert run.config.run.dir == str(tmp_path / "runs" / "toy")
+    assert {run.config.mtp.depths for run in runs if run.arm == "none"} == {0}
+
+
+def test_arms_differ_from_the_base_in_their_own_settings_only(tmp_path):
+    loaded = load_toy(tmp_path)
+    constant, none = loaded.configs["constant"], loaded.configs["none"]
+    assert constant.model == none.model and constant.optim == none.optim and constant.data == none.data
+    assert none.mtp.mode == "none" and constant.mtp.loss_weight.value == 0.3
+
+
+def test_an_override_of_a_run_reaches_every_arm_and_one_of_the_study_the_study(tmp_path):
+    loaded = load_study(write_toy(tmp_path), ["optim.lr=1e-5", "seeds=[7]", "run.name=other"])
+    assert {config.optim.lr for config in loaded.configs.values()} == {1e-5}
+    assert loaded.study.seeds == (7,) and loaded.study.folder.name == "other"
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    def break_it(tree):
+        tree["seeds"] = [1, 1]
+        tree["scale"] = "huge"
+        tree["arms"]["none"]["set"]["run.seed"] = 3
+        tree["arms"]["late"] = {"about": "x", "match": {"arm": "nobody", "by": "flops"}}
+        tree["comparisons"]["heads"]["arms"] = ["constant", "missing", "none"]
+        tree["primary"]["comparison"] = "head"
+        tree["colour"] = "red"
+
+    with pytest.raises(ConfigError) as error:
+        load_toy(tmp_path, break_it)
+    text = str(error.value)
+    for part in ("colour: unknown key",):
+        assert part in text
+    with pytest.raises(ConfigError) as error:
+        load_toy(tmp_path, lambda tree: (break_it(tree), tree.pop("colour")))
+    text = str(error.value)
+    assert "6 problems" in text or "7 problems" in text
+    for part in (
+        "scale: must be one of cpu",
+        "seeds: must differ",
+        "primary.comparison: must be one of heads, schedule",
+        "arms.none.set.run.seed: is given by the study",
+        "arms.late.match.arm: must be an arm above it (got 'nobody')",
+        "comparisons.heads: there is no arm 'missing'",
+        "comparisons.heads: compares 'none' with itself",
+    ):
+        assert part in text
+
+
+def test_problems_of_the_arms_configs_name_the_arms(tmp_path):
+    def break_it(tree):
+        tree["set"] = {"optim.lrr": 1}
+        tree["arms"]["step"]["set"]["mtp.num_nextn_predict_layers"] = 0
+
+    with pytest.raises(ConfigError) as error:
+        load_toy(tmp_path, break_it)
+    assert "every arm: optim.lrr: unknown key; did you mean 'optim.lr'?" in str(error.value)
+    assert "arms.step: mtp.num_nextn_predict_layers: must be >= 1" in str(error.value)
+
+
+def test_shared_prefix_ends_with_the_first_step_whose_schedule_differs(tmp_path):
+    loaded = load_toy(tmp_path)
+    constant, step = loaded.configs["constant"], loaded.configs["step"]
+    weights = [schedules.mtp_loss_weight(step.mtp.loss_weight, n / STEPS) for n in range(STEPS)]
+    assert shared_steps(constant, step) == weights.index(0.0) == 5
+    assert shared_steps(constant, loaded.configs["none"]) == 0
+    forked = [run for run in plan(loaded, budgets={}) if run.parent]
+    assert [(run.name, run.parent, run.fork_step) for run in forked] == [
+        ("step-seed1", "constant-seed1", 4),  # the last checkpoint within the five steps
+        ("step-seed2", "constant-seed2", 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("optim.weight_decay", 0.0), ("train.balance_loss_weight", 0.01), ("mtp.detach", "trunk"), ("data.seq_len", 8)],
+)
+def test_arms_that_differ_in_more_than_a_schedule_share_nothing(tmp_path, setting, value):
+    loaded = load_toy(tmp_path, lambda tree: tree["arms"]["step"]["set"].update({setting: value}))
+    assert shared_steps(loaded.configs["constant"], loaded.configs["step"]) == 0
+    assert all(run.parent is None for run in plan(loaded, budgets={}))
+
+
+def test_matched_flops_give_the_plain_model_more_tokens(tmp_path):
+    def add(tree):
+        tree["arms"]["none_flops"] = {
+            "about": "x",
+            "set": {"mtp.mode": "none"},
+            "match": {"arm": "constant", "by": "flops"},
+        }
+
+    loaded = load_toy(tmp_path, add)
+    runs = {run.arm: run.config for run in plan(loaded, budgets={})}
+    one_step = training_flops(runs["none"]) / steps_of(runs["none"])
+    assert training_flops(runs["none_flops"]) == pytest.approx(training_flops(runs["constant"]), abs=one_step / 2)
+    size = model_size(DeepseekV3MTP(runs["none"].model, runs["none"].mtp), 16)
+    assert training_flops(runs["none"]) == size.flops_per_token * STEPS * 4 * 16
+
+
+def test_an_arm_with_a_measured_time_waits_for_the_measurement(tmp_path):
+    match = {"arm": "constant", "by": "cpu_time", "pace": "none"}
+    arm = {"about": "x", "set": {"mtp.mode": "none"}, "match": match}
+    loaded = load_toy(tmp_path, lambda tree: tree["arms"].update(timed=arm))
+    assert "timed" not in {run.arm for run in plan(loaded, budgets={})}
+    (timed,) = {run.config.train.total_tokens for run in plan(loaded, budgets={"timed": 640}) if run.arm == "timed"}
+    assert timed == 640
+
+
+def test_dry_run_counts_a_forked_prefix_once(tmp_path):
+    text = dry_run(load_toy(tmp_path), jobs=2)
+    assert "3 arms x 2 seeds = 6 runs" in text
+    assert "constant at step 4" in text
+    runs = {run.arm: run.config for run in plan(load_toy(tmp_path), budgets={})}
+    total = 2 * (1.5 * training_flops(runs["constant"]) + training_flops(runs["none"]))
+    assert f"training FLOPs: {total:.3e}" in text
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_study_is_valid_at_every_scale(path):
+    text = path.read_text()
+    assert f"configs/studies/{path.name}" in text.splitlines()[0]
+    for scale in load_study(path).study.scales:
+        loaded = load_study(path, [f"scale={scale}"])
+        assert loaded.study.run.name == path.stem
+        assert len(loaded.study.seeds) >= 5
+        assert plan(loaded, budgets={})
+
+
+def test_heads_are_compared_under_every_rule_of_fairness():
+    study = load_study(ROOT / "configs" / "studies" / "heads.yaml").study
+    rules = {comparison.rule for comparison in study.comparisons.values()}
+    assert rules >= {"added parameters", "matched parameters", "matched training FLOPs", "matched CPU time"}

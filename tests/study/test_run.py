@@ -1,0 +1,185 @@
+"""Studies are run by real processes: forks are bitwise, nothing is repeated, failures are named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_mtp.loading import WEIGHTS, newest_checkpoint
+from dsv3_mtp.metrics import read_metrics
+from dsv3_mtp.study.matrix import load_study
+from dsv3_mtp.study.measure import read_results
+from dsv3_mtp.study.plan import plan
+from dsv3_mtp.study.report import write_report
+from dsv3_mtp.study.run import check_folders, read_budgets, run_study
+from tests.study.toy import STEPS, load_toy, write_toy
+
+pytestmark = pytest.mark.dist
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def everything(run) -> bool:
+    return True
+
+
+def timeless(folder: Path) -> list[dict]:
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "time_s" and not k.startswith("perf/")} for r in records]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = newest_checkpoint(folder / "checkpoints")
+    assert newest is not None and newest.name == f"global_step{STEPS}"
+    return torch.load(newest / WEIGHTS, weights_only=False)["module"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(study, what was said, names of failed runs): the toy, with an arm that diverges and one that cannot start."""
+
+    def add(tree):
+        tree["arms"]["wild"] = {"about": "far too fast", "set": {"optim.lr": 1e30}}
+        tree["arms"]["absent"] = {"about": "no data", "set": {"data.val": "nowhere"}}
+        match = {"arm": "constant", "by": "cpu_time", "pace": "none"}
+        tree["arms"]["timed"] = {"about": "as long as constant", "set": {"mtp.mode": "none"}, "match": match}
+        tree["comparisons"]["speed"] = {"against": "none", "arms": ["wild", "timed"], "rule": "same model"}
+
+    loaded = load_toy(tmp_path_factory.mktemp("toy"), add)
+    said: list[str] = []
+    failed = run_study(loaded, only=everything, jobs=2, say=said.append)
+    return loaded, said, failed
+
+
+def test_each_run_is_an_ordinary_run_folder_with_results(finished):
+    loaded, _, _ = finished
+    for name in ("constant-seed1", "step-seed2", "none-seed1"):
+        folder = loaded.study.folder / name
+        assert {"config.yaml", "manifest.json", "metrics.jsonl", "curves.png", "checkpoints"} <= set(os.listdir(folder))
+        results = read_results(folder)
+        assert results["status"] == "finished" and results["seconds_per_token"] > 0
+        assert results["metrics"]["val/main_loss"] == timeless(folder)[-1]["val/main_loss"]
+    drafts = read_results(loaded.study.folder / "constant-seed1")["metrics"]
+    assert 1 <= drafts["acceptance/T0/tokens_per_step"] <= 2 and 0 <= drafts["acceptance/T1/joint/1"] <= 1
+    assert "acceptance/T0/tokens_per_step" not in read_results(loaded.study.folder / "none-seed1")["metrics"]
+
+
+def test_a_forked_run_equals_the_same_run_from_the_start_bitwise(finished, tmp_path):
+    loaded, _, _ = finished
+    forked = loaded.study.folder / "step-seed1"
+    assert "forked from" in (forked / "log.txt").read_text()
+    assert read_results(forked)["forked_from"] == {"run": "constant-seed1", "step": 4}
+
+    def alone(tree):
+        tree["arms"] = {"step": tree["arms"]["step"], "none": tree["arms"]["none"]}
+        tree["comparisons"] = {"heads": {"against": "none", "arms": ["step"], "rule": "added parameters"}}
+
+    whole = load_toy(tmp_path, alone)
+    run_study(whole, only=lambda run: run.name == "step-seed1", jobs=1, say=lambda text: None)
+    folder = whole.study.folder / "step-seed1"
+    assert read_results(folder)["forked_from"] is None
+    assert timeless(folder) == timeless(forked)
+    expected, got = weights(folder), weights(forked)
+    assert expected.keys() == got.keys() and all(torch.equal(value, got[key]) for key, value in expected.items())
+    assert read_results(folder)["metrics"] == read_results(forked)["metrics"]
+
+
+def test_a_parents_checkpoints_are_deleted_once_its_children_are_done(finished):
+    loaded, _, _ = finished
+    names = [path.name for path in (loaded.study.folder / "constant-seed1" / "checkpoints").glob("global_step*")]
+    assert names == [f"global_step{STEPS}"]
+
+
+def test_diverged_and_failed_runs_are_told_apart_and_named(finished):
+    loaded, said, failed = finished
+    assert sorted(failed) == ["absent-seed1", "absent-seed2"]
+    results = read_results(loaded.study.folder / "wild-seed1")
+    assert results["status"] == "diverged" and "nan" in results["error"]
+    assert any("wild-seed1: diverged" in line for line in said)
+    report = write_report(loaded).read_text()
+    assert "- wild seed 1 diverged" in report and "- absent: not run with seed 1, 2" in report
+
+
+def test_the_arm_with_anothers_time_gets_its_tokens_from_the_measurement(finished):
+    loaded, _, _ = finished
+    tokens = read_budgets(loaded.study.folder)["timed"]
+
+    def seconds(arm):
+        found = [read_results(loaded.study.folder / f"{arm}-seed{seed}") for seed in (1, 2)]
+        return sum(r["seconds_per_token"] for r in found) / 2
+
+    step = 4 * 16
+    assert tokens % step == 0
+    assert tokens == pytest.approx(STEPS * step * seconds("constant") / seconds("none"), abs=step / 2)
+    assert read_results(loaded.study.folder / "timed-seed1")["tokens"] == tokens
+
+
+def test_a_finished_study_is_not_run_again(finished):
+    loaded, _, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in loaded.study.folder.glob("*/results.json")}
+    said: list[str] = []
+    run_study(loaded, only=lambda run: run.arm != "absent", jobs=2, say=said.append)
+    assert said == []
+    assert {path: path.stat().st_mtime_ns for path in loaded.study.folder.glob("*/results.json")} == before
+
+
+def test_choosing_no_run_is_an_error_that_names_the_arms(finished):
+    loaded, _, _ = finished
+    with pytest.raises(ValueError, match=r"--only: none of the runs .* constant, step, none, wild, absent, timed"):
+        run_study(loaded, only=lambda run: False, jobs=1)
+
+
+def test_run_folders_of_other_settings_are_refused(finished):
+    loaded, _, _ = finished
+    other = load_study(loaded.path, ["optim.grad_clip=0.5"])
+    with pytest.raises(ValueError, match="other settings") as error:
+        check_folders(other.study, plan(other, {}))
+    assert "optim.grad_clip is 1.0, the study says 0.5" in str(error.value)
+
+
+def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
+    def only_constant(tree):
+        tree["arms"] = {"none": tree["arms"]["none"], "constant": tree["arms"]["constant"]}
+        tree["comparisons"].pop("schedule")
+        tree["seeds"] = [1]
+
+    path = write_toy(tmp_path, only_constant)
+    folder = tmp_path / "runs" / "toy"
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        try:
+            run_study(load_study(path), only=everything, jobs=1)
+        finally:
+            os._exit(1)
+    metrics = folder / "constant-seed1" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    first = (folder / "none-seed1" / "results.json").stat().st_mtime_ns
+    deadline = time.monotonic() + 60
+    while True:  # the run notices that the study is gone, and stops by itself
+        try:
+            assert run_study(load_study(path), only=everything, jobs=1, say=lambda text: None) == []
+            break
+        except ValueError as error:
+            assert "another process works" in str(error) and time.monotonic() < deadline
+            time.sleep(0.1)
+    assert read_results(folder / "constant-seed1")["status"] == "finished"
+    assert (folder / "none-seed1" / "results.json").stat().st_mtime_ns == first
+    assert [r["step"] for r in timeless(folder / "constant-seed1") if "train/loss" in r] == list(range(1, STEPS + 1))
+
+
+def test_the_tool_reports_a_wrong_file_without_a_traceback(tmp_path):
+    path = write_toy(tmp_path, lambda tree: tree.update(seeds=[]))
+    command = [sys.executable, str(ROOT / "tools" / "study.py"), "--study", str(path), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "seeds" in done.stderr and json.dumps(str(path)).strip('"') in done.stderr

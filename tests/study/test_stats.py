@@ -1,0 +1,98 @@
+"""The statistics against closed forms, tables and scipy's own routes, and their coverage by simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as reference
+
+from dsv3_mtp.study.stats import equivalence, exact_rate, fisher, holm, solve_curve, t_interval
+
+
+def test_paired_interval_is_students():
+    a, b = np.array([3.1, 2.9, 3.3, 3.0, 3.2]), np.array([3.0, 2.7, 3.4, 2.9, 3.0])
+    found, expected = t_interval(a - b), reference.ttest_rel(a, b)
+    assert found.p == pytest.approx(expected.pvalue)
+    low, high = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert (found.mean, found.n) == (pytest.approx(0.1), 5)
+
+
+def test_interval_of_three_values_uses_the_tables_4_303():
+    found = t_interval([1.0, 2.0, 3.0])
+    assert (found.high - found.mean) * math.sqrt(3) == pytest.approx(4.3027, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_intervals_of_few_seeds_cover_95_percent(n):
+    draws = np.random.default_rng(0).normal(1.0, 2.0, size=(2000, n))
+    covered = np.mean([i.low <= 1.0 <= i.high for i in map(t_interval, draws)])
+    assert covered == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 2000))
+
+
+def test_one_seed_has_no_interval_and_no_seed_is_an_error():
+    found = t_interval([0.3])
+    assert found.covers_zero and found.high == math.inf and found.p == 1.0
+    with pytest.raises(ValueError, match="finite"):
+        t_interval([])
+    with pytest.raises(ValueError, match="finite"):
+        t_interval([1.0, math.nan])
+
+
+def test_runs_that_are_the_same_have_a_difference_of_exactly_zero():
+    assert (t_interval([0.0, 0.0]).p, t_interval([0.0, 0.0]).covers_zero) == (1.0, True)
+    assert (t_interval([0.1, 0.1]).p, t_interval([0.1, 0.1]).covers_zero) == (0.0, False)
+
+
+def test_holm_of_a_worked_example():
+    # p ranked .01 .02 .03 .04: times 4, 3, 2, 1, and never below the one before
+    adjusted = holm({"d": 0.04, "a": 0.01, "c": 0.03, "b": 0.02})
+    assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
+    assert list(adjusted) == ["d", "a", "c", "b"]
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_holm_keeps_the_rate_of_false_claims_in_a_family():
+    draws = np.random.default_rng(1).uniform(size=(2000, 6))
+    wrong = np.mean([min(holm(dict(enumerate(row))).values()) < 0.05 for row in draws])  # type: ignore[arg-type]
+    assert wrong <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+def test_equivalence_is_two_one_sided_t_tests():
+    x = [0.01, -0.02, 0.03, 0.0, 0.01]
+    for margin in (0.02, 0.05):
+        above = reference.ttest_1samp(x, -margin, alternative="greater").pvalue
+        below = reference.ttest_1samp(x, margin, alternative="less").pvalue
+        assert equivalence(x, margin) == pytest.approx(max(above, below))
+    assert equivalence([0.0], 1.0) == 1.0
+    assert equivalence([0.0, 0.0], 0.1) == 0.0 and equivalence([0.2, 0.2], 0.1) == 1.0
+
+
+def test_exact_interval_is_clopper_and_pearsons():
+    assert exact_rate(0, 5) == (0.0, pytest.approx(1 - 0.025 ** (1 / 5)))
+    assert exact_rate(5, 5) == (pytest.approx(0.025 ** (1 / 5)), 1.0)
+    low, high = exact_rate(3, 10)
+    assert (low, high) == (
+        pytest.approx(reference.beta.ppf(0.025, 3, 8)),
+        pytest.approx(reference.beta.ppf(0.975, 4, 7)),
+    )
+
+
+def test_fishers_exact_p_of_solve_rates():
+    # 3 of 4 against 0 of 3: both tables at least as extreme, by counting
+    assert fisher((3, 4), (0, 3)) == pytest.approx((math.comb(4, 3) + 1) / math.comb(7, 3), rel=1e-9)
+    assert fisher((2, 5), (2, 5)) == 1.0
+
+
+def test_time_to_solve_is_kaplan_and_meiers():
+    # solved at 10, 20, 20; one stopped unsolved at 15, one at 30: S = 4/5, then 4/5 * (1 - 2/3)
+    curve = solve_curve([10, None, 20, 20, None], [30, 15, 30, 30, 30])
+    assert curve.times == (10, 20)
+    assert curve.unsolved == pytest.approx((0.8, 0.8 / 3))
+    assert curve.median == 20
+
+
+def test_without_a_solution_there_is_no_median():
+    curve = solve_curve([None, None, 5], [10, 10, 10])
+    assert curve.median is None
+    assert solve_curve([None, None], [10, 10]).times == ()
