@@ -11,6 +11,7 @@ import torch
 
 from dsv3_mtp import kernels
 from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.config.layout import composition
 from dsv3_mtp.meter import Meter, measure_step
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, model_size
 from dsv3_mtp.plan import (
@@ -164,3 +165,11 @@ def test_two_ranks_hold_and_send_what_is_planned(make_tiny_config, tmp_path):
             assert sent.get("all_gather", 0) == pytest.approx(planned.get("weights", 0), rel=0.05), config.run.name
             reduced = sent.get("all_reduce", 0) + sent.get("reduce_scatter", 0)
             assert reduced == pytest.approx(planned["gradients"], rel=0.05), config.run.name
+
+
+def test_the_documented_table_of_what_composes_is_the_one_that_refuses():
+    table = composition(load_config(ROOT / "configs" / "v3_tiny.yaml"))
+    documented = (ROOT / "docs" / "parallelism.md").read_text().partition("<!-- refusals -->\n")[2]
+    remedy = "put the output of `python tools/bench_parallel.py refusals` there"
+    assert documented.partition("\n<!-- end -->")[0] == table, remedy
+    assert "| ZeRO-1 | - | yes |" in table and "sequence_parallel_size: rows are not split" in table

@@ -107,12 +107,23 @@ def test_bad_input_exits_2_with_the_reason_and_no_traceback(job, arguments, mess
 def test_dry_run_prints_config_sizes_and_deepspeed_json_and_starts_nothing(job):
     code, output = run_tool(TRAIN, "--config", str(job), "--dry-run", "--plot", log=job.with_suffix(".log"))
     assert code == 0, output
-    config, sizes, ds_json = output.split("# ")[1:4]
+    config, sizes, memory, sent, ds_json = output.split("# ")[1:6]
     assert config.startswith("resolved config\n") and "num_nextn_predict_layers: 1" in config
-    assert "parameters, main model" in sizes and "FLOP" in sizes and "memory per rank" in sizes
+    assert "parameters, main model" in sizes and "FLOP" in sizes
+    assert memory.startswith("memory of one rank, 1 rank; ZeRO-1") and "fits in 8 GiB" in memory and "gradients" in sent
     assert json.loads(ds_json.partition("\n")[2].rpartition("}")[0] + "}")["zero_optimization"] == {"stage": 1}
     folder = job.parent / "runs" / "job"
     assert [path.name for path in folder.iterdir()] == ["schedules.png"]
+
+
+def test_dry_run_plans_v3_on_2048_gpus(tmp_path):
+    plan = ["--config", str(ROOT / "configs" / "v3_671b.yaml"), "--dry-run"]
+    code, output = run_tool(TRAIN, *plan, "--world-size", "2048", log=tmp_path / "log")
+    assert code == 0, output
+    assert "2048 ranks; 16 pipeline stages x 128; experts over 64 ranks, 2 copies; ZeRO-1" in output
+    assert "fits in 80 GiB" in output and "1F1B (run here)  11.1%" in output
+    code, output = run_tool(TRAIN, *plan, log=tmp_path / "log")
+    assert code == 2 and "parallel.pipeline_stages: must divide the number of ranks, 1 (got 16)" in output
 
 
 @pytest.mark.dist
