@@ -145,7 +145,7 @@ def loss_memory(config: Config, *, naive: bool) -> int:
     heads, vocab = 1 + config.mtp.depths, config.model.vocab_size
     rows = heads * config.train.micro_batch_size * config.data.seq_len
     hidden = torch.randn(rows, config.model.hidden_size, requires_grad=True)
-    weight = torch.randn(vocab, config.model.hidden_size, requires_grad=True)
+    weight = (0.02 * torch.randn(vocab, config.model.hidden_size)).requires_grad_()
     targets, row_weight = torch.randint(vocab, (rows,)), torch.full((rows,), 1 / rows)
     F.linear(hidden[:8], weight).sum().backward()  # libraries and gradients are there before the count begins
     before = resident("VmRSS")
