@@ -135,9 +135,9 @@ def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -
     direction = "higher" if i.mean > 0 else "lower"
     good = f", which is {'better' if direction == better else 'worse'}" if better else ""
     if effect.adjusted_p >= ALPHA:
-        return f"{subject} a hint only: {direction} by {size}, Holm p = {effect.adjusted_p:.2g}.{tail}"
+        return f"{subject} a hint only: {direction}, {size}, Holm p = {effect.adjusted_p:.2g}.{tail}"
     small = f", but {same}" if same and effect.equivalence_p is not None and effect.equivalence_p < ALPHA else ""
-    return f"{subject} {direction} by {size}, Holm p = {effect.adjusted_p:.2g}{good}{small}.{tail}"
+    return f"{subject} {direction}, {size}, Holm p = {effect.adjusted_p:.2g}{good}{small}.{tail}"
 
 
 def leaks(table: Table) -> list[str]:

@@ -70,7 +70,7 @@ def report(tmp_path, monkeypatch):
 def test_an_interval_without_zero_is_a_difference_with_its_direction(report):
     text = report({"none": 4.0, "constant": 4.1, "step": 4.1})
     line = next(line for line in text.splitlines() if line.startswith("- Primary"))
-    assert "constant against none" in line and "higher by +0.1006" in line and "which is worse" in line
+    assert "constant against none" in line and "higher, +0.1006" in line and "which is worse" in line
     assert "n = 5" in line
 
 
@@ -98,7 +98,7 @@ def test_one_seed_concludes_nothing(report):
 
     text = report({"none": 4.0, "constant": 5.0, "step": 5.0}, one)
     assert "+1.003 with one seed: no conclusion" in text
-    assert "higher by" not in text and "lower by" not in text and "hint" not in text
+    assert "higher," not in text and "lower," not in text and "hint" not in text
 
 
 def test_diverged_runs_are_listed_and_count_and_missing_ones_are_listed(report):
