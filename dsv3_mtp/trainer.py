@@ -188,6 +188,8 @@ class Trainer:
         record = self.stamp() | record | {"perf/tokens_per_s": speed}
         if utilisation is not None:
             record["perf/mfu"] = utilisation
+        if self.world.device.type == "cuda":
+            record["perf/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.display.train(record, eta_s=self.eta())
         self.write(record)
 

@@ -15,6 +15,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 Row = list[object]
 RUNS = {  # backend of the training comparison -> its settings
@@ -208,6 +212,16 @@ def attention() -> Iterator[Row]:
         yield [name, *errors, (time.perf_counter() - start) * 50]
 
 
+def smoothed(losses: list[float]) -> "torch.Tensor":
+    """Exponential moving average with 0.9, as in V3's appendix B.1."""
+    import torch
+
+    means = losses[:1]
+    for loss in losses[1:]:
+        means.append(0.9 * means[-1] + 0.1 * loss)
+    return torch.tensor(means)
+
+
 def forward_backward(core, inputs, grad, scale):
     query, key, value = (x.clone().requires_grad_() for x in inputs)
     out = core(query, key, value, scale, None)
@@ -229,10 +243,7 @@ RUN_COLUMNS: Row = [
 
 def training(config: str, steps: int) -> Iterator[Row]:
     """The same data and seed in every precision; V3 appendix B.1 compares losses smoothed with EMA 0.9."""
-    import torch
-
     from dsv3_mtp.metrics import read_metrics
-    from dsv3_mtp.schedules import smoothed
 
     runs: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -250,8 +261,8 @@ def training(config: str, steps: int) -> Iterator[Row]:
             runs[name] = [r for r in read_metrics(Path(folder) / name / "metrics.jsonl") if "train/loss" in r]
             row: Row = [name]
             for key in ("train/main_loss", "train/mtp_loss/1"):
-                ours = torch.tensor(smoothed([r[key] for r in runs[name]], 0.9))
-                base = torch.tensor(smoothed([r[key] for r in runs.get("bf16", runs[name])], 0.9))
+                ours = smoothed([r[key] for r in runs[name]])
+                base = smoothed([r[key] for r in runs.get("bf16", runs[name])])
                 row += [float(ours[-1]), f"{float(((ours - base).abs() / base).max()):.3%}"]
             speeds = [r["perf/tokens_per_s"] for r in runs[name][len(runs[name]) // 2 :]]
             yield [

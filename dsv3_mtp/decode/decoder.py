@@ -65,7 +65,8 @@ def compiled(function: Callable) -> Callable:
         if shape in seen:
             return run(*arguments)
         seen.add(shape)
-        with torch.compiler.config.patch(dynamic_sources=DYNAMIC):  # else torch learns it by compiling everything twice
+        # Else torch learns it by compiling everything twice.
+        with torch.compiler.config.patch(dynamic_sources=DYNAMIC):  # type: ignore[attr-defined]
             return run(*arguments)
 
     return call

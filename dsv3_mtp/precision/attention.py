@@ -49,7 +49,7 @@ def choose_attention(
         return None, "attention: sdpa (no CUDA device)"
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     order = ["fa4", "fa3", "te", "sdpa"] if hopper else ["fa2", "sdpa"]
-    reasons = []
+    reasons: list[str] = []
     for name in order:
         core, reason = _try(name, heads, widths, dtype, device, masked)
         if not reason:

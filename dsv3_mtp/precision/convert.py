@@ -45,7 +45,7 @@ def set_precision(model: nn.Module, config: Config, device: torch.device) -> lis
     )
     for module in model.modules():
         if hasattr(module, "core"):
-            module.core = core
+            module.core = core  # type: ignore[assignment]
     return [convert(model, config.fp8, device), note]
 
 
@@ -99,9 +99,9 @@ def convert(model: nn.Module, fp8: FP8Config, device: torch.device) -> str:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement)
         elif backend == "te":
-            module.linear = te.TEGroupedLinear(fp8.scale), te.TEGroupedLinear(fp8.scale)
+            module.linear = te.TEGroupedLinear(fp8.scale), te.TEGroupedLinear(fp8.scale)  # type: ignore[assignment]
         else:
-            module.linear = recipe.grouped_linear, recipe.grouped_linear
+            module.linear = recipe.grouped_linear, recipe.grouped_linear  # type: ignore[assignment]
     return f"{note}: {len(layers)} layers ({', '.join(fp8.modules)}{'' if fp8.mtp else ', MTP blocks not'})"
 
 
