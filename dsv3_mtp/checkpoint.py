@@ -1,11 +1,11 @@
-"""Checkpoints that a kill at any moment cannot break.
+"""Checkpoints that a kill at any moment cannot break, and that any layout of ranks can continue.
 
     checkpoints/latest            name of the newest complete folder
-    checkpoints/global_step{N}/   DeepSpeed's files (model, router biases, optimizer), state.json, rng_rank{r}.pt,
-                                  and, last of all, COMPLETE.json
+    checkpoints/global_step{N}/   shard_rank{r}.safetensors and index.json (fragments.py): every rank writes what it
+                                  holds; state.json; rng_rank{r}.pt; and, last of all, COMPLETE.json
 
-A folder counts only when its COMPLETE.json exists and every file listed there has its size: DeepSpeed's own `latest`
-may name a folder that another rank was still writing. Files are flushed to disk before that.
+A folder counts only when its COMPLETE.json exists and every file listed there has its size. Files are flushed to disk
+before that.
 """
 
 import json
@@ -14,54 +14,75 @@ import pickle
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from dsv3_mtp.fragments import INDEX, Fragment, Fragments, merge_index, write_fragments
 from dsv3_mtp.loading import COMPLETE, checkpoints, is_complete
 from dsv3_mtp.metrics import replacing
 from dsv3_mtp.parallel.engine import Engine
+from dsv3_mtp.parallel.launch import on_main
+from dsv3_mtp.parallel.placement import Held, held, restoring
+
+COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: the x axis of what its own monitors write
 
 
 def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes `root/global_step{step}` from all ranks, then prunes to the newest `keep`. `state` is rank 0's."""
-    folder, main = root / f"global_step{step}", engine.world.is_main
+    """Writes `root/global_step{step}` from all ranks, then prunes to the newest `keep`. `state` is rank 0's.
+
+    Raises:
+        ValueError: rank 0 could not complete the folder.
+    """
+    folder, world = root / f"global_step{step}", engine.world
     if is_complete(folder):
         return folder
-    if main:
+    if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # what a killed save left behind
         folder.mkdir(parents=True)
     dist.barrier()
-    torch.save(_rng_state(), folder / f"rng_rank{engine.world.rank}.pt")
-    engine.engine.save_checkpoint(str(root), tag=folder.name, save_latest=False)
-    dist.barrier()
-    if main:
-        (folder / "state.json").write_text(json.dumps(state, indent=1))
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        for path in files:
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-        sizes = {path.name: path.stat().st_size for path in files}
-        complete = {
-            "step": step,
-            "world_size": engine.world.size,
-            "zero_stage": _stage(engine),
-            "files": sizes,
-        }
-        for path, text in (
-            (folder / COMPLETE, json.dumps(complete, indent=1)),
-            (root / "latest", folder.name),
-        ):
-            with replacing(path) as temporary:
-                temporary.write_text(text)
-        usable = [path for path in checkpoints(root) if is_complete(path)]
-        for old in set(checkpoints(root)) - {folder, *usable[-keep:]}:
-            (old / COMPLETE).unlink(missing_ok=True)  # a half-deleted folder must not count as complete
-            shutil.rmtree(old)
-    dist.barrier()
+    torch.save(_rng_state(), folder / f"rng_rank{world.rank}.pt")
+    optimizer = engine.engine.optimizer
+    fragments = [_fragment(mine, optimizer) for mine in held(engine) if mine.share[0] < mine.share[1]]
+    parts: list[Any] = [None] * world.size
+    dist.gather_object(write_fragments(folder, world.rank, fragments), parts if world.is_main else None)
+    counters = {name: getattr(engine.engine, name) for name in COUNTERS}
+    complete = {"step": step, "counters": counters}
+    on_main(world, lambda: _commit(folder, merge_index(parts), state, complete, keep))
     return folder
+
+
+def _fragment(mine: Held, optimizer: Any) -> Fragment:
+    share = slice(*mine.share)
+    kept = optimizer.state.get(mine.flat, {})
+    tensors = {key: value for key, value in kept.items() if getattr(value, "shape", None) == mine.flat.shape}
+    scalars = {key: float(value) for key, value in kept.items() if key not in tensors}
+    states = {key: mine.of(value)[share] for key, value in tensors.items()}
+    return Fragment(mine.name, mine.shape, mine.start + share.start, mine.of(mine.flat)[share], states, scalars)
+
+
+def _commit(folder: Path, index: dict[str, Any], state: dict[str, Any], complete: dict[str, Any], keep: int) -> None:
+    """Completes the folder that all ranks have written into, and deletes what is not kept."""
+    root = folder.parent
+    (folder / INDEX).write_text(json.dumps(index))
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    complete |= {"files": {path.name: path.stat().st_size for path in files}}
+    for path, text in (
+        (folder / COMPLETE, json.dumps(complete, indent=1)),
+        (root / "latest", folder.name),
+    ):
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+    usable = [path for path in checkpoints(root) if is_complete(path)]
+    for old in set(checkpoints(root)) - {folder, *usable[-keep:]}:
+        (old / COMPLETE).unlink(missing_ok=True)  # a half-deleted folder must not count as complete
+        shutil.rmtree(old)
 
 
 def incomplete(root: Path) -> list[Path]:
@@ -74,46 +95,66 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def load(engine: Engine, folder: Path) -> None:
-    """Restores model, router biases, optimizer and this rank's random generators.
+def load(engine: Engine, folder: Path) -> list[str]:
+    """Restores model, router biases and optimizer in the layout of this run, whatever layout wrote them.
+
+    The random generators come back where the number of ranks is the same; nothing in training draws from them. Returns
+    what the user should know.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another number of ranks or another ZeRO stage.
+        ValueError: the checkpoint is damaged, of another format, or of another model.
     """
-    made = json.loads((folder / COMPLETE).read_text())
-    here = {"world_size": engine.world.size, "zero_stage": _stage(engine)}
-    different = [f"{key} {made[key]}, this run has {value}" for key, value in here.items() if made[key] != value]
+    stored = Fragments(folder)
+    mine = [part for part in held(engine) if part.numel]
+    different = [part.name for part in mine if stored.shapes.get(part.name) != part.shape]
     if different:
-        raise ValueError(
-            f"{folder}: written with {'; '.join(different)}: resume with the same layout, or use a new run.name"
-        )
-    try:  # DeepSpeed unpickles its files, as is done here: load only what you trust
-        path, _ = engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        rng_state = torch.load(folder / f"rng_rank{engine.world.rank}.pt", weights_only=False)
-    except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder}: of another model: {', '.join(different)} missing or of another shape")
+    with torch.no_grad(), restoring(engine):
+        for part in mine:
+            _restore(part, stored, engine.engine.optimizer)
+    for name, value in json.loads((folder / COMPLETE).read_text())["counters"].items():
+        setattr(engine.engine, name, value)
+    return _load_rng(engine, folder)
+
+
+def _restore(mine: Held, stored: Fragments, optimizer: Any) -> None:
+    start, stop = mine.start, mine.start + mine.numel
+    mine.of(mine.flat).copy_(stored.read(mine.name, start, stop))
+    about = stored.index[mine.name]
+    if not about["states"]:
+        return
+    kept = optimizer.state[mine.flat]
+    for key in about["states"]:
+        values = stored.read(mine.name, start, stop, state=key)
+        if key not in kept:  # not made before the first step
+            kept[key] = torch.zeros_like(mine.flat, dtype=values.dtype, requires_grad=False)
+        mine.of(kept[key]).copy_(values)
+    for key, value in about["scalars"].items():  # as torch's fused AdamW keeps them
+        kept[key] = torch.tensor(value, dtype=torch.float32, device=mine.flat.device)
+
+
+def _load_rng(engine: Engine, folder: Path) -> list[str]:
+    count = len(list(folder.glob("rng_rank*.pt")))
+    if count != engine.world.size:
+        return ["random generators start anew: their states belong to other ranks; nothing in training draws from them"]
+    try:
+        state = torch.load(folder / f"rng_rank{engine.world.rank}.pt", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}: damaged ({error}); delete this folder to use the checkpoint before it") from error
-    if path is None:
-        raise ValueError(f"{folder}: damaged; delete this folder to use the checkpoint before it")
-    _set_rng_state(rng_state)
-
-
-def _stage(engine: Engine) -> int:
-    return engine.engine.zero_optimization_stage()
-
-
-def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+    return []
+
+
+def _rng_state() -> dict[str, Any]:
+    """Plain tensors, tuples and numbers: torch reads them back without unpickling code."""
+    name, keys, *rest = cast(tuple, np.random.get_state())
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (name, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }

@@ -7,38 +7,40 @@ import torch
 
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, MarkovTask
-from dsv3_mtp.data.markov import best_acceptance, best_agreement, step_entropy, transition_matrix
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
-from dsv3_mtp.grade import sees_tokens
+from dsv3_mtp.grade import reference
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
+from dsv3_mtp.plan import Layout, Stage, bubbles, communication, layout, plan
 from dsv3_mtp.plots import plot_schedules
 from dsv3_mtp.runs import run_folder
+
+DEVICES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192, 288)  # GiB on the accelerators that are sold
 
 
 def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
     """The report that `tools/train.py --dry-run` prints. With `plot`, draws schedules.png into the run folder.
 
     Raises:
-        ValueError: the batch does not divide over `world_size` ranks.
+        ValueError: `world_size` ranks cannot be laid out as the config says.
     """
     folder = run_folder(config)
     ds_config = deepspeed_config(config, world_size, str(folder))
     with torch.device("meta"):
-        size = model_size(DeepseekV3MTP(config.model, config.mtp), config.data.seq_len)
-    rows = {
-        **size_rows(config, size),
-        **memory_rows(config, size, world_size),
-        **cost_rows(config, size, world_size),
-        **task_rows(config),
-    }
-    width = max(map(len, rows))
+        model = DeepseekV3MTP(config.model, config.mtp)
+    size, shape = model_size(model, config.data.seq_len), layout(config, world_size)
+    stages = plan(config, model, shape)
     parts = [
         "# resolved config\n" + config.to_yaml().rstrip(),
-        f"# size and cost, {world_size} rank{'s' * (world_size > 1)}\n"
-        + "\n".join(f"{name:{width}}  {value}" for name, value in rows.items()),
+        "# size and cost\n" + _rows({**size_rows(config, size), **cost_rows(config, size, shape), **task_rows(config)}),
+        f"# memory of one rank, {_describe(config, shape, world_size)}\n" + memory_table(config, stages),
+        "# sent by one rank in one step, busiest stage\n"
+        + _rows({name: _bytes(sent) for name, sent in communication(config, stages, shape).items()}),
         "# DeepSpeed JSON\n" + json.dumps(ds_config, indent=2),
     ]
+    if shape.stages > 1:
+        full = config.train.activation_checkpointing == "full"
+        parts.insert(-1, "# pipeline bubble, share of a step\n" + _rows(bubble_rows(shape, full)))
     if plot:
         folder.mkdir(parents=True, exist_ok=True)
         plot_schedules(config, folder / "schedules.png")
@@ -56,21 +58,55 @@ def size_rows(config: Config, size: ModelSize) -> dict[str, Any]:
     }
 
 
-def memory_rows(config: Config, size: ModelSize, world_size: int) -> dict[str, Any]:
-    """Bytes of one rank's weights, gradients and optimizer states, without activations."""
-    count = size.total + size.mtp_total
-    half, zero1 = config.train.dtype == "bfloat16", config.parallel.zero_stage == 1
-    element = 2 if half else 4
-    # DeepSpeed's optimizers keep a float32 master copy next to the two Adam moments; plain float32 ZeRO-0 does not.
-    states = (12 if half or zero1 else 8) * count / (world_size if zero1 else 1)
-    parts = {"weights": element * count, "gradients": element * count, "optimizer states": states}
-    rows = {f"memory per rank: {name}": _bytes(value) for name, value in parts.items()}
-    return rows | {"memory per rank: sum, without activations": _bytes(sum(parts.values()))}
+def memory_table(config: Config, stages: list[Stage]) -> str:
+    """One line for each pipeline stage, then what the largest fits into."""
+    head = ["stage", "parts", "parameters", "weights", "gradients", "optimizer", "activations", "buffers", "sum"]
+    lines = [head]
+    for number, stage in enumerate(stages):
+        flight = f" ({stage.in_flight} in flight)" if len(stages) > 1 else ""
+        sizes = [stage.weights, stage.gradients, stage.states, stage.activations, stage.buffers, stage.total]
+        cells = [_bytes(value) for value in sizes]
+        cells[3] += flight
+        lines.append([str(number), _span(stage.names), f"{stage.dense + stage.experts:,}", *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
+    largest = max(stage.total for stage in stages)
+    fitting = next((f"{size} GiB" for size in DEVICES if largest <= size * 2**30), "no device")
+    text.append(f"largest: {_bytes(largest)}, fits in {fitting} (allocator and driver come on top: leave 10 %)")
+    if config.parallel.offload_optimizer:
+        text.append(f"in host memory, per rank: {_bytes(max(stage.host for stage in stages))} of optimizer states")
+    return "\n".join(text)
 
 
-def cost_rows(config: Config, size: ModelSize, world_size: int) -> dict[str, Any]:
+def bubble_rows(shape: Layout, recompute: bool) -> dict[str, str]:
+    return {name: f"{share:.1%}" for name, share in bubbles(shape, recompute=recompute).items()}
+
+
+def _describe(config: Config, shape: Layout, world_size: int) -> str:
+    parallel = config.parallel
+    pieces = [f"{world_size} rank{'s' * (world_size > 1)}"]
+    if shape.stages > 1:
+        pieces.append(f"{shape.stages} pipeline stages x {shape.data}")
+    if shape.experts > 1:
+        pieces.append(f"experts over {shape.experts} ranks, {shape.copies} copies")
+    pieces.append(f"ZeRO-{parallel.zero_stage}" + " with offload" * parallel.offload_optimizer)
+    pieces.append(f"activation checkpointing {config.train.activation_checkpointing}")
+    pieces.append(f"{shape.micro_batches} micro-batch{'es' * (shape.micro_batches > 1)} of {shape.tokens} tokens")
+    return "; ".join(pieces)
+
+
+def _span(names: list[str]) -> str:
+    """["embedding", "0", "1", "2"] -> "embedding, 0-2"."""
+    layers = [name for name in names if name.isdigit()]
+    middle = [f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else layers[0]] if layers else []
+    before = [name for name in names if name == "embedding"]
+    after = [name for name in names if name.endswith("head")]
+    return ", ".join([*before, *middle, *after])
+
+
+def cost_rows(config: Config, size: ModelSize, shape: Layout) -> dict[str, Any]:
     train = config.train
-    steps = schedules.total_steps(train, config.data.seq_len, train.micro_batch_size * world_size)
+    steps = schedules.total_steps(train, config.data.seq_len, train.micro_batch_size * shape.data)
     return {
         "optimizer steps": f"{steps:,}",
         "tokens": f"{train.total_tokens:,}",
@@ -81,7 +117,7 @@ def cost_rows(config: Config, size: ModelSize, world_size: int) -> dict[str, Any
 
 def task_rows(config: Config) -> dict[str, Any]:
     """What is known about data.task beforehand; nothing for text."""
-    task, depths = config.data.task, config.mtp.depths
+    task = config.data.task
     if task is None:
         return {}
     if not isinstance(task, MarkovTask):
@@ -91,20 +127,12 @@ def task_rows(config: Config) -> dict[str, Any]:
         return {
             f"task {task.type}": f"examples of {task.example_length} tokens, {examples}; {task.vocab_size} token ids"
         }
-    chain = transition_matrix(task.states, sharpness=task.sharpness, chain_seed=task.chain_seed)
-    sees = sees_tokens(config.mtp)
-    losses = [step_entropy(chain, 1 if sees else 1 + k) for k in range(1 + depths)]
-    rows = {"task markov: lowest loss by depth, nats": _numbers(losses)}
-    if depths:
-        rows["  agreement of such heads"] = _numbers(best_agreement(chain, depths, sees_tokens=sees))
-        for temperature in (0, 1):
-            best = best_acceptance(chain, depths, temperature=temperature, sees_tokens=sees)
-            rows[f"  acceptance at temperature {temperature}, joint"] = _numbers(best)
-    return rows
+    return {f"task markov: best {name}": f"{value:.4f}" for name, value in reference(task, config.mtp).items()}
 
 
-def _numbers(values: list[float]) -> str:
-    return " ".join(f"{value:.4f}" for value in values)
+def _rows(rows: dict[str, Any]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
 
 def _bytes(value: float) -> str:

@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,20 +47,19 @@ def evaluate(engine: "Engine", source: Source | TaskSource, config: Config) -> d
     """`validate` in a training run: all ranks share the work and get the same metrics."""
     world = engine.world
     return validate(
-        cast(DeepseekV3MTP, engine.module),
+        engine,
         source,
         config,
         batches=config.eval.batches,
         device=world.device,
-        rank=world.rank,
-        world_size=world.size,
+        rank=world.data_rank,
+        world_size=world.data_size,
         all_reduce=engine.all_reduce,
     )
 
 
-@torch.no_grad()
 def validate(
-    model: DeepseekV3MTP,
+    model: "DeepseekV3MTP | Engine",
     source: Source | TaskSource,
     config: Config,
     *,
@@ -79,22 +78,17 @@ def validate(
     depths, micro, count = config.mtp.depths, config.train.micro_batch_size, batches * config.train.micro_batch_size
     share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro}
     windows = sequential_windows(source, seq_len=config.data.seq_len, lookahead=1 + depths, count=count, **share)
-    sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=device)
-    training = model.training
-    model.eval()
-    for window in windows:
-        tokens, documents, scored = to_device(*window, config=config, device=device)
-        sums += metric_sums(model(tokens, documents, scored=scored))
-    if len(windows) < -(-batches // world_size):  # every rank computes as often: they may share experts or weights
-        blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
-        model(*to_device(blank, blank, config=config, device=device)[:2])
+    batch = [to_device(*window, config=config, device=device) for window in windows]
+    blanks = -(-batches // world_size) - len(batch)  # every rank computes as often: they may share experts or weights
+    blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
+    batch += [to_device(blank, blank, config=config, device=device)] * blanks
+    sums = metric_sums(model.evaluate(batch, blanks=blanks))
     grade = None
     if isinstance(source, TaskSource):
         rows = [row for part in deal(count, **share) for row in part]
-        grade = Grade(model, source.task)
+        grade = Grade(model if isinstance(model, DeepseekV3MTP) else model.model, source.task)
         grade.mark(TaskStream(source, config.data.seq_len, None), rows, windows)
         sums = torch.cat([sums, grade.sums.to(device)])
-    model.train(training)
     totals = all_reduce(sums).tolist()
     metrics = {f"val/{name}": value for name, value in metric_means(totals[: 3 + 5 * depths], depths).items()}
     if grade is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.config import MarkovTask, MTPConfig, PolynomialTask, StarTask, Task
-from dsv3_mtp.data.markov import source_nll, transition_matrix
+from dsv3_mtp.data.markov import best_acceptance, best_agreement, source_nll, step_entropy, transition_matrix
 from dsv3_mtp.data.tasks import Example, TaskStream
 from dsv3_mtp.generate import Settings, generate
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
@@ -62,7 +62,7 @@ class Grade:
 
     def _true_nll(self, task: MarkovTask, tokens: np.ndarray) -> Tensor:
         """(2+D,) targets of a depth, then the sum over them at each depth; tokens (b, T+1+D)."""
-        chain = transition_matrix(task.states, sharpness=task.sharpness, chain_seed=task.chain_seed)
+        chain = _chain(task)
         length, ahead = tokens.shape[1] - 1 - self.model.depths, range(1 + self.model.depths)
         steps = [1 if sees_tokens(self.model.mtp_config) else 1 + k for k in ahead]
         spans = [(k + 1 - step, k + 1) for k, step in zip(ahead, steps, strict=True)]
@@ -89,6 +89,30 @@ class Grade:
 def sees_tokens(mtp: MTPConfig) -> bool:
     """Whether the heads read the token before their target: what data/markov.py distinguishes."""
     return mtp.mode == "sequential" and mtp.embed
+
+
+def reference(task: Task, mtp: MTPConfig) -> dict[str, float]:
+    """What heads at their lowest cross-entropy reach on a Markov source (data/markov.py); {} for other tasks.
+
+    Losses and agreement under their metric names; `acceptance/T0/joint/k`, `acceptance/T1/joint/k` and
+    `acceptance/T?/tokens_per_step` (1 + accepted) are those of one step behind real text.
+    """
+    if not isinstance(task, MarkovTask):
+        return {}
+    chain, sees, depths = _chain(task), sees_tokens(mtp), range(1, 1 + mtp.depths)
+    found = {"val/main_loss": step_entropy(chain, 1)}
+    found |= {f"val/mtp_loss/{k}": step_entropy(chain, 1 if sees else 1 + k) for k in depths}
+    agreed = best_agreement(chain, mtp.depths, sees_tokens=sees)
+    found |= {f"val/agreement/{k}": value for k, value in zip(depths, agreed, strict=True)}
+    for temperature in (0, 1) if mtp.depths else ():
+        joint = best_acceptance(chain, mtp.depths, temperature=temperature, sees_tokens=sees)
+        found |= {f"acceptance/T{temperature}/joint/{k}": value for k, value in zip(depths, joint, strict=True)}
+        found[f"acceptance/T{temperature}/tokens_per_step"] = 1 + sum(joint)
+    return found
+
+
+def _chain(task: MarkovTask) -> np.ndarray:
+    return transition_matrix(task.states, sharpness=task.sharpness, chain_seed=task.chain_seed)
 
 
 def hard_token(task: Task) -> int:

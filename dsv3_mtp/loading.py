@@ -4,13 +4,12 @@ import json
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.fragments import Fragments
 
 COMPLETE = "COMPLETE.json"  # written last: the step, the layout, and the size of every file of a checkpoint
-WEIGHTS = "mp_rank_00_model_states.pt"  # DeepSpeed's file with the whole model, under ZeRO 0 and 1
 IMPORTED = "weights"  # folder of an imported run, in DeepSeek-V3's layout
 
 
@@ -35,12 +34,15 @@ def newest_checkpoint(root: Path) -> Path | None:
 
 
 def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights and router biases, mapped from the file rather than read.
+    """Weights and router biases, whole, whatever the layout of the run that wrote them. All of it is read.
 
-    A bfloat16 run has bfloat16 weights here; its float32 masters stay in the optimizer's files.
+    What was trained comes as its float32 master, also of a bfloat16 run: cast, it is the weight that training used.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another format.
     """
-    # DeepSpeed's own loader unpickles anything; the tensors are all that is needed here.
-    return torch.load(checkpoint / WEIGHTS, map_location="cpu", weights_only=True, mmap=True)["module"]
+    stored = Fragments(checkpoint)
+    return {name: stored.read(name).view(shape) for name, shape in stored.shapes.items()}
 
 
 def tokenizer_of(config: Config, run: Path) -> Path | None:

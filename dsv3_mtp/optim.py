@@ -17,15 +17,9 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
         # Expert parallelism marks its parameters with the ranks that hold copies; DeepSpeed wants them apart, by name.
         shared = getattr(parameter, "group_name", None)
         name = shared or ("vectors" if id(parameter) in norms else "matrices")
-        if parameter.requires_grad:
+        if parameter.requires_grad and not parameter.is_meta:  # meta: on another pipeline stage
             groups.setdefault(name, {"name": name, "params": [], "moe": True})["params"].append(parameter)
-    optimizer = torch.optim.AdamW(list(groups.values()), lr=optim.lr, fused=True)
-    set_hyperparameters(optimizer.param_groups, optim)
-    return optimizer
-
-
-def set_hyperparameters(param_groups: list[dict[str, Any]], optim: OptimConfig) -> None:
-    """Of a new optimizer, and again after a checkpoint brought its own back: the config decides."""
-    for group in param_groups:
-        decay = 0.0 if group["name"] == "vectors" else optim.weight_decay
-        group.update(betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, weight_decay=decay)
+    for group in groups.values():
+        group["weight_decay"] = 0.0 if group["name"] == "vectors" else optim.weight_decay
+    betas = (optim.betas[0], optim.betas[1])
+    return torch.optim.AdamW(list(groups.values()), lr=optim.lr, betas=betas, eps=optim.eps, fused=True)

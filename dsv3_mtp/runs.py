@@ -46,8 +46,10 @@ FREE = (
     "eval",
     "checkpoint",
     "deepspeed",
+    "train.activation_checkpointing",
     "train.threads",
-    "parallel.timeout_s",
+    "train.micro_batch_size",
+    "parallel",
 )  # no effect on what is learned: not worth a line
 
 

@@ -10,6 +10,7 @@ import torch
 
 from dsv3_mtp import checkpoint, schedules
 from dsv3_mtp.config import Config
+from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.corpus import build_corpus
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import Source, check_vocab, open_source
@@ -19,11 +20,12 @@ from dsv3_mtp.hf import load_weights
 from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets, model_size
-from dsv3_mtp.optim import build_optimizer, set_hyperparameters
+from dsv3_mtp.optim import build_optimizer
 from dsv3_mtp.parallel.build import build_model, writable
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
-from dsv3_mtp.plots import plot_run
+from dsv3_mtp.parallel.pipeline import PipelineEngine
+from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.runs import changed_settings, lock_run_folder, run_folder, write_run_folder
 from dsv3_mtp.tuning import tune_cpu
 
@@ -44,7 +46,8 @@ class Trainer:
     def __init__(self, config: Config, *, command: list[str]):
         self.config = config
         self.folder = run_folder(config)
-        self.world = start(threads=config.train.threads, timeout_s=config.parallel.timeout_s)
+        parallel = config.parallel
+        self.world = start(threads=config.train.threads, timeout_s=parallel.timeout_s, stages=parallel.pipeline_stages)
         self.stop = StopRequest()
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
@@ -60,6 +63,7 @@ class Trainer:
             self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
+        self.notes += set_precision(self.model, config, self.world.device)
         optimizer = build_optimizer(self.model, config.optim)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
 
@@ -88,7 +92,7 @@ class Trainer:
             NonFiniteError: a loss or gradient is nan or infinite; nothing of that step is saved.
         """
         config, total = self.config, self.config.train.total_tokens
-        rows = config.train.micro_batch_size * self.world.size
+        rows = config.train.micro_batch_size * self.world.data_size
         steps = schedules.total_steps(config.train, config.data.seq_len, rows)
         stream = None if self.world.is_main else io.StringIO()
         with Progress(total, total_steps=steps, stream=stream) as self.display:
@@ -114,41 +118,30 @@ class Trainer:
         """One step on the next global batch: its metrics, and whether some rank was asked to stop."""
         config, world, depths = self.config, self.world, self.config.mtp.depths
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
-        batch_size = schedules.batch_size(config.train, self.progress, micro * world.size)
+        batch_size = schedules.batch_size(config.train, self.progress, micro * world.data_size)
         tokens_after = self.tokens + batch_size * config.data.seq_len
         # A step has the learning rate of the progress it reaches, or the first one would not move.
         lr = schedules.learning_rate(config.optim, min(tokens_after / config.train.total_tokens, 1.0))
         loss_weights = schedules.depth_loss_weights(config.mtp, self.progress)
         bias_speed = schedules.bias_update_speed(config.train, self.progress)
 
-        pieces = self.sampler.next_batch(batch_size, rank=world.rank, world_size=world.size, micro_batch_size=micro)
+        pieces = self.sampler.next_batch(
+            batch_size, rank=world.data_rank, world_size=world.data_size, micro_batch_size=micro
+        )
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
-        # Valid targets of the whole step over all ranks, per rank: DeepSpeed averages gradients over the ranks.
+        # Valid targets of the whole step, per data-parallel rank: DeepSpeed averages gradients over these. (Pipeline
+        # stages have the same batch, and are as many times in the sum as in world.size.)
         counts = torch.stack([count_targets(t, documents, depths, scored) for t, documents, scored in batch]).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size
 
-        losses = torch.zeros(3, dtype=torch.float64, device=world.device)  # total, balance, nodes
-        sums = torch.zeros(3 + 5 * depths, dtype=torch.float64, device=world.device)
-        load = torch.zeros((), device=world.device)
-        for number, (tokens, documents, scored) in enumerate(batch, start=1):
-            out = self.engine(
-                tokens,
-                documents,
-                scored=scored,
-                loss_weights=loss_weights,
-                balance_loss_weight=alpha,
-                normalizer=normalizer,
-            )
-            self.engine.backward(out.loss, last=number == len(batch))
-            losses += torch.stack([out.loss.detach(), out.balance, out.nodes.sum()])
-            sums += metric_sums(out)
-            load = load + out.load
-        stop = sums.new_tensor([bool(self.stop)])
-        reduced = self.engine.all_reduce(torch.cat([losses, stop, sums, load.double().flatten()]))
-        load = reduced[4 + len(sums) :].view_as(load)
-        total_loss, balance, node_count, stopping, *means = reduced[: 4 + len(sums)].tolist()
-        record = {"train/loss": total_loss / world.size}
-        record |= {f"train/{name}": value for name, value in metric_means(means, depths).items()}
+        out = self.engine.accumulate(batch, loss_weights=loss_weights, balance_loss_weight=alpha, normalizer=normalizer)
+        stop = out.loss.new_tensor(bool(self.stop))
+        totals = torch.cat([torch.stack([out.loss, out.balance, out.nodes.sum(), stop]), metric_sums(out)])
+        reduced = self.engine.all_reduce(torch.cat([totals, out.load.flatten()]))
+        load = reduced[len(totals) :].view_as(out.load)
+        total_loss, balance, node_count, stopping, *sums = reduced[: len(totals)].tolist()
+        record = {"train/loss": total_loss / world.data_size}
+        record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
         self.require_finite(record)
         record["optim/grad_norm"] = self.engine.step(lr)
         self.require_finite(record)
@@ -195,6 +188,8 @@ class Trainer:
         record = self.stamp() | record | {"perf/tokens_per_s": speed}
         if utilisation is not None:
             record["perf/mfu"] = utilisation
+        if self.world.device.type == "cuda":
+            record["perf/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.display.train(record, eta_s=self.eta())
         self.write(record)
 
@@ -233,23 +228,26 @@ class Trainer:
     def save(self) -> None:
         state = {"step": self.step, "tokens": self.tokens, "config": self.config.to_dict()}
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
+        state |= {"layout": describe(self.config, self.world.size)}
         root = self.folder / "checkpoints"
         checkpoint.save(self.engine, root, step=self.step, state=state, keep=self.config.checkpoint.keep)
 
     def resume(self, folder: Path) -> list[str]:
-        """Restores the state saved in `folder`; returns what to tell the user."""
-        saved = checkpoint.read_state(folder)
+        """Restores the state saved in `folder`, by any layout of ranks; returns what to tell the user."""
+        saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
         notes = changed_settings(saved["config"], self.config, folder)
         self.sampler.load_state_dict(saved["sampler"])
-        checkpoint.load(self.engine, folder)
-        set_hyperparameters(self.engine.optimizer.param_groups, self.config.optim)
+        notes += checkpoint.load(self.engine, folder)
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.clock.load_state_dict(saved["clock"])
-        return [f"resumed at step {self.step} from {folder}", *notes]
+        moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""
+        return [f"resumed at step {self.step} from {folder}{moved}", *notes]
 
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
         if self.world.is_main:
+            from dsv3_mtp.plots import plot_run  # here, because matplotlib would make every start wait for it
+
             plot_run(
                 read_metrics(self.folder / "metrics.jsonl"),
                 self.folder / "curves.png",
@@ -268,10 +266,11 @@ class Trainer:
         tokens = [source.tokens for source in self.sampler.sources if isinstance(source, Source)]
         data = quantity(sum(tokens)) if tokens else self.val.path
         experts = f", EP {config.parallel.expert_parallel_size}" if config.parallel.expert_parallel_size > 1 else ""
+        stages = f", {self.world.stages} pipeline stages" if self.world.stages > 1 else ""
         return (
             f"{config.run.name}: {quantity(size.total)} parameters ({quantity(size.active)} active) + MTP {heads} "
             f"({quantity(size.mtp_total)}), {quantity(config.train.total_tokens)} tokens of {data}, "
-            f"{self.world.size} x {self.world.device.type}, ZeRO-{config.parallel.zero_stage}{experts}, "
+            f"{self.world.size} x {self.world.device.type}{stages}, ZeRO-{config.parallel.zero_stage}{experts}, "
             f"{config.train.dtype}"
         )
 
@@ -323,6 +322,8 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
 def start_engine(model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: World, config: Config) -> Engine:
     """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names the section."""
     try:
+        if world.stages > 1:
+            return PipelineEngine(model, optimizer, ds_config=ds_config, world=world, config=config)
         return Engine(model, optimizer, ds_config=ds_config, world=world)
     except Exception as error:
         if not config.deepspeed:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dsv3_mtp.loading import WEIGHTS
+from dsv3_mtp.fragments import INDEX, Fragment, merge_index, write_fragments
+from dsv3_mtp.loading import COMPLETE
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 
@@ -30,13 +31,25 @@ def write_run(folder: Path, config, model: DeepseekV3MTP, *, step: int = 7) -> P
     return folder
 
 
-def write_checkpoint(folder: Path, model: DeepseekV3MTP, *, step: int, tokens: int = 2048) -> None:
+def write_checkpoint(folder: Path, model: DeepseekV3MTP, *, step: int, tokens: int = 2048, ranks: int = 1) -> None:
     checkpoint = folder / "checkpoints" / f"global_step{step}"
     checkpoint.mkdir(parents=True)
-    torch.save({"module": model.state_dict()}, checkpoint / WEIGHTS)
     (checkpoint / "state.json").write_text(json.dumps({"step": step, "tokens": tokens}))
-    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
-    (checkpoint / "COMPLETE.json").write_text(json.dumps({"files": sizes}))
+    write_state(checkpoint, model.state_dict(), ranks=ranks)
+
+
+def write_state(checkpoint: Path, state: dict[str, torch.Tensor], *, ranks: int = 1) -> None:
+    """Float32 masters and router biases, a range of each tensor per rank; and the file that completes the folder."""
+    parts = []
+    for rank in range(ranks):
+        fragments = []
+        for name, tensor in state.items():
+            start, stop = (tensor.numel() * r // ranks for r in (rank, rank + 1))
+            fragments.append(Fragment(name, tuple(tensor.shape), start, tensor.float().flatten()[start:stop], {}, {}))
+        parts.append(write_fragments(checkpoint, rank, fragments))
+    (checkpoint / INDEX).write_text(json.dumps(merge_index(parts)))
+    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != COMPLETE}
+    (checkpoint / COMPLETE).write_text(json.dumps({"files": sizes}))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

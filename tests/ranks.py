@@ -16,6 +16,7 @@ import matplotlib.pyplot  # noqa: F401  each would otherwise load these for seco
 import numpy as np
 import torch._dynamo  # noqa: F401
 
+import dsv3_mtp.plots
 import dsv3_mtp.trainer  # noqa: F401
 from dsv3_mtp.data.megatron import write_index
 

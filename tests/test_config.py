@@ -161,10 +161,33 @@ MISTAKES = [
         "parallel.expert_parallel_size=32",
         "parallel.expert_parallel_size: must divide model.n_routed_experts = 16 (got 32)",
     ),
+    (
+        "parallel={zero_stage: 0, pipeline_stages: 2}",
+        "parallel.pipeline_stages: needs parallel.zero_stage 1: DeepSpeed's ZeRO-0 clips by each stage's own gradient "
+        "norm (got 0)",
+    ),
+    (
+        "parallel={zero_stage: 2, pipeline_stages: 2}",
+        "parallel.pipeline_stages: needs parallel.zero_stage 1: DeepSpeed's pipeline reduces gradients once per step, "
+        "ZeRO-2 and 3 in every backward (got 2)",
+    ),
+    (
+        "parallel.pipeline_stages=6",
+        "parallel.pipeline_stages: must be <= 5, the pieces that layers and heads can be cut into (got 6)",
+    ),
     # DeepSpeed
     (
         "deepspeed.zero_optimization.offload_optimizer={}",
         "deepspeed.zero_optimization.offload_optimizer: set parallel.offload_optimizer instead",
+    ),
+    (
+        "deepspeed.zero_optimization={offload_param: {device: nvme}}",
+        "deepspeed.zero_optimization.offload_param: is not supported: checkpoints read weights and optimizer states "
+        "from DeepSpeed's memory",
+    ),
+    (
+        "deepspeed.checkpoint={}",
+        "deepspeed.checkpoint: would have no effect: checkpoints are not DeepSpeed's; set checkpoint instead",
     ),
     ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: set train.batch_size instead"),
     (
@@ -398,6 +421,14 @@ STAR = "data.task={type: star, degree: 2, path_length: 3, nodes: 10}"
 )
 def test_a_task_that_does_not_fit_is_refused_with_the_remedy(sets, line):
     assert line in problems(*sets, path=TASK)
+
+
+def test_a_task_needs_the_whole_model_on_every_rank():
+    needs = "needs parallel.zero_stage <= 2, expert_parallel_size 1 and pipeline_stages 1"
+    refusal = f"data.task: {needs}: every rank generates by itself"
+    assert problems("parallel.zero_stage=3", path=TASK) == [refusal]
+    assert refusal in problems("parallel.expert_parallel_size=2", path=TASK)
+    assert load_config(TASK, ["parallel.zero_stage=2"]).data.task.terms == 4
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,22 @@
 import importlib.util
 import io
 import os
+import pty
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from dsv3_mtp.decode.decoder import compiled
 from dsv3_mtp.generate import Settings, generate
 from dsv3_mtp.hf import export_hf, load_run
 from tests.decode.run_folder import write_run
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TINY = {"model.vocab_size": 260, "train.dtype": "float32"}
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def run_tool(monkeypatch, capsys):
 
 @pytest.fixture
 def folder(make_tiny_config, tmp_path) -> str:
-    return str(write_run(make_tiny_config({"model.vocab_size": 260}), tmp_path)[0])
+    return str(write_run(make_tiny_config(TINY), tmp_path)[0])
 
 
 SHORT = ["--max-new-tokens", "6", "--ignore-eos"]
@@ -53,6 +57,55 @@ def test_speculative_text_is_plain_text_and_the_summary_says_so(run_tool, folder
         r"6 tokens, [\d.,]+ tokens/s, [\d.]+ tokens per trunk forward, acceptance by position [\d.]+ [\d.]+ joint,"
     )
     assert re.match(pattern + r" [\d.]+ [\d.]+ conditional, [\d.]+x plain decoding, same tokens\n$", drafted[2])
+
+
+def test_compiled_steps_generate_the_same_text_and_few_graphs_serve_all_lengths(run_tool, folder, monkeypatch):
+    """Through a counting backend: no C++ compiler and no minutes. One graph for one token, one for two."""
+    from torch._dynamo.testing import CompileCounter
+
+    counters = []
+
+    def compile_counted(function, **options):
+        counters.append(CompileCounter())
+        return original(function, backend=counters[-1], **options)
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_counted)
+    compiled.cache_clear()
+    options = ["--run", folder, "--prompt-ids", "5 9 3 7", "--speculative", *SHORT]
+    plain, fast = run_tool("generate", *options), run_tool("generate", *options, "--compile")
+    compiled.cache_clear()
+    assert plain[0] == fast[0] == 0, fast[2]
+    assert plain[1] == fast[1] != "\n"
+    assert "same tokens" in fast[2]
+    assert [0 < counter.frame_count <= 2 for counter in counters] == [True, True]  # trunk, module
+
+
+def test_accepted_drafts_are_green_in_a_terminal_and_nowhere_else(run_tool, folder, monkeypatch):
+    """On a real pseudo-terminal: colours stand around the accepted drafts, and without them the text is the same."""
+    from dsv3_mtp.decode.draft import ChainDrafter
+
+    text = generate(load_run(folder).model, [[5]], Settings(max_new_tokens=6)).tokens[0]
+
+    def know_the_text(self, ids, last, count, sampler):  # m = last: t_0 is the prompt
+        drafts = torch.tensor([(text + [0, 0])[last[0] : last[0] + count]])
+        ids[0, last[0] + 1 : last[0] + 1 + count] = drafts
+        return drafts, None
+
+    monkeypatch.setattr(ChainDrafter, "draft", know_the_text)
+    options = ["--run", folder, "--prompt-ids", "5", "--speculative", "--draft-depth", "2", "--show-drafts", *SHORT]
+    _, piped, _ = run_tool("generate", *options)
+    assert "\x1b" not in piped
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        code = run_tool("generate", *options)[0]
+    shown = os.read(master, 4096).decode().replace("\r\n", "\n")
+    os.close(master)
+    assert code == 0
+    coloured = re.findall("\x1b\\[32m(.*?)\x1b\\[0m", shown, re.DOTALL)
+    assert len(coloured) == 3  # token 1 from the prefill, then 2 drafts and 1 free, then 1 draft and 1 free
+    assert re.sub("\x1b\\[\\d+m", "", shown) == piped
 
 
 def test_an_export_generates_the_text_of_its_run(run_tool, folder, tmp_path):
@@ -117,14 +170,14 @@ def test_a_missing_checkpoint_and_a_model_without_heads_are_refused(run_tool, ma
         code, _, err = run_tool(tool, "--run", str(tmp_path / "gone"), "--prompt", "a")
         assert (code, err.count("\n")) == (2, 1)
         assert "no config.yaml there" in err
-    folder, _ = write_run(make_tiny_config({"mtp.mode": "none", "model.vocab_size": 260}), tmp_path)
+    folder, _ = write_run(make_tiny_config(TINY | {"mtp.mode": "none"}), tmp_path)
     code, _, err = run_tool("generate", "--run", str(folder), "--prompt", "a", "--speculative")
     assert (code, err.count("\n")) == (2, 1)
     assert "no MTP heads" in err
 
 
 def test_independent_heads_say_how_many_tokens_they_draft(run_tool, make_tiny_config, tmp_path):
-    folder, _ = write_run(make_tiny_config({"mtp.mode": "parallel", "model.vocab_size": 260}), tmp_path)
+    folder, _ = write_run(make_tiny_config(TINY | {"mtp.mode": "parallel"}), tmp_path)
     code, _, err = run_tool(
         "generate", "--run", str(folder), "--prompt", "a", "--speculative", "--draft-depth", "3", *SHORT
     )

@@ -15,7 +15,7 @@ from dsv3_mtp.data.markov import step_entropy, transition_matrix
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.evaluate import acceptance, open_model, validate, validation_source
 from dsv3_mtp.generate import Settings, generate
-from dsv3_mtp.grade import Grade, hard_token, sees_tokens
+from dsv3_mtp.grade import Grade, hard_token, reference, sees_tokens
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.trainer import Trainer
@@ -96,6 +96,18 @@ def test_the_true_source_has_no_excess_loss_at_any_depth(mtp, sees):
     names = ["val/main_loss", "val/mtp_loss/1", "val/mtp_loss/2"]
     excess = grade.metrics(grade.sums.tolist(), dict(zip(names, losses, strict=True)))
     assert excess == {f"task/excess_loss/{k}": pytest.approx(0, abs=1e-9) for k in range(3)}
+
+
+def test_the_reference_has_the_names_of_the_metrics_and_the_values_of_the_closed_forms():
+    task, chain = MarkovTask(type="markov", states=8), transition_matrix(8, sharpness=2.0, chain_seed=0)
+    parallel = reference(task, MTPConfig(mode="parallel", num_nextn_predict_layers=2))
+    assert parallel["val/main_loss"] == step_entropy(chain, 1) and parallel["val/mtp_loss/2"] == step_entropy(chain, 3)
+    joint = [parallel[f"acceptance/T1/joint/{k}"] for k in (1, 2)]
+    assert parallel["acceptance/T1/tokens_per_step"] == 1 + sum(joint) and 0 < joint[1] < joint[0] < 1
+    sequential = reference(task, MTPConfig(num_nextn_predict_layers=2))
+    assert sequential.keys() == parallel.keys() and sequential["acceptance/T0/tokens_per_step"] == 3
+    assert reference(task, MTPConfig(mode="none")) == {"val/main_loss": step_entropy(chain, 1)}
+    assert reference(STAR, MTPConfig()) == {}
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ PACKAGE = ROOT / "dsv3_mtp"
 LAYERS = {
     "config": 0,
     **dict.fromkeys(["kernels", "tuning", "schedules", "losses", "precision", "data", "metrics", "plots"], 1),
+    **dict.fromkeys(["tensorfile", "fragments"], 1),
     "model": 2,
     **dict.fromkeys(["parallel", "optim", "checkpoint", "hf", "generate", "decode", "loading"], 3),
-    **dict.fromkeys(["trainer", "evaluate", "grade", "study", "runs", "dryrun"], 4),
+    **dict.fromkeys(["trainer", "bench", "evaluate", "grade", "study", "runs", "dryrun", "plan", "meter"], 4),
 }
 TOP = 5  # the package's __init__.py (the public API) and tools/
 

@@ -1,24 +1,27 @@
 """A run folder becomes a model again, without DeepSpeed; what is wrong with the folder is said in a sentence."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from dsv3_mtp.hf import load_run
-from dsv3_mtp.loading import WEIGHTS, newest_checkpoint
+from dsv3_mtp.fragments import shard_name
+from dsv3_mtp.hf import export_hf, load_run
+from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.decode.run_folder import write_run
-from tests.made_runs import write_checkpoint
+from tests.made_runs import contents, write_checkpoint
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_loads_with_its_weights_biases_dtype_and_tokenizer(make_tiny_config, tmp_path, dtype):
-    folder, model = write_run(make_tiny_config(), tmp_path, dtype=dtype)
+    config = make_tiny_config({"train.dtype": dtype})
+    folder, model = write_run(config, tmp_path)
     run = load_run(folder)
     expected = model.state_dict()
-    assert run.config == make_tiny_config()
+    assert run.config == config
     assert run.tokenizer == tmp_path / "data/tiny/tokenizer.json"
     assert not run.model.training
     assert {name: value.dtype for name, value in run.model.state_dict().items()} == {
@@ -27,11 +30,22 @@ def test_a_run_loads_with_its_weights_biases_dtype_and_tokenizer(make_tiny_confi
     assert all(torch.equal(value, expected[name]) for name, value in run.model.state_dict().items())
 
 
+def test_a_checkpoint_of_many_ranks_loads_and_exports_as_one_of_one_rank(make_tiny_config, tmp_path):
+    folder, model = write_run(make_tiny_config(), tmp_path)
+    export_hf(folder, tmp_path / "one")
+    shutil.rmtree(folder / "checkpoints")
+    write_checkpoint(folder, model, step=4, ranks=7)
+    export_hf(folder, tmp_path / "seven")
+    assert contents(tmp_path / "one") == contents(tmp_path / "seven")
+    state = load_run(folder).model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_the_newest_complete_checkpoint_is_taken(make_tiny_config, tmp_path):
     folder, model = write_run(make_tiny_config(), tmp_path)
     write_checkpoint(folder, model, step=12)
     write_checkpoint(folder, model, step=100)
-    with (folder / "checkpoints/global_step100" / WEIGHTS).open("ab") as file:
+    with (folder / "checkpoints/global_step100" / shard_name(0)).open("ab") as file:
         file.write(b"x")  # not what COMPLETE.json says
     (folder / "checkpoints/global_step101").mkdir()
     assert newest_checkpoint(folder / "checkpoints") == folder / "checkpoints/global_step12"

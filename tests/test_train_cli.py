@@ -107,12 +107,23 @@ def test_bad_input_exits_2_with_the_reason_and_no_traceback(job, arguments, mess
 def test_dry_run_prints_config_sizes_and_deepspeed_json_and_starts_nothing(job):
     code, output = run_tool(TRAIN, "--config", str(job), "--dry-run", "--plot", log=job.with_suffix(".log"))
     assert code == 0, output
-    config, sizes, ds_json = output.split("# ")[1:4]
+    config, sizes, memory, sent, ds_json = output.split("# ")[1:6]
     assert config.startswith("resolved config\n") and "num_nextn_predict_layers: 1" in config
-    assert "parameters, main model" in sizes and "FLOP" in sizes and "memory per rank" in sizes
+    assert "parameters, main model" in sizes and "FLOP" in sizes
+    assert memory.startswith("memory of one rank, 1 rank; ZeRO-1") and "fits in 8 GiB" in memory and "gradients" in sent
     assert json.loads(ds_json.partition("\n")[2].rpartition("}")[0] + "}")["zero_optimization"] == {"stage": 1}
     folder = job.parent / "runs" / "job"
     assert [path.name for path in folder.iterdir()] == ["schedules.png"]
+
+
+def test_dry_run_plans_v3_on_2048_gpus(tmp_path):
+    plan = ["--config", str(ROOT / "configs" / "v3_671b.yaml"), "--dry-run"]
+    code, output = run_tool(TRAIN, *plan, "--world-size", "2048", log=tmp_path / "log")
+    assert code == 0, output
+    assert "2048 ranks; 16 pipeline stages x 128; experts over 64 ranks, 2 copies; ZeRO-1" in output
+    assert "fits in 80 GiB" in output and "1F1B (run here)  11.1%" in output
+    code, output = run_tool(TRAIN, *plan, log=tmp_path / "log")
+    assert code == 2 and "parallel.pipeline_stages: must divide the number of ranks, 1 (got 16)" in output
 
 
 @pytest.mark.dist
@@ -150,6 +161,40 @@ def test_kill_9_of_a_rank_ends_the_job_with_an_error(job):
     ranks[1].kill()
     assert process.wait(60) != 0
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_nodes_train_as_one_rank_does_and_end_together_when_a_rank_is_killed(job):
+    """Two launchers on the loopback device. Killing one rank ends both, and the next start, of any shape, goes on."""
+    from dsv3_mtp.parallel.launch import free_port
+
+    folder, port = job.parent / "runs" / "job", str(free_port())
+    job.write_text(job.read_text().replace("total_tokens: 1280", "total_tokens: 64000"))
+    constant = ["optim.schedule={warmup: 0, decay_start: 1, decay_end: 1, final_start: 1}", "mtp.loss_weight=0.3"]
+    settings = ["--config", str(job), *(word for text in constant for word in ("--set", text))]  # whatever the length
+    nodes = []
+    for node in range(2):
+        at = ["--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", port]
+        command = [str(BIN / "torchrun"), "--nproc_per_node", "1", *at, str(TRAIN), *settings]
+        nodes.append(start(command, job.with_suffix(f".node{node}.log")))
+    wait_for(lambda: (folder / "checkpoints" / "latest").exists())
+    ranks = [psutil.Process(node.pid).children()[0] for node in nodes]
+    ranks[1].kill()
+    assert all(node.wait(60) != 0 for node in nodes)
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    trained = max(r["step"] for r in read_metrics(folder / "metrics.jsonl"))
+    short = [*settings, "--set", f"train.total_tokens={64 * (trained + 2)}"]
+    code, output = run_tool(TRAIN, *short, world_size=2, log=job.with_suffix(".log"))
+    assert code == 0 and "resumed at step" in output, output
+    alone = [*short, "--set", "run.name=alone"]
+    code, output = run_tool(TRAIN, *alone, log=job.with_suffix(".log"))
+    assert code == 0, output
+    losses = [
+        [r["train/loss"] for r in read_metrics(job.parent / "runs" / name / "metrics.jsonl") if "train/loss" in r]
+        for name in ("job", "alone")
+    ]
+    assert losses[0][:10] == pytest.approx(losses[1][:10], abs=1e-5)
 
 
 def wait_for(condition, timeout: float = 90) -> None:

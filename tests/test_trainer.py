@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_mtp import schedules
+from dsv3_mtp import checkpoint, schedules
 from dsv3_mtp.config import Config
-from dsv3_mtp.loading import newest_checkpoint
+from dsv3_mtp.fragments import shard_name
+from dsv3_mtp.loading import newest_checkpoint, read_state_dict
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.trainer import NonFiniteError, Trainer
 from tests.ranks import run_ranks, write_markov
@@ -79,8 +80,7 @@ def timeless(records: list[dict]) -> list[dict]:
 
 
 def weights_of(config: Config) -> dict[str, torch.Tensor]:
-    folder = newest_checkpoint(folder_of(config) / "checkpoints")
-    return torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    return read_state_dict(newest_checkpoint(folder_of(config) / "checkpoints"))
 
 
 def assert_same_weights(a: Config, b: Config, **tolerance) -> None:
@@ -128,15 +128,15 @@ def test_kill_9_of_a_rank_while_it_saves_leaves_a_loadable_latest(make_run, vict
 
 
 def killed_in_save(config: Config, victim: int, step: int) -> None:
-    original = torch.save
+    original = checkpoint.write_fragments
 
-    def save(obj, file, *args, **kwargs):
-        if f"global_step{step}" in str(file) and "optim_states" in str(file) and os.environ["RANK"] == str(victim):
-            Path(file).write_bytes(b"half")
+    def write_fragments(folder, rank, fragments):
+        if folder.name == f"global_step{step}" and rank == victim:
+            (folder / shard_name(rank)).write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        original(obj, file, *args, **kwargs)
+        return original(folder, rank, fragments)
 
-    torch.save = save
+    checkpoint.write_fragments = write_fragments
     run(config)
 
 
@@ -340,7 +340,6 @@ def refused(config: Config) -> None:
         ({"model__hidden_size": 64}, "model.hidden_size: 32 -> 64"),
         ({"mtp__num_nextn_predict_layers": 2}, "mtp.num_nextn_predict_layers: 1 -> 2"),
         ({"checkpoint__resume": "never"}, "checkpoint.resume: never, but"),
-        ({"parallel__zero_stage": 0}, "zero_stage 1, this run has 0"),
         ({"train__batch_size": 12, "train__micro_batch_size": 12}, None),
     ],
 )
@@ -378,7 +377,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_not_begun_anew(make_
 def test_a_damaged_checkpoint_file_is_named(make_run):
     config = make_run()
     train(config, function=run_until, args=(3,))
-    file = folder_of(config) / "checkpoints" / "global_step3" / "mp_rank_00_model_states.pt"
+    file = folder_of(config) / "checkpoints" / "global_step3" / shard_name(0)
     file.write_bytes(b"x" * file.stat().st_size)
     train(config, function=refused)
     assert "global_step3: damaged" in Path(f"{folder_of(config)}.error").read_text()

@@ -13,15 +13,19 @@ def put_back():
     kernels.disable()
 
 
-def test_the_probe_leaves_the_precision_as_it_was():
+def test_the_probe_leaves_precision_and_random_numbers_as_they_were():
+    state = torch.random.get_rng_state()
     for precision in ("highest", "medium"):
         torch.set_float32_matmul_precision(precision)
-        tuning.onednn_pays()
+        tuning.onednn_exact()
         assert torch.get_float32_matmul_precision() == precision
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("rounds", "seconds", "pays"), [(False, 0.5, True), (True, 0.5, False), (False, 0.9, False)])
-def test_onednn_is_used_only_where_it_is_exact_and_much_faster(monkeypatch, rounds, seconds, pays):
+@pytest.mark.parametrize(
+    ("rounds", "intel", "used"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_onednn_is_used_only_where_it_is_exact_and_mkl_is_not_at_home(monkeypatch, rounds, intel, used):
     """`rounds`: a CPU on which precision "medium" computes in bfloat16."""
     matmul = torch.Tensor.__matmul__
 
@@ -30,8 +34,6 @@ def test_onednn_is_used_only_where_it_is_exact_and_much_faster(monkeypatch, roun
         return matmul(x.bfloat16(), y.bfloat16()).float() if low else matmul(x, y)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
-    medium = lambda: torch.get_float32_matmul_precision() == "medium"  # noqa: E731
-    monkeypatch.setattr(tuning, "_cpu_seconds", lambda x, weight: seconds if medium() else 1.0)
-    assert tuning.onednn_pays() == pays
+    monkeypatch.setattr(tuning, "mkl_at_home", lambda: intel)
     notes = tuning.tune_cpu()
-    assert medium() == pays and any("oneDNN" in note for note in notes) == pays
+    assert (torch.get_float32_matmul_precision() == "medium") == used == any("oneDNN" in note for note in notes)

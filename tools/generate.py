@@ -67,6 +67,7 @@ def parse() -> argparse.Namespace:
     drafts.add_argument("--show-drafts", action="store_true", help="accepted drafts in colour, in a terminal")
     parser.add_argument("--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute or more once, then faster")
     options = parser.parse_args()
     if not options.speculative and (options.draft_depth is not None or options.show_drafts):
         parser.error("--draft-depth and --show-drafts go with --speculative")
@@ -152,6 +153,7 @@ def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
         top_p=options.top_p,
         stop_tokens=tuple(stops),
         seed=options.seed,
+        compile=options.compile,
     )
 
 

@@ -22,11 +22,14 @@ def main() -> int:
         help="override a setting; repeatable",
     )
     parser.add_argument("--dry-run", action="store_true", help="print config, sizes and DeepSpeed JSON; run nothing")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N ranks")
     parser.add_argument("--plot", action="store_true", help="with --dry-run: draw the schedules into the run folder")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_args()
     if args.plot and not args.dry_run:
         parser.error("--plot goes with --dry-run; a run draws its own curves.png")
+    if args.world_size is not None and not (args.dry_run and args.world_size > 0):
+        parser.error("--world-size goes with --dry-run and is >= 1; a run has the ranks that its launcher starts")
     is_main = int(os.environ.get("RANK", "0")) == 0
     # Before torch starts threads: one that spins for a core held by another process slows small machines severalfold.
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
@@ -38,7 +41,8 @@ def main() -> int:
             from dsv3_mtp.dryrun import dry_run
 
             if is_main:
-                print(dry_run(config, world_size=int(os.environ.get("WORLD_SIZE", "1")), plot=args.plot))
+                ranks = args.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+                print(dry_run(config, world_size=ranks, plot=args.plot))
             return 0
         from dsv3_mtp.trainer import NonFiniteError, Trainer
 

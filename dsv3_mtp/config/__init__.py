@@ -3,8 +3,8 @@
     config = load_config("configs/v3_tiny.yaml", ["mtp.mode=parallel", "optim.lr=1e-3"])
     config.model.hidden_size, config.mtp.depths, config.optim.schedule.warmup
 
-run.py holds the whole and most sections, model.py what is trained, data.py on what, reader.py files and reports,
-deepspeed.py the keys that a run may hand to DeepSpeed.
+run.py holds the whole and most sections, model.py what is trained, data.py on what, precision.py in which numbers,
+reader.py files and reports, deepspeed.py the keys that a run may hand to DeepSpeed.
 """
 
 from dsv3_mtp.config.data import (
@@ -28,6 +28,7 @@ from dsv3_mtp.config.model import (
     StepWeight,
     WarmupWeight,
 )
+from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import ConfigError
 from dsv3_mtp.config.run import (
     BatchSizeRamp,
@@ -39,12 +40,14 @@ from dsv3_mtp.config.run import (
 )
 
 __all__ = [
+    "AttentionConfig",
     "BatchSizeRamp",
     "Config",
     "ConfigError",
     "ConstantWeight",
     "DataConfig",
     "DataEntry",
+    "FP8Config",
     "InductionTask",
     "LossWeight",
     "MTPConfig",

@@ -7,7 +7,6 @@ from dsv3_mtp.config.reader import KeyProblems, Problem, did_you_mean
 # Top-level keys that DeepSpeed 0.19.8 reads and that a run may set.
 ALLOWED = frozenset(
     {
-        "checkpoint",
         "comms_logger",
         "communication_data_type",
         "csv_monitor",
@@ -24,6 +23,8 @@ ALLOWED = frozenset(
 _SCALE = "is fixed: losses are divided by the token counts of the whole step, so gradients are summed"
 _LAYOUT = "is not supported: the ranks of a run are laid out by the parallel section"
 _UNUSED = "would have no effect: tokens come from the data section's own sampler"
+
+_STATES = "is not supported: checkpoints read weights and optimizer states from DeepSpeed's memory"
 
 _NOT_READ = "would have no effect on this training loop"
 
@@ -46,6 +47,7 @@ OWNED = {
     "prescale_gradients": _SCALE,
     "gradient_predivide_factor": _SCALE,
     "managed_gradient_accumulation": "is fixed: the training loop decides when a step ends",
+    "checkpoint": "would have no effect: checkpoints are not DeepSpeed's; set checkpoint instead",
     "data_efficiency": _UNUSED,
     "dataloader_drop_last": _UNUSED,
     "vocabulary_size": "set model.vocab_size instead",
@@ -89,6 +91,10 @@ def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
         problems += [
             (f"zero_optimization.{key}", f"set {owner} instead") for key, owner in owned.items() if key in zero
         ]
+        if "zenflow" in zero:
+            problems.append(("zero_optimization.zenflow", _STATES))
+        if "nvme" in str(zero.get("offload_param")):
+            problems.append(("zero_optimization.offload_param", _STATES))
     if problems:
         raise KeyProblems(problems)
     return block

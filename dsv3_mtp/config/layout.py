@@ -23,7 +23,9 @@ def refusals(config: Any, world_size: int | None = None) -> list[str]:
 def problems(config: Any, world_size: int | None = None) -> Iterator[Problem]:
     yield from _zero(config)
     yield from _experts(config)
+    yield from _pipeline(config)
     yield from _task(config)
+    yield from _sequence(config)
     if world_size is not None:
         yield from _ranks(config, world_size)
 
@@ -56,18 +58,116 @@ def _experts(config: Any) -> Iterator[Problem]:
 def _task(config: Any) -> Iterator[Problem]:
     """Its examples are answered by generation during training, and that needs a whole model on each rank."""
     parallel = config.parallel
-    if config.data.task is not None and (parallel.zero_stage == 3 or parallel.expert_parallel_size > 1):
-        yield "data.task", "needs parallel.zero_stage <= 2 and expert_parallel_size 1: every rank generates by itself"
+    parts = parallel.expert_parallel_size > 1 or parallel.pipeline_stages > 1
+    if config.data.task is not None and (parallel.zero_stage == 3 or parts):
+        needs = "needs parallel.zero_stage <= 2, expert_parallel_size 1 and pipeline_stages 1"
+        yield "data.task", f"{needs}: every rank generates by itself"
+
+
+def _pipeline(config: Any) -> Iterator[Problem]:
+    model, parallel, train = config.model, config.parallel, config.train
+    if parallel.pipeline_stages == 1:
+        return
+    key = "parallel.pipeline_stages"
+    head, tail = uncut(config)
+    pieces = model.num_hidden_layers + 1 - (head - 1) - (tail - 1)
+    if parallel.pipeline_stages > pieces:
+        together = [f"layers 0..{head - 1}"] * (head > 1)
+        together += [f"layer {model.num_hidden_layers - 1} and the heads"] * (tail > 1)
+        kept = f" ({'; '.join(together)} stay together)" if together else ""
+        text = f"must be <= {pieces}, the pieces that layers and heads can be cut into{kept}"
+        yield key, f"{text} (got {parallel.pipeline_stages})"
+    if parallel.zero_stage == 0:
+        yield key, "needs parallel.zero_stage 1: DeepSpeed's ZeRO-0 clips by each stage's own gradient norm (got 0)"
+    if parallel.zero_stage in (2, 3):
+        reason = "DeepSpeed's pipeline reduces gradients once per step, ZeRO-2 and 3 in every backward"
+        yield key, f"needs parallel.zero_stage 1: {reason} (got {parallel.zero_stage})"
+    if train.freeze == "trunk":
+        yield key, "needs train.freeze none: with trunk, all stages but the last have nothing to learn"
+
+
+def _sequence(config: Any) -> Iterator[Problem]:
+    size = config.parallel.sequence_parallel_size
+    if size > 1:
+        remedy = "set 1, and train.activation_checkpointing: full for long rows"
+        yield "parallel.sequence_parallel_size", f"rows are not split over ranks here, {remedy} (got {size})"
+
+
+def uncut(config: Any) -> tuple[int, int]:
+    """How many of the first and of the last pieces of a pipeline stay together; pieces are the trunk's layers and, as
+    the last one, all that follows. (1, 1): everything may be cut apart.
+
+    Parallel heads read the input of the trunk's last layer. And with expert parallelism every stage has an MoE layer,
+    because DeepSpeed adds up the gradient norm over the stages once per kind of parameter.
+    """
+    model, mtp, shared = config.model, config.mtp, config.parallel.expert_parallel_size > 1
+    with_heads = mtp.mode == "parallel" or (shared and mtp.mode != "sequential")
+    return 1 + model.first_k_dense_replace if shared else 1, 2 if with_heads else 1
+
+
+def data_size(config: Any, world_size: int) -> int:
+    """Ranks that work on different sequences: those of one pipeline stage."""
+    return max(world_size // config.parallel.pipeline_stages, 1)
 
 
 def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
-    train, experts = config.train, config.parallel.expert_parallel_size
-    if world_size % experts:
-        yield "parallel.expert_parallel_size", f"must divide the number of ranks, {world_size} (got {experts})"
-    rows = train.micro_batch_size * world_size
+    train, experts, stages = config.train, config.parallel.expert_parallel_size, config.parallel.pipeline_stages
+    if world_size % stages:
+        yield "parallel.pipeline_stages", f"must divide the number of ranks, {world_size} (got {stages})"
+        return
+    ranks = data_size(config, world_size)
+    of = f"the ranks of a stage, {ranks}" if stages > 1 else f"the number of ranks, {ranks}"
+    if ranks % experts:
+        yield "parallel.expert_parallel_size", f"must divide {of} (got {experts})"
+    rows = train.micro_batch_size * ranks
     if train.batch_size % rows:
         yield (
             "train.batch_size",
-            f"{train.batch_size} sequences do not divide into micro-batches of "
-            f"{train.micro_batch_size} on {world_size} ranks; use a multiple of {rows}",
+            f"{train.batch_size} sequences do not divide into micro-batches of {train.micro_batch_size} on "
+            f"{ranks} {'data-parallel ' * (stages > 1)}ranks; use a multiple of {rows}",
         )
+
+
+def describe(config: Any, world_size: int) -> str:
+    """The layout in a few words: "2 ranks x 4 sequences, ZeRO-1"."""
+    parallel = config.parallel
+    parts = [f"{world_size} rank{'s' * (world_size > 1)} x {config.train.micro_batch_size} sequences"]
+    parts += [f"ZeRO-{parallel.zero_stage}{' with offload' * parallel.offload_optimizer}"]
+    parts += [f"EP {parallel.expert_parallel_size}"] * (parallel.expert_parallel_size > 1)
+    parts += [f"PP {parallel.pipeline_stages}"] * (parallel.pipeline_stages > 1)
+    return ", ".join(parts)
+
+
+# What can be combined, for the table of docs/parallelism.md: name -> settings, on top of ZeRO-1.
+FEATURES: dict[str, dict[str, dict[str, Any]]] = {
+    **{f"ZeRO-{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)},
+    "offload": {"parallel": {"offload_optimizer": True}},
+    "EP": {"parallel": {"expert_parallel_size": 2}},
+    "PP": {"parallel": {"pipeline_stages": 2}},
+    "SP": {"parallel": {"sequence_parallel_size": 2}},
+    "selective": {"train": {"activation_checkpointing": "selective"}},
+    "full": {"train": {"activation_checkpointing": "full"}},
+    "freeze": {"train": {"freeze": "trunk"}},
+}
+
+
+def composition(config: Any) -> str:
+    """A Markdown table of every pair of FEATURES: yes, or the number of the reason in the list below it.
+
+    config: a Config, the rest of the run.
+    """
+    names, reasons = list(FEATURES), list[str]()
+
+    def cell(row: str, column: str) -> str:
+        if (row[:4] == column[:4] == "ZeRO" and row != column) or {row, column} == {"selective", "full"}:
+            return "-"  # two values of one key
+        run = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_stage": 1})})
+        for section, keys in [*FEATURES[row].items(), *FEATURES[column].items()]:
+            run = run.model_copy(update={section: getattr(run, section).model_copy(update=keys)})
+        refused = refusals(run)
+        reasons.extend(reason for reason in refused if reason not in reasons)
+        return ", ".join(str(reasons.index(reason) + 1) for reason in refused) or "yes"
+
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {row} | " + " | ".join(cell(row, column) for column in names) + " |" for row in names]
+    return "\n".join([*lines, "", *(f"{number}. `{reason}`" for number, reason in enumerate(reasons, start=1))])

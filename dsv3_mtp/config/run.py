@@ -29,6 +29,7 @@ from dsv3_mtp.config.model import (
     Section,
     Text,
 )
+from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import ConfigError, Problem, dump_tree, problems_of, read_tree, show
 
 
@@ -109,6 +110,8 @@ class TrainConfig(Section):
     """null: batch_size from the first step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Weights and activations in the forward; master weights are float32 (V3 3.3)."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward makes again to save memory. selective: norms, MLA up-projections (V3 3.2.3); full: whole blocks."""
     bias_update_speed: NotNegative = 0.001
     """Router bias step gamma (V3 2.1.2, 4.2)."""
     bias_update_until: Fraction = 14.3e12 / V3_TOKENS
@@ -146,6 +149,10 @@ class ParallelConfig(Section):
     """Keep optimizer states and master weights in host memory, and update there (ZeRO 1, 2, 3)."""
     expert_parallel_size: Count = 1
     """Ranks that share the routed experts of a layer; the groups of ranks are copies (V3 3.2: 64)."""
+    pipeline_stages: Count = 1
+    """Stages into which the layers are cut, each on its own ranks (V3 3.2: 16)."""
+    sequence_parallel_size: Count = 1
+    """Ranks that share a row; only 1 is built (docs/parallelism.md)."""
     timeout_s: Annotated[Number, Field(gt=0, le=1e6)] = 600.0
     """Seconds after which a hung collective fails."""
 
@@ -198,6 +205,8 @@ class Config(Section):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+    fp8: FP8Config = FP8Config()
+    attention: AttentionConfig = AttentionConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()

@@ -13,6 +13,8 @@ from dsv3_mtp.decode.layers import Layer, Norm
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.mtp import MTPModule, ParallelHead, TrunkStates
 
+DYNAMIC = r"L\['(window|caches?|tokens|hidden|x)'\].*"  # arguments whose sizes differ between calls
+
 
 class Decoder:
     """The weights of one `generate`, under torch.inference_mode; made anew each time, so that they are never stale."""
@@ -55,8 +57,19 @@ class Decoder:
 
 @cache
 def compiled(function: Callable) -> Callable:
-    """One compiled function for all models; torch compiles it again for each number of rows and of slots."""
-    return torch.compile(function, fullgraph=True)
+    """One compiled function for all models. Torch compiles it for one token and for several, not as the cache grows."""
+    run, seen = torch.compile(function, fullgraph=True), set()
+
+    def call(*arguments: Any) -> Any:
+        shape = arguments[-1].shape  # of the window
+        if shape in seen:
+            return run(*arguments)
+        seen.add(shape)
+        # Else torch learns it by compiling everything twice.
+        with torch.compiler.config.patch(dynamic_sources=DYNAMIC):  # type: ignore[attr-defined]
+            return run(*arguments)
+
+    return call
 
 
 class Trunk:

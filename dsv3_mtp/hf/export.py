@@ -15,12 +15,14 @@ from torch import Tensor
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.data.tokenizer import load_encoder
+from dsv3_mtp.fragments import Fragments
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
-from dsv3_mtp.hf.files import SHARD_BYTES, Entry, write_checkpoint
+from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, open_checkpoint, read_slot
 from dsv3_mtp.hf.settings import SPECIAL_IDS, representable, to_config_json, write_settings
-from dsv3_mtp.loading import IMPORTED, newest_checkpoint, read_state_dict, tokenizer_of
+from dsv3_mtp.loading import IMPORTED, newest_checkpoint, tokenizer_of
+from dsv3_mtp.tensorfile import Entry
 
 Read = Callable[[Slot], Tensor]
 TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
@@ -54,8 +56,8 @@ def export_hf(
     expected = list(slots(config.model, modules))
     read, origin, more = _open_run(run, config, expected, modules)
     notes = [f"weights from {origin}", *notes, *more]
-    if dtype == "fp32" and config.train.dtype == "bfloat16":
-        notes.append("fp32: this run's weights are bfloat16 numbers; bf16 says the same in half the space")
+    if dtype != "bf16" and config.train.dtype == "bfloat16" and origin != run / IMPORTED:
+        notes.append(f"{dtype}: of the float32 masters; training computed with these weights rounded to bfloat16")
     bad: list[str] = []
     with new_folder(out) as temporary:
         ids, found = _copy_tokenizer(run, config, temporary)
@@ -97,13 +99,20 @@ def _open_run(run: Path, config: Config, expected: list[Slot], modules: int) -> 
         return _open_imported(run, expected, modules)
     if newest is None:
         raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
-    state = read_state_dict(newest)
+    stored = Fragments(newest)
+    state = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
     problems = _state_problems(state, modules, expected)
     progress = min(json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0)
     problems += _untrained(config, modules, progress)
     if problems:
         raise ValueError("\n".join([f"{newest}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]))
-    return lambda slot: state[slot.key][slot.index], newest, []
+
+    def read(slot: Slot) -> Tensor:  # only its own range: an expert, not the stack of all experts
+        part = state[slot.key][slot.index]
+        start = int(part.storage_offset())
+        return stored.read(slot.key, start, start + part.numel()).view(part.shape)
+
+    return read, newest, []
 
 
 def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read, Path, list[str]]:

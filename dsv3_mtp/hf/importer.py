@@ -16,11 +16,12 @@ from torch import Tensor
 from dsv3_mtp.config import Config, ConfigError, load_config
 from dsv3_mtp.config.reader import dump_tree, read_tree
 from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
-from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, Entry, write_checkpoint
+from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, slots
 from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot
 from dsv3_mtp.hf.settings import Settings, to_config_json, write_settings
 from dsv3_mtp.loading import IMPORTED
+from dsv3_mtp.tensorfile import Entry
 
 # How a stored type is kept: FP8 codes times a power of two are bfloat16 numbers.
 KEPT = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.hf.blockfp8 import dequantise, scale_shape
-from dsv3_mtp.hf.files import DTYPES, Checkpoint
+from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.moe import Experts
+from dsv3_mtp.tensorfile import DTYPES
 
 # Keys of the model section that leave what given weights compute as it is.
 NO_EFFECT = {"initializer_range", "max_position_embeddings"}
@@ -121,6 +122,8 @@ def load_weights(
     }
     wanted = sorted((slot for slot in slots(settings.model, modules) if not slot.alias), key=lambda slot: slot.key)
     for key, group in itertools.groupby(wanted, key=lambda slot: slot.key):
+        if tensors[key].is_meta:  # on another pipeline stage
+            continue
         with torch.no_grad(), writable(tensors[key]):
             for slot in group:
                 index = slot.index

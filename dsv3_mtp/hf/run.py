@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 
 from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.fragments import Fragments
 from dsv3_mtp.hf.load import empty_model, load_weights
-from dsv3_mtp.loading import IMPORTED, newest_checkpoint, read_state_dict, tokenizer_of
+from dsv3_mtp.loading import IMPORTED, newest_checkpoint, tokenizer_of
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 
@@ -33,13 +34,17 @@ def load_run(folder: str | Path) -> LoadedRun:
     config = load_config(folder / "config.yaml")
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is not None:
-        with torch.device("meta"):
-            model = DeepseekV3MTP(config.model, config.mtp)
-        try:
-            model.load_state_dict(read_state_dict(newest), strict=True, assign=True)
-        except RuntimeError as error:
-            detail = str(error).splitlines()[-1].strip()
-            raise ValueError(f"{newest}: its weights do not fit {folder / 'config.yaml'}: {detail}") from None
+        model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
+        stored, state = Fragments(newest), model.state_dict()
+        if stored.shapes != {name: tensor.shape for name, tensor in state.items()}:
+            names = sorted(
+                name
+                for name in stored.shapes.keys() | state.keys()
+                if name not in state or stored.shapes.get(name) != state[name].shape
+            )
+            raise ValueError(f"{newest}: its weights do not fit {folder / 'config.yaml'}: {', '.join(names)}")
+        for name, tensor in state.items():
+            tensor.copy_(stored.read(name).view_as(tensor))  # one at a time: never two models in memory
     elif (folder / IMPORTED).is_dir():
         model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
         model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module

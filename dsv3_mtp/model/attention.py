@@ -1,5 +1,7 @@
 """Multi-head latent attention (DeepSeek-V3 section 2.1.1, eqs. 1-11)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +10,10 @@ from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model import causal
 from dsv3_mtp.model.causal import causal_attention
 from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
+from dsv3_mtp.model.recompute import again
+
+# softmax(query key^T * scale) value; see `attend`.
+Core = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
 
 class MLA(nn.Module):
@@ -15,6 +21,8 @@ class MLA(nn.Module):
 
     Queries are compressed as well when `q_lora_rank` is set. RMSNorm sits on both latents.
     """
+
+    core: Core | None = None  # precision/ puts a GPU's attention kernel here
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -40,22 +48,28 @@ class MLA(nn.Module):
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> Tensor:
         """x: (B, T, C); angles: (2, T, P/2) cos and sin; mask: bool (B, 1, T, T) True = attend, None = causal."""
         query, latent, k_rope = self.project(x)  # (B, T, H, nope+P), (B, T, R), (B, T, P)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (self.heads, -1))  # (B, T, H, nope+v)
-        if causal.usable(x, mask):
+        kv = again(self.kv_b_proj, again(self.kv_a_layernorm, latent)).unflatten(-1, (self.heads, -1))  # (.., nope+v)
+        if self.core is None and causal.usable(x, mask):
             return self.o_proj(causal_attention(query, kv, k_rope, angles, self.scale))
-        q_nope, q_rope = query.split([self.nope, self.rope], dim=-1)
-        k_nope, value = kv.split([self.nope, self.value], dim=-1)
-        k_rope = rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, self.heads, -1)
-        query = torch.cat([q_nope, rotate(q_rope, angles)], dim=-1).transpose(1, 2)  # (B, H, T, nope+P)
-        key = torch.cat([k_nope, k_rope], dim=-1).transpose(1, 2)
-        mixed = attend(query, key, value.transpose(1, 2), self.scale, mask)  # (B, H, T, v)
+        query, key, value = again(self.to_heads, query, kv, k_rope, angles)
+        mixed = (self.core or attend)(query, key, value, self.scale, mask)  # (B, H, T, v)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, T, C) -> queries (B, T, H, nope+P), latents (B, T, R) without norm, keys (B, T, P) not yet rotated."""
-        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_compressed else self.q_proj(x)
+        query = self.q_a_proj(x) if self.q_compressed else self.q_proj(x)
+        if self.q_compressed:
+            query = again(self.q_b_proj, again(self.q_a_layernorm, query))
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)
         return query.unflatten(-1, (self.heads, -1)), latent, k_rope
+
+    def to_heads(self, query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotates. (B, T, H, nope+P), (B, T, H, nope+v), (B, T, P) -> query, key (B, H, T, nope+P), value (.., v)."""
+        q_nope, q_rope = query.split([self.nope, self.rope], dim=-1)
+        k_nope, value = kv.split([self.nope, self.value], dim=-1)
+        k_rope = rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, self.heads, -1)
+        query, key = torch.cat([q_nope, rotate(q_rope, angles)], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:

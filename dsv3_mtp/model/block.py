@@ -1,15 +1,22 @@
 """One transformer layer: x + MLA(norm(x)), then x + feed-forward(norm(x))."""
 
+import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, RouterStats
+from dsv3_mtp.model.recompute import again, forgetting, recomputed
 
 
 class DecoderLayer(nn.Module):
-    """The feed-forward is dense in the first `first_k_dense_replace` layers, a mixture of experts afterwards."""
+    """The feed-forward is dense in the first `first_k_dense_replace` layers, a mixture of experts afterwards.
+
+    `activation_checkpointing`: none keeps what backward needs; selective makes the norms, MLA's up-projections and
+    SwiGLU again (V3 sections 3.2.3, 3.3.3); full the whole block, from its input. The router's stats are those that the
+    first computation returned, so that nothing is counted twice.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -18,10 +25,19 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace
         self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.activation_checkpointing = "none"
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> tuple[Tensor, RouterStats | None]:
         """x: (B, T, C) -> (B, T, C) and the router's stats, None for a dense layer."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, mask)
-        out = self.mlp(self.post_attention_layernorm(x))
+        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
+            return self.compute(x, angles, mask)
+        if self.activation_checkpointing == "full":
+            return recomputed(self.compute, x, angles, mask)
+        with forgetting():
+            return self.compute(x, angles, mask)
+
+    def compute(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> tuple[Tensor, RouterStats | None]:
+        x = x + self.self_attn(again(self.input_layernorm, x), angles, mask)
+        out = self.mlp(again(self.post_attention_layernorm, x))
         y, stats = out if isinstance(self.mlp, MoE) else (out, None)
         return x + y, stats

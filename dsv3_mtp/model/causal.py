@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp import kernels
+from dsv3_mtp.model.recompute import again
 
 BLOCK = 128  # queries per block: of T^2 scores (T + BLOCK) / 2T are computed
 LONGEST = 1024  # tokens; probabilities of one head and layer then take 2.2 MiB
@@ -23,10 +24,8 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx, query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor, scale: float):
         batch, length, heads, width = query.shape
         value = kv.shape[-1] - (width - k_rope.shape[-1])
-        q, k = query.new_empty(2, batch, heads, length, width)
-        v, out = query.new_empty(2, batch, heads, length, value)
-        kernels.heads([query, kv, k_rope], angles, [q, k, v], back=False)
-        q, k, v, mixed = (x.flatten(0, 1) for x in (q, k, v, out))  # (B*H, T, .)
+        out = query.new_empty(batch, heads, length, value)
+        q, k, v, mixed = (x.flatten(0, 1) for x in (*again(to_heads, query, kv, k_rope, angles), out))  # (B*H, T, .)
         probs = []
         for rows in blocks(length):
             scores = torch.bmm(q[:, rows], k[:, : rows.stop].transpose(1, 2))
@@ -53,6 +52,15 @@ class _CausalAttention(torch.autograd.Function):
         parts = [x.unflatten(0, (batch, heads)) for x in (grad_q, grad_k, grad_v)]
         kernels.heads(grads, angles, parts, back=True)
         return *grads, None, None
+
+
+def to_heads(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotates: what `causal_attention` is given -> q, k (B, H, T, nope+P), v (B, H, T, v)."""
+    batch, length, heads, width = query.shape
+    q, k = query.new_empty(2, batch, heads, length, width)
+    v = query.new_empty(batch, heads, length, kv.shape[-1] - (width - k_rope.shape[-1]))
+    kernels.heads([query, kv, k_rope], angles, [q, k, v], back=False)
+    return q, k, v
 
 
 def blocks(length: int) -> list[slice]:

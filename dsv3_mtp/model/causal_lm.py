@@ -1,8 +1,9 @@
 """DeepSeek-V3 with 1+D prediction heads: trunk, heads, loss, metrics, init, counts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.mtp import ParallelLinearMTP, ParallelMTP, SequentialMTP, TrunkStates
+
+# Micro-batches: tokens, documents (None without masks), scored (None: every token is a target), each (B, T+1+D).
+Batch = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,13 @@ class MTPOutput:
     load: Tensor  # (routers, E) tokens per expert, trunk routers first
     nodes: Tensor  # (routers,) sum over tokens of the groups (V3: nodes) that the token's experts lie in
 
+    def __add__(self, other: "MTPOutput") -> "MTPOutput":
+        return MTPOutput(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def sums(self) -> "MTPOutput":
+        """All of it detached and in float64, to be added up."""
+        return MTPOutput(*(getattr(self, field.name).detach().double() for field in fields(self)))
+
 
 class LMHead(nn.Linear):
     """Output head. The loss is computed inside its own forward, so that ZeRO-3 finds the weight gathered."""
@@ -51,19 +62,29 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not the constructor: it draws numbers, and on the meta device that imports torch's compiler for seconds.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> tuple[TrunkStates, list[RouterStats]]:
         """x: (B, T, C) embeddings."""
-        stats, last_input = [], x
-        for layer in self.layers:
-            last_input = x
-            x, routed = layer(x, angles, mask)
-            if routed is not None:
-                stats.append(routed)
+        last_input, x, stats = run_layers(self.layers, x, angles, mask)
         return TrunkStates(last_input, x, self.norm(x)), stats
+
+
+def run_layers(
+    layers: Iterable[nn.Module], x: Tensor, angles: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, list[RouterStats]]:
+    """Trunk layers, one after another: input of the last of them, output, stats of their routers. x: (B, T, C)."""
+    stats, last_input = [], x
+    for layer in layers:
+        last_input = x
+        x, routed = layer(x, angles, mask)
+        if routed is not None:
+            stats.append(routed)
+    return last_input, x, stats
 
 
 class DeepseekV3MTP(nn.Module):
@@ -86,6 +107,11 @@ class DeepseekV3MTP(nn.Module):
     def depths(self) -> int:
         return self.mtp_config.depths
 
+    @property
+    def device(self) -> torch.device:
+        """Of the weights that this process holds: a pipeline stage has the rest on the meta device."""
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
+
     def forward(
         self,
         tokens: Tensor,
@@ -107,13 +133,37 @@ class DeepseekV3MTP(nn.Module):
             balance_loss_weight: alpha of eq. 17.
             normalizer: (2+D,) from `count_targets`, of the whole optimizer step if this is a part of it. Default: own.
         """
+        hiddens, stats = self.hidden_states(tokens, documents)
+        return self.losses(
+            hiddens,
+            stats,
+            tokens,
+            documents,
+            scored=scored,
+            loss_weights=loss_weights,
+            balance_loss_weight=balance_loss_weight,
+            normalizer=normalizer,
+        )
+
+    def losses(
+        self,
+        hiddens: list[Tensor],
+        stats: list[RouterStats],
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        *,
+        scored: Tensor | None = None,
+        loss_weights: tuple[float, ...] | None = None,
+        balance_loss_weight: float = 0.0,
+        normalizer: Tensor | None = None,
+    ) -> MTPOutput:
+        """`forward` from the normed hidden states of depth 0..D and the stats of every router on."""
         length = tokens.shape[1] - 1 - self.depths  # T
         if normalizer is None:
             normalizer = count_targets(tokens, documents, self.depths, scored)
         if loss_weights is None:
             loss_weights = (1.0 / max(self.depths, 1),) * self.depths
         valid = valid_targets(tokens, documents, self.depths, scored)  # (1+D, B, T)
-        hiddens, stats = self.hidden_states(tokens, documents)
         targets = torch.stack([tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)])  # (1+D, B, T)
         scale = normalizer.new_tensor((1.0, *loss_weights)) / normalizer[:-1].clamp(min=1)  # (1+D,)
         row_weight = scale[:, None, None] * valid  # (1+D, B, T)
@@ -134,22 +184,42 @@ class DeepseekV3MTP(nn.Module):
 
     def hidden_states(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[list[Tensor], list[RouterStats]]:
         """tokens (B, T+1+D) -> normed hidden states of depth 0..D, each (B, T, C), and the stats of every router."""
-        depths = self.depths
-        length = tokens.shape[1] - 1 - depths
-        angles = rotary_angles(self.config, torch.arange(length, device=tokens.device))  # (2, T, P/2)
-        mask = None if documents is None else document_mask(documents[:, :length])
-        embedded = self.model.embed_tokens(tokens[:, : length + depths])  # (B, T+D, C), each token looked up once
+        angles, mask = self.positions(tokens, documents)
+        length = angles.shape[1]
+        embedded = self.model.embed_tokens(tokens[:, :-1])  # (B, T+D, C), each token looked up once
         trunk, stats = self.model(embedded[:, :length], angles, mask)
+        hiddens, more = self.head_states(trunk, embedded[:, 1:], angles, mask, documents)
+        return hiddens, stats + more
+
+    def positions(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What every block reads of a micro-batch (B, T+1+D): rotary angles (2, T, P/2), and the document mask."""
+        length = tokens.shape[1] - 1 - self.depths
+        angles = rotary_angles(self.config, torch.arange(length, device=tokens.device))
+        return angles, None if documents is None else document_mask(documents[:, :length])
+
+    def head_states(
+        self,
+        trunk: TrunkStates,
+        embedded: Tensor,
+        angles: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[RouterStats]]:
+        """From the trunk to the hidden states of depth 0..D, each (B, T, C), and the stats of the MTP routers.
+
+        embedded: (B, T-1+D, C), the tokens ahead of slot 0: those of depth k are embedded[:, k-1 : k-1+T].
+        """
+        depths, length = self.depths, trunk.post_norm.shape[1]
         if not depths:
-            return [trunk.post_norm], stats
+            return [trunk.post_norm], []
         detach = self.mtp_config.detach
         source = embedded.detach() if detach == "all" else embedded
-        ahead = [source[:, k : k + length] for k in range(1, 1 + depths)]  # D times (B, T, C)
+        ahead = [source[:, k : k + length] for k in range(depths)]  # D times (B, T, C)
         if documents is not None:  # a token of another document is no input: its embedding is zero
             same = [documents[:, k : k + length] == documents[:, :length] for k in range(1, 1 + depths)]
             ahead = [e * keep.unsqueeze(-1) for e, keep in zip(ahead, same, strict=True)]
         hiddens, more = self.mtp(trunk if detach == "none" else trunk.detach(), ahead, angles, mask)
-        return [trunk.post_norm, *hiddens], stats + [routed for routed in more if routed is not None]
+        return [trunk.post_norm, *hiddens], [routed for routed in more if routed is not None]
 
     def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """(B, T+1+D) -> (1+D, B, T, V) logits of every head. For tests and analysis: training never holds them."""
@@ -176,6 +246,33 @@ class DeepseekV3MTP(nn.Module):
             prediction.append(rest[1])
         return loss, torch.cat(nll).view(targets.shape), torch.cat(prediction).view(targets.shape)
 
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, *, blanks: int = 0) -> MTPOutput:
+        """The sums of the outputs for some micro-batches, in evaluation mode; the last `blanks` do not count."""
+        total, training = self.no_output(), self.training
+        self.eval()
+        for left, (tokens, documents, scored) in zip(range(len(batch), 0, -1), batch, strict=True):
+            out = self(tokens, documents, scored=scored).sums()
+            total = total + out if left > blanks else total
+        self.train(training)
+        return total
+
+    def no_output(self) -> MTPOutput:
+        """The sums over no micro-batch."""
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
+        heads, routers = 1 + self.depths, len(self.gates())
+        return MTPOutput(
+            loss=zeros(()),
+            nll_sum=zeros(heads),
+            targets=zeros(heads),
+            correct=zeros(heads),
+            agreed=zeros(self.depths),
+            compared=zeros(self.depths),
+            balance=zeros(()),
+            load=zeros(routers, self.config.n_routed_experts if routers else 1),
+            nodes=zeros(routers),
+        )
+
     def gates(self) -> list[Gate]:
         """Every router, in the order of `MTPOutput.load`: the trunk's, then those of the MTP modules."""
         return [module for module in self.modules() if isinstance(module, Gate)]
@@ -189,6 +286,12 @@ class DeepseekV3MTP(nn.Module):
         for gate, gate_load in zip(self.gates(), load, strict=True):
             if gate.weight.requires_grad:
                 gate.update_bias(gate_load, speed)
+
+    def checkpoint_activations(self, mode: str) -> None:
+        """none | selective | full, for the blocks of trunk and MTP heads (see DecoderLayer)."""
+        for module in self.modules():
+            if isinstance(module, DecoderLayer):
+                module.activation_checkpointing = mode
 
     def freeze_trunk(self) -> None:
         """Only the MTP heads go on learning: no gradient into embedding, trunk, its routers and the output head."""
@@ -207,7 +310,7 @@ class DeepseekV3MTP(nn.Module):
         Args:
             writable: context in which a parameter can be written, for parameters that are kept in parts.
         """
-        device = self.lm_head.weight.device
+        device = self.device
         generator = torch.Generator(device).manual_seed(seed)
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
@@ -221,7 +324,7 @@ class DeepseekV3MTP(nn.Module):
                         first, shape = module.first, torch.Size([self.config.n_routed_experts, *shape[1:]])
                     values = torch.empty(shape, dtype=wide, device=device)
                     values.normal_(0.0, self.config.initializer_range, generator=generator)
-                    parameter.copy_(values[first : first + count])
+                    parameter.copy_(values[first : first + count])  # of another pipeline stage: on meta, not kept
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
 
@@ -287,12 +390,7 @@ class ModelSize:
 def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
     """6 FLOPs per active matmul weight and token, plus causal attention 6 H (qk + v) T/2 per layer. Meta will do."""
     config, mtp = model.config, model.mtp_config
-    idle = 1 - config.num_experts_per_tok / config.n_routed_experts
-
-    def count(part: nn.Module) -> tuple[int, int]:
-        total = sum(p.numel() for p in part.parameters())
-        experts = sum(p.numel() for m in part.modules() if isinstance(m, Experts) for p in m.parameters())
-        return total, total - round(experts * idle)
+    count = partial(_total_and_active, config)
 
     heads = nn.ModuleList([model.mtp]) if mtp.depths else nn.ModuleList()
     mtp_total, mtp_active = count(heads)
@@ -302,8 +400,26 @@ def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
     mtp_matmul = mtp_active * (mtp.depths if mtp.share_weights else 1)
     if mtp.mode in ("sequential", "parallel"):
         mtp_matmul += mtp.depths * model.lm_head.weight.numel()
-    width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     blocks = config.num_hidden_layers + (mtp.depths if mtp.mode in ("sequential", "parallel") else 0)
-    attention = 6 * blocks * config.num_attention_heads * width * seq_len / 2
-    flops = 6 * (active - embedding + mtp_matmul) + attention
+    flops = 6 * (active - embedding + mtp_matmul) + blocks * _attention_flops(config, seq_len)
     return ModelSize(total, active, embedding, mtp_total, mtp_active, flops)
+
+
+def layer_flops(model: DeepseekV3MTP, seq_len: int) -> list[float]:
+    """`ModelSize.flops_per_token` by place: every trunk layer, and last all that follows: heads of depth 0..D."""
+    attention = _attention_flops(model.config, seq_len)
+    trunk = [6 * _total_and_active(model.config, layer)[1] + attention for layer in model.model.layers]
+    return [*trunk, model_size(model, seq_len).flops_per_token - sum(trunk)]
+
+
+def _total_and_active(config: ModelConfig, part: nn.Module) -> tuple[int, int]:
+    """Parameters of a part of the model: all, and those used per token."""
+    total = sum(p.numel() for p in part.parameters())
+    experts = sum(p.numel() for m in part.modules() if isinstance(m, Experts) for p in m.parameters())
+    return total, total - round(experts * (1 - config.num_experts_per_tok / config.n_routed_experts))
+
+
+def _attention_flops(config: ModelConfig, seq_len: int) -> float:
+    """Of one layer, forward and backward, per token: causal, so half of the square."""
+    width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    return 6 * config.num_attention_heads * width * seq_len / 2

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dsv3_mtp import kernels
 from dsv3_mtp.config import ModelConfig, RopeScaling
+from dsv3_mtp.model.recompute import again
 
 
 class RMSNorm(nn.Module):
@@ -40,8 +41,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if kernels.usable(x):
-            return self.down_proj(_SwiGLU.apply(torch.cat([gate, up], dim=-1)))
-        return self.down_proj(F.silu(gate) * up)
+            return self.down_proj(again(_SwiGLU.apply, torch.cat([gate, up], dim=-1)))
+        return self.down_proj(again(torch.mul, again(F.silu, gate), up))
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """DeepSeekMoE with bias-based, auxiliary-loss-free load balancing (DeepSeek-V3 section 2.1.2, eqs. 12-20)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,8 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model.dispatch import routed
+from dsv3_mtp.model.dispatch import routed, sort_by_expert
 from dsv3_mtp.model.layers import MLP
+from dsv3_mtp.model.recompute import again
+
+# Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), counts (E,) -> (rows, out).
+GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class RouterStats(NamedTuple):
@@ -35,7 +40,8 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
         """x: (B, T, C) -> chosen experts (N, K) int64, gates (N, K) float32, stats."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # (B, T, E); V3 keeps the gate in high precision
+        # V3 keeps the gate in high precision.
+        scores = F.linear(again(Tensor.to, x, wide), self.weight.to(wide)).sigmoid()  # (B, T, E)
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
         load = torch.bincount(chosen.flatten(), minlength=flat.shape[1]).float()
@@ -86,6 +92,8 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """E SwiGLU experts, stacked in memory (per expert on disk). Each runs in every step, on zero rows if need be."""
 
+    linear: tuple[GroupedLinear, GroupedLinear] | None = None  # of gate_up and down; precision/ puts FP8 here
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
@@ -95,7 +103,13 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
         """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K); counts: (E,)."""
-        return routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
+        if self.linear is None:
+            return routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
+        gate_up_linear, down_linear = self.linear
+        layout = sort_by_expert(chosen, gates.to(x.dtype), counts, 1)
+        gate, up = gate_up_linear(x[layout.source], self.gate_up_proj, counts).chunk(2, dim=-1)  # (N*K, F) each
+        y = down_linear(F.silu(gate) * up, self.down_proj, counts) * layout.gates.unsqueeze(1)  # (N*K, C)
+        return y[layout.slots].sum(1)
 
 
 class MoE(nn.Module):

@@ -1,4 +1,4 @@
-"""From a config to this rank's part of the model: all, its share of every layer's experts, or shards of each weight."""
+"""From a config to this rank's part of the model: all, a stage, its share of the experts, or shards of each weight."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,6 +11,7 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.parallel.experts import LocalExperts, share_experts
 from dsv3_mtp.parallel.launch import World
+from dsv3_mtp.parallel.pipeline import stage_parts
 
 
 def build_model(config: Config, ds_config: dict[str, Any], world: World) -> DeepseekV3MTP:
@@ -26,12 +27,14 @@ def build_model(config: Config, ds_config: dict[str, Any], world: World) -> Deep
         with torch.device("meta"):
             model = DeepseekV3MTP(config.model, config.mtp)
             if config.parallel.expert_parallel_size > 1:
-                share_experts(model, size=config.parallel.expert_parallel_size)
-        model.to_empty(device=world.device)
+                share_experts(model, size=config.parallel.expert_parallel_size, pipeline_stages=world.stages)
+        for part in stage_parts(config, model, world) if world.stages > 1 else [model]:
+            part.to_empty(device=world.device)
         for module in model.modules():
             if isinstance(module, LocalExperts):
                 module.mark()
     model.init_weights(config.run.seed, writable=writable)
+    model.checkpoint_activations(config.train.activation_checkpointing)
     return model
 
 

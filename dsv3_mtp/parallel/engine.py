@@ -1,7 +1,9 @@
 """The DeepSpeed engine: its JSON generated from the config, one optimizer step, reductions over ranks."""
 
 import contextlib
+import importlib
 import math
+import os
 from typing import Any
 
 import deepspeed
@@ -10,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.config.layout import refusals
+from dsv3_mtp.config.layout import data_size, refusals
+from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput
 from dsv3_mtp.parallel.launch import World
 
 
@@ -23,7 +26,7 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
     train, log = config.train, config.log
     if refused := refusals(config, world_size):
         raise ValueError("\n".join(refused))
-    rows = train.micro_batch_size * world_size
+    rows = train.micro_batch_size * data_size(config, world_size)
     generated: dict[str, Any] = {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -57,17 +60,42 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def import_muon() -> None:
+    """DeepSpeed imports its Muon optimizer on every start, to find that this run uses another one.
+
+    That hands three functions to torch.compile, which loads inductor for one to two seconds; this way they stay plain.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 class Engine:
     """A thin hold on `deepspeed.initialize`: what the trainer needs, and no more."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, ds_config: dict, world: World):
+    def __init__(
+        self,
+        model: DeepseekV3MTP,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ds_config: dict,
+        world: World,
+        module: torch.nn.Module | None = None,
+    ):
+        """module: what runs, made of the model's parts; None: the model itself."""
         # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no weights of its own.
         deepspeed.runtime.zero.utils.warned = True
+        import_muon()
         with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+                model=module or model, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
-        self.world = world
+        self.world, self.model = world, model
 
     @property
     def module(self) -> torch.nn.Module:
@@ -75,6 +103,22 @@ class Engine:
 
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)
+
+    def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
+        """Forward and backward of this rank's micro-batches of one optimizer step; the gradients are then averaged.
+
+        settings: keywords of the model's forward, normalized over the whole step. Returns the sums of the outputs.
+        """
+        total = self.model.no_output()
+        for number, (tokens, documents, scored) in enumerate(batch, start=1):
+            out = self(tokens, documents, scored=scored, **settings)
+            self.backward(out.loss, last=number == len(batch))
+            total += out.sums()
+        return total
+
+    def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
+        """The model's `evaluate`: the sums of the outputs for this rank's micro-batches but the last `blanks`."""
+        return self.model.evaluate(batch, blanks=blanks)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates the gradient; on the `last` micro-batch of the step the ranks' gradients are averaged.
@@ -92,10 +136,13 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self._replicated_norm() if self.engine.zero_optimization_stage() == 0 else None
-        self.engine.step()
+        self.update()
         if norm is None:
             norm = self.engine.get_global_grad_norm()
         return math.nan if norm is None else float(norm)
+
+    def update(self) -> None:
+        self.engine.step()
 
     def _replicated_norm(self) -> float:
         """ZeRO-0 in float32 reports no norm; there every rank holds the whole averaged gradient."""

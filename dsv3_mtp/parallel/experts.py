@@ -30,8 +30,8 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
         nn.Module.__init__(self)  # not DeepSpeed's, which would build a router and experts of its own
         self.group_name = f"ep_size_{size}"
         self.group = groups._get_expert_parallel_group(self.group_name)
-        self.num_experts = size  # DeepSpeed's count: the stack of a rank is one of its experts
-        count = len(whole.down_proj) // size
+        self.num_experts = len(whole.down_proj)  # of the whole layer
+        count = self.num_experts // size
         self.first = groups._get_expert_parallel_rank(self.group_name) * count
         for name, parameter in whole.named_parameters():
             self.register_parameter(name, nn.Parameter(parameter.new_empty(count, *parameter.shape[1:])))

@@ -10,7 +10,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.made_runs import write_checkpoint
 
 
-def write_run(config: Any, root: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Path, DeepseekV3MTP]:
+def write_run(config: Any, root: Path) -> tuple[Path, DeepseekV3MTP]:
     """root/runs/tiny with random weights and root/data/tiny/tokenizer.json of 260 tokens; the folder and the model."""
     folder, data = root / "runs/tiny", root / "data/tiny"
     for path in (folder, data):
@@ -20,6 +20,6 @@ def write_run(config: Any, root: Path, *, dtype: torch.dtype = torch.float32) ->
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
     for parameter in model.parameters():  # router biases stay float32
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(getattr(torch, config.train.dtype))
     write_checkpoint(folder, model, step=4)
     return folder, model

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv3_mtp.decode.cache import Ring, Slots
-from dsv3_mtp.decode.decoder import Decoder, Trunk
+from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.layers import Mixture
 from dsv3_mtp.generate import Settings, generate
 
@@ -149,19 +149,3 @@ def test_ring_forgets_only_what_is_older_than_its_width():
         slots = torch.arange(start, start + 3.0)
         ring.write([start, start + 1], torch.stack([slots, slots + 1])[..., None])
     assert ring.read([16, 17], 5)[..., 0].tolist() == [[16, 17, 18, 19, 20], [17, 18, 19, 20, 21]]
-
-
-def test_a_decode_step_is_one_graph_for_a_compiler_and_equals_the_eager_one(make_model):
-    model = make_model()
-    tokens = torch.randint(64, (1, 9))
-    compiled = torch.compile(Trunk.forward, fullgraph=True, backend="eager")
-    slots = Slots(model, 12)
-    outs = []
-    with torch.inference_mode():
-        decoder = Decoder(model)
-        for forward in (Trunk.forward, compiled):
-            cache = slots.cache(3, 1)
-            decoder.trunk(tokens[:, :5], cache, slots.window([0], 5))
-            states = [forward(decoder.layers, tokens[:, i : i + 1], cache, slots.window([i], 1)) for i in (5, 6, 7, 8)]
-            outs.append(torch.cat([state.post_norm for state in states]))
-    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)

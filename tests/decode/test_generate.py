@@ -1,5 +1,7 @@
 """Generation loses nothing: speculative equals plain, batches equal single prompts, limits and stops are kept."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,6 +132,17 @@ def test_sampled_speculative_output_has_the_plain_distribution(make_model, heads
         expected = sampler.probabilities(plain_logits(model, prompt + context)[0, -1])
         counts = torch.bincount(tokens[rows_here, len(context)], minlength=64)
         assert chi_square_p(counts, expected * (expected > 1e-7)) > 1e-3
+
+
+def test_weights_changed_between_two_calls_are_seen(make_model):
+    model = copy.deepcopy(make_model("two_modules", trained=True))
+    generate(model, [[5]], Settings(draft_depth=2))
+    for parameter in model.parameters():
+        parameter.data += (
+            torch.randn_like(parameter) / 4
+        )  # autograd's version counters do not see what goes through .data
+    expected = plain_greedy(model, [5], 20)
+    assert generate(model, [[5]], Settings(max_new_tokens=20, draft_depth=2)).tokens == [expected]
 
 
 def test_sampling_repeats_with_its_seed_only(make_model):

@@ -1,7 +1,7 @@
 """Time and peak memory of export and import on a checkpoint made up for that: python -m tests.hf.measure DIR [LAYERS].
 
 Every tool runs in its own process. `peak` is the highest resident memory above what the imports take; `anonymous` is
-the part of it that is not pages of the mapped checkpoint file.
+the part of it that is not pages of mapped files.
 """
 
 import argparse
@@ -23,10 +23,10 @@ STEPS = {
 
 
 def measure(folder: Path, *, layers: int, hidden: int = 1024, experts: int = 32) -> dict[str, dict[str, float]]:
-    """Seconds of CPU and megabytes of every step; the size of the checkpoint under "checkpoint"."""
+    """Seconds of CPU and megabytes of every step; the size of the model in bfloat16 under "model"."""
     work(folder, f"make({layers}, {hidden}, {experts})")
-    size = sum(path.stat().st_size for path in folder.glob("run/checkpoints/*/*.pt")) / 2**20
-    return {"checkpoint": {"MiB": size}} | {name: work(folder, code) for name, code in STEPS.items()}
+    masters = sum(path.stat().st_size for path in folder.glob("run/checkpoints/*/*.safetensors")) / 2**20
+    return {"model": {"MiB": masters / 2}} | {name: work(folder, code) for name, code in STEPS.items()}
 
 
 def work(folder: Path, code: str) -> dict[str, float]:

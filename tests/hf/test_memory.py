@@ -11,11 +11,10 @@ from tests.hf.measure import measure
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_a_few_tensors_not_a_model(tmp_path):
     found = measure(tmp_path, layers=6, hidden=512, experts=32)
-    copy = found["checkpoint"]["MiB"]
+    copy = found["model"]["MiB"]
     assert copy > 100
     for name, values in found.items():
         if name.startswith(("export", "import")):
-            assert values["anonymous_MiB"] < 0.6 * copy, name  # the largest tensor in float32, twice
-            assert values["peak_MiB"] < 1.6 * copy, name  # and an export maps its checkpoint
+            assert values["peak_MiB"] < 0.6 * copy, name  # the largest tensor in float32, twice
         elif name.startswith("load"):
             assert values["anonymous_MiB"] < 1.6 * copy, name

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv3_mtp.hf import export_hf, import_hf
+from tests.made_runs import write_state
 from tests.ranks import run_tool
 
 ROOT = Path(__file__).parents[2]
@@ -81,19 +82,14 @@ def test_a_module_that_learns_only_through_the_chain_is_exported(make_run, tmp_p
 
 def test_missing_unused_misshapen_and_not_finite_tensors_of_a_run(make_run, tmp_path):
     run, model = make_run()
-    states = run / "checkpoints" / "global_step7" / "mp_rank_00_model_states.pt"
-    complete = states.with_name("COMPLETE.json")
-
-    def save(state) -> None:
-        torch.save({"module": state}, states)
-        complete.write_text(json.dumps({"files": {states.name: states.stat().st_size}}))
-
+    checkpoint = run / "checkpoints" / "global_step7"
     state = model.state_dict()
     broken = {name: value for name, value in state.items() if name != "mtp.layers.0.enorm.weight"}
-    save(
+    write_state(
+        checkpoint,
         broken
         | {"extra": torch.zeros(1), "model.norm.weight": torch.zeros(3)}
-        | {"model.layers.1.mlp.experts.down_proj": torch.zeros(8, 16, 32)}
+        | {"model.layers.1.mlp.experts.down_proj": torch.zeros(8, 16, 32)},
     )
     with pytest.raises(ValueError) as error:
         export_hf(run, tmp_path / "hf")
@@ -104,7 +100,7 @@ def test_missing_unused_misshapen_and_not_finite_tensors_of_a_run(make_run, tmp_
 
     state["lm_head.weight"][0, 0] = float("nan")
     state["model.layers.1.mlp.experts.down_proj"][5, 0, 0] = float("inf")
-    save(state)
+    write_state(checkpoint, state)
     for dtype in ("bf16", "fp8"):
         with pytest.raises(ValueError, match="hold nan or infinity") as error:
             export_hf(run, tmp_path / "hf", dtype=dtype)
@@ -115,7 +111,7 @@ def test_missing_unused_misshapen_and_not_finite_tensors_of_a_run(make_run, tmp_
 
 def test_an_unfinished_checkpoint_does_not_count(make_run, tmp_path):
     run, _ = make_run()
-    (run / "checkpoints" / "global_step7" / "mp_rank_00_model_states.pt").write_bytes(b"cut")
+    (run / "checkpoints" / "global_step7" / "shard_rank0.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="no complete checkpoint"):
         export_hf(run, tmp_path / "hf")
 

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_mtp import kernels
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
-from dsv3_mtp.loading import newest_checkpoint
+from dsv3_mtp.loading import newest_checkpoint, read_state_dict
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.trainer import Trainer
+from dsv3_mtp.tuning import tune_cpu
 from tests.ranks import run_ranks, write_markov
 
 pytestmark = pytest.mark.dist
@@ -45,8 +47,7 @@ def train(tmp_path, make_tiny_config):
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest = newest_checkpoint(folder / "checkpoints")
-    return torch.load(newest / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    return read_state_dict(newest_checkpoint(folder / "checkpoints"))
 
 
 def test_a_run_starts_from_the_weights_of_an_export(tmp_path, train):
@@ -58,7 +59,12 @@ def test_a_run_starts_from_the_weights_of_an_export(tmp_path, train):
     last = metrics[-1]
     model, config = open_model(run=str(first), hf=None, seq_len=None, micro_batch_size=None)
     source, cpu = open_source(config.data.val, "val"), torch.device("cpu")
-    found = validate(model, source, config, batches=config.eval.batches, device=cpu)
+    try:
+        tune_cpu()  # as training does
+        found = validate(model, source, config, batches=config.eval.batches, device=cpu)
+    finally:
+        kernels.disable()
+        torch.set_float32_matmul_precision("highest")
     assert found == {key: value for key, value in last.items() if key.startswith("val/")}  # bit for bit
     for key in ("val/main_loss", "val/mtp_loss/1", "val/top1/0", "val/agreement/1"):
         assert again[-1][key] == pytest.approx(last[key], abs=1e-6), key

@@ -5,7 +5,7 @@
 Every tensor that is alive is counted, once per storage, at four points of a step of two micro-batches: after the first
 forward (weights that ZeRO-3 gathered and did not give back), between the micro-batches (gradients that accumulate),
 before the update, and after it. The rows are few, so that activations hardly count; the reduce bucket of DeepSpeed
-(5e8 elements by default, whatever the model) is made small.
+(5e8 elements by default, whatever the model) is made small, and ZeRO-3 keeps no weights for later (1e9 by default).
 """
 
 import gc
@@ -21,16 +21,14 @@ from tests.ranks import run_ranks, write_markov
 
 POINTS = ("after forward", "between", "before step", "after step")
 LAYOUTS = [
-    (stage, offload, experts)
-    for stage, offload, experts in [
-        (0, False, 1),
-        (1, False, 1),
-        (2, False, 1),
-        (3, False, 1),
-        (1, False, 2),
-        (2, False, 2),
-    ]
-]
+    (0, False, 1),
+    (1, False, 1),
+    (2, False, 1),
+    (3, False, 1),
+    (2, True, 1),
+    (1, False, 2),
+    (2, False, 2),
+]  # ZeRO, offload, EP
 
 
 def make_config(folder: Path, data: str, dtype: str, stage: int, offload: bool, experts: int) -> Config:
@@ -40,18 +38,18 @@ def make_config(folder: Path, data: str, dtype: str, stage: int, offload: bool, 
     sections["data"] |= {"train": data, "val": data}
     sections["train"] |= {"dtype": dtype, "batch_size": 4, "micro_batch_size": 1}
     parallel = {"zero_stage": stage, "offload_optimizer": offload, "expert_parallel_size": experts}
-    deepspeed = {"zero_optimization": {"reduce_bucket_size": 10_000}}
+    live = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    zero = {"reduce_bucket_size": 10_000} | dict.fromkeys(live, 0)
+    deepspeed = {"zero_optimization": zero if stage == 3 else {"reduce_bucket_size": 10_000}}
     return Config.model_validate(sections | {"parallel": parallel, "deepspeed": deepspeed})
 
 
 def alive() -> dict[int, int]:
     """Address -> bytes of every tensor storage."""
     gc.collect()
-    storages = [tensor.untyped_storage() for tensor in gc.get_objects() if type(tensor) in KINDS]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-
-KINDS = (torch.Tensor, torch.nn.Parameter)
+    found = [tensor for tensor in gc.get_objects() if type(tensor) in (torch.Tensor, torch.nn.Parameter)]
+    found += [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]  # gc sees no gradient
+    return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in found)}
 
 
 def measure(config: Config, file: Path) -> None:
@@ -94,7 +92,7 @@ def main() -> None:
                 codes = run_ranks(measure, config, folder / "found", world_size=2, log=folder / "log")
                 assert codes == [0, 0], (folder / "log.rank0").read_text()
                 found = torch.load(folder / "found")
-                row = f"{dtype}, ZeRO-{stage}" + (f", EP={experts}" if experts > 1 else "")
+                row = f"{dtype}, ZeRO-{stage}" + ", offload" * offload + f", EP={experts}" * (experts > 1)
                 print(f"{row:40}" + "".join(f"{found[point]:15.2f}" for point in POINTS), flush=True)
 
 

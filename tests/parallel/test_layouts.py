@@ -28,7 +28,7 @@ EXPERTS = ".mlp.experts."
 
 # Models and data: what is trained. One rank trains each of them once; then every layout below is compared with it.
 D1: dict[str, Any] = {}
-D2 = {"mtp.num_nextn_predict_layers": 2, "data.mask_documents": True}
+D2 = {"mtp.num_nextn_predict_layers": 2, "data.mask_documents": True, "train.activation_checkpointing": "full"}
 NONE = {"mtp.mode": "none"}
 PARALLEL = {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2}
 BF16 = {"train.dtype": "bfloat16", "optim.eps": 0.01}  # with a tiny eps, Adam makes whole steps of rounding errors
@@ -41,12 +41,11 @@ MODELS = {"D1": D1, "D2": D2, "none": NONE, "parallel": PARALLEL, "bf16": BF16, 
 LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
     "ZeRO-0": ("D1", 2, 1, 0, False),
     "ZeRO-1": ("D1", 2, 1, 1, False),
-    "ZeRO-2, D=2, masked": ("D2", 2, 1, 2, False),
+    "ZeRO-2, D=2, masked, full": ("D2", 2, 1, 2, False),
     "ZeRO-2, no MTP": ("none", 2, 1, 2, False),
     "ZeRO-2, parallel D=2": ("parallel", 2, 1, 2, False),
-    "ZeRO-2, offload": ("D1", 2, 1, 2, True),
     "EP=2, ZeRO-1": ("D1", 2, 2, 1, False),
-    "EP=2, ZeRO-2, D=2, masked": ("D2", 2, 2, 2, False),
+    "EP=2, ZeRO-2, D=2, masked, full": ("D2", 2, 2, 2, False),
     "EP=2, ZeRO-1, no MTP": ("none", 2, 2, 1, False),
     "EP=2, ZeRO-1, parallel D=2": ("parallel", 2, 2, 1, False),
     "EP=2, ZeRO-1, offload": ("D1", 2, 2, 1, True),
@@ -54,12 +53,12 @@ LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
     "EP=2, ZeRO-2, idle rank and expert": ("skewed", 2, 2, 2, False),
     "EP=2, ZeRO-1, frozen trunk": ("frozen", 2, 2, 1, False),
     "ZeRO-3": ("D1", 2, 1, 3, False),
-    "ZeRO-3, D=2, masked, offload": ("D2", 2, 1, 3, True),
+    "ZeRO-3, D=2, masked, full, offload": ("D2", 2, 1, 3, True),
     "ZeRO-3, bf16": ("bf16", 2, 1, 3, False),
     "ZeRO-3, frozen trunk": ("frozen", 2, 1, 3, False),
     "EP=2 x 2 copies, ZeRO-1": ("D1", 4, 2, 1, False),
     "EP=2 x 2 copies, ZeRO-2, idle ranks": ("skewed", 4, 2, 2, False),
-    "EP=4, ZeRO-1, D=2, masked": ("D2", 4, 4, 1, False),
+    "EP=4, ZeRO-1, D=2, masked, full": ("D2", 4, 4, 1, False),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_mtp.loading import WEIGHTS, newest_checkpoint
+from dsv3_mtp.loading import newest_checkpoint, read_state_dict
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.study.matrix import load_study
 from dsv3_mtp.study.measure import read_results
@@ -36,7 +36,7 @@ def timeless(folder: Path) -> list[dict]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(folder / "checkpoints")
     assert newest is not None and newest.name == f"global_step{STEPS}"
-    return torch.load(newest / WEIGHTS, weights_only=False)["module"]
+    return read_state_dict(newest)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,216 @@
+"""One side of a speed comparison in a process of its own, driven line by line over pipes by tools/bench.py.
+
+`python -m dsv3_mtp.bench` reads a JSON spec, builds the model and answers each command with one JSON line. Times are
+CPU seconds of the process on a CPU, so that other work on the machine counts little, and wall seconds on a GPU.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_mtp import tuning
+from dsv3_mtp.config import Config
+from dsv3_mtp.hf.settings import to_config_json
+from dsv3_mtp.losses import linear_cross_entropy
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, model_size
+from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
+from dsv3_mtp.model.moe import MoE
+from dsv3_mtp.optim import build_optimizer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Step = Callable[[], Tensor]
+
+
+def now() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def timed(function: Callable[[], Any]) -> float:
+    start = now()
+    function()
+    return now() - start
+
+
+def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
+    """A step that returns its main loss, the model, and the optimizer. All kinds start from the same weights."""
+    config = Config.model_validate(spec["config"])
+    model = DeepseekV3MTP(config.model, config.mtp)
+    model.init_weights(config.run.seed)
+    generator = torch.Generator().manual_seed(config.run.seed)
+    shape = (config.train.micro_batch_size, config.data.seq_len + 1 + config.mtp.depths)
+    tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(DEVICE)
+    if spec["kind"] == "transformers":
+        return transformers_step(model, tokens, config, tuned=spec["tuned"])
+    dtype = getattr(torch, config.train.dtype)
+    for parameter in model.parameters():  # not the router biases, which stay float32
+        parameter.data = parameter.data.to(DEVICE, dtype)
+    model.to(DEVICE)
+    if spec["compiled"]:
+        for module in model.modules():
+            if type(module).__name__ in ("DecoderLayer", "MTPModule", "ParallelHead"):
+                module.compile()
+    optimizer = build_optimizer(model, config.optim)
+    alpha = config.train.balance_loss_weight
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        out = model(tokens, balance_loss_weight=alpha)
+        out.loss.backward()
+        optimizer.step()
+        return out.nll_sum[0] / out.targets[0]
+
+    return step, model, optimizer
+
+
+def transformers_step(ours: DeepseekV3MTP, tokens: Tensor, config: Config, *, tuned: bool) -> tuple[Step, Any, Any]:
+    """transformers' DeepseekV3ForCausalLM as it comes, or with the settings that were found best for it on a CPU:
+    its plain attention, fused AdamW, and for bfloat16 autocast over float32 weights."""
+    import transformers
+
+    content = to_config_json(config.model, 0, dtype="fp32", special_ids={})
+    settings = transformers.DeepseekV3Config.from_dict(content | {"use_cache": False})
+    if tuned and DEVICE.type == "cpu":
+        settings._attn_implementation = "eager"
+    model: Any = transformers.DeepseekV3ForCausalLM(settings)
+    model.load_state_dict(
+        {name: w for name, w in ours.state_dict().items() if not name.startswith("mtp.")}, strict=True
+    )
+    low = config.train.dtype == "bfloat16"
+    autocast = low and DEVICE.type == "cpu"
+    model = model.to(DEVICE, torch.bfloat16 if low and not autocast else torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True if tuned else None)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            loss = model(input_ids=inputs, labels=targets, shift_labels=targets).loss
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step, model, optimizer
+
+
+def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
+    """Seconds per step of each part alone, forward and backward, times the number of times that a step runs it."""
+    batch, length, width = config.train.micro_batch_size, config.data.seq_len, config.model.hidden_size
+    dtype = model.lm_head.weight.dtype
+    x = torch.randn(batch, length, width, device=DEVICE, dtype=dtype, requires_grad=True)
+    angles = rotary_angles(config.model, torch.arange(length, device=DEVICE))
+    heads = 1 + config.mtp.depths
+    rows = x.detach().flatten(0, 1).repeat(heads, 1).requires_grad_()
+    targets = torch.randint(config.model.vocab_size, (len(rows),), device=DEVICE)
+    row_weight = torch.full((len(rows),), 1 / len(rows), device=DEVICE)
+
+    def median(forward: Callable[[], Tensor]) -> float:
+        def both() -> None:
+            out = forward()
+            out.backward(torch.ones_like(out))
+
+        times = sorted(timed(both) for _ in range(6))
+        return times[2]  # the first run, which also compiles and allocates, is never the third fastest of six
+
+    layers = [*model.model.layers, *(model.mtp.layers if hasattr(model.mtp, "layers") else ())]
+    sparse: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, MoE)]
+    dense: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, MLP)]
+    norms = sum(isinstance(m, RMSNorm) and m.weight.numel() == width for m in model.modules())
+    result = {"attention": len(layers) * median(lambda: layers[0].self_attn(x, angles, None))}
+    if sparse:
+        result["MoE"] = len(sparse) * median(lambda: sparse[0](x)[0])
+    if dense:
+        result["dense feed-forward"] = len(dense) * median(lambda: dense[0](x))
+    result["norms"] = norms * median(lambda: layers[0].input_layernorm(x))
+    result["output head and loss"] = median(
+        lambda: linear_cross_entropy(rows, model.lm_head.weight, targets, row_weight)[0]
+    )
+    result["optimizer"] = sorted(timed(optimizer.step) for _ in range(6))[2]
+    return result
+
+
+def loss_memory(config: Config, *, naive: bool) -> int:
+    """Extra bytes of the heads' loss at its peak, on random hidden states: all logits at once, or by chunks."""
+    heads, vocab = 1 + config.mtp.depths, config.model.vocab_size
+    rows = heads * config.train.micro_batch_size * config.data.seq_len
+    hidden = torch.randn(rows, config.model.hidden_size, requires_grad=True)
+    weight = (0.02 * torch.randn(vocab, config.model.hidden_size)).requires_grad_()
+    targets, row_weight = torch.randint(vocab, (rows,)), torch.full((rows,), 1 / rows)
+    F.linear(hidden[:8], weight).sum().backward()  # libraries and gradients are there before the count begins
+    before = resident("VmRSS")
+    if naive:
+        parts = zip(hidden.chunk(heads), targets.chunk(heads), strict=True)
+        loss = torch.stack([F.cross_entropy(F.linear(h, weight), t) for h, t in parts]).sum()
+    else:
+        loss = linear_cross_entropy(hidden, weight, targets, row_weight)[0]
+    loss.backward()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at the peak (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of the best of some square products: what `MFU` is measured against."""
+    size = 8192 if DEVICE.type == "cuda" else 768
+    x, y = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(lambda: torch.mm(x, y)) for _ in range(5))
+
+
+def main() -> None:
+    spec = json.loads(sys.stdin.readline())
+    out, sys.stdout = sys.stdout, sys.stderr
+
+    def answer(value: Any) -> None:
+        print(json.dumps(value), file=out, flush=True)
+
+    torch.set_num_threads(spec["threads"])
+    torch.manual_seed(0)
+    config = Config.model_validate(spec["config"])
+    if spec["kind"] in ("chunked", "naive"):
+        answer(loss_memory(config, naive=spec["kind"] == "naive"))
+        return
+    notes = tuning.tune_cpu() if spec["tuned"] and DEVICE.type == "cpu" and spec["kind"] == "ours" else []
+    if spec["tuned"] and spec["kind"] == "transformers" and DEVICE.type == "cpu":
+        tuning.keep_freed_memory()
+    step, model, optimizer = build(spec)
+    built = resident("VmRSS")
+    losses = [step().item() for _ in range(3)]
+    size = model_size(model, config.data.seq_len) if isinstance(model, DeepseekV3MTP) else None
+    answer({"losses": losses, "notes": notes, "flops_per_token": size and size.flops_per_token, "pid": os.getpid()})
+    for line in sys.stdin:
+        command, _, argument = line.strip().partition(" ")
+        if command == "step":
+            start, wall = now(), time.perf_counter()
+            loss = step().item()
+            answer({"seconds": now() - start, "wall": time.perf_counter() - wall, "loss": loss})
+        elif command == "peak":
+            answer(matmul_rate(getattr(torch, config.train.dtype)))
+        elif command == "parts":
+            answer(parts(model, optimizer, config))
+        elif command == "memory":
+            cuda = DEVICE.type == "cuda"
+            answer(torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - built)
+        elif command == "profile":
+            with torch.profiler.profile() as profile:
+                step()
+            profile.export_chrome_trace(argument)
+            answer(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Pipeline parallelism with DeepSpeed's PipelineModule: stages of balanced cost; heads and losses are on the last one.
+
+Every rank holds the whole DeepseekV3MTP as a description, of which only its own stage has storage; the rest lies on
+the meta device. Names, counts, initial weights and the order of the routers are therefore those of the model without
+a pipeline, and a parameter is this rank's if it is not meta.
+
+    stage 0       embedding, trunk layers
+    stage s       trunk layers
+    last stage    trunk layers, final norm, all MTP depths, output head, losses; and the embedding again, if the MTP
+                  modules read it: tied, its gradients summed over both copies before every update
+
+Between stages travel the hidden states, the balance loss of every router so far (with gradient), the routers' loads,
+and the tokens.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import schedule
+from torch import Tensor, nn
+
+from dsv3_mtp.config import Config, MTPConfig
+from dsv3_mtp.config.layout import uncut
+from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, layer_flops, run_layers
+from dsv3_mtp.model.moe import RouterStats
+from dsv3_mtp.model.mtp import TrunkStates
+from dsv3_mtp.parallel.engine import Engine
+from dsv3_mtp.parallel.launch import World
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[int]:
+    """Bounds of `parts` contiguous, non-empty parts: the dearest part is as cheap as can be, and of all such cuts the
+    one with the smallest sum of squares. `parts` + 1 numbers; part i is costs[bounds[i] : bounds[i+1]].
+    """
+    sums = [0.0, *itertools.accumulate(costs)]
+
+    def cut(weigh: Callable[[float], float], join: Callable[[float, float], float]) -> tuple[float, list[int]]:
+        best = {0: (0.0, [0])}  # end of the parts so far -> value, bounds
+        for part in range(1, parts + 1):
+            ends = range(part, len(costs) - (parts - part) + 1)
+            best = {
+                end: min(
+                    (join(value, weigh(sums[end] - sums[start])), [*bounds, end])
+                    for start, (value, bounds) in best.items()
+                    if start < end
+                )
+                for end in ends
+            }
+        return best[len(costs)]
+
+    dearest, _ = cut(lambda cost: cost, max)
+    limit = dearest * (1 + 1e-9)
+    return cut(lambda cost: cost**2 if cost <= limit else float("inf"), lambda a, b: a + b)[1]
+
+
+def stage_layers(config: Config) -> list[range]:
+    """The trunk layers of each stage: FLOPs balanced over the pieces that may be cut apart (config.layout.uncut), of
+    which what follows the trunk is the last.
+    """
+    with torch.device("meta"):
+        costs = layer_flops(DeepseekV3MTP(config.model, config.mtp), config.data.seq_len)
+    layers, (head, tail) = len(costs) - 1, uncut(config)
+    pieces = [sum(costs[:head]), *costs[head : layers + 1 - tail], sum(costs[layers + 1 - tail :])]
+    bounds = balanced(pieces, config.parallel.pipeline_stages)
+    bounds = [0, *(bound + head - 1 for bound in bounds[1:-1]), layers]
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def reads_tokens(mtp: MTPConfig) -> bool:
+    """The heads look tokens up in the embedding, so that the last stage has a copy of it."""
+    return mtp.mode == "sequential" and mtp.embed
+
+
+def stage_parts(config: Config, model: DeepseekV3MTP, world: World) -> list[nn.Module]:
+    """What of the model this rank's stage holds."""
+    parts: list[nn.Module] = [model.model.layers[layer] for layer in stage_layers(config)[world.stage]]
+    last = world.stage == world.stages - 1
+    if world.stage == 0 or (last and reads_tokens(model.mtp_config)):
+        parts.append(model.model.embed_tokens)
+    if last:
+        parts += [model.model.norm, model.lm_head, *([model.mtp] if model.depths else [])]
+    return parts
+
+
+class Stage(nn.Module):
+    """Consecutive trunk layers. Takes and gives (x, balance, load, tokens[, documents]):
+
+    x (B, T, C); balance (1+r,) and counts (1+r, E+1) int64, load and nodes, of nothing and of the r routers so far (an
+    empty tensor cannot be sent); tokens and documents (B, T+1+D).
+    """
+
+    def __init__(self, model: DeepseekV3MTP, layers: range):
+        super().__init__()
+        self.layers = model.model.layers[layers.start : layers.stop]
+        self.positions = model.positions
+
+    def forward(self, carried: tuple[Tensor, ...]) -> Any:
+        x, balance, counts, tokens, *documents = carried
+        _, x, stats = run_layers(self.layers, x, *self.positions(tokens, *documents))
+        balance = torch.cat([balance, *(s.balance.view(1) for s in stats)])
+        counts = torch.stack([*counts, *(torch.cat([s.load.long(), s.nodes.view(1)]) for s in stats)])
+        return x, balance, counts, tokens, *documents
+
+
+class LastStage(Stage):
+    """The last trunk layers and all that follows. Also takes the embeddings (B, T-1+D, C) of the tokens ahead."""
+
+    def __init__(self, model: DeepseekV3MTP, layers: range):
+        super().__init__(model, layers)
+        self.norm, self.mtp, self.lm_head = model.model.norm, model.mtp, model.lm_head
+        self.head_states, self.losses = model.head_states, model.losses  # of the model: they use the three above
+        self.settings: dict[str, Any] = {}  # keywords of `losses`, the same for all micro-batches of a step
+
+    def forward(self, carried: tuple[Tensor, ...]) -> MTPOutput:
+        x, balance, counts, tokens, *documents, ahead = carried
+        angles, mask = self.positions(tokens, *documents)
+        last_input, x, own = run_layers(self.layers, x, angles, mask)
+        trunk = TrunkStates(last_input, x, self.norm(x))
+        hiddens, of_heads = self.head_states(trunk, ahead, angles, mask, *documents)
+        earlier = [RouterStats(c[:-1].float(), b, c[-1]) for c, b in zip(counts[1:], balance[1:], strict=True)]
+        return self.losses(hiddens, earlier + own + of_heads, tokens, *documents, **self.settings)
+
+
+class SharedEmbedding(TiedLayerSpec):
+    """The model's own embedding as a layer of the first stage, and again of the last one where the heads read it."""
+
+    def __init__(self, model: DeepseekV3MTP, forward: Callable[[nn.Module, Any], Any]):
+        super().__init__("embed_tokens", nn.Embedding, forward_fn=forward)
+        self.module = model.model.embed_tokens
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.module
+
+
+class Stages(PipelineModule):
+    """The model as DeepSpeed's pipeline: `stage_layers` decides which layer is on which stage."""
+
+    def __init__(self, model: DeepseekV3MTP, layers: list[range], loss: Callable[[MTPOutput, Any], Tensor]):
+        depths, experts = model.depths, model.config.n_routed_experts
+
+        def embed(embedding: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            tokens, *documents = inputs
+            x = embedding(tokens[:, : -1 - depths])
+            return x, x.new_zeros(1, dtype=torch.float32), tokens.new_zeros(1, experts + 1), tokens, *documents
+
+        def look_ahead(embedding: nn.Module, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return *carried, embedding(carried[3][:, 1:-1])
+
+        def nothing_ahead(carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x, tokens = carried[0], carried[3]
+            return *carried, x.new_zeros(()).expand(len(x), tokens.shape[1] - 2, x.shape[2])
+
+        shared = reads_tokens(model.mtp_config)
+        specs = [
+            SharedEmbedding(model, embed),
+            *(Stage(model, own) for own in layers[:-1]),
+            SharedEmbedding(model, look_ahead) if shared else nothing_ahead,
+            LastStage(model, layers[-1]),
+        ]
+        self.bounds = [0, *range(2, len(layers) + 1), len(specs)]
+        with (
+            contextlib.redirect_stdout(None),
+            torch.no_grad(),
+        ):  # it copies the tied weights as if to differentiate that
+            super().__init__(specs, num_stages=len(layers), loss_fn=loss)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self.bounds
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+
+class Accumulation(schedule.TrainSchedule):
+    """DeepSpeed's 1F1B schedule up to the update, which is a step of its own."""
+
+    UPDATE = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
+
+    def steps(self) -> Iterator[list[Any]]:
+        for commands in super().steps():
+            yield [command for command in commands if not isinstance(command, self.UPDATE)]
+
+
+def backward_pass(engine: Any, buffer_id: int) -> None:
+    """DeepSpeed's instruction, except that
+
+    - the loss, normalized over the whole optimizer step, is not divided by the number of micro-batches;
+    - the outputs of a stage go backward together, not one after another through all of its layers;
+    - an input on which nothing depends (the balance before the first router) gets its zeros, which are waited for.
+    """
+    if engine.is_last_stage():
+        DeepSpeedEngine.backward(engine, engine.loss, scale_wrt_gas=False)
+    else:
+        outputs = [output for output in engine.pipe_buffers["outputs"][buffer_id] if output.is_floating_point()]
+        pairs = [pair for pair in zip(outputs, engine.grad_layer, strict=True) if pair[0].requires_grad]
+        if engine.using_bf16_optimizer:
+            engine.optimizer.clear_lp_grads()
+        engine._running_engine_backward = True
+        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
+        engine._running_engine_backward = False
+        if engine.using_bf16_optimizer:
+            engine.optimizer.update_hp_grads(clear_lp_grads=False)
+        engine.pipe_buffers["outputs"][buffer_id] = None
+    for received in engine.pipe_buffers["inputs"][buffer_id]:
+        if received.is_floating_point() and received.grad is None:
+            received.grad = torch.zeros_like(received)
+
+
+class PipelineEngine(Engine):
+    """`Engine` for one stage of a pipeline. Only the last stage's outputs count; other ranks return sums of zero."""
+
+    def __init__(self, model: DeepseekV3MTP, optimizer: torch.optim.Optimizer, *, config: Config, **start: Any):
+        self.stages = Stages(model, stage_layers(config), self.add)
+        super().__init__(model, optimizer, module=self.stages, **start)
+        instructions = {**self.engine._INSTRUCTION_MAP, schedule.BackwardPass: backward_pass}
+        self.engine._INSTRUCTION_MAP, self.engine._compute_loss = instructions, True
+        self.total, self.counted = model.no_output(), 0
+
+    def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
+        return self.run(Accumulation, batch, settings)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
+        self.module.eval()
+        total = self.run(schedule.InferenceSchedule, batch, {}, blanks)
+        self.module.train()
+        return total
+
+    def run(
+        self, kind: type[schedule.PipeSchedule], batch: Batch, settings: dict[str, Any], blanks: int = 0
+    ) -> MTPOutput:
+        """All micro-batches through all stages."""
+        self.total, self.counted = self.model.no_output(), len(batch) - blanks
+        if self.world.stage == self.world.stages - 1:
+            self.stages.forward_funcs[-1].settings = settings
+        inputs = [((t,) if documents is None else (t, documents), ()) for t, documents, _ in batch]  # no tasks here
+        self.engine.set_dataiterator(iter(inputs))
+        self.engine._exec_schedule(kind(len(batch), self.world.stages, self.world.stage))
+        return self.total
+
+    def add(self, out: MTPOutput, _labels: Any) -> Tensor:
+        """The last stage's loss function."""
+        if self.counted > 0:
+            self.total += out.sums()
+        self.counted -= 1
+        return out.loss
+
+    def update(self) -> None:
+        for weight, _ in self.stages.get_tied_weights_and_groups():
+            if weight.requires_grad and weight.grad is None:  # detached on the last stage: its zeros are waited for
+                weight.grad = torch.zeros_like(weight)
+        self.engine._exec_reduce_tied_grads()
+        self.engine._exec_reduce_grads()
+        self.engine._exec_optimizer_step()

@@ -1,0 +1,272 @@
+"""What a layout costs each rank, from the config alone: parameters, memory, communication, pipeline bubble.
+
+Ranks = pipeline stages x data ranks; expert-parallel groups lie inside the data ranks (V3 3.2: 2048 = 16 x 128, groups
+of 64, so 2 copies of each expert). Memory follows the ZeRO paper (arXiv 1910.02054, section 5) as DeepSpeed 0.19.8
+carries it out; volumes are bytes that one rank sends, with ring algorithms, in one optimizer step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+
+from torch import nn
+
+from dsv3_mtp.config import Config, ModelConfig
+from dsv3_mtp.config.layout import data_size
+from dsv3_mtp.losses import CHUNK_ELEMENTS
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.moe import Experts, MoE
+from dsv3_mtp.parallel.pipeline import reads_tokens, stage_layers
+
+DEEPSPEED_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9}  # zero_optimization, in elements
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a pipeline does not cut: the embedding, a trunk layer, or all that follows the trunk."""
+
+    name: str
+    dense: int  # parameters that every data rank holds
+    experts: int  # parameters of routed experts, spread over expert-parallel ranks
+    dense_blocks: int  # decoder layers with a dense feed-forward, each time one is computed
+    moe_blocks: int
+    merges: int  # computations of eh_proj
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of the ranks and of one optimizer step at the full batch size."""
+
+    stages: int
+    data: int  # data-parallel ranks of a stage
+    experts: int  # ranks that share a layer's routed experts
+    micro_batches: int  # per data rank and step
+    tokens: int  # per micro-batch
+
+    @property
+    def copies(self) -> int:
+        return self.data // self.experts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes on each rank of one pipeline stage."""
+
+    names: list[str]
+    dense: int  # parameters on this rank
+    experts: int  # parameters of routed experts on this rank
+    moe_blocks: int
+    weights: float
+    gradients: float
+    states: float
+    host: float  # in host memory: offloaded optimizer states
+    activations: float  # of all micro-batches in flight
+    in_flight: int  # micro-batches whose activations are held at once (1F1B)
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.states + self.activations + self.buffers
+
+
+def layout(config: Config, world_size: int) -> Layout:
+    """Raises nothing: `config.layout.refusals` says which numbers of ranks do not fit."""
+    parallel, train = config.parallel, config.train
+    data = data_size(config, world_size)
+    micro_batches = train.batch_size // (train.micro_batch_size * data)
+    tokens = train.micro_batch_size * config.data.seq_len
+    return Layout(parallel.pipeline_stages, data, parallel.expert_parallel_size, micro_batches, tokens)
+
+
+def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[Stage]:
+    """Memory of every pipeline stage; without a pipeline, of the only one. `model` may be on the meta device."""
+    embedding, *layers, head = parts(model)
+    count, stages = len(layers), []
+    cuts = stage_layers(config) if shape.stages > 1 else [range(count)]
+    for number, cut in enumerate(cuts):
+        mine, last = [layers[n] for n in cut], number == shape.stages - 1
+        if number == 0 or (last and reads_tokens(config.mtp)):
+            mine.insert(0, embedding)  # the last stage's is a copy for the MTP modules, tied to the first stage's
+        if last:
+            mine.append(head)
+        stages.append(_stage(config, mine, shape, in_flight=min(shape.stages - number, shape.micro_batches)))
+    return stages
+
+
+def parts(model: DeepseekV3MTP) -> list[Part]:
+    """Embedding, every trunk layer, and last all that follows: final norm, MTP modules, output head."""
+    trunk, mtp = model.model, model.mtp_config
+    blocks = list(model.mtp.layers) if mtp.mode in ("sequential", "parallel") else []
+    if mtp.share_weights:
+        blocks *= mtp.depths
+    end = nn.ModuleList([trunk.norm, model.lm_head, *([model.mtp] if mtp.depths else [])])
+    merges = len(blocks) if mtp.mode == "sequential" else 0
+    return [
+        Part("embedding", trunk.embed_tokens.weight.numel(), 0, 0, 0, 0),
+        *(_part(str(number), layer, [layer]) for number, layer in enumerate(trunk.layers)),
+        _part("norm, MTP, head" if mtp.depths else "norm, head", end, blocks, merges),
+    ]
+
+
+def _part(name: str, module: nn.Module, blocks: Sequence[nn.Module], merges: int = 0) -> Part:
+    experts = sum(p.numel() for m in module.modules() if isinstance(m, Experts) for p in m.parameters())
+    total, moe = sum(p.numel() for p in module.parameters()), sum(isinstance(block.mlp, MoE) for block in blocks)
+    return Part(name, total - experts, experts, len(blocks) - moe, moe, merges)
+
+
+def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> Stage:
+    dense, experts = sum(part.dense for part in mine), sum(part.experts for part in mine) // shape.experts
+    zero, element = config.parallel.zero_stage, element_size(config)
+    weights, gradients, states = state_bytes(dense, experts, shape, zero_stage=zero, element=element)
+    offload, received = (
+        config.parallel.offload_optimizer,
+        0 if mine[0].name == "embedding" else config.model.hidden_size,
+    )
+    activations = (received + sum(activation_elements(config, part) for part in mine)) * shape.tokens * element
+    return Stage(
+        names=[part.name for part in mine],
+        dense=dense,
+        experts=experts,
+        moe_blocks=sum(part.moe_blocks for part in mine),
+        weights=weights,
+        gradients=gradients,
+        states=0.0 if offload else states,
+        host=states if offload else 0.0,
+        activations=activations * in_flight,
+        in_flight=in_flight,
+        buffers=_buffers(config, mine, dense + experts),
+    )
+
+
+def state_bytes(
+    dense: int, experts: int, shape: Layout, *, zero_stage: int, element: int
+) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer states of a rank that computes with these parameters (ZeRO paper, Figure 1).
+
+    AdamW's two moments and a master copy of the weights are float32; only float32 ZeRO-0 has no second copy. Experts
+    are sharded over the ranks that hold copies of them, everything else over the data ranks. element: bytes.
+    """
+    whole, shard = dense + experts, dense / shape.data + experts / shape.copies
+    states = 12 if zero_stage or element == 2 else 8
+    return (
+        element * (shard if zero_stage == 3 else whole),
+        element * (shard if zero_stage >= 2 else whole),
+        states * (shard if zero_stage else whole),
+    )
+
+
+def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
+    """Working memory: of the loss, of DeepSpeed's reduction bucket, of the weights that ZeRO-3 has gathered."""
+    model, zero, element = config.model, config.parallel.zero_stage, element_size(config)
+    settings = DEEPSPEED_DEFAULTS | config.deepspeed.get("zero_optimization", {})
+    head = any(part.name.endswith("head") for part in mine)
+    size = 4 * (2 * CHUNK_ELEMENTS + model.vocab_size * model.hidden_size) if head else 0  # logits, head's gradient
+    if zero:
+        size += element * settings["reduce_bucket_size"]
+    if zero == 3:
+        size += element * min(settings["stage3_max_live_parameters"], parameters)
+    return size
+
+
+def element_size(config: Config) -> int:
+    """Bytes of a weight and of an activation."""
+    return 2 if config.train.dtype == "bfloat16" else 4
+
+
+def activation_elements(config: Config, part: Part) -> float:
+    """Elements per token that a part keeps from its forward to its backward, its input not counted."""
+    model, mode = config.model, config.train.activation_checkpointing
+    hidden, spread = model.hidden_size, config.parallel.expert_parallel_size > 1
+    if part.name == "embedding":
+        return hidden
+    kept = part.dense_blocks * block_elements(model, mode, moe=False, spread=False)
+    kept += part.moe_blocks * block_elements(model, mode, moe=True, spread=spread)
+    kept += 4 * hidden * part.merges  # what is merged, its two normed halves, and their projection
+    return kept + hidden * (1 + config.mtp.depths) * part.name.endswith("head")  # gradients that the loss has made
+
+
+def block_elements(model: ModelConfig, mode: str, *, moe: bool, spread: bool) -> float:
+    """`activation_elements` of one decoder layer, as its operations are fused on a GPU.
+
+    none: the inputs of all products and of attention. selective: of these neither norms, nor what the up-projections
+    and SwiGLU make (model/recompute.py). full: the input of the next layer. spread: experts on several ranks.
+    """
+    hidden, top_k, width = model.hidden_size, model.num_experts_per_tok, model.moe_intermediate_size
+    if mode == "full":
+        return hidden
+    heads, key = model.num_attention_heads, model.qk_nope_head_dim + model.qk_rope_head_dim
+    queries, value = model.q_lora_rank, heads * model.v_head_dim
+    latents = (heads * key if queries is None else queries) + model.kv_lora_rank + model.qk_rope_head_dim
+    kept = latents + value + 2 * hidden  # latents, attention's output, the stream after attention and after all
+    inner = model.n_shared_experts * width if moe else model.intermediate_size
+    kept += 2 * inner  # gate and up
+    if moe:
+        kept += top_k * 2 * width + 2 * model.n_routed_experts
+        kept += top_k * hidden if spread else 0  # the rows that arrived
+    if mode == "none":
+        kept += 2 * hidden + (queries or 0) + model.kv_lora_rank  # norms
+        kept += heads * key + value + (0 if queries is None else heads * key)  # key, value, query
+        kept += 2 * inner  # silu(gate), and its product with up
+    return kept
+
+
+def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[str, float]:
+    """Bytes that a rank of the busiest stage sends in one optimizer step, by purpose."""
+    zero, element, model = config.parallel.zero_stage, element_size(config), config.model
+    weights = element * max(ring(shape.data) * stage.dense + ring(shape.copies) * stage.experts for stage in stages)
+    # DeepSpeed all-reduces whole buckets up to ZeRO-2, twice the reduce-scatter that would do.
+    rows = {"gradients": weights * (shape.micro_batches if zero >= 2 else 1) * (1 if zero == 3 else 2)}
+    if zero:
+        rows["weights"] = weights * (2 * shape.micro_batches if zero == 3 else 1)
+    if shape.experts > 1:
+        rows |= _expert_exchange(config, shape, max(stage.moe_blocks for stage in stages))
+    if shape.stages > 1:
+        boundary = element * shape.tokens * model.hidden_size * shape.micro_batches
+        rows["pipeline: activations, their gradients"] = boundary * (2 if shape.stages > 2 else 1)
+        if "embedding" in stages[-1].names:
+            rows["pipeline: gradient of the tied embedding"] = element * model.vocab_size * model.hidden_size
+    return rows
+
+
+def ring(ranks: int) -> float:
+    """Share of a tensor that each rank sends in a ring reduce-scatter or all-gather."""
+    return (ranks - 1) / ranks
+
+
+def _expert_exchange(config: Config, shape: Layout, layers: int) -> dict[str, float]:
+    """Rows to the experts and back, forward and backward; a token travels once to each rank with experts of it.
+
+    Routing is taken as even over the experts that a token may choose, those of `topk_group` groups: nodes.
+    """
+    model, top_k = config.model, config.model.num_experts_per_tok
+    local = model.n_routed_experts // shape.experts
+    reachable = max(model.n_routed_experts * model.topk_group // model.n_group, local)
+    missed = comb(reachable - local, top_k) / comb(reachable, top_k)  # chance that no choice is on a given rank
+    visits = reachable / local * (1 - missed)
+    full = config.train.activation_checkpointing == "full"
+    row = element_size(config) * model.hidden_size * shape.tokens * shape.micro_batches * layers
+    sent = (6 if full else 4) * row
+    rows = {f"experts, all-to-all ({visits:.2f} ranks per token)": sent * visits * ring(shape.experts)}
+    nodes = min(model.n_group, shape.experts)
+    if nodes > 1:
+        rows["  of it between nodes"] = sent * visits * ring(nodes)
+        once = min(model.topk_group, top_k)
+        rows[f"  with one copy per node, {once} nodes (V3 3.2.2; not done here)"] = sent * once * ring(nodes)
+    return rows
+
+
+def bubbles(shape: Layout, *, recompute: bool) -> dict[str, float]:
+    """Idle share of a step, 0 to 1, of pipeline schedules (V3 Table 2): bubble / (bubble + work).
+
+    F, B and W are taken from the FLOPs: B = 2F (3F when blocks are computed again), its half W = F for the weights.
+    V3's overlapped pair F&B is taken as F + B: no gain from overlap.
+    """
+    stages, forward, weights = shape.stages, 1.0, 1.0
+    backward = 3.0 if recompute else 2.0
+    idle = {
+        "1F1B (run here)": (stages - 1) * (forward + backward),
+        "ZB1P": (stages - 1) * (forward + backward - 2 * weights),
+        "DualPipe": (stages / 2 - 1) * (forward + 2 * backward - 3 * weights),
+    }
+    work = shape.micro_batches * (forward + backward)
+    return {name: time / (time + work) for name, time in idle.items()}

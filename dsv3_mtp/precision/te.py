@@ -1,0 +1,108 @@
+"""Transformer Engine, and its only importer: te.Linear and te.GroupedLinear under the Float8BlockScaling recipe.
+
+Parameters stay ours: the TE modules are handed the layer's own `weight`, and are themselves not part of the model, so
+that checkpoints and optimizers see the same names and tensors with every backend.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_mtp.precision.quantise import Scale
+
+ALIGN = 16  # tokens of a product, and dimensions of a weight
+
+
+@functools.cache
+def load() -> tuple[Any, str]:
+    """(transformer_engine.pytorch, "") or (None, why not). It fails in more ways than ImportError."""
+    if not torch.cuda.is_available():
+        return None, "needs a Hopper GPU; there is no CUDA device"
+    try:
+        import transformer_engine.pytorch as te
+
+        available, reason = te.is_fp8_block_scaling_available(return_reason=True)
+    except Exception as error:
+        return None, f"cannot be imported ({type(error).__name__}: {error}); pip install -e '.[te]' after torch"
+    return (te, "") if available else (None, f"has no FP8 block scaling here: {reason}")
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why this backend cannot run here, None if it can."""
+    return load()[1] or None
+
+
+def recipe(scale: Scale) -> Any:
+    """V3's products in TE's words: E4M3, x and dy 1 x 128, W 128 x 128, float32 accumulation."""
+    from transformer_engine.common.recipe import Float8BlockScaling, QParams
+
+    parameters = QParams(power_2_scale=scale == "pow2", amax_epsilon=0.0)
+    return Float8BlockScaling(
+        fp8_quant_fwd_inp=parameters, fp8_quant_fwd_weight=parameters, fp8_quant_bwd_grad=parameters
+    )
+
+
+class TELinear(nn.Module):
+    """A bias-free nn.Linear with the same `weight`, computed by te.Linear."""
+
+    def __init__(self, linear: nn.Linear, scale: Scale):
+        super().__init__()
+        te = load()[0]
+        self.weight = linear.weight  # (out, in)
+        out, width = linear.weight.shape
+        inner = te.Linear(width, out, bias=False, params_dtype=linear.weight.dtype, device="meta")
+        inner._parameters["weight"] = self.weight
+        self.inner = (inner,)  # in a tuple: no submodule, or the weight would be registered twice
+        self.recipe = recipe(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGN))
+        with load()[0].autocast(enabled=True, recipe=self.recipe):
+            y = self.inner[0](padded)
+        return y[: rows.shape[0]].unflatten(0, x.shape[:-1])
+
+
+class TEGroupedLinear:
+    """grouped_linear(x, weight, counts) by te.GroupedLinear; the stacked `weight` lends its slices."""
+
+    def __init__(self, scale: Scale):
+        self.recipe = recipe(scale)
+        self.inner: Any = None
+
+    def __call__(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """x: (rows, in) sorted by group, weight: (E, out, in), counts: (E,) -> (rows, out)."""
+        te = load()[0]
+        groups, out, width = weight.shape
+        if self.inner is None:
+            self.inner = te.GroupedLinear(groups, width, out, bias=False, params_dtype=weight.dtype, device="meta")
+            self.pad, self.unpad = te.Fp8Padding(groups, ALIGN), te.Fp8Unpadding(groups, ALIGN)
+            for group in range(groups):
+                del self.inner._parameters[f"weight{group}"]
+        for group, matrix in enumerate(weight.unbind()):
+            setattr(self.inner, f"weight{group}", matrix)
+        splits = counts.tolist()
+        padded, padded_splits = self.pad(x, splits)
+        with te.autocast(enabled=True, recipe=self.recipe):
+            y = self.inner(padded, padded_splits)
+        return self.unpad(y, splits)
+
+
+def quantise(x: Tensor, tile: tuple[int, int], scale: Scale) -> tuple[Tensor, Tensor]:
+    """What TE's own quantiser makes of x (M, K): codes (M, K) uint8 and scale_inv in rows and columns of tiles."""
+    import transformer_engine_torch as tex
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+
+    quantiser = Float8BlockQuantizer(
+        tex.DType.kFloat8E4M3,
+        rowwise=True,
+        columnwise=False,
+        force_pow_2_scales=scale == "pow2",
+        block_scaling_dim=1 if tile[0] == 1 else 2,
+    )
+    quantised = quantiser(x)
+    scale_inv = quantised._rowwise_scale_inv  # of 1 x 128 tiles it is transposed; padded to four
+    return quantised._rowwise_data, scale_inv.t() if tile[0] == 1 else scale_inv

@@ -1,0 +1,339 @@
+"""A pipeline trains what a plain torch loop trains; its stages are the cheapest cut; a stage does not outlive another.
+
+pytest tests/parallel/test_pipeline.py -s        prints the table of the largest differences
+"""
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsv3_mtp import schedules
+from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.config.layout import refusals, uncut
+from dsv3_mtp.data.sampler import Sampler
+from dsv3_mtp.data.source import open_source
+from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, validate
+from dsv3_mtp.hf import export_hf
+from dsv3_mtp.hf.load import load_weights
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, layer_flops, model_size
+from dsv3_mtp.parallel.build import build_model
+from dsv3_mtp.parallel.engine import deepspeed_config
+from dsv3_mtp.parallel.launch import World, free_port
+from dsv3_mtp.parallel.pipeline import balanced, stage_layers
+from dsv3_mtp.trainer import Trainer
+from tests.conftest import TINY_CONFIG
+from tests.made_runs import randomise, write_run
+from tests.ranks import _child, run_ranks, write_markov
+
+STEPS = 4
+ROOT = Path(__file__).parents[2]
+EXPERTS = ".mlp.experts."
+
+D2 = {"mtp.num_nextn_predict_layers": 2, "data.mask_documents": True}
+RECYCLED = {"mtp.share_weights": True, "mtp.chain": "trunk", "mtp.trunk_hidden": "pre_norm"}
+MODELS: dict[str, dict[str, Any]] = {
+    "no MTP": {"mtp.mode": "none"},
+    "D=1": {"train.batch_size": 12},  # six micro-batches
+    "D=2, masked": D2,
+    "D=2, masked, recycled": D2 | RECYCLED,
+    "detach all": {"mtp.detach": "all"},
+    "no embedding": {"mtp.embed": False},
+    "parallel D=2": {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2},
+    "parallel_linear D=2": {"mtp.mode": "parallel_linear", "mtp.num_nextn_predict_layers": 2},
+    "dense": {"model.first_k_dense_replace": 3, **D2},  # no router before the last stage, or anywhere
+    "recomputed": {"train.activation_checkpointing": "full", **D2},
+    "batch ramp": {"train.batch_size_ramp": {"start": 4, "until": 0.1}},
+}
+# model, ranks, stages, ranks that share the experts
+LAYOUTS: dict[str, tuple[str, int, int, int]] = {
+    **{f"PP=2, {model}": (model, 2, 2, 1) for model in MODELS},
+    "PP=3, D=2, masked": ("D=2, masked", 3, 3, 1),
+    "PP=3, parallel D=2": ("parallel D=2", 3, 3, 1),
+    "PP=2 x DP=2, D=2, masked": ("D=2, masked", 4, 2, 1),
+    "PP=2 x DP=2, parallel D=2": ("parallel D=2", 4, 2, 1),
+    "PP=2 x EP=2, D=2, masked": ("D=2, masked", 4, 2, 2),
+    "PP=2 x EP=2, no MTP": ("no MTP", 4, 2, 2),
+}
+
+
+def make_config(folder: Path, data: str, overrides: dict[str, Any]) -> Config:
+    sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
+    base = {
+        "run.dir": str(folder),
+        "data.train": data,
+        "data.val": data,
+        "optim.grad_clip": 0.3,  # far below the norm: every step is clipped
+        "optim.eps": 1e-5,  # Adam divides by the gradient: with less, it makes whole steps of rounding errors
+        "train.dtype": "float32",
+        "train.total_tokens": 20 * 8 * 16,
+        "train.batch_size": 8,
+        "train.micro_batch_size": 2,
+        "train.balance_loss_weight": 0.01,
+        "eval.batches": 3,  # not a multiple of the ranks
+    }
+    for key, value in (base | overrides).items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return Config.model_validate(sections)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The run without DeepSpeed, stages or micro-batches: torch's AdamW and clipping on whole batches."""
+    model = DeepseekV3MTP(config.model, config.mtp)
+    model.init_weights(config.run.seed)
+    seen: dict[str, Any] = {"start": {n: p.clone() for n, p in model.state_dict().items()}, "records": []}
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optim.weight_decay}]
+    groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
+    depths, tokens_seen = config.mtp.depths, 0
+    source = open_source(config.data.train, "train")  # type: ignore[arg-type]
+    sampler = Sampler([source], seq_len=16, lookahead=1 + depths, seed=config.run.seed)
+    for _ in range(STEPS):
+        progress = tokens_seen / config.train.total_tokens
+        size = schedules.batch_size(config.train, progress, config.train.micro_batch_size)
+        tokens_seen += size * 16
+        for group in optimizer.param_groups:
+            group["lr"] = schedules.learning_rate(config.optim, tokens_seen / config.train.total_tokens)
+        (batch,) = sampler.next_batch(size)
+        weights = schedules.depth_loss_weights(config.mtp, progress)
+        alpha = config.train.balance_loss_weight
+        out = model(
+            *to_device(*batch, config=config, device=torch.device("cpu"))[:2],
+            loss_weights=weights,
+            balance_loss_weight=alpha,
+        )
+        optimizer.zero_grad()
+        out.loss.backward()
+        seen.setdefault("grads", {n: p.grad.clone() for n, p in model.named_parameters()})
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        optimizer.step()
+        model.update_router_bias(out.load, schedules.bias_update_speed(config.train, progress))
+        record = {f"train/{k}": v for k, v in metric_means(metric_sums(out).tolist(), depths).items()}
+        record |= {"train/loss": out.loss.item(), "optim/grad_norm": norm.item()}
+        seen["records"].append(record | {"train/balance_loss": alpha * out.balance.item() / size})
+    val = open_source(config.data.val, "val")
+    seen["val"] = validate(model, val, config, batches=config.eval.batches, device=torch.device("cpu"))
+    return seen | {"state": model.state_dict()}
+
+
+def train(jobs: list[tuple[Config, str]]) -> None:
+    """Trains each job a few steps and writes what this rank saw and held to FILE.rank."""
+    for config, file in jobs:
+        trainer = Trainer(config, command=["test"])
+        own = {n: t for n, t in trainer.model.state_dict().items() if not t.is_meta}
+        parameters = {n: p for n, p in trainer.model.named_parameters() if n in own}
+        seen: dict[str, Any] = {"start": {n: t.clone() for n, t in own.items()}, "stage": trainer.world.stage}
+        update = trainer.engine.update
+
+        def look_and_update(seen=seen, parameters=parameters, update=update):
+            zeros = {n: torch.zeros_like(p) for n, p in parameters.items()}  # detached on this stage: none
+            seen.setdefault("grads", {n: zeros[n] if p.grad is None else p.grad.clone() for n, p in parameters.items()})
+            update()
+
+        trainer.engine.update = look_and_update
+        seen["records"] = [trainer.optimizer_step()[0] for _ in range(STEPS)]
+        seen["val"] = evaluate(trainer.engine, trainer.val, config)
+        first = {n: getattr(trainer.model.get_submodule(n.rpartition(".")[0]), "first", 0) for n in own}
+        torch.save(seen | {"state": own, "first": first}, f"{file}.{os.environ['RANK']}")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return write_markov(tmp_path_factory.mktemp("data") / "markov", tokens=3000, documents=40)
+
+
+@pytest.fixture(scope="module")
+def expected(data, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("plain")
+    return {model: plain(make_config(folder, data, overrides)) for model, overrides in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def found(data, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
+    """What every rank saw of every layout: one process start per number of ranks."""
+    folder, found = tmp_path_factory.mktemp("pipeline"), {}
+    for ranks in (2, 3, 4):
+        jobs = {}
+        for number, (name, (model, size, stages, experts)) in enumerate(LAYOUTS.items()):
+            layout = {"parallel.pipeline_stages": stages, "parallel.expert_parallel_size": experts}
+            if size == ranks:
+                config = make_config(folder / str(number), data, MODELS[model] | layout)
+                jobs[name] = config, str(folder / f"seen{number}")
+        log = folder / f"{ranks}.log"
+        codes = run_ranks(train, list(jobs.values()), world_size=ranks, log=log, timeout=280)
+        text = "".join(Path(f"{log}.rank{rank}").read_text() for rank in range(ranks))
+        assert codes == [0] * ranks, text
+        assert text == "", "DeepSpeed was heard"
+        for name, (_, file) in jobs.items():
+            found[name] = [torch.load(f"{file}.{rank}") for rank in range(ranks)]
+    return found
+
+
+def assembled(ranks: list[dict[str, Any]], what: str, like: dict[str, torch.Tensor], *, add: bool) -> dict[str, Any]:
+    """The tensors of all ranks in their places: copies are added up, or have to be the same bits."""
+    whole = {}
+    for name, shape in ((name, tensor.shape) for name, tensor in like.items()):
+        for rank in ranks:
+            if name not in rank[what]:
+                continue
+            part, first = rank[what][name], rank["first"][name]
+            into = whole.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))[first : first + len(part)]
+            fresh = into.isnan()
+            assert add or bool((fresh | (into == part)).all()), f"{what} {name}: copies differ"
+            into.copy_(torch.where(fresh, part, into + part if add else part))
+    return whole
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_pipeline_is_the_plain_training_loop(name: str, expected, found):
+    model, size, stages, _ = LAYOUTS[name]
+    want, ranks = expected[model], found[name]
+    assert {rank["stage"] for rank in ranks} == set(range(stages))
+    start = assembled(ranks, "start", want["start"], add=False)
+    assert all(torch.equal(start[key], value) for key, value in want["start"].items())
+
+    # DeepSpeed averages over the data-parallel ranks; a tied weight's gradient is the sum over its stages.
+    grads = assembled(ranks, "grads", want["grads"], add=True)
+    state = assembled(ranks, "state", want["state"], add=False)  # copies of the embedding too: the same bits
+    worst = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "weight": 0.0}
+    for key, value in want["grads"].items():
+        got = grads[key] / (size // stages)
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=2e-7, msg=lambda m, key=key: f"grad {key}: {m}")
+        worst["grad"] = max(worst["grad"], (got - value).abs().max().item())
+    for key, value in want["state"].items():
+        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+        worst["weight"] = max(worst["weight"], (state[key] - value).abs().max().item())
+    assert all(rank["records"] == ranks[0]["records"] and rank["val"] == ranks[0]["val"] for rank in ranks)
+    for got, record in zip(ranks[0]["records"], want["records"], strict=True):
+        assert {key: got[key] for key in record} == pytest.approx(record, rel=2e-5, abs=1e-7)
+        worst["loss"] = max(worst["loss"], abs(got["train/loss"] - record["train/loss"]))
+        worst["norm"] = max(worst["norm"], abs(got["optim/grad_norm"] - record["optim/grad_norm"]))
+    assert ranks[0]["val"] == pytest.approx(want["val"], rel=2e-5)
+    print(f"\n| {name:32} |" + "|".join(f" {value:.1e} " for value in worst.values()) + "|")
+
+
+def test_stages_are_the_cheapest_cut():
+    """Against all cuts: the dearest stage first, then the sum of squares."""
+    numbers = random.Random(0)
+    for _ in range(300):
+        costs = [numbers.choice([0.0, 1.0, 2.0, 2.5, 7.0]) for _ in range(numbers.randint(1, 9))]
+        parts = numbers.randint(1, min(4, len(costs)))
+        cuts = [[0, *cut, len(costs)] for cut in itertools.combinations(range(1, len(costs)), parts - 1)]
+
+        def weight(bounds: list[int], costs=costs) -> tuple[float, float]:
+            sums = [sum(costs[a:b]) for a, b in itertools.pairwise(bounds)]
+            return max(sums), sum(cost**2 for cost in sums)
+
+        assert weight(balanced(costs, parts)) == pytest.approx(min(weight(bounds) for bounds in cuts))
+
+
+def test_layers_cost_what_the_model_costs():
+    config = load_config(ROOT / "configs" / "v3_671b.yaml")
+    with torch.device("meta"):
+        model = DeepseekV3MTP(config.model, config.mtp)
+    *trunk, tail = layer_flops(model, 4096)
+    assert sum(trunk) + tail == pytest.approx(model_size(model, 4096).flops_per_token)
+    dense, moe = trunk[:3], trunk[3:]
+    assert len(set(dense)) == len(set(moe)) == 1 and len(moe) == 58
+    # One more MoE layer, its 2C x C projection, the output head twice, four norms.
+    width, vocab = config.model.hidden_size, config.model.vocab_size
+    assert tail == pytest.approx(moe[0] + 6 * (2 * width * width + 2 * width * vocab + 4 * width))
+
+
+@pytest.mark.parametrize(("experts", "stages"), [(1, 16), (64, 16)])
+def test_v3_in_16_stages_is_cut_evenly(experts: int, stages: int):
+    sets = [f"parallel.pipeline_stages={stages}", f"parallel.expert_parallel_size={experts}"]
+    config = load_config(ROOT / "configs" / "v3_671b.yaml", sets)
+    layers = stage_layers(config)
+    assert [layer for part in layers for layer in part] == list(range(61)) and len(layers) == 16
+    assert {len(part) for part in layers[:-1]} == {4} and len(
+        layers[-1]
+    ) == 1  # as Megatron lays it out: 4 x 15, then 1
+
+
+def test_what_may_not_be_cut_apart_is_on_one_stage(make_tiny_config):
+    shared = {"model.num_hidden_layers": 6, "model.first_k_dense_replace": 3, "parallel.pipeline_stages": 3}
+    config = make_tiny_config(shared | {"parallel.expert_parallel_size": 2, "mtp.mode": "none"})
+    assert uncut(config) == (4, 2) and stage_layers(config) == [range(0, 4), range(4, 5), range(5, 6)]
+    config = make_tiny_config(
+        {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 4, "parallel.pipeline_stages": 3}
+    )
+    assert uncut(config) == (1, 2) and stage_layers(config) == [range(0, 1), range(1, 2), range(2, 3)]
+
+
+def test_a_stage_holds_only_its_part_and_loads_only_that(data, tmp_path, make_tiny_config):
+    config = make_config(tmp_path, data, {"parallel.pipeline_stages": 2})
+    whole = randomise(DeepseekV3MTP(config.model, config.mtp))
+    run = write_run(tmp_path / "run", make_config(tmp_path, data, {}), whole)
+    export_hf(run, tmp_path / "hf", dtype="fp32")
+    held = []
+    for rank in range(2):
+        world = World(rank, 2, rank, torch.device("cpu"), stages=2)
+        model = build_model(config, deepspeed_config(config, 2, ""), world)
+        load_weights(model, tmp_path / "hf")
+        own = {name: value for name, value in model.state_dict().items() if not value.is_meta}
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in own.items())
+        held.append(set(own))
+    assert held[0] | held[1] == set(whole.state_dict())
+    assert held[0] & held[1] == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "problem"),
+    [
+        (3, {}, "parallel.pipeline_stages: must divide the number of ranks, 3 (got 2)"),
+        (8, {}, "train.batch_size: 6 sequences do not divide into micro-batches of 2 on 4 data-parallel ranks; use a "),
+        (
+            4,
+            {"parallel.expert_parallel_size": 4},
+            "parallel.expert_parallel_size: must divide the ranks of a stage, 2 (got 4)",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_number_of_ranks_is_said(data, tmp_path, ranks, overrides, problem):
+    settings = {"parallel.pipeline_stages": 2, "train.batch_size": 6, **overrides}
+    assert any(text.startswith(problem) for text in refusals(make_config(tmp_path, data, settings), ranks))
+
+
+def test_deepspeed_is_told_the_data_parallel_batch(data, tmp_path):
+    config = make_config(tmp_path, data, {"parallel.pipeline_stages": 2})
+    given = deepspeed_config(config, 4, "")  # 2 stages x 2 data-parallel ranks
+    assert (
+        given["train_batch_size"]
+        == 8
+        == given["train_micro_batch_size_per_gpu"] * 2 * given["gradient_accumulation_steps"]
+    )
+
+
+def killed_in_the_middle(config: Config) -> None:
+    trainer = Trainer(config, command=["test"])
+    trainer.optimizer_step()
+    if trainer.world.stage == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    trainer.optimizer_step()
+
+
+@pytest.mark.dist
+def test_every_stage_ends_soon_after_another_was_killed(data, tmp_path):
+    config = make_config(tmp_path, data, {"parallel.pipeline_stages": 3})
+    port, context, begin = free_port(), multiprocessing.get_context("fork"), time.monotonic()
+    arguments = [(killed_in_the_middle, (config,), rank, 3, port, f"{tmp_path}/log{rank}") for rank in range(3)]
+    stages = [context.Process(target=_child, args=given) for given in arguments]
+    for stage in stages:
+        stage.start()
+    for stage in stages:
+        stage.join(max(0.0, begin + 60 - time.monotonic()))
+    codes = [stage.exitcode for stage in stages]
+    for stage in stages:
+        stage.kill()
+    assert codes == [1, -signal.SIGKILL, 1], (tmp_path / "log0").read_text()
+    assert "Connection" in (tmp_path / "log0").read_text()

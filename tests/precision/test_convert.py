@@ -1,0 +1,113 @@
+"""Which layers FP8 takes, what is said about it, and what a model computes with it."""
+
+import pytest
+import torch
+
+from dsv3_mtp.config import FP8Config
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.precision.attention import choose_attention
+from dsv3_mtp.precision.convert import choose_backend, convert, fp8_layers, set_precision
+from dsv3_mtp.precision.linear import FP8Linear
+
+CPU = torch.device("cpu")
+EMULATE = {"enabled": True, "backend": "emulate"}
+
+
+@pytest.fixture
+def make_model(make_tiny_config):
+    def make(**mtp):
+        config = make_tiny_config({f"mtp.{key}": value for key, value in mtp.items()})
+        model = DeepseekV3MTP(config.model, config.mtp)
+        model.init_weights(0)
+        return model
+
+    return make
+
+
+def test_the_default_layers_are_those_of_v3(make_model):
+    names = set(fp8_layers(make_model(), FP8Config()))
+    attention = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    dense, routed = {"gate_proj", "up_proj", "down_proj"}, {"shared_experts.gate_proj", "experts"}
+    assert {f"model.layers.1.self_attn.{name}" for name in attention} <= names
+    assert {f"model.layers.0.mlp.{name}" for name in dense} <= names
+    assert {f"mtp.layers.0.mlp.{name}" for name in routed} <= names
+    high = ("embed_tokens", "lm_head", "gate", "norm", "eh_proj")  # a router is called `gate`
+    assert not [name for name in names if name.rpartition(".")[2] in high]
+    assert len(names) == 4 * 5 + 3 + 3 * 4  # 4 blocks' attention, a dense layer, 3 MoE layers
+
+
+def test_mtp_blocks_and_kinds_of_layers_can_be_left_out(make_model):
+    model = make_model()
+    assert not [n for n in fp8_layers(model, FP8Config(mtp=False)) if n.startswith("mtp.")]
+    assert set(fp8_layers(model, FP8Config(modules=["eh_proj"]))) == {"mtp.layers.0.eh_proj"}
+    assert all(name.endswith(".mlp.experts") for name in fp8_layers(model, FP8Config(modules=["routed_experts"])))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel", "none"])
+def test_parameters_keep_their_names_and_values_and_losses_stay_close(make_model, mode):
+    high, low = make_model(mode=mode), make_model(mode=mode)
+    note = convert(low, FP8Config(**EMULATE), CPU)
+    assert "emulate" in note and "layers" in note
+    assert [n for n, _ in low.named_parameters()] == [n for n, _ in high.named_parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(low.state_dict().values(), high.state_dict().values(), strict=True))
+    tokens = torch.randint(64, (2, 17 + low.depths))
+    losses = [model(tokens).loss for model in (high, low)]
+    assert 0 < abs((losses[0] - losses[1]).item()) < 0.01 * losses[0].item()
+    for loss in losses:
+        loss.backward()
+    for name, parameter in low.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_only_the_chosen_layers_change(make_model):
+    model = make_model()
+    convert(model, FP8Config(**EMULATE, modules=["attention"], mtp=False), CPU)
+    changed = [name for name, module in model.named_modules() if isinstance(module, FP8Linear)]
+    assert len(changed) == 3 * 5 and all(".self_attn." in name for name in changed)
+    assert all(layer.mlp.experts.linear is None for layer in list(model.model.layers)[1:])
+
+
+def test_auto_is_off_without_a_gpu_and_says_why_and_how_to_have_it_all_the_same():
+    backend, note = choose_backend(FP8Config(), CPU)
+    assert backend is None and "no CUDA device" in note and "fp8.enabled: true emulates it" in note
+    assert choose_backend(FP8Config(enabled=True), CPU)[0] == "emulate"
+    assert choose_backend(FP8Config(enabled=False), CPU) == (None, "fp8: off (fp8.enabled: false)")
+
+
+@pytest.mark.parametrize("backend", ["te", "torch"])
+def test_a_named_backend_runs_or_is_refused(backend):
+    assert choose_backend(FP8Config(backend=backend), CPU)[0] is None
+    with pytest.raises(ValueError, match=rf"fp8.backend: {backend} needs a Hopper GPU"):
+        choose_backend(FP8Config(enabled=True, backend=backend), CPU)
+
+
+def test_a_model_without_such_layers_is_refused(make_model):
+    with pytest.raises(ValueError, match="no layer of eh_proj"):
+        convert(make_model(mode="none"), FP8Config(**EMULATE, modules=["eh_proj"]), CPU)
+
+
+@pytest.mark.parametrize("name", ["fa4", "fa3", "fa2", "te"])
+def test_a_named_attention_kernel_is_refused_on_a_cpu(name):
+    arguments = {"heads": 2, "widths": (12, 8), "dtype": torch.bfloat16, "device": CPU, "masked": False}
+    with pytest.raises(ValueError, match=f"attention.backend: {name} needs a CUDA device"):
+        choose_attention(name, **arguments)
+    for backend in ("auto", "sdpa"):
+        core, note = choose_attention(backend, **arguments)
+        assert core is None and note.startswith("attention: sdpa")
+
+
+def test_another_core_takes_the_place_of_the_models_own(make_model, make_tiny_config):
+    model, seen = make_model(), []
+
+    def core(query, key, value, scale, mask):
+        seen.append((query.shape, value.shape, scale))
+        scores = (query @ key.transpose(-1, -2) * scale).masked_fill(torch.ones(16, 16).triu(1).bool(), float("-inf"))
+        return scores.softmax(-1) @ value
+
+    tokens = torch.randint(64, (2, 18))
+    expected = model(tokens).loss
+    assert set_precision(model, make_tiny_config(), CPU)[1].startswith("attention: sdpa")
+    for layer in [*model.model.layers, *model.mtp.layers]:
+        layer.self_attn.core = core
+    torch.testing.assert_close(model(tokens).loss, expected)
+    assert seen == [((2, 2, 16, 12), (2, 2, 16, 8), 12**-0.5)] * 4

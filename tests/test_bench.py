@@ -1,0 +1,57 @@
+"""tools/bench.py: that both sides of a comparison train the same thing, and what it prints and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_mtp import bench
+from tests.conftest import TINY_CONFIG
+
+ROOT = Path(__file__).parents[1]
+
+SETS = [f"--set=model.{key}={value}" for key, value in TINY_CONFIG["model"].items()]
+SETS += ["--set=data.seq_len=16", "--set=train.micro_batch_size=2", "--set=train.batch_size=2"]
+
+
+def run_bench(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools/bench.py"), *SETS, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_transformers_starts_from_the_same_weights_and_batch(make_tiny_config):
+    config = make_tiny_config({"mtp.mode": "none", "train.dtype": "float32"}).to_dict()
+    common = {"config": config, "tuned": True, "compiled": False}
+    losses = [bench.build({"kind": kind, **common})[0]().item() for kind in ("ours", "transformers")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_parts_of_a_step_are_all_timed(make_tiny_config):
+    config = make_tiny_config()
+    spec = {"kind": "ours", "config": config.to_dict(), "tuned": False, "compiled": False}
+    _, model, optimizer = bench.build(spec)
+    bench.build(spec)[0]()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    parts = bench.parts(model, optimizer, config)
+    names = ["attention", "MoE", "dense feed-forward", "norms", "output head and loss", "optimizer"]
+    assert list(parts) == names and min(parts.values()) > 0
+
+
+def test_a_comparison_prints_a_table_and_writes_the_numbers(tmp_path):
+    done = run_bench("--against=plain", "--rounds=2", f"--json={tmp_path / 'out.json'}")
+    assert done.returncode == 0, done.stderr
+    assert "without tuning" in done.stdout and "1.00x" in done.stdout
+    rows = json.loads((tmp_path / "out.json").read_text())["variants"]
+    plain, own = rows["dsv3_mtp without tuning"], rows["dsv3_mtp"]
+    assert own["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    assert own["flop_ratio"] == 1 and own["peak_bytes"] > 0 and 0 < own["mfu"] < 1
+
+
+def test_heads_against_transformers_are_refused_with_the_remedy():
+    done = run_bench("--against=transformers")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip() == ("error: --against transformers: it trains no MTP heads; add --set mtp.mode=none")

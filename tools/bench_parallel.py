@@ -1,0 +1,148 @@
+"""Tables of docs/parallelism.md: what layouts hold and send, measured against the plan, and weak scaling.
+
+python tools/bench_parallel.py refusals
+python tools/bench_parallel.py activations
+torchrun --nproc_per_node 2 tools/bench_parallel.py memory
+torchrun --nproc_per_node 1 tools/bench_parallel.py scaling        # then with 2: the same work per process
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+
+LAYOUTS = {
+    **{f"ZeRO-{stage}": [f"parallel.zero_stage={stage}"] for stage in range(4)},
+    "ZeRO-1, EP=2": ["parallel.expert_parallel_size=2"],
+    "ZeRO-2, EP=2": ["parallel.zero_stage=2", "parallel.expert_parallel_size=2"],
+}
+# So that ZeRO-3 shards this small a model at all, and lets go of what it has gathered.
+ZERO = {"reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 0}
+ZERO |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=["refusals", "activations", "memory", "scaling"])
+    parser.add_argument("--config", default="configs/v3_tiny.yaml", metavar="YAML")
+    parser.add_argument("--set", action="append", default=[], dest="sets", metavar="a.b=c")
+    parser.add_argument("--steps", type=int, default=20, help="scaling: optimizer steps that are measured")
+    args = parser.parse_args()
+    from dsv3_mtp.config import load_config
+
+    if args.table == "refusals":
+        from dsv3_mtp.config.layout import composition
+
+        print(composition(load_config(args.config, args.sets)))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        sets = [*args.sets, f"run.dir={folder}", "log.tensorboard=false"]
+        {"activations": activations, "memory": memory, "scaling": scaling}[args.table](args, sets)
+        sys.stdout.flush()
+        if args.table != "activations":
+            from dsv3_mtp.parallel.launch import finish
+
+            finish()
+    return 0
+
+
+def activations(args: argparse.Namespace, sets: list[str]) -> None:
+    """Bytes that one forward leaves for its backward, beside the weights. Attention runs masked, as a GPU's does."""
+    import torch
+
+    from dsv3_mtp import kernels
+    from dsv3_mtp.config import load_config
+    from dsv3_mtp.meter import Meter
+    from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+    from dsv3_mtp.plan import layout, plan
+
+    print(kernels.enable())
+    print("| checkpointing | held after forward, MiB | planned | peak of the backward, MiB | CPU time, none = 1 |")
+    print("|---|---|---|---|---|")
+    base = 0.0
+    for mode in ("none", "selective", "full"):
+        config = load_config(args.config, [*sets, f"train.activation_checkpointing={mode}"])
+        model = DeepseekV3MTP(config.model, config.mtp)
+        model.init_weights(config.run.seed)
+        model.checkpoint_activations(mode)
+        length = config.data.seq_len + 1 + config.mtp.depths
+        tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch_size, length))
+        documents = torch.zeros_like(tokens)
+        with Meter() as meter:
+            out = model(tokens, documents)
+            held = meter.held
+            out.loss.backward()
+        times = []
+        for _ in range(9):
+            start = time.process_time()
+            model(tokens, documents).loss.backward()
+            times.append(time.process_time() - start)
+        base = base or statistics.median(times)
+        held -= model.lm_head.weight.numel() * model.lm_head.weight.element_size()  # its gradient, made in the forward
+        planned = sum(stage.activations for stage in plan(config, model, layout(config, 1)))
+        ratio = statistics.median(times) / base
+        print(f"| {mode} | {held / 2**20:.1f} | {planned / 2**20:.1f} | {meter.peak / 2**20:.1f} | {ratio:.2f} |")
+
+
+def memory(args: argparse.Namespace, sets: list[str]) -> None:
+    import torch
+
+    from dsv3_mtp.config import load_config
+    from dsv3_mtp.meter import measure_step
+    from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+    from dsv3_mtp.plan import communication, layout, plan
+
+    main, ranks = os.environ["RANK"] == "0", int(os.environ["WORLD_SIZE"])
+    if main:
+        print("| layout | dtype | held, MiB | planned | sent per step, MiB | planned |")
+        print("|---|---|---|---|---|---|")
+    for dtype in ("float32", "bfloat16"):
+        for name, keys in LAYOUTS.items():
+            own = [f"train.dtype={dtype}", f"run.name={name}-{dtype}", f"deepspeed.zero_optimization={ZERO}"]
+            own += [f"train.batch_size={8 * ranks}", "train.micro_batch_size=4"]
+            config = load_config(args.config, [*sets, *own, *keys])
+            held, sent = measure_step(config)
+            with torch.device("meta"):
+                model = DeepseekV3MTP(config.model, config.mtp)
+            shape = layout(config, ranks)
+            stages = plan(config, model, shape)
+            planned = stages[0].weights + stages[0].gradients + stages[0].states
+            volume = sum(value for key, value in communication(config, stages, shape).items() if key[0] != " ")
+            numbers = [value / 2**20 for value in (held, planned, sum(sent.values()), volume)]
+            if main:
+                print(f"| {name} | {dtype} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |", flush=True)
+
+
+def scaling(args: argparse.Namespace, sets: list[str]) -> None:
+    """The same micro-batches per process; CPU time, because the machine may be busy with other things."""
+    import torch
+
+    from dsv3_mtp.config import load_config
+    from dsv3_mtp.trainer import Trainer
+
+    ranks = int(os.environ["WORLD_SIZE"])
+    batch = load_config(args.config, sets).train.batch_size * ranks
+    trainer = Trainer(load_config(args.config, [*sets, f"train.batch_size={batch}", "train.threads=1"]), command=[])
+    for _ in range(3):
+        trainer.optimizer_step()
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(args.steps):
+        trainer.optimizer_step()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = time.perf_counter()
+        for _ in range(args.steps):
+            trainer.optimizer_step()
+        profiled = time.perf_counter() - start
+    under_way = sum(event.time_range.elapsed_us() for event in profile.events() if event.name.startswith("gloo:")) / 1e6
+    if trainer.world.is_main:
+        print("| processes | tokens per step | CPU s per step and process | wall s per step | in collectives |")
+        print("|---|---|---|---|---|")
+        tokens = batch * trainer.config.data.seq_len
+        print(f"| {ranks} | {tokens} | {cpu / args.steps:.3f} | {wall / args.steps:.3f} | {under_way / profiled:.1%} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
