@@ -91,7 +91,14 @@ def draw_losses(out: Path, curves: Curves, arms: Mapping[str, str]) -> bool:
             last = max(last, tokens[-1])
             for ax, part in ((whole, tokens >= 0), (late, tokens >= tokens[-1] / 2)):
                 ax.plot(tokens[part], values.mean(0)[part], color=color, label=arm, marker=".")
-                ax.fill_between(tokens[part], values.min(0)[part], values.max(0)[part], color=color, alpha=0.1, lw=0)
+                ax.fill_between(
+                    tokens[part],
+                    values.min(0)[part],
+                    values.max(0)[part],
+                    color=color,
+                    alpha=0.8 / (4 + len(arms)),
+                    lw=0,
+                )
     for ax, title in ((whole, "main validation loss (nats per token)"), (late, "the last half")):
         ax.set_title(title)
         _tokens(ax)
