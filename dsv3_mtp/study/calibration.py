@@ -25,7 +25,8 @@ def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Block
     note = (
         "Loss above that of the true source on the same tokens, in nats: 0 is perfect. A sequential module sees the "
         "token before its target and can reach the entropy rate; a head that does not is left with the entropy of "
-        "k + 1 steps and is measured against that. The best acceptance is that of the first step behind a real prefix."
+        "k + 1 steps and is measured against that. The best acceptance is that of the first step behind a real prefix; "
+        "later steps start behind the model's own text, so that the measured one may lie a little above it."
     )
     return [Heading("Against the known source"), Rows(header, rows), Paragraph(note)]
 
