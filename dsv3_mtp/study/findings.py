@@ -19,6 +19,7 @@ METRICS: dict[str, tuple[str, str | None]] = {
     "val/bits_per_byte": ("main validation loss, bits per byte", "lower"),
     "acceptance/T0/tokens_per_step": ("tokens per step, greedy, free-running", "higher"),
     "acceptance/T1/tokens_per_step": ("tokens per step at temperature 1, free-running", "higher"),
+    "acceptance/T0/distinct": ("share of distinct tokens in the greedy text", None),
     "task/exact_match": ("exact match by generation", "higher"),
     "task/first_node": ("first node of the path, by generation", "higher"),
     "task/first_sum": ("first sum, by generation", "higher"),

@@ -174,26 +174,28 @@ def draw_tradeoff(out: Path, table: Table, arms: Mapping[str, str]) -> bool:
 
 @matplotlib.rc_context(STYLE)
 def draw_lambda(out: Path, configs: Mapping[str, Config], arms: Mapping[str, str]) -> bool:
-    """Only where arms differ in it."""
+    """Only where arms differ in it; each depth's share only where some arm has several depths."""
     progress = np.linspace(0.0, 1.0, 401).tolist()
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    total, shares = figure.subplots(1, 2)
-    shapes = set()
+    several = any(config.mtp.depths > 1 for config in configs.values())
+    figure = Figure(figsize=(12 if several else 9, 4.6), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, 1 + several))
+    shapes, handles = set(), []
     for arm, color in arms.items():
         mtp = configs[arm].mtp
         if mtp.depths:
             weights = np.array([depth_loss_weights(mtp, p) for p in progress])
             values = [mtp_loss_weight(mtp.loss_weight, p) for p in progress]
             shapes.add((tuple(values), weights.tobytes()))
-            total.plot(progress, values, color=color, label=arm)
-            for column in weights.T:
-                shares.plot(progress, column, color=color, alpha=0.7)
-    total.set_title("lambda")
-    shares.set_title("factor of each depth's loss, lambda / D * w_k")
-    for ax in (total, shares):
+            handles += axes[0].plot(progress, values, color=color, label=arm)
+            for column in weights.T if several else []:
+                axes[1].plot(progress, column, color=color, alpha=0.7)
+    for ax, title in zip(axes, ("lambda", "factor of each depth's loss, lambda / D * w_k"), strict=False):
+        ax.set_title(title)
         ax.set_xlabel("fraction of the training tokens")
+        ax.set_yscale("symlog", linthresh=0.1)
+        ax.set_yticks([0, 0.03, 0.1, 0.3, 1], ["0", "0.03", "0.1", "0.3", "1"])
         ax.set_ylim(bottom=0)
-    figure.legend(*total.get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(handles=handles, loc="outside right upper")
     return _saved(figure, out, len(shapes) > 1)
 
 

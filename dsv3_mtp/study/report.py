@@ -131,7 +131,8 @@ def is_primary(study: Study, effect: Effect) -> bool:
 
 
 def result_tables(study: Study, table: Table, effects: Sequence[Effect]) -> list[Block]:
-    metrics = list(dict.fromkeys([study.primary.metric, *study.metrics]))
+    # Beside acceptance, whether the text repeats itself: then it is easily predicted.
+    metrics = list(dict.fromkeys([study.primary.metric, *study.metrics, "acceptance/T0/distinct"]))
     measured = [m for m in metrics if any(values_of(table, arm, m) for arm in study.arms)]
     rows = [[arm, *(interval_cell(table, arm, m) for m in measured)] for arm in study.arms]
     found: list[Block] = [
@@ -219,9 +220,19 @@ def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]
         ),
         Code(f"base: {scale.base}, scale: {study.scale}, seeds: {show(study.seeds)}, --set: {show(loaded.sets)}"),
         Code("\n".join(f"{key}: {show(value)}" for key, value in common.items())),
-        Paragraph(f"Drafts: {show(study.acceptance.model_dump())}." if study.acceptance else "Drafts: not measured."),
+        Paragraph(drafts_line(study)),
         Items(environment(starts)),
     ]
+
+
+def drafts_line(study: Study) -> str:
+    drafts = study.acceptance
+    if drafts is None:
+        return "Drafts: not measured."
+    return (
+        f"Drafts: free-running, {drafts.new_tokens} new tokens behind each of {drafts.prefixes} prefixes of "
+        f"{drafts.prefix_tokens} tokens of the validation data, the same for every run."
+    )
 
 
 def environment(starts: Sequence[Mapping[str, Any]]) -> list[str]:
