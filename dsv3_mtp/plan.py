@@ -239,13 +239,20 @@ def _expert_exchange(config: Config, shape: Layout, layers: int) -> dict[str, fl
     Routing is taken as even over the experts that a token may choose, those of `topk_group` groups: nodes.
     """
     model, top_k = config.model, config.model.num_experts_per_tok
-    local = model.n_routed_experts // shape.experts
-    reachable = max(model.n_routed_experts * model.topk_group // model.n_group, local)
-    missed = comb(reachable - local, top_k) / comb(reachable, top_k)  # chance that no choice is on a given rank
-    visits = reachable / local * (1 - missed)
+    groups = max(model.n_group // shape.experts, 1)  # on a rank, wholly or in part
+    local = model.n_routed_experts // shape.experts // groups  # experts of each
+    reachable = model.n_routed_experts * model.topk_group // model.n_group
+    missed = sum(  # chance that no choice is on a given rank, by how many of its groups are among the token's
+        comb(groups, mine)
+        * comb(model.n_group - groups, model.topk_group - mine)
+        * comb(reachable - mine * local, top_k)
+        for mine in range(min(groups, model.topk_group) + 1)
+    ) / (comb(model.n_group, model.topk_group) * comb(reachable, top_k))
+    visits = shape.experts * (1 - missed)
+    # There and back, forward and backward; numbers of experts and gates go along, and the gates' gradients back.
     full = config.train.activation_checkpointing == "full"
-    row = element_size(config) * model.hidden_size * shape.tokens * shape.micro_batches * layers
-    sent = (6 if full else 4) * row
+    row = element_size(config) * model.hidden_size * (6 if full else 4) + top_k * (28 if full else 16)
+    sent = row * shape.tokens * shape.micro_batches * layers
     rows = {f"experts, all-to-all ({visits:.2f} ranks per token)": sent * visits * ring(shape.experts)}
     nodes = min(model.n_group, shape.experts)
     if nodes > 1:

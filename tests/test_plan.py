@@ -161,7 +161,7 @@ def test_two_ranks_hold_and_send_what_is_planned(make_tiny_config, tmp_path):
             assert held == pytest.approx(states, rel=0.05), config.run.name
             planned = communication(config, stages, shape)
             exchanged = sum(value for name, value in planned.items() if name.startswith("experts"))
-            assert sent.get("all_to_all", 0) == pytest.approx(exchanged, rel=0.3), config.run.name
+            assert sent.get("all_to_all", 0) == pytest.approx(exchanged, rel=0.15), config.run.name
             assert sent.get("all_gather", 0) == pytest.approx(planned.get("weights", 0), rel=0.05), config.run.name
             reduced = sent.get("all_reduce", 0) + sent.get("reduce_scatter", 0)
             assert reduced == pytest.approx(planned["gradients"], rel=0.05), config.run.name
