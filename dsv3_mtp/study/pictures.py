@@ -53,7 +53,7 @@ def draw_all(study: Any, configs: Mapping[str, Config], table: Table, curves: Cu
         ),
         (
             "lambda.png",
-            "The weight of the extra losses over training (logarithmic above 0.1): lambda, and each depth's share of it.",
+            "Weight of the extra losses over training (logarithmic above 0.1): lambda, and each depth's share of it.",
             lambda out: draw_lambda(out, configs, arms),
         ),
         (
