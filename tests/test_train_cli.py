@@ -73,7 +73,7 @@ def launchers(job: Path) -> dict[str, list[str]]:
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["python", "deepspeed-1", "deepspeed-2", "torchrun-2"])
+@pytest.mark.parametrize("launcher", ["python", "deepspeed-1", "torchrun-2"])  # the signals below: deepspeed-2
 def test_every_launcher_trains_to_the_end_and_prints_only_our_lines(job, launcher):
     code, output = finish(launchers(job)[launcher], job.with_suffix(".log"))
     assert code == 0, output

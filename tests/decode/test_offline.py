@@ -32,7 +32,7 @@ def replay(prefixes: list[int], length: int, start: int, depths: int) -> Accepta
 @pytest.mark.parametrize("heads", HEADS)
 def test_one_pass_equals_brute_force_and_the_counts_of_real_decoding(make_model, heads):
     model, seen = make_model(heads, trained=True), set()
-    for prompt in (PROMPT, [5], [60, 1, 2]):
+    for prompt in (PROMPT, [5], [60, 1, 2], [33, 7, 50]):
         text = prompt + plain_greedy(model, prompt, 14)
         prefixes = accepted_prefixes(model, text, prompt_length=len(prompt)).sum(1).tolist()
         assert len(prefixes) == 13

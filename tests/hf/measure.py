@@ -26,7 +26,9 @@ def measure(folder: Path, *, layers: int, hidden: int = 1024, experts: int = 32)
     """Seconds of CPU and megabytes of every step; the size of the model in bfloat16 under "model"."""
     work(folder, f"make({layers}, {hidden}, {experts})")
     masters = sum(path.stat().st_size for path in folder.glob("run/checkpoints/*/*.safetensors")) / 2**20
-    return {"model": {"MiB": masters / 2}} | {name: work(folder, code) for name, code in STEPS.items()}
+    return {"model": {"MiB": masters / 2}} | {
+        name: work(folder, code) for name, code in STEPS.items() if name.endswith(dtypes)
+    }
 
 
 def work(folder: Path, code: str) -> dict[str, float]:
