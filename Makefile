@@ -6,7 +6,7 @@ CONFIG ?= configs/v3_tiny.yaml
 CORPUS ?= data/pystdlib-2048
 # Extra options for pip (an index with CPU builds of torch, a proxy) and for pytest.
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2
+PYTEST_FLAGS ?= -n 2 --dist loadgroup
 # Optional dependencies to install: dev, hf (parity with transformers), eval (lm-evaluation-harness), wandb, zstd.
 EXTRAS ?= dev
 

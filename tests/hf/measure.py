@@ -22,7 +22,9 @@ STEPS = {
 }
 
 
-def measure(folder: Path, *, layers: int, hidden: int = 1024, experts: int = 32) -> dict[str, dict[str, float]]:
+def measure(
+    folder: Path, *, layers: int, hidden: int = 1024, experts: int = 32, dtypes: tuple[str, ...] = ("bf16", "fp8")
+) -> dict[str, dict[str, float]]:
     """Seconds of CPU and megabytes of every step; the size of the model in bfloat16 under "model"."""
     work(folder, f"make({layers}, {hidden}, {experts})")
     masters = sum(path.stat().st_size for path in folder.glob("run/checkpoints/*/*.safetensors")) / 2**20
