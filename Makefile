@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/v3_tiny.yaml
 CORPUS ?= data/pystdlib-2048
-# Extra options for pip (an index with CPU builds of torch, a proxy) and for pytest.
+# Extra options for pip (an index with CPU builds of torch, a proxy) and for pytest: two processes, a file stays in one of
+# them, because fixtures of some files train several ranks.
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2 --dist loadgroup
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 # Optional dependencies to install: dev, hf (parity with transformers), eval (lm-evaluation-harness), wandb, zstd.
 EXTRAS ?= dev
 

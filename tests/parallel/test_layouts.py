@@ -22,7 +22,7 @@ from tests.conftest import TINY_CONFIG
 from tests.made_runs import randomise, write_run
 from tests.ranks import run_ranks, write_markov
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("layouts")]  # one worker: the fixture trains them all
+pytestmark = pytest.mark.dist
 STEPS = 3
 EXPERTS = ".mlp.experts."
 

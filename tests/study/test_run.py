@@ -20,7 +20,7 @@ from dsv3_mtp.study.report import write_report
 from dsv3_mtp.study.run import check_folders, read_budgets, run_study
 from tests.study.toy import STEPS, load_toy, write_toy
 
-pytestmark = [pytest.mark.dist, pytest.mark.xdist_group("study")]  # one worker: the fixture runs a study
+pytestmark = pytest.mark.dist
 ROOT = Path(__file__).resolve().parents[2]
 
 
