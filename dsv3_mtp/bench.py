@@ -21,9 +21,10 @@ from dsv3_mtp import tuning
 from dsv3_mtp.config import Config
 from dsv3_mtp.hf.settings import to_config_json
 from dsv3_mtp.losses import linear_cross_entropy
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, model_size
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import MoE
+from dsv3_mtp.model.size import model_size
 from dsv3_mtp.optim import build_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,7 +9,8 @@ from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, MarkovTask
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.grade import reference
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, ModelSize, model_size
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.plan import Layout, Stage, bubbles, communication, layout, plan
 from dsv3_mtp.plots import plot_schedules

@@ -19,7 +19,8 @@ from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, va
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets, model_size
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets
+from dsv3_mtp.model.size import model_size
 from dsv3_mtp.optim import build_optimizer
 from dsv3_mtp.parallel.build import build_model, writable
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config

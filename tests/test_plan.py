@@ -13,7 +13,8 @@ from dsv3_mtp import kernels
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.config.layout import composition
 from dsv3_mtp.meter import Meter, measure_step
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, model_size
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.size import model_size
 from dsv3_mtp.plan import (
     Layout,
     activation_elements,

@@ -81,7 +81,8 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
     import torch
 
     from dsv3_mtp.config import ModelConfig, MTPConfig
-    from dsv3_mtp.model.causal_lm import DeepseekV3MTP, model_size
+    from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+    from dsv3_mtp.model.size import model_size
 
     if options.run is None:
         model = DeepseekV3MTP(ModelConfig(**RANDOM_MODEL), MTPConfig()).requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 with 1+D prediction heads: trunk, heads, loss, metrics, init, counts."""
+"""DeepSeek-V3 with 1+D prediction heads: trunk, heads, loss, metrics, init."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -373,53 +373,3 @@ def agreement(prediction: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         joint = joint[:, :slots] & same & valid[depth, :, :slots]
         agreed[depth - 1], compared[depth - 1] = joint.sum(), valid[depth, :, :slots].sum()
     return agreed, compared
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Parameter counts and training cost. Checked against the paper's numbers in tests/model/test_causal_lm.py."""
-
-    total: int  # trunk, embedding, output head
-    active: int  # of these, used per token: K of E routed experts
-    embedding: int  # a lookup: no matmul FLOPs
-    mtp_total: int  # unique to the MTP heads: shared embedding and output head not counted
-    mtp_active: int
-    flops_per_token: float  # forward + backward of one training token with all depths, causal attention
-
-
-def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
-    """6 FLOPs per active matmul weight and token, plus causal attention 6 H (qk + v) T/2 per layer. Meta will do."""
-    config, mtp = model.config, model.mtp_config
-    count = partial(_total_and_active, config)
-
-    heads = nn.ModuleList([model.mtp]) if mtp.depths else nn.ModuleList()
-    mtp_total, mtp_active = count(heads)
-    total, active = count(nn.ModuleList([model.model, model.lm_head]))
-    embedding = model.model.embed_tokens.weight.numel()
-    # A recycled module is computed at every depth; the shared output head is applied once per depth.
-    mtp_matmul = mtp_active * (mtp.depths if mtp.share_weights else 1)
-    if mtp.mode in ("sequential", "parallel"):
-        mtp_matmul += mtp.depths * model.lm_head.weight.numel()
-    blocks = config.num_hidden_layers + (mtp.depths if mtp.mode in ("sequential", "parallel") else 0)
-    flops = 6 * (active - embedding + mtp_matmul) + blocks * _attention_flops(config, seq_len)
-    return ModelSize(total, active, embedding, mtp_total, mtp_active, flops)
-
-
-def layer_flops(model: DeepseekV3MTP, seq_len: int) -> list[float]:
-    """`ModelSize.flops_per_token` by place: every trunk layer, and last all that follows: heads of depth 0..D."""
-    attention = _attention_flops(model.config, seq_len)
-    trunk = [6 * _total_and_active(model.config, layer)[1] + attention for layer in model.model.layers]
-    return [*trunk, model_size(model, seq_len).flops_per_token - sum(trunk)]
-
-
-def _total_and_active(config: ModelConfig, part: nn.Module) -> tuple[int, int]:
-    """Parameters of a part of the model: all, and those used per token."""
-    total = sum(p.numel() for p in part.parameters())
-    experts = sum(p.numel() for m in part.modules() if isinstance(m, Experts) for p in m.parameters())
-    return total, total - round(experts * (1 - config.num_experts_per_tok / config.n_routed_experts))
-
-
-def _attention_flops(config: ModelConfig, seq_len: int) -> float:
-    """Of one layer, forward and backward, per token: causal, so half of the square."""
-    width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    return 6 * config.num_attention_heads * width * seq_len / 2

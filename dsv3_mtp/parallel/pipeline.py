@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import Config, MTPConfig
 from dsv3_mtp.config.layout import uncut
-from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, layer_flops, run_layers
+from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, run_layers
 from dsv3_mtp.model.moe import RouterStats
 from dsv3_mtp.model.mtp import TrunkStates
+from dsv3_mtp.model.size import layer_flops
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World
 

@@ -12,7 +12,8 @@ import torch
 
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, ModelConfig, MTPConfig
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, ModelSize, model_size
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.runs import FREE, differences
 from dsv3_mtp.study.matrix import LoadedStudy
 

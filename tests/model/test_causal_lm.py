@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from dsv3_mtp.config import load_config
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, agreement, count_targets, model_size, valid_targets
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, agreement, count_targets, valid_targets
 from dsv3_mtp.model.layers import rotary_angles
+from dsv3_mtp.model.size import model_size
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VARIANTS = {

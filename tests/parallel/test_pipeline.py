@@ -23,7 +23,8 @@ from dsv3_mtp.data.source import open_source
 from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, validate
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.hf.load import load_weights
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, layer_flops, model_size
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.size import layer_flops, model_size
 from dsv3_mtp.parallel.build import build_model
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, free_port

@@ -6,7 +6,8 @@ import pytest
 
 from dsv3_mtp import schedules
 from dsv3_mtp.config import ConfigError
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, model_size
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.size import model_size
 from dsv3_mtp.study.dryrun import dry_run
 from dsv3_mtp.study.matrix import load_study
 from dsv3_mtp.study.plan import plan, shared_steps, steps_of, training_flops
