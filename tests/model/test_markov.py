@@ -14,7 +14,7 @@ from dsv3_mtp import kernels
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.ranks import markov_chain, markov_tokens
 
-STATES, DEPTHS, T, STEPS = 32, 2, 64, 150
+STATES, DEPTHS, T, STEPS = 24, 2, 64, 100
 TOLERANCE = 0.04  # nats
 
 
