@@ -1,7 +1,6 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it (DESIGN: one training step)."""
 
 import importlib.util
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dsv3_mtp.data.tasks import TaskSource
 from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, validation_source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.loading import newest_checkpoint
-from dsv3_mtp.metrics import Clock, MetricsLog, Progress, mfu, quantity, read_metrics
+from dsv3_mtp.metrics import Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.optim import build_optimizer
@@ -27,6 +26,7 @@ from dsv3_mtp.parallel.engine import Engine, deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
 from dsv3_mtp.parallel.pipeline import PipelineEngine
 from dsv3_mtp.precision.convert import set_precision
+from dsv3_mtp.progress import Progress, quantity
 from dsv3_mtp.runs import changed_settings, lock_run_folder, run_folder, write_run_folder
 from dsv3_mtp.tuning import tune_cpu
 
@@ -95,8 +95,7 @@ class Trainer:
         config, total = self.config, self.config.train.total_tokens
         rows = config.train.micro_batch_size * self.world.data_size
         steps = schedules.total_steps(config.train, config.data.seq_len, rows)
-        stream = None if self.world.is_main else io.StringIO()
-        with Progress(total, total_steps=steps, stream=stream) as self.display:
+        with Progress(total, total_steps=steps, silent=not self.world.is_main) as self.display:
             for note in [self.headline(), *self.notes]:
                 self.display.say(note)
             self.clock.start(self.tokens)

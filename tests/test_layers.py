@@ -13,7 +13,9 @@ PACKAGE = ROOT / "dsv3_mtp"
 
 LAYERS = {
     "config": 0,
-    **dict.fromkeys(["kernels", "tuning", "schedules", "losses", "precision", "data", "metrics", "plots"], 1),
+    **dict.fromkeys(
+        ["kernels", "tuning", "schedules", "losses", "precision", "data", "metrics", "progress", "plots"], 1
+    ),
     **dict.fromkeys(["tensorfile", "fragments"], 1),
     "model": 2,
     **dict.fromkeys(["parallel", "optim", "checkpoint", "hf", "generate", "decode", "loading"], 3),

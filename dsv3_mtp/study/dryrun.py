@@ -1,6 +1,6 @@
 """What a study would run and what it would cost, without running it."""
 
-from dsv3_mtp.metrics import duration, quantity
+from dsv3_mtp.progress import duration, quantity
 from dsv3_mtp.study.matrix import LoadedStudy
 from dsv3_mtp.study.plan import Run, plan, size_of, tokens_of, training_flops
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.config.reader import show
-from dsv3_mtp.metrics import quantity, read_metrics, replacing
+from dsv3_mtp.metrics import read_metrics, replacing
+from dsv3_mtp.progress import quantity
 from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
 from dsv3_mtp.study.findings import Effect, Table, describe_metric, values_of, verdict

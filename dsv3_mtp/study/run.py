@@ -24,7 +24,8 @@ import torch._dynamo  # an import of seconds that training makes: once here, not
 
 from dsv3_mtp.config import load_config
 from dsv3_mtp.loading import checkpoints, is_complete, newest_checkpoint
-from dsv3_mtp.metrics import duration, read_metrics, replacing
+from dsv3_mtp.metrics import read_metrics, replacing
+from dsv3_mtp.progress import duration
 from dsv3_mtp.runs import FREE, differences, lock_folder
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import describe, measure, read_results, write_results
