@@ -1,0 +1,157 @@
+"""Rows in slices compute what whole rows compute: the model alone, in float64, without DeepSpeed. With it: test_layouts."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dsv3_mtp.config import Config
+from dsv3_mtp.config.layout import describe, refusals
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput, count_targets
+from dsv3_mtp.parallel.engine import deepspeed_config
+from dsv3_mtp.parallel.launch import World, start
+from dsv3_mtp.parallel.sequence import slice_rows
+from dsv3_mtp.plan import layout
+from tests.conftest import TINY_CONFIG
+from tests.ranks import run_ranks
+
+RANKS, ROWS, LENGTH, DOCUMENTS = 4, 4, 16, torch.tensor([0] * 3 + [1] * 8 + [2] * 20)
+SETTINGS: dict[str, dict[str, Any]] = {  # S = 4: slices of 4 slots, so that depth 5 reaches over a whole slice
+    "S=2, D=1": {"slices": 2},
+    "S=2, D=2, masked, selective": {"mtp.num_nextn_predict_layers": 2, "masked": True, "mode": "selective", "slices": 2},
+    "S=4, no MTP": {"mtp.mode": "none"},
+    "S=4, D=5, recycled, masked": {"mtp.num_nextn_predict_layers": 5, "mtp.share_weights": True, "masked": True},
+    "S=4, D=2, full": {"mtp.num_nextn_predict_layers": 2, "mode": "full"},
+    "S=4, parallel D=2, selective": {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2, "mode": "selective"},
+    "S=4, parallel_linear D=5": {"mtp.mode": "parallel_linear", "mtp.num_nextn_predict_layers": 5},
+    "S=4, frozen trunk": {"mtp.detach": "trunk", "freeze": True, "mode": "full"},
+    "S=4, all layers dense, no query latent": {"model.first_k_dense_replace": 3, "model.q_lora_rank": None},
+}
+
+
+def make(settings: dict[str, Any]) -> DeepseekV3MTP:
+    sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
+    sections["model"]["num_attention_heads"] = 4
+    for key, value in settings.items():
+        if "." in key:
+            sections[key.partition(".")[0]][key.partition(".")[2]] = value
+    config = Config.model_validate(sections)
+    model = DeepseekV3MTP(config.model, config.mtp).double()
+    model.init_weights(0)
+    model.checkpoint_activations(settings.get("mode", "none"))
+    if settings.get("freeze"):
+        model.freeze_trunk()
+    return model
+
+
+def learn(model: DeepseekV3MTP, inputs: list[Any], counts: torch.Tensor) -> tuple[MTPOutput, dict[str, torch.Tensor]]:
+    weights = tuple(0.3 + depth for depth in range(model.depths))
+    out = model(*inputs, loss_weights=weights, balance_loss_weight=0.5, normalizer=counts)
+    out.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return replace(out, loss=out.loss.detach()), grads
+
+
+def compare(folder: Path) -> None:
+    """Writes what this rank got of whole rows and, summed over ranks, of slices; and what it sees of other tokens."""
+    found = {}
+    for name, settings in SETTINGS.items():
+        model, slices = make(settings), settings.get("slices", 4)
+        world = start(threads=1, timeout_s=60) if not dist.is_initialized() else world
+        world = replace(world, slices=slices)
+        torch.manual_seed(1)
+        ahead = 1 + model.depths
+        tokens = torch.randint(0, 64, (ROWS, LENGTH + ahead))
+        documents = DOCUMENTS[: LENGTH + ahead].expand(ROWS, -1) if settings.get("masked") else None
+        counts = count_targets(tokens, documents, model.depths)
+        want, want_grads = learn(model, [tokens, documents], counts)
+
+        slice_rows(model, world)
+        mine = slice(world.data_rank * slices, (world.data_rank + 1) * slices)  # of 4 rows, S on each group of S ranks
+        inputs = [None if x is None else model.rows.cut(x[mine], ahead) for x in (tokens, documents)]
+        out, grads = learn(model, inputs, counts / world.replicas)
+        for value in [*vars(out).values(), *grads.values()]:
+            dist.all_reduce(value)
+        for value in (out.loss, *grads.values()):  # what DeepSpeed averages
+            value /= world.replicas
+        found[name] = vars(want), want_grads, vars(out), grads
+        if name == "S=4, D=5, recycled, masked":
+            found["seen"] = {place: changed(model, tokens, place) for place in range(LENGTH + ahead)}
+    torch.save(found, folder / os.environ["RANK"])
+
+
+def changed(model: DeepseekV3MTP, tokens: torch.Tensor, place: int) -> torch.Tensor:
+    """(1+D,) bool: does this slice's loss of that depth change with the token at `place`?"""
+    other, ahead = tokens.clone(), 1 + model.depths
+    other[:, place] = (other[:, place] + 1) % 64
+    with torch.no_grad():
+        a, b = [model(model.rows.cut(x, ahead)).nll_sum for x in (tokens, other)]
+    return a != b
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("sequence")
+    codes = run_ranks(compare, folder, world_size=RANKS, log=folder / "log")
+    assert codes == [0] * RANKS, (folder / "log.rank0").read_text()
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", SETTINGS)
+def test_slices_of_rows_add_up_to_whole_rows(found, name):
+    want, want_grads, got, grads = found[0][name]
+    assert got.keys() == want.keys()
+    for field, value in want.items():
+        torch.testing.assert_close(got[field], value, rtol=1e-12, atol=1e-12, msg=lambda m, f=field: f"{f}: {m}")
+    assert grads.keys() == want_grads.keys() and any(grad.any() for grad in grads.values())
+    for key, grad in want_grads.items():
+        torch.testing.assert_close(grads[key], grad, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.dist
+def test_a_slice_sees_all_before_it_and_only_its_own_targets_ahead(found):
+    depths, length = 5, LENGTH // RANKS
+    for rank in range(RANKS):
+        for place, seen in found[rank]["seen"].items():
+            last = (rank + 1) * length - 1  # slot; depth k reads up to place last + k, and has its target one further
+            assert seen.tolist() == [place <= last + k + 1 for k in range(depths + 1)], (rank, place)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "problem"),
+    [
+        ({"parallel.sequence_parallel_size": 4}, None, "must divide model.num_attention_heads = 2: attention is divided"),
+        ({"data.seq_len": 15}, None, "must divide data.seq_len = 15: slices of a row are equal (got 2)"),
+        ({}, 3, "must divide the number of ranks, 3 (got 2)"),
+        ({"parallel.pipeline_stages": 2}, 2, "must divide the ranks of a stage, 1 (got 2)"),
+    ],
+)
+def test_rows_that_cannot_be_sliced_are_refused(make_tiny_config, overrides, ranks, problem):
+    config = make_tiny_config()
+    settings = {"parallel.sequence_parallel_size": 2} | overrides
+    for key, value in settings.items():  # a Config would refuse by itself what needs no number of ranks
+        section, _, name = key.partition(".")
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+    assert any(text.startswith(f"parallel.sequence_parallel_size: {problem}") for text in refusals(config, ranks))
+
+
+def test_deepspeed_and_the_sampler_are_told_their_own_numbers_of_ranks(make_tiny_config):
+    config = make_tiny_config({"parallel.sequence_parallel_size": 2, "train.micro_batch_size": 1})
+    given = deepspeed_config(config, 8, "")  # 4 groups of 2 ranks: 4 sequences, and 8 halves of one
+    assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (8, 1)
+    assert given["gradient_accumulation_steps"] == 1
+    assert refusals(config, 16) == [
+        "train.batch_size: 4 sequences do not divide into micro-batches of 1 on 8 groups of 2 ranks; use a multiple of 8"
+    ]
+    worlds = [World(rank, 8, rank, torch.device("cpu"), stages=2, slices=2) for rank in range(8)]
+    assert [world.stage for world in worlds] == [0] * 4 + [1] * 4
+    assert [world.data_rank for world in worlds] == [0, 0, 1, 1] * 2 and worlds[0].data_size == 2
+    assert describe(config, 8).endswith("ZeRO-1, SP 2")
+    shape = layout(config, 8)
+    assert (shape.data, shape.micro_batches, shape.tokens) == (8, 1, 8)
