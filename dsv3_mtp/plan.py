@@ -1,8 +1,9 @@
 """What a layout costs each rank, from the config alone: parameters, memory, communication, pipeline bubble.
 
 Ranks = pipeline stages x data ranks; expert-parallel groups lie inside the data ranks (V3 3.2: 2048 = 16 x 128, groups
-of 64, so 2 copies of each expert), as do the groups that share rows. Memory follows the ZeRO paper (arXiv 1910.02054, section 5) as DeepSpeed 0.19.8
-carries it out; volumes are bytes that one rank sends, with ring algorithms, in one optimizer step.
+of 64, so 2 copies of each expert), as do the groups that share rows. Memory follows the ZeRO paper (arXiv 1910.02054,
+section 5) as DeepSpeed 0.19.8 carries it out; volumes are bytes that one rank sends, with ring algorithms, in one
+optimizer step.
 """
 
 from collections.abc import Sequence
@@ -195,8 +196,8 @@ def block_elements(model: ModelConfig, mode: str, *, moe: bool, spread: bool, sl
     """`activation_elements` of one decoder layer, as its operations are fused on a GPU.
 
     none: the inputs of all products and of attention. selective: of these neither norms, nor what the up-projections
-    and SwiGLU make (model/recompute.py). full: the input of the next layer. spread: experts on several ranks. sliced: rows
-    on several ranks; what attention reads and writes is then kept as exchanged, also by selective.
+    and SwiGLU make (model/recompute.py). full: the input of the next layer. spread: experts on several ranks. sliced:
+    rows on several ranks; what attention reads is then kept as exchanged, by selective as well.
     """
     hidden, top_k, width = model.hidden_size, model.num_experts_per_tok, model.moe_intermediate_size
     if mode == "full":

@@ -92,8 +92,7 @@ class Engine:
         # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no weights of its own.
         deepspeed.runtime.zero.utils.warned = True
         import_muon()
-        if world.slices > 1:
-            slice_rows(model, world)
+        slice_rows(model, world)
         with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=module or model, optimizer=optimizer, config=ds_config, dist_init_required=False

@@ -44,13 +44,13 @@ class Slices(Rows):
         """An attention core for this slice's slots and all heads, around one for all slots and H/S heads."""
 
         def whole_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-            return core(*(x.transpose(1, 2) for x in (query, key, value)), scale, mask).transpose(1, 2)
+            return core(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, mask).transpose(1, 2)
 
-        exchange = DistributedAttention(whole_rows, self.group, scatter_idx=2, gather_idx=1)  # of (B, T, H, width)
+        exchange = DistributedAttention(whole_rows, self.group, scatter_idx=2, gather_idx=1)  # H, T
 
         def sliced(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-            parts = [x.transpose(1, 2) for x in (query, key, value)]
-            return exchange(*parts, 0, None, scale, mask).transpose(1, 2)  # batch dimension, no rotation
+            parts = [x.transpose(1, 2) for x in (query, key, value)]  # (B, T/S, H, width)
+            return exchange(*parts, 0, None, scale, mask).transpose(1, 2)  # 0 is B; rotated already
 
         return sliced
 
@@ -58,6 +58,8 @@ class Slices(Rows):
 def slice_rows(model: DeepseekV3MTP, world: World) -> None:
     """From now on the model is given this rank's slice of every row (`Rows.cut`), and all ranks call it together."""
     count = world.slices
+    if count == 1:
+        return
     groups = [dist.new_group(range(first, first + count)) for first in range(0, world.size, count)]
     number = world.rank % count
     rows = Slices(number, count, groups[world.rank // count])

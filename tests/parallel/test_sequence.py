@@ -1,4 +1,4 @@
-"""Rows in slices compute what whole rows compute: the model alone, in float64, without DeepSpeed. With it: test_layouts."""
+"""Rows in slices compute what whole rows compute: the model in float64, without DeepSpeed. With it: test_layouts."""
 
 import os
 from dataclasses import replace
@@ -11,23 +11,26 @@ import torch.distributed as dist
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe, refusals
+from dsv3_mtp.meter import Meter
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, start
 from dsv3_mtp.parallel.sequence import slice_rows
-from dsv3_mtp.plan import layout
+from dsv3_mtp.plan import communication, layout, plan
 from tests.conftest import TINY_CONFIG
 from tests.ranks import run_ranks
 
 RANKS, ROWS, LENGTH, DOCUMENTS = 4, 4, 16, torch.tensor([0] * 3 + [1] * 8 + [2] * 20)
 SETTINGS: dict[str, dict[str, Any]] = {  # S = 4: slices of 4 slots, so that depth 5 reaches over a whole slice
-    "S=2, D=1": {"slices": 2},
-    "S=2, D=2, masked, selective": {"mtp.num_nextn_predict_layers": 2, "masked": True, "mode": "selective", "slices": 2},
+    "S=2, D=2, masked, selective": {
+        "mtp.num_nextn_predict_layers": 2,
+        "masked": True,
+        "mode": "selective",
+        "slices": 2,
+    },
     "S=4, D=5, recycled, masked": {"mtp.num_nextn_predict_layers": 5, "mtp.share_weights": True, "masked": True},
-    "S=4, D=2, full": {"mtp.num_nextn_predict_layers": 2, "mode": "full"},
-    "S=4, parallel D=2, selective": {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2, "mode": "selective"},
-    "S=4, parallel_linear D=5": {"mtp.mode": "parallel_linear", "mtp.num_nextn_predict_layers": 5},
-    "S=4, frozen trunk": {"mtp.detach": "trunk", "freeze": True, "mode": "full"},
+    "S=4, parallel D=2, full": {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2, "mode": "full"},
+    "S=4, frozen trunk": {"mtp.detach": "trunk", "freeze": True},
     "S=4, no MTP, dense, no query latent": {
         "mtp.mode": "none",
         "model.first_k_dense_replace": 3,
@@ -36,16 +39,25 @@ SETTINGS: dict[str, dict[str, Any]] = {  # S = 4: slices of 4 slots, so that dep
 }
 
 
-def make(settings: dict[str, Any]) -> DeepseekV3MTP:
+def configure(settings: dict[str, Any]) -> Config:
     sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
     sections["model"]["num_attention_heads"] = 4
+    sections["parallel"] = {"sequence_parallel_size": settings.get("slices", 4)}
+    sections["train"] = sections["train"] | {
+        "micro_batch_size": settings.get("slices", 4),
+        "activation_checkpointing": settings.get("mode", "none"),
+    }
     for key, value in settings.items():
         if "." in key:
             sections[key.partition(".")[0]][key.partition(".")[2]] = value
-    config = Config.model_validate(sections)
+    return Config.model_validate(sections)
+
+
+def make(settings: dict[str, Any]) -> DeepseekV3MTP:
+    config = configure(settings)
     model = DeepseekV3MTP(config.model, config.mtp).double()
     model.init_weights(0)
-    model.checkpoint_activations(settings.get("mode", "none"))
+    model.checkpoint_activations(config.train.activation_checkpointing)
     if settings.get("freeze"):
         model.freeze_trunk()
     return model
@@ -63,11 +75,10 @@ def learn(model: DeepseekV3MTP, inputs: list[Any], counts: torch.Tensor) -> tupl
 
 def compare(folder: Path) -> None:
     """Writes what this rank got of whole rows and, summed over ranks, of slices; and what it sees of other tokens."""
-    found = {}
+    found, process = {}, start(threads=1, timeout_s=60)
     for name, settings in SETTINGS.items():
         model, slices = make(settings), settings.get("slices", 4)
-        world = start(threads=1, timeout_s=60) if not dist.is_initialized() else world
-        world = replace(world, slices=slices)
+        world = replace(process, slices=slices)
         torch.manual_seed(1)
         ahead = 1 + model.depths
         tokens = torch.randint(0, 64, (ROWS, LENGTH + ahead))
@@ -78,7 +89,8 @@ def compare(folder: Path) -> None:
         slice_rows(model, world)
         mine = slice(world.data_rank * slices, (world.data_rank + 1) * slices)  # of 4 rows, S on each group of S ranks
         inputs = [None if x is None else model.rows.cut(x[mine], ahead) for x in (tokens, documents)]
-        out, grads = learn(model, inputs, counts / world.replicas)
+        with Meter() as meter:
+            out, grads = learn(model, inputs, counts / world.replicas)
         values = [*out.values(), *grads.values()]
         total = torch.cat([value.double().flatten() for value in values])
         dist.all_reduce(total)
@@ -87,6 +99,7 @@ def compare(folder: Path) -> None:
         for value in (out["loss"], *grads.values()):  # what DeepSpeed averages
             value /= world.replicas
         found[name] = want, (out, grads) if world.is_main else None
+        found["sent", name] = meter.sent["all_to_all"]
         if name == "S=4, D=5, recycled, masked":
             found["seen"] = changes(model, tokens[0])
     torch.save(found, folder / os.environ["RANK"])
@@ -122,6 +135,17 @@ def test_slices_of_rows_add_up_to_whole_rows(found, name):
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("name", [name for name, settings in SETTINGS.items() if "freeze" not in settings])
+def test_the_plan_knows_what_a_slice_sends(found, name):
+    config = configure(SETTINGS[name])
+    with torch.device("meta"):
+        model = DeepseekV3MTP(config.model, config.mtp)
+    shape = layout(config, RANKS)
+    planned = communication(config, plan(config, model, shape), shape)["slices of rows, all-to-all around attention"]
+    assert found[0]["sent", name] == 4 * planned, "the model is float64, its config bfloat16"
+
+
+@pytest.mark.dist
 def test_a_slice_sees_all_that_is_before_it_and_nothing_that_is_not(found):
     for rank in range(RANKS):
         last = (rank + 1) * LENGTH // RANKS - 1  # slot, of which depth k reads up to token last + k
@@ -132,7 +156,11 @@ def test_a_slice_sees_all_that_is_before_it_and_nothing_that_is_not(found):
 @pytest.mark.parametrize(
     ("overrides", "ranks", "problem"),
     [
-        ({"parallel.sequence_parallel_size": 4}, None, "must divide model.num_attention_heads = 2: attention is divided"),
+        (
+            {"parallel.sequence_parallel_size": 4},
+            None,
+            "must divide model.num_attention_heads = 2: attention is divided",
+        ),
         ({"data.seq_len": 15}, None, "must divide data.seq_len = 15: slices of a row are equal (got 2)"),
         ({}, 3, "must divide the number of ranks, 3 (got 2)"),
         ({"parallel.pipeline_stages": 2}, 2, "must divide the ranks of a stage, 1 (got 2)"),
@@ -152,9 +180,8 @@ def test_deepspeed_and_the_sampler_are_told_their_own_numbers_of_ranks(make_tiny
     given = deepspeed_config(config, 8, "")  # 4 groups of 2 ranks: 4 sequences, and 8 halves of one
     assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (8, 1)
     assert given["gradient_accumulation_steps"] == 1
-    assert refusals(config, 16) == [
-        "train.batch_size: 4 sequences do not divide into micro-batches of 1 on 8 groups of 2 ranks; use a multiple of 8"
-    ]
+    (problem,) = refusals(config, 16)
+    assert problem.endswith("do not divide into micro-batches of 1 on 8 groups of 2 ranks; use a multiple of 8")
     worlds = [World(rank, 8, rank, torch.device("cpu"), stages=2, slices=2) for rank in range(8)]
     assert [world.stage for world in worlds] == [0] * 4 + [1] * 4
     assert [world.data_rank for world in worlds] == [0, 0, 1, 1] * 2 and worlds[0].data_size == 2
