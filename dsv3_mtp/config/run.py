@@ -105,7 +105,7 @@ class TrainConfig(Section):
     batch_size: Count
     """Sequences per optimizer step over all ranks (V3: 15360)."""
     micro_batch_size: Count
-    """Sequences per rank and forward."""
+    """Sequences per forward of a rank, or of the sequence_parallel_size ranks that share them."""
     batch_size_ramp: BatchSizeRamp | None = None
     """null: batch_size from the first step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe, refusals
+from dsv3_mtp.dryrun import dry_run
 from dsv3_mtp.meter import Meter
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets
 from dsv3_mtp.parallel.engine import deepspeed_config
@@ -186,5 +187,7 @@ def test_deepspeed_and_the_sampler_are_told_their_own_numbers_of_ranks(make_tiny
     assert [world.stage for world in worlds] == [0] * 4 + [1] * 4
     assert [world.data_rank for world in worlds] == [0, 0, 1, 1] * 2 and worlds[0].data_size == 2
     assert describe(config, 8).endswith("ZeRO-1, SP 2")
+    report = dry_run(config, world_size=8, plot=False)
+    assert "rows over 2 ranks" in report and "slices of rows, all-to-all around attention" in report
     shape = layout(config, 8)
     assert (shape.data, shape.micro_batches, shape.tokens) == (8, 1, 8)
