@@ -90,6 +90,8 @@ def _describe(config: Config, shape: Layout, world_size: int) -> str:
         pieces.append(f"{shape.stages} pipeline stages x {shape.data}")
     if shape.experts > 1:
         pieces.append(f"experts over {shape.experts} ranks, {shape.copies} copies")
+    if shape.slices > 1:
+        pieces.append(f"rows over {shape.slices} ranks")
     pieces.append(f"ZeRO-{parallel.zero_stage}" + " with offload" * parallel.offload_optimizer)
     pieces.append(f"activation checkpointing {config.train.activation_checkpointing}")
     pieces.append(f"{shape.micro_batches} micro-batch{'es' * (shape.micro_batches > 1)} of {shape.tokens} tokens")
@@ -107,7 +109,7 @@ def _span(names: list[str]) -> str:
 
 def cost_rows(config: Config, size: ModelSize, shape: Layout) -> dict[str, Any]:
     train = config.train
-    steps = schedules.total_steps(train, config.data.seq_len, train.micro_batch_size * shape.data)
+    steps = schedules.total_steps(train, config.data.seq_len, train.micro_batch_size * shape.data // shape.slices)
     return {
         "optimizer steps": f"{steps:,}",
         "tokens": f"{train.total_tokens:,}",

@@ -1,8 +1,9 @@
 """What a layout costs each rank, from the config alone: parameters, memory, communication, pipeline bubble.
 
 Ranks = pipeline stages x data ranks; expert-parallel groups lie inside the data ranks (V3 3.2: 2048 = 16 x 128, groups
-of 64, so 2 copies of each expert). Memory follows the ZeRO paper (arXiv 1910.02054, section 5) as DeepSpeed 0.19.8
-carries it out; volumes are bytes that one rank sends, with ring algorithms, in one optimizer step.
+of 64, so 2 copies of each expert), as do the groups that share rows. Memory follows the ZeRO paper (arXiv 1910.02054,
+section 5) as DeepSpeed 0.19.8 carries it out; volumes are bytes that one rank sends, with ring algorithms, in one
+optimizer step.
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ class Layout:
     data: int  # data-parallel ranks of a stage
     experts: int  # ranks that share a layer's routed experts
     micro_batches: int  # per data rank and step
-    tokens: int  # per micro-batch
+    tokens: int  # per micro-batch and rank
+    slices: int = 1  # ranks that share the slots of a row
 
     @property
     def copies(self) -> int:
@@ -55,6 +57,7 @@ class Stage:
     names: list[str]
     dense: int  # parameters on this rank
     experts: int  # parameters of routed experts on this rank
+    blocks: int
     moe_blocks: int
     weights: float
     gradients: float
@@ -72,10 +75,12 @@ class Stage:
 def layout(config: Config, world_size: int) -> Layout:
     """Raises nothing: `config.layout.refusals` says which numbers of ranks do not fit."""
     parallel, train = config.parallel, config.train
-    data = data_size(config, world_size)
-    micro_batches = train.batch_size // (train.micro_batch_size * data)
-    tokens = train.micro_batch_size * config.data.seq_len
-    return Layout(parallel.pipeline_stages, data, parallel.expert_parallel_size, micro_batches, tokens)
+    groups, slices = data_size(config, world_size), parallel.sequence_parallel_size
+    micro_batches = train.batch_size // (train.micro_batch_size * groups)
+    tokens = train.micro_batch_size * config.data.seq_len // slices
+    return Layout(
+        parallel.pipeline_stages, groups * slices, parallel.expert_parallel_size, micro_batches, tokens, slices
+    )
 
 
 def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[Stage]:
@@ -127,6 +132,7 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         names=[part.name for part in mine],
         dense=dense,
         experts=experts,
+        blocks=sum(part.dense_blocks + part.moe_blocks for part in mine),
         moe_blocks=sum(part.moe_blocks for part in mine),
         weights=weights,
         gradients=gradients,
@@ -176,20 +182,22 @@ def element_size(config: Config) -> int:
 def activation_elements(config: Config, part: Part) -> float:
     """Elements per token that a part keeps from its forward to its backward, its input not counted."""
     model, mode = config.model, config.train.activation_checkpointing
-    hidden, spread = model.hidden_size, config.parallel.expert_parallel_size > 1
+    hidden, sliced = model.hidden_size, config.parallel.sequence_parallel_size > 1
+    spread = config.parallel.expert_parallel_size > 1
     if part.name == "embedding":
         return hidden
-    kept = part.dense_blocks * block_elements(model, mode, moe=False, spread=False)
-    kept += part.moe_blocks * block_elements(model, mode, moe=True, spread=spread)
+    kept = part.dense_blocks * block_elements(model, mode, moe=False, spread=False, sliced=sliced)
+    kept += part.moe_blocks * block_elements(model, mode, moe=True, spread=spread, sliced=sliced)
     kept += 4 * hidden * part.merges  # what is merged, its two normed halves, and their projection
     return kept + hidden * (1 + config.mtp.depths) * part.name.endswith("head")  # gradients that the loss has made
 
 
-def block_elements(model: ModelConfig, mode: str, *, moe: bool, spread: bool) -> float:
+def block_elements(model: ModelConfig, mode: str, *, moe: bool, spread: bool, sliced: bool) -> float:
     """`activation_elements` of one decoder layer, as its operations are fused on a GPU.
 
     none: the inputs of all products and of attention. selective: of these neither norms, nor what the up-projections
-    and SwiGLU make (model/recompute.py). full: the input of the next layer. spread: experts on several ranks.
+    and SwiGLU make (model/recompute.py). full: the input of the next layer. spread: experts on several ranks. sliced:
+    rows on several ranks; what attention reads is then kept as exchanged, by selective as well.
     """
     hidden, top_k, width = model.hidden_size, model.num_experts_per_tok, model.moe_intermediate_size
     if mode == "full":
@@ -203,9 +211,11 @@ def block_elements(model: ModelConfig, mode: str, *, moe: bool, spread: bool) ->
     if moe:
         kept += top_k * 2 * width + 2 * model.n_routed_experts
         kept += top_k * hidden if spread else 0  # the rows that arrived
+    kept += value if sliced else 0  # attention's output on the other side of the exchange
+    if mode == "none" or sliced:
+        kept += heads * key + value + (0 if queries is None else heads * key)  # key, value, query
     if mode == "none":
         kept += 2 * hidden + (queries or 0) + model.kv_lora_rank  # norms
-        kept += heads * key + value + (0 if queries is None else heads * key)  # key, value, query
         kept += 2 * inner  # silu(gate), and its product with up
     return kept
 
@@ -220,6 +230,12 @@ def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[st
         rows["weights"] = weights * (2 * shape.micro_batches if zero == 3 else 1)
     if shape.experts > 1:
         rows |= _expert_exchange(config, shape, max(stage.moe_blocks for stage in stages))
+    if shape.slices > 1:
+        heads, key = model.num_attention_heads, model.qk_nope_head_dim + model.qk_rope_head_dim
+        passes = 3 if config.train.activation_checkpointing == "full" else 2  # forward, forward again, backward
+        exchanged = element * heads * 2 * (key + model.v_head_dim) * shape.tokens * ring(shape.slices)
+        blocks = max(stage.blocks for stage in stages)
+        rows["slices of rows, all-to-all around attention"] = exchanged * passes * blocks * shape.micro_batches
     if shape.stages > 1:
         boundary = element * shape.tokens * model.hidden_size * shape.micro_batches
         rows["pipeline: activations, their gradients"] = boundary * (2 if shape.stages > 2 else 1)

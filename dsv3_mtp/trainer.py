@@ -48,7 +48,12 @@ class Trainer:
         self.config = config
         self.folder = run_folder(config)
         parallel = config.parallel
-        self.world = start(threads=config.train.threads, timeout_s=parallel.timeout_s, stages=parallel.pipeline_stages)
+        self.world = start(
+            threads=config.train.threads,
+            timeout_s=parallel.timeout_s,
+            stages=parallel.pipeline_stages,
+            slices=parallel.sequence_parallel_size,
+        )
         self.stop = StopRequest()
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
@@ -129,10 +134,10 @@ class Trainer:
             batch_size, rank=world.data_rank, world_size=world.data_size, micro_batch_size=micro
         )
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
-        # Valid targets of the whole step, per data-parallel rank: DeepSpeed averages gradients over these. (Pipeline
-        # stages have the same batch, and are as many times in the sum as in world.size.)
+        # Valid targets of the whole step, per rank over which DeepSpeed averages gradients, world.replicas. (Pipeline
+        # stages and slices of rows count the same batch once on each of their ranks.)
         counts = torch.stack([count_targets(t, documents, depths, scored) for t, documents, scored in batch]).sum(0)
-        normalizer = self.engine.all_reduce(counts) / world.size
+        normalizer = self.engine.all_reduce(counts) / world.size / world.slices
 
         out = self.engine.accumulate(batch, loss_weights=loss_weights, balance_loss_weight=alpha, normalizer=normalizer)
         stop = out.loss.new_tensor(bool(self.stop))
@@ -140,7 +145,7 @@ class Trainer:
         reduced = self.engine.all_reduce(torch.cat([totals, out.load.flatten()]))
         load = reduced[len(totals) :].view_as(out.load)
         total_loss, balance, node_count, stopping, *sums = reduced[: len(totals)].tolist()
-        record = {"train/loss": total_loss / world.data_size}
+        record = {"train/loss": total_loss / world.replicas}
         record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
         self.require_finite(record)
         record["optim/grad_norm"] = self.engine.step(lr)
@@ -267,6 +272,7 @@ class Trainer:
         data = quantity(sum(tokens)) if tokens else self.val.path
         experts = f", EP {config.parallel.expert_parallel_size}" if config.parallel.expert_parallel_size > 1 else ""
         stages = f", {self.world.stages} pipeline stages" if self.world.stages > 1 else ""
+        stages += f", rows over {self.world.slices} ranks" if self.world.slices > 1 else ""
         return (
             f"{config.run.name}: {quantity(size.total)} parameters ({quantity(size.active)} active) + MTP {heads} "
             f"({quantity(size.mtp_total)}), {quantity(config.train.total_tokens)} tokens of {data}, "

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.dist
 # (ranks, parallel section): each goes on from what the one before it wrote; the first from the same layout, bit for bit
 ZERO = [(2, {"zero_stage": 1}), (2, {"zero_stage": 0}), (2, {"zero_stage": 3})]
 MORE = [
-    (2, {"zero_stage": 2, "offload_optimizer": True}),
+    (2, {"zero_stage": 2, "offload_optimizer": True, "sequence_parallel_size": 2}),
     (2, {"zero_stage": 1, "expert_parallel_size": 2}),
     (2, {"zero_stage": 1, "pipeline_stages": 2}),
 ]

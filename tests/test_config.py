@@ -424,10 +424,11 @@ def test_a_task_that_does_not_fit_is_refused_with_the_remedy(sets, line):
 
 
 def test_a_task_needs_the_whole_model_on_every_rank():
-    needs = "needs parallel.zero_stage <= 2, expert_parallel_size 1 and pipeline_stages 1"
+    needs = "needs parallel.zero_stage <= 2; expert_parallel_size, pipeline_stages and sequence_parallel_size 1"
     refusal = f"data.task: {needs}: every rank generates by itself"
     assert problems("parallel.zero_stage=3", path=TASK) == [refusal]
-    assert refusal in problems("parallel.expert_parallel_size=2", path=TASK)
+    for key in ("expert_parallel_size", "sequence_parallel_size"):
+        assert refusal in problems(f"parallel.{key}=2", path=TASK)
     assert load_config(TASK, ["parallel.zero_stage=2"]).data.task.terms == 4
 
 

@@ -173,4 +173,4 @@ def test_the_documented_table_of_what_composes_is_the_one_that_refuses():
     documented = (ROOT / "docs" / "parallelism.md").read_text().partition("<!-- refusals -->\n")[2]
     remedy = "put the output of `python tools/bench_parallel.py refusals` there"
     assert documented.partition("\n<!-- end -->")[0] == table, remedy
-    assert "| ZeRO-1 | - | yes |" in table and "sequence_parallel_size: rows are not split" in table
+    assert "| ZeRO-1 | - | yes |" in table and "pipeline_stages: needs train.freeze none" in table

@@ -1,7 +1,8 @@
 """Tables of docs/parallelism.md: what layouts hold and send, measured against the plan, and weak scaling.
 
 python tools/bench_parallel.py refusals
-python tools/bench_parallel.py activations
+python tools/bench_parallel.py activations        # long rows, over 2 ranks: torchrun --nproc_per_node 2 with
+                                                  # --set data.seq_len=2048 --set parallel.sequence_parallel_size=2
 torchrun --nproc_per_node 2 tools/bench_parallel.py memory
 torchrun --nproc_per_node 1 tools/bench_parallel.py scaling        # then with 2: the same work per process
 """
@@ -41,49 +42,59 @@ def main() -> int:
         sets = [*args.sets, f"run.dir={folder}", "log.tensorboard=false"]
         {"activations": activations, "memory": memory, "scaling": scaling}[args.table](args, sets)
         sys.stdout.flush()
-        if args.table != "activations":
-            from dsv3_mtp.parallel.launch import finish
+        from dsv3_mtp.parallel.launch import finish
 
-            finish()
+        finish()
     return 0
 
 
 def activations(args: argparse.Namespace, sets: list[str]) -> None:
-    """Bytes that one forward leaves for its backward, beside the weights. Attention runs masked, as a GPU's does."""
+    """Bytes that one forward leaves for its backward, beside the weights, with attention that keeps no probabilities,
+    as a GPU's: masked, or of long rows.
+    """
     import torch
 
     from dsv3_mtp import kernels
     from dsv3_mtp.config import load_config
     from dsv3_mtp.meter import Meter
+    from dsv3_mtp.model.causal import LONGEST
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+    from dsv3_mtp.parallel.launch import start
+    from dsv3_mtp.parallel.sequence import slice_rows
     from dsv3_mtp.plan import layout, plan
 
-    print(kernels.enable())
-    print("| checkpointing | held after forward, MiB | planned | peak of the backward, MiB | CPU time, none = 1 |")
-    print("|---|---|---|---|---|")
+    slices = load_config(args.config, sets).parallel.sequence_parallel_size
+    world, note = start(threads=1, timeout_s=600, slices=slices), kernels.enable()
+    if world.is_main:
+        print(note)
+        print("| checkpointing | held after forward, MiB | planned | peak of the backward, MiB | CPU time, none = 1 |")
+        print("|---|---|---|---|---|")
     base = 0.0
     for mode in ("none", "selective", "full"):
         config = load_config(args.config, [*sets, f"train.activation_checkpointing={mode}"])
         model = DeepseekV3MTP(config.model, config.mtp)
         model.init_weights(config.run.seed)
         model.checkpoint_activations(mode)
-        length = config.data.seq_len + 1 + config.mtp.depths
-        tokens = torch.randint(0, config.model.vocab_size, (config.train.micro_batch_size, length))
-        documents = torch.zeros_like(tokens)
+        slice_rows(model, world)
+        ahead = 1 + config.mtp.depths
+        shape = config.train.micro_batch_size, config.data.seq_len + ahead
+        tokens = model.rows.cut(torch.randint(0, config.model.vocab_size, shape), ahead)
+        documents = torch.zeros_like(tokens) if config.data.seq_len <= LONGEST else None
         with Meter() as meter:
             out = model(tokens, documents)
             held = meter.held
             out.loss.backward()
         times = []
         for _ in range(9):
-            start = time.process_time()
+            begin = time.process_time()
             model(tokens, documents).loss.backward()
-            times.append(time.process_time() - start)
+            times.append(time.process_time() - begin)
         base = base or statistics.median(times)
         held -= model.lm_head.weight.numel() * model.lm_head.weight.element_size()  # its gradient, made in the forward
-        planned = sum(stage.activations for stage in plan(config, model, layout(config, 1)))
+        planned = sum(stage.activations for stage in plan(config, model, layout(config, world.size)))
         ratio = statistics.median(times) / base
-        print(f"| {mode} | {held / 2**20:.1f} | {planned / 2**20:.1f} | {meter.peak / 2**20:.1f} | {ratio:.2f} |")
+        if world.is_main:
+            print(f"| {mode} | {held / 2**20:.1f} | {planned / 2**20:.1f} | {meter.peak / 2**20:.1f} | {ratio:.2f} |")
 
 
 def memory(args: argparse.Namespace, sets: list[str]) -> None:

@@ -58,9 +58,9 @@ def _experts(config: Any) -> Iterator[Problem]:
 def _task(config: Any) -> Iterator[Problem]:
     """Its examples are answered by generation during training, and that needs a whole model on each rank."""
     parallel = config.parallel
-    parts = parallel.expert_parallel_size > 1 or parallel.pipeline_stages > 1
+    parts = max(parallel.expert_parallel_size, parallel.pipeline_stages, parallel.sequence_parallel_size) > 1
     if config.data.task is not None and (parallel.zero_stage == 3 or parts):
-        needs = "needs parallel.zero_stage <= 2, expert_parallel_size 1 and pipeline_stages 1"
+        needs = "needs parallel.zero_stage <= 2; expert_parallel_size, pipeline_stages and sequence_parallel_size 1"
         yield "data.task", f"{needs}: every rank generates by itself"
 
 
@@ -87,10 +87,12 @@ def _pipeline(config: Any) -> Iterator[Problem]:
 
 
 def _sequence(config: Any) -> Iterator[Problem]:
-    size = config.parallel.sequence_parallel_size
-    if size > 1:
-        remedy = "set 1, and train.activation_checkpointing: full for long rows"
-        yield "parallel.sequence_parallel_size", f"rows are not split over ranks here, {remedy} (got {size})"
+    size, heads, length = config.parallel.sequence_parallel_size, config.model.num_attention_heads, config.data.seq_len
+    key = "parallel.sequence_parallel_size"
+    if heads % size:
+        yield key, f"must divide model.num_attention_heads = {heads}: attention is divided by heads (got {size})"
+    if length % size:
+        yield key, f"must divide data.seq_len = {length}: slices of a row are equal (got {size})"
 
 
 def uncut(config: Any) -> tuple[int, int]:
@@ -106,25 +108,31 @@ def uncut(config: Any) -> tuple[int, int]:
 
 
 def data_size(config: Any, world_size: int) -> int:
-    """Ranks that work on different sequences: those of one pipeline stage."""
-    return max(world_size // config.parallel.pipeline_stages, 1)
+    """Groups of ranks that work on different sequences: the ranks of one pipeline stage, less those that share rows."""
+    return max(world_size // (config.parallel.pipeline_stages * config.parallel.sequence_parallel_size), 1)
 
 
 def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
     train, experts, stages = config.train, config.parallel.expert_parallel_size, config.parallel.pipeline_stages
+    slices = config.parallel.sequence_parallel_size
     if world_size % stages:
         yield "parallel.pipeline_stages", f"must divide the number of ranks, {world_size} (got {stages})"
         return
-    ranks = data_size(config, world_size)
-    of = f"the ranks of a stage, {ranks}" if stages > 1 else f"the number of ranks, {ranks}"
-    if ranks % experts:
+    replicas = world_size // stages
+    of = f"the ranks of a stage, {replicas}" if stages > 1 else f"the number of ranks, {replicas}"
+    if replicas % experts:
         yield "parallel.expert_parallel_size", f"must divide {of} (got {experts})"
-    rows = train.micro_batch_size * ranks
+    if replicas % slices:
+        yield "parallel.sequence_parallel_size", f"must divide {of} (got {slices})"
+        return
+    groups = data_size(config, world_size)
+    rows = train.micro_batch_size * groups
     if train.batch_size % rows:
+        on = f"{groups} {'data-parallel ' * (stages > 1)}ranks" if slices == 1 else f"{groups} groups of {slices} ranks"
         yield (
             "train.batch_size",
             f"{train.batch_size} sequences do not divide into micro-batches of {train.micro_batch_size} on "
-            f"{ranks} {'data-parallel ' * (stages > 1)}ranks; use a multiple of {rows}",
+            f"{on}; use a multiple of {rows}",
         )
 
 
@@ -135,6 +143,7 @@ def describe(config: Any, world_size: int) -> str:
     parts += [f"ZeRO-{parallel.zero_stage}{' with offload' * parallel.offload_optimizer}"]
     parts += [f"EP {parallel.expert_parallel_size}"] * (parallel.expert_parallel_size > 1)
     parts += [f"PP {parallel.pipeline_stages}"] * (parallel.pipeline_stages > 1)
+    parts += [f"SP {parallel.sequence_parallel_size}"] * (parallel.sequence_parallel_size > 1)
     return ", ".join(parts)
 
 

@@ -105,7 +105,7 @@ class TrainConfig(Section):
     batch_size: Count
     """Sequences per optimizer step over all ranks (V3: 15360)."""
     micro_batch_size: Count
-    """Sequences per rank and forward."""
+    """Sequences per forward of a rank, or of the sequence_parallel_size ranks that share them."""
     batch_size_ramp: BatchSizeRamp | None = None
     """null: batch_size from the first step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -152,7 +152,7 @@ class ParallelConfig(Section):
     pipeline_stages: Count = 1
     """Stages into which the layers are cut, each on its own ranks (V3 3.2: 16)."""
     sequence_parallel_size: Count = 1
-    """Ranks that share a row; only 1 is built (docs/parallelism.md)."""
+    """Ranks that share the slots of a row, for long rows (DeepSpeed-Ulysses)."""
     timeout_s: Annotated[Number, Field(gt=0, le=1e6)] = 600.0
     """Seconds after which a hung collective fails."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.losses import linear_cross_entropy
 from dsv3_mtp.model.block import DecoderLayer
-from dsv3_mtp.model.layers import RMSNorm, rotary_angles
+from dsv3_mtp.model.layers import RMSNorm, Rows, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.mtp import ParallelLinearMTP, ParallelMTP, SequentialMTP, TrunkStates
 
@@ -89,6 +89,8 @@ def run_layers(
 
 class DeepseekV3MTP(nn.Module):
     """The model of DeepSeek-V3 section 2. `mtp.mode: none` is the plain language model, bit for bit."""
+
+    rows = Rows()
 
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__()
@@ -169,7 +171,8 @@ class DeepseekV3MTP(nn.Module):
         row_weight = scale[:, None, None] * valid  # (1+D, B, T)
         loss, nll, prediction = self._head_losses(hiddens, targets, row_weight)
         balance = sum((routed.balance for routed in stats), start=tokens.new_zeros((), dtype=torch.float32))
-        agreed, compared = agreement(prediction, valid)
+        main = self.rows.gather(prediction[0])[:, self.rows.number * length :]  # from slot 0 here to the row's end
+        agreed, compared = agreement(prediction, valid, main)
         return MTPOutput(
             loss=loss + balance_loss_weight * balance / normalizer[-1].to(balance),
             nll_sum=(nll * valid).sum((1, 2)),
@@ -192,10 +195,13 @@ class DeepseekV3MTP(nn.Module):
         return hiddens, stats + more
 
     def positions(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """What every block reads of a micro-batch (B, T+1+D): rotary angles (2, T, P/2), and the document mask."""
+        """What every block reads of a micro-batch (B, T+1+D): rotary angles (2, T, P/2), and the document mask, which
+        is that of whole rows.
+        """
         length = tokens.shape[1] - 1 - self.depths
-        angles = rotary_angles(self.config, torch.arange(length, device=tokens.device))
-        return angles, None if documents is None else document_mask(documents[:, :length])
+        slots = self.rows.number * length + torch.arange(length, device=tokens.device)
+        mask = None if documents is None else document_mask(self.rows.gather(documents[:, :length]))
+        return rotary_angles(self.config, slots), mask
 
     def head_states(
         self,
@@ -357,10 +363,11 @@ def document_mask(documents: Tensor) -> Tensor:
     return (causal & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)
 
 
-def agreement(prediction: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def agreement(prediction: Tensor, valid: Tensor, main: Tensor) -> tuple[Tensor, Tensor]:
     """Joint agreement with the main model's own next-token argmax along real text (teacher-forced).
 
-    Depth k at slot i and the main head at slot i+k both predict t_{i+k+1}. prediction, valid: (1+D, B, T).
+    Depth k at slot i and the main head at slot i+k both predict t_{i+k+1}. prediction, valid: (1+D, B, T); main: the
+    main head's predictions from slot 0 on, (B, T), or more where the row goes on in another process.
     Returns agreed, compared: (D,) counts; a slot counts at depth k only if depths 1..k all agree in it.
     """
     depths, length = prediction.shape[0] - 1, prediction.shape[2]
@@ -368,8 +375,8 @@ def agreement(prediction: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     compared = prediction.new_zeros(depths)
     joint = torch.ones_like(valid[0])
     for depth in range(1, 1 + depths):
-        slots = max(length - depth, 0)
-        same = prediction[depth, :, :slots] == prediction[0, :, depth : depth + slots]
+        slots = max(min(length, main.shape[1] - depth), 0)
+        same = prediction[depth, :, :slots] == main[:, depth : depth + slots]
         joint = joint[:, :slots] & same & valid[depth, :, :slots]
         agreed[depth - 1], compared[depth - 1] = joint.sum(), valid[depth, :, :slots].sum()
     return agreed, compared

@@ -74,6 +74,21 @@ class _SwiGLU(torch.autograd.Function):
         )
 
 
+class Rows:
+    """Which slots of the rows of a batch this process has: all. In parallel/sequence.py: slice `number` of `count`."""
+
+    number, count = 0, 1
+
+    def cut(self, x: Tensor, ahead: int) -> Tensor:
+        """Whole rows (B, T + ahead) -> the slots of this slice and the tokens ahead of them, (B, T/count + ahead)."""
+        length = (x.shape[1] - ahead) // self.count
+        return x[:, self.number * length : (self.number + 1) * length + ahead].contiguous()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, T, ..) of this slice -> (B, count * T, ..) of all slices in their order, without gradient."""
+        return x
+
+
 def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
     """Cosine and sine of each pair's rotation, YaRN-scaled if `rope_scaling` is set.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.dispatch import routed, sort_by_expert
-from dsv3_mtp.model.layers import MLP
+from dsv3_mtp.model.layers import MLP, Rows
 from dsv3_mtp.model.recompute import again
 
 # Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), counts (E,) -> (rows, out).
@@ -29,6 +29,8 @@ class RouterStats(NamedTuple):
 
 class Gate(nn.Module):
     """Sigmoid router: experts are chosen by score + bias within the best groups, gated by the score alone."""
+
+    rows = Rows()
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -73,12 +75,16 @@ class Gate(nn.Module):
         return used.scatter_(1, chosen // (self.config.n_routed_experts // groups), 1).sum()
 
     def balance_loss(self, scores: Tensor) -> Tensor:
-        """Sequence-wise balance (eqs. 17-20) summed over the batch; f from the unbiased top-K, as printed."""
+        """Sequence-wise balance (eqs. 17-20) summed over the batch; f from the unbiased top-K, as printed.
+
+        Of rows in slices: f of the whole row, P this slice's part of the row's mean, so that slices add up.
+        """
         top = scores.detach().topk(self.config.num_experts_per_tok, dim=-1).indices  # (B, T, K)
         hits = torch.zeros_like(scores).scatter_(2, top, 1.0)  # (B, T, E)
-        frequency = hits.mean(1) * (scores.shape[2] / self.config.num_experts_per_tok)  # (B, E), 1 when balanced
+        hits = self.rows.gather(hits.mean(1, keepdim=True)).mean(1)  # (B, E)
+        frequency = hits * (scores.shape[2] / self.config.num_experts_per_tok)  # (B, E), 1 when balanced
         share = (scores / scores.sum(-1, keepdim=True)).mean(1)  # (B, E)
-        return (frequency * share).sum()
+        return (frequency * share).sum() / self.rows.count
 
     @torch.no_grad()
     def update_bias(self, load: Tensor, speed: float) -> None:

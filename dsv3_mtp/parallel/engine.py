@@ -15,6 +15,7 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size, refusals
 from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput
 from dsv3_mtp.parallel.launch import World
+from dsv3_mtp.parallel.sequence import slice_rows
 
 
 def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         raise ValueError("\n".join(refused))
     rows = train.micro_batch_size * data_size(config, world_size)
     generated: dict[str, Any] = {
-        "train_batch_size": train.batch_size,
+        "train_batch_size": train.batch_size * config.parallel.sequence_parallel_size,  # it knows data parallelism only
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.batch_size // rows,
         "gradient_clipping": config.optim.grad_clip,
@@ -91,6 +92,7 @@ class Engine:
         # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no weights of its own.
         deepspeed.runtime.zero.utils.warned = True
         import_muon()
+        slice_rows(model, world)
         with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=module or model, optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -104,13 +106,18 @@ class Engine:
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)
 
+    def own(self, batch: Batch) -> Batch:
+        """What this rank computes of a batch of whole rows: all of it, or its slice of every row."""
+        rows, ahead = self.model.rows, 1 + self.model.depths
+        return [tuple(None if x is None else rows.cut(x, ahead) for x in piece) for piece in batch]  # type: ignore[misc]
+
     def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
         """Forward and backward of this rank's micro-batches of one optimizer step; the gradients are then averaged.
 
         settings: keywords of the model's forward, normalized over the whole step. Returns the sums of the outputs.
         """
         total = self.model.no_output()
-        for number, (tokens, documents, scored) in enumerate(batch, start=1):
+        for number, (tokens, documents, scored) in enumerate(self.own(batch), start=1):
             out = self(tokens, documents, scored=scored, **settings)
             self.backward(out.loss, last=number == len(batch))
             total += out.sums()
@@ -118,7 +125,7 @@ class Engine:
 
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
         """The model's `evaluate`: the sums of the outputs for this rank's micro-batches but the last `blanks`."""
-        return self.model.evaluate(batch, blanks=blanks)
+        return self.model.evaluate(self.own(batch), blanks=blanks)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates the gradient; on the `last` micro-batch of the step the ranks' gradients are averaged.

@@ -19,39 +19,49 @@ import torch.distributed
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. Ranks are ordered by pipeline stage: stage 0 has the first `data_size` of them."""
+    """This process among its peers. Ranks are ordered by pipeline stage: stage 0 has the first `replicas` of them.
+
+    Within a stage `slices` ranks that follow each other share the rows of a batch.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     stages: int = 1
+    slices: int = 1
 
     @property
-    def data_size(self) -> int:
-        """Ranks that work on different sequences: all of them, but for those of other pipeline stages."""
+    def replicas(self) -> int:
+        """Ranks of a pipeline stage: those over which DeepSpeed averages gradients."""
         return max(self.size // self.stages, 1)
 
     @property
+    def data_size(self) -> int:
+        """Groups of ranks that work on different sequences."""
+        return self.replicas // self.slices
+
+    @property
     def data_rank(self) -> int:
-        return self.rank % self.data_size
+        return self.rank % self.replicas // self.slices
 
     @property
     def stage(self) -> int:
-        return self.rank // self.data_size
+        return self.rank // self.replicas
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-def start(*, threads: int | None, timeout_s: float, stages: int = 1) -> World:
+def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int = 1) -> World:
     """Joins the process group: nccl on CUDA, gloo on CPU. Without a launcher this process is a world of one.
 
     Args:
         threads: CPU threads of this process; None shares the cores this process may use among the ranks of the host.
         timeout_s: after this long a collective whose peer hangs raises instead of waiting for ever.
         stages: of the pipeline.
+        slices: of each row, on as many ranks.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
@@ -70,7 +80,7 @@ def start(*, threads: int | None, timeout_s: float, stages: int = 1) -> World:
         torch.cuda.set_device(device)
     with contextlib.redirect_stdout(None):
         deepspeed.init_distributed(verbose=False, timeout=timeout, auto_mpi_discovery=False)
-    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device, stages)
+    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device, stages, slices)
 
 
 def free_port() -> int:

@@ -237,7 +237,9 @@ class PipelineEngine(Engine):
         self.total, self.counted = self.model.no_output(), len(batch) - blanks
         if self.world.stage == self.world.stages - 1:
             self.stages.forward_funcs[-1].settings = settings
-        inputs = [((t,) if documents is None else (t, documents), ()) for t, documents, _ in batch]  # no tasks here
+        inputs = [
+            ((t,) if documents is None else (t, documents), ()) for t, documents, _ in self.own(batch)
+        ]  # no tasks here
         self.engine.set_dataiterator(iter(inputs))
         self.engine._exec_schedule(kind(len(batch), self.world.stages, self.world.stage))
         return self.total

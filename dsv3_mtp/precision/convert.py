@@ -37,7 +37,7 @@ def set_precision(model: nn.Module, config: Config, device: torch.device) -> lis
     shape = config.model
     core, note = choose_attention(
         config.attention.backend,
-        heads=shape.num_attention_heads,
+        heads=shape.num_attention_heads // config.parallel.sequence_parallel_size,
         widths=(shape.qk_nope_head_dim + shape.qk_rope_head_dim, shape.v_head_dim),
         dtype=getattr(torch, config.train.dtype),
         device=device,

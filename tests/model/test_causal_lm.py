@@ -341,11 +341,11 @@ def test_one_batch_equals_its_micro_batches_with_uneven_valid_counts(build, mask
 def test_agreement_by_hand():
     #        slots:           0  1  2  3
     prediction = torch.tensor([[[5, 6, 7, 8]], [[6, 7, 9, 0]], [[7, 8, 0, 0]]])  # main, depth 1, depth 2
-    agreed, compared = agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool))
+    agreed, compared = agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool), prediction[0])
     # depth 1: slot i against main i+1: 6=6, 7=7, 9!=8 -> 2 of 3; depth 2 jointly: 7=7, 8=8 -> 2 of 2
     assert (agreed.tolist(), compared.tolist()) == ([2, 2], [3, 2])
     prediction[1, 0, 0] = 1  # depth 1 wrong at slot 0: depth 2 no longer counts there
-    assert agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool))[0].tolist() == [1, 1]
+    assert agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool), prediction[0])[0].tolist() == [1, 1]
 
 
 def test_top1_counts_argmax_hits_per_depth(build):

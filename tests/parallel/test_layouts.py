@@ -47,23 +47,36 @@ LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
     "EP=2, ZeRO-1": ("D1", 2, 2, 1, False),
     "EP=2, ZeRO-2, D=2, masked, full": ("D2", 2, 2, 2, False),
     "EP=2, ZeRO-1, no MTP": ("none", 2, 2, 1, False),
-    "EP=2, ZeRO-1, parallel D=2": ("parallel", 2, 2, 1, False),
+    "EP=2, ZeRO-1, parallel D=2, selective": ("parallel", 2, 2, 1, False),
     "EP=2, ZeRO-1, offload": ("D1", 2, 2, 1, True),
     "EP=2, ZeRO-1, bf16": ("bf16", 2, 2, 1, False),
     "EP=2, ZeRO-2, idle rank and expert": ("skewed", 2, 2, 2, False),
     "EP=2, ZeRO-1, frozen trunk": ("frozen", 2, 2, 1, False),
-    "ZeRO-3": ("D1", 2, 1, 3, False),
+    "SP=2, ZeRO-0": ("D1", 2, 1, 0, False),
+    "SP=2, ZeRO-3, selective": ("D1", 2, 1, 3, False),
     "ZeRO-3, D=2, masked, full, offload": ("D2", 2, 1, 3, True),
     "ZeRO-3, bf16": ("bf16", 2, 1, 3, False),
     "ZeRO-3, frozen trunk": ("frozen", 2, 1, 3, False),
-    "EP=2 x 2 copies, ZeRO-1": ("D1", 4, 2, 1, False),
+    "SP=2 x 2, EP=2 x 2 copies, ZeRO-1": ("D1", 4, 2, 1, False),
     "EP=2 x 2 copies, ZeRO-2, idle ranks": ("skewed", 4, 2, 2, False),
     "EP=4, ZeRO-1, D=2, masked, full": ("D2", 4, 4, 1, False),
+}
+# Settings of some of them beyond these.
+MORE: dict[str, dict[str, Any]] = {
+    **{name: {"train.activation_checkpointing": "selective"} for name in LAYOUTS if "selective" in name},
+    **{name: {"parallel.sequence_parallel_size": 2} for name in LAYOUTS if "SP=2" in name},
 }
 
 
 def make_config(
-    folder: Path, data: str, model: str, *, experts: int = 1, stage: int = 0, offload: bool = False
+    folder: Path,
+    data: str,
+    model: str,
+    *,
+    experts: int = 1,
+    stage: int = 0,
+    offload: bool = False,
+    more: dict[str, Any] | None = None,
 ) -> Config:
     sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
     overrides = {
@@ -81,7 +94,7 @@ def make_config(
         "parallel.offload_optimizer": offload,
         "parallel.expert_parallel_size": experts,
     }
-    for key, value in (overrides | MODELS[model]).items():
+    for key, value in (overrides | MODELS[model] | (more or {})).items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = str(folder.parent / "hf") if key == "train.init_from" else value
     return Config.model_validate(sections)
@@ -137,7 +150,8 @@ def seen(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
         stage = int(model == "bf16")  # ZeRO-0 would compute the norm in bfloat16
         jobs[1].append((model, model, make_config(folder / model, data, model, stage=stage)))
     for number, (name, (model, ranks, experts, stage, offload)) in enumerate(LAYOUTS.items()):
-        config = make_config(folder / str(number), data, model, experts=experts, stage=stage, offload=offload)
+        parallel = {"experts": experts, "stage": stage, "offload": offload, "more": MORE.get(name)}
+        config = make_config(folder / str(number), data, model, **parallel)  # type: ignore[arg-type]
         jobs[ranks].append((name, model, config))
     found = {}
     for ranks, work in jobs.items():
@@ -165,6 +179,7 @@ def differences(seen: dict[str, list[dict[str, Any]]], layout: str) -> dict[str,
         pairs = zip(one["records"], ranks[0]["records"], strict=True)
         found[what] = max(abs(a[key] - b[key]) for a, b in pairs)
     losses = [key for key in one["val"] if "loss" in key]
+    assert one["val"].keys() == ranks[0]["val"].keys() and one["records"][0].keys() == ranks[0]["records"][0].keys()
     found["validation"] = max(abs(one["val"][key] - ranks[0]["val"][key]) for key in losses)
     for what in ("grads", "params"):
         other = whole(ranks, what, layout)

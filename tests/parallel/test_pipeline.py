@@ -60,6 +60,7 @@ LAYOUTS: dict[str, tuple[str, int, int, int]] = {
     "PP=3, parallel D=2": ("parallel D=2", 3, 3, 1),
     "PP=2 x DP=2, D=2, masked": ("D=2, masked", 4, 2, 1),
     "PP=2 x DP=2, parallel D=2": ("parallel D=2", 4, 2, 1),
+    "PP=2 x SP=2, D=2, masked": ("D=2, masked", 4, 2, 1),
     "PP=2 x EP=2, D=2, masked": ("D=2, masked", 4, 2, 2),
     "PP=2 x EP=2, no MTP": ("no MTP", 4, 2, 2),
 }
@@ -165,6 +166,7 @@ def found(data, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
         jobs = {}
         for number, (name, (model, size, stages, experts)) in enumerate(LAYOUTS.items()):
             layout = {"parallel.pipeline_stages": stages, "parallel.expert_parallel_size": experts}
+            layout["parallel.sequence_parallel_size"] = 2 if "SP=2" in name else 1
             if size == ranks:
                 config = make_config(folder / str(number), data, MODELS[model] | layout)
                 jobs[name] = config, str(folder / f"seen{number}")
