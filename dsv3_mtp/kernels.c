@@ -175,7 +175,9 @@ void cross_entropy(float *logits, const i64 *target, const float *row_weight, fl
                    i64 width) {
     PARALLEL
     for (i64 row = 0; row < rows; row++) {
-        float *x = logits + row * width, top = -INFINITY, sum = 0, own = x[target[row]];
+        float *x = logits + row * width, top = -INFINITY, sum = 0;
+        int known = target[row] >= 0 && target[row] < width;  // a token outside the vocabulary has no loss: nan
+        float own = known ? x[target[row]] : NAN;
         int32_t best = INT32_MAX, end = width;
 #pragma omp simd reduction(max : top)
         for (i64 c = 0; c < width; c++) top = x[c] > top ? x[c] : top;
@@ -188,6 +190,6 @@ void cross_entropy(float *logits, const i64 *target, const float *row_weight, fl
         float factor = row_weight[row] / sum;
 #pragma omp simd
         for (i64 c = 0; c < width; c++) x[c] *= factor;
-        x[target[row]] -= row_weight[row];
+        if (known) x[target[row]] -= row_weight[row];
     }
 }

@@ -39,7 +39,7 @@ def enable() -> str:
     if _library is None:
         try:
             library = ctypes.CDLL(str(_build()))
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
             return f"C kernels: not built, torch's operations run instead ({reason})"
         for name, signature in _SIGNATURES.items():

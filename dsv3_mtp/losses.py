@@ -82,4 +82,6 @@ def linear_cross_entropy(
 
     Peak extra memory is one chunk of logits plus the two gradients, independent of M and of the number of depths.
     """
+    if not torch.is_grad_enabled():  # or forward would compute the gradients all the same
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, row_weight)

@@ -10,7 +10,7 @@ import torch
 from dsv3_mtp import checkpoint, schedules
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe
-from dsv3_mtp.data.corpus import build_corpus
+from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import Source, check_vocab, open_source
 from dsv3_mtp.data.tasks import TaskSource
@@ -301,7 +301,7 @@ def open_data(config: Config, world: World) -> tuple[Sampler, Source | TaskSourc
 def build_missing(folder: str, vocab_size: int) -> None:
     if not Path(folder).exists():
         print(f"{folder}: missing, building it from the standard library of this Python", flush=True)
-        build_corpus(folder, vocab_size=vocab_size)
+        prepare(folder, Arguments(corpus="pystdlib", vocab_size=vocab_size))
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:

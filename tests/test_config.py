@@ -189,6 +189,10 @@ MISTAKES = [
         "deepspeed.checkpoint={}",
         "deepspeed.checkpoint: would have no effect: checkpoints are not DeepSpeed's; set checkpoint instead",
     ),
+    (
+        "deepspeed.data_types={keep_in_fp32_modules: []}",
+        "deepspeed.data_types: only grad_accum_dtype can be set; train.dtype owns the others",
+    ),
     ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: set train.batch_size instead"),
     (
         "deepspeed.zero_optimization.stage=2",

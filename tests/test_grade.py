@@ -10,8 +10,8 @@ import torch
 
 from dsv3_mtp import grade as module
 from dsv3_mtp.config import MarkovTask, MTPConfig, PolynomialTask, StarTask
-from dsv3_mtp.data import Sampler
 from dsv3_mtp.data.markov import step_entropy, transition_matrix
+from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.evaluate import acceptance, open_model, validate, validation_source
 from dsv3_mtp.generate import Settings, generate

@@ -91,6 +91,7 @@ def test_cross_entropy_of_equal_logits_predicts_the_first_and_nan_stays_nan(comp
     logits = torch.zeros(2, 9)
     logits[1, 4] = torch.nan
     nll, prediction = kernels.cross_entropy_(logits, torch.tensor([3, 3]), torch.ones(2))
+    assert kernels.cross_entropy_(torch.zeros(1, 9), torch.tensor([9]), torch.ones(1))[0].isnan()  # no such token
     assert prediction[0] == 0 and 0 <= prediction[1] < 9
     assert nll[0].item() == pytest.approx(2.1972246) and nll[1].isnan()
     assert logits[1].isnan().any()

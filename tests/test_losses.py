@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3_mtp import losses
 from dsv3_mtp.losses import linear_cross_entropy
@@ -35,6 +36,13 @@ def test_values_and_gradients_equal_the_full_cross_entropy(monkeypatch, chunk_ro
     assert torch.equal(prediction, expected_prediction)
     for got, want in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+def test_without_gradients_only_the_logits_are_computed():
+    h, w, targets, row_weight = inputs()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(h, w, targets, row_weight)
+    assert counter.get_total_flops() == 2 * 37 * 8 * 19
 
 
 def test_rows_of_weight_zero_send_no_gradient():

@@ -182,7 +182,8 @@ def test_the_batch_size_ramp_trains_on_the_batches_it_reports(make_run):
 
 def plain_training(config: Config, sizes: list[int]) -> list[tuple[float, float]]:
     """The run without DeepSpeed, micro-batches or our optimizer set-up: (loss, gradient norm) of each step."""
-    from dsv3_mtp.data.sampler import Sampler, open_source
+    from dsv3_mtp.data.sampler import Sampler
+    from dsv3_mtp.data.source import open_source
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
     model = DeepseekV3MTP(config.model, config.mtp)

@@ -56,6 +56,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=positive, metavar="N", help="documents per task (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
+    if options.prompts < 0:
+        parser.error(f"--prompts {options.prompts}: must be at least 0")
     if options.hf and not options.data and not options.lm_eval:
         parser.error("--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on")
     return options

@@ -187,13 +187,12 @@ def experts() -> Iterator[Row]:
 def attention() -> Iterator[Row]:
     import torch
 
-    from dsv3_mtp.model.attention import attend
-    from dsv3_mtp.precision.attention import choose_attention
+    from dsv3_mtp.precision.attention import choose_attention, sdpa
 
     heads, length, scale = 16, 2048, 192**-0.5
     wide = [torch.randn(2, heads, length, n, device="cuda") for n in (192, 192, 128)]
     grad = torch.randn(2, heads, length, 128, device="cuda")
-    exact = forward_backward(attend, wide, grad, scale)
+    exact = forward_backward(sdpa, wide, grad, scale)
     for name in ("fa4", "fa3", "fa2", "te", "sdpa"):
         try:
             core, _ = choose_attention(name, heads=heads, widths=(192, 128), dtype=torch.bfloat16,

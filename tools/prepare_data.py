@@ -20,7 +20,8 @@ def main() -> int:
     options = parse()
     if options.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # read by tokenizers at its first use
-    from dsv3_mtp.data import Arguments, prepare, verify_folder
+    from dsv3_mtp.data.prepare import Arguments, prepare
+    from dsv3_mtp.data.shards import verify_folder
 
     names = Arguments.__dataclass_fields__
     values = {key: value for key, value in vars(options).items() if key in names and value is not None}

@@ -61,11 +61,12 @@ def main() -> int:
 
 
 def fail(message: str, code: int, *, is_main: bool) -> int:
-    """Every rank finds the same error: rank 0 says it, the others wait for the launcher to end them."""
+    """Most errors are found by every rank: rank 0 says it, and the launcher ends the others while they wait."""
     if is_main:
         print(message, file=sys.stderr, flush=True)
     else:
         time.sleep(10)
+        print(f"rank {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)  # not sys.exit: gloo's threads may abort a normal exit and change the code
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from dsv3_mtp.config.model import Integer, NotNegative, Positive, Section, Text
+from dsv3_mtp.config.model import Integer, Number, Positive, Section, Text
 from dsv3_mtp.config.reader import Problem, show
 
 LossOn = Literal["answer", "all"]
@@ -23,7 +23,7 @@ class MarkovTask(Section):
     type: Literal["markov"]
     states: AtLeast2 = 32
     """Tokens of the vocabulary."""
-    sharpness: NotNegative = 2.0
+    sharpness: Annotated[Number, Field(ge=0, le=100)] = 2.0
     """Standard deviation of the transition logits: 0 is uniform noise, more is more predictable."""
     chain_seed: Seed = 0
     """Of the transition matrix, which is the same in every run."""

@@ -83,6 +83,9 @@ def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
         elif key not in ALLOWED:
             known = [f"deepspeed.{name}" for name in sorted({*ALLOWED, *OWNED})]
             problems.append((key, "unknown to DeepSpeed 0.19.8" + did_you_mean(f"deepspeed.{key}", known)))
+    types = block.get("data_types", {})
+    if not isinstance(types, dict) or types.keys() - {"grad_accum_dtype"}:
+        problems.append(("data_types", "only grad_accum_dtype can be set; train.dtype owns the others"))
     zero = block.get("zero_optimization", {})
     if not isinstance(zero, dict):
         problems.append(("zero_optimization", f"must be a mapping (got {zero!r})"))

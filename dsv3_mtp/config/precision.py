@@ -1,9 +1,7 @@
 """Sections of a run that say in which numbers products are computed, and by which attention kernel."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
-
-from pydantic import BeforeValidator
+from typing import Literal
 
 from dsv3_mtp.config.model import Section
 from dsv3_mtp.config.reader import Problem, show
@@ -11,25 +9,16 @@ from dsv3_mtp.config.reader import Problem, show
 FP8Module = Literal["attention", "dense_mlp", "shared_experts", "routed_experts", "eh_proj"]
 
 
-def _listed(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class FP8Config(Section):
     """FP8 training (V3 3.3). Embedding, output head, router, norms and the attention core are never FP8."""
 
     enabled: Literal[True, False, "auto"] = "auto"
-    """auto: where the hardware multiplies FP8; true: everywhere, by emulation if need be."""
+    """auto: where the hardware multiplies FP8, or with the named backend; true: everywhere, by emulation if need be."""
     backend: Literal["auto", "te", "torch", "emulate"] = "auto"
     """te: Transformer Engine; torch: cuBLAS through torch; emulate: any device, slowly; auto: the first that runs."""
     scale: Literal["pow2", "fp32"] = "pow2"
     """Scales: powers of two (Transformer Engine) or any float32 (V3 3.3.2, except for cached activations)."""
-    modules: Annotated[tuple[FP8Module, ...], BeforeValidator(_listed)] = (
-        "attention",
-        "dense_mlp",
-        "shared_experts",
-        "routed_experts",
-    )
+    modules: tuple[FP8Module, ...] = ("attention", "dense_mlp", "shared_experts", "routed_experts")
     """Linear layers in FP8. V3: all but eh_proj."""
     mtp: bool = True
     """MTP blocks like the trunk's."""

@@ -49,9 +49,11 @@ class FileInputs:
     A text file is one document; each record of .jsonl[.gz|.zst], .parquet and a saved data set is one.
     """
 
-    def __init__(self, patterns: list[str], *, text_key: str, val_fraction: float) -> None:
+    def __init__(self, patterns: list[str], *, text_key: str, val_fraction: float, out: Path) -> None:
+        """out: the folder that is being made, and is no input where a pattern covers it."""
         self.text_key, self.val_fraction = text_key, val_fraction
-        self.files = _find_files(patterns)
+        own = {out.resolve(), out.with_name(out.name + ".partial").resolve()}
+        self.files = [path for path in _find_files(patterns) if own.isdisjoint(path.resolve().parents)]
         self.sizes = [path.stat().st_size for path in self.files]
         stamps = "".join(f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n" for path in self.files)
         self.fingerprint = hashlib.sha256(stamps.encode()).hexdigest()  # of the files as they are now

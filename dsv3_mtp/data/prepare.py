@@ -87,7 +87,7 @@ def prepare(out_dir: str | Path, arguments: Arguments, *, progress: Progress | N
     """
     out = Path(out_dir)
     partial = out.with_name(out.name + ".partial")
-    inputs = _open_inputs(arguments)
+    inputs = _open_inputs(arguments, out)
     recorded = _recorded(arguments, inputs)
     if _taken(out):
         return _existing(out, recorded)
@@ -101,10 +101,11 @@ def prepare(out_dir: str | Path, arguments: Arguments, *, progress: Progress | N
     return index
 
 
-def _open_inputs(arguments: Arguments) -> Inputs:
+def _open_inputs(arguments: Arguments, out: Path) -> Inputs:
     if arguments.corpus is not None:
         return stdlib_inputs()
-    return FileInputs(list(arguments.inputs), text_key=arguments.text_key, val_fraction=arguments.val_fraction)
+    share = arguments.val_fraction
+    return FileInputs(list(arguments.inputs), text_key=arguments.text_key, val_fraction=share, out=out)
 
 
 def _recorded(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:

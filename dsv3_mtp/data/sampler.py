@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_mtp.data.source import Source, check_vocab, open_source
+from dsv3_mtp.data.source import Source
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
-
-__all__ = ["Batch", "Sampler", "Source", "check_vocab", "open_source", "sequential_windows"]
 
 # tokens and documents (b, T + lookahead) int64; of a task also (b, T + lookahead) bool: which tokens are targets
 Batch = tuple[np.ndarray, ...]

@@ -1,9 +1,6 @@
 """Multi-head latent attention (DeepSeek-V3 section 2.1.1, eqs. 1-11)."""
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
@@ -11,9 +8,7 @@ from dsv3_mtp.model import causal
 from dsv3_mtp.model.causal import causal_attention
 from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
 from dsv3_mtp.model.recompute import again
-
-# softmax(query key^T * scale) value; see `attend`.
-Core = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+from dsv3_mtp.precision.attention import Core, sdpa
 
 
 class MLA(nn.Module):
@@ -22,7 +17,7 @@ class MLA(nn.Module):
     Queries are compressed as well when `q_lora_rank` is set. RMSNorm sits on both latents.
     """
 
-    core: Core | None = None  # precision/ puts a GPU's attention kernel here
+    core: Core | None = None  # of training; precision/ puts a GPU's kernel here
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -52,7 +47,7 @@ class MLA(nn.Module):
         if self.core is None and causal.usable(x, mask):
             return self.o_proj(causal_attention(query, kv, k_rope, angles, self.scale))
         query, key, value = again(self.to_heads, query, kv, k_rope, angles)
-        mixed = (self.core or attend)(query, key, value, self.scale, mask)  # (B, H, T, v)
+        mixed = (self.core or sdpa)(query, key, value, self.scale, mask)  # (B, H, T, v)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,16 +65,3 @@ class MLA(nn.Module):
         k_rope = rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, self.heads, -1)
         query, key = torch.cat([q_nope, rotate(q_rope, angles)], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """softmax(query key^T * scale) value, causal unless a mask is given.
-
-    query, key: (B, H, T, qk); value: (B, H, T, v). The CPU flash kernel insists on equal widths and torch would
-    silently take its T^2-memory math path otherwise, so on CPU the narrower value is padded with zeros.
-    """
-    width = value.shape[-1]
-    if query.device.type == "cpu" and width < query.shape[-1]:
-        value = F.pad(value, (0, query.shape[-1] - width))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return out[..., :width]

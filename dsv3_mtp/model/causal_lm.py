@@ -368,15 +368,17 @@ def agreement(prediction: Tensor, valid: Tensor, main: Tensor) -> tuple[Tensor, 
 
     Depth k at slot i and the main head at slot i+k both predict t_{i+k+1}. prediction, valid: (1+D, B, T); main: the
     main head's predictions from slot 0 on, (B, T), or more where the row goes on in another process.
-    Returns agreed, compared: (D,) counts; a slot counts at depth k only if depths 1..k all agree in it.
+    Returns agreed, compared: (D,) counts; a slot is compared at depth k if depths 1..k have targets there, and agrees
+    if all of them do.
     """
     depths, length = prediction.shape[0] - 1, prediction.shape[2]
     agreed = prediction.new_zeros(depths)
     compared = prediction.new_zeros(depths)
-    joint = torch.ones_like(valid[0])
+    joint = comparable = torch.ones_like(valid[0])
     for depth in range(1, 1 + depths):
         slots = max(min(length, main.shape[1] - depth), 0)
         same = prediction[depth, :, :slots] == main[:, depth : depth + slots]
-        joint = joint[:, :slots] & same & valid[depth, :, :slots]
-        agreed[depth - 1], compared[depth - 1] = joint.sum(), valid[depth, :, :slots].sum()
+        comparable = comparable[:, :slots] & valid[depth, :, :slots]
+        joint = joint[:, :slots] & same & comparable
+        agreed[depth - 1], compared[depth - 1] = joint.sum(), comparable.sum()
     return agreed, compared

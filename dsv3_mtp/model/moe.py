@@ -46,7 +46,8 @@ class Gate(nn.Module):
         scores = F.linear(again(Tensor.to, x, wide), self.weight.to(wide)).sigmoid()  # (B, T, E)
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
-        load = torch.bincount(chosen.flatten(), minlength=flat.shape[1]).float()
+        load = chosen.new_zeros(flat.shape[1])  # not bincount: on CUDA the host would wait for it
+        load = load.scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten()).float()
         stats = RouterStats(load, self.balance_loss(scores), self.count_nodes(chosen))
         return chosen, self.weigh(flat, chosen), stats
 

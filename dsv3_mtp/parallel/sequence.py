@@ -20,11 +20,12 @@ import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor
 
-from dsv3_mtp.model.attention import MLA, Core, attend
+from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import Rows
 from dsv3_mtp.model.moe import Gate
 from dsv3_mtp.parallel.launch import World
+from dsv3_mtp.precision.attention import Core, sdpa
 
 
 class Slices(Rows):
@@ -68,4 +69,4 @@ def slice_rows(model: DeepseekV3MTP, world: World) -> None:
         if isinstance(module, Gate):
             module.rows = rows
         elif isinstance(module, MLA):
-            module.core = rows.attention(module.core or attend)
+            module.core = rows.attention(module.core or sdpa)

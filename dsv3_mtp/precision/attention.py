@@ -5,6 +5,7 @@ that returns (B, H, T, v): softmax(query key^T * scale) value, causal, or under 
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -30,7 +31,7 @@ INSTALL = {
 def choose_attention(
     backend: str, *, heads: int, widths: tuple[int, int], dtype: torch.dtype, device: torch.device, masked: bool
 ) -> tuple[Core | None, str]:
-    """The kernel to use (None: the model's own, torch's SDPA) and a line that says why.
+    """The kernel to use (None: the model's own on a CPU) and a line that says why.
 
     Args:
         backend: `attention.backend`.
@@ -46,7 +47,7 @@ def choose_attention(
             raise ValueError(f"attention.backend: {backend} {reason}; or set attention.backend: auto")
         return core, f"attention: {backend} (attention.backend)"
     if device.type != "cuda":
-        return None, "attention: sdpa (no CUDA device)"
+        return None, "attention: the CPU's own (blocks below the diagonal to 1024 tokens, sdpa beyond and under masks)"
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     order = ["fa4", "fa3", "te", "sdpa"] if hopper else ["fa2", "sdpa"]
     reasons: list[str] = []
@@ -63,13 +64,15 @@ def _try(
 ) -> tuple[Core | None, str]:
     """(kernel, "") or (None, why not)."""
     if name == "sdpa":
-        return (sdpa_cuda if device.type == "cuda" else None), ""
+        return sdpa, ""
     if device.type != "cuda":
         return None, "needs a CUDA device"
     if masked:
         return None, "has no document mask here (data.mask_documents: true); sdpa has"
     if dtype not in (torch.bfloat16, torch.float16):
         return None, f"needs train.dtype: bfloat16 (got {dtype})"
+    if name == "fa2" and widths[1] > widths[0]:
+        return None, f"pads values to the width of keys, and they are wider (got {widths[1]} and {widths[0]})"
     if max(widths) > 256 or any(width % 8 for width in widths):
         return None, f"needs head widths that are multiples of 8 and at most 256 (got {widths[0]} and {widths[1]})"
     if name == "te":
@@ -82,10 +85,18 @@ def _try(
     return flash_core(function, pad_value=name == "fa2"), ""
 
 
-def sdpa_cuda(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """torch's kernels in the order that suits unequal widths."""
-    with sdpa_kernel(PRIORITY, set_priority=True):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """torch's kernels. On CUDA in the order that suits unequal widths; the CPU's flash kernel insists on equal ones and
+    torch would silently take its T^2-memory math path otherwise, so there the narrower value is padded with zeros.
+    """
+    attention = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None, scale=scale)
+    width = value.shape[-1]
+    if query.device.type == "cuda":
+        with sdpa_kernel(PRIORITY, set_priority=True):
+            return attention(query, key, value)
+    if width < query.shape[-1]:
+        value = F.pad(value, (0, query.shape[-1] - width))
+    return attention(query, key, value)[..., :width]
 
 
 def flash_core(function: Callable[..., Any], *, pad_value: bool) -> Core:

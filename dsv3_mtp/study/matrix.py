@@ -219,6 +219,6 @@ def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:
     """What load_config is to override in the base for an arm's first seed: later ones win."""
     own = {"run.name": f"{name}-seed{study.seeds[0]}", "run.dir": str(study.folder), "run.seed": study.seeds[0]}
     for overrides in (study.scales[study.scale].set, study.set):
-        yield from (f"{key}={json.dumps(value)}" for key, value in overrides.items())
+        yield from (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items())
     yield from of_runs
-    yield from (f"{key}={json.dumps(value)}" for key, value in (study.arms[name].set | own).items())
+    yield from (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in (study.arms[name].set | own).items())

@@ -14,7 +14,7 @@ from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, ModelConfig, MTPConfig
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.size import ModelSize, model_size
-from dsv3_mtp.runs import FREE, differences
+from dsv3_mtp.runs import differences
 from dsv3_mtp.study.matrix import LoadedStudy
 
 # A run is a pure function of what these are at each step: arms that differ in nothing else may share a prefix.
@@ -137,7 +137,8 @@ def _best_parent(config: Config, others: Mapping[str, Config]) -> tuple[str | No
 
 def shared_steps(a: Config, b: Config) -> int:
     """How many of the first steps of two runs are the same, number for number. Both train in one process."""
-    if differences(a.to_dict(), b.to_dict(), ignoring=(*SCHEDULED, *FREE, "run.name")):
+    free = ("run.name", "run.dir", "log", "checkpoint", "train.threads")
+    if differences(a.to_dict(), b.to_dict(), ignoring=(*SCHEDULED, *free)):
         return 0
     count = 0
     for left, right in zip(_steps(a), _steps(b), strict=False):

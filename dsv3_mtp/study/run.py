@@ -33,6 +33,8 @@ from dsv3_mtp.study.plan import Run, plan, whole_steps
 from dsv3_mtp.trainer import NonFiniteError, Trainer
 
 BUDGETS = "budgets.json"
+# Of a run that is there: settings that change neither what is learned nor what is measured.
+IGNORED = (*(key for key in FREE if key not in ("eval", "train.micro_batch_size")), "eval.every")
 CLOSED = ("finished", "diverged")  # of results.json's status: such a run is not run again
 
 
@@ -117,7 +119,7 @@ def check_folders(study: Study, runs: list[Run]) -> None:
     for run in runs:
         path = study.folder / run.name / "config.yaml"
         if path.exists():
-            other = differences(load_config(path).to_dict(), run.config.to_dict(), ignoring=FREE)
+            other = differences(load_config(path).to_dict(), run.config.to_dict(), ignoring=IGNORED)
             problems += [f"{path}: {key} is {old}, the study says {new}" for key, (old, new) in other.items()]
     if problems:
         raise ValueError(

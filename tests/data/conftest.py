@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3_mtp.data import Source, build_corpus, open_source
+from dsv3_mtp.data.prepare import Arguments, prepare
+from dsv3_mtp.data.source import Source, open_source
 from dsv3_mtp.data.stdlib import stdlib_inputs
 
 
@@ -24,11 +25,11 @@ def small_stdlib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pystdlib(small_stdlib: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that build_corpus made."""
+    """The embedded corpus, prepared."""
     folder = tmp_path_factory.mktemp("corpus") / "pystdlib-512"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sysconfig.get_path", lambda name: str(small_stdlib))
-        build_corpus(folder, vocab_size=512)
+        prepare(folder, Arguments(corpus="pystdlib", vocab_size=512))
     return folder
 
 

@@ -52,7 +52,9 @@ def write(kind: str, folder: Path) -> Path:
 
 
 def inputs(*patterns: Path | str, **options) -> FileInputs:
-    return FileInputs([str(p) for p in patterns], **{"text_key": "text", "val_fraction": 0.3} | options)
+    return FileInputs(
+        [str(p) for p in patterns], **{"text_key": "text", "val_fraction": 0.3, "out": Path("none")} | options
+    )
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "dataset", "folder"])
@@ -137,3 +139,11 @@ def test_nothing_found_a_dataset_dict_and_a_torn_dataset_are_refused(tmp_path: P
 def test_another_text_key_is_read(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"body": "x", "text": 3}')
     assert [d.text for d in inputs(tmp_path / "a.jsonl", text_key="body").read()] == ["x"]
+
+
+def test_the_folder_that_is_being_made_is_no_input_of_itself(tmp_path: Path):
+    write("jsonl", tmp_path)
+    for name in ("out", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.txt").write_text("x")
+    assert [path.name for path in inputs(tmp_path, out=tmp_path / "out").files] == ["data.jsonl"]

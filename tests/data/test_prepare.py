@@ -7,7 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsv3_mtp.data import Arguments, build_corpus, open_source, prepare, tokenise, verify_folder
+from dsv3_mtp.data import tokenise
+from dsv3_mtp.data.prepare import Arguments, prepare
+from dsv3_mtp.data.shards import verify_folder
+from dsv3_mtp.data.source import open_source
 from dsv3_mtp.data.tokenizer import train_tokenizer
 
 OPTIONS = {"vocab_size": 280, "shard_tokens": 1500, "val_fraction": 0.2, "fim_rate": 0.3}
@@ -202,13 +205,13 @@ def test_verify_names_every_damaged_file(whole, tmp_path):
 
 def test_building_pystdlib_again_gives_the_same_bytes_and_its_manifest(pystdlib, small_stdlib, tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(small_stdlib))
-    index = build_corpus(tmp_path / "again", vocab_size=512)
+    index = prepare(tmp_path / "again", Arguments(corpus="pystdlib", vocab_size=512))
     assert contents(tmp_path / "again") == contents(pystdlib)
     manifest = json.loads((pystdlib / "manifest.json").read_text())
     assert manifest["manifest_hash"] == index["manifest_hash"] == open_source(pystdlib, "train").manifest_hash
     assert len(manifest["files"]) == 120
     with pytest.raises(ValueError, match="vocab_size: 512 there, 513 now"):
-        build_corpus(tmp_path / "again", vocab_size=513)
+        prepare(tmp_path / "again", Arguments(corpus="pystdlib", vocab_size=513))
 
 
 def build(out: Path, files: tuple[str, ...], start) -> None:

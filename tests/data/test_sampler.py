@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv3_mtp.data import Sampler, open_source, sequential_windows
+from dsv3_mtp.data.sampler import Sampler, sequential_windows
+from dsv3_mtp.data.source import open_source
 
 lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 fast = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

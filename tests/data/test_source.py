@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3_mtp.data import Arguments, check_vocab, open_source, prepare
 from dsv3_mtp.data.megatron import open_pair
+from dsv3_mtp.data.prepare import Arguments, prepare
+from dsv3_mtp.data.source import check_vocab, open_source
 
 
 @pytest.fixture(scope="module")

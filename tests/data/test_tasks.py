@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dsv3_mtp.config import InductionTask, MarkovTask, PolynomialTask, StarTask, SuffixSumTask
-from dsv3_mtp.data import Sampler, sequential_windows
 from dsv3_mtp.data.markov import stationary, transition_matrix
+from dsv3_mtp.data.sampler import Sampler, sequential_windows
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
 
 STAR = StarTask(type="star", degree=3, path_length=4, nodes=20)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3_mtp.data import open_source
+from dsv3_mtp.data.source import open_source
 from dsv3_mtp.data.stdlib import stdlib_inputs
 from dsv3_mtp.data.tokenizer import EOS_NAMES, SPECIAL_TOKENS, fim_split, load_encoder, train_tokenizer
 

@@ -348,6 +348,14 @@ def test_agreement_by_hand():
     assert agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool), prediction[0])[0].tolist() == [1, 1]
 
 
+def test_a_model_that_is_right_everywhere_agrees_everywhere_also_where_few_tokens_are_scored():
+    tokens = torch.arange(9)[None]  # T = 6, D = 2
+    scored = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool()
+    right = torch.stack([tokens[:, k + 1 : k + 7] for k in range(3)])
+    agreed, compared = agreement(right, valid_targets(tokens, None, 2, scored), right[0])
+    assert agreed.tolist() == compared.tolist() == [3, 2]  # no slot has t_4 at depth 1 and t_3 ahead of it as a target
+
+
 def test_top1_counts_argmax_hits_per_depth(build):
     model = build(2)
     tokens = tokens_for(model)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model.attention import MLA, attend
+from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.causal_lm import document_mask
 from dsv3_mtp.model.layers import RMSNorm, rotary_angles, rotate, yarn_mscale
+from dsv3_mtp.precision.attention import sdpa
 
 YARN = {
     "type": "yarn",
@@ -81,4 +82,4 @@ def test_attention_core_equals_the_formula_in_float64(documents):
     mask = None if documents is None else document_mask(torch.tensor(documents))
     allowed = torch.ones(7, 7).tril().bool() if mask is None else mask
     scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(~allowed, float("-inf"))
-    torch.testing.assert_close(attend(q, k, v, 0.3, mask), scores.softmax(-1) @ v)
+    torch.testing.assert_close(sdpa(q, k, v, 0.3, mask), scores.softmax(-1) @ v)

@@ -5,7 +5,7 @@ import torch
 
 from dsv3_mtp.config import FP8Config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.precision.attention import choose_attention
+from dsv3_mtp.precision.attention import choose_attention, sdpa
 from dsv3_mtp.precision.convert import choose_backend, convert, fp8_layers, set_precision
 from dsv3_mtp.precision.linear import FP8Linear
 
@@ -91,9 +91,9 @@ def test_a_named_attention_kernel_is_refused_on_a_cpu(name):
     arguments = {"heads": 2, "widths": (12, 8), "dtype": torch.bfloat16, "device": CPU, "masked": False}
     with pytest.raises(ValueError, match=f"attention.backend: {name} needs a CUDA device"):
         choose_attention(name, **arguments)
-    for backend in ("auto", "sdpa"):
-        core, note = choose_attention(backend, **arguments)
-        assert core is None and note.startswith("attention: sdpa")
+    assert choose_attention("sdpa", **arguments) == (sdpa, "attention: sdpa (attention.backend)")
+    core, note = choose_attention("auto", **arguments)
+    assert core is None and note.startswith("attention: the CPU's own")
 
 
 def test_another_core_takes_the_place_of_the_models_own(make_model, make_tiny_config):
@@ -106,7 +106,7 @@ def test_another_core_takes_the_place_of_the_models_own(make_model, make_tiny_co
 
     tokens = torch.randint(64, (2, 18))
     expected = model(tokens).loss
-    assert set_precision(model, make_tiny_config(), CPU)[1].startswith("attention: sdpa")
+    assert set_precision(model, make_tiny_config(), CPU)[1].startswith("attention: the CPU's own")
     for layer in [*model.model.layers, *model.mtp.layers]:
         layer.self_attn.core = core
     torch.testing.assert_close(model(tokens).loss, expected)

@@ -98,7 +98,8 @@ def test_shared_prefix_ends_with_the_first_step_whose_schedule_differs(tmp_path)
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("optim.weight_decay", 0.0), ("train.balance_loss_weight", 0.01), ("mtp.detach", "trunk"), ("data.seq_len", 8)],
+    [("optim.weight_decay", 0.0), ("train.balance_loss_weight", 0.01), ("mtp.detach", "trunk"), ("data.seq_len", 8)]
+    + [("train.micro_batch_size", 2), ("eval.batches", 3)],  # other roundings, other validation windows
 )
 def test_arms_that_differ_in_more_than_a_schedule_share_nothing(tmp_path, setting, value):
     loaded = load_toy(tmp_path, lambda tree: tree["arms"]["step"]["set"].update({setting: value}))

@@ -136,10 +136,11 @@ def test_choosing_no_run_is_an_error_that_names_the_arms(finished):
 
 def test_run_folders_of_other_settings_are_refused(finished):
     loaded, _, _ = finished
-    other = load_study(loaded.path, ["optim.grad_clip=0.5"])
+    other = load_study(loaded.path, ["optim.grad_clip=0.5", "eval.batches=3"])  # the second: other windows
     with pytest.raises(ValueError, match="other settings") as error:
         check_folders(other.study, plan(other, {}))
     assert "optim.grad_clip is 1.0, the study says 0.5" in str(error.value)
+    assert "the study says 3" in str(error.value)
 
 
 def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
