@@ -126,6 +126,8 @@ class Study(Section):
     """Exploratory metrics, beside the primary one."""
     acceptance: Acceptance | None = None
     """null: not measured."""
+    loss_error_against: Text | None = None
+    """Arm whose training losses are the reference of train/main_loss_error and its like (V3 B.1); null: not asked."""
     solve_threshold: Fraction | None = None
     """A run has solved its task at the first validation whose task/exact_match reaches this; null: not asked."""
 
@@ -137,6 +139,8 @@ class Study(Section):
         if self.primary.comparison not in self.comparisons:
             names = ", ".join(self.comparisons)
             yield "primary.comparison", f"must be one of {names} (got {show(self.primary.comparison)})"
+        if self.loss_error_against not in (None, *self.arms):
+            yield "loss_error_against", f"must be one of {', '.join(self.arms)} (got {show(self.loss_error_against)})"
         for place, overrides in self.overrides():
             for key in [key for key in OWNED if key in overrides]:
                 yield f"{place}.{key}", "is given by the study: use run, seeds and the names of the arms"
