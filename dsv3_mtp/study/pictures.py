@@ -65,8 +65,8 @@ def draw_all(study: Any, configs: Mapping[str, Config], table: Table, curves: Cu
         ),
         (
             "loss_error.png",
-            f"Training losses relative to those of {study.loss_error_against}, smoothed with EMA 0.9 (V3, appendix B.1): "
-            "mean over seeds, band from the lowest to the highest seed; the grey band is +-0.25 %, V3's bound.",
+            f"Training losses relative to those of {study.loss_error_against}, smoothed with EMA 0.9 (V3 B.1): mean "
+            "over seeds, band from the lowest to the highest seed; the grey band is +-0.25 %, V3's bound.",
             lambda out: draw_loss_errors(out, references(study, curves), curves, arms),
         ),
         (
@@ -238,9 +238,9 @@ def draw_loss_errors(out: Path, pairs: list[tuple[str, int, Sequence[Record]]], 
     errors: dict[str, dict[int, Any]] = {}
     for arm, seed, reference in pairs:
         if curves[arm][seed] is not reference:
-            found = loss_errors(curves[arm][seed], reference)
+            of_run = loss_errors(curves[arm][seed], reference)
             errors.setdefault(arm, {})[seed] = [
-                {"tokens": t, k: e} for k, curve in found.items() for t, e in curve.items()
+                {"tokens": t, k: e} for k, curve in of_run.items() for t, e in curve.items()
             ]
     figure = Figure(figsize=(12, 5), layout="constrained")
     shown: set[str] = set()
