@@ -206,6 +206,11 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(name)
+    coarse = [name for name, config in configs.items() if config.log.every > 1]
+    if study.loss_error_against is not None and coarse:
+        problems.append(
+            (f"arms.{', '.join(coarse)}: log.every", "must be 1 with loss_error_against: it is smoothed by step")
+        )
     for (key, text), arms in found.items():
         where = "every arm" if len(arms) == len(study.arms) else f"arms.{', '.join(arms)}"
         problems.append((f"{where}: {key}", text))
