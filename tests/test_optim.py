@@ -40,7 +40,7 @@ def test_rounding_to_nearest_follows_the_second_moment_with_v3s_beta_and_not_wit
     layer = nn.Linear(64, 64, bias=False)
     optimizer = optim.build_optimizer(layer, OptimConfig(betas=(0.9, beta2), moments="bfloat16"))
     exact = torch.zeros(64, 64, dtype=torch.double)
-    for _ in range(1000):
+    for _ in range(400):
         layer.weight.grad = torch.randn(64, 64)
         optimizer.step()
         exact = beta2 * exact + (1 - beta2) * layer.weight.grad.double() ** 2
