@@ -253,7 +253,8 @@ def training(config: str, steps: int) -> Iterator[Row]:
             errors = loss_error_metrics(runs[name], runs.get("bf16", runs[name]))
             for key in ("train/main_loss", "train/mtp_loss/1"):
                 row.append(smoothed([r[key] for r in runs[name]])[-1])
-                row += [f"{errors[key.replace('_loss', kind)]:.3f} %" for kind in ("_loss_error", "_loss_error_max")]
+                row.append(f"{errors[key.replace('_loss', '_loss_error')]:.3f} %")
+                row.append(f"{errors.get(key.replace('_loss', '_loss_error_max'), 0.0):.3f} %")
             speeds = [r["perf/tokens_per_s"] for r in runs[name][len(runs[name]) // 2 :]]
             yield [
                 *row,

@@ -107,7 +107,8 @@ def loss_errors(records: Sequence[Record], reference: Sequence[Record]) -> dict[
 def loss_error_metrics(records: Sequence[Record], reference: Sequence[Record]) -> dict[str, float]:
     """train/main_loss_error: mean over the last quarter of training; train/main_loss_error_max: largest size.
 
-    And train/mtp_loss_error/k, train/mtp_loss_error_max/k.
+    And train/mtp_loss_error/k, train/mtp_loss_error_max/k. The reference itself has no largest sizes: against its zeros
+    every size would be an effect.
     """
     late = {record["tokens"] for record in records if record["progress"] >= 0.75}
     metrics: dict[str, float] = {}
@@ -115,7 +116,8 @@ def loss_error_metrics(records: Sequence[Record], reference: Sequence[Record]) -
         at_end = [error for tokens, error in errors.items() if tokens in late]
         if at_end:
             metrics[key.replace("_loss", "_loss_error")] = sum(at_end) / len(at_end)
-            metrics[key.replace("_loss", "_loss_error_max")] = max(map(abs, errors.values()))
+            if records is not reference:
+                metrics[key.replace("_loss", "_loss_error_max")] = max(map(abs, errors.values()))
     return metrics
 
 
