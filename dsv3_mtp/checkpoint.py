@@ -20,9 +20,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dsv3_mtp.fragments import INDEX, Fragment, Fragments, merge_index, write_fragments
+from dsv3_mtp.fragments import AVERAGE, INDEX, Fragment, Fragments, merge_index, write_fragments
 from dsv3_mtp.loading import COMPLETE, checkpoints, is_complete
 from dsv3_mtp.metrics import replacing
+from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import on_main
 from dsv3_mtp.parallel.placement import Held, held, restoring
@@ -30,7 +31,9 @@ from dsv3_mtp.parallel.placement import Held, held, restoring
 COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: the x axis of what its own monitors write
 
 
-def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: int) -> Path:
+def save(
+    engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: int, average: WeightAverage | None
+) -> Path:
     """Writes `root/global_step{step}` from all ranks, then prunes to the newest `keep`. `state` is rank 0's.
 
     Raises:
@@ -45,7 +48,8 @@ def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: 
     dist.barrier()
     torch.save(_rng_state(), folder / f"rng_rank{world.rank}.pt")
     optimizer = engine.engine.optimizer
-    fragments = [_fragment(mine, optimizer) for mine in held(engine) if mine.share[0] < mine.share[1]]
+    averages = {} if average is None else average.values
+    fragments = [_fragment(mine, optimizer, averages) for mine in held(engine) if mine.share[0] < mine.share[1]]
     parts: list[Any] = [None] * world.size
     dist.gather_object(write_fragments(folder, world.rank, fragments), parts if world.is_main else None)
     counters = {name: getattr(engine.engine, name) for name in COUNTERS}
@@ -54,12 +58,13 @@ def save(engine: Engine, root: Path, *, step: int, state: dict[str, Any], keep: 
     return folder
 
 
-def _fragment(mine: Held, optimizer: Any) -> Fragment:
+def _fragment(mine: Held, optimizer: Any, averages: dict[str, torch.Tensor]) -> Fragment:
     share = slice(*mine.share)
     kept = optimizer.state.get(mine.flat, {})
     tensors = {key: value for key, value in kept.items() if getattr(value, "shape", None) == mine.flat.shape}
     scalars = {key: float(value) for key, value in kept.items() if key not in tensors}
     states = {key: mine.of(value)[share] for key, value in tensors.items()}
+    states |= {AVERAGE: averages[mine.name]} if averages else {}
     return Fragment(mine.name, mine.shape, mine.start + share.start, mine.of(mine.flat)[share], states, scalars)
 
 
@@ -95,8 +100,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def load(engine: Engine, folder: Path) -> list[str]:
-    """Restores model, router biases and optimizer in the layout of this run, whatever layout wrote them.
+def load(engine: Engine, folder: Path, *, moments: torch.dtype, average: WeightAverage | None) -> list[str]:
+    """Restores model, router biases, optimizer and average in the layout of this run, whatever layout wrote them.
 
     The random generators come back where the number of ranks is the same; nothing in training draws from them. Returns
     what the user should know.
@@ -111,24 +116,25 @@ def load(engine: Engine, folder: Path) -> list[str]:
         raise ValueError(f"{folder}: of another model: {', '.join(different)} missing or of another shape")
     with torch.no_grad(), restoring(engine):
         for part in mine:
-            _restore(part, stored, engine.engine.optimizer)
+            _restore(part, stored, engine.engine.optimizer, moments)
     for name, value in json.loads((folder / COMPLETE).read_text())["counters"].items():
         setattr(engine.engine, name, value)
-    return _load_rng(engine, folder)
+    notes = [] if average is None else average.load(stored)
+    return notes + _load_rng(engine, folder)
 
 
-def _restore(mine: Held, stored: Fragments, optimizer: Any) -> None:
+def _restore(mine: Held, stored: Fragments, optimizer: Any, moments: torch.dtype) -> None:
     start, stop = mine.start, mine.start + mine.numel
     mine.of(mine.flat).copy_(stored.read(mine.name, start, stop))
     about = stored.index[mine.name]
-    if not about["states"]:
+    states = [key for key in about["states"] if key != AVERAGE]
+    if not states:
         return
     kept = optimizer.state[mine.flat]
-    for key in about["states"]:
-        values = stored.read(mine.name, start, stop, state=key)
+    for key in states:
         if key not in kept:  # not made before the first step
-            kept[key] = torch.zeros_like(mine.flat, dtype=values.dtype, requires_grad=False)
-        mine.of(kept[key]).copy_(values)
+            kept[key] = torch.zeros_like(mine.flat, dtype=moments, requires_grad=False)
+        mine.of(kept[key]).copy_(stored.read(mine.name, start, stop, state=key))
     for key, value in about["scalars"].items():  # as torch's fused AdamW keeps them
         kept[key] = torch.tensor(value, dtype=torch.float32, device=mine.flat.device)
 

@@ -74,8 +74,10 @@ def memory_table(config: Config, stages: list[Stage]) -> str:
     largest = max(stage.total for stage in stages)
     fitting = next((f"{size} GiB" for size in DEVICES if largest <= size * 2**30), "no device")
     text.append(f"largest: {_bytes(largest)}, fits in {fitting} (allocator and driver come on top: leave 10 %)")
-    if config.parallel.offload_optimizer:
-        text.append(f"in host memory, per rank: {_bytes(max(stage.host for stage in stages))} of optimizer states")
+    if host := max(stage.host for stage in stages):
+        kinds = {"optimizer states": config.parallel.offload_optimizer, "average": config.train.ema_decay is not None}
+        named = " and ".join(name for name, there in kinds.items() if there)
+        text.append(f"in host memory, per rank: {_bytes(host)} of {named}")
     return "\n".join(text)
 
 

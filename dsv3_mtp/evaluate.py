@@ -128,19 +128,20 @@ def metric_means(sums: list[float], depths: int) -> dict[str, float]:
 
 
 def open_model(
-    *, run: str | None, hf: str | None, seq_len: int | None, micro_batch_size: int | None
+    *, run: str | None, hf: str | None, seq_len: int | None, micro_batch_size: int | None, ema: bool = False
 ) -> tuple[DeepseekV3MTP, Config]:
     """The model of a run, or of a folder in DeepSeek-V3's layout, and the config that `validate` reads.
 
     Args:
         seq_len: tokens per window; None: the run's, for a folder the model's longest, at most 4096.
         micro_batch_size: sequences per forward; None: the run's, for a folder 1.
+        ema: of a run, the moving average of the weights.
 
     Raises:
         ValueError: there is nothing to load, or the windows are longer than the model takes.
     """
     if run is not None:
-        model, config, _ = load_run(run)
+        model, config, _ = load_run(run, ema=ema)
         sections = config.to_dict()
     else:
         model, model_config, mtp, _ = load_hf(hf or "")
@@ -210,6 +211,7 @@ def lm_eval(
     *,
     run: str | None,
     hf: str | None,
+    ema: bool = False,
     include: str | None = None,
     limit: int | None = None,
     batch_size: int = 1,
@@ -234,7 +236,7 @@ def lm_eval(
         manager = TaskManager(include_path=include)  # its thousands of tasks take a while to index
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(f"--lm-eval: lm-evaluation-harness does not know {', '.join(unknown)}")
-    with _exported(run, hf) as folder:
+    with _exported(run, hf, ema) as folder:
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{run or hf}: has no tokenizer.json, and tasks are text")
         results = simple_evaluate(
@@ -257,12 +259,12 @@ def lm_eval(
 
 
 @contextlib.contextmanager
-def _exported(run: str | None, hf: str | None) -> Iterator[Path]:
+def _exported(run: str | None, hf: str | None, ema: bool) -> Iterator[Path]:
     """The folder of weights, for a run a temporary export in the run's own dtype."""
     if hf is not None:
         yield Path(hf)
         return
     with tempfile.TemporaryDirectory() as temporary:
         wide = load_config(Path(run or "") / "config.yaml").train.dtype == "float32"
-        export_hf(run or "", Path(temporary) / "hf", dtype="fp32" if wide else "bf16", trunk_only=True)
+        export_hf(run or "", Path(temporary) / "hf", dtype="fp32" if wide else "bf16", trunk_only=True, ema=ema)
         yield Path(temporary) / "hf"

@@ -2,7 +2,8 @@
 
     shard_rank{r}.safetensors   what rank r wrote, flat: NAME, a range of the values of tensor NAME (float32 masters of
                                 what is trained; frozen parameters and buffers in their own type), and NAME/exp_avg,
-                                NAME/exp_avg_sq, ..., what the optimizer keeps for the same range
+                                NAME/exp_avg_sq, ..., what the optimizer keeps for the same range; NAME/ema, the
+                                average of the weights (train.ema_decay)
     index.json                  {NAME: {"shape": [...], "states": ["exp_avg", ...], "scalars": {"step": 20.0},
                                         "ranges": [[start, stop, rank], ...]}}
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from dsv3_mtp.tensorfile import DTYPES, Entry, Place, place_of, read_header, write_file
 
 INDEX = "index.json"
+AVERAGE = "ema"  # the state that is the average of the weights
 
 
 class Fragment(NamedTuple):
@@ -84,12 +86,14 @@ def merge_index(parts: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
 class Fragments:
     """The tensors of a checkpoint folder; a read touches only what it asks for.
 
+    state: what `read` gives when it is not told; None: the weights.
+
     Raises (also `read`):
         ValueError: the folder is damaged or of another format.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, *, state: str | None = None):
+        self.folder, self.state = folder, state
         if not (folder / INDEX).is_file():
             raise ValueError(
                 f"{folder}: no {INDEX} in it: written by an older version of dsv3_mtp in DeepSpeed's own format, which "
@@ -104,6 +108,7 @@ class Fragments:
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, state: str | None = None) -> Tensor:
         """(stop - start,) elements of the flattened tensor, or of the optimizer's `state` for it."""
+        state = state or self.state
         key = name if state is None else f"{name}/{state}"
         stop = math.prod(self.shapes[name]) if stop is None else stop
         try:
@@ -117,6 +122,10 @@ class Fragments:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(error) from error
         return flat
+
+    def has(self, state: str) -> bool:
+        """Every tensor has this state."""
+        return all(state in about["states"] for about in self.index.values())
 
     def _place(self, rank: int, key: str) -> Place:
         if rank not in self._headers:

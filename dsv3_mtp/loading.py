@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.fragments import Fragments
+from dsv3_mtp.fragments import AVERAGE, Fragments
 
 COMPLETE = "COMPLETE.json"  # written last: the step, the layout, and the size of every file of a checkpoint
 IMPORTED = "weights"  # folder of an imported run, in DeepSeek-V3's layout
@@ -31,6 +31,19 @@ def is_complete(checkpoint: Path) -> bool:
 def newest_checkpoint(root: Path) -> Path | None:
     """The complete checkpoint of the highest step, None if there is none."""
     return next((path for path in reversed(checkpoints(root)) if is_complete(path)), None)
+
+
+def newest_weights(run: Path, *, ema: bool = False) -> Fragments | None:
+    """The weights in a run's newest complete checkpoint, or their moving average; None if there is no checkpoint.
+
+    Raises:
+        ValueError: ema, and the run has no average; or the checkpoint is damaged or of another format.
+    """
+    newest = newest_checkpoint(run / "checkpoints")
+    stored = None if newest is None else Fragments(newest, state=AVERAGE if ema else None)
+    if ema and (stored is None or not stored.has(AVERAGE)):
+        raise ValueError(f"{run}: no average of the weights there; train it with train.ema_decay, or leave --ema out")
+    return stored
 
 
 def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class Stage:
     weights: float
     gradients: float
     states: float
-    host: float  # in host memory: offloaded optimizer states
+    host: float  # in host memory: offloaded optimizer states, the average of the weights
     activations: float  # of all micro-batches in flight
     in_flight: int  # micro-batches whose activations are held at once (1F1B)
     buffers: float
@@ -122,7 +122,10 @@ def _part(name: str, module: nn.Module, blocks: Sequence[nn.Module], merges: int
 def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> Stage:
     dense, experts = sum(part.dense for part in mine), sum(part.experts for part in mine) // shape.experts
     zero, element = config.parallel.zero_stage, element_size(config)
-    weights, gradients, states = state_bytes(dense, experts, shape, zero_stage=zero, element=element)
+    moment = 2 if config.optim.moments == "bfloat16" else 4
+    sizes = {"zero_stage": zero, "element": element, "moment": moment}
+    weights, gradients, states = state_bytes(dense, experts, shape, **sizes)
+    average = 0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
     offload, received = (
         config.parallel.offload_optimizer,
         0 if mine[0].name == "embedding" else config.model.hidden_size,
@@ -137,7 +140,7 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         weights=weights,
         gradients=gradients,
         states=0.0 if offload else states,
-        host=states if offload else 0.0,
+        host=average + (states if offload else 0.0),
         activations=activations * in_flight,
         in_flight=in_flight,
         buffers=_buffers(config, mine, dense + experts),
@@ -145,15 +148,16 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
 
 
 def state_bytes(
-    dense: int, experts: int, shape: Layout, *, zero_stage: int, element: int
+    dense: int, experts: int, shape: Layout, *, zero_stage: int, element: int, moment: int = 4
 ) -> tuple[float, float, float]:
     """Weights, gradients and optimizer states of a rank that computes with these parameters (ZeRO paper, Figure 1).
 
-    AdamW's two moments and a master copy of the weights are float32; only float32 ZeRO-0 has no second copy. Experts
-    are sharded over the ranks that hold copies of them, everything else over the data ranks. element: bytes.
+    The master copy of the weights is float32; only float32 ZeRO-0 has no second copy. Experts are sharded over the
+    ranks that hold copies of them, everything else over the data ranks. element: bytes of a weight; moment: bytes of
+    each of AdamW's two moments.
     """
     whole, shard = dense + experts, dense / shape.data + experts / shape.copies
-    states = 12 if zero_stage or element == 2 else 8
+    states = 2 * moment + (4 if zero_stage or element == 2 else 0)
     return (
         element * (shard if zero_stage == 3 else whole),
         element * (shard if zero_stage >= 2 else whole),

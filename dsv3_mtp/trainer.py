@@ -21,6 +21,7 @@ from dsv3_mtp.metrics import Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.optim import build_optimizer
+from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, writable
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
@@ -72,6 +73,9 @@ class Trainer:
         self.notes += set_precision(self.model, config, self.world.device)
         optimizer = build_optimizer(self.model, config.optim)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
+
+        decay = config.train.ema_decay
+        self.average = None if decay is None else WeightAverage(self.engine, decay)
 
         self.step = self.tokens = 0
         self.clock = Clock()
@@ -151,6 +155,8 @@ class Trainer:
         record["optim/grad_norm"] = self.engine.step(lr)
         self.require_finite(record)
         self.model.update_router_bias(load, bias_speed)
+        if self.average is not None:
+            self.average.update()
 
         record["train/balance_loss"] = alpha * balance / batch_size
         if depths:
@@ -235,14 +241,16 @@ class Trainer:
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
         state |= {"layout": describe(self.config, self.world.size)}
         root = self.folder / "checkpoints"
-        checkpoint.save(self.engine, root, step=self.step, state=state, keep=self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+        checkpoint.save(self.engine, root, step=self.step, state=state, keep=keep, average=self.average)
 
     def resume(self, folder: Path) -> list[str]:
         """Restores the state saved in `folder`, by any layout of ranks; returns what to tell the user."""
         saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
         notes = changed_settings(saved["config"], self.config, folder)
         self.sampler.load_state_dict(saved["sampler"])
-        notes += checkpoint.load(self.engine, folder)
+        moments = getattr(torch, self.config.optim.moments)
+        notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.clock.load_state_dict(saved["clock"])
         moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""

@@ -40,20 +40,21 @@ def frozen(tmp_path: Path, make_tiny_config) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "freeze", "layouts", "tolerance"),
+    ("dtype", "moments", "freeze", "layouts", "tolerance"),
     [
-        ("float32", False, ZERO + MORE + FOUR + ONE, 2e-6),
-        ("bfloat16", False, ZERO + MORE + ONE, 2**-8),  # ZeRO-0's gradient norm is a bfloat16 number
-        ("bfloat16", True, ZERO + ONE, 2**-8),
+        ("float32", "bfloat16", False, ZERO + MORE + FOUR + ONE, 2e-6),
+        ("bfloat16", "float32", False, ZERO + MORE + ONE, 2**-8),  # ZeRO-0's gradient norm is a bfloat16 number
+        ("bfloat16", "float32", True, ZERO + ONE, 2**-8),
     ],
     ids=["float32", "bfloat16", "frozen trunk"],
 )
 def test_every_layout_reads_what_another_wrote_and_goes_on_alike(
-    tmp_path, make_tiny_config, dtype, freeze, layouts, tolerance
+    tmp_path, make_tiny_config, dtype, moments, freeze, layouts, tolerance
 ):
     data = write_markov(tmp_path / "markov", tokens=3000, documents=40)
     base = {"run.dir": str(tmp_path / "runs"), "data.train": data, "data.val": data, "train.dtype": dtype}
     base |= {"train.batch_size": 8, "mtp.num_nextn_predict_layers": 2, "optim.schedule": {"warmup": 0.0}}
+    base |= {"optim.moments": moments, "train.ema_decay": 0.8}
     base |= frozen(tmp_path, make_tiny_config) if freeze else {}
 
     def config(number: int, ranks: int, parallel: dict) -> Config:
@@ -72,6 +73,10 @@ def test_every_layout_reads_what_another_wrote_and_goes_on_alike(
         previous = configs[-1]
 
     expected, wanted = everything(saved(runs[0][1])), went_on(runs[0][1])["losses"]
+    assert {value.dtype for key, value in expected.items() if "/exp_avg" in key} == {getattr(torch, moments)}
+    assert {key.removesuffix("/ema") for key in expected if key.endswith("/ema")} == {
+        k for k in expected if "/" not in k
+    }
     for (ranks_before, before), (ranks, here) in itertools.pairwise(runs):
         layout, moved = describe(here, ranks), f", a checkpoint of {describe(before, ranks_before)}, on "
         got, after = everything(saved(here)), went_on(here)

@@ -175,6 +175,11 @@ MISTAKES = [
         "parallel.pipeline_stages=6",
         "parallel.pipeline_stages: must be <= 5, the pieces that layers and heads can be cut into (got 6)",
     ),
+    ("train.ema_decay=1", "train.ema_decay: must be < 1 (got 1)"),
+    (
+        "optim.moments=float16",
+        "optim.moments: must be one of float32, bfloat16 (got 'float16'); did you mean 'bfloat16'?",
+    ),
     # DeepSpeed
     (
         "deepspeed.zero_optimization.offload_optimizer={}",

@@ -11,8 +11,10 @@ import torch
 from dsv3_mtp import checkpoint, schedules
 from dsv3_mtp.config import Config
 from dsv3_mtp.fragments import shard_name
-from dsv3_mtp.loading import newest_checkpoint, read_state_dict
+from dsv3_mtp.hf import load_run
+from dsv3_mtp.loading import newest_checkpoint, newest_weights, read_state_dict
 from dsv3_mtp.metrics import read_metrics
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.trainer import NonFiniteError, Trainer
 from tests.ranks import run_ranks, write_markov
 
@@ -83,8 +85,13 @@ def weights_of(config: Config) -> dict[str, torch.Tensor]:
     return read_state_dict(newest_checkpoint(folder_of(config) / "checkpoints"))
 
 
-def assert_same_weights(a: Config, b: Config, **tolerance) -> None:
-    first, second = weights_of(a), weights_of(b)
+def averages_of(config: Config) -> dict[str, torch.Tensor]:
+    stored = newest_weights(folder_of(config), ema=True)
+    return {name: stored.read(name).view(shape) for name, shape in stored.shapes.items()}
+
+
+def assert_same_weights(a: Config, b: Config, of=weights_of, **tolerance) -> None:
+    first, second = of(a), of(b)
     assert first.keys() == second.keys()
     for key, value in first.items():
         if tolerance:
@@ -96,6 +103,7 @@ def assert_same_weights(a: Config, b: Config, **tolerance) -> None:
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 1)])
 def test_resume_after_sigterm_equals_an_uninterrupted_run_bitwise(make_run, world_size, zero_stage):
     settings = {"parallel__zero_stage": zero_stage, "mtp__num_nextn_predict_layers": 2}
+    settings |= {"optim__moments": "bfloat16", "train__ema_decay": 0.9}
     whole, parts = make_run("whole", **settings), make_run("parts", **settings)
     expected = train(whole, world_size=world_size)
     train(parts, world_size=world_size, function=run_until, args=(12,))
@@ -104,8 +112,45 @@ def test_resume_after_sigterm_equals_an_uninterrupted_run_bitwise(make_run, worl
     # the interrupted run logged its last step before stopping; log.every is 1, so no line differs
     assert timeless(got) == timeless(expected)
     assert_same_weights(whole, parts)
+    assert_same_weights(whole, parts, averages_of)
     starts = json.loads((folder_of(parts) / "manifest.json").read_text())["starts"]
     assert len(starts) == 2 and starts[0]["data"] == starts[1]["data"]
+
+
+def test_the_average_of_the_weights_is_the_sum_written_out_and_two_ranks_have_the_one_of_one(make_run):
+    settings = {"checkpoint__every": 1, "checkpoint__keep": 100, "train__total_tokens": 4 * 8 * 16, "eval__every": 0}
+    one = make_run("one", train__ema_decay=0.7, optim__eps=1e-3, **settings)
+    two = make_run("two", train__ema_decay=0.7, optim__eps=1e-3, **settings)
+    train(one)
+    train(two, world_size=2)
+    start = DeepseekV3MTP(one.model, one.mtp)
+    start.init_weights(one.run.seed)
+    root = folder_of(one) / "checkpoints"
+    weights = [start.state_dict(), *(read_state_dict(root / f"global_step{step}") for step in range(1, 5))]
+    found = averages_of(one)
+    for name, average in found.items():
+        terms = [0.3 * 0.7 ** (4 - step) * weights[step][name].double() for step in range(1, 5)]
+        closed_form = sum(terms, 0.7**4 * weights[0][name].double())
+        torch.testing.assert_close(average.double(), closed_form, rtol=1e-5, atol=1e-7)
+    assert_same_weights(one, two, averages_of, rtol=0, atol=1e-5)
+    loaded = load_run(folder_of(one), ema=True).model.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in found.items())
+
+
+def test_moments_and_average_may_be_switched_on_resume(make_run):
+    first = {"train__dtype": "bfloat16", "parallel__zero_stage": 1, "train__total_tokens": 3 * 8 * 16}
+    config = make_run(**first)
+    train(config)
+    with pytest.raises(ValueError, match="no average of the weights there"):
+        load_run(folder_of(config), ema=True)
+    first["train__total_tokens"] = 5 * 8 * 16
+    changed = make_run(optim__moments="bfloat16", train__ema_decay=0.5, **first)
+    train(changed)
+    text = Path(f"{folder_of(config).parents[1]}/run.log.rank0").read_text()
+    for line in ("optim.moments: float32 -> bfloat16", "the checkpoint has no average; it begins here"):
+        assert line in text
+    stored = newest_weights(folder_of(changed), ema=True)
+    assert {stored.read(n, state="exp_avg").dtype for n in stored.shapes if "bias" not in n} == {torch.bfloat16}
 
 
 def test_a_finished_run_trains_no_further(make_run):

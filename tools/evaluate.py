@@ -21,7 +21,7 @@ def main() -> int:
         from dsv3_mtp import evaluate
 
         if options.lm_eval:
-            where = {"run": options.run, "hf": options.hf, "include": options.lm_eval_include}
+            where = {"run": options.run, "hf": options.hf, "ema": options.ema, "include": options.lm_eval_include}
             size = {"limit": options.limit, "batch_size": options.micro_batch_size or 1}
             show({"lm-eval": evaluate.lm_eval(options.lm_eval.split(","), **where, **size)}, options.json)
             return 0
@@ -51,6 +51,7 @@ def parse() -> argparse.Namespace:
         "--prompts", type=int, default=8, metavar="N", help="prompts for acceptance; 0: leave it out (default: 8)"
     )
     parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="of each prompt (default: 64)")
+    parser.add_argument("--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)")
     parser.add_argument("--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead")
     parser.add_argument("--lm-eval-include", metavar="DIR", help="folder with task YAMLs of your own")
     parser.add_argument("--limit", type=positive, metavar="N", help="documents per task (default: all)")
@@ -60,6 +61,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--prompts {options.prompts}: must be at least 0")
     if options.hf and not options.data and not options.lm_eval:
         parser.error("--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on")
+    if options.hf and options.ema:
+        parser.error("--ema goes with --run: an exported checkpoint holds one set of weights")
     return options
 
 
@@ -79,7 +82,11 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     from dsv3_mtp.tuning import tune_cpu
 
     model, config = open_model(
-        run=options.run, hf=options.hf, seq_len=options.seq_len, micro_batch_size=options.micro_batch_size
+        run=options.run,
+        hf=options.hf,
+        seq_len=options.seq_len,
+        micro_batch_size=options.micro_batch_size,
+        ema=options.ema,
     )
     sources: list = [open_source(path, options.split) for path in options.data or []]
     for source in sources:

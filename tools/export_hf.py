@@ -21,11 +21,13 @@ def main() -> int:
         help="fp8: E4M3 projections with 128x128 scales, the rest bf16 (default: bf16)",
     )
     parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (train.ema_decay)")
     options = parser.parse_args()
     try:
         from dsv3_mtp.hf import export_hf
 
-        notes = export_hf(options.run, options.out, dtype=options.dtype, trunk_only=options.trunk_only)
+        what = {"dtype": options.dtype, "trunk_only": options.trunk_only, "ema": options.ema}
+        notes = export_hf(options.run, options.out, **what)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

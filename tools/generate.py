@@ -45,6 +45,7 @@ def parse() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="DIR", help="run folder, like runs/v3_tiny: its newest complete checkpoint")
     source.add_argument("--hf", metavar="DIR", help="checkpoint in DeepSeek-V3's Hugging Face layout")
+    parser.add_argument("--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)")
     text = parser.add_argument_group("prompts (each option repeats: a batch; without any, stdin is the prompt)")
     text.add_argument("--prompt", action="append", default=[], metavar="TEXT")
     text.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a whole file is one prompt")
@@ -71,6 +72,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if not options.speculative and (options.draft_depth is not None or options.show_drafts):
         parser.error("--draft-depth and --show-drafts go with --speculative")
+    if options.hf and options.ema:
+        parser.error("--ema goes with --run: an exported checkpoint holds one set of weights")
     if options.draft_depth is not None and options.draft_depth < 1:
         parser.error(f"--draft-depth {options.draft_depth}: must be at least 1")
     if options.threads is not None and options.threads < 1:
@@ -87,7 +90,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.run is not None:
         from dsv3_mtp.hf import load_run
 
-        run = load_run(options.run)
+        run = load_run(options.run, ema=options.ema)
         model, tokenizer = run.model, run.tokenizer
     else:
         from dsv3_mtp.hf import load_hf

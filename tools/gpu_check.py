@@ -15,17 +15,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 Row = list[object]
 RUNS = {  # backend of the training comparison -> its settings
-    "bf16": ["fp8.enabled=false"],
+    "bf16": ["fp8.enabled=false"],  # first: the others are measured against it
     "te": ["fp8.enabled=true", "fp8.backend=te"],
     "torch": ["fp8.enabled=true", "fp8.backend=torch"],
     "emulate": ["fp8.enabled=true", "fp8.backend=emulate"],
+    "bf16_moments": ["fp8.enabled=false", "optim.moments=bfloat16", "train.ema_decay=0.99"],
 }
 
 
@@ -211,16 +208,6 @@ def attention() -> Iterator[Row]:
         yield [name, *errors, (time.perf_counter() - start) * 50]
 
 
-def smoothed(losses: list[float]) -> "torch.Tensor":
-    """Exponential moving average with 0.9, as in V3's appendix B.1."""
-    import torch
-
-    means = losses[:1]
-    for loss in losses[1:]:
-        means.append(0.9 * means[-1] + 0.1 * loss)
-    return torch.tensor(means)
-
-
 def forward_backward(core, inputs, grad, scale):
     query, key, value = (x.clone().requires_grad_() for x in inputs)
     out = core(query, key, value, scale, None)
@@ -231,9 +218,11 @@ def forward_backward(core, inputs, grad, scale):
 RUN_COLUMNS: Row = [
     "precision",
     "main loss",
-    "largest gap to bf16, EMA 0.9",
+    "error to bf16, last quarter",
+    "largest",
     "MTP loss",
-    "gap",
+    "error",
+    "largest",
     "tokens/s",
     "MFU",
     "GiB",
@@ -243,6 +232,7 @@ RUN_COLUMNS: Row = [
 def training(config: str, steps: int) -> Iterator[Row]:
     """The same data and seed in every precision; V3 appendix B.1 compares losses smoothed with EMA 0.9."""
     from dsv3_mtp.metrics import read_metrics
+    from dsv3_mtp.study.measure import loss_error_metrics, smoothed
 
     runs: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -255,14 +245,15 @@ def training(config: str, steps: int) -> Iterator[Row]:
             command += [part for option in options for part in ("--set", option)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                yield [name, f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}", *[""] * 6]
+                yield [name, f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}", *[""] * 8]
                 continue
             runs[name] = [r for r in read_metrics(Path(folder) / name / "metrics.jsonl") if "train/loss" in r]
             row: Row = [name]
+            errors = loss_error_metrics(runs[name], runs.get("bf16", runs[name]))
             for key in ("train/main_loss", "train/mtp_loss/1"):
-                ours = smoothed([r[key] for r in runs[name]])
-                base = smoothed([r[key] for r in runs.get("bf16", runs[name])])
-                row += [float(ours[-1]), f"{float(((ours - base).abs() / base).max()):.3%}"]
+                row.append(smoothed([r[key] for r in runs[name]])[-1])
+                row.append(f"{errors[key.replace('_loss', '_loss_error')]:.3f} %")
+                row.append(f"{errors.get(key.replace('_loss', '_loss_error_max'), 0.0):.3f} %")
             speeds = [r["perf/tokens_per_s"] for r in runs[name][len(runs[name]) // 2 :]]
             yield [
                 *row,
@@ -270,6 +261,8 @@ def training(config: str, steps: int) -> Iterator[Row]:
                 runs[name][-1].get("perf/mfu", ""),
                 runs[name][-1].get("perf/peak_gib", ""),
             ]
+    if missing := RUNS.keys() - runs.keys():
+        raise RuntimeError(f"did not train: {', '.join(sorted(missing))}")
 
 
 if __name__ == "__main__":

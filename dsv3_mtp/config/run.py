@@ -85,6 +85,8 @@ class OptimConfig(Section):
     """Decoupled weight decay of matrices."""
     grad_clip: NotNegative = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """How the two moments are kept between steps (V3 3.3.3: bfloat16); masters and gradients are float32 with both."""
     schedule: ScheduleConfig = ScheduleConfig()
 
 
@@ -124,6 +126,8 @@ class TrainConfig(Section):
     """Folder of a DeepSeek-V3-layout checkpoint: weights and router biases at step 0; null: `initializer_range`."""
     freeze: Literal["none", "trunk"] = "none"
     """trunk: only the MTP heads learn; embedding, trunk, router biases of the trunk and output head stay."""
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Decay per step of an average of the weights, kept in host memory and in checkpoints (V3 3.2.2); null: none."""
 
     def rules(self) -> Iterator[Problem]:
         of = f"must be a multiple of train.micro_batch_size = {self.micro_batch_size}"

@@ -15,13 +15,12 @@ from torch import Tensor
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.data.tokenizer import load_encoder
-from dsv3_mtp.fragments import Fragments
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, open_checkpoint, read_slot
 from dsv3_mtp.hf.settings import SPECIAL_IDS, representable, to_config_json, write_settings
-from dsv3_mtp.loading import IMPORTED, newest_checkpoint, tokenizer_of
+from dsv3_mtp.loading import IMPORTED, newest_weights, tokenizer_of
 from dsv3_mtp.tensorfile import Entry
 
 Read = Callable[[Slot], Tensor]
@@ -38,6 +37,7 @@ def export_hf(
     *,
     dtype: str = "bf16",
     trunk_only: bool = False,
+    ema: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Writes the newest checkpoint of a run to the new folder `out`. Returns what the user should know.
@@ -45,17 +45,18 @@ def export_hf(
     Args:
         dtype: bf16; fp8 (E4M3 in 128 x 128 blocks, see `keys.QUANTISED`, the rest bf16); fp32.
         trunk_only: leave MTP modules out.
+        ema: the moving average of the weights instead of the weights.
 
     Raises:
-        ValueError: `out` exists, there is no checkpoint, the layout cannot represent the run, tensors are missing,
-            unused, of a wrong shape or not finite; all reasons at once, and nothing is written.
+        ValueError: `out` exists, there is no checkpoint or no average in it, the layout cannot represent the run,
+            tensors are missing, unused, of a wrong shape or not finite; all reasons at once, and nothing is written.
     """
     run, out = Path(run), Path(out)
     config = load_config(run / "config.yaml")
     modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
     expected = list(slots(config.model, modules))
-    read, origin, more = _open_run(run, config, expected, modules)
-    notes = [f"weights from {origin}", *notes, *more]
+    read, origin, more = _open_run(run, config, expected, modules, ema)
+    notes = [f"{'average of the weights' if ema else 'weights'} from {origin}", *notes, *more]
     if dtype != "bf16" and config.train.dtype == "bfloat16" and origin != run / IMPORTED:
         notes.append(f"{dtype}: of the float32 masters; training computed with these weights rounded to bfloat16")
     bad: list[str] = []
@@ -92,14 +93,14 @@ def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> 
             yield tensor.to(torch.float32 if slot.is_float32 else TYPES[dtype])
 
 
-def _open_run(run: Path, config: Config, expected: list[Slot], modules: int) -> tuple[Read, Path, list[str]]:
+def _open_run(run: Path, config: Config, expected: list[Slot], modules: int, ema: bool) -> tuple[Read, Path, list[str]]:
     """(function from a slot to its tensor, where they come from, notes) of a run's newest weights."""
-    newest = newest_checkpoint(run / "checkpoints")
-    if newest is None and (run / IMPORTED).is_dir():
+    stored = newest_weights(run, ema=ema)
+    if stored is None and (run / IMPORTED).is_dir():
         return _open_imported(run, expected, modules)
-    if newest is None:
+    if stored is None:
         raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
-    stored = Fragments(newest)
+    newest = stored.folder
     state = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
     problems = _state_problems(state, modules, expected)
     progress = min(json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0)

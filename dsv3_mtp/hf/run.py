@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.fragments import Fragments
 from dsv3_mtp.hf.load import empty_model, load_weights
-from dsv3_mtp.loading import IMPORTED, newest_checkpoint, tokenizer_of
+from dsv3_mtp.loading import IMPORTED, newest_weights, tokenizer_of
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 
@@ -20,29 +19,31 @@ class LoadedRun(NamedTuple):
     tokenizer: Path | None
 
 
-def load_run(folder: str | Path) -> LoadedRun:
+def load_run(folder: str | Path, *, ema: bool = False) -> LoadedRun:
     """A run's model on the CPU, in eval mode and in the dtype of the run.
 
     The newest complete checkpoint; for an imported run without one, the imported weights as training would start.
+    ema: the moving average of the weights instead of the weights.
 
     Raises:
-        ValueError: no run there, neither checkpoint nor imported weights, or weights that do not fit the run's config.
+        ValueError: no run there, no average in it, neither checkpoint nor imported weights, or weights that do not fit
+            the run's config.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: no config.yaml there; name the folder of a run, like runs/v3_tiny")
     config = load_config(folder / "config.yaml")
-    newest = newest_checkpoint(folder / "checkpoints")
-    if newest is not None:
+    stored = newest_weights(folder, ema=ema)
+    if stored is not None:
         model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
-        stored, state = Fragments(newest), model.state_dict()
+        state = model.state_dict()
         if stored.shapes != {name: tensor.shape for name, tensor in state.items()}:
             names = sorted(
                 name
                 for name in stored.shapes.keys() | state.keys()
                 if name not in state or stored.shapes.get(name) != state[name].shape
             )
-            raise ValueError(f"{newest}: its weights do not fit {folder / 'config.yaml'}: {', '.join(names)}")
+            raise ValueError(f"{stored.folder}: its weights do not fit {folder / 'config.yaml'}: {', '.join(names)}")
         for name, tensor in state.items():
             tensor.copy_(stored.read(name).view_as(tensor))  # one at a time: never two models in memory
     elif (folder / IMPORTED).is_dir():

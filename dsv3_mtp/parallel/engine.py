@@ -37,6 +37,7 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         "zero_optimization": _zero(config),
         "bf16": {"enabled": train.dtype == "bfloat16"},
         "data_types": {"keep_in_fp32_modules": ["e_score_correction_bias"]},
+        "zero_allow_untested_optimizer": config.optim.moments == "bfloat16",  # which it does not know (optim.py)
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too, with nothing to build
         "tensorboard": {"enabled": log.tensorboard, "output_path": run_dir, "job_name": "tb"},
     }

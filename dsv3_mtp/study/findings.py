@@ -25,11 +25,15 @@ METRICS: dict[str, tuple[str, str | None]] = {
     "task/first_sum": ("first sum, by generation", "higher"),
     "task/second_token": ("second token of a known name, by generation", "higher"),
     "task/solved": ("share of seeds that solved the task", "higher"),
+    "train/main_loss_error": ("relative error of the main training loss (EMA 0.9), mean of the last quarter, %", None),
+    "train/main_loss_error_max": ("relative error of the main training loss (EMA 0.9), largest size, %", "lower"),
     "train/max_violation": ("MaxVio of the trunk's routers, last quarter of training", "lower"),
     "train/mtp_max_violation/1": ("MaxVio of the first MTP router, last quarter of training", "lower"),
 }
 FAMILIES = {
     "task/excess_loss": ("loss of depth {} above that of the true source, nats per token", "lower"),
+    "train/mtp_loss_error": ("relative error of the training loss of depth {} (EMA 0.9), last quarter, %", None),
+    "train/mtp_loss_error_max": ("relative error of the training loss of depth {} (EMA 0.9), largest size, %", "lower"),
     "val/mtp_loss": ("teacher-forced loss of depth {}, nats per token", "lower"),
     "val/top1": ("top1 of depth {} (teacher-forced, against the text)", "higher"),
     "val/agreement": ("agreement of depths 1..{} (teacher-forced, with the main head)", "higher"),
@@ -103,6 +107,12 @@ def values_of(table: Table, arm: str, metric: str) -> dict[int, float]:
         if value is not None and math.isfinite(value):
             found[seed] = value
     return found
+
+
+def references(study: Any, curves: Mapping[str, Mapping[int, Any]]) -> list[tuple[str, int, Any]]:
+    """(arm, seed, curves of the arm that its losses are measured against) of every run that has them."""
+    others = curves.get(study.loss_error_against, {})
+    return [(arm, seed, others[seed]) for arm, seeds in curves.items() for seed in seeds if seed in others]
 
 
 def stands_out(effect: Effect) -> bool:

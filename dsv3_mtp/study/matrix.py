@@ -126,6 +126,8 @@ class Study(Section):
     """Exploratory metrics, beside the primary one."""
     acceptance: Acceptance | None = None
     """null: not measured."""
+    loss_error_against: Text | None = None
+    """Arm whose training losses are the reference of train/main_loss_error and its like (V3 B.1); null: not asked."""
     solve_threshold: Fraction | None = None
     """A run has solved its task at the first validation whose task/exact_match reaches this; null: not asked."""
 
@@ -137,6 +139,8 @@ class Study(Section):
         if self.primary.comparison not in self.comparisons:
             names = ", ".join(self.comparisons)
             yield "primary.comparison", f"must be one of {names} (got {show(self.primary.comparison)})"
+        if self.loss_error_against not in (None, *self.arms):
+            yield "loss_error_against", f"must be one of {', '.join(self.arms)} (got {show(self.loss_error_against)})"
         for place, overrides in self.overrides():
             for key in [key for key in OWNED if key in overrides]:
                 yield f"{place}.{key}", "is given by the study: use run, seeds and the names of the arms"
@@ -202,6 +206,11 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(name)
+    coarse = [name for name, config in configs.items() if config.log.every > 1]
+    if study.loss_error_against is not None and coarse:
+        problems.append(
+            (f"arms.{', '.join(coarse)}: log.every", "must be 1 with loss_error_against: it is smoothed by step")
+        )
     for (key, text), arms in found.items():
         where = "every arm" if len(arms) == len(study.arms) else f"arms.{', '.join(arms)}"
         problems.append((f"{where}: {key}", text))

@@ -1,7 +1,8 @@
 """What is measured once a run is trained, and the file that says so: results.json in the run folder.
 
 A run with results.json is finished. Metric names: `val/...` and `task/...` of the last validation, `acceptance/T0/...`
-(greedy) and `acceptance/T1/...` of free-running drafts, `train/max_violation` over the last quarter of training.
+(greedy) and `acceptance/T1/...` of free-running drafts, `train/max_violation` over the last quarter of training. The
+report adds `train/main_loss_error` and its like, which need the runs of another arm.
 """
 
 import json
@@ -22,6 +23,7 @@ from dsv3_mtp.study.plan import Run, consumed, size_of, training_flops
 
 RESULTS = "results.json"
 SOLVED = "task/exact_match"
+LOSSES = ("train/main_loss", "train/mtp_loss/")
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
@@ -78,6 +80,45 @@ def measure(folder: Path, config: Config, *, drafts: Acceptance | None, threshol
 def late_mean(records: Sequence[Record], key: str, name: str) -> dict[str, float]:
     values = [record[key] for record in records if key in record and record["progress"] >= 0.75]
     return {name: sum(values) / len(values)} if values else {}
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Exponential moving average with 0.9, as V3's appendix B.1 smooths training losses."""
+    means = list(losses[:1])
+    for loss in losses[1:]:
+        means.append(0.9 * means[-1] + 0.1 * loss)
+    return means
+
+
+def loss_errors(records: Sequence[Record], reference: Sequence[Record]) -> dict[str, dict[int, float]]:
+    """V3's relative loss error: key of a training loss -> tokens -> smoothed loss relative to the reference's, in %.
+
+    Both runs log every step; of a run that diverged there are its first steps.
+    """
+    errors: dict[str, dict[int, float]] = {}
+    for key in {key for record in records for key in record if key.startswith(LOSSES)}:
+        ours, theirs = ({r["tokens"]: r[key] for r in side if key in r} for side in (records, reference))
+        tokens = [t for t in ours if t in theirs]
+        means = (smoothed([side[t] for t in tokens]) for side in (ours, theirs))
+        errors[key] = {t: 100 * (a / b - 1) for t, a, b in zip(tokens, *means, strict=True)}
+    return errors
+
+
+def loss_error_metrics(records: Sequence[Record], reference: Sequence[Record]) -> dict[str, float]:
+    """train/main_loss_error: mean over the last quarter of training; train/main_loss_error_max: largest size.
+
+    And train/mtp_loss_error/k, train/mtp_loss_error_max/k. The reference itself has no largest sizes: against its zeros
+    every size would be an effect.
+    """
+    late = {record["tokens"] for record in records if record["progress"] >= 0.75}
+    metrics: dict[str, float] = {}
+    for key, errors in loss_errors(records, reference).items():
+        at_end = [error for tokens, error in errors.items() if tokens in late]
+        if at_end:
+            metrics[key.replace("_loss", "_loss_error")] = sum(at_end) / len(at_end)
+            if records is not reference:
+                metrics[key.replace("_loss", "_loss_error_max")] = max(map(abs, errors.values()))
+    return metrics
 
 
 def solved_at(records: Sequence[Record], threshold: float) -> int | None:

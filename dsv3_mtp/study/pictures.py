@@ -14,7 +14,8 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import Record, depths_of
 from dsv3_mtp.plots import STYLE, save_figure, short_number
 from dsv3_mtp.schedules import depth_loss_weights, mtp_loss_weight
-from dsv3_mtp.study.findings import Effect, Table, describe_metric, values_of
+from dsv3_mtp.study.findings import Effect, Table, describe_metric, references, values_of
+from dsv3_mtp.study.measure import loss_errors
 from dsv3_mtp.study.stats import solve_curve, t_interval
 
 # Okabe and Ito's colours, then darker ones of the same hues: as many arms as a study has.
@@ -61,6 +62,12 @@ def draw_all(study: Any, configs: Mapping[str, Config], table: Table, curves: Cu
             "MaxVio, the relative overload of the busiest expert: mean of the trunk's routers, and of the first MTP "
             "router; smoothed.",
             lambda out: draw_balance(out, curves, arms),
+        ),
+        (
+            "loss_error.png",
+            f"Training losses relative to those of {study.loss_error_against}, smoothed with EMA 0.9 (V3 B.1): mean "
+            "over seeds, band from the lowest to the highest seed; the grey band is +-0.25 %, V3's bound.",
+            lambda out: draw_loss_errors(out, references(study, curves), curves, arms),
         ),
         (
             "solved.png",
@@ -221,6 +228,32 @@ def draw_balance(out: Path, curves: Curves, arms: Mapping[str, str]) -> bool:
                 ax.plot(tokens[width - 1 :], smooth, color=color, label=arm)
         ax.set_title(f"MaxVio, {title}")
         ax.set_ylim(bottom=0)
+        _tokens(ax)
+    _legend(figure, arms, shown)
+    return _saved(figure, out, bool(shown))
+
+
+@matplotlib.rc_context(STYLE)
+def draw_loss_errors(out: Path, pairs: list[tuple[str, int, Sequence[Record]]], curves: Curves, arms: Mapping) -> bool:
+    errors: dict[str, dict[int, Any]] = {}
+    for arm, seed, reference in pairs:
+        if curves[arm][seed] is not reference:
+            of_run = loss_errors(curves[arm][seed], reference)
+            errors.setdefault(arm, {})[seed] = [
+                {"tokens": t, k: e} for k, curve in of_run.items() for t, e in curve.items()
+            ]
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    shown: set[str] = set()
+    keys = {"train/main_loss": "main loss", "train/mtp_loss/1": "loss of the first MTP depth"}
+    for ax, (key, title) in zip(figure.subplots(1, 2, sharey=True), keys.items(), strict=True):
+        ax.axhspan(-0.25, 0.25, color="#8c8c8c", alpha=0.2, lw=0)
+        for arm, color in arms.items():
+            if found := _mean_curves(errors, arm, key):
+                shown.add(arm)
+                tokens, values = found
+                ax.plot(tokens, values.mean(0), color=color)
+                ax.fill_between(tokens, values.min(0), values.max(0), color=color, alpha=0.1, lw=0)
+        ax.set_title(f"relative error of the {title}, %")
         _tokens(ax)
     _legend(figure, arms, shown)
     return _saved(figure, out, bool(shown))

@@ -18,7 +18,7 @@ from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
 from dsv3_mtp.study.findings import Effect, Table, describe_metric, values_of, verdict
 from dsv3_mtp.study.matrix import LoadedStudy, Study
-from dsv3_mtp.study.measure import read_results
+from dsv3_mtp.study.measure import loss_error_metrics, read_results
 from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, to_html, to_markdown
 from dsv3_mtp.study.page import Table as Rows
 from dsv3_mtp.study.pictures import draw_all
@@ -48,6 +48,9 @@ def write_report(loaded: LoadedStudy) -> Path:
             starts.append(json.loads((folder / run.name / "manifest.json").read_text())["starts"][-1])
     if not starts:
         raise ValueError(f"{folder}: no run of this study is finished; run tools/study.py without --report-only first")
+    for arm, seed, reference in findings.references(study, curves):
+        if table[arm][seed]["status"] == "finished":
+            table[arm][seed]["metrics"] |= loss_error_metrics(curves[arm][seed], reference)
     effects = findings.effects_of(study, table)
     pictures = draw_all(study, loaded.configs, table, curves, effects)
     lines = verdicts(study, table, effects)

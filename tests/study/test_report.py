@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from dsv3_mtp.study.findings import effects_of, verdict
-from dsv3_mtp.study.measure import describe, write_results
+from dsv3_mtp.study.measure import describe, loss_error_metrics, loss_errors, write_results
 from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
 from tests.study.toy import load_toy
@@ -172,6 +172,40 @@ def test_report_has_the_setup_and_what_honesty_asks_for(report):
     ):
         assert part in text, part
     assert not re.search(r"top1[^\n]*acceptance|acceptance[^\n]*top1", text)
+
+
+def test_the_relative_loss_error_is_v3s_against_the_reference_run_of_the_same_seed(report):
+    def ask(tree):
+        five_seeds(tree)
+        tree["loss_error_against"] = "none"
+        tree["primary"] |= {"metric": "train/main_loss_error", "margin": 0.25}
+
+    def log(loaded):
+        for run in plan(loaded, {}):
+            records = [{"step": n, "tokens": 10 * n, "progress": n / 40} for n in range(1, 41)]
+            for record in records:
+                loss = 4 + 1 / record["step"] + run.seed  # another base for every seed
+                record["train/main_loss"] = loss * (1.001 if run.arm == "constant" else 1)
+            path = loaded.study.folder / run.name / "metrics.jsonl"
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, ask, after=log)
+    line = next(line for line in text.splitlines() if line.startswith("- Primary"))
+    assert "higher, +0.1 [+0.1, +0.1], n = 5" in line and "shown to be within +-0.25" in line
+    assert "not shown" not in line and "| none | 0.0000 +- 0.0000 (5) |" in text
+
+
+def test_losses_are_smoothed_with_the_weights_written_out():
+    ours, reference = [3.0, 2.0, 5.0, 1.0], [2.0, 2.0, 2.0, 2.0]
+    sides = [[{"tokens": n, "progress": n / 3, "train/mtp_loss/1": loss} for n, loss in enumerate(losses)]
+             for losses in (ours, reference)]  # fmt: skip
+    errors = loss_errors(*sides)["train/mtp_loss/1"]
+    last = 0.9**3 * 3 + 0.1 * (0.81 * 2 + 0.9 * 5 + 1)
+    assert list(errors.values()) == pytest.approx(
+        [50, 45, 100 * (0.81 * 3 + 0.09 * 2 + 0.5) / 2 - 100, 50 * last - 100]
+    )
+    metrics = loss_error_metrics(*sides)
+    assert metrics == pytest.approx({"train/mtp_loss_error/1": 50 * last - 100, "train/mtp_loss_error_max/1": 55.5})
 
 
 @pytest.fixture(scope="module")
