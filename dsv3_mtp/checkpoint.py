@@ -90,11 +90,6 @@ def _commit(folder: Path, index: dict[str, Any], state: dict[str, Any], complete
         shutil.rmtree(old)
 
 
-def incomplete(root: Path) -> list[Path]:
-    """Checkpoints that a kill or damage left unusable."""
-    return [folder for folder in checkpoints(root) if not is_complete(folder)]
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """The `state` given to `save`: progress, data position, clock, config."""
     return json.loads((folder / "state.json").read_text())

@@ -4,8 +4,6 @@ import json
 import re
 from pathlib import Path
 
-from torch import Tensor
-
 from dsv3_mtp.config import Config
 from dsv3_mtp.fragments import AVERAGE, Fragments
 
@@ -28,6 +26,11 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
+def incomplete(root: Path) -> list[Path]:
+    """Checkpoints that a kill or damage left unusable."""
+    return [folder for folder in checkpoints(root) if not is_complete(folder)]
+
+
 def newest_checkpoint(root: Path) -> Path | None:
     """The complete checkpoint of the highest step, None if there is none."""
     return next((path for path in reversed(checkpoints(root)) if is_complete(path)), None)
@@ -44,18 +47,6 @@ def newest_weights(run: Path, *, ema: bool = False) -> Fragments | None:
     if ema and (stored is None or not stored.has(AVERAGE)):
         raise ValueError(f"{run}: no average of the weights there; train it with train.ema_decay, or leave --ema out")
     return stored
-
-
-def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights and router biases, whole, whatever the layout of the run that wrote them. All of it is read.
-
-    What was trained comes as its float32 master, also of a bfloat16 run: cast, it is the weight that training used.
-
-    Raises:
-        ValueError: the checkpoint is damaged or of another format.
-    """
-    stored = Fragments(checkpoint)
-    return {name: stored.read(name).view(shape) for name, shape in stored.shapes.items()}
 
 
 def tokenizer_of(config: Config, run: Path) -> Path | None:

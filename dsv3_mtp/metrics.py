@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Record = Mapping[str, Any]
+LEAK_RATIO = 0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
 
 
 class MetricsLog:

@@ -20,6 +20,7 @@ import torch
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.data.tasks import TaskSource
+from dsv3_mtp.loading import incomplete, newest_checkpoint
 from dsv3_mtp.metrics import replacing
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
@@ -57,17 +58,12 @@ def run_folder(config: Config) -> Path:
     return Path(config.run.dir) / config.run.name
 
 
-def lock_run_folder(config: Config) -> None:
-    """Holds the folder for this process until it ends.
+def lock_folder(folder: Path) -> int:
+    """Holds the folder for this process until it ends, or until the returned descriptor is closed.
 
     Raises:
         ValueError: another process holds it.
     """
-    lock_folder(run_folder(config))
-
-
-def lock_folder(folder: Path) -> int:
-    """As `lock_run_folder`, for any folder. Closing the returned descriptor frees it earlier."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # the kernel frees it with the process
     try:
@@ -75,6 +71,27 @@ def lock_folder(folder: Path) -> int:
     except BlockingIOError:
         raise ValueError(f"{folder}: another process works in this folder; choose another run.name") from None
     return lock
+
+
+def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
+    """Claims the run folder for this process; the checkpoint to resume there, and what to tell the user about it.
+
+    Raises:
+        ValueError: another process trains in the folder; `checkpoint.resume: never` and there is a checkpoint; or all
+            checkpoints are damaged.
+    """
+    root = run_folder(config) / "checkpoints"
+    lock_folder(run_folder(config))
+    newest = newest_checkpoint(root)
+    if newest is not None and config.checkpoint.resume == "never":
+        raise ValueError(f"checkpoint.resume: never, but {newest} exists; choose another run.name or delete the folder")
+    damaged = incomplete(root)
+    if newest is None and (root / "latest").exists():
+        raise ValueError(
+            f"{root}: no checkpoint in it is complete any more; delete the run folder to start again, "
+            "or choose another run.name"
+        )
+    return newest, [f"{folder} is incomplete: not used, and deleted at the next save" for folder in damaged]
 
 
 def write_run_folder(

@@ -17,9 +17,10 @@ from dsv3_mtp.data.tasks import TaskSource
 from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, validation_source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.loading import newest_checkpoint
-from dsv3_mtp.metrics import Clock, MetricsLog, mfu, read_metrics
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets
+from dsv3_mtp.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.size import model_size
+from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.optim import build_optimizer
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, writable
@@ -28,10 +29,8 @@ from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
 from dsv3_mtp.parallel.pipeline import PipelineEngine
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.progress import Progress, quantity
-from dsv3_mtp.runs import changed_settings, lock_run_folder, run_folder, write_run_folder
+from dsv3_mtp.runs import changed_settings, find_checkpoint, run_folder, write_run_folder
 from dsv3_mtp.tuning import tune_cpu
-
-LEAK_RATIO = 0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
 
 
 class NonFiniteError(RuntimeError):
@@ -310,27 +309,6 @@ def build_missing(folder: str, vocab_size: int) -> None:
     if not Path(folder).exists():
         print(f"{folder}: missing, building it from the standard library of this Python", flush=True)
         prepare(folder, Arguments(corpus="pystdlib", vocab_size=vocab_size))
-
-
-def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
-    """Claims the run folder for this process; the checkpoint to resume there, and what to tell the user about it.
-
-    Raises:
-        ValueError: another process trains in the folder; `checkpoint.resume: never` and there is a checkpoint; or all
-            checkpoints are damaged.
-    """
-    root = run_folder(config) / "checkpoints"
-    lock_run_folder(config)
-    newest = newest_checkpoint(root)
-    if newest is not None and config.checkpoint.resume == "never":
-        raise ValueError(f"checkpoint.resume: never, but {newest} exists; choose another run.name or delete the folder")
-    damaged = checkpoint.incomplete(root)
-    if newest is None and (root / "latest").exists():
-        raise ValueError(
-            f"{root}: no checkpoint in it is complete any more; delete the run folder to start again, "
-            "or choose another run.name"
-        )
-    return newest, [f"{folder} is incomplete: not used, and deleted at the next save" for folder in damaged]
 
 
 def start_engine(model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: World, config: Config) -> Engine:

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from dsv3_mtp.fragments import INDEX, Fragment, merge_index, write_fragments
+from dsv3_mtp.fragments import INDEX, Fragment, Fragments, merge_index, write_fragments
 from dsv3_mtp.loading import COMPLETE
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
@@ -55,3 +56,15 @@ def write_state(checkpoint: Path, state: dict[str, torch.Tensor], *, ranks: int 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights and router biases, whole, whatever the layout of the run that wrote them. All of it is read.
+
+    What was trained comes as its float32 master, also of a bfloat16 run: cast, it is the weight that training used.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of another format.
+    """
+    stored = Fragments(checkpoint)
+    return {name: stored.read(name).view(shape) for name, shape in stored.shapes.items()}

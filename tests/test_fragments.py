@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv3_mtp.fragments import INDEX, Fragment, Fragments, merge_index, shard_name, write_fragments
-from dsv3_mtp.loading import read_state_dict
+from tests.made_runs import read_state_dict
 
 
 def write(folder, tensors, cuts):

@@ -408,10 +408,10 @@ def hyperparameters(config: Config) -> None:
 
 
 def test_two_processes_never_train_in_one_run_folder(make_run):
-    from dsv3_mtp.runs import lock_run_folder
+    from dsv3_mtp.runs import lock_folder, run_folder
 
     config = make_run()
-    lock_run_folder(config)  # this process holds it
+    lock_folder(run_folder(config))  # this process holds it
     train(config, function=refused)
     assert "another process works in this folder" in Path(f"{folder_of(config)}.error").read_text()
 

@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
 
 @dataclass
 class Child:
-    """One variant's process (dsv3_mtp/bench.py)."""
+    """One variant's process (tools/bench_child.py)."""
 
     name: str
     spec: dict[str, Any]
@@ -110,7 +110,7 @@ class Child:
         train, data = self.spec["config"]["train"], self.spec["config"]["data"]
         self.tokens = train["micro_batch_size"] * data["seq_len"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dsv3_mtp.bench"],
+            [sys.executable, str(ROOT / "tools/bench_child.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -18,6 +18,8 @@ from typing import Any
 
 def main() -> int:
     options = parse()
+    if options.verify and (unused := [key for key, value in vars(options).items() if key != "verify" and value]):
+        parser.error(f"--verify checks a folder as it is; it does not go with --{unused[0].replace('_', '-')}")
     if options.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # read by tokenizers at its first use
     from dsv3_mtp.data.prepare import Arguments, prepare

@@ -70,6 +70,8 @@ def parse() -> argparse.Namespace:
     what.add_argument("--dry-run", action="store_true", help="print the matrix and its cost; run nothing")
     what.add_argument("--report-only", action="store_true", help="report on what has been run")
     options = parser.parse_args()
+    if options.only and (options.dry_run or options.report_only):
+        parser.error("--only chooses what is run; it does not go with --dry-run or --report-only")
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: must be at least 1")
     return options

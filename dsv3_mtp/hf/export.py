@@ -19,7 +19,7 @@ from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, open_checkpoint, read_slot
-from dsv3_mtp.hf.settings import SPECIAL_IDS, representable, to_config_json, write_settings
+from dsv3_mtp.hf.settings import SPECIAL_IDS, read_settings, representable, to_config_json, write_settings
 from dsv3_mtp.loading import IMPORTED, newest_weights, tokenizer_of
 from dsv3_mtp.tensorfile import Entry
 
@@ -150,8 +150,10 @@ def _state_problems(state: dict[str, Tensor], modules: int, expected: list[Slot]
 
 def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
     """MTP modules that are as they were initialised: no loss reached them, theirs or, by the chain, a deeper one."""
+    source = Path(config.train.init_from or "")
+    brought = read_settings(source).modules if (source / "config.json").is_file() else 0  # trained before this run
     reached = [progress * step / 100 for step in range(101)]
-    for module in range(modules):
+    for module in range(brought, modules):
         if not any(any(schedules.depth_loss_weights(config.mtp, point)[module:]) for point in reached):
             yield (
                 f"MTP module {module + 1} is as it was initialised: its loss weight was 0 so far (mtp.loss_weight, "

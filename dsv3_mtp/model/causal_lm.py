@@ -1,4 +1,4 @@
-"""DeepSeek-V3 with 1+D prediction heads: trunk, heads, loss, metrics, init."""
+"""DeepSeek-V3 with 1+D prediction heads: trunk, heads, loss, init."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +15,7 @@ from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm, Rows, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.mtp import ParallelLinearMTP, ParallelMTP, SequentialMTP, TrunkStates
+from dsv3_mtp.model.targets import agreement, count_targets, document_mask, valid_targets
 
 # Micro-batches: tokens, documents (None without masks), scored (None: every token is a target), each (B, T+1+D).
 Batch = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
@@ -114,38 +115,16 @@ class DeepseekV3MTP(nn.Module):
         """Of the weights that this process holds: a pipeline stage has the rest on the meta device."""
         return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
 
-    def forward(
-        self,
-        tokens: Tensor,
-        documents: Tensor | None = None,
-        *,
-        scored: Tensor | None = None,
-        loss_weights: tuple[float, ...] | None = None,
-        balance_loss_weight: float = 0.0,
-        normalizer: Tensor | None = None,
-    ) -> MTPOutput:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, **settings: Any) -> MTPOutput:
         """Losses and metrics of all heads on one micro-batch; slices, never rolls (V3 Fig. 3).
 
         Args:
             tokens: (B, T+1+D) int64. Depth k reads tokens[:, k:k+T] and predicts tokens[:, k+1:k+1+T].
             documents: (B, T+1+D) document numbers: attention, targets and MTP inputs stay inside documents. None:
                 packed without masks (V3 section 4.1).
-            scored: (B, T+1+D) bool, the tokens that are targets, at every depth. None: all.
-            loss_weights: D numbers lambda * w_k / D (eq. 25), default 1/D each.
-            balance_loss_weight: alpha of eq. 17.
-            normalizer: (2+D,) from `count_targets`, of the whole optimizer step if this is a part of it. Default: own.
+            settings: keywords of `losses`.
         """
-        hiddens, stats = self.hidden_states(tokens, documents)
-        return self.losses(
-            hiddens,
-            stats,
-            tokens,
-            documents,
-            scored=scored,
-            loss_weights=loss_weights,
-            balance_loss_weight=balance_loss_weight,
-            normalizer=normalizer,
-        )
+        return self.losses(*self.hidden_states(tokens, documents), tokens, documents, **settings)
 
     def losses(
         self,
@@ -159,7 +138,14 @@ class DeepseekV3MTP(nn.Module):
         balance_loss_weight: float = 0.0,
         normalizer: Tensor | None = None,
     ) -> MTPOutput:
-        """`forward` from the normed hidden states of depth 0..D and the stats of every router on."""
+        """`forward` from the normed hidden states of depth 0..D and the stats of every router on.
+
+        Args:
+            scored: (B, T+1+D) bool, the tokens that are targets, at every depth. None: all.
+            loss_weights: D numbers lambda * w_k / D (eq. 25), default 1/D each.
+            balance_loss_weight: alpha of eq. 17.
+            normalizer: (2+D,) from `count_targets`, of the whole optimizer step if this is a part of it. Default: own.
+        """
         length = tokens.shape[1] - 1 - self.depths  # T
         if normalizer is None:
             normalizer = count_targets(tokens, documents, self.depths, scored)
@@ -333,52 +319,3 @@ class DeepseekV3MTP(nn.Module):
                     parameter.copy_(values[first : first + count])  # of another pipeline stage: on meta, not kept
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
-
-
-def valid_targets(tokens: Tensor, documents: Tensor | None, depths: int, scored: Tensor | None = None) -> Tensor:
-    """(1+D, B, T) bool: the target of slot i at depth k is scored and in slot i's own document (without them: always).
-
-    What decides is the target, not the slot: deep heads are trained on an answer from slots of its prompt as well.
-    """
-    length = tokens.shape[1] - 1 - depths
-    ahead = [slice(k + 1, k + 1 + length) for k in range(1 + depths)]
-    valid = torch.ones(1 + depths, tokens.shape[0], length, dtype=torch.bool, device=tokens.device)
-    if documents is not None:
-        valid &= torch.stack([documents[:, span] == documents[:, :length] for span in ahead])
-    if scored is not None:
-        valid &= torch.stack([scored[:, span] for span in ahead])
-    return valid
-
-
-def count_targets(tokens: Tensor, documents: Tensor | None, depths: int, scored: Tensor | None = None) -> Tensor:
-    """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over batches and ranks."""
-    targets = valid_targets(tokens, documents, depths, scored).sum((1, 2))
-    return torch.cat([targets, targets.new_tensor([tokens.shape[0]])]).double()
-
-
-def document_mask(documents: Tensor) -> Tensor:
-    """(B, T) document numbers -> (B, 1, T, T) bool, True where slot i may attend to slot j <= i of its document."""
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    return (causal & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)
-
-
-def agreement(prediction: Tensor, valid: Tensor, main: Tensor) -> tuple[Tensor, Tensor]:
-    """Joint agreement with the main model's own next-token argmax along real text (teacher-forced).
-
-    Depth k at slot i and the main head at slot i+k both predict t_{i+k+1}. prediction, valid: (1+D, B, T); main: the
-    main head's predictions from slot 0 on, (B, T), or more where the row goes on in another process.
-    Returns agreed, compared: (D,) counts; a slot is compared at depth k if depths 1..k have targets there, and agrees
-    if all of them do.
-    """
-    depths, length = prediction.shape[0] - 1, prediction.shape[2]
-    agreed = prediction.new_zeros(depths)
-    compared = prediction.new_zeros(depths)
-    joint = comparable = torch.ones_like(valid[0])
-    for depth in range(1, 1 + depths):
-        slots = max(min(length, main.shape[1] - depth), 0)
-        same = prediction[depth, :, :slots] == main[:, depth : depth + slots]
-        comparable = comparable[:, :slots] & valid[depth, :, :slots]
-        joint = joint[:, :slots] & same & comparable
-        agreed[depth - 1], compared[depth - 1] = joint.sum(), comparable.sum()
-    return agreed, compared

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3_mtp.metrics import LEAK_RATIO
 from dsv3_mtp.study import stats
 from dsv3_mtp.study.stats import Interval
 
 ALPHA = 0.05
-LEAK_RATIO = 0.8  # DESIGN S16
 Results = Mapping[str, Any]  # results.json of one run
 Table = Mapping[str, Mapping[int, Results]]  # arm -> seed -> results
 

@@ -75,6 +75,13 @@ def test_modules_that_no_loss_has_reached_are_refused(make_run, tmp_path, overri
     assert left_behind(tmp_path) == ["runs"]
 
 
+def test_modules_that_training_began_with_are_exported_without_a_loss(make_run, tmp_path):
+    run, _ = make_run()
+    export_hf(run, tmp_path / "hf")
+    further, _ = make_run(train__init_from=str(tmp_path / "hf"), mtp__loss_weight=0.0)
+    export_hf(further, tmp_path / "again")
+
+
 def test_a_module_that_learns_only_through_the_chain_is_exported(make_run, tmp_path):
     run, _ = make_run(mtp__num_nextn_predict_layers=2, mtp__depth_weights=[0.0, 1.0])
     export_hf(run, tmp_path / "hf")

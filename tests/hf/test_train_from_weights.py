@@ -9,10 +9,11 @@ from dsv3_mtp import kernels
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
-from dsv3_mtp.loading import newest_checkpoint, read_state_dict
+from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.trainer import Trainer
 from dsv3_mtp.tuning import tune_cpu
+from tests.made_runs import read_state_dict
 from tests.ranks import run_ranks, write_markov
 
 pytestmark = pytest.mark.dist

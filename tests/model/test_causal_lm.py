@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from dsv3_mtp.config import load_config
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, agreement, count_targets, valid_targets
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import rotary_angles
 from dsv3_mtp.model.size import model_size
+from dsv3_mtp.model.targets import agreement, count_targets, valid_targets
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VARIANTS = {

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.attention import MLA
-from dsv3_mtp.model.causal_lm import document_mask
 from dsv3_mtp.model.layers import RMSNorm, rotary_angles, rotate, yarn_mscale
+from dsv3_mtp.model.targets import document_mask
 from dsv3_mtp.precision.attention import sdpa
 
 YARN = {

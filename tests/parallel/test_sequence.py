@@ -13,7 +13,8 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe, refusals
 from dsv3_mtp.dryrun import dry_run
 from dsv3_mtp.meter import Meter
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, count_targets
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, start
 from dsv3_mtp.parallel.sequence import slice_rows

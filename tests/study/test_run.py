@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_mtp.loading import newest_checkpoint, read_state_dict
+from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.study.matrix import load_study
 from dsv3_mtp.study.measure import read_results
 from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
 from dsv3_mtp.study.run import check_folders, read_budgets, run_study
+from tests.made_runs import read_state_dict
 from tests.study.toy import STEPS, load_toy, write_toy
 
 pytestmark = pytest.mark.dist

@@ -1,6 +1,6 @@
 """One side of a speed comparison in a process of its own, driven line by line over pipes by tools/bench.py.
 
-`python -m dsv3_mtp.bench` reads a JSON spec, builds the model and answers each command with one JSON line. Times are
+It reads a JSON spec, builds the model and answers each command with one JSON line. Times are
 CPU seconds of the process on a CPU, so that other work on the machine counts little, and wall seconds on a GPU.
 """
 
