@@ -12,10 +12,11 @@ from dsv3_mtp import checkpoint, schedules
 from dsv3_mtp.config import Config
 from dsv3_mtp.fragments import shard_name
 from dsv3_mtp.hf import load_run
-from dsv3_mtp.loading import newest_checkpoint, newest_weights, read_state_dict
+from dsv3_mtp.loading import newest_checkpoint, newest_weights
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.trainer import NonFiniteError, Trainer
+from tests.made_runs import read_state_dict
 from tests.ranks import run_ranks, write_markov
 
 pytestmark = pytest.mark.dist

@@ -58,9 +58,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     losses_only = ["data", "split", "batches", "seq_len", "prompts", "new_tokens"]
-        ["data", "split", "batches", "seq_len", "prompts", "new_tokens"],
-        ["lm_eval_include", "limit"],
-    )
     own = losses_only if options.lm_eval else ["lm_eval_include", "limit"]
     if unused := [key for key in own if getattr(options, key) != parser.get_default(key)]:
         names = ", ".join("--" + key.replace("_", "-") for key in unused)

@@ -18,8 +18,6 @@ from typing import Any
 
 def main() -> int:
     options = parse()
-    if options.verify and (unused := [key for key, value in vars(options).items() if key != "verify" and value]):
-        parser.error(f"--verify checks a folder as it is; it does not go with --{unused[0].replace('_', '-')}")
     if options.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # read by tokenizers at its first use
     from dsv3_mtp.data.prepare import Arguments, prepare
@@ -77,6 +75,8 @@ def parse() -> argparse.Namespace:
     tokens.add_argument("--seed", type=int, metavar="N", help="of the fill-in-the-middle cuts (default: 0)")
     parser.add_argument("--workers", type=int, metavar="N", help="tokenizer threads (default: all cores)")
     options = parser.parse_args()
+    if options.verify and (unused := [key for key, value in vars(options).items() if key != "verify" and value]):
+        parser.error(f"--verify checks a folder as it is; it does not go with --{unused[0].replace('_', '-')}")
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers {options.workers}: must be at least 1")
     if options.inputs is not None:

@@ -78,7 +78,7 @@ def test_modules_that_no_loss_has_reached_are_refused(make_run, tmp_path, overri
 def test_modules_that_training_began_with_are_exported_without_a_loss(make_run, tmp_path):
     run, _ = make_run()
     export_hf(run, tmp_path / "hf")
-    further, _ = make_run(train__init_from=str(tmp_path / "hf"), mtp__loss_weight=0.0)
+    further, _ = make_run("further", train__init_from=str(tmp_path / "hf"), mtp__loss_weight=0.0)
     export_hf(further, tmp_path / "again")
 
 
