@@ -30,8 +30,8 @@ class Decoder:
         elif model.mtp_config.mode == "parallel":
             self.heads = [Head(head) for head in model.mtp.layers]
 
-    def trunk(self, tokens: Tensor, caches: Tensor, window: Window) -> TrunkStates:
-        """tokens: (B, T) of the window's slots; caches: (layers, B, S, R+P) -> states, each (B*T, C)."""
+    def trunk(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
+        """tokens: (B, T) of the window's slots; caches: (B, S, R+P) of each layer -> states, each (B*T, C)."""
         return self._run(Trunk.forward, self.layers, tokens, caches, window=window)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ class Trunk:
         self.layers = [Layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]
         self.norm = Norm(model.model.norm)
 
-    def forward(self, tokens: Tensor, caches: Tensor, window: Window) -> TrunkStates:
+    def forward(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
         x = last_input = F.embedding(tokens.flatten(), self.table)
-        for layer, latents in zip(self.layers, caches.unbind(), strict=True):
+        for layer, latents in zip(self.layers, caches, strict=True):
             last_input = x
             x = layer(x, latents, window)
         return TrunkStates(last_input, x, self.norm(x))
