@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ class Decoder:
     def __init__(self, model: DeepseekV3MTP, *, compile_up_to: int = 0):
         """compile_up_to: windows of at most so many slots run compiled (torch.compile)."""
         self.model, self.compile_up_to = model, compile_up_to
+        if compile_up_to:
+            weights = tuple((weight.shape, weight.dtype, weight.device) for weight in model.state_dict().values())
+            self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
         self.layers = Trunk(model)
         self.output = model.lm_head.weight.t()
         self.heads: list[Any] = []
@@ -51,14 +55,24 @@ class Decoder:
 
     def _run(self, function: Callable, *arguments: Any, window: Window) -> Any:
         if window.shape[1] <= self.compile_up_to:
-            function = compiled(function)
+            function = compiled(function, self.kind)
         return function(*arguments, window)
 
 
 @cache
-def compiled(function: Callable) -> Callable:
-    """One compiled function for all models. Torch compiles it for one token and for several, not as the cache grows."""
-    run, seen = torch.compile(function, fullgraph=True), set()
+def compiled(function: Any, kind: tuple) -> Callable:
+    """One compiled function for all models of a kind: of the same configuration, with weights of the same layout.
+
+    Torch compiles it for one token and for several, not as the cache grows. What it finds in `self` is the same for all
+    models of the kind, and need not be checked on every call: it would take as long as a quarter of the products do.
+    """
+    # Torch keeps graphs by code object, so that every kind needs its own.
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    options = {
+        "guard_filter_fn": lambda guards: [not guard.name.startswith("L['self']") for guard in guards],
+        "cpp_wrapper": True,
+    }
+    run, seen = torch.compile(own, fullgraph=True, options=options), set()
 
     def call(*arguments: Any) -> Any:
         shape = arguments[-1].shape  # of the window

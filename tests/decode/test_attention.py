@@ -86,7 +86,9 @@ def test_rows_at_different_slots_equal_rows_alone(make_model):
     with torch.inference_mode():
         decoder = Decoder(model)
         for row, start in enumerate(starts):
-            decoder.trunk(tokens[row : row + 1, :start], [cache[row : row + 1] for cache in caches], slots.window([0], start))
+            decoder.trunk(
+                tokens[row : row + 1, :start], [cache[row : row + 1] for cache in caches], slots.window([0], start)
+            )
         new = torch.stack([tokens[row, start : start + 4] for row, start in enumerate(starts)])
         states = decoder.trunk(new, caches, slots.window(starts, 4)).post_norm.view(3, 4, -1)
     expected = torch.stack([whole[row, start : start + 4] for row, start in enumerate(starts)])
