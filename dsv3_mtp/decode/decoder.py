@@ -55,22 +55,22 @@ class Decoder:
 
     def _run(self, function: Callable, *arguments: Any, window: Window) -> Any:
         if window.shape[1] <= self.compile_up_to:
-            function = compiled(function, self.kind)
+            function = compiled(function, self.output.device.type, self.kind)
         return function(*arguments, window)
 
 
 @cache
-def compiled(function: Any, kind: tuple) -> Callable:
+def compiled(function: Any, device: str, kind: tuple) -> Callable:
     """One compiled function for all models of a kind: of the same configuration, with weights of the same layout.
 
     Torch compiles it for one token and for several, not as the cache grows. What it finds in `self` is the same for all
-    models of the kind, and need not be checked on every call: it would take as long as a quarter of the products do.
+    models of the kind, and need not be checked on every call.
     """
     # Torch keeps graphs by code object, so that every kind needs its own.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    options = {
+    options: dict[str, Any] = {
         "guard_filter_fn": lambda guards: [not guard.name.startswith("L['self']") for guard in guards],
-        "cpp_wrapper": True,
+        "cpp_wrapper": device == "cpu",
     }
     run, seen = torch.compile(own, fullgraph=True, options=options), set()
 
