@@ -69,7 +69,7 @@ def compiled(function: Any, device: str, kind: tuple) -> Callable:
     # Torch keeps graphs by code object, so that every kind needs its own.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     options: dict[str, Any] = {
-        "guard_filter_fn": lambda guards: [not guard.name.startswith("L['self']") for guard in guards],
+        "guard_filter_fn": lambda guards: [not guard.name.startswith("self.") for guard in guards],
         "cpp_wrapper": device == "cpu",
     }
     run, seen = torch.compile(own, fullgraph=True, options=options), set()
