@@ -165,7 +165,7 @@ class _Batch:
         if depth:
             kind = KINDS[model.mtp_config.mode]
             self.drafter = kind(decoder, slots, rows=len(prompts), depth=depth, chunk=self.chunk)
-        self.cache = slots.cache(model.config.num_hidden_layers, len(prompts))  # (layers, B, S, R+P)
+        self.caches = slots.caches(model.config.num_hidden_layers, len(prompts))  # (B, S, R+P) per layer
         self.ids = torch.zeros(len(prompts), slots.slots + 2 * (depth + 1), dtype=torch.long, device=slots.device)
         self.ids[:, : len(prompts[0])] = torch.tensor(prompts)
         self.last = [len(prompts[0]) - 1] * len(prompts)  # m: index of each row's last known token
@@ -203,7 +203,7 @@ class _Batch:
     def join(self, others: "list[_Batch]") -> None:
         if not others:
             return
-        self.cache = torch.cat([self.cache, *(other.cache for other in others)], dim=1)
+        self.caches = [torch.cat(same) for same in zip(self.caches, *(other.caches for other in others), strict=True)]
         self.ids = torch.cat([self.ids, *(other.ids for other in others)])
         self.last += [m for other in others for m in other.last]
         if self.drafter is not None:
@@ -212,7 +212,8 @@ class _Batch:
     def keep(self, rows: list[int]) -> None:
         if len(rows) == len(self.last):
             return
-        self.cache, self.ids, self.last = self.cache[:, rows], self.ids[rows], [self.last[row] for row in rows]
+        self.caches = [cache[rows] for cache in self.caches]
+        self.ids, self.last = self.ids[rows], [self.last[row] for row in rows]
         if self.drafter is not None:
             self.drafter.keep(rows)
 
@@ -223,7 +224,7 @@ class _Batch:
         else:
             first = torch.tensor(starts, device=self.ids.device)[:, None]
             tokens = self.ids.gather(1, first + torch.arange(length, device=self.ids.device))
-        return self.decoder.trunk(tokens, self.cache, self.slots.window(starts, length))
+        return self.decoder.trunk(tokens, self.caches, self.slots.window(starts, length))
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ import torch
 from dsv3_mtp.decode.decoder import compiled
 from dsv3_mtp.generate import Settings, generate
 from dsv3_mtp.hf import export_hf, load_run
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.decode.run_folder import write_run
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -67,6 +68,7 @@ def test_compiled_steps_generate_the_same_text_and_few_graphs_serve_all_lengths(
 
     def compile_counted(function, **options):
         counters.append(CompileCounter())
+        options["options"].pop("cpp_wrapper")  # for the C++ compiler only
         return original(function, backend=counters[-1], **options)
 
     original = torch.compile
@@ -79,6 +81,26 @@ def test_compiled_steps_generate_the_same_text_and_few_graphs_serve_all_lengths(
     assert plain[1] == fast[1] != "\n"
     assert "same tokens" in fast[2]
     assert [0 < counter.frame_count <= 2 for counter in counters] == [True, True]  # trunk, module
+
+
+def test_graphs_of_one_kind_of_model_are_not_run_for_another(make_tiny_config, monkeypatch):
+    """They are not checked against the weights: another configuration needs its own, other weights do not."""
+
+    def compile_traced(function, *, options, **rest):
+        functions.append(function)
+        return original(function, backend="eager", options={"guard_filter_fn": options["guard_filter_fn"]}, **rest)
+
+    original, functions = torch.compile, []
+    monkeypatch.setattr(torch, "compile", compile_traced)
+    compiled.cache_clear()
+    for heads, seed in [(2, 0), (1, 0), (2, 1)]:
+        config = make_tiny_config({"model.num_hidden_layers": 1, "model.num_attention_heads": heads})
+        model = DeepseekV3MTP(config.model, config.mtp).requires_grad_(False).eval()
+        model.init_weights(seed)
+        plain, fast = (generate(model, [[5, 9]], Settings(max_new_tokens=4, compile=c)) for c in (False, True))
+        assert plain == fast
+    compiled.cache_clear()
+    assert len(functions) == 2
 
 
 def test_accepted_drafts_are_green_in_a_terminal_and_nowhere_else(run_tool, folder, monkeypatch):

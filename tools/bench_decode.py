@@ -217,18 +217,18 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
     slots = Slots(model, len(prompt) + most + 2)
     with torch.inference_mode():
         decoder = Decoder(model)
-    cache, start = slots.cache(model.config.num_hidden_layers, 1), len(prompt)
+    caches, start = slots.caches(model.config.num_hidden_layers, 1), len(prompt)
     tokens = torch.tensor([(prompt * (most + 1))[: most + 1]])
 
     @torch.inference_mode()
     def forward(count: int) -> None:
         for _ in range(20):
-            states = decoder.trunk(tokens[:, :count], cache, slots.window([start], count))
+            states = decoder.trunk(tokens[:, :count], caches, slots.window([start], count))
             decoder.logits(states.post_norm).argmax(-1).tolist()
 
     steps: dict[str, Callable[[], Any]] = {str(n): partial(forward, n) for n in range(1, most + 2)}
     if model.mtp_config.mode == "sequential":
-        hidden, own = torch.zeros(1, model.config.hidden_size, dtype=slots.dtype), slots.cache(1, 1)[0]
+        hidden, own = torch.zeros(1, model.config.hidden_size, dtype=slots.dtype), slots.caches(1, 1)[0]
 
         @torch.inference_mode()
         def draft() -> None:

@@ -37,9 +37,13 @@ class Slots:
         self.width = model.config.kv_lora_rank + model.config.qk_rope_head_dim  # R+P
         self.arange = torch.arange(slots, device=self.device)
 
-    def cache(self, layers: int, rows: int) -> Tensor:
-        """(layers, B, S, R+P), zero: a slot that was never written must not be NaN where it is masked."""
-        return torch.zeros(layers, rows, self.slots, self.width, dtype=self.dtype, device=self.device)
+    def caches(self, layers: int, rows: int) -> list[Tensor]:
+        """(B, S, R+P) for each layer, zero: a slot that was never written must not be NaN where it is masked.
+
+        Not one tensor for all of them: compiled code would copy it whole for every layer that writes to it.
+        """
+        shape = rows, self.slots, self.width
+        return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
 
     def window(self, starts: Sequence[int], length: int) -> Window:
         """Row b computes slots starts[b]..starts[b]+length-1 and sees slots 0..its own."""

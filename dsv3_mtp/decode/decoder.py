@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ class Decoder:
     def __init__(self, model: DeepseekV3MTP, *, compile_up_to: int = 0):
         """compile_up_to: windows of at most so many slots run compiled (torch.compile)."""
         self.model, self.compile_up_to = model, compile_up_to
+        if compile_up_to:
+            weights = tuple((weight.shape, weight.dtype, weight.device) for weight in model.state_dict().values())
+            self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
         self.layers = Trunk(model)
         self.output = model.lm_head.weight.t()
         self.heads: list[Any] = []
@@ -30,8 +34,8 @@ class Decoder:
         elif model.mtp_config.mode == "parallel":
             self.heads = [Head(head) for head in model.mtp.layers]
 
-    def trunk(self, tokens: Tensor, caches: Tensor, window: Window) -> TrunkStates:
-        """tokens: (B, T) of the window's slots; caches: (layers, B, S, R+P) -> states, each (B*T, C)."""
+    def trunk(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
+        """tokens: (B, T) of the window's slots; caches: (B, S, R+P) of each layer -> states, each (B*T, C)."""
         return self._run(Trunk.forward, self.layers, tokens, caches, window=window)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -51,14 +55,24 @@ class Decoder:
 
     def _run(self, function: Callable, *arguments: Any, window: Window) -> Any:
         if window.shape[1] <= self.compile_up_to:
-            function = compiled(function)
+            function = compiled(function, self.output.device.type, self.kind)
         return function(*arguments, window)
 
 
 @cache
-def compiled(function: Callable) -> Callable:
-    """One compiled function for all models. Torch compiles it for one token and for several, not as the cache grows."""
-    run, seen = torch.compile(function, fullgraph=True), set()
+def compiled(function: Any, device: str, kind: tuple) -> Callable:
+    """One compiled function for all models of a kind: of the same configuration, with weights of the same layout.
+
+    Torch compiles it for one token and for several, not as the cache grows. What it finds in `self` is the same for all
+    models of the kind, and need not be checked on every call.
+    """
+    # Torch keeps graphs by code object, so that every kind needs its own.
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    options: dict[str, Any] = {
+        "guard_filter_fn": lambda guards: [not guard.name.startswith("self.") for guard in guards],
+        "cpp_wrapper": device == "cpu",
+    }
+    run, seen = torch.compile(own, fullgraph=True, options=options), set()
 
     def call(*arguments: Any) -> Any:
         shape = arguments[-1].shape  # of the window
@@ -80,9 +94,9 @@ class Trunk:
         self.layers = [Layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]
         self.norm = Norm(model.model.norm)
 
-    def forward(self, tokens: Tensor, caches: Tensor, window: Window) -> TrunkStates:
+    def forward(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
         x = last_input = F.embedding(tokens.flatten(), self.table)
-        for layer, latents in zip(self.layers, caches.unbind(), strict=True):
+        for layer, latents in zip(self.layers, caches, strict=True):
             last_input = x
             x = layer(x, latents, window)
         return TrunkStates(last_input, x, self.norm(x))

@@ -28,7 +28,7 @@ class Drafter:
         self.modules = min(depth, model.depths)
         width = max(chunk, depth + 1) + 2 * (self.modules + 1)
         self.rings = [Ring(rows, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())]
-        self.caches = slots.cache(self.caches_needed(), rows)  # (modules, B, S, R+P)
+        self.caches = slots.caches(self.caches_needed(), rows)  # (B, S, R+P) per module
         self.filled = [
             [0] * rows for _ in range(self.caches_needed())
         ]  # [module][row]: slots whose inputs were all known
@@ -61,7 +61,7 @@ class Drafter:
         """Appends the rows of drafters of the same shape."""
         for ring, *more in zip(self.rings, *(other.rings for other in others), strict=True):
             ring.states = torch.cat([ring.states, *(r.states for r in more)])
-        self.caches = torch.cat([self.caches, *(other.caches for other in others)], dim=1)
+        self.caches = [torch.cat(same) for same in zip(self.caches, *(other.caches for other in others), strict=True)]
         for module, filled in enumerate(self.filled):
             filled.extend(row for other in others for row in other.filled[module])
 
@@ -69,7 +69,7 @@ class Drafter:
         """Drops the other rows."""
         for ring in self.rings:
             ring.states = ring.states[rows]
-        self.caches = self.caches[:, rows]
+        self.caches = [cache[rows] for cache in self.caches]
         self.filled = [[filled[row] for row in rows] for filled in self.filled]
 
 

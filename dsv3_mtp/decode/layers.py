@@ -82,36 +82,39 @@ class Attention:
         (rows, length), heads, rank = window.shape, self.heads, self.rank
         hidden = self.norm.direction(x)
         low = torch.mm(hidden, self.down)
-        entry = low[:, self.q_rank :]  # (N, R+P)
-        latent = entry[:, :rank]
-        latent.div_(self.kv_norm.length(latent))
-        rotate_(entry[:, None, rank:], window.rotation, paired=self.paired)
+        latent, key = low[:, self.q_rank : self.q_rank + rank], low[:, None, self.q_rank + rank :]
+        key = rotate(key, window.rotation, paired=self.paired).squeeze(1)
+        entry = torch.cat([self.kv_norm.direction(latent), key], dim=-1)  # (N, R+P)
         cache[window.write] = entry.view(rows, length, -1)
         if self.q_norm is not None:
             hidden = self.q_norm.direction(low[:, : self.q_rank])
         query = torch.mm(hidden, self.up).view(rows * length, heads, -1)
-        rotate_(query[..., self.nope :], window.rotation, paired=self.paired)
+        absorbed, turned = query[..., : self.nope], query[..., self.nope :]
         if self.w_uk is not None:
-            absorbed = torch.bmm(query[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)
-            query = torch.cat([absorbed, query[..., self.nope :]], dim=-1)
-        query = query.view(rows, 1, length * heads, -1)
+            absorbed = torch.bmm(absorbed.transpose(0, 1), self.w_uk).transpose(0, 1)
+        turned = rotate(turned, window.rotation, paired=self.paired)
+        query = torch.cat([absorbed, turned], dim=-1).view(rows, 1, length * heads, -1)
         past = cache[:, : window.end].unsqueeze(1)  # (B, 1, end, R+P): the key, and in its first R columns the value
-        mixed = F.scaled_dot_product_attention(query, past, past, attn_mask=window.mask, scale=1.0)[..., :rank]
+        if torch.compiler.is_compiling():  # a window of a few slots
+            scores = query @ past.transpose(2, 3)  # (B, 1, T*H, end)
+            mixed = (scores if window.mask is None else scores + window.mask).softmax(-1) @ past[..., :rank]
+        else:
+            mixed = F.scaled_dot_product_attention(query, past, past, attn_mask=window.mask, scale=1.0)[..., :rank]
         mixed = torch.bmm(mixed.reshape(-1, heads, rank).transpose(0, 1), self.w_uv)  # (H, N, v)
         return torch.addmm(x, mixed.transpose(0, 1).flatten(1), self.out)
 
 
-def rotate_(x: Tensor, rotation: Tensor, *, paired: bool) -> None:
-    """`model.layers.rotate` in place. x: (N, H, P); rotation: (N, 1, P/2, 2) cosines and sines.
+def rotate(x: Tensor, rotation: Tensor, *, paired: bool) -> Tensor:
+    """`model.layers.rotate`, possibly in place. x: (N, H, P); rotation: (N, 1, P/2, 2) cosines and sines.
 
     paired: x can be viewed as complex numbers, and then it is one operation.
     """
     pairs = x.view(*x.shape[:-1], -1, 2)
     if paired and not torch.compiler.is_compiling():  # compilers generate no code for complex numbers
         torch.view_as_complex(pairs).mul_(torch.view_as_complex(rotation))
-        return
+        return x
     (even, odd), (cos, sin) = pairs.to(rotation.dtype).unbind(-1), rotation.unbind(-1)
-    pairs.copy_(torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1))
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 class Dense:
