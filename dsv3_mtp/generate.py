@@ -24,7 +24,10 @@ PREFILL_CHUNK = 128  # slots per forward of a prompt: bounds memory, whatever it
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate. `draft_depth` 0 is plain decoding; temperature 0 is greedy."""
+    """How to generate. `draft_depth` 0 is plain decoding; parallel heads draft D tokens at most, whatever it says.
+
+    Temperature 0 is greedy.
+    """
 
     max_new_tokens: int = 128
     draft_depth: int = 0
@@ -41,8 +44,8 @@ class Settings:
             yield f"max_new_tokens must be >= 1 (got {self.max_new_tokens})"
         if self.draft_depth < 0:
             yield f"draft_depth must be >= 0 (got {self.draft_depth})"
-        if not self.temperature >= 0:
-            yield f"temperature must be >= 0, 0 is greedy (got {self.temperature})"
+        if not (self.temperature == 0 or self.temperature >= 1e-3):
+            yield f"temperature must be 0, which is greedy, or >= 0.001 (got {self.temperature})"
         if self.top_k is not None and self.top_k < 1:
             yield f"top_k must be >= 1 (got {self.top_k})"
         if not 0 < self.top_p <= 1:
@@ -159,8 +162,8 @@ class _Batch:
     def __init__(self, decoder: Decoder, slots: Slots, prompts: list[list[int]], settings: Settings):
         """prompts: of one length."""
         self.decoder, self.slots, model = decoder, slots, decoder.model
-        self.chunk = settings.prefill_chunk
         depth = draft_limit(model, settings.draft_depth)
+        self.chunk = max(settings.prefill_chunk, depth + 2)  # drafters take shorter forwards for decoding steps
         self.drafter: Drafter | None = None
         if depth:
             kind = KINDS[model.mtp_config.mode]

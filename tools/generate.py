@@ -168,8 +168,8 @@ class Printer:
         self.ids: list[int] = []
         self.text = ""
 
-    def push(self, tokens: Sequence[int], accepted: int) -> str:
-        """What to print for new tokens, of which the first `accepted` were drafts."""
+    def push(self, tokens: Sequence[int], accepted: int, *, done: bool) -> str:
+        """What to print for new tokens, of which the first `accepted` were drafts. done: nothing comes after them."""
         out = ""
         for number, token in enumerate(tokens):
             self.ids.append(token)
@@ -177,7 +177,7 @@ class Printer:
                 piece = f"{token} "
             else:
                 text = self.encoder.tokenizer.decode(self.ids, skip_special_tokens=False)
-                if text.endswith("\ufffd"):
+                if text.endswith("\ufffd") and not (done and number == len(tokens) - 1):
                     continue
                 piece, self.text = text[len(self.text) :], text
             out += f"{DRAFT}{piece}{PLAIN}" if self.colour and number < accepted else piece
@@ -196,7 +196,7 @@ def timed(model: Any, prompts: list[list[int]], settings: Any, *, encoder: Any, 
         if result.tokens[step.row]:
             result.acceptance.add(step)
         result.tokens[step.row] += step.tokens
-        piece = printers[step.row].push(step.tokens, step.accepted)
+        piece = printers[step.row].push(step.tokens, step.accepted, done=step.done)
         if len(prompts) == 1:
             print(piece, end="", flush=True)
         texts[step.row] += piece

@@ -6,6 +6,7 @@ import torch
 from dsv3_mtp.decode.cache import Ring, Slots
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.layers import Mixture
+from dsv3_mtp.decode.sample import Sampler
 from dsv3_mtp.generate import Settings, generate
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -126,14 +127,22 @@ def test_no_tensor_of_a_long_prefill_grows_with_the_square_of_the_prompt(make_mo
     assert sizes[1] < 2.2 * sizes[0]
 
 
-def test_the_chunk_of_the_prefill_does_not_change_the_tokens(make_model):
-    model = make_model("two_modules", trained=True)
-    prompt = torch.randint(64, (21,)).tolist()
-    runs = [
-        generate(model, [prompt], Settings(max_new_tokens=20, draft_depth=2, prefill_chunk=chunk))
-        for chunk in (1, 2, 3, 4, 5, 7, 20, 21, 22, 128)
-    ]
-    assert all(run.tokens == runs[0].tokens and run.acceptance == runs[0].acceptance for run in runs)
+def test_the_chunk_of_the_prefill_changes_neither_tokens_nor_drafts(make_model, monkeypatch):
+    model, verify, drafted = make_model("two_modules"), Sampler.verify, []
+
+    def recording(sampler, logits, drafts, probability):
+        drafted[-1].append(probability)
+        return verify(sampler, logits, drafts, probability)
+
+    monkeypatch.setattr(Sampler, "verify", recording)
+    prompt, tokens = torch.randint(64, (21,)).tolist(), []
+    for chunk in (1, 2, 3, 4, 5, 7, 20, 21, 22, 128):
+        drafted.append([])
+        settings = Settings(max_new_tokens=20, draft_depth=2, temperature=1.0, prefill_chunk=chunk)
+        tokens.append(generate(model, [prompt], settings).tokens)
+    assert all(run == tokens[0] for run in tokens)
+    for run in drafted:
+        torch.testing.assert_close(run[0], drafted[-1][0], rtol=1e-4, atol=1e-7)
 
 
 def test_experts_one_by_one_equal_grouped_experts(make_model):
