@@ -27,6 +27,7 @@ def run_tool(monkeypatch, capsys):
     """run_tool("generate", "--prompt", ...) -> (exit code, stdout, stderr), in this process."""
 
     def run(name: str, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.syspath_prepend(TOOLS)  # as Python does for a script
         spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

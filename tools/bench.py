@@ -23,27 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench_models import SMALL, TINY
+
 ROOT = Path(__file__).resolve().parents[1]
-TINY = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "moe_intermediate_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "q_lora_rank": 96,
-    "kv_lora_rank": 64,
-    "initializer_range": 0.02,
-}
-SMALL = TINY | {
-    "vocab_size": 8192,
-    "hidden_size": 384,
-    "intermediate_size": 1056,
-    "moe_intermediate_size": 160,
-    "num_hidden_layers": 7,
-    "q_lora_rank": 128,
-    "kv_lora_rank": 96,
-}
 PRESETS = {"tiny": TINY, "small": SMALL}  # over configs/v3_tiny.yaml, without heads, 8 x 256 tokens per step
 DEPTHS = [("sequential", d) for d in (1, 2, 4)] + [("parallel", d) for d in (1, 2, 4)]
 

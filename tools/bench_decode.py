@@ -14,28 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-RANDOM_MODEL = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "moe_intermediate_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "q_lora_rank": 96,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.05,
-}
+from bench_models import TINY
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs/v3_tiny.yaml"
+RANDOM_MODEL = TINY | {"max_position_embeddings": 512, "initializer_range": 0.05}
 
 
 def main() -> int:
@@ -80,12 +65,16 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
     """Model, prompt, and a line that says what it is."""
     import torch
 
-    from dsv3_mtp.config import ModelConfig, MTPConfig
+    from dsv3_mtp.config import ModelConfig, MTPConfig, load_config
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
     from dsv3_mtp.model.size import model_size
 
     if options.run is None:
-        model = DeepseekV3MTP(ModelConfig(**RANDOM_MODEL), MTPConfig()).requires_grad_(False).eval()
+        model = (
+            DeepseekV3MTP(ModelConfig(**load_config(CONFIG).model.model_dump() | RANDOM_MODEL), MTPConfig())
+            .requires_grad_(False)
+            .eval()
+        )
         model.init_weights(0)
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(model.config.vocab_size, (options.prompt_tokens,), generator=generator).tolist()

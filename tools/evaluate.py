@@ -12,6 +12,7 @@ Exit codes: 0 done, 2 the model, the data or a task cannot be used.
 
 import argparse
 import json
+import os
 import sys
 
 
@@ -21,6 +22,8 @@ def main() -> int:
         from dsv3_mtp import evaluate
 
         if options.lm_eval:
+            here = os.path.dirname(os.path.realpath(__file__))
+            sys.path = [path for path in sys.path if path != here]  # tasks import a package named like this file
             where = {"run": options.run, "hf": options.hf, "ema": options.ema, "include": options.lm_eval_include}
             size = {"limit": options.limit, "batch_size": options.micro_batch_size or 1}
             show({"lm-eval": evaluate.lm_eval(options.lm_eval.split(","), **where, **size)}, options.json)
