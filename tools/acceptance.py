@@ -17,7 +17,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(options.threads)
-    print(f"{'run':24}{'heads':18}{'T':>4}{'tokens/step':>13}{'distinct':>10}  {'joint':20}conditional")
+    print(f"{'run':24}{'heads':18}{'T':>4}{'tokens/step':>13}{'distinct':>10}  {'joint':26}conditional")
     try:
         for run in options.run:
             for line in rows(run, options):
@@ -59,7 +59,7 @@ def rows(folder: str, options: argparse.Namespace) -> list[str]:
         heads = f"{run.config.mtp.mode} D={run.model.depths}"
         speed = f"{out.acceptance.tokens_per_step:>13.2f}"
         lines.append(
-            f"{run.config.run.name:24}{heads:18}{temperature:>4.0f}{speed}{distinct:>10.2f}  {joint:20}{conditional}"
+            f"{run.config.run.name:24}{heads:18}{temperature:>4.0f}{speed}{distinct:>10.2f}  {joint:26}{conditional}"
         )
     return lines
 
