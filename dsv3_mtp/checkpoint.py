@@ -78,10 +78,7 @@ def _commit(folder: Path, index: dict[str, Any], state: dict[str, Any], complete
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
     complete |= {"files": {path.name: path.stat().st_size for path in files}}
-    for path, text in (
-        (folder / COMPLETE, json.dumps(complete, indent=1)),
-        (root / "latest", folder.name),
-    ):
+    for path, text in ((folder / COMPLETE, json.dumps(complete, indent=1)), (root / "latest", folder.name)):
         with replacing(path) as temporary:
             temporary.write_text(text)
     usable = [path for path in checkpoints(root) if is_complete(path)]

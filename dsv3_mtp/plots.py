@@ -14,13 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import Record, depths_of, replacing
-from dsv3_mtp.schedules import (
-    batch_size,
-    bias_update_speed,
-    depth_loss_weights,
-    learning_rate,
-    mtp_loss_weight,
-)
+from dsv3_mtp.schedules import batch_size, bias_update_speed, depth_loss_weights, learning_rate, mtp_loss_weight
 
 # In every panel colour says the depth: main head, depths 1, 2, ... (Okabe and Ito's colour-blind safe set).
 COLORS = ("#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -190,12 +184,7 @@ def _markers(ax: Axes, tokens: np.ndarray, values: np.ndarray, depth: int, marke
     """Points without a line, at most sixteen, the last one among them."""
     every = -(-len(tokens) // 16) or 1
     shown = slice((len(tokens) - 1) % every, None, every)
-    style: dict[str, Any] = {
-        "markersize": 5.5,
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.8,
-        "zorder": 3,
-    }
+    style: dict[str, Any] = {"markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.8, "zorder": 3}
     ax.plot(tokens[shown], values[shown], color=_color(depth), linestyle="", marker=marker, **style)
 
 

@@ -136,12 +136,7 @@ def describe_start(*, world_size: int, command: list[str], sources: dict[str, So
         "threads": torch.get_num_threads(),
         "world_size": world_size,
         "data": {
-            role: {
-                "path": s.path,
-                "manifest_hash": s.manifest_hash,
-                "tokens": s.tokens,
-                "documents": s.documents,
-            }
+            role: {"path": s.path, "manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents}
             for role, s in sources.items()
         },
     }
@@ -196,12 +191,7 @@ def _git(*arguments: str) -> str | None:
     """Output of git in the source checkout, None outside one."""
     try:
         done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -212,12 +212,7 @@ class Trainer:
         return self.clock.eta(max(self.config.train.total_tokens - self.tokens, 0))
 
     def stamp(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "progress": self.progress,
-            "time_s": self.clock.seconds,
-        }
+        return {"step": self.step, "tokens": self.tokens, "progress": self.progress, "time_s": self.clock.seconds}
 
     def write(self, record: dict[str, Any]) -> None:
         if self.world.is_main:
@@ -261,9 +256,7 @@ class Trainer:
             from dsv3_mtp.plots import plot_run  # here, because matplotlib would make every start wait for it
 
             plot_run(
-                read_metrics(self.folder / "metrics.jsonl"),
-                self.folder / "curves.png",
-                title=self.config.run.name,
+                read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png", title=self.config.run.name
             )
         if self.progress < 1:
             end = f"stopped at step {self.step} by {self.stop.reason or 'another rank'}; the same command continues"

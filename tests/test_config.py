@@ -32,10 +32,7 @@ MISTAKES = [
     ("lr=1", "lr: unknown key; did you mean 'optim.lr'?"),
     ("optm.lr=1", "optm: unknown key; did you mean 'optim'?"),
     ("zzz=1", "zzz: unknown key"),
-    (
-        "optim.schedule.warm_up=0",
-        "optim.schedule.warm_up: unknown key; did you mean 'optim.schedule.warmup'?",
-    ),
+    ("optim.schedule.warm_up=0", "optim.schedule.warm_up: unknown key; did you mean 'optim.schedule.warmup'?"),
     # types
     ("train.batch_size=many", "train.batch_size: must be an integer (got 'many')"),
     ("train.batch_size=1.5", "train.batch_size: must be an integer (got 1.5)"),
@@ -65,10 +62,7 @@ MISTAKES = [
         "mtp.mode: must be one of none, sequential, parallel, parallel_linear (got 'sequental'); "
         "did you mean 'sequential'?",
     ),
-    (
-        "train.dtype=float16",
-        "train.dtype: must be one of float32, bfloat16 (got 'float16'); did you mean 'bfloat16'?",
-    ),
+    ("train.dtype=float16", "train.dtype: must be one of float32, bfloat16 (got 'float16'); did you mean 'bfloat16'?"),
     ("parallel.zero_stage=4", "parallel.zero_stage: must be one of 0, 1, 2, 3 (got 4)"),
     # missing
     ("log.wandb={}", "log.wandb.project: missing; it has no default"),
@@ -106,18 +100,9 @@ MISTAKES = [
         "model.num_experts_per_tok=9",
         "model.num_experts_per_tok: must be <= 8, the experts in 2 groups (model.topk_group) (got 9)",
     ),
-    (
-        "model={<<: *x}",
-        "--set model={<<: *x}: the value is invalid YAML: found undefined alias 'x'",
-    ),
-    (
-        "model.first_k_dense_replace=5",
-        "model.first_k_dense_replace: must be <= model.num_hidden_layers = 4 (got 5)",
-    ),
-    (
-        "model.qk_rope_head_dim=15",
-        "model.qk_rope_head_dim: must be even, rotary embedding turns pairs (got 15)",
-    ),
+    ("model={<<: *x}", "--set model={<<: *x}: the value is invalid YAML: found undefined alias 'x'"),
+    ("model.first_k_dense_replace=5", "model.first_k_dense_replace: must be <= model.num_hidden_layers = 4 (got 5)"),
+    ("model.qk_rope_head_dim=15", "model.qk_rope_head_dim: must be even, rotary embedding turns pairs (got 15)"),
     ("data.seq_len=512", "data.seq_len: must be <= model.max_position_embeddings = 256 (got 512)"),
     (
         "data.train=[{path: a, weight: 1}]",
@@ -199,10 +184,7 @@ MISTAKES = [
         "deepspeed.data_types: only grad_accum_dtype can be set; train.dtype owns the others",
     ),
     ("deepspeed.train_batch_size=3", "deepspeed.train_batch_size: set train.batch_size instead"),
-    (
-        "deepspeed.zero_optimization.stage=2",
-        "deepspeed.zero_optimization.stage: set parallel.zero_stage instead",
-    ),
+    ("deepspeed.zero_optimization.stage=2", "deepspeed.zero_optimization.stage: set parallel.zero_stage instead"),
     (
         "deepspeed.zero_optimizatoin={}",
         "deepspeed.zero_optimizatoin: unknown to DeepSpeed 0.19.8; did you mean 'deepspeed.zero_optimization'?",
@@ -307,11 +289,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_overrides_are_yaml_values_applied_in_order():
     config = load_config(TINY, ["optim.lr=3e-4", "mtp.loss_weight=1e-1", "train.total_tokens=3e6", "run.name=a=b"])
-    assert (config.optim.lr, config.mtp.loss_weight.value, config.train.total_tokens) == (
-        3e-4,
-        0.1,
-        3_000_000,
-    )
+    assert (config.optim.lr, config.mtp.loss_weight.value, config.train.total_tokens) == (3e-4, 0.1, 3_000_000)
     assert config.run.name == "a=b"
     assert load_config(TINY, ["run.seed=1", "run.seed=2"]).run.seed == 2
     mixture = load_config(TINY, ["data.build=null", "data.train=[{path: a, weight: 2}]"]).data.train
@@ -320,10 +298,7 @@ def test_overrides_are_yaml_values_applied_in_order():
 
 def test_an_override_creates_sections_on_its_way():
     sets = ["model.rope_scaling.type=yarn", "model.rope_scaling.factor=40"]
-    sets += [
-        "model.rope_scaling.original_max_position_embeddings=64",
-        "deepspeed.zero_optimization.overlap_comm=true",
-    ]
+    sets += ["model.rope_scaling.original_max_position_embeddings=64", "deepspeed.zero_optimization.overlap_comm=true"]
     config = load_config(TINY, sets)
     assert config.model.rope_scaling.factor == 40
     assert config.deepspeed == {"zero_optimization": {"overlap_comm": True}}
@@ -341,11 +316,7 @@ def test_mode_none_turns_the_file_into_its_baseline():
         [],
         ["mtp.loss_weight=0.1"],
         ["mtp.loss_weight={type: piecewise, points: [[0, 0], [0.5, 0.3]]}", "optim.lr=1e-6"],
-        [
-            "data.build=null",
-            "data.train=[{path: a, weight: 1}, {path: b, weight: 0.5}]",
-            "log.wandb.project=x",
-        ],
+        ["data.build=null", "data.train=[{path: a, weight: 1}, {path: b, weight: 0.5}]", "log.wandb.project=x"],
         ["deepspeed={zero_optimization: {reduce_bucket_size: 5e8}}", "run.name='1e5'"],
         ["data.train=null", "data.val=null", "data.build=null", "data.task={type: markov, sharpness: 0}"],
     ],
@@ -404,10 +375,7 @@ STAR = "data.task={type: star, degree: 2, path_length: 3, nodes: 10}"
         ),
         (["data.task.nodes=9"], "data.task.nodes: unknown key of this type"),
         (["data.task.terms=1"], "data.task.terms: must be >= 2 (got 1)"),
-        (
-            [STAR],
-            "data.seq_len: must be >= 17: an example of star has 18 tokens, the last is only a target (got 8)",
-        ),
+        ([STAR], "data.seq_len: must be >= 17: an example of star has 18 tokens, the last is only a target (got 8)"),
         (
             [STAR.replace("10", "4"), "data.seq_len=17"],
             "data.task.nodes: must be >= 5, the nodes of a graph with 2 paths (got 4)",

@@ -23,12 +23,7 @@ def records(depths, points, *, validate_every=3):
         train = {f"train/{key}": value for key, value in values.items()} | {"train/loss": loss * 1.3}
         if depths:
             train["train/mtp_weight"] = 0.3
-        train |= {
-            "optim/lr": 1e-3,
-            "optim/grad_norm": 1.0,
-            "moe/max_violation": 0.4,
-            "perf/tokens_per_s": 9e3,
-        }
+        train |= {"optim/lr": 1e-3, "optim/grad_norm": 1.0, "moe/max_violation": 0.4, "perf/tokens_per_s": 9e3}
         out.append({**at, **train})
         if step % validate_every == 0:
             out.append({**at, **{f"val/{key}": value for key, value in values.items()}})

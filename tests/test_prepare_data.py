@@ -33,18 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(corpus: Path, out: Path) -> list[str | Path]:
-    return [
-        "--input",
-        corpus,
-        "--out",
-        out,
-        "--vocab-size",
-        "261",
-        "--shard-tokens",
-        "20000",
-        "--fim-rate",
-        "0.1",
-    ]
+    return ["--input", corpus, "--out", out, "--vocab-size", "261", "--shard-tokens", "20000", "--fim-rate", "0.1"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -86,10 +75,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_byte_identically(corpus, 
 
 def test_help_loads_nothing_heavy():
     shown = subprocess.run(
-        [sys.executable, "-X", "importtime", *command("--help")[1:]],
-        capture_output=True,
-        text=True,
-        env=environment(),
+        [sys.executable, "-X", "importtime", *command("--help")[1:]], capture_output=True, text=True, env=environment()
     )
     assert shown.returncode == 0 and "--fim-rate" in shown.stdout
     assert not any(name in shown.stderr for name in ("numpy", "tokenizers", "rich", "torch", "dsv3_mtp"))

@@ -52,13 +52,7 @@ def test_warmup_is_linear_and_may_be_absent():
 
 
 def test_an_empty_cosine_is_a_step():
-    schedule = {
-        "decay_start": 0.8,
-        "decay_end": 0.8,
-        "decay_ratio": 0.316,
-        "final_start": 0.9,
-        "final_ratio": 0.1,
-    }
+    schedule = {"decay_start": 0.8, "decay_end": 0.8, "decay_ratio": 0.316, "final_start": 0.9, "final_ratio": 0.1}
     optim = OptimConfig.model_validate({"lr": 1.0, "schedule": schedule})
     rates = [schedules.learning_rate(optim, p) for p in (0.7999, 0.8, 0.8999, 0.9)]
     assert rates == pytest.approx([1.0, 0.316, 0.316, 0.1])
@@ -74,10 +68,7 @@ def test_learning_rate_is_continuous_up_to_the_last_stage(edge):
     ("value", "table"),
     [
         (0.1, {0: 0.1, 0.5: 0.1, 1: 0.1}),
-        (
-            {"type": "step", "values": [3, 2, 1], "at": [0.25, 0.5]},
-            {0: 3, 0.24: 3, 0.25: 2, 0.49: 2, 0.5: 1, 1: 1},
-        ),
+        ({"type": "step", "values": [3, 2, 1], "at": [0.25, 0.5]}, {0: 3, 0.24: 3, 0.25: 2, 0.49: 2, 0.5: 1, 1: 1}),
         ({"type": "linear", "start": 0.4, "end": 0.0}, {0: 0.4, 0.25: 0.3, 1: 0.0}),
         (
             {"type": "linear", "start": 1, "end": 3, "begin": 0.5, "until": 0.75},

@@ -236,10 +236,7 @@ def plain_training(config: Config, sizes: list[int]) -> list[tuple[float, float]
     model.init_weights(config.run.seed)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": config.optim.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
     sampler = Sampler([open_source(config.data.train, "train")], seq_len=16, lookahead=2, seed=config.run.seed)
     tokens, results = 0, []

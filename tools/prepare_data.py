@@ -66,10 +66,7 @@ def parse() -> argparse.Namespace:
     tokens.add_argument("--vocab-size", type=int, metavar="N", help="train a byte-level BPE with N tokens instead")
     tokens.add_argument("--eos", metavar="TOKEN", help="end-of-text token (default: the first common one it has)")
     tokens.add_argument(
-        "--fim-rate",
-        type=float,
-        metavar="P",
-        help="share of train documents made fill-in-the-middle (default: 0)",
+        "--fim-rate", type=float, metavar="P", help="share of train documents made fill-in-the-middle (default: 0)"
     )
     tokens.add_argument("--shard-tokens", type=int, metavar="N", help="tokens per shard (default: 100,000,000)")
     tokens.add_argument("--seed", type=int, metavar="N", help="of the fill-in-the-middle cuts (default: 0)")

@@ -14,12 +14,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="YAML")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="sets",
-        metavar="a.b=c",
-        help="override a setting; repeatable",
+        "--set", action="append", default=[], dest="sets", metavar="a.b=c", help="override a setting; repeatable"
     )
     parser.add_argument("--dry-run", action="store_true", help="print config, sizes and DeepSpeed JSON; run nothing")
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N ranks")

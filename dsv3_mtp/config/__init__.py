@@ -30,11 +30,4 @@ from dsv3_mtp.config.model import (
 )
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import ConfigError
-from dsv3_mtp.config.run import (
-    BatchSizeRamp,
-    Config,
-    OptimConfig,
-    ScheduleConfig,
-    TrainConfig,
-    load_config,
-)
+from dsv3_mtp.config.run import BatchSizeRamp, Config, OptimConfig, ScheduleConfig, TrainConfig, load_config

@@ -148,10 +148,7 @@ class PolynomialTask(Section):
         return (self.degree + 1) * self.max_operations + 2 * self.degree + 1
 
 
-Task = Annotated[
-    MarkovTask | StarTask | InductionTask | SuffixSumTask | PolynomialTask,
-    Field(discriminator="type"),
-]
+Task = Annotated[MarkovTask | StarTask | InductionTask | SuffixSumTask | PolynomialTask, Field(discriminator="type")]
 
 
 class DataEntry(Section):
@@ -172,8 +169,7 @@ class DataConfig(Section):
 
     train: (
         Annotated[
-            Annotated[Text, Tag("<one>")] | Annotated[tuple[DataEntry, ...], Tag("<many>")],
-            Discriminator(_one_or_many),
+            Annotated[Text, Tag("<one>")] | Annotated[tuple[DataEntry, ...], Tag("<many>")], Discriminator(_one_or_many)
         ]
         | None
     ) = None

@@ -32,11 +32,7 @@ class Section(BaseModel):
     """A frozen group of keys. `rules` yields what is wrong between them, as (key, text)."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
 
     def rules(self) -> Iterator[Problem]:
@@ -124,10 +120,7 @@ class ModelConfig(Section):
 
     def rules(self) -> Iterator[Problem]:
         if self.qk_rope_head_dim % 2:
-            yield (
-                "qk_rope_head_dim",
-                f"must be even, rotary embedding turns pairs (got {self.qk_rope_head_dim})",
-            )
+            yield ("qk_rope_head_dim", f"must be even, rotary embedding turns pairs (got {self.qk_rope_head_dim})")
         if self.first_k_dense_replace > self.num_hidden_layers:
             text = f"must be <= model.num_hidden_layers = {self.num_hidden_layers}"
             yield "first_k_dense_replace", f"{text} (got {self.first_k_dense_replace})"

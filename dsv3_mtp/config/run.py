@@ -138,10 +138,7 @@ class TrainConfig(Section):
             if start % self.micro_batch_size:
                 yield "batch_size_ramp.start", f"{of} (got {start})"
             if start > self.batch_size:
-                yield (
-                    "batch_size_ramp.start",
-                    f"must be <= train.batch_size = {self.batch_size} (got {start})",
-                )
+                yield ("batch_size_ramp.start", f"must be <= train.batch_size = {self.batch_size} (got {start})")
 
 
 class ParallelConfig(Section):

@@ -163,11 +163,7 @@ def _lock(folder: Path) -> TextIO:
 
 
 def _build(
-    partial: Path,
-    arguments: Arguments,
-    recorded: dict[str, Any],
-    inputs: Inputs,
-    progress: Progress | None,
+    partial: Path, arguments: Arguments, recorded: dict[str, Any], inputs: Inputs, progress: Progress | None
 ) -> dict[str, Any]:
     state = _saved_state(partial, recorded, inputs)
     if state is None:
@@ -189,14 +185,7 @@ def _build(
         for split in SPLITS
     }
     Tokenising(
-        partial,
-        inputs,
-        encoder,
-        writers,
-        state,
-        fim_rate=arguments.fim_rate,
-        seed=arguments.seed,
-        progress=progress,
+        partial, inputs, encoder, writers, state, fim_rate=arguments.fim_rate, seed=arguments.seed, progress=progress
     ).run()
     return _finish(partial, arguments, inputs, encoder, writers, state)
 

@@ -85,13 +85,7 @@ class SplitWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        split: str,
-        *,
-        dtype: np.dtype,
-        shard_tokens: int,
-        state: dict[str, Any] | None = None,
+        self, folder: Path, split: str, *, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None = None
     ) -> None:
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
         self.shards: list[dict[str, Any]] = []

@@ -190,12 +190,7 @@ class DeepseekV3MTP(nn.Module):
         return rotary_angles(self.config, slots), mask
 
     def head_states(
-        self,
-        trunk: TrunkStates,
-        embedded: Tensor,
-        angles: Tensor,
-        mask: Tensor | None,
-        documents: Tensor | None = None,
+        self, trunk: TrunkStates, embedded: Tensor, angles: Tensor, mask: Tensor | None, documents: Tensor | None = None
     ) -> tuple[list[Tensor], list[RouterStats]]:
         """From the trunk to the hidden states of depth 0..D, each (B, T, C), and the stats of the MTP routers.
 

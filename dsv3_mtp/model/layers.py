@@ -112,9 +112,7 @@ def _yarn_frequency(frequency: Tensor, config: ModelConfig, scaling: RopeScaling
     """YaRN (arXiv 2309.00071; V3 section 4.3): slow pairs interpolated by `factor`, fast ones kept, a ramp between."""
     dim = config.qk_rope_head_dim
 
-    def pair_with(
-        rotations: float,
-    ) -> float:  # index of the pair that turns `rotations` times in the original context
+    def pair_with(rotations: float) -> float:  # index of the pair that turns `rotations` times in the original context
         turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(config.rope_theta))
 

@@ -169,10 +169,7 @@ def test_fim_without_its_tokens_and_splits_without_documents_are_refused(files, 
     with pytest.raises(ValueError, match=r"t\.json has no fill-in-the-middle tokens"):
         prepare(tmp_path / "a", Arguments(inputs=files, tokenizer=str(tmp_path / "t.json"), fim_rate=0.1))
     with pytest.raises(ValueError, match=r"1 documents .* gave 1 for train and 0 for val"):
-        prepare(
-            tmp_path / "b",
-            Arguments(inputs=files[1:2], tokenizer=str(tmp_path / "t.json"), val_fraction=1e-6),
-        )
+        prepare(tmp_path / "b", Arguments(inputs=files[1:2], tokenizer=str(tmp_path / "t.json"), val_fraction=1e-6))
     prepare(tmp_path / "c", Arguments(inputs=files[1:2], tokenizer=str(tmp_path / "t.json"), val_fraction=0))
     with pytest.raises(ValueError, match="the split 'val' is empty"):
         open_source(tmp_path / "c", "val")
@@ -181,13 +178,7 @@ def test_fim_without_its_tokens_and_splits_without_documents_are_refused(files, 
 def test_all_wrong_arguments_are_named_at_once():
     with pytest.raises(ValueError) as caught:
         Arguments(val_fraction=1.0, fim_rate=-1, shard_tokens=0)
-    for name in (
-        "--corpus or --input",
-        "--tokenizer or --vocab-size",
-        "val_fraction 1.0",
-        "fim_rate",
-        "shard_tokens",
-    ):
+    for name in ("--corpus or --input", "--tokenizer or --vocab-size", "val_fraction 1.0", "fim_rate", "shard_tokens"):
         assert name in str(caught.value)
     with pytest.raises(ValueError, match="split of pystdlib is fixed"):
         Arguments(corpus="pystdlib", vocab_size=300, val_fraction=0.2)

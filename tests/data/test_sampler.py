@@ -143,8 +143,7 @@ def test_weights_hold_at_every_moment(make_source, weights):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"batch_size": 6, "world_size": 4}, {"batch_size": 6, "micro_batch_size": 4}, {"batch_size": 0}],
+    "arguments", [{"batch_size": 6, "world_size": 4}, {"batch_size": 6, "micro_batch_size": 4}, {"batch_size": 0}]
 )
 def test_a_batch_that_does_not_divide_is_refused(make_source, arguments):
     sampler = Sampler([make_source([9])], seq_len=2, lookahead=1, seed=0)

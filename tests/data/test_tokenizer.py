@@ -71,9 +71,7 @@ def test_truncation_and_padding_in_the_file_do_not_cut_documents(trained: Path, 
     tokenizer.save(str(tmp_path / "cut.json"))
     documents = [("abcdefgh" * 20,), ("a",)]
     for cut, whole in zip(
-        load_encoder(tmp_path / "cut.json").encode(documents),
-        load_encoder(trained).encode(documents),
-        strict=True,
+        load_encoder(tmp_path / "cut.json").encode(documents), load_encoder(trained).encode(documents), strict=True
     ):
         assert np.array_equal(cut, whole)
 

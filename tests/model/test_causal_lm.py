@@ -196,9 +196,7 @@ def test_detach_stops_exactly_the_gradients_it_names(build, mode, detach):
     model(tokens, loss_weights=(1.0, 1.0)).loss.backward()
     before(tokens, loss_weights=(0.0, 0.0)).loss.backward()
     trunk_moved = not torch.allclose(
-        model.model.layers[0].mlp.up_proj.weight.grad,
-        before.model.layers[0].mlp.up_proj.weight.grad,
-        atol=1e-9,
+        model.model.layers[0].mlp.up_proj.weight.grad, before.model.layers[0].mlp.up_proj.weight.grad, atol=1e-9
     )
     head_moved = not torch.allclose(model.lm_head.weight.grad, before.lm_head.weight.grad, atol=1e-9)
     assert trunk_moved == (detach == "none")
@@ -228,8 +226,7 @@ def test_parallel_heads_read_the_input_of_the_trunks_last_layer(build):
     model = build(2, **{"mtp.mode": "parallel"})
     head = model.mtp.layers[0]
     head.load_state_dict(
-        model.model.layers[-1].state_dict() | {"shared_head.norm.weight": model.model.norm.weight},
-        strict=True,
+        model.model.layers[-1].state_dict() | {"shared_head.norm.weight": model.model.norm.weight}, strict=True
     )
     logits = model.logits(tokens_for(model))
     assert torch.equal(logits[1], logits[0])  # with the last layer's weights, head 2 is head 1

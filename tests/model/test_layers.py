@@ -12,13 +12,7 @@ from dsv3_mtp.model.layers import RMSNorm, rotary_angles, rotate, yarn_mscale
 from dsv3_mtp.model.targets import document_mask
 from dsv3_mtp.precision.attention import sdpa
 
-YARN = {
-    "type": "yarn",
-    "factor": 40.0,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-}
+YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 
 
 def model_config(make_tiny_config, **model) -> ModelConfig:
