@@ -5,11 +5,11 @@ the part of it that is not pages of mapped files.
 """
 
 import argparse
-import json
-import subprocess
-import sys
+import multiprocessing
+import os
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 STEPS = {
@@ -34,8 +34,15 @@ def measure(
 
 
 def work(folder: Path, code: str) -> dict[str, float]:
-    run = [sys.executable, "-m", "tests.hf.measure", str(folder), "--call", code]
-    return json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    """In a process of its own: its peak starts at what it shares with this one."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=call, args=(folder, code, sender))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{code}: exit code {process.exitcode}")
+    return receiver.recv()
 
 
 def make(layers: int, hidden: int, experts: int) -> None:
@@ -54,9 +61,7 @@ def make(layers: int, hidden: int, experts: int) -> None:
     write_run(Path("run"), config, randomise(empty_model(config.model, config.mtp, torch.bfloat16)))
 
 
-def call(folder: Path, code: str) -> None:
-    import os
-
+def call(folder: Path, code: str, sender: Connection) -> None:
     from dsv3_mtp.hf import export_hf, import_hf, load_hf
 
     folder.mkdir(exist_ok=True)
@@ -78,7 +83,7 @@ def call(folder: Path, code: str) -> None:
     watcher.join()
     del result
     peak = status("VmHWM") - before  # not getrusage: its maximum is inherited from the process that started this one
-    print(json.dumps({"s": wall, "cpu_s": cpu, "peak_MiB": peak, "anonymous_MiB": max(anonymous) - anonymous[0]}))
+    sender.send({"s": wall, "cpu_s": cpu, "peak_MiB": peak, "anonymous_MiB": max(anonymous) - anonymous[0]})
 
 
 def status(key: str) -> float:
@@ -91,10 +96,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("layers", type=int, nargs="?", default=12)
-    parser.add_argument("--call")
     options = parser.parse_args()
-    if options.call:
-        call(options.folder, options.call)
-    else:
-        for name, values in measure(options.folder, layers=options.layers).items():
-            print(f"{name:12}", "  ".join(f"{key} {value:9.1f}" for key, value in values.items()), flush=True)
+    for name, values in measure(options.folder, layers=options.layers).items():
+        print(f"{name:12}", "  ".join(f"{key} {value:9.1f}" for key, value in values.items()), flush=True)

@@ -103,7 +103,13 @@ def test_an_imported_run_trains_resumes_and_exports(tmp_path, train, make_tiny_c
     first, _, _ = train("first", mtp__num_nextn_predict_layers=2)
     export_hf(first, tmp_path / "hf")
     data = str(tmp_path / "data" / "markov")
-    sets = ["train.total_tokens=384", "train.batch_size=8", "train.micro_batch_size=4", "log.tensorboard=false"]
+    sets = [
+        "train.total_tokens=384",
+        "train.batch_size=8",
+        "train.micro_batch_size=4",
+        "train.threads=1",
+        "log.tensorboard=false",
+    ]
     imported = tmp_path / "runs" / "imported"
     import_hf(tmp_path / "hf", imported, data=data, sets=[*sets, "checkpoint.every=2"])
 

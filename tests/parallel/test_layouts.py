@@ -23,7 +23,7 @@ from tests.made_runs import randomise, write_run
 from tests.ranks import run_ranks, write_markov
 
 pytestmark = pytest.mark.dist
-STEPS = 3
+STEPS = 2
 EXPERTS = ".mlp.experts."
 
 # Models and data: what is trained. One rank trains each of them once; then every layout below is compared with it.
