@@ -43,7 +43,6 @@ LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
     "ZeRO-1": ("D1", 2, 1, 1, False),
     "ZeRO-2, D=2, masked, full": ("D2", 2, 1, 2, False),
     "ZeRO-2, no MTP": ("none", 2, 1, 2, False),
-    "ZeRO-2, parallel D=2": ("parallel", 2, 1, 2, False),
     "EP=2, ZeRO-1": ("D1", 2, 2, 1, False),
     "EP=2, ZeRO-2, D=2, masked, full": ("D2", 2, 2, 2, False),
     "EP=2, ZeRO-1, no MTP": ("none", 2, 2, 1, False),
@@ -52,14 +51,11 @@ LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
     "EP=2, ZeRO-1, bf16": ("bf16", 2, 2, 1, False),
     "EP=2, ZeRO-2, idle rank and expert": ("skewed", 2, 2, 2, False),
     "EP=2, ZeRO-1, frozen trunk": ("frozen", 2, 2, 1, False),
-    "SP=2, ZeRO-0": ("D1", 2, 1, 0, False),
     "SP=2, ZeRO-3, selective": ("D1", 2, 1, 3, False),
     "ZeRO-3, D=2, masked, full, offload": ("D2", 2, 1, 3, True),
     "ZeRO-3, bf16": ("bf16", 2, 1, 3, False),
     "ZeRO-3, frozen trunk": ("frozen", 2, 1, 3, False),
     "SP=2 x 2, EP=2 x 2 copies, ZeRO-1": ("D1", 4, 2, 1, False),
-    "EP=2 x 2 copies, ZeRO-2, idle ranks": ("skewed", 4, 2, 2, False),
-    "EP=4, ZeRO-1, D=2, masked, full": ("D2", 4, 4, 1, False),
 }
 # Settings of some of them beyond these.
 MORE: dict[str, dict[str, Any]] = {

@@ -57,12 +57,9 @@ MODELS: dict[str, dict[str, Any]] = {
 LAYOUTS: dict[str, tuple[str, int, int, int]] = {
     **{f"PP=2, {model}": (model, 2, 2, 1) for model in MODELS},
     "PP=3, D=2, masked": ("D=2, masked", 3, 3, 1),
-    "PP=3, parallel D=2": ("parallel D=2", 3, 3, 1),
     "PP=2 x DP=2, D=2, masked": ("D=2, masked", 4, 2, 1),
-    "PP=2 x DP=2, parallel D=2": ("parallel D=2", 4, 2, 1),
     "PP=2 x SP=2, D=2, masked": ("D=2, masked", 4, 2, 1),
     "PP=2 x EP=2, D=2, masked": ("D=2, masked", 4, 2, 2),
-    "PP=2 x EP=2, no MTP": ("no MTP", 4, 2, 2),
 }
 
 
