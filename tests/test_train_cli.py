@@ -68,7 +68,7 @@ def deepspeed(job: Path, *options: str) -> list[str]:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_launcher_trains_to_the_end_and_prints_only_our_lines(job):
-    """deepspeed with two ranks and torchrun: below."""
+    """deepspeed with two ranks: below."""
     code, output = finish(deepspeed(job), job.with_suffix(".log"))
     assert code == 0, output
     folder = job.parent / "runs" / "job"
@@ -144,7 +144,7 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_finishes(job):
 @pytest.mark.dist
 @pytest.mark.slow
 def test_two_nodes_train_as_one_rank_does_and_end_together_when_a_rank_is_killed(job):
-    """What `deepspeed --hostfile` starts on each node, twice on the loopback device. Killing one rank ends both, and the
+    """What `deepspeed --hostfile` starts on each node, twice on one host. Killing one rank ends both, and the
     next start, of any shape, goes on.
     """
     from dsv3_mtp.parallel.launch import free_port
