@@ -133,7 +133,7 @@ def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, m
 
 
 LAYOUTS: dict[str, dict] = {
-    **{f"ZeRO-{stage}": {"parallel.zero_stage": stage} for stage in range(4)},
+    **{f"ZeRO-{stage}": {"parallel.zero_stage": stage} for stage in (0, 1, 3)},
     "EP=2": {"parallel.expert_parallel_size": 2},
 }
 
