@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     own = losses_only if options.lm_eval else ["lm_eval_include", "limit"]
     if unused := [key for key in own if getattr(options, key) != parser.get_default(key)]:
         names = ", ".join("--" + key.replace("_", "-") for key in unused)
-        parser.error(f"{names}: not {'with' if options.lm_eval else 'without'} --lm-eval")
+        parser.error(f"{names}: {'no effect with' if options.lm_eval else 'only with'} --lm-eval")
     if options.prompts < 0:
         parser.error(f"--prompts {options.prompts}: must be at least 0")
     if options.hf and not options.data and not options.lm_eval:
