@@ -133,11 +133,12 @@ def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]
     if options.against == "transformers":
         if config["mtp"]["mode"] != "none":
             raise ValueError("--against transformers: it trains no MTP heads; add --set mtp.mode=none")
-        return [
-            Child("transformers", {"kind": "transformers", "config": config, "tuned": False}),
-            Child("transformers, tuned", {"kind": "transformers", "config": config, "tuned": True}),
-            *own,
-        ]
+        import torch
+
+        theirs = [("transformers", False), ("transformers, tuned", True)]
+        if torch.cuda.is_available():  # what is tuned are settings of the CPU, and fused AdamW
+            theirs = [("transformers", True)]
+        return [Child(name, {"kind": "transformers", "config": config, "tuned": tuned}) for name, tuned in theirs] + own
     return own
 
 
@@ -160,6 +161,7 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
         }
         text = [
             f"{ours.tokens} tokens per step, {options.threads} threads, {options.rounds} rounds; {config_line(ours)}"
+            f"; best product {statistics.median(peaks) / 1e12:.3g} TFLOP/s"
         ]
         text.append(table(result["variants"]))
         text += ours.first["notes"]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_mtp import kernels
+from dsv3_mtp.fused import fused, usable
 
 MULTIPLE = 64  # rows of an expert under oneDNN, which compiles a kernel per shape: 0.5 ms for each count not seen yet
 
@@ -54,7 +55,7 @@ class _Routed(torch.autograd.Function):
         out = grouped(swiglu(inner, layout.gates), down, rows)  # (rows, C)
         ctx.save_for_backward(x, gate_up, down, inner, layout.source, layout.slots, layout.gates)
         ctx.rows, ctx.gates_dtype = rows, gates.dtype
-        return F.embedding_bag(layout.slots, out, mode="sum")
+        return combine(out, layout.slots)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -64,7 +65,7 @@ class _Routed(torch.autograd.Function):
         grad_down = grouped_weight_grad(grad_out, hidden, ctx.rows) if ctx.needs_input_grad[3] else None
         rows = torch.index_select(x, 0, source, out=grad_out)  # gathered again rather than kept
         grad_gate_up = grouped_weight_grad(grad_inner, rows, ctx.rows) if ctx.needs_input_grad[2] else None
-        grad_x = F.embedding_bag(slots, grouped_input_grad(grad_inner, gate_up, ctx.rows), mode="sum")
+        grad_x = combine(grouped_input_grad(grad_inner, gate_up, ctx.rows), slots)
         return grad_x, grad_gates[slots].to(ctx.gates_dtype), grad_gate_up, grad_down, None, None
 
 
@@ -115,6 +116,16 @@ def grouped_weight_grad(grad: Tensor, x: Tensor, rows: list[int] | Tensor) -> Te
     return out
 
 
+def combine(rows: Tensor, slots: Tensor) -> Tensor:
+    """Sum of the K rows of each token. rows: (rows, C), slots: (N, K) -> (N, C)."""
+    return gather_sum(rows, slots) if usable(rows) else F.embedding_bag(slots, rows, mode="sum")
+
+
+@fused
+def gather_sum(rows: Tensor, slots: Tensor) -> Tensor:
+    return rows[slots].sum(1)  # the (N, K, C) rows between never exist
+
+
 # --- silu(gate) * up ---------------------------------------------------------------------------------------------
 
 
@@ -122,8 +133,7 @@ def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
     """gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
     if kernels.usable(gate_up):
         return kernels.swiglu(gate_up, gates)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up).mul_(gates.unsqueeze(1))
+    return weighted_swiglu(gate_up, gates)
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,11 +142,21 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tenso
         grad_gate_up, grad_gates = kernels.swiglu_backward(grad, gate_up, gates)
         assert grad_gates is not None
         return grad_gate_up, grad_gates, grad
+    return weighted_swiglu_backward(grad, gate_up, gates)
+
+
+@fused
+def weighted_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up * gates.unsqueeze(1)
+
+
+@fused
+def weighted_swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate, up = gate_up.chunk(2, dim=-1)
     sigmoid, factor = gate.sigmoid(), gates.unsqueeze(1)
     silu = gate * sigmoid
     plain = silu * up  # before the gate
-    grad_gates = torch.linalg.vecdot(grad, plain)
-    grad.mul_(factor)
-    slope = (1 - sigmoid).mul_(silu).add_(sigmoid)
-    return torch.cat([slope.mul_(up).mul_(grad), silu.mul_(grad)], dim=1), grad_gates, plain.mul_(factor)
+    grad_gates = (grad * plain).sum(1)
+    slope, scaled = sigmoid + silu * (1 - sigmoid), grad * factor
+    return torch.cat([scaled * up * slope, scaled * silu], dim=1), grad_gates, plain * factor

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp import kernels
+from dsv3_mtp.fused import fused
 from dsv3_mtp.config import ModelConfig, RopeScaling
 from dsv3_mtp.model.recompute import again
 
@@ -42,7 +43,7 @@ class MLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if kernels.usable(x):
             return self.down_proj(again(_SwiGLU.apply, torch.cat([gate, up], dim=-1)))
-        return self.down_proj(again(torch.mul, again(F.silu, gate), up))
+        return self.down_proj(again(_SiLUMul.apply, gate, up))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -72,6 +73,32 @@ class _SwiGLU(torch.autograd.Function):
         return kernels.swiglu_backward(grad.contiguous().flatten(0, -2), gate_up.flatten(0, -2), None)[0].view(
             gate_up.shape
         )
+
+
+class _SiLUMul(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two inputs and nothing else."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor):
+        ctx.save_for_backward(gate, up)
+        return silu_mul(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return silu_mul_backward(grad, *ctx.saved_tensors)
+
+
+@fused
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@fused
+def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """-> gradients of gate and up."""
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
 
 
 class Rows:
