@@ -89,7 +89,10 @@ def convert(model: nn.Module, fp8: FP8Config, device: torch.device) -> str:
     if backend is None:
         return note
     layers = fp8_layers(model, fp8)
-    check_layers(layers, fp8, backend)
+    if (reason := misfit(layers, fp8, backend)) is not None:
+        if fp8.enabled == "auto":
+            return f"fp8: off ({reason})"
+        raise ValueError(reason)
     tile = BLOCK if fp8.gradient_tile == "block" else ROW
     emulated = Emulated(fp8.scale, fp8.accumulation)
     recipe = Recipe(emulated if backend == "emulate" else hopper.ScaledMM(fp8.scale), tile)
@@ -105,22 +108,23 @@ def convert(model: nn.Module, fp8: FP8Config, device: torch.device) -> str:
     return f"{note}: {len(layers)} layers ({', '.join(fp8.modules)}{'' if fp8.mtp else ', MTP blocks not'})"
 
 
-def check_layers(layers: dict[str, nn.Module], fp8: FP8Config, backend: str) -> None:
-    """Raises ValueError for what this backend does not multiply."""
+def misfit(layers: dict[str, nn.Module], fp8: FP8Config, backend: str) -> str | None:
+    """Why this backend cannot multiply these layers, None if it can."""
     if not layers:
-        raise ValueError(f"fp8.modules: the model has no layer of {', '.join(fp8.modules)}; set fp8.enabled: false")
+        return f"fp8.modules: the model has no layer of {', '.join(fp8.modules)}; set fp8.enabled: false"
     if backend == "emulate":
-        return
+        return None
     weights = {name: p for name, layer in layers.items() for p in layer.parameters()}
     shapes = {
         name: getattr(p, "ds_shape", p.shape) for name, p in weights.items()
     }  # ZeRO-3 keeps the whole shape there
     odd = [f"{name} {list(shape)}" for name, shape in shapes.items() if any(n % hopper.ALIGN for n in shape[-2:])]
     if odd:
-        raise ValueError(
+        return (
             f"fp8.backend: {backend} needs weights whose sides are multiples of {hopper.ALIGN}; not so: "
             f"{', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}; change the model, or fp8.modules"
         )
     narrow = {p.dtype for p in weights.values()} - {torch.bfloat16}
     if narrow and backend == "te":
-        raise ValueError(f"fp8.backend: te needs train.dtype: bfloat16 (weights are {narrow.pop()})")
+        return f"fp8.backend: te needs train.dtype: bfloat16 (weights are {narrow.pop()})"
+    return None

@@ -6,7 +6,7 @@ import torch
 from dsv3_mtp.config import FP8Config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.precision.attention import choose_attention, sdpa
-from dsv3_mtp.precision.convert import choose_backend, convert, fp8_layers, set_precision
+from dsv3_mtp.precision.convert import UNSUPPORTED, choose_backend, convert, fp8_layers, set_precision
 from dsv3_mtp.precision.linear import FP8Linear
 
 CPU = torch.device("cpu")
@@ -79,6 +79,16 @@ def test_a_named_backend_runs_or_is_refused(backend):
     assert choose_backend(FP8Config(backend=backend), CPU)[0] is None
     with pytest.raises(ValueError, match=rf"fp8.backend: {backend} needs a Hopper GPU"):
         choose_backend(FP8Config(enabled=True, backend=backend), CPU)
+
+
+def test_layers_that_a_backend_cannot_multiply_stay_as_they_are_under_auto_and_are_refused_otherwise(
+    make_model, monkeypatch
+):
+    monkeypatch.setitem(UNSUPPORTED, "torch", lambda device: None)  # as if there were a Hopper GPU
+    note = convert(make_model(), FP8Config(), CPU)
+    assert note.startswith("fp8: off (fp8.backend: torch needs weights whose sides are multiples of 16")
+    with pytest.raises(ValueError, match=r"multiples of 16; not so: .* change the model, or fp8.modules"):
+        convert(make_model(), FP8Config(enabled=True, backend="torch"), CPU)
 
 
 def test_a_model_without_such_layers_is_refused(make_model):
