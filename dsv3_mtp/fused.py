@@ -16,7 +16,7 @@ from torch import Tensor
 _on = False
 
 
-class fused:  # noqa: N801  a decorator
+class fused:
     """A function of tensors, each call of which is one kernel or few; its first argument decides where it runs.
 
     Compiled once per kind of arguments: the first shape as it is, further ones with sizes left open. Sums inside a

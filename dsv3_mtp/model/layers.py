@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp import kernels
-from dsv3_mtp.fused import fused
 from dsv3_mtp.config import ModelConfig, RopeScaling
+from dsv3_mtp.fused import fused
 from dsv3_mtp.model.recompute import again
 
 
