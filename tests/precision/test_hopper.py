@@ -1,4 +1,4 @@
-"""What hopper.py hands to cuBLAS, against the rules of torch's aten/src/ATen/native/cuda/ScaledBlas.cpp, on any device."""
+"""What hopper.py hands to cuBLAS, on any device, against the rules of ScaledBlas.cpp in torch."""
 
 import pytest
 import torch
@@ -37,7 +37,9 @@ def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, *, output_dtype):
 )
 def test_operands_and_scales_are_laid_out_as_cublas_wants_them(monkeypatch, dtype, tokens, inputs, outputs):
     monkeypatch.setattr(F, "scaled_mm", scaled_mm)
-    x, weight, grad = (torch.randn(shape).to(dtype) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
+    x, weight, grad = (
+        torch.randn(shape).to(dtype) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+    )
     results = []
     for product in (hopper.ScaledMM(), Emulated()):
         a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
