@@ -10,7 +10,7 @@ from dsv3_mtp import kernels
 from dsv3_mtp.fused import fused, usable
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
-CHUNKS_ON_GPU = 4  # that many at a time, of 2 bytes each: its products want more than a few hundred rows
+CHUNKS_ON_GPU = 8  # that many at a time, of 2 bytes each: its products want more than a few hundred rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -4,6 +4,7 @@ Examples:
     python tools/bench.py --preset tiny --against transformers             # the same weights and batch in both
     python tools/bench.py --config configs/v3_tiny.yaml --parts            # where the time of a step goes
     python tools/bench.py --preset tiny --against depths                   # D = 0, 1, 2, 4, sequential and parallel
+    python tools/bench.py --config configs/v3_3b.yaml --against fp8        # bfloat16 and both FP8 backends, on a Hopper GPU
     python tools/bench.py --preset tiny --loss-memory --set model.vocab_size=32768
     python tools/bench.py --startup                                        # from the command to the first step
 Every variant has a process of its own; in each round each runs one step, in random order. On a CPU the times are CPU
@@ -62,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", default=str(ROOT / "configs/v3_tiny.yaml"), metavar="YAML")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="a.b=c", help="as in tools/train.py")
     parser.add_argument("--preset", choices=PRESETS, help="a model of 12M or 28M parameters without MTP heads")
-    parser.add_argument("--against", choices=("transformers", "plain", "depths"), help="what to compare with")
+    parser.add_argument("--against", choices=("transformers", "plain", "depths", "fp8"), help="what to compare with")
     parser.add_argument("--compile", action="store_true", help="also with every block through torch.compile")
     parser.add_argument("--parts", action="store_true", help="also attention, MoE, loss, optimizer, each alone")
     parser.add_argument("--profile", metavar="FILE", help="also a Chrome trace of one step")
@@ -88,7 +89,7 @@ class Child:
     answers: list[dict[str, float]] = field(default_factory=list)
 
     def start(self, threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path()}
         train, data = self.spec["config"]["train"], self.spec["config"]["data"]
         self.tokens = train["micro_batch_size"] * data["seq_len"]
         self.process = subprocess.Popen(
@@ -117,13 +118,20 @@ class Child:
         self.process.communicate()
 
 
+def python_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]:
     """The first one is what the others are compared with."""
 
-    def ours(name: str, *, tuned: bool = True, compiled: bool = False, **mtp: Any) -> Child:
-        changed = config | {"mtp": config["mtp"] | mtp}
+    def ours(name: str, *, tuned: bool = True, compiled: bool = False, section: str = "mtp", **changes: Any) -> Child:
+        changed = config | {section: config[section] | changes}
         return Child(name, {"kind": "ours", "config": changed, "tuned": tuned, "compiled": compiled})
 
+    if options.against == "fp8":
+        rows = [ours("bfloat16", section="fp8", enabled=False)]
+        return rows + [ours(f"FP8 by {b}", section="fp8", enabled=True, backend=b) for b in ("te", "torch")]
     if options.against == "depths":
         rows = [ours("D=0", mode="none")]
         return rows + [ours(f"{mode} D={d}", mode=mode, num_nextn_predict_layers=d) for mode, d in DEPTHS]
@@ -272,7 +280,7 @@ def startup(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             sets = [f"data.train={folder}/random", f"data.val={folder}/random", "data.build=null"]
             sets += [f"run.dir={folder}/runs", f"run.name=r{number}", f"train.threads={options.threads}", *options.sets]
             command = [sys.executable, "-c", STARTUP, options.config, *sets]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            environment = {**os.environ, "PYTHONPATH": python_path()}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             line = next((line for line in done.stdout.splitlines() if line.startswith("MARKS ")), None)
             if line is None:

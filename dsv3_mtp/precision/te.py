@@ -5,6 +5,8 @@ that checkpoints and optimizers see the same names and tensors with every backen
 """
 
 import functools
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ def load() -> tuple[Any, str]:
     """(transformer_engine.pytorch, "") or (None, why not). It fails in more ways than ImportError."""
     if not torch.cuda.is_available():
         return None, "needs a Hopper GPU; there is no CUDA device"
+    # TE would look for a cuDNN of the system first, and two versions in one process break each other.
+    cudnn = Path(torch.__file__).parents[1] / "nvidia" / "cudnn"  # where torch's own is, if pip installed it
+    if cudnn.exists():
+        os.environ.setdefault("CUDNN_HOME", str(cudnn))
     try:
         import transformer_engine.pytorch as te
 
