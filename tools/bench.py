@@ -4,7 +4,7 @@ Examples:
     python tools/bench.py --preset tiny --against transformers             # the same weights and batch in both
     python tools/bench.py --config configs/v3_tiny.yaml --parts            # where the time of a step goes
     python tools/bench.py --preset tiny --against depths                   # D = 0, 1, 2, 4, sequential and parallel
-    python tools/bench.py --config configs/v3_3b.yaml --against fp8        # bfloat16 and both FP8 backends, on a Hopper GPU
+    python tools/bench.py --config configs/v3_3b.yaml --against fp8        # on a Hopper GPU: both FP8 backends
     python tools/bench.py --preset tiny --loss-memory --set model.vocab_size=32768
     python tools/bench.py --startup                                        # from the command to the first step
 Every variant has a process of its own; in each round each runs one step, in random order. On a CPU the times are CPU
