@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The parts of a torch.cat are written in one pass over what they share, not as one result that looks up its part.
+OPTIONS: dict[str, Any] = {"max_pointwise_cat_inputs": 0}
 _on = False
 
 
@@ -32,7 +34,7 @@ class fused:
         if not usable(args[0]):
             return self.function(*args)
         if self.compiled is None:  # not at import: it loads torch's compiler, for a second
-            self.compiled = torch.compile(self.function)
+            self.compiled = torch.compile(self.function, options=OPTIONS)
         return self.compiled(*args)
 
 
@@ -49,7 +51,7 @@ def enable() -> str:
     # Forward, backward and recomputation, and FP8's tiles along rows and columns of every layer, are one kind each.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     try:
-        torch.compile(lambda x: x.sigmoid() * x)(torch.zeros(8, device="cuda"))
+        torch.compile(lambda x: x.sigmoid() * x, options=OPTIONS)(torch.zeros(8, device="cuda"))
     except Exception as error:  # of torch's compiler, Triton or the system's C compiler
         lines = str(error).strip().splitlines() or [""]
         return f"fused GPU kernels: none, torch's operations run instead ({type(error).__name__}: {lines[0]})"
