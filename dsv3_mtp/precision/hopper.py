@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_mtp.precision.linear import Product
 from dsv3_mtp.precision.quantise import ROW, Scale, Tile, quantise
 
 ALIGN = 16  # cuBLAS wants every dimension to be a multiple of this
 
 
 @dataclass(frozen=True)
-class ScaledMM:
+class ScaledMM(Product):
     """product(a, b) = a b^T on FP8 tensor cores, accumulated in float32. Same numbers as `emulate.Emulated`."""
 
     scale: Scale = "pow2"
