@@ -24,7 +24,7 @@ LAYERS = {
 TOP = 5  # the package's __init__.py (the public API) and tools/
 
 # Third-party module -> the parts of the package that may import it.
-DOORS = {"deepspeed": {"parallel"}, "transformer_engine": {"precision"}}
+DOORS = {"deepspeed": {"parallel"}, "transformer_engine": {"precision"}, "triton": {"precision"}}
 # Part of the package -> all the third-party modules that it may import.
 ALLOWED = {"config": {"pydantic", "pydantic_core", "yaml"}, "model": {"torch"}}
 

@@ -1,7 +1,8 @@
 """The routed experts of one layer: sort by expert, products of each expert, weigh, and back to the tokens.
 
 One autograd function with its own backward, so that no step of it keeps more than it needs or scatters gradients. The
-gates weigh the hidden layer, F numbers per row, which is the same as weighing the output, C numbers.
+gates weigh the hidden layer, F numbers per row, which is the same as weighing the output, C numbers. For FP8 products,
+which have a backward of their own, the other steps are there one by one too.
 Shapes: rows = N*K token-expert pairs, sorted by expert (plus padding, see `Layout`).
 """
 
@@ -32,15 +33,17 @@ def padding(x: Tensor) -> int:
     return MULTIPLE if x.device.type == "cpu" and by_onednn else 1
 
 
-def sort_by_expert(chosen: Tensor, gates: Tensor, counts: Tensor, multiple: int) -> Layout:
-    """chosen, gates: (N, K), counts: (E,)."""
+def sort_by_expert(
+    chosen: Tensor, gates: Tensor, counts: Tensor, multiple: int, padded_rows: int | None = None
+) -> Layout:
+    """chosen, gates: (N, K), counts: (E,). `padded_rows` of all experts, where the caller knows it: nobody waits."""
     order = chosen.flatten().argsort(stable=True)  # (N*K,) pairs grouped by expert
     place, rows = torch.arange(order.numel(), device=order.device), order.numel()
     if multiple > 1:
         padded = (counts + multiple - 1) // multiple * multiple
         shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)  # (E,)
         place = place + shift[chosen.flatten()[order]]
-        counts, rows = padded, int(padded.sum())
+        counts, rows = padded, int(padded.sum()) if padded_rows is None else padded_rows
     source = order.new_zeros(rows).index_copy_(0, place, order // chosen.shape[1])
     row_gates = gates.new_zeros(rows).index_copy_(0, place, gates.flatten()[order])
     return Layout(source, torch.empty_like(order).index_copy_(0, order, place).view_as(chosen), row_gates, counts)
@@ -81,7 +84,7 @@ def routed(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tens
     return _Routed.apply(x, gates, gate_up, down, chosen, counts)
 
 
-# --- the products: an FP8 version replaces these three ---------------------------------------------------------
+# --- the products -----------------------------------------------------------------------------------------------
 # `rows`: rows of each expert, an int64 tensor (E,) where one kernel does all experts, else a list of E numbers.
 
 
@@ -124,6 +127,70 @@ def combine(rows: Tensor, slots: Tensor) -> Tensor:
 @fused
 def gather_sum(rows: Tensor, slots: Tensor) -> Tensor:
     return rows[slots].sum(1)  # the (N, K, C) rows between never exist
+
+
+# --- the other steps one by one ---------------------------------------------------------------------------------
+
+
+def to_experts(x: Tensor, layout: Layout) -> Tensor:
+    """The rows of the experts from those of the tokens, (N, C) -> (rows, C). Padding is zeros: FP8's tiles see it."""
+    return _ToExperts.apply(x, layout.source, layout.slots)
+
+
+def from_experts(rows: Tensor, layout: Layout) -> Tensor:
+    """The sum of each token's rows, (rows, C) -> (N, C)."""
+    return _FromExperts.apply(rows, layout.source, layout.slots)
+
+
+def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
+    """silu(gate) * up * gates, which keeps its two inputs. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
+    return _GatedSwiGLU.apply(gate_up, gates)
+
+
+class _ToExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, source: Tensor, slots: Tensor):
+        ctx.save_for_backward(slots)
+        return scatter(x, source, slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return combine(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+class _FromExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, source: Tensor, slots: Tensor):
+        ctx.save_for_backward(source, slots)
+        return combine(rows, slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return scatter(grad, *ctx.saved_tensors), None, None
+
+
+class _GatedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, gates: Tensor):
+        ctx.save_for_backward(gate_up, gates)
+        return weighted_swiglu(gate_up, gates)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return weighted_swiglu_backward(grad, *ctx.saved_tensors)[:2]
+
+
+def scatter(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
+    """x: (N, C), source: (rows,), slots: (N, K) -> (rows, C): the rows that `combine` sums, zeros in those it skips."""
+    if source.numel() == slots.numel():
+        return x.index_select(0, source)
+    real = torch.zeros_like(source, dtype=torch.bool).index_fill_(0, slots.flatten(), True)
+    return gather_real(x, source, real)
+
+
+@fused
+def gather_real(x: Tensor, source: Tensor, real: Tensor) -> Tensor:
+    return torch.where(real.unsqueeze(1), x[source], 0)
 
 
 # --- silu(gate) * up ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 codes = round(x * scale), x ~ codes * scale_inv. A partial tile at the edge is a tile like the others.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -22,9 +23,30 @@ BLOCK: Tile = (EDGE, EDGE)
 LARGEST = 448.0  # of E4M3
 
 
-@fused
 def quantise(x: Tensor, tile: Tile, scale: Scale = "pow2") -> tuple[Tensor, Tensor]:
     """(M, K) -> codes (M, K) float8_e4m3fn and scale_inv (M / tile rows, K / tile columns) float32, rounded up."""
+    if x.device.type == "cuda" and not torch.compiler.is_compiling() and no_kernel() is None:
+        from dsv3_mtp.precision import triton_quantise
+
+        return triton_quantise.quantise(x, tile, scale)
+    return by_operations(x, tile, scale)
+
+
+@functools.cache
+def no_kernel() -> str | None:
+    """Why torch's operations quantise on a GPU, None if the Triton kernel does."""
+    try:
+        from dsv3_mtp.precision import triton_quantise
+
+        triton_quantise.quantise(torch.zeros(1, 1, device="cuda"), ROW, "pow2")
+    except Exception as error:  # no Triton, no C compiler for its launchers, or a GPU that has no E4M3
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return None
+
+
+@fused
+def by_operations(x: Tensor, tile: Tile, scale: Scale) -> tuple[Tensor, Tensor]:
+    """`quantise` on any device."""
     tiles = _tiled(x, tile)  # (M/a, a, K/128, 128)
     factor = scales(tiles.abs().amax((1, 3)), x.dtype, scale)  # (M/a, K/128)
     codes = (tiles.float() * factor[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

@@ -80,7 +80,7 @@ class TEGroupedLinear:
         self.recipe = recipe(scale)
         self.inner: Any = None
 
-    def __call__(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, counts: Tensor | list[int]) -> Tensor:
         """x: (rows, in) sorted by group, weight: (E, out, in), counts: (E,) -> (rows, out)."""
         te = load()[0]
         groups, out, width = weight.shape
@@ -93,7 +93,7 @@ class TEGroupedLinear:
                 del self.inner._parameters[f"weight{group}"]
         for group, matrix in enumerate(weight.unbind()):
             setattr(self.inner, f"weight{group}", matrix)
-        splits = counts.tolist()
+        splits = counts.tolist() if isinstance(counts, Tensor) else counts
         padded, padded_splits = self.pad(x, splits)
         with te.autocast(enabled=True, recipe=self.recipe):
             y = self.inner(padded, padded_splits)

@@ -1,5 +1,7 @@
 """Fused kernels against the same operations one by one in float64, forward and backward, and what they promise."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from dsv3_mtp import fused, losses
 from dsv3_mtp.config import Config
 from dsv3_mtp.model import attention, dispatch, layers
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.precision.quantise import BLOCK, ROW, dequantise, quantise
+from dsv3_mtp.precision import hopper
+from dsv3_mtp.precision.quantise import BLOCK, ROW, dequantise, no_kernel, quantise
 from tests.precision.test_quantise import samples
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
@@ -75,20 +78,33 @@ def test_fused_cross_entropy_equals_float64(dtype):
 
 @pytest.mark.parametrize("tile", [ROW, BLOCK], ids=["row", "block"])
 @pytest.mark.parametrize("scale", ["pow2", "fp32"])
-def test_the_compiled_quantiser_is_bit_for_bit_that_of_the_cpu(tile, scale):
-    for kind in ("normal", "zeros", "outliers", "tiny", "wide", "infinite"):
-        for dtype in (torch.float32, torch.bfloat16):
-            for x in (
-                samples(kind, (256, 384), dtype),
-                samples(kind, (129, 257), dtype),
-                samples(kind, (384, 130), dtype).t(),
-            ):
-                codes, scale_inv = quantise(x.cuda(), tile, scale)
-                want, want_scale = quantise(x, tile, scale)
-                assert torch.equal(codes.cpu().view(torch.uint8), want.view(torch.uint8)), (kind, dtype, x.shape)
-                assert torch.equal(scale_inv.cpu(), want_scale), (kind, dtype, x.shape)
-                values = dequantise(codes, scale_inv, tile)
-                assert torch.equal(values.cpu().isnan(), dequantise(want, want_scale, tile).isnan())
+def test_the_triton_quantiser_is_bit_for_bit_that_of_the_cpu(tile, scale):
+    assert no_kernel() is None
+    for kind in ("normal", "zeros", "outliers", "tiny", "wide", "infinite", "nan"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for shape in ((256, 384), (129, 257), (384, 130), (1, 1)):
+                x = samples(kind, shape, dtype)
+                if kind == "nan":
+                    x.view(-1)[x.numel() // 2] = math.nan
+                for turned in (x, x.t()):
+                    codes, scale_inv = quantise(turned.cuda(), tile, scale)
+                    want, want_scale = quantise(turned, tile, scale)
+                    assert codes.is_contiguous()
+                    assert torch.equal(codes.cpu().view(torch.uint8), want.contiguous().view(torch.uint8)), (
+                        kind,
+                        dtype,
+                    )
+                    assert torch.equal(scale_inv.cpu(), want_scale), (kind, dtype, turned.shape)
+                    values = dequantise(codes, scale_inv, tile)
+                    assert torch.equal(values.cpu().isnan(), dequantise(want, want_scale, tile).isnan())
+
+
+def test_the_scales_of_groups_are_laid_out_as_on_the_cpu():
+    for rows in ([256, 0, 128, 384], [128, 1280]):
+        scale_inv = torch.rand(sum(rows), 5)
+        want = hopper._by_group(scale_inv, *hopper._groups_of_blocks(rows, scale_inv.device))
+        got = hopper._by_group(scale_inv.cuda(), *hopper._groups_of_blocks(rows, torch.device("cuda")))
+        assert torch.equal(got.cpu(), want)
 
 
 def test_a_model_with_fused_kernels_has_the_loss_and_gradients_of_one_without(make_tiny_config):
