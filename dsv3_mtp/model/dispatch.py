@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp import kernels
-from dsv3_mtp.fused import fused, usable
+from dsv3_mtp import fused, kernels
 
 MULTIPLE = 64  # rows of an expert under oneDNN, which compiles a kernel per shape: 0.5 ms for each count not seen yet
 
@@ -121,12 +120,9 @@ def grouped_weight_grad(grad: Tensor, x: Tensor, rows: list[int] | Tensor) -> Te
 
 def combine(rows: Tensor, slots: Tensor) -> Tensor:
     """Sum of the K rows of each token. rows: (rows, C), slots: (N, K) -> (N, C)."""
-    return gather_sum(rows, slots) if usable(rows) else F.embedding_bag(slots, rows, mode="sum")
-
-
-@fused
-def gather_sum(rows: Tensor, slots: Tensor) -> Tensor:
-    return rows[slots].sum(1)  # the (N, K, C) rows between never exist
+    if fused.usable(rows):
+        return fused.kernels.gather_sum(rows, slots)
+    return F.embedding_bag(slots, rows, mode="sum")
 
 
 # --- the other steps one by one ---------------------------------------------------------------------------------
@@ -173,11 +169,12 @@ class _GatedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor, gates: Tensor):
         ctx.save_for_backward(gate_up, gates)
-        return weighted_swiglu(gate_up, gates)
+        return swiglu(gate_up, gates)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return weighted_swiglu_backward(grad, *ctx.saved_tensors)[:2]
+        grad = grad if fused.usable(grad) else grad.clone()  # which is not ours to overwrite
+        return swiglu_backward(grad, *ctx.saved_tensors)[:2]
 
 
 def scatter(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
@@ -185,11 +182,6 @@ def scatter(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
     if source.numel() == slots.numel():
         return x.index_select(0, source)
     real = torch.zeros_like(source, dtype=torch.bool).index_fill_(0, slots.flatten(), True)
-    return gather_real(x, source, real)
-
-
-@fused
-def gather_real(x: Tensor, source: Tensor, real: Tensor) -> Tensor:
     return torch.where(real.unsqueeze(1), x[source], 0)
 
 
@@ -197,10 +189,13 @@ def gather_real(x: Tensor, source: Tensor, real: Tensor) -> Tensor:
 
 
 def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
-    """gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
+    """silu(gate) * up * gates. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
     if kernels.usable(gate_up):
         return kernels.swiglu(gate_up, gates)
-    return weighted_swiglu(gate_up, gates)
+    if fused.usable(gate_up):
+        return fused.kernels.swiglu(gate_up, gates)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).mul_(gates.unsqueeze(1))
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,21 +204,13 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tenso
         grad_gate_up, grad_gates = kernels.swiglu_backward(grad, gate_up, gates)
         assert grad_gates is not None
         return grad_gate_up, grad_gates, grad
-    return weighted_swiglu_backward(grad, gate_up, gates)
-
-
-@fused
-def weighted_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up * gates.unsqueeze(1)
-
-
-@fused
-def weighted_swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if fused.usable(gate_up):
+        return fused.kernels.swiglu_backward(grad, gate_up, gates)
     gate, up = gate_up.chunk(2, dim=-1)
     sigmoid, factor = gate.sigmoid(), gates.unsqueeze(1)
     silu = gate * sigmoid
     plain = silu * up  # before the gate
-    grad_gates = (grad * plain).sum(1)
-    slope, scaled = sigmoid + silu * (1 - sigmoid), grad * factor
-    return torch.cat([scaled * up * slope, scaled * silu], dim=1), grad_gates, plain * factor
+    grad_gates = torch.linalg.vecdot(grad, plain)
+    grad.mul_(factor)
+    slope = (1 - sigmoid).mul_(silu).add_(sigmoid)
+    return torch.cat([slope.mul_(up).mul_(grad), silu.mul_(grad)], dim=1), grad_gates, plain.mul_(factor)

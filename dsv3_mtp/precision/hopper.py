@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp.fused import fused
 from dsv3_mtp.precision.linear import Product
 from dsv3_mtp.precision.quantise import BLOCK, EDGE, ROW, Scale, Tile, no_kernel, quantise
 
@@ -108,7 +107,6 @@ def _groups_of_blocks(rows: list[int], device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-@fused
 def _by_group(scale_inv: Tensor, first: Tensor, size: Tensor) -> Tensor:
     """Scales (M, T) of tiles -> (M*T,): group after group, each column-major as cuBLAS wants it.
 
