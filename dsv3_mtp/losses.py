@@ -25,7 +25,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         prediction = torch.empty_like(targets)  # (M,)
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
-            logits = (hidden[chunk] @ weight.T).to(wide)  # (rows, V)
+            logits = hidden[chunk] @ weight.T  # (rows, V)
+            logits = logits if kernels.usable(logits) else logits.to(wide)
             nll[chunk], prediction[chunk] = _to_gradient(logits, targets[chunk], row_weight[chunk])
             grad_logits = logits.to(hidden.dtype)
             if grad_hidden is not None:

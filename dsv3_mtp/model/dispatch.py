@@ -48,23 +48,24 @@ def sort_by_expert(chosen: Tensor, gates: Tensor, counts: Tensor, multiple: int)
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor):
-        layout = sort_by_expert(chosen, gates.to(x.dtype), counts, padding(x))
+        narrow = gates.to(torch.float32 if kernels.usable(x) else x.dtype)
+        layout = sort_by_expert(chosen, narrow, counts, padding(x))
         rows = layout.counts if grouped_kernel(x, gate_up) else layout.counts.tolist()
-        inner = grouped(x.index_select(0, layout.source), gate_up, rows)  # (rows, 2F)
+        inner = grouped(gather_rows(x, layout.source), gate_up, rows)  # (rows, 2F)
         out = grouped(swiglu(inner, layout.gates), down, rows)  # (rows, C)
         ctx.save_for_backward(x, gate_up, down, inner, layout.source, layout.slots, layout.gates)
         ctx.rows, ctx.gates_dtype = rows, gates.dtype
-        return F.embedding_bag(layout.slots, out, mode="sum")
+        return sum_rows(out, layout.slots)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, gate_up, down, inner, source, slots, row_gates = ctx.saved_tensors
-        grad_out = grad.index_select(0, source)  # (rows, C), as if no gate came after it
+        grad_out = gather_rows(grad.contiguous(), source)  # (rows, C), as if no gate came after it
         grad_inner, grad_gates, hidden = swiglu_backward(grouped_input_grad(grad_out, down, ctx.rows), inner, row_gates)
         grad_down = grouped_weight_grad(grad_out, hidden, ctx.rows) if ctx.needs_input_grad[3] else None
-        rows = torch.index_select(x, 0, source, out=grad_out)  # gathered again rather than kept
+        rows = gather_rows(x, source, grad_out)  # gathered again rather than kept
         grad_gate_up = grouped_weight_grad(grad_inner, rows, ctx.rows) if ctx.needs_input_grad[2] else None
-        grad_x = F.embedding_bag(slots, grouped_input_grad(grad_inner, gate_up, ctx.rows), mode="sum")
+        grad_x = sum_rows(grouped_input_grad(grad_inner, gate_up, ctx.rows), slots)
         return grad_x, grad_gates[slots].to(ctx.gates_dtype), grad_gate_up, grad_down, None, None
 
 
@@ -115,24 +116,35 @@ def grouped_weight_grad(grad: Tensor, x: Tensor, rows: list[int] | Tensor) -> Te
     return out
 
 
-# --- silu(gate) * up ---------------------------------------------------------------------------------------------
+# --- between the products ----------------------------------------------------------------------------------------
+
+
+def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """x[index]. x: (N, C), index: (rows,) -> (rows, C)."""
+    return kernels.gather_rows(x, index, out) if kernels.usable(x) else torch.index_select(x, 0, index, out=out)
+
+
+def sum_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index].sum(1). x: (rows, C), index: (N, K) -> (N, C)."""
+    return kernels.sum_rows(x, index) if kernels.usable(x) else F.embedding_bag(index, x, mode="sum")
 
 
 def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
-    """gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
-    if kernels.usable(gate_up):
-        return kernels.swiglu(gate_up, gates)
+    """silu(gate) * up * gates. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
     gate, up = gate_up.chunk(2, dim=-1)
+    if kernels.usable(gate_up):
+        return kernels.swiglu(gate, up, gates)
     return F.silu(gate).mul_(up).mul_(gates.unsqueeze(1))
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad: (rows, F), overwritten -> gradient of gate_up, gradient of gates, and the forward's result again."""
+    gate, up = gate_up.chunk(2, dim=-1)
     if kernels.usable(gate_up):
-        grad_gate_up, grad_gates = kernels.swiglu_backward(grad, gate_up, gates)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gates = kernels.swiglu_backward(grad, gate, up, *grad_gate_up.chunk(2, dim=-1), gates)
         assert grad_gates is not None
         return grad_gate_up, grad_gates, grad
-    gate, up = gate_up.chunk(2, dim=-1)
     sigmoid, factor = gate.sigmoid(), gates.unsqueeze(1)
     silu = gate * sigmoid
     plain = silu * up  # before the gate
