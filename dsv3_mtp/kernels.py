@@ -26,9 +26,8 @@ _SIGNATURES = {
     "rms_norm_backward": [_P, _P, _I, _P, _P, _P, _P, _I, _I, _I],
     "swiglu": [_P, _P, _I, _P, _P, _I, _I],
     "swiglu_backward": [_P, _P, _I, _P, _P, _P, _P, _P, _P, _I, _I],
-    "causal_softmax": [_P, _I, _I, _I, _I, _F],
-    "causal_softmax_backward": [_P, _P, _I, _I, _I, _I, _F],
-    "heads": [_P, _P, _P, _I, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _I],
+    "attention": [_P, _P, _P, _I, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F],
+    "attention_backward": [_P, _P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F],
     "gather_rows": [_P, _P, _P, _I, _I],
     "sum_rows": [_P, _P, _P, _I, _I, _I],
     "cross_entropy": [_P, _P, _P, _P, _P, _I, _I],
@@ -67,18 +66,19 @@ def usable(*tensors: Tensor) -> bool:
 
 def _build(flags: tuple[str, ...]) -> Path:
     """The shared library of this source, compiler and processor in the user's cache; made if it is missing."""
-    source = Path(__file__).with_suffix(".c")
+    folder = Path(__file__).parent
+    sources = [folder / "kernels.c", folder / "attention.c"]
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise OSError("there is no C compiler; install one, or name it in CC")
-    key = hashlib.sha256(source.read_bytes())
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in (folder / "kernels.h", *sources)))
     key.update(repr((compiler, FLAGS, flags, platform.node(), _processor())).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_mtp"
     target = cache / f"kernels-{key.hexdigest()[:16]}.so"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(f".{os.getpid()}.tmp")  # a process that dies or races leaves no half library
-        command = [compiler, *FLAGS, *flags, str(source), "-o", str(temporary), "-lm"]
+        command = [compiler, *FLAGS, *flags, *map(str, sources), "-o", str(temporary), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         temporary.replace(target)
     return target
@@ -130,31 +130,39 @@ def swiglu_backward(
     return grad_factors
 
 
-def causal_softmax_(scores: Tensor, first: int, scale: float) -> Tensor:
-    """softmax(scale * scores) of the first `first + r + 1` columns of row r, in place. scores: (batch, rows, width)."""
-    _call("causal_softmax", scores.dtype, scores, *scores.shape, first, scale)
-    return scores
-
-
-def causal_softmax_backward_(grad: Tensor, probs: Tensor, first: int, scale: float) -> Tensor:
-    """In place: gradient of the probabilities -> of the scores."""
-    _call("causal_softmax_backward", grad.dtype, probs, grad, *grad.shape, first, scale)
-    return grad
-
-
-def heads(projected: list[Tensor], angles: Tensor, separate: list[Tensor], *, back: bool) -> None:
-    """Fills in the attention heads from the projections, rotary parts turned; `back`: gradients the other way.
+def attention(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention, rotary parts turned on the way.
 
     Args:
-        projected: query (B, T, H, nope+P), keys and values (B, T, H, nope+v), the shared rotary key (B, T, P), which
+        query: (B, T, H, nope+P); kv: (B, T, H, nope+v) keys and values; k_rope: (B, T, P), shared by the heads, which
             need be contiguous in P only.
         angles: (2, T, P/2) cos and sin.
-        separate: q and k, each (B, H, T, nope+P), and v (B, H, T, v).
+    Returns:
+        (B, T, H, v), and of every softmax the largest score and 1 / sum for the backward, (2, B, H, T).
     """
-    k_rope, (q, _, v) = projected[2], separate
-    (batch, heads, length, width), rope = q.shape, k_rope.shape[-1]
-    sizes = (batch, length, heads, width - rope, rope, v.shape[-1], int(back))
-    _call("heads", q.dtype, *projected, k_rope.stride(1), angles[0], angles[1], *separate, *sizes)
+    sizes = _attention_sizes(query, kv, k_rope)
+    out, softmax = query.new_empty(*query.shape[:3], sizes[-1]), angles.new_empty(2, sizes[0], sizes[2], sizes[1])
+    inputs = (query, kv, k_rope, k_rope.stride(1), angles[0], angles[1])
+    _call("attention", query.dtype, *inputs, out, softmax[0], softmax[1], *sizes, scale)
+    return out, softmax
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor, softmax: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad: (B, T, H, v) -> gradients of query, kv and k_rope."""
+    batch, length, heads, *_ = sizes = _attention_sizes(query, kv, k_rope)
+    grads = torch.empty_like(query), torch.empty_like(kv), k_rope.new_empty(k_rope.shape)
+    each = angles.new_empty(batch, heads, length, k_rope.shape[-1])  # of k_rope from each head
+    inputs = (query, kv, k_rope, k_rope.stride(1), angles[0], angles[1], grad, softmax[0], softmax[1])
+    _call("attention_backward", query.dtype, *inputs, grads[0], grads[1], each, grads[2], *sizes, scale)
+    return grads
+
+
+def _attention_sizes(query: Tensor, kv: Tensor, k_rope: Tensor) -> tuple[int, ...]:
+    """B, T, H, nope, P, v."""
+    (batch, length, heads, width), rope = query.shape, k_rope.shape[-1]
+    return batch, length, heads, width - rope, rope, kv.shape[-1] - (width - rope)
 
 
 def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:

@@ -142,7 +142,8 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tenso
     gate, up = gate_up.chunk(2, dim=-1)
     if kernels.usable(gate_up):
         grad_gate_up = torch.empty_like(gate_up)
-        grad_gates = kernels.swiglu_backward(grad, gate, up, *grad_gate_up.chunk(2, dim=-1), gates)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        grad_gates = kernels.swiglu_backward(grad, gate, up, grad_gate, grad_up, gates)
         assert grad_gates is not None
         return grad_gate_up, grad_gates, grad
     sigmoid, factor = gate.sigmoid(), gates.unsqueeze(1)
