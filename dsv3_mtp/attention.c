@@ -1,78 +1,8 @@
 // Causal attention of MLA's heads, forward and backward, its small products included: one task per sequence and head,
 // whose scores never leave the cache of its core. kernels.py documents the shapes.
-#include <stdlib.h>
+#include "products.h"
 
-#include "kernels.h"
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-enum { LANES = 16, TILE = 8 };
-#else
-enum { LANES = 8, TILE = 4 };
-#endif
-enum { WIDE = 3, BLOCK = 64 };  // a tile of a product is TILE x (WIDE * LANES); queries are taken in blocks
-enum { AHEAD = 8, STRIPE = 32 };  // rows fetched ahead; columns that a loop takes at once
-typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-// What one multiply-add takes from each side along the summed dimension: a float, or two neighbours of bfloat16.
-#ifdef BFLOAT16
-enum { PER = 2 };
-typedef uint32_t unit __attribute__((may_alias));
-typedef uint32_t units __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-static inline vec multiply_add(vec sum, unit a, units b) {
-#ifdef __AVX512BF16__
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
-#else
-    float low = load(a), high = (word){.u = a & 0xffff0000}.f;
-    return sum + low * (vec)(b << 16) + high * (vec)(b & 0xffff0000);
-#endif
-}
-#else
-enum { PER = 1 };
-typedef float unit;
-typedef vec units;
-
-static inline vec multiply_add(vec sum, unit a, units b) { return sum + a * b; }
-#endif
-
-typedef struct { const unit *at; i64 row, deep; } Left;  // element (row m, depth k) is at[m * row + k * deep]
-typedef struct { const unit *at; i64 deep; } Right;      // element (depth k, column n) is at[k * deep + n]
-
-static inline __attribute__((always_inline)) void tile(Left a, Right b, i64 depth, float *c, i64 stride, int add,
-                                                       const int wide) {
-    vec sum[TILE][WIDE];
-#pragma GCC unroll 8
-    for (int m = 0; m < TILE; m++)
-#pragma GCC unroll 3
-        for (int n = 0; n < wide; n++) sum[m][n] = add ? *(vec *)(c + m * stride + n * LANES) : (vec){0};
-    for (i64 k = 0; k < depth; k++) {
-        const unit *left = a.at + k * a.deep, *right = b.at + k * b.deep;
-        units column[WIDE];
-#pragma GCC unroll 3
-        for (int n = 0; n < wide; n++) column[n] = *(const units *)(right + n * LANES);
-#pragma GCC unroll 8
-        for (int m = 0; m < TILE; m++)
-#pragma GCC unroll 3
-            for (int n = 0; n < wide; n++) sum[m][n] = multiply_add(sum[m][n], left[m * a.row], column[n]);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < TILE; m++)
-#pragma GCC unroll 3
-        for (int n = 0; n < wide; n++) *(vec *)(c + m * stride + n * LANES) = sum[m][n];
-}
-
-// TILE rows of c, `columns` of them (whole vectors), become a @ b or, with `add`, grow by it.
-static void product(Left a, Right b, i64 depth, float *c, i64 stride, i64 columns, int add) {
-    for (i64 n = 0; n < columns; n += WIDE * LANES, b.at += WIDE * LANES, c += WIDE * LANES) {
-        i64 left = (columns - n) / LANES;
-        if (left >= 3) tile(a, b, depth, c, stride, add, 3);
-        else if (left == 2) tile(a, b, depth, c, stride, add, 2);
-        else tile(a, b, depth, c, stride, add, 1);
-    }
-}
-
-static i64 up(i64 x, i64 multiple) { return (x + multiple - 1) / multiple * multiple; }
+enum { STRIPE = 32 };  // columns that a loop takes at once
 
 static void turn(float *x, const float *cos, const float *sin, float sign, i64 pairs) {
     for (i64 p = 0; p < pairs; p++) {
@@ -108,32 +38,6 @@ static void collect(const real *x, i64 stride, i64 width, const real *rotary, i6
     }
 }
 
-// As the right side of a product over the columns: (padded, width) -> (width / PER, padded).
-static Right transposed(const real *x, i64 width, Shape s, unit *out) {
-    const unit *in = (const unit *)x;
-    for (i64 t = 0; t < s.padded; t += LANES)
-        for (i64 k = 0; k < width / PER; k++)
-            for (i64 l = 0; l < LANES; l++) out[k * s.padded + t + l] = in[(t + l) * (width / PER) + k];
-    return (Right){out, s.padded};
-}
-
-// As a side of a product over the rows: (rows, width) -> (rows / PER, width); nothing to do for floats.
-static const unit *paired(const real *x, i64 rows, i64 width, i64 columns, unit *out) {
-#ifdef BFLOAT16
-    for (i64 row = 0; row < rows; row += 2, x += 2 * width, out += width)
-#pragma omp simd
-        for (i64 c = 0; c < columns; c++) out[c] = x[c] | (uint32_t)x[width + c] << 16;
-    return out - rows / 2 * width;
-#else
-    (void)rows, (void)width, (void)columns, (void)out;
-    return x;
-#endif
-}
-
-static Left rows_of(const real *x, i64 width, i64 row) {
-    return (Left){(const unit *)x + row * (width / PER), width / PER, 1};
-}
-
 // Queries start .. start + BLOCK against the keys up to each tile's last query.
 static void all_scores(const real *query, Right keys, i64 width, i64 start, Shape s, float *scores) {
     for (i64 m = 0; m < BLOCK; m += TILE)
@@ -152,7 +56,7 @@ static void spread(const unit *weights, const unit *rows, i64 start, Shape s, fl
     for (i64 key = 0; key < start + BLOCK; key += TILE) {
         i64 first = key > start ? key - start : 0;  // queries of this block before `first` do not see the key
         Left a = {weights + first / PER * s.padded + key, 1, s.padded};
-        Right b = {rows + (start + first) / PER * width, width};
+        Right b = plain(rows + (start + first) / PER * width, width);
         product(a, b, (BLOCK - first) / PER, sums + key * width, width, width, key < start);
     }
 }
@@ -237,15 +141,15 @@ void attention(const real *query, const real *kv, const real *k_rope, i64 stride
     i64 kw = s.key_width, vw = s.value_width;
 #pragma omp parallel
     {
-        real *q = calloc(s.padded * (2 * kw + vw), sizeof(real)), *k = q + s.padded * kw, *v = k + s.padded * kw;
-        unit *across = malloc(s.padded * (kw + vw) * sizeof(unit)), *pairs = across + s.padded * kw;
+        real *q = calloc(s.padded * (2 * kw + vw) + LANES * PER, sizeof(real)), *k = q + s.padded * kw, *v = k + s.padded * kw;
+        unit *pairs = malloc((s.padded * vw + panel_size(kw, s.padded)) * sizeof(unit)), *keys_at = pairs + s.padded * vw;
         float *scores = malloc(BLOCK * (s.padded + vw) * sizeof(float)), *mixed = scores + BLOCK * s.padded;
         real *weights = calloc(BLOCK * s.padded, sizeof(real));
 #pragma omp for schedule(static)
         for (i64 n = 0; n < batch * heads; n++) {
             i64 b = n / heads, h = n % heads;
             collect_head(in, b, h, s, q, k, v);
-            Right keys = transposed(k, kw, s, across), values = {paired(v, s.padded, vw, vw, pairs), vw};
+            Right keys = across(k, s.padded, kw, keys_at), values = plain(paired(v, s.padded, vw, vw, pairs), vw);
             for (i64 start = 0; start < length; start += BLOCK) {
                 all_scores(q, keys, kw, start, s, scores);
                 float *most = top + n * length + start, *factor = inverse + n * length + start;
@@ -261,7 +165,7 @@ void attention(const real *query, const real *kv, const real *k_rope, i64 stride
                 }
             }
         }
-        free(q), free(across), free(scores), free(weights);
+        free(q), free(pairs), free(scores), free(weights);
     }
 }
 
@@ -290,10 +194,11 @@ static void *take(char **at, i64 count, size_t size) {
 static Scratch scratch_of(Shape s) {
     i64 kw = s.padded * s.key_width, vw = s.padded * s.value_width, block = BLOCK * s.padded;
     Scratch x;
-    char *at = x.memory = calloc(7 * kw + 6 * vw + 6 * block + BLOCK * s.key_width + 1024, sizeof(float));
+    char *at = x.memory = calloc(8 * kw + 7 * vw + 6 * block + BLOCK * s.key_width + 4096, sizeof(float));
     x.q = take(&at, kw, sizeof(real)), x.k = take(&at, kw, sizeof(real)), x.v = take(&at, vw, sizeof(real));
     x.g = take(&at, vw, sizeof(real)), x.p = take(&at, block, sizeof(real)), x.d = take(&at, block, sizeof(real));
-    x.keys = take(&at, kw, sizeof(unit)), x.values = take(&at, vw, sizeof(unit));
+    x.keys = take(&at, panel_size(s.key_width, s.padded), sizeof(unit));
+    x.values = take(&at, panel_size(s.value_width, s.padded), sizeof(unit));
     x.q_pairs = take(&at, kw, sizeof(unit)), x.k_pairs = take(&at, kw, sizeof(unit));
     x.g_pairs = take(&at, vw, sizeof(unit)), x.p_pairs = take(&at, block, sizeof(unit));
     x.d_pairs = take(&at, block, sizeof(unit)), x.scores = take(&at, block, sizeof(float));
@@ -317,8 +222,8 @@ void attention_backward(const real *query, const real *kv, const real *k_rope, i
             i64 b = n / heads, h = n % heads;
             collect_head(in, b, h, s, x.q, x.k, x.v);
             collect(grad + (b * length * heads + h) * value, heads * value, value, grad, 0, 0, s, x.g, vw);
-            Right keys = transposed(x.k, kw, s, x.keys), values = transposed(x.v, vw, s, x.values);
-            Right k_down = {paired(x.k, s.padded, kw, kw, x.k_pairs), kw};
+            Right keys = across(x.k, s.padded, kw, x.keys), values = across(x.v, s.padded, vw, x.values);
+            Right k_down = plain(paired(x.k, s.padded, kw, kw, x.k_pairs), kw);
             const unit *q_pairs = paired(x.q, s.padded, kw, kw, x.q_pairs);
             const unit *g_pairs = paired(x.g, s.padded, vw, vw, x.g_pairs);
             for (i64 start = 0; start < length; start += BLOCK) {

@@ -39,55 +39,24 @@ void rms_norm_backward(const real *grad, const real *x, i64 stride, const real *
     }
 }
 
-// silu(a) * b, their rows `stride` apart. gate: one factor per row, or NULL.
-void swiglu(const real *gate_proj, const real *up_proj, i64 stride, const float *gate, real *y, i64 rows, i64 width) {
+void swiglu(const real *a, const real *b, real *y, i64 rows, i64 width) {
+    PARALLEL
+    for (i64 row = 0; row < rows; row++) swiglu_row(a + row * width, b + row * width, 1, y + row * width, width);
+}
+
+void swiglu_backward(const real *gate_proj, const real *up_proj, const real *grad, real *grad_gate_proj,
+                     real *grad_up_proj, i64 rows, i64 width) {
     PARALLEL
     for (i64 row = 0; row < rows; row++) {
-        const real *a = gate_proj + row * stride, *b = up_proj + row * stride;
-        real *out = y + row * width;
-        float factor = gate ? gate[row] : 1.0f;
+        const real *a = gate_proj + row * width, *b = up_proj + row * width, *g = grad + row * width;
+        real *grad_a = grad_gate_proj + row * width, *grad_b = grad_up_proj + row * width;
 #pragma omp simd
         for (i64 c = 0; c < width; c++) {
-            float x = load(a[c]);
-            out[c] = store(x / (1 + exponential(-x)) * load(b[c]) * factor);
+            float x = load(a[c]), sigmoid = 1 / (1 + exponential(-x)), silu = x * sigmoid;
+            grad_a[c] = store(load(g[c]) * load(b[c]) * (sigmoid + silu * (1 - sigmoid)));
+            grad_b[c] = store(load(g[c]) * silu);
         }
     }
-}
-
-// With gate: also grad_gate, and y over again (it may take grad's place), which the down projection's gradient needs.
-void swiglu_backward(const real *gate_proj, const real *up_proj, i64 stride, const float *gate, const real *grad,
-                     real *grad_gate_proj, real *grad_up_proj, real *y, float *grad_gate, i64 rows, i64 width) {
-    PARALLEL
-    for (i64 row = 0; row < rows; row++) {
-        const real *a = gate_proj + row * stride, *b = up_proj + row * stride, *g = grad + row * width;
-        real *grad_a = grad_gate_proj + row * stride, *grad_b = grad_up_proj + row * stride, *out = y + row * width;
-        float factor = gate ? gate[row] : 1.0f, sum = 0;
-        if (gate) {
-#pragma omp simd reduction(+ : sum)
-            for (i64 c = 0; c < width; c++) {
-                float x = load(a[c]), up = load(b[c]), sigmoid = 1 / (1 + exponential(-x)), silu = x * sigmoid;
-                float own = load(g[c]), scaled = own * factor;
-                sum += own * silu * up;
-                grad_a[c] = store(scaled * up * (sigmoid + silu * (1 - sigmoid)));
-                grad_b[c] = store(scaled * silu);
-                out[c] = store(silu * up * factor);
-            }
-            grad_gate[row] = sum;
-        } else {
-#pragma omp simd
-            for (i64 c = 0; c < width; c++) {
-                float x = load(a[c]), sigmoid = 1 / (1 + exponential(-x)), silu = x * sigmoid;
-                grad_a[c] = store(load(g[c]) * load(b[c]) * (sigmoid + silu * (1 - sigmoid)));
-                grad_b[c] = store(load(g[c]) * silu);
-            }
-        }
-    }
-}
-
-// y[row] = x[index[row]]
-void gather_rows(const real *x, const i64 *index, real *y, i64 rows, i64 width) {
-    PARALLEL
-    for (i64 row = 0; row < rows; row++) memcpy(y + row * width, x + index[row] * width, width * sizeof(real));
 }
 
 // y[row] = the sum of x[index[row][0]], x[index[row][1]], ..., `many` of them

@@ -42,3 +42,27 @@ static inline float exponential(float x) {
     word power = {.i = ((int32_t)n + 127) << 23};
     return x < -60.0f ? 0.0f : fmaf(p, r * r, r + 1.0f) * power.f;
 }
+
+static inline void swiglu_row(const real *a, const real *b, float factor, real *out, i64 width) {
+#pragma omp simd
+    for (i64 c = 0; c < width; c++) {
+        float x = load(a[c]);
+        out[c] = store(x / (1 + exponential(-x)) * load(b[c]) * factor);
+    }
+}
+
+// grad: of the result. Also makes that again, in `out`; returns the gradient of factor.
+static inline float swiglu_row_backward(const real *a, const real *b, float factor, const float *grad, real *grad_a,
+                                        real *grad_b, real *out, i64 width) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (i64 c = 0; c < width; c++) {
+        float x = load(a[c]), up = load(b[c]), sigmoid = 1 / (1 + exponential(-x)), silu = x * sigmoid;
+        float scaled = grad[c] * factor;
+        sum += grad[c] * silu * up;
+        grad_a[c] = store(scaled * up * (sigmoid + silu * (1 - sigmoid)));
+        grad_b[c] = store(scaled * silu);
+        out[c] = store(silu * up * factor);
+    }
+    return sum;
+}

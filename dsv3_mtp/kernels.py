@@ -13,22 +13,25 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+EXPERT = 2**18  # numbers of one expert's down projection that are still worth it: its 3 matrices in float32 are 3 MiB
 PARTS = 16  # blocks of rows whose sums are added last: the same for any number of threads, hence the same result
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "rms_norm": [_P, _I, _P, _P, _P, _I, _I, _F],
     "rms_norm_backward": [_P, _P, _I, _P, _P, _P, _P, _I, _I, _I],
-    "swiglu": [_P, _P, _I, _P, _P, _I, _I],
-    "swiglu_backward": [_P, _P, _I, _P, _P, _P, _P, _P, _P, _I, _I],
+    "swiglu": [_P, _P, _P, _I, _I],
+    "swiglu_backward": [_P, _P, _P, _P, _P, _I, _I],
     "attention": [_P, _P, _P, _I, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F],
     "attention_backward": [_P, _P, _P, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F],
-    "gather_rows": [_P, _P, _P, _I, _I],
+    "experts": [*[_P] * 8, _I, _I, _I],
+    "experts_backward": [*[_P] * 12, _I, _I, _I],
     "sum_rows": [_P, _P, _P, _I, _I, _I],
     "cross_entropy": [_P, _P, _P, _P, _P, _I, _I],
 }
@@ -67,11 +70,11 @@ def usable(*tensors: Tensor) -> bool:
 def _build(flags: tuple[str, ...]) -> Path:
     """The shared library of this source, compiler and processor in the user's cache; made if it is missing."""
     folder = Path(__file__).parent
-    sources = [folder / "kernels.c", folder / "attention.c"]
+    sources = sorted(folder.glob("*.c"))
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise OSError("there is no C compiler; install one, or name it in CC")
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in (folder / "kernels.h", *sources)))
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in (*folder.glob("*.h"), *sources)))
     key.update(repr((compiler, FLAGS, flags, platform.node(), _processor())).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_mtp"
     target = cache / f"kernels-{key.hexdigest()[:16]}.so"
@@ -110,24 +113,18 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
-def swiglu(gate: Tensor, up: Tensor, factors: Tensor | None = None) -> Tensor:
-    """silu(gate) * up * factors. gate, up: (rows, F), contiguous in F, rows equally far apart; factors: (rows,)."""
-    y = gate.new_empty(gate.shape)
-    _call("swiglu", gate.dtype, gate, up, gate.stride(0), factors, y, *gate.shape)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. (rows, F) each."""
+    y = torch.empty_like(gate)
+    _call("swiglu", gate.dtype, gate, up, y, *gate.shape)
     return y
 
 
-def swiglu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, factors: Tensor | None = None
-) -> Tensor | None:
-    """Fills in grad_gate and grad_up, which lie as gate and up do; returns the gradient of `factors` (rows,).
-
-    With factors, `grad` is overwritten with the forward's result.
-    """
-    grad_factors = None if factors is None else torch.empty_like(factors)
-    sides = (gate, up, gate.stride(0), factors, grad, grad_gate, grad_up, grad, grad_factors)
-    _call("swiglu_backward", gate.dtype, *sides, *gate.shape)
-    return grad_factors
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """-> gradients of gate and up."""
+    grads = torch.empty_like(gate), torch.empty_like(up)
+    _call("swiglu_backward", gate.dtype, gate, up, grad, *grads, *gate.shape)
+    return grads
 
 
 def attention(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -165,11 +162,41 @@ def _attention_sizes(query: Tensor, kv: Tensor, k_rope: Tensor) -> tuple[int, ..
     return batch, length, heads, width - rope, rope, kv.shape[-1] - (width - rope)
 
 
-def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """x[index]. x: (N, C), index: (rows,) int64 -> (rows, C)."""
-    y = x.new_empty(len(index), x.shape[1]) if out is None else out
-    _call("gather_rows", x.dtype, x, index, y, *y.shape)
-    return y
+class Rows(NamedTuple):
+    """Token-expert pairs sorted by expert."""
+
+    source: Tensor  # (rows,) int64: the token of each
+    first: Tensor  # (E + 1,) int64: where each expert's rows begin, and end
+    gates: Tensor  # (rows,) float32
+
+
+def experts_usable(*tensors: Tensor) -> bool:
+    """x, gate_up, down of `experts`. One expert's weights must fit into a core's cache, in whole vectors."""
+    _, width, hidden = tensors[2].shape
+    return usable(*tensors) and width % 32 == 0 and hidden % 32 == 0 and width * hidden <= EXPERT
+
+
+def experts(x: Tensor, gate_up: Tensor, down: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """gate * down(silu(gate_proj(x)) * up_proj(x)) of each row.
+
+    x: (N, C), gate_up: (E, 2F, C), gate rows first, down: (E, C, F) -> (rows, C), and (rows, 2F) for the backward.
+    """
+    (number, width, hidden), count = down.shape, len(rows.source)
+    inner, out = x.new_empty(count, 2 * hidden), x.new_empty(count, width)
+    _call("experts", x.dtype, x, gate_up, down, *rows, inner, out, number, width, hidden)
+    return out, inner
+
+
+def experts_backward(
+    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, inner: Tensor, rows: Rows, needed: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """grad: (N, C), of the sum over each token's rows -> gradients of every row's x (rows, C), of its gate (rows,), and
+    of gate_up and down where `needed`."""
+    grad_rows, grad_gates = x.new_empty(len(rows.source), x.shape[1]), torch.empty_like(rows.gates)
+    grads = [torch.empty_like(w) if wanted else None for w, wanted in zip((gate_up, down), needed, strict=True)]
+    inputs = (x, gate_up, down, *rows, inner, grad)
+    _call("experts_backward", x.dtype, *inputs, grad_rows, grad_gates, *grads, *down.shape)
+    return grad_rows, grad_gates, grads[0], grads[1]
 
 
 def sum_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -48,25 +48,44 @@ def sort_by_expert(chosen: Tensor, gates: Tensor, counts: Tensor, multiple: int)
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor):
-        narrow = gates.to(torch.float32 if kernels.usable(x) else x.dtype)
-        layout = sort_by_expert(chosen, narrow, counts, padding(x))
+        layout = sort_by_expert(chosen, gates.to(x.dtype), counts, padding(x))
         rows = layout.counts if grouped_kernel(x, gate_up) else layout.counts.tolist()
-        inner = grouped(gather_rows(x, layout.source), gate_up, rows)  # (rows, 2F)
+        inner = grouped(x.index_select(0, layout.source), gate_up, rows)  # (rows, 2F)
         out = grouped(swiglu(inner, layout.gates), down, rows)  # (rows, C)
         ctx.save_for_backward(x, gate_up, down, inner, layout.source, layout.slots, layout.gates)
         ctx.rows, ctx.gates_dtype = rows, gates.dtype
-        return sum_rows(out, layout.slots)
+        return F.embedding_bag(layout.slots, out, mode="sum")
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, gate_up, down, inner, source, slots, row_gates = ctx.saved_tensors
-        grad_out = gather_rows(grad.contiguous(), source)  # (rows, C), as if no gate came after it
+        grad_out = grad.index_select(0, source)  # (rows, C), as if no gate came after it
         grad_inner, grad_gates, hidden = swiglu_backward(grouped_input_grad(grad_out, down, ctx.rows), inner, row_gates)
         grad_down = grouped_weight_grad(grad_out, hidden, ctx.rows) if ctx.needs_input_grad[3] else None
-        rows = gather_rows(x, source, grad_out)  # gathered again rather than kept
+        rows = torch.index_select(x, 0, source, out=grad_out)  # gathered again rather than kept
         grad_gate_up = grouped_weight_grad(grad_inner, rows, ctx.rows) if ctx.needs_input_grad[2] else None
-        grad_x = sum_rows(grouped_input_grad(grad_inner, gate_up, ctx.rows), slots)
+        grad_x = F.embedding_bag(slots, grouped_input_grad(grad_inner, gate_up, ctx.rows), mode="sum")
         return grad_x, grad_gates[slots].to(ctx.gates_dtype), grad_gate_up, grad_down, None, None
+
+
+class _RoutedByKernel(torch.autograd.Function):
+    """The same on a CPU, in C: the rows of an expert never leave the cache between its products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor):
+        layout = sort_by_expert(chosen, gates.float(), counts, 1)
+        rows = kernels.Rows(layout.source, F.pad(counts.cumsum(0), (1, 0)), layout.gates)
+        out, inner = kernels.experts(x, gate_up, down, rows)
+        ctx.save_for_backward(x, gate_up, down, inner, layout.slots, *rows)
+        ctx.gates_dtype = gates.dtype
+        return kernels.sum_rows(out, layout.slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, gate_up, down, inner, slots, *rows = ctx.saved_tensors
+        inputs = (grad.contiguous(), x, gate_up, down, inner, kernels.Rows(*rows))
+        grad_rows, grad_gates, *grads = kernels.experts_backward(*inputs, ctx.needs_input_grad[2:4])
+        return kernels.sum_rows(grad_rows, slots), grad_gates[slots].to(ctx.gates_dtype), *grads, None, None
 
 
 def routed(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
@@ -78,7 +97,8 @@ def routed(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tens
     Returns:
         (N, C)
     """
-    return _Routed.apply(x, gates, gate_up, down, chosen, counts)
+    function = _RoutedByKernel if kernels.experts_usable(x, gate_up, down) else _Routed
+    return function.apply(x, gates, gate_up, down, chosen, counts)
 
 
 # --- the products: an FP8 version replaces these three ---------------------------------------------------------
@@ -116,36 +136,18 @@ def grouped_weight_grad(grad: Tensor, x: Tensor, rows: list[int] | Tensor) -> Te
     return out
 
 
-# --- between the products ----------------------------------------------------------------------------------------
-
-
-def gather_rows(x: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """x[index]. x: (N, C), index: (rows,) -> (rows, C)."""
-    return kernels.gather_rows(x, index, out) if kernels.usable(x) else torch.index_select(x, 0, index, out=out)
-
-
-def sum_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index].sum(1). x: (rows, C), index: (N, K) -> (N, C)."""
-    return kernels.sum_rows(x, index) if kernels.usable(x) else F.embedding_bag(index, x, mode="sum")
+# --- silu(gate) * up ---------------------------------------------------------------------------------------------
 
 
 def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
-    """silu(gate) * up * gates. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
+    """gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    if kernels.usable(gate_up):
-        return kernels.swiglu(gate, up, gates)
     return F.silu(gate).mul_(up).mul_(gates.unsqueeze(1))
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad: (rows, F), overwritten -> gradient of gate_up, gradient of gates, and the forward's result again."""
     gate, up = gate_up.chunk(2, dim=-1)
-    if kernels.usable(gate_up):
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        grad_gates = kernels.swiglu_backward(grad, gate, up, grad_gate, grad_up, gates)
-        assert grad_gates is not None
-        return grad_gate_up, grad_gates, grad
     sigmoid, factor = gate.sigmoid(), gates.unsqueeze(1)
     silu = gate * sigmoid
     plain = silu * up  # before the gate

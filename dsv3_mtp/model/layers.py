@@ -69,9 +69,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
-        grads = torch.empty_like(gate), torch.empty_like(up)
-        kernels.swiglu_backward(*(x.flatten(0, -2) for x in (grad.contiguous(), gate, up, *grads)))
-        return grads
+        grads = kernels.swiglu_backward(*(x.flatten(0, -2) for x in (grad.contiguous(), gate, up)))
+        return grads[0].view(gate.shape), grads[1].view(up.shape)
 
 
 class Rows:
