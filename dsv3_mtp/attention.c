@@ -24,7 +24,7 @@ static Shape shape_of(i64 length, i64 nope, i64 rope, i64 value, const float *co
 
 // Rows of `width` numbers, `stride` apart, into rows of `out_width`; the last `rope` numbers come from `rotary` and turn.
 // What pads them stays 0.
-static void collect(const real *x, i64 stride, i64 width, const real *rotary, i64 rotary_stride, i64 rope, Shape s,
+__attribute__((noinline)) static void collect(const real *x, i64 stride, i64 width, const real *rotary, i64 rotary_stride, i64 rope, Shape s,
                     real *out, i64 out_width) {
     for (i64 t = 0; t < s.length; t++, x += stride, rotary += rotary_stride, out += out_width) {
         float turned[rope + 1];
@@ -87,7 +87,7 @@ static float sum_of(const float *x) {
 
 // One row of scores -> weights before they are divided by their sum; 0 from `seen` to `end`. By stripes: a loop of any
 // number of steps ends in scalar ones, and here most rows are short.
-static void softmax_row(float *x, real *p, int seen, int end, float scale, float *top, float *inverse) {
+__attribute__((noinline)) static void softmax_row(float *x, real *p, int seen, int end, float scale, float *top, float *inverse) {
     float part[STRIPE], most = -INFINITY;
     int whole = up(seen, STRIPE);
     for (int c = seen; c < whole; c++) x[c] = -INFINITY;
@@ -111,7 +111,7 @@ static void softmax_row(float *x, real *p, int seen, int end, float scale, float
 }
 
 // The row of scores again, and the gradient of its probabilities -> probabilities p and gradient d of the scores.
-static void softmax_row_backward(float *x, float *grad, real *p, real *d, int seen, int end, float scale, float top,
+__attribute__((noinline)) static void softmax_row_backward(float *x, float *grad, real *p, real *d, int seen, int end, float scale, float top,
                                  float inverse) {
     float part[STRIPE] = {0};
     int whole = up(seen, STRIPE);
@@ -170,7 +170,7 @@ void attention(const real *query, const real *kv, const real *k_rope, i64 stride
 }
 
 // A row's gradient from scratch: the first `nope` numbers to `y`, the turned ones back to `rotary`.
-static void give_back(float *x, i64 t, Shape s, real *y, real *rotary) {
+__attribute__((noinline)) static void give_back(float *x, i64 t, Shape s, real *y, real *rotary) {
     for (i64 c = 0; c < s.nope; c++) y[c] = store(x[c]);
     turn(x + s.nope, s.cos + t * (s.rope / 2), s.sin + t * (s.rope / 2), -1, s.rope / 2);
     for (i64 p = 0; p < s.rope; p++) rotary[p] = store(x[s.nope + p]);

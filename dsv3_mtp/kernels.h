@@ -30,8 +30,8 @@ static inline real store(float x) { return x; }
 // e^x to 2 units in the last place (the polynomial of Cephes' expf), nan for nan. Below e^-60 it is 0: sums with 1 do
 // not see it, and a gradient made of it would be denormal, with which a matrix product takes five times as long.
 static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
+    x = -87.0f > x ? -87.0f : x;
+    x = 88.0f < x ? 88.0f : x;
     float n = rintf(x * 1.44269504f), r = fmaf(n, -0.693359375f, x), p = 1.9875691500e-4f;
     r = fmaf(n, 2.12194440e-4f, r);
     p = fmaf(p, r, 1.3981999507e-3f);
@@ -39,8 +39,9 @@ static inline float exponential(float x) {
     p = fmaf(p, r, 4.1665795894e-2f);
     p = fmaf(p, r, 1.6666665459e-1f);
     p = fmaf(p, r, 5.0000001201e-1f);
-    word power = {.i = ((int32_t)n + 127) << 23};
-    return x < -60.0f ? 0.0f : fmaf(p, r * r, r + 1.0f) * power.f;
+    int32_t exponent = (int32_t)n + 127;
+    word power = {.i = (exponent < 41 ? 0 : exponent) << 23};
+    return fmaf(p, r * r, r + 1.0f) * power.f;
 }
 
 static inline void swiglu_row(const real *a, const real *b, float factor, real *out, i64 width) {

@@ -86,7 +86,7 @@ static Left rows_of(const real *x, i64 width, i64 row) {
 
 // As a side that is summed over its rows: (rows, width) -> units (rows / PER, width), the first `columns` of them. Nothing
 // to do for floats.
-static const unit *paired(const real *x, i64 rows, i64 width, i64 columns, unit *out) {
+__attribute__((noinline)) static const unit *paired(const real *x, i64 rows, i64 width, i64 columns, unit *out) {
 #ifdef BFLOAT16
     for (i64 row = 0; row < rows; row += 2)
 #pragma omp simd
@@ -128,7 +128,7 @@ static i64 panel_size(i64 width, i64 columns) { return up(columns, panel_of(colu
 
 // x^T as a right side, x: (columns, width) -> panels of (width / PER, columns). What the panels take: `panel_size`. Where
 // width is not in whole vectors of units, up to one vector beyond x is read.
-static Right across(const real *x, i64 columns, i64 width, unit *out) {
+__attribute__((noinline)) static Right across(const real *x, i64 columns, i64 width, unit *out) {
     i64 depth = width / PER, step = panel_of(columns) * LANES;
     for (i64 n = 0; n < columns; n += LANES) {
         unit *panel = out + n / step * step * depth + n % step;
@@ -143,7 +143,7 @@ static Right across(const real *x, i64 columns, i64 width, unit *out) {
 }
 
 // x as a right side, x: (rows, columns) -> panels of (rows / PER, columns).
-static Right down(const real *x, i64 rows, i64 columns, unit *out) {
+__attribute__((noinline)) static Right down(const real *x, i64 rows, i64 columns, unit *out) {
     i64 depth = rows / PER, step = panel_of(columns) * LANES;
     for (i64 n = 0; n < columns; n += step)
         for (i64 k = 0; k < depth; k++) {

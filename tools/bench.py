@@ -8,7 +8,7 @@ Examples:
     python tools/bench.py --startup                                        # from the command to the first step
 Every variant has a process of its own; in each round each runs one step, in random order. On a CPU the times are CPU
 seconds of the process, so that other work on the machine touches the ratios little. A ratio is the median of the
-rounds' ratios, with its quartiles in brackets. MFU is against the best float32 or bfloat16 product of the same round.
+rounds' ratios, with its quartiles in brackets. MFU is against the best product of the same round and dtype.
 Exit codes: 0 done, 2 wrong options or config.
 """
 
@@ -87,6 +87,10 @@ class Child:
     tokens: int = 0
     answers: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def dtype(self) -> str:
+        return self.spec["config"]["train"]["dtype"]
+
     def start(self, threads: int) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         train, data = self.spec["config"]["train"], self.spec["config"]["data"]
@@ -119,10 +123,15 @@ class Child:
 
 def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]:
     """The first one is what the others are compared with."""
+    own_dtype = config["train"]["dtype"]
 
-    def ours(name: str, *, tuned: bool = True, compiled: bool = False, **mtp: Any) -> Child:
-        changed = config | {"mtp": config["mtp"] | mtp}
+    def ours(name: str, *, tuned: bool = True, compiled: bool = False, dtype: str = own_dtype, **mtp: Any) -> Child:
+        changed = config | {"mtp": config["mtp"] | mtp, "train": config["train"] | {"dtype": dtype}}
         return Child(name, {"kind": "ours", "config": changed, "tuned": tuned, "compiled": compiled})
+
+    def theirs(name: str, dtype: str, *, tuned: bool) -> Child:
+        changed = config | {"train": config["train"] | {"dtype": dtype}}
+        return Child(name, {"kind": "transformers", "config": changed, "tuned": tuned})
 
     if options.against == "depths":
         rows = [ours("D=0", mode="none")]
@@ -133,11 +142,11 @@ def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]
     if options.against == "transformers":
         if config["mtp"]["mode"] != "none":
             raise ValueError("--against transformers: it trains no MTP heads; add --set mtp.mode=none")
-        return [
-            Child("transformers", {"kind": "transformers", "config": config, "tuned": False}),
-            Child("transformers, tuned", {"kind": "transformers", "config": config, "tuned": True}),
-            *own,
-        ]
+        rows = [theirs("transformers", "float32", tuned=False), theirs("transformers, tuned", "float32", tuned=True)]
+        if own_dtype != "float32":  # both dtypes, against transformers as it comes, which is float32
+            rows += [theirs(f"transformers {own_dtype}, tuned", own_dtype, tuned=True)]
+            rows += [ours("dsv3_mtp float32", dtype="float32")]
+        return [*rows, *own]
     return own
 
 
@@ -146,17 +155,18 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
     try:
         for child in children:
             child.start(options.threads)
-        ours = next(child for child in children if child.spec["kind"] == "ours")
-        peaks = []
+        ours = next(c for c in children if c.spec["kind"] == "ours" and c.dtype == config["train"]["dtype"])
+        peaks: dict[str, list[float]] = {child.dtype: [] for child in children}
         for _ in range(options.rounds):
-            peaks.append(ours.ask("peak"))
+            for dtype, rates in peaks.items():
+                rates.append(ours.ask(f"peak {dtype}"))
             for child in random.sample(children, len(children)):
                 child.answers.append(child.ask("step"))
         result: dict[str, Any] = {
             "config": config,
             "threads": options.threads,
-            "matmul_flops": statistics.median(peaks),
-            "variants": {child.name: figures(child, children[0], ours, peaks) for child in children},
+            "matmul_flops": {dtype: statistics.median(rates) for dtype, rates in peaks.items()},
+            "variants": {child.name: figures(child, children[0], ours, peaks[child.dtype]) for child in children},
         }
         text = [
             f"{ours.tokens} tokens per step, {options.threads} threads, {options.rounds} rounds; {config_line(ours)}"
