@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp import kernels
+from dsv3_mtp.fused import fused, usable
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
+CHUNKS_ON_GPU = 4  # that many at a time, of 2 bytes each: its products want more than a few hundred rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -16,7 +18,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor):
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        elements = CHUNK_ELEMENTS * (CHUNKS_ON_GPU if hidden.is_cuda else 1)
+        rows = max(1, elements // weight.shape[0])
         wide = torch.promote_types(hidden.dtype, torch.float32)
         row_weight = row_weight.to(wide)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (M, C)
@@ -26,9 +29,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
             logits = hidden[chunk] @ weight.T  # (rows, V)
-            logits = logits if kernels.usable(logits) else logits.to(wide)
-            nll[chunk], prediction[chunk] = _to_gradient(logits, targets[chunk], row_weight[chunk])
-            grad_logits = logits.to(hidden.dtype)
+            grad_logits, nll[chunk], prediction[chunk] = _cross_entropy(logits, targets[chunk], row_weight[chunk])
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -52,16 +53,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def _to_gradient(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """nll and prediction of each row; logits become d loss / d logits = row_weight * (softmax - onehot)."""
+def _cross_entropy(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """d loss / d logits = row_weight * (softmax - onehot), nll and prediction of each row. `logits` are used up."""
+    if usable(logits):
+        return _fused_cross_entropy(logits, targets, row_weight)
     if kernels.usable(logits):
-        return kernels.cross_entropy_(logits, targets.contiguous(), row_weight.contiguous())
+        return logits, *kernels.cross_entropy_(logits, targets.contiguous(), row_weight.contiguous())
+    dtype, logits = logits.dtype, logits.to(row_weight.dtype)
     prediction = logits.argmax(-1)
     logits.sub_(logits.logsumexp(-1, keepdim=True))  # now log-probabilities
     nll = -logits.gather(1, targets[:, None]).squeeze(1)
     logits.exp_().scatter_add_(1, targets[:, None], logits.new_full((), -1.0).expand(logits.shape[0], 1))
     logits.mul_(row_weight[:, None])
-    return nll, prediction
+    return logits.to(dtype), nll, prediction
+
+
+@fused
+def _fused_cross_entropy(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = logits.to(row_weight.dtype)
+    log_sum = wide.logsumexp(-1, keepdim=True)
+    nll = log_sum.squeeze(1) - wide.gather(1, targets[:, None]).squeeze(1)
+    target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    grad = ((wide - log_sum).exp() - target.to(wide.dtype)) * row_weight[:, None]
+    return grad.to(logits.dtype), nll, wide.argmax(-1)
 
 
 def linear_cross_entropy(

@@ -30,7 +30,7 @@ from dsv3_mtp.parallel.pipeline import PipelineEngine
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.progress import Progress, quantity
 from dsv3_mtp.runs import changed_settings, find_checkpoint, run_folder, write_run_folder
-from dsv3_mtp.tuning import tune_cpu
+from dsv3_mtp.tuning import tune
 
 
 class NonFiniteError(RuntimeError):
@@ -59,8 +59,7 @@ class Trainer:
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         self.sampler, self.val = open_data(config, self.world)
         latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
-        if self.world.device.type == "cpu":
-            self.notes += tune_cpu()
+        self.notes += tune(self.world.device)
 
         with torch.device("meta"):
             self.size = model_size(DeepseekV3MTP(config.model, config.mtp), config.data.seq_len)

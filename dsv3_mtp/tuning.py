@@ -1,4 +1,4 @@
-"""Settings of this process that make training on a CPU faster, each used only where it is known to pay and be exact.
+"""Settings of this process that make training faster, each used only where it is known to pay and be exact.
 
 Nothing here is decided by a stopwatch: on a busy machine two starts of one run would then differ in their last bits.
 """
@@ -9,11 +9,15 @@ from pathlib import Path
 
 import torch
 
-from dsv3_mtp import kernels
+from dsv3_mtp import fused, kernels
+
+
+def tune(device: torch.device) -> list[str]:
+    """Turns on what helps on this device; one line on each for the log. Call it before the model is made."""
+    return [fused.enable()] if device.type == "cuda" else tune_cpu()
 
 
 def tune_cpu() -> list[str]:
-    """Turns on what helps on this machine; one line on each for the log. Call it before the model is made."""
     notes = [kernels.enable()]
     if not mkl_at_home() and onednn_exact():
         torch.set_float32_matmul_precision("medium")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "dsv3_mtp"
 LAYERS = {
     "config": 0,
     **dict.fromkeys(
-        ["kernels", "tuning", "schedules", "losses", "precision", "data", "metrics", "progress", "plots"], 1
+        ["kernels", "fused", "tuning", "schedules", "losses", "precision", "data", "metrics", "progress", "plots"], 1
     ),
     **dict.fromkeys(["tensorfile", "fragments"], 1),
     "model": 2,

@@ -26,6 +26,7 @@ from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import MoE
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.optim import build_optimizer
+from dsv3_mtp.precision.convert import set_precision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[], Tensor]
@@ -47,7 +48,9 @@ def timed(function: Callable[[], Any]) -> float:
 def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
     """A step that returns its main loss, the model, and the optimizer. All kinds start from the same weights."""
     config = Config.model_validate(spec["config"])
-    model = DeepseekV3MTP(config.model, config.mtp)
+    with torch.device("meta"):
+        model = DeepseekV3MTP(config.model, config.mtp)
+    model.to_empty(device=DEVICE)
     model.init_weights(config.run.seed)
     generator = torch.Generator().manual_seed(config.run.seed)
     shape = (config.train.micro_batch_size, config.data.seq_len + 1 + config.mtp.depths)
@@ -56,8 +59,8 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
         return transformers_step(model, tokens, config, tuned=spec["tuned"])
     dtype = getattr(torch, config.train.dtype)
     for parameter in model.parameters():  # not the router biases, which stay float32
-        parameter.data = parameter.data.to(DEVICE, dtype)
-    model.to(DEVICE)
+        parameter.data = parameter.data.to(dtype)
+    model.checkpoint_activations(config.train.activation_checkpointing)
     if spec["compiled"]:
         for module in model.modules():
             if type(module).__name__ in ("DecoderLayer", "MTPModule", "ParallelHead"):
@@ -84,13 +87,14 @@ def transformers_step(ours: DeepseekV3MTP, tokens: Tensor, config: Config, *, tu
     settings = transformers.DeepseekV3Config.from_dict(content | {"use_cache": False})
     if tuned and DEVICE.type == "cpu":
         settings._attn_implementation = "eager"
-    model: Any = transformers.DeepseekV3ForCausalLM(settings)
+    with DEVICE:
+        model: Any = transformers.DeepseekV3ForCausalLM(settings)
     model.load_state_dict(
         {name: w for name, w in ours.state_dict().items() if not name.startswith("mtp.")}, strict=True
     )
     low = config.train.dtype == "bfloat16"
     autocast = low and DEVICE.type == "cpu"
-    model = model.to(DEVICE, torch.bfloat16 if low and not autocast else torch.float32).train()
+    model = model.to(torch.bfloat16 if low and not autocast else torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True if tuned else None)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
 
@@ -185,11 +189,16 @@ def main() -> None:
     if spec["kind"] in ("chunked", "naive"):
         answer(loss_memory(config, naive=spec["kind"] == "naive"))
         return
-    notes = tuning.tune_cpu() if spec["tuned"] and DEVICE.type == "cpu" and spec["kind"] == "ours" else []
+    notes = tuning.tune(DEVICE) if spec["tuned"] and spec["kind"] == "ours" else []
     if spec["tuned"] and spec["kind"] == "transformers" and DEVICE.type == "cpu":
         tuning.keep_freed_memory()
     step, model, optimizer = build(spec)
+    if isinstance(model, DeepseekV3MTP):
+        notes += set_precision(model, config, DEVICE)
     built = resident("VmRSS")
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     losses = [step().item() for _ in range(3)]
     size = model_size(model, config.data.seq_len) if isinstance(model, DeepseekV3MTP) else None
     answer({"losses": losses, "notes": notes, "flops_per_token": size and size.flops_per_token, "pid": os.getpid()})

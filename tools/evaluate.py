@@ -87,7 +87,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from dsv3_mtp.data.source import check_vocab, open_source
     from dsv3_mtp.evaluate import acceptance, open_model, validate, validation_source
-    from dsv3_mtp.tuning import tune_cpu
+    from dsv3_mtp.tuning import tune
 
     model, config = open_model(
         run=options.run,
@@ -100,8 +100,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     for source in sources:
         check_vocab(source, config.model.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        tune_cpu()  # as in training: the same bits
+    tune(device)  # as in training: the same bits
     model.to(device)
     results = {}
     for source in sources or [validation_source(config, options.split)]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
+from dsv3_mtp.fused import fused
 from dsv3_mtp.model import causal
 from dsv3_mtp.model.causal import causal_attention
 from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
@@ -46,7 +47,7 @@ class MLA(nn.Module):
         kv = again(self.kv_b_proj, again(self.kv_a_layernorm, latent)).unflatten(-1, (self.heads, -1))  # (.., nope+v)
         if self.core is None and causal.usable(x, mask):
             return self.o_proj(causal_attention(query, kv, k_rope, angles, self.scale))
-        query, key, value = again(self.to_heads, query, kv, k_rope, angles)
+        query, key, value = again(to_heads, query, kv, k_rope, angles)
         mixed = (self.core or sdpa)(query, key, value, self.scale, mask)  # (B, H, T, v)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -58,10 +59,14 @@ class MLA(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)
         return query.unflatten(-1, (self.heads, -1)), latent, k_rope
 
-    def to_heads(self, query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotates. (B, T, H, nope+P), (B, T, H, nope+v), (B, T, P) -> query, key (B, H, T, nope+P), value (.., v)."""
-        q_nope, q_rope = query.split([self.nope, self.rope], dim=-1)
-        k_nope, value = kv.split([self.nope, self.value], dim=-1)
-        k_rope = rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, self.heads, -1)
-        query, key = torch.cat([q_nope, rotate(q_rope, angles)], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+@fused
+def to_heads(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotates. (B, T, H, nope+P), (B, T, H, nope+v), (B, T, P) -> query, key (B, H, T, nope+P), value (.., v)."""
+    rope = k_rope.shape[-1]
+    nope = query.shape[-1] - rope
+    q_nope, q_rope = query.split([nope, rope], dim=-1)
+    k_nope, value = kv.split([nope, kv.shape[-1] - nope], dim=-1)
+    k_rope = rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, query.shape[2], -1)
+    query, key = torch.cat([q_nope, rotate(q_rope, angles)], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

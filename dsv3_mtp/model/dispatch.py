@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_mtp import kernels
+from dsv3_mtp.fused import fused, usable
 
 MULTIPLE = 64  # rows of an expert under oneDNN, which compiles a kernel per shape: 0.5 ms for each count not seen yet
 
@@ -51,20 +52,21 @@ class _Routed(torch.autograd.Function):
         layout = sort_by_expert(chosen, gates.to(x.dtype), counts, padding(x))
         rows = layout.counts if grouped_kernel(x, gate_up) else layout.counts.tolist()
         inner = grouped(x.index_select(0, layout.source), gate_up, rows)  # (rows, 2F)
-        out = grouped(swiglu(inner, layout.gates), down, rows)  # (rows, C)
+        out = grouped(weighted_swiglu(inner, layout.gates), down, rows)  # (rows, C)
         ctx.save_for_backward(x, gate_up, down, inner, layout.source, layout.slots, layout.gates)
         ctx.rows, ctx.gates_dtype = rows, gates.dtype
-        return F.embedding_bag(layout.slots, out, mode="sum")
+        return combine(out, layout.slots)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, gate_up, down, inner, source, slots, row_gates = ctx.saved_tensors
         grad_out = grad.index_select(0, source)  # (rows, C), as if no gate came after it
-        grad_inner, grad_gates, hidden = swiglu_backward(grouped_input_grad(grad_out, down, ctx.rows), inner, row_gates)
+        grad_hidden = grouped_input_grad(grad_out, down, ctx.rows)
+        grad_inner, grad_gates, hidden = weighted_swiglu_backward(grad_hidden, inner, row_gates)
         grad_down = grouped_weight_grad(grad_out, hidden, ctx.rows) if ctx.needs_input_grad[3] else None
         rows = torch.index_select(x, 0, source, out=grad_out)  # gathered again rather than kept
         grad_gate_up = grouped_weight_grad(grad_inner, rows, ctx.rows) if ctx.needs_input_grad[2] else None
-        grad_x = F.embedding_bag(slots, grouped_input_grad(grad_inner, gate_up, ctx.rows), mode="sum")
+        grad_x = combine(grouped_input_grad(grad_inner, gate_up, ctx.rows), slots)
         return grad_x, grad_gates[slots].to(ctx.gates_dtype), grad_gate_up, grad_down, None, None
 
 
@@ -136,22 +138,33 @@ def grouped_weight_grad(grad: Tensor, x: Tensor, rows: list[int] | Tensor) -> Te
     return out
 
 
+def combine(rows: Tensor, slots: Tensor) -> Tensor:
+    """Sum of the K rows of each token. rows: (rows, C), slots: (N, K) -> (N, C)."""
+    return gather_sum(rows, slots) if usable(rows) else F.embedding_bag(slots, rows, mode="sum")
+
+
+@fused
+def gather_sum(rows: Tensor, slots: Tensor) -> Tensor:
+    return rows[slots].sum(1)  # the (N, K, C) rows between never exist
+
+
 # --- silu(gate) * up ---------------------------------------------------------------------------------------------
 
 
-def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
+@fused
+def weighted_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
     """gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up).mul_(gates.unsqueeze(1))
+    return F.silu(gate) * up * gates.unsqueeze(1)
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """grad: (rows, F), overwritten -> gradient of gate_up, gradient of gates, and the forward's result again."""
+@fused
+def weighted_swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad: (rows, F) -> gradient of gate_up, gradient of gates, and the forward's result again."""
     gate, up = gate_up.chunk(2, dim=-1)
     sigmoid, factor = gate.sigmoid(), gates.unsqueeze(1)
     silu = gate * sigmoid
     plain = silu * up  # before the gate
-    grad_gates = torch.linalg.vecdot(grad, plain)
-    grad.mul_(factor)
-    slope = (1 - sigmoid).mul_(silu).add_(sigmoid)
-    return torch.cat([slope.mul_(up).mul_(grad), silu.mul_(grad)], dim=1), grad_gates, plain.mul_(factor)
+    grad_gates = (grad * plain).sum(1)
+    slope, scaled = sigmoid + silu * (1 - sigmoid), grad * factor
+    return torch.cat([scaled * up * slope, scaled * silu], dim=1), grad_gates, plain * factor

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dsv3_mtp import kernels
 from dsv3_mtp.config import ModelConfig, RopeScaling
+from dsv3_mtp.fused import fused
 from dsv3_mtp.model.recompute import again
 
 
@@ -42,7 +43,7 @@ class MLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if kernels.usable(gate, up):
             return self.down_proj(again(_SwiGLU.apply, gate, up))
-        return self.down_proj(again(torch.mul, again(F.silu, gate), up))
+        return self.down_proj(again(_SiLUMul.apply, gate, up))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -71,6 +72,32 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grads = kernels.swiglu_backward(*(x.flatten(0, -2) for x in (grad.contiguous(), gate, up)))
         return grads[0].view(gate.shape), grads[1].view(up.shape)
+
+
+class _SiLUMul(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two inputs and nothing else."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor):
+        ctx.save_for_backward(gate, up)
+        return silu_mul(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return silu_mul_backward(grad, *ctx.saved_tensors)
+
+
+@fused
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@fused
+def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """-> gradients of gate and up."""
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
 
 
 class Rows:

@@ -77,12 +77,34 @@ def _try(
         return None, f"needs head widths that are multiples of 8 and at most 256 (got {widths[0]} and {widths[1]})"
     if name == "te":
         module, reason = te.load()
-        return (None, reason) if module is None else (te_core(module, heads, widths), "")
+        if module is None:
+            return None, reason
+        core = te_core(module, heads, widths)
+    else:
+        try:
+            function = import_module(MODULES[name]).flash_attn_func
+        except Exception as error:  # a wheel for another CUDA or torch fails in many ways
+            return None, f"cannot be imported ({type(error).__name__}: {error}); {INSTALL[name]}"
+        core = flash_core(function, pad_value=name == "fa2")
+    reason = probe(core, heads, widths, dtype, device)
+    return (None, reason) if reason else (core, "")
+
+
+def probe(core: Core, heads: int, widths: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str:
+    """Why the kernel fails forward or backward at these widths, "" if it runs: some find out only when they compile."""
     try:
-        function = import_module(MODULES[name]).flash_attn_func
-    except Exception as error:  # a wheel for another CUDA or torch fails in many ways
-        return None, f"cannot be imported ({type(error).__name__}: {error}); {INSTALL[name]}"
-    return flash_core(function, pad_value=name == "fa2"), ""
+        with torch.enable_grad():
+            query, key, value = (
+                torch.zeros(1, heads, 128, n, dtype=dtype, device=device, requires_grad=True)
+                for n in (widths[0], *widths)
+            )
+            out = core(query, key, value, widths[0] ** -0.5, None)
+            out.backward(torch.zeros_like(out))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        return f"does not run here ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
+    return ""
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:

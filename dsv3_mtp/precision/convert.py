@@ -34,19 +34,19 @@ def set_precision(model: nn.Module, config: Config, device: torch.device) -> lis
     Raises:
         ValueError: what the config names cannot run here, or not with this model.
     """
-    shape = config.model
+    shape, dtype = config.model, getattr(torch, config.train.dtype)
     core, note = choose_attention(
         config.attention.backend,
         heads=shape.num_attention_heads // config.parallel.sequence_parallel_size,
         widths=(shape.qk_nope_head_dim + shape.qk_rope_head_dim, shape.v_head_dim),
-        dtype=getattr(torch, config.train.dtype),
+        dtype=dtype,
         device=device,
         masked=config.data.mask_documents,
     )
     for module in model.modules():
         if hasattr(module, "core"):
             module.core = core  # type: ignore[assignment]
-    return [convert(model, config.fp8, device), note]
+    return [convert(model, config.fp8, device, dtype), note]
 
 
 def choose_backend(fp8: FP8Config, device: torch.device) -> tuple[str | None, str]:
@@ -79,8 +79,11 @@ def fp8_layers(model: nn.Module, fp8: FP8Config) -> dict[str, nn.Module]:
     return {name: module for name, module in layers.items() if fp8.mtp or not name.startswith("mtp.")}
 
 
-def convert(model: nn.Module, fp8: FP8Config, device: torch.device) -> str:
+def convert(model: nn.Module, fp8: FP8Config, device: torch.device, dtype: torch.dtype) -> str:
     """Replaces the chosen layers in place; parameters keep their names and values. Returns what was done and why.
+
+    Args:
+        dtype: in which the model will compute. Its weights may still be float32, which DeepSpeed turns into it later.
 
     Raises:
         ValueError: the backend cannot run here, or not with these layers.
@@ -89,7 +92,10 @@ def convert(model: nn.Module, fp8: FP8Config, device: torch.device) -> str:
     if backend is None:
         return note
     layers = fp8_layers(model, fp8)
-    check_layers(layers, fp8, backend)
+    if problem := unsuited(layers, fp8, backend, dtype):
+        if fp8.enabled == "auto":
+            return f"fp8: off ({problem})"
+        raise ValueError(problem)
     tile = BLOCK if fp8.gradient_tile == "block" else ROW
     emulated = Emulated(fp8.scale, fp8.accumulation)
     recipe = Recipe(emulated if backend == "emulate" else hopper.ScaledMM(fp8.scale), tile)
@@ -105,22 +111,21 @@ def convert(model: nn.Module, fp8: FP8Config, device: torch.device) -> str:
     return f"{note}: {len(layers)} layers ({', '.join(fp8.modules)}{'' if fp8.mtp else ', MTP blocks not'})"
 
 
-def check_layers(layers: dict[str, nn.Module], fp8: FP8Config, backend: str) -> None:
-    """Raises ValueError for what this backend does not multiply."""
+def unsuited(layers: dict[str, nn.Module], fp8: FP8Config, backend: str, dtype: torch.dtype) -> str | None:
+    """What this backend does not multiply of these layers, and what to do about it; None if it takes all."""
     if not layers:
-        raise ValueError(f"fp8.modules: the model has no layer of {', '.join(fp8.modules)}; set fp8.enabled: false")
+        return f"fp8.modules: the model has no layer of {', '.join(fp8.modules)}; set fp8.enabled: false"
     if backend == "emulate":
-        return
-    weights = {name: p for name, layer in layers.items() for p in layer.parameters()}
-    shapes = {
-        name: getattr(p, "ds_shape", p.shape) for name, p in weights.items()
-    }  # ZeRO-3 keeps the whole shape there
+        return None
+    if dtype != torch.bfloat16 and backend == "te":
+        return f"fp8.backend: te needs train.dtype: bfloat16 (got {str(dtype)[6:]})"
+    shapes = {  # ZeRO-3 keeps the whole shape in ds_shape
+        name: getattr(p, "ds_shape", p.shape) for name, layer in layers.items() for p in layer.parameters()
+    }
     odd = [f"{name} {list(shape)}" for name, shape in shapes.items() if any(n % hopper.ALIGN for n in shape[-2:])]
     if odd:
-        raise ValueError(
+        return (
             f"fp8.backend: {backend} needs weights whose sides are multiples of {hopper.ALIGN}; not so: "
             f"{', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}; change the model, or fp8.modules"
         )
-    narrow = {p.dtype for p in weights.values()} - {torch.bfloat16}
-    if narrow and backend == "te":
-        raise ValueError(f"fp8.backend: te needs train.dtype: bfloat16 (weights are {narrow.pop()})")
+    return None

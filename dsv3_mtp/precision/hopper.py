@@ -46,7 +46,7 @@ def _layout(scale_inv: Tensor, tile: Tile) -> Tensor:
     """The strides that cuBLAS expects: (M, K/128) of tiles and (K/128 padded to 4, N/128) of blocks, column-major."""
     if tile == ROW:
         return scale_inv.t().contiguous().t()
-    return F.pad(scale_inv, (0, -scale_inv.shape[1] % 4)).t()
+    return F.pad(scale_inv, (0, -scale_inv.shape[1] % 4)).contiguous().t()
 
 
 def unsupported(device: torch.device) -> str | None:

@@ -39,10 +39,11 @@ def recipe(scale: Scale) -> Any:
     """V3's products in TE's words: E4M3, x and dy 1 x 128, W 128 x 128, float32 accumulation."""
     from transformer_engine.common.recipe import Float8BlockScaling, QParams
 
+    made = Float8BlockScaling()
     parameters = QParams(power_2_scale=scale == "pow2", amax_epsilon=0.0)
-    return Float8BlockScaling(
-        fp8_quant_fwd_inp=parameters, fp8_quant_fwd_weight=parameters, fp8_quant_bwd_grad=parameters
-    )
+    # No dataclass fields, for want of annotations: as arguments of the constructor they would be dropped silently.
+    made.fp8_quant_fwd_inp = made.fp8_quant_fwd_weight = made.fp8_quant_bwd_grad = parameters
+    return made
 
 
 class TELinear(nn.Module):
@@ -54,13 +55,13 @@ class TELinear(nn.Module):
         self.weight = linear.weight  # (out, in)
         out, width = linear.weight.shape
         inner = te.Linear(width, out, bias=False, params_dtype=linear.weight.dtype, device="meta")
-        inner._parameters["weight"] = self.weight
         self.inner = (inner,)  # in a tuple: no submodule, or the weight would be registered twice
         self.recipe = recipe(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGN))
+        self.inner[0]._parameters["weight"] = self.weight  # at each call: loading may have put another one here
         with load()[0].autocast(enabled=True, recipe=self.recipe):
             y = self.inner[0](padded)
         return y[: rows.shape[0]].unflatten(0, x.shape[:-1])
@@ -77,10 +78,12 @@ class TEGroupedLinear:
         """x: (rows, in) sorted by group, weight: (E, out, in), counts: (E,) -> (rows, out)."""
         te = load()[0]
         groups, out, width = weight.shape
+        if not len(x):  # single groups may be empty, but TE cannot quantise no rows at all
+            return x @ weight[0].T  # (0, out), and zeros for the gradient of every group
         if self.inner is None:
             self.inner = te.GroupedLinear(groups, width, out, bias=False, params_dtype=weight.dtype, device="meta")
             self.pad, self.unpad = te.Fp8Padding(groups, ALIGN), te.Fp8Unpadding(groups, ALIGN)
-            for group in range(groups):
+            for group in range(groups):  # torch refuses to set a registered name to what is no Parameter
                 del self.inner._parameters[f"weight{group}"]
         for group, matrix in enumerate(weight.unbind()):
             setattr(self.inner, f"weight{group}", matrix)

@@ -6,7 +6,7 @@ import torch
 from dsv3_mtp.config import FP8Config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.precision.attention import choose_attention, sdpa
-from dsv3_mtp.precision.convert import choose_backend, convert, fp8_layers, set_precision
+from dsv3_mtp.precision.convert import UNSUPPORTED, choose_backend, convert, fp8_layers, set_precision
 from dsv3_mtp.precision.linear import FP8Linear
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_mtp_blocks_and_kinds_of_layers_can_be_left_out(make_model):
 @pytest.mark.parametrize("mode", ["sequential", "parallel", "none"])
 def test_parameters_keep_their_names_and_values_and_losses_stay_close(make_model, mode):
     high, low = make_model(mode=mode), make_model(mode=mode)
-    note = convert(low, FP8Config(**EMULATE), CPU)
+    note = convert(low, FP8Config(**EMULATE), CPU, torch.float32)
     assert "emulate" in note and "layers" in note
     assert [n for n, _ in low.named_parameters()] == [n for n, _ in high.named_parameters()]
     assert all(torch.equal(a, b) for a, b in zip(low.state_dict().values(), high.state_dict().values(), strict=True))
@@ -61,7 +61,7 @@ def test_parameters_keep_their_names_and_values_and_losses_stay_close(make_model
 
 def test_only_the_chosen_layers_change(make_model):
     model = make_model()
-    convert(model, FP8Config(**EMULATE, modules=["attention"], mtp=False), CPU)
+    convert(model, FP8Config(**EMULATE, modules=["attention"], mtp=False), CPU, torch.float32)
     changed = [name for name, module in model.named_modules() if isinstance(module, FP8Linear)]
     assert len(changed) == 3 * 5 and all(".self_attn." in name for name in changed)
     assert all(layer.mlp.experts.linear is None for layer in list(model.model.layers)[1:])
@@ -83,7 +83,27 @@ def test_a_named_backend_runs_or_is_refused(backend):
 
 def test_a_model_without_such_layers_is_refused(make_model):
     with pytest.raises(ValueError, match="no layer of eh_proj"):
-        convert(make_model(mode="none"), FP8Config(**EMULATE, modules=["eh_proj"]), CPU)
+        convert(make_model(mode="none"), FP8Config(**EMULATE, modules=["eh_proj"]), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "reason"),
+    [
+        ("te", torch.float32, "te needs train.dtype: bfloat16"),
+        ("te", torch.bfloat16, "sides are multiples of 16"),
+        ("torch", torch.bfloat16, "sides are multiples of 16"),
+    ],
+)
+def test_layers_that_a_backend_cannot_multiply_stay_as_they_are_or_are_refused(
+    make_model, monkeypatch, backend, dtype, reason
+):
+    """The dtype is that of the run: the weights are float32 until DeepSpeed casts them."""
+    monkeypatch.setitem(UNSUPPORTED, backend, lambda device: None)
+    model = make_model()
+    assert reason in convert(model, FP8Config(backend=backend), CPU, dtype)
+    assert not any(isinstance(module, FP8Linear) for module in model.modules())
+    with pytest.raises(ValueError, match=reason):
+        convert(model, FP8Config(enabled=True, backend=backend), CPU, dtype)
 
 
 @pytest.mark.parametrize("name", ["fa4", "fa3", "fa2", "te"])
