@@ -22,9 +22,9 @@ static void multiply(const real *x, i64 rows, i64 width, Right b, float *out, i6
 }
 
 // sums (columns of x, columns of b) becomes x^T @ b over a block of rows or, with `add`, grows by it.
-static void multiply_across(const unit *x, i64 width, Right b, float *sums, i64 columns, int add) {
+static void multiply_across(const unit *x, i64 rows, i64 width, Right b, float *sums, i64 columns, int add) {
     for (i64 m = 0; m < width; m += TILE)
-        product((Left){x + m, 1, width}, b, BLOCK / PER, sums + m * columns, columns, columns, add);
+        product((Left){x + m, 1, width}, b, up(rows, PER) / PER, sums + m * columns, columns, columns, add);
 }
 
 // Where a product may put `rows` rows that belong at y: there if they are floats and whole tiles, else in `scratch`.
@@ -111,11 +111,11 @@ void experts_backward(const real *x, const real *gate_up, const real *down_proj,
                                                              grad_a + hidden, middle + r * hidden, hidden);
                 }
                 if (grad_down)
-                    multiply_across(paired(g, BLOCK, width, width, pairs), width, down(middle, BLOCK, hidden, right),
+                    multiply_across(paired(g, BLOCK, width, width, pairs), rows, width, down(middle, BLOCK, hidden, right),
                                     down_sums, hidden, add);
                 if (grad_gate_up) {
                     gather(x, source + at, rows, width, rows_x);
-                    multiply_across(paired(grad_inner, BLOCK, 2 * hidden, 2 * hidden, pairs), 2 * hidden,
+                    multiply_across(paired(grad_inner, BLOCK, 2 * hidden, 2 * hidden, pairs), rows, 2 * hidden,
                                     down(rows_x, BLOCK, width, right), up_sums, width, add);
                 }
                 float *y = place(grad_rows + at * width, rows, wide);

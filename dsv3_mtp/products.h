@@ -5,7 +5,6 @@
 #include "kernels.h"
 
 #ifdef __AVX512F__
-#include <immintrin.h>
 enum { LANES = 16, TILE = 8 };
 #else
 enum { LANES = 8, TILE = 4 };
@@ -22,7 +21,9 @@ typedef uint32_t units __attribute__((vector_size(LANES * 4), aligned(4), may_al
 
 static inline vec multiply_add(vec sum, unit a, units b) {
 #ifdef __AVX512BF16__
-    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+    // Not the intrinsic: for that GCC 12 copies every sum at every step, and three vectors no longer fit the registers.
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"((units){0} + a), "v"(b));
+    return sum;
 #else
     float low = load(a), high = (word){.u = a & 0xffff0000}.f;
     return sum + low * (vec)(b << 16) + high * (vec)(b & 0xffff0000);
