@@ -7,6 +7,7 @@ row (gates, scales, weights of the loss) and angles are float32 beside either dt
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -87,6 +88,7 @@ def _build(flags: tuple[str, ...]) -> Path:
     return target
 
 
+@functools.cache
 def _processor() -> str:
     """What -march=native depends on."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -171,9 +173,12 @@ class Rows(NamedTuple):
 
 
 def experts_usable(*tensors: Tensor) -> bool:
-    """x, gate_up, down of `experts`. One expert's weights must fit into a core's cache, in whole vectors."""
+    """x, gate_up, down of `experts`: one expert's weights fit into a core's cache, in whole vectors, and the CPU has no
+    matrix units, which only oneDNN uses."""
+    if not usable(*tensors) or (tensors[0].dtype == torch.bfloat16 and "amx_bf16" in _processor()):
+        return False
     _, width, hidden = tensors[2].shape
-    return usable(*tensors) and width % 32 == 0 and hidden % 32 == 0 and width * hidden <= EXPERT
+    return width % 32 == 0 and hidden % 32 == 0 and width * hidden <= EXPERT
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

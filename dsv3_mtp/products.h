@@ -85,15 +85,29 @@ static Left rows_of(const real *x, i64 width, i64 row) {
     return (Left){(const unit *)x + row * (width / PER), width / PER, 1};
 }
 
-// As a side that is summed over its rows: (rows, width) -> units (rows / PER, width), the first `columns` of them. Nothing
-// to do for floats.
-__attribute__((noinline)) static const unit *paired(const real *x, i64 rows, i64 width, i64 columns, unit *out) {
-#ifdef BFLOAT16
-    for (i64 row = 0; row < rows; row += 2)
+// As a side that is summed over its rows: columns of x (rows, width) -> units (rows / PER, columns), `out_width` from row to
+// row.
+__attribute__((noinline)) static const unit *packed(const real *x, i64 rows, i64 width, i64 columns, i64 out_width,
+                                                    unit *out) {
+    for (i64 row = 0; row < rows; row += PER) {
+        unit *y = out + row / PER * out_width;
+        const real *in = x + row * width;
 #pragma omp simd
-        for (i64 c = 0; c < columns; c++)
-            out[row / 2 * width + c] = x[row * width + c] | (uint32_t)x[(row + 1) * width + c] << 16;
+        for (i64 c = 0; c < columns; c++) {
+#ifdef BFLOAT16
+            y[c] = in[c] | (uint32_t)in[width + c] << 16;
+#else
+            y[c] = in[c];
+#endif
+        }
+    }
     return out;
+}
+
+// The same where x need not be moved: floats stay where they are.
+static const unit *paired(const real *x, i64 rows, i64 width, i64 columns, unit *out) {
+#ifdef BFLOAT16
+    return packed(x, rows, width, columns, width, out);
 #else
     (void)rows, (void)width, (void)columns, (void)out;
     return x;
@@ -147,18 +161,6 @@ __attribute__((noinline)) static Right across(const real *x, i64 columns, i64 wi
 __attribute__((noinline)) static Right down(const real *x, i64 rows, i64 columns, unit *out) {
     i64 depth = rows / PER, step = panel_of(columns) * LANES;
     for (i64 n = 0; n < columns; n += step)
-        for (i64 k = 0; k < depth; k++) {
-            unit *y = out + n * depth + k * step;
-            const real *row = x + k * PER * columns + n;
-            i64 end = columns - n < step ? columns - n : step;
-#pragma omp simd
-            for (i64 c = 0; c < end; c++) {
-#ifdef BFLOAT16
-                y[c] = row[c] | (uint32_t)row[columns + c] << 16;
-#else
-                y[c] = row[c];
-#endif
-            }
-        }
+        packed(x + n, rows, columns, columns - n < step ? columns - n : step, step, out + n * depth);
     return (Right){out, step, step * depth, step / LANES};
 }
