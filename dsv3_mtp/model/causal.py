@@ -24,7 +24,8 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grads = kernels.attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.scale)
+        query, kv, k_rope, angles, softmax = ctx.saved_tensors
+        grads = kernels.attention_backward(grad.contiguous(), query, kv, k_rope, angles, softmax, ctx.scale)
         return *grads, None, None
 
 
