@@ -56,10 +56,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple
     """d loss / d logits = row_weight * (softmax - onehot), nll and prediction of each row. `logits` are used up."""
     if fused.usable(logits):
         return logits, *fused.kernels.cross_entropy_(logits, targets, row_weight)
-    dtype, logits = logits.dtype, logits.to(row_weight.dtype)
     if kernels.usable(logits):
-        nll, prediction = kernels.cross_entropy_(logits, targets.contiguous(), row_weight.contiguous())
-        return logits.to(dtype), nll, prediction
+        return logits, *kernels.cross_entropy_(logits, targets.contiguous(), row_weight.contiguous())
+    dtype, logits = logits.dtype, logits.to(row_weight.dtype)
     prediction = logits.argmax(-1)
     logits.sub_(logits.logsumexp(-1, keepdim=True))  # now log-probabilities
     nll = -logits.gather(1, targets[:, None]).squeeze(1)

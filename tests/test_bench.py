@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,21 @@ def test_a_comparison_prints_a_table_and_writes_the_numbers(tmp_path):
     plain, own = rows["dsv3_mtp without tuning"], rows["dsv3_mtp"]
     assert own["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert own["flop_ratio"] == 1 and own["peak_bytes"] > 0 and 0 < own["mfu"] < 1
+
+
+def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(make_tiny_config, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    variants = importlib.import_module("bench").variants
+    config = make_tiny_config({"mtp.mode": "none", "train.dtype": "bfloat16"}).to_dict()
+    options = SimpleNamespace(against="transformers", compile=False)
+    rows = [(child.name, child.dtype, child.spec["tuned"]) for child in variants(config, options)]
+    assert rows == [
+        ("transformers", "float32", False),
+        ("transformers, tuned", "float32", True),
+        ("transformers bfloat16, tuned", "bfloat16", True),
+        ("dsv3_mtp float32", "float32", True),
+        ("dsv3_mtp", "bfloat16", True),
+    ]
 
 
 def test_heads_against_transformers_are_refused_with_the_remedy():

@@ -210,7 +210,7 @@ def main() -> None:
             loss = step().item()
             answer({"seconds": now() - start, "wall": time.perf_counter() - wall, "loss": loss})
         elif command == "peak":
-            answer(matmul_rate(getattr(torch, config.train.dtype)))
+            answer(matmul_rate(getattr(torch, argument)))
         elif command == "parts":
             answer(parts(model, optimizer, config))
         elif command == "memory":

@@ -57,7 +57,6 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
     from dsv3_mtp import kernels
     from dsv3_mtp.config import load_config
     from dsv3_mtp.meter import Meter
-    from dsv3_mtp.model.causal import LONGEST
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
     from dsv3_mtp.parallel.launch import start
     from dsv3_mtp.parallel.sequence import slice_rows
@@ -79,15 +78,14 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
         ahead = 1 + config.mtp.depths
         shape = config.train.micro_batch_size, config.data.seq_len + ahead
         tokens = model.rows.cut(torch.randint(0, config.model.vocab_size, shape), ahead)
-        documents = torch.zeros_like(tokens) if config.data.seq_len <= LONGEST else None
         with Meter() as meter:
-            out = model(tokens, documents)
+            out = model(tokens)
             held = meter.held
             out.loss.backward()
         times = []
         for _ in range(9):
             begin = time.process_time()
-            model(tokens, documents).loss.backward()
+            model(tokens).loss.backward()
             times.append(time.process_time() - begin)
         base = base or statistics.median(times)
         held -= model.lm_head.weight.numel() * model.lm_head.weight.element_size()  # its gradient, made in the forward

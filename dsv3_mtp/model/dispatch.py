@@ -63,12 +63,33 @@ class _Routed(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, gate_up, down, inner, source, slots, row_gates = ctx.saved_tensors
         grad_out = grad.index_select(0, source)  # (rows, C), as if no gate came after it
-        grad_inner, grad_gates, hidden = swiglu_backward(grouped_input_grad(grad_out, down, ctx.rows), inner, row_gates)
+        grad_hidden = grouped_input_grad(grad_out, down, ctx.rows)
+        grad_inner, grad_gates, hidden = swiglu_backward(grad_hidden, inner, row_gates)
         grad_down = grouped_weight_grad(grad_out, hidden, ctx.rows) if ctx.needs_input_grad[3] else None
         rows = torch.index_select(x, 0, source, out=grad_out)  # gathered again rather than kept
         grad_gate_up = grouped_weight_grad(grad_inner, rows, ctx.rows) if ctx.needs_input_grad[2] else None
         grad_x = combine(grouped_input_grad(grad_inner, gate_up, ctx.rows), slots)
         return grad_x, grad_gates[slots].to(ctx.gates_dtype), grad_gate_up, grad_down, None, None
+
+
+class _RoutedByKernel(torch.autograd.Function):
+    """The same on a CPU, in C: the rows of an expert never leave the cache between its products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor):
+        layout = sort_by_expert(chosen, gates.float(), counts, 1)
+        rows = kernels.Rows(layout.source, F.pad(counts.cumsum(0), (1, 0)), layout.gates)
+        out, inner = kernels.experts(x, gate_up, down, rows)
+        ctx.save_for_backward(x, gate_up, down, inner, layout.slots, *rows)
+        ctx.gates_dtype = gates.dtype
+        return kernels.sum_rows(out, layout.slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, gate_up, down, inner, slots, *rows = ctx.saved_tensors
+        inputs = (grad.contiguous(), x, gate_up, down, inner, kernels.Rows(*rows))
+        grad_rows, grad_gates, *grads = kernels.experts_backward(*inputs, ctx.needs_input_grad[2:4])
+        return kernels.sum_rows(grad_rows, slots), grad_gates[slots].to(ctx.gates_dtype), *grads, None, None
 
 
 def routed(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
@@ -80,7 +101,8 @@ def routed(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tens
     Returns:
         (N, C)
     """
-    return _Routed.apply(x, gates, gate_up, down, chosen, counts)
+    function = _RoutedByKernel if kernels.experts_usable(x, gate_up, down) else _Routed
+    return function.apply(x, gates, gate_up, down, chosen, counts)
 
 
 # --- the products -----------------------------------------------------------------------------------------------
@@ -190,8 +212,6 @@ def scatter(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
 
 def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
     """silu(gate) * up * gates. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
-    if kernels.usable(gate_up):
-        return kernels.swiglu(gate_up, gates)
     if fused.usable(gate_up):
         return fused.kernels.swiglu(gate_up, gates)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -200,10 +220,6 @@ def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad: (rows, F), overwritten -> gradient of gate_up, gradient of gates, and the forward's result again."""
-    if kernels.usable(gate_up):
-        grad_gate_up, grad_gates = kernels.swiglu_backward(grad, gate_up, gates)
-        assert grad_gates is not None
-        return grad_gate_up, grad_gates, grad
     if fused.usable(gate_up):
         return fused.kernels.swiglu_backward(grad, gate_up, gates)
     gate, up = gate_up.chunk(2, dim=-1)

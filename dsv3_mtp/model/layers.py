@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda" and not torch.compiler.is_compiling():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        if kernels.usable(x):
+        if kernels.usable(x, self.weight):
             return _RMSNorm.apply(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
@@ -40,8 +40,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if kernels.usable(x):
-            return self.down_proj(again(_SwiGLU.apply, torch.cat([gate, up], dim=-1)))
+        if kernels.usable(gate, up):
+            return self.down_proj(again(_SwiGLU.apply, gate, up))
         return self.down_proj(again(_SiLUMul.apply, gate, up))
 
 
@@ -62,16 +62,15 @@ class _RMSNorm(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up: Tensor):
-        ctx.save_for_backward(gate_up)
-        return kernels.swiglu(gate_up.flatten(0, -2), None).view(*gate_up.shape[:-1], -1)
+    def forward(ctx, gate: Tensor, up: Tensor):
+        ctx.save_for_backward(gate, up)
+        return kernels.swiglu(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (gate_up,) = ctx.saved_tensors
-        return kernels.swiglu_backward(grad.contiguous().flatten(0, -2), gate_up.flatten(0, -2), None)[0].view(
-            gate_up.shape
-        )
+        gate, up = ctx.saved_tensors
+        grads = kernels.swiglu_backward(*(x.flatten(0, -2) for x in (grad.contiguous(), gate, up)))
+        return grads[0].view(gate.shape), grads[1].view(up.shape)
 
 
 class _SiLUMul(torch.autograd.Function):

@@ -47,7 +47,7 @@ def choose_attention(
             raise ValueError(f"attention.backend: {backend} {reason}; or set attention.backend: auto")
         return core, f"attention: {backend} (attention.backend)"
     if device.type != "cuda":
-        return None, "attention: the CPU's own (blocks below the diagonal to 1024 tokens, sdpa beyond and under masks)"
+        return None, "attention: the CPU's own (sdpa without a C compiler and under masks)"
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     order = ["fa4", "fa3", "sdpa"] if hopper else ["fa2", "sdpa"]
     reasons: list[str] = []

@@ -1,0 +1,166 @@
+// Small products for attention.c and experts.c, whose operands lie in the cache: TILE rows of the left side, one number
+// at a time, times vectors of the right side.
+#include <stdlib.h>
+
+#include "kernels.h"
+
+#ifdef __AVX512F__
+enum { LANES = 16, TILE = 8 };
+#else
+enum { LANES = 8, TILE = 4 };
+#endif
+enum { WIDE = 3, BLOCK = 64, AHEAD = 8 };  // a tile of a product is TILE x (WIDE * LANES); rows of a block, fetched ahead
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t mask __attribute__((vector_size(LANES * 4)));
+
+// What one multiply-add takes from each side along the summed dimension: a float, or two neighbours of bfloat16.
+#ifdef BFLOAT16
+enum { PER = 2 };
+typedef uint32_t unit __attribute__((may_alias));
+typedef uint32_t units __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+static inline vec multiply_add(vec sum, unit a, units b) {
+#ifdef __AVX512BF16__
+    // Not the intrinsic: for that GCC 12 copies every sum at every step, and three vectors no longer fit the registers.
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"((units){0} + a), "v"(b));
+    return sum;
+#else
+    float low = load(a), high = (word){.u = a & 0xffff0000}.f;
+    return sum + low * (vec)(b << 16) + high * (vec)(b & 0xffff0000);
+#endif
+}
+#else
+enum { PER = 1 };
+typedef float unit;
+typedef vec units;
+
+static inline vec multiply_add(vec sum, unit a, units b) { return sum + a * b; }
+#endif
+
+// Element (row m, depth k) is at[m * row + k * deep].
+typedef struct { const unit *at; i64 row, deep; } Left;
+
+// Columns in panels of `wide` vectors, `next` units from one to the next; (depth k, column n) of one is at[k * deep + n].
+typedef struct { const unit *at; i64 deep, next; int wide; } Right;
+
+static inline __attribute__((always_inline)) void tile(Left a, Right b, i64 depth, float *c, i64 stride, int add,
+                                                       const int wide) {
+    vec sum[TILE][WIDE];
+#pragma GCC unroll 8
+    for (int m = 0; m < TILE; m++)
+#pragma GCC unroll 3
+        for (int n = 0; n < wide; n++) sum[m][n] = add ? *(vec *)(c + m * stride + n * LANES) : (vec){0};
+    for (i64 k = 0; k < depth; k++) {
+        const unit *left = a.at + k * a.deep, *right = b.at + k * b.deep;
+        units column[WIDE];
+#pragma GCC unroll 3
+        for (int n = 0; n < wide; n++) column[n] = *(const units *)(right + n * LANES);
+#pragma GCC unroll 8
+        for (int m = 0; m < TILE; m++)
+#pragma GCC unroll 3
+            for (int n = 0; n < wide; n++) sum[m][n] = multiply_add(sum[m][n], left[m * a.row], column[n]);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < TILE; m++)
+#pragma GCC unroll 3
+        for (int n = 0; n < wide; n++) *(vec *)(c + m * stride + n * LANES) = sum[m][n];
+}
+
+// TILE rows of c, `columns` of them (whole vectors), become a @ b or, with `add`, grow by it.
+static void product(Left a, Right b, i64 depth, float *c, i64 stride, i64 columns, int add) {
+    i64 step = b.wide * LANES;
+    for (i64 n = 0; n < columns; n += step, b.at += b.next, c += step) {
+        i64 wide = (columns - n) / LANES < b.wide ? (columns - n) / LANES : b.wide;
+        if (wide == 3) tile(a, b, depth, c, stride, add, 3);
+        else if (wide == 2) tile(a, b, depth, c, stride, add, 2);
+        else tile(a, b, depth, c, stride, add, 1);
+    }
+}
+
+static i64 up(i64 x, i64 multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+
+// Rows as the left side: summed over their columns.
+static Left rows_of(const real *x, i64 width, i64 row) {
+    return (Left){(const unit *)x + row * (width / PER), width / PER, 1};
+}
+
+// As a side that is summed over its rows: columns of x (rows, width) -> units (rows / PER, columns), `out_width` from row to
+// row.
+__attribute__((noinline)) static const unit *packed(const real *x, i64 rows, i64 width, i64 columns, i64 out_width,
+                                                    unit *out) {
+    for (i64 row = 0; row < rows; row += PER) {
+        unit *y = out + row / PER * out_width;
+        const real *in = x + row * width;
+#pragma omp simd
+        for (i64 c = 0; c < columns; c++) {
+#ifdef BFLOAT16
+            y[c] = in[c] | (uint32_t)in[width + c] << 16;
+#else
+            y[c] = in[c];
+#endif
+        }
+    }
+    return out;
+}
+
+// The same where x need not be moved: floats stay where they are.
+static const unit *paired(const real *x, i64 rows, i64 width, i64 columns, unit *out) {
+#ifdef BFLOAT16
+    return packed(x, rows, width, columns, width, out);
+#else
+    (void)rows, (void)width, (void)columns, (void)out;
+    return x;
+#endif
+}
+
+static Right plain(const unit *x, i64 width) { return (Right){x, width, WIDE * LANES, WIDE}; }
+
+// LANES vectors become their transpose: halves change places, then quarters, ...
+static inline void transpose(units *x) {
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2) {
+        mask first, second;
+        for (int l = 0; l < LANES; l++) {
+            first[l] = l & half ? LANES + l - half : l;
+            second[l] = l & half ? LANES + l : l + half;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & half) continue;
+            units low = x[i], high = x[i + half];
+            x[i] = __builtin_shuffle(low, high, first);
+            x[i + half] = __builtin_shuffle(low, high, second);
+        }
+    }
+}
+
+// Columns of a right side in panels that leave no single vector over, if that can be.
+static int panel_of(i64 columns) { return columns / LANES % 3 == 1 ? 2 : WIDE; }
+
+// Units of a right side in panels.
+static i64 panel_size(i64 width, i64 columns) { return up(columns, panel_of(columns) * LANES) * width; }
+
+// x^T as a right side, x: (columns, width) -> panels of (width / PER, columns). What the panels take: `panel_size`. Where
+// width is not in whole vectors of units, up to one vector beyond x is read.
+__attribute__((noinline)) static Right across(const real *x, i64 columns, i64 width, unit *out) {
+    i64 depth = width / PER, step = panel_of(columns) * LANES;
+    for (i64 n = 0; n < columns; n += LANES) {
+        unit *panel = out + n / step * step * depth + n % step;
+        for (i64 k = 0; k < depth; k += LANES) {
+            units block[LANES];
+            for (int l = 0; l < LANES; l++) block[l] = *(const units *)((const unit *)x + (n + l) * depth + k);
+            transpose(block);
+            for (int l = 0; l < LANES && k + l < depth; l++) *(units *)(panel + (k + l) * step) = block[l];
+        }
+    }
+    return (Right){out, step, step * depth, step / LANES};
+}
+
+// x as a right side, x: (rows, columns) -> panels of (rows / PER, columns).
+__attribute__((noinline)) static Right down(const real *x, i64 rows, i64 columns, unit *out) {
+    i64 depth = rows / PER, step = panel_of(columns) * LANES;
+    for (i64 n = 0; n < columns; n += step)
+        packed(x + n, rows, columns, columns - n < step ? columns - n : step, step, out + n * depth);
+    return (Right){out, step, step * depth, step / LANES};
+}
