@@ -89,6 +89,7 @@ class Child:
     spec: dict[str, Any]
     tokens: int = 0
     answers: list[dict[str, float]] = field(default_factory=list)
+    first: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
