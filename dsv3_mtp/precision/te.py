@@ -4,6 +4,7 @@ Parameters stay ours: the TE modules are handed the layer's own `weight`, and ar
 that checkpoints and optimizers see the same names and tensors with every backend.
 """
 
+import ctypes
 import functools
 import os
 from pathlib import Path
@@ -23,17 +24,24 @@ def load() -> tuple[Any, str]:
     """(transformer_engine.pytorch, "") or (None, why not). It fails in more ways than ImportError."""
     if not torch.cuda.is_available():
         return None, "needs a Hopper GPU; there is no CUDA device"
-    # TE would look for a cuDNN of the system first, and two versions in one process break each other.
-    cudnn = Path(torch.__file__).parents[1] / "nvidia" / "cudnn"  # where torch's own is, if pip installed it
-    if cudnn.exists():
-        os.environ.setdefault("CUDNN_HOME", str(cudnn))
     try:
+        load_cudnn()
         import transformer_engine.pytorch as te
 
         available, reason = te.is_fp8_block_scaling_available(return_reason=True)
     except Exception as error:
         return None, f"cannot be imported ({type(error).__name__}: {error}); pip install -e '.[te]' after torch"
     return (te, "") if available else (None, f"has no FP8 block scaling here: {reason}")
+
+
+def load_cudnn() -> None:
+    """Loads all of the cuDNN that pip installed for torch. TE would take the system's for what torch has not loaded yet,
+    and two versions in one process break each other."""
+    folder = Path(torch.__file__).parents[1] / "nvidia" / "cudnn"
+    if folder.exists():
+        os.environ.setdefault("CUDNN_HOME", str(folder))
+        for library in sorted(folder.glob("lib/libcudnn*.so.9")):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def unsupported(device: torch.device) -> str | None:
