@@ -35,8 +35,9 @@ def load() -> tuple[Any, str]:
 
 
 def load_cudnn() -> None:
-    """Loads all of the cuDNN that pip installed for torch. TE would take the system's for what torch has not loaded yet,
-    and two versions in one process break each other."""
+    """All of the cuDNN that pip installed for torch. TE would take the system's for what torch has not loaded yet, and
+    two versions in one process break each other.
+    """
     folder = Path(torch.__file__).parents[1] / "nvidia" / "cudnn"
     if folder.exists():
         os.environ.setdefault("CUDNN_HOME", str(folder))
