@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsv3_mtp import fused
 from dsv3_mtp.model import attention, dispatch, layers
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,3 +86,29 @@ def test_cross_entropy(dtype, vocab):
     targets[0] = vocab
     got = triton_kernels.cross_entropy_(logits.clone().to(DEVICE), targets.to(DEVICE), weight.to(DEVICE))[0].cpu()
     assert got[0].isnan() and not got[1:].isnan().any()  # a token outside the vocabulary has no loss
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_a_model_with_the_kernels_has_the_loss_and_gradients_of_one_without(
+    make_tiny_config, monkeypatch, mode, checkpointing
+):
+    config = make_tiny_config({"mtp.mode": mode, "mtp.num_nextn_predict_layers": 2})
+    model = DeepseekV3MTP(config.model, config.mtp)
+    model.init_weights(0)
+    model.to(DEVICE).checkpoint_activations(checkpointing)
+    tokens = torch.randint(64, (2, 16 + 1 + model.depths)).to(DEVICE)
+    results = []
+    for on in (False, True):
+        if on and DEVICE == "cuda":
+            assert fused.enable() == "Triton kernels between the products"
+        elif on:
+            from dsv3_mtp import triton_kernels
+
+            monkeypatch.setattr(fused, "kernels", triton_kernels)
+            monkeypatch.setattr(fused, "usable", lambda x: x.dtype == torch.float32)
+        out = model(tokens, balance_loss_weight=1e-4)
+        results.append([out.loss, out.nll_sum, *torch.autograd.grad(out.loss, list(model.parameters()))])
+    fused.disable()
+    for plain, ours in zip(*results, strict=True):
+        assert (ours - plain).norm() <= 1e-5 * plain.norm() + 1e-9

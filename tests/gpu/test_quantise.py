@@ -1,27 +1,13 @@
-"""Kernels of a GPU in their places: a model with them is one without, FP8's bytes are those of the CPU.
-
-Each kernel alone is in tests/test_triton_kernels.py.
-"""
+"""What FP8's Triton quantiser and the layout of its scales give on a GPU: the bytes of the CPU."""
 
 import math
 
 import pytest
 import torch
 
-from dsv3_mtp import fused
-from dsv3_mtp.config import Config
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.precision import hopper
 from dsv3_mtp.precision.quantise import BLOCK, ROW, dequantise, no_kernel, quantise
 from tests.precision.test_quantise import samples
-
-
-@pytest.fixture(autouse=True)
-def enabled():
-    note = fused.enable()
-    assert note == "Triton kernels between the products", note
-    yield
-    fused.disable()
 
 
 @pytest.mark.parametrize("tile", [ROW, BLOCK], ids=["row", "block"])
@@ -53,19 +39,3 @@ def test_the_scales_of_groups_are_laid_out_as_on_the_cpu():
         want = hopper._by_group(scale_inv, *hopper._groups_of_blocks(rows, scale_inv.device))
         got = hopper._by_group(scale_inv.cuda(), *hopper._groups_of_blocks(rows, torch.device("cuda")))
         assert torch.equal(got.cpu(), want)
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_a_model_with_fused_kernels_has_the_loss_and_gradients_of_one_without(make_tiny_config, checkpointing):
-    config: Config = make_tiny_config({"mtp.num_nextn_predict_layers": 2})
-    model = DeepseekV3MTP(config.model, config.mtp)
-    model.init_weights(0)
-    model.cuda().checkpoint_activations(checkpointing)
-    tokens = torch.randint(64, (2, 16 + 1 + model.depths)).cuda()
-    results = []
-    for switch in (fused.enable, fused.disable):
-        switch()
-        out = model(tokens, balance_loss_weight=1e-4)
-        results.append([out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))])
-    for ours, plain in zip(*results, strict=True):
-        assert (ours - plain).norm() <= 1e-5 * plain.norm() + 1e-9
