@@ -130,7 +130,7 @@ def backends():
     from dsv3_mtp.precision.emulate import Emulated
     from dsv3_mtp.precision.linear import FP8Linear, Recipe
 
-    device = torch.device("cuda")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield "high", lambda linear: linear, None
     for name, product in (("emulate", Emulated()), ("torch", hopper.ScaledMM())):
         if name == "emulate" or hopper.unsupported(device) is None:
