@@ -1,63 +1,38 @@
-"""Chains of small operations as one kernel on a GPU, by torch.compile.
+"""Whether the Triton kernels of triton_kernels.py are used, in bfloat16 and float32 on a GPU.
 
-    @fused
-    def silu_mul(gate, up): ...
-
-Off until `enable()`, which the trainer calls; then calls on CUDA tensors run compiled, all others as they are. Where
-nothing can be compiled (no Triton, or no C compiler for its launchers) the run says so and stays with torch's kernels.
+Off until `enable()`, which the trainer calls. Where Triton is missing or cannot compile, on other devices, in other
+dtypes and under torch's compiler, the model's own torch operations run; the two agree to a rounding.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_on = False
-
-
-class fused:
-    """A function of tensors, each call of which is one kernel or few; its first argument decides where it runs.
-
-    Compiled once per kind of arguments: the first shape as it is, further ones with sizes left open. Sums inside a
-    kernel are in float32 and rounded once, so that it differs from the operations one by one by a rounding.
-    """
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-        self.compiled: Callable[..., Any] | None = None
-        self.__doc__ = function.__doc__
-
-    def __call__(self, *args: Any) -> Any:
-        if not usable(args[0]):
-            return self.function(*args)
-        if self.compiled is None:  # not at import: it loads torch's compiler, for a second
-            self.compiled = torch.compile(self.function)
-        return self.compiled(*args)
-
-
-def usable(x: Tensor) -> bool:
-    """Whether fused functions of this tensor run compiled."""
-    return _on and x.device.type == "cuda" and not torch.compiler.is_compiling()
+kernels: Any = None  # the module triton_kernels, which CPUs cannot import, once it is enabled
 
 
 def enable() -> str:
-    """Uses compiled kernels from now on if one can be compiled here. Returns one line on the outcome."""
-    global _on
-    import torch._dynamo.config
-
-    # Forward, backward and recomputation, and FP8's tiles along rows and columns of every layer, are one kind each.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    """Compiles a kernel to see whether that can be done here, and uses them from now on. Returns one line on it."""
+    global kernels
     try:
-        torch.compile(lambda x: x.sigmoid() * x)(torch.zeros(8, device="cuda"))
-    except Exception as error:  # of torch's compiler, Triton or the system's C compiler
+        from dsv3_mtp import triton_kernels
+
+        triton_kernels.silu_mul(*torch.zeros(2, 8, device="cuda"))
+    except Exception as error:  # of Triton, its compiler, or the system's C compiler, which it needs for launchers
         lines = str(error).strip().splitlines() or [""]
-        return f"fused GPU kernels: none, torch's operations run instead ({type(error).__name__}: {lines[0]})"
-    _on = True
-    return "fused GPU kernels, by torch.compile"
+        return f"Triton kernels: none, torch's operations run instead ({type(error).__name__}: {lines[0]})"
+    kernels = triton_kernels
+    return "Triton kernels between the products"
 
 
 def disable() -> None:
     """Back to torch's operations."""
-    global _on
-    _on = False
+    global kernels
+    kernels = None
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels are on and take this tensor."""
+    on = kernels is not None and x.is_cuda and not torch.compiler.is_compiling()
+    return on and x.dtype in (torch.bfloat16, torch.float16, torch.float32)

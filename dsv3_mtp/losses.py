@@ -6,11 +6,10 @@ Shapes: M rows (tokens of any number of heads), C hidden_size, V vocab.
 import torch
 from torch import Tensor
 
-from dsv3_mtp import kernels
-from dsv3_mtp.fused import fused, usable
+from dsv3_mtp import fused, kernels
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
-CHUNKS_ON_GPU = 4  # that many at a time, of 2 bytes each: its products want more than a few hundred rows
+CHUNKS_ON_GPU = 8  # that many at a time, of 2 bytes each: its products want more than a few hundred rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -55,8 +54,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _cross_entropy(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """d loss / d logits = row_weight * (softmax - onehot), nll and prediction of each row. `logits` are used up."""
-    if usable(logits):
-        return _fused_cross_entropy(logits, targets, row_weight)
+    if fused.usable(logits):
+        return logits, *fused.kernels.cross_entropy_(logits, targets, row_weight)
     if kernels.usable(logits):
         return logits, *kernels.cross_entropy_(logits, targets.contiguous(), row_weight.contiguous())
     dtype, logits = logits.dtype, logits.to(row_weight.dtype)
@@ -66,16 +65,6 @@ def _cross_entropy(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple
     logits.exp_().scatter_add_(1, targets[:, None], logits.new_full((), -1.0).expand(logits.shape[0], 1))
     logits.mul_(row_weight[:, None])
     return logits.to(dtype), nll, prediction
-
-
-@fused
-def _fused_cross_entropy(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = logits.to(row_weight.dtype)
-    log_sum = wide.logsumexp(-1, keepdim=True)
-    nll = log_sum.squeeze(1) - wide.gather(1, targets[:, None]).squeeze(1)
-    target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    grad = ((wide - log_sum).exp() - target.to(wide.dtype)) * row_weight[:, None]
-    return grad.to(logits.dtype), nll, wide.argmax(-1)
 
 
 def linear_cross_entropy(

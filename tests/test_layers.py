@@ -16,7 +16,7 @@ LAYERS = {
     **dict.fromkeys(
         ["kernels", "fused", "tuning", "schedules", "losses", "precision", "data", "metrics", "progress", "plots"], 1
     ),
-    **dict.fromkeys(["tensorfile", "fragments"], 1),
+    **dict.fromkeys(["triton_kernels", "tensorfile", "fragments"], 1),
     "model": 2,
     **dict.fromkeys(["parallel", "optim", "checkpoint", "hf", "generate", "decode", "loading"], 3),
     **dict.fromkeys(["trainer", "evaluate", "grade", "study", "runs", "dryrun", "plan", "meter"], 4),
@@ -24,7 +24,7 @@ LAYERS = {
 TOP = 5  # the package's __init__.py (the public API) and tools/
 
 # Third-party module -> the parts of the package that may import it.
-DOORS = {"deepspeed": {"parallel"}, "transformer_engine": {"precision"}}
+DOORS = {"deepspeed": {"parallel"}, "transformer_engine": {"precision"}, "triton": {"precision", "triton_kernels"}}
 # Part of the package -> all the third-party modules that it may import.
 ALLOWED = {"config": {"pydantic", "pydantic_core", "yaml"}, "model": {"torch"}}
 

@@ -4,6 +4,7 @@ Examples:
     python tools/bench.py --preset tiny --against transformers             # the same weights and batch in both
     python tools/bench.py --config configs/v3_tiny.yaml --parts            # where the time of a step goes
     python tools/bench.py --preset tiny --against depths                   # D = 0, 1, 2, 4, sequential and parallel
+    python tools/bench.py --config configs/v3_3b.yaml --against fp8        # on a Hopper GPU: both FP8 backends
     python tools/bench.py --preset tiny --loss-memory --set model.vocab_size=32768
     python tools/bench.py --startup                                        # from the command to the first step
 Every variant has a process of its own; in each round each runs one step, in random order. On a CPU the times are CPU
@@ -13,6 +14,7 @@ Exit codes: 0 done, 2 wrong options or config.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -27,6 +29,7 @@ from bench_models import SMALL, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = {"tiny": TINY, "small": SMALL}  # over configs/v3_tiny.yaml, without heads, 8 x 256 tokens per step
+AGAINST = ("transformers", "plain", "depths", "fp8")
 DEPTHS = [("sequential", d) for d in (1, 2, 4)] + [("parallel", d) for d in (1, 2, 4)]
 
 
@@ -62,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", default=str(ROOT / "configs/v3_tiny.yaml"), metavar="YAML")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="a.b=c", help="as in tools/train.py")
     parser.add_argument("--preset", choices=PRESETS, help="a model of 12M or 28M parameters without MTP heads")
-    parser.add_argument("--against", choices=("transformers", "plain", "depths"), help="what to compare with")
+    parser.add_argument("--against", nargs="+", default=[], choices=AGAINST, help="what to compare with")
     parser.add_argument("--compile", action="store_true", help="also with every block through torch.compile")
     parser.add_argument("--parts", action="store_true", help="also attention, MoE, loss, optimizer, each alone")
     parser.add_argument("--profile", metavar="FILE", help="also a Chrome trace of one step")
@@ -86,13 +89,14 @@ class Child:
     spec: dict[str, Any]
     tokens: int = 0
     answers: list[dict[str, float]] = field(default_factory=list)
+    first: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
         return self.spec["config"]["train"]["dtype"]
 
     def start(self, threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": python_path()}
         train, data = self.spec["config"]["train"], self.spec["config"]["data"]
         self.tokens = train["micro_batch_size"] * data["seq_len"]
         self.process = subprocess.Popen(
@@ -103,16 +107,21 @@ class Child:
             text=True,
             env=environment,
         )
-        self.first = self.ask(json.dumps(self.spec | {"threads": threads}))
+        self.tell(json.dumps(self.spec | {"threads": threads}))
 
-    def ask(self, command: str) -> Any:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+    def tell(self, command: str) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # its answer will say why
             self.process.stdin.write(command + "\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+
+    def ask(self, command: str) -> Any:
+        self.tell(command)
+        return self.answer()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line:
             raise ValueError(f"{self.name}: {self.process.communicate()[1].strip().splitlines()[-1]}")
         return json.loads(line)
@@ -121,37 +130,49 @@ class Child:
         self.process.communicate()
 
 
+def python_path() -> str:
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]:
     """The first one is what the others are compared with."""
     own_dtype = config["train"]["dtype"]
 
-    def ours(name: str, *, tuned: bool = True, compiled: bool = False, dtype: str = own_dtype, **mtp: Any) -> Child:
-        changed = config | {"mtp": config["mtp"] | mtp, "train": config["train"] | {"dtype": dtype}}
+    def ours(name: str, *, tuned: bool = True, compiled: bool = False, section: str = "mtp", **changes: Any) -> Child:
+        changed = config | {section: config[section] | changes}
         return Child(name, {"kind": "ours", "config": changed, "tuned": tuned, "compiled": compiled})
 
     def theirs(name: str, dtype: str, *, tuned: bool) -> Child:
         changed = config | {"train": config["train"] | {"dtype": dtype}}
         return Child(name, {"kind": "transformers", "config": changed, "tuned": tuned})
 
-    if options.against == "depths":
+    if "depths" in options.against:
         rows = [ours("D=0", mode="none")]
         return rows + [ours(f"{mode} D={d}", mode=mode, num_nextn_predict_layers=d) for mode, d in DEPTHS]
-    own = [ours("dsv3_mtp")] + ([ours("dsv3_mtp, compiled", tuned=False, compiled=True)] if options.compile else [])
-    if options.against == "plain":
-        return [ours("dsv3_mtp without tuning", tuned=False), *own]
-    if options.against == "transformers":
+    rows = []
+    if "transformers" in options.against:
         if config["mtp"]["mode"] != "none":
             raise ValueError("--against transformers: it trains no MTP heads; add --set mtp.mode=none")
         import torch
 
         if torch.cuda.is_available():  # what is tuned are settings of the CPU, and fused AdamW
-            return [theirs("transformers", own_dtype, tuned=True), *own]
-        rows = [theirs("transformers", "float32", tuned=False), theirs("transformers, tuned", "float32", tuned=True)]
-        if own_dtype != "float32":  # both dtypes, against transformers as it comes, which is float32
-            rows += [theirs(f"transformers {own_dtype}, tuned", own_dtype, tuned=True)]
-            rows += [ours("dsv3_mtp float32", dtype="float32")]
-        return [*rows, *own]
-    return own
+            rows.append(theirs("transformers", own_dtype, tuned=True))
+        else:  # in bfloat16 both dtypes, against transformers as it comes, which is float32
+            rows.append(theirs("transformers", "float32", tuned=False))
+            rows.append(theirs("transformers, tuned", "float32", tuned=True))
+            if own_dtype != "float32":
+                rows.append(theirs(f"transformers {own_dtype}, tuned", own_dtype, tuned=True))
+                rows.append(ours("dsv3_mtp float32", section="train", dtype="float32"))
+    if "plain" in options.against:
+        rows.append(ours("dsv3_mtp without tuning", tuned=False))
+    if "fp8" in options.against:
+        rows.append(ours("dsv3_mtp", section="fp8", enabled=False))
+        rows += [ours(f"dsv3_mtp FP8 by {b}", section="fp8", enabled=True, backend=b) for b in ("te", "torch")]
+    else:
+        rows.append(ours("dsv3_mtp"))
+    if options.compile:
+        rows.append(ours("dsv3_mtp, compiled", tuned=False, compiled=True))
+    return rows
 
 
 def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -159,6 +180,8 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
     try:
         for child in children:
             child.start(options.threads)
+        for child in children:
+            child.first = child.answer()
         ours = next(c for c in children if c.spec["kind"] == "ours" and c.dtype == config["train"]["dtype"])
         peaks: dict[str, list[float]] = {child.dtype: [] for child in children}
         for _ in range(options.rounds):
@@ -243,7 +266,7 @@ def loss_memory(config: dict[str, Any], options: argparse.Namespace) -> tuple[st
         for kind in ("naive", "chunked"):
             child = Child(kind, {"kind": kind, "config": config | {"mtp": mtp}})
             child.start(options.threads)
-            result[f"{kind} D={depths}"] = child.first
+            result[f"{kind} D={depths}"] = child.answer()
             child.stop()
         naive, own = (result[f"{kind} D={depths}"] / 2**20 for kind in ("naive", "chunked"))
         lines.append(f"    D={depths}: all logits at once {naive:8.0f} MiB, by chunks {own:6.0f} MiB")
@@ -285,7 +308,7 @@ def startup(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             sets = [f"data.train={folder}/random", f"data.val={folder}/random", "data.build=null"]
             sets += [f"run.dir={folder}/runs", f"run.name=r{number}", f"train.threads={options.threads}", *options.sets]
             command = [sys.executable, "-c", STARTUP, options.config, *sets]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            environment = {**os.environ, "PYTHONPATH": python_path()}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             line = next((line for line in done.stdout.splitlines() if line.startswith("MARKS ")), None)
             if line is None:

@@ -65,7 +65,8 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
         for module in model.modules():
             if type(module).__name__ in ("DecoderLayer", "MTPModule", "ParallelHead"):
                 module.compile()
-    optimizer = build_optimizer(model, config.optim)
+    # Its states in the type of the weights, as transformers': here are no float32 masters.
+    optimizer = build_optimizer(model, config.optim.model_copy(update={"moments": "float32"}))
     alpha = config.train.balance_loss_weight
 
     def step() -> Tensor:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from dsv3_mtp import fused
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.fused import fused
 from dsv3_mtp.model import causal
 from dsv3_mtp.model.causal import causal_attention
 from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
@@ -60,9 +60,22 @@ class MLA(nn.Module):
         return query.unflatten(-1, (self.heads, -1)), latent, k_rope
 
 
-@fused
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor):
+        ctx.save_for_backward(angles)
+        return fused.kernels.to_heads(query, kv, k_rope, angles)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return *fused.kernels.to_heads_backward(*(grad.contiguous() for grad in grads), *ctx.saved_tensors), None
+
+
 def to_heads(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates. (B, T, H, nope+P), (B, T, H, nope+v), (B, T, P) -> query, key (B, H, T, nope+P), value (.., v)."""
+    if fused.usable(query):
+        q, k, v = _ToHeads.apply(query.contiguous(), kv.contiguous(), k_rope, angles)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     rope = k_rope.shape[-1]
     nope = query.shape[-1] - rope
     q_nope, q_rope = query.split([nope, rope], dim=-1)

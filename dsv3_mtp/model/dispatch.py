@@ -1,7 +1,8 @@
 """The routed experts of one layer: sort by expert, products of each expert, weigh, and back to the tokens.
 
 One autograd function with its own backward, so that no step of it keeps more than it needs or scatters gradients. The
-gates weigh the hidden layer, F numbers per row, which is the same as weighing the output, C numbers.
+gates weigh the hidden layer, F numbers per row, which is the same as weighing the output, C numbers. For FP8 products,
+which have a backward of their own, the other steps are there one by one too.
 Shapes: rows = N*K token-expert pairs, sorted by expert (plus padding, see `Layout`).
 """
 
@@ -11,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp import kernels
-from dsv3_mtp.fused import fused, usable
+from dsv3_mtp import fused, kernels
 
 MULTIPLE = 64  # rows of an expert under oneDNN, which compiles a kernel per shape: 0.5 ms for each count not seen yet
 
@@ -32,15 +32,17 @@ def padding(x: Tensor) -> int:
     return MULTIPLE if x.device.type == "cpu" and by_onednn else 1
 
 
-def sort_by_expert(chosen: Tensor, gates: Tensor, counts: Tensor, multiple: int) -> Layout:
-    """chosen, gates: (N, K), counts: (E,)."""
+def sort_by_expert(
+    chosen: Tensor, gates: Tensor, counts: Tensor, multiple: int, padded_rows: int | None = None
+) -> Layout:
+    """chosen, gates: (N, K), counts: (E,). `padded_rows` of all experts, where the caller knows it: nobody waits."""
     order = chosen.flatten().argsort(stable=True)  # (N*K,) pairs grouped by expert
     place, rows = torch.arange(order.numel(), device=order.device), order.numel()
     if multiple > 1:
         padded = (counts + multiple - 1) // multiple * multiple
         shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)  # (E,)
         place = place + shift[chosen.flatten()[order]]
-        counts, rows = padded, int(padded.sum())
+        counts, rows = padded, int(padded.sum()) if padded_rows is None else padded_rows
     source = order.new_zeros(rows).index_copy_(0, place, order // chosen.shape[1])
     row_gates = gates.new_zeros(rows).index_copy_(0, place, gates.flatten()[order])
     return Layout(source, torch.empty_like(order).index_copy_(0, order, place).view_as(chosen), row_gates, counts)
@@ -52,7 +54,7 @@ class _Routed(torch.autograd.Function):
         layout = sort_by_expert(chosen, gates.to(x.dtype), counts, padding(x))
         rows = layout.counts if grouped_kernel(x, gate_up) else layout.counts.tolist()
         inner = grouped(x.index_select(0, layout.source), gate_up, rows)  # (rows, 2F)
-        out = grouped(weighted_swiglu(inner, layout.gates), down, rows)  # (rows, C)
+        out = grouped(swiglu(inner, layout.gates), down, rows)  # (rows, C)
         ctx.save_for_backward(x, gate_up, down, inner, layout.source, layout.slots, layout.gates)
         ctx.rows, ctx.gates_dtype = rows, gates.dtype
         return combine(out, layout.slots)
@@ -62,7 +64,7 @@ class _Routed(torch.autograd.Function):
         x, gate_up, down, inner, source, slots, row_gates = ctx.saved_tensors
         grad_out = grad.index_select(0, source)  # (rows, C), as if no gate came after it
         grad_hidden = grouped_input_grad(grad_out, down, ctx.rows)
-        grad_inner, grad_gates, hidden = weighted_swiglu_backward(grad_hidden, inner, row_gates)
+        grad_inner, grad_gates, hidden = swiglu_backward(grad_hidden, inner, row_gates)
         grad_down = grouped_weight_grad(grad_out, hidden, ctx.rows) if ctx.needs_input_grad[3] else None
         rows = torch.index_select(x, 0, source, out=grad_out)  # gathered again rather than kept
         grad_gate_up = grouped_weight_grad(grad_inner, rows, ctx.rows) if ctx.needs_input_grad[2] else None
@@ -103,7 +105,7 @@ def routed(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tens
     return function.apply(x, gates, gate_up, down, chosen, counts)
 
 
-# --- the products: an FP8 version replaces these three ---------------------------------------------------------
+# --- the products -----------------------------------------------------------------------------------------------
 # `rows`: rows of each expert, an int64 tensor (E,) where one kernel does all experts, else a list of E numbers.
 
 
@@ -140,31 +142,91 @@ def grouped_weight_grad(grad: Tensor, x: Tensor, rows: list[int] | Tensor) -> Te
 
 def combine(rows: Tensor, slots: Tensor) -> Tensor:
     """Sum of the K rows of each token. rows: (rows, C), slots: (N, K) -> (N, C)."""
-    return gather_sum(rows, slots) if usable(rows) else F.embedding_bag(slots, rows, mode="sum")
+    if fused.usable(rows):
+        return fused.kernels.gather_sum(rows, slots)
+    return F.embedding_bag(slots, rows, mode="sum")
 
 
-@fused
-def gather_sum(rows: Tensor, slots: Tensor) -> Tensor:
-    return rows[slots].sum(1)  # the (N, K, C) rows between never exist
+# --- the other steps one by one ---------------------------------------------------------------------------------
+
+
+def to_experts(x: Tensor, layout: Layout) -> Tensor:
+    """The rows of the experts from those of the tokens, (N, C) -> (rows, C). Padding is zeros: FP8's tiles see it."""
+    return _ToExperts.apply(x, layout.source, layout.slots)
+
+
+def from_experts(rows: Tensor, layout: Layout) -> Tensor:
+    """The sum of each token's rows, (rows, C) -> (N, C)."""
+    return _FromExperts.apply(rows, layout.source, layout.slots)
+
+
+def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
+    """silu(gate) * up * gates, which keeps its two inputs. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
+    return _GatedSwiGLU.apply(gate_up, gates)
+
+
+class _ToExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, source: Tensor, slots: Tensor):
+        ctx.save_for_backward(slots)
+        return scatter(x, source, slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return combine(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+class _FromExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, source: Tensor, slots: Tensor):
+        ctx.save_for_backward(source, slots)
+        return combine(rows, slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return scatter(grad, *ctx.saved_tensors), None, None
+
+
+class _GatedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, gates: Tensor):
+        ctx.save_for_backward(gate_up, gates)
+        return swiglu(gate_up, gates)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad if fused.usable(grad) else grad.clone()  # which is not ours to overwrite
+        return swiglu_backward(grad, *ctx.saved_tensors)[:2]
+
+
+def scatter(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
+    """x: (N, C), source: (rows,), slots: (N, K) -> (rows, C): the rows that `combine` sums, zeros in those it skips."""
+    if source.numel() == slots.numel():
+        return x.index_select(0, source)
+    real = torch.zeros_like(source, dtype=torch.bool).index_fill_(0, slots.flatten(), True)
+    return torch.where(real.unsqueeze(1), x[source], 0)
 
 
 # --- silu(gate) * up ---------------------------------------------------------------------------------------------
 
 
-@fused
-def weighted_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
-    """gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
+def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
+    """silu(gate) * up * gates. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
+    if fused.usable(gate_up):
+        return fused.kernels.swiglu(gate_up, gates)
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up * gates.unsqueeze(1)
+    return F.silu(gate).mul_(up).mul_(gates.unsqueeze(1))
 
 
-@fused
-def weighted_swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """grad: (rows, F) -> gradient of gate_up, gradient of gates, and the forward's result again."""
+def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad: (rows, F), overwritten -> gradient of gate_up, gradient of gates, and the forward's result again."""
+    if fused.usable(gate_up):
+        return fused.kernels.swiglu_backward(grad, gate_up, gates)
     gate, up = gate_up.chunk(2, dim=-1)
     sigmoid, factor = gate.sigmoid(), gates.unsqueeze(1)
     silu = gate * sigmoid
     plain = silu * up  # before the gate
-    grad_gates = (grad * plain).sum(1)
-    slope, scaled = sigmoid + silu * (1 - sigmoid), grad * factor
-    return torch.cat([scaled * up * slope, scaled * silu], dim=1), grad_gates, plain * factor
+    grad_gates = torch.linalg.vecdot(grad, plain)
+    grad.mul_(factor)
+    slope = (1 - sigmoid).mul_(silu).add_(sigmoid)
+    return torch.cat([slope.mul_(up).mul_(grad), silu.mul_(grad)], dim=1), grad_gates, plain.mul_(factor)

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_mtp import kernels
+from dsv3_mtp import fused, kernels
 from dsv3_mtp.config import ModelConfig, RopeScaling
-from dsv3_mtp.fused import fused
 from dsv3_mtp.model.recompute import again
 
 
@@ -79,7 +78,7 @@ class _SiLUMul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor):
-        ctx.save_for_backward(gate, up)
+        ctx.save_for_backward(gate, up)  # both come from products: contiguous
         return silu_mul(gate, up)
 
     @staticmethod
@@ -87,14 +86,14 @@ class _SiLUMul(torch.autograd.Function):
         return silu_mul_backward(grad, *ctx.saved_tensors)
 
 
-@fused
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+    return fused.kernels.silu_mul(gate, up) if fused.usable(gate) else F.silu(gate) * up
 
 
-@fused
 def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """-> gradients of gate and up."""
+    if fused.usable(grad):
+        return fused.kernels.silu_mul_backward(grad.contiguous(), gate, up)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
     return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model.dispatch import routed, sort_by_expert
+from dsv3_mtp.model.dispatch import from_experts, gated_swiglu, routed, sort_by_expert, to_experts
 from dsv3_mtp.model.layers import MLP, Rows
 from dsv3_mtp.model.recompute import again
 
-# Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), counts (E,) -> (rows, out).
-GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), E counts -> (rows, out).
+GroupedLinear = Callable[[Tensor, Tensor, list[int]], Tensor]
 
 
 class RouterStats(NamedTuple):
@@ -100,6 +100,7 @@ class Experts(nn.Module):
     """E SwiGLU experts, stacked in memory (per expert on disk). Each runs in every step, on zero rows if need be."""
 
     linear: tuple[GroupedLinear, GroupedLinear] | None = None  # of gate_up and down; precision/ puts FP8 here
+    multiple = 1  # rows of an expert that these want, padded with zeros
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -113,10 +114,11 @@ class Experts(nn.Module):
         if self.linear is None:
             return routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
         gate_up_linear, down_linear = self.linear
-        layout = sort_by_expert(chosen, gates.to(x.dtype), counts, 1)
-        gate, up = gate_up_linear(x[layout.source], self.gate_up_proj, counts).chunk(2, dim=-1)  # (N*K, F) each
-        y = down_linear(F.silu(gate) * up, self.down_proj, counts) * layout.gates.unsqueeze(1)  # (N*K, C)
-        return y[layout.slots].sum(1)
+        rows = [-(-n // self.multiple) * self.multiple for n in counts.tolist()]  # the one time that the host waits
+        layout = sort_by_expert(chosen, gates.to(x.dtype), counts, self.multiple, sum(rows))
+        inner = gate_up_linear(to_experts(x, layout), self.gate_up_proj, rows)  # (rows, 2F)
+        y = down_linear(gated_swiglu(inner, layout.gates), self.down_proj, rows)  # (rows, C)
+        return from_experts(y, layout)
 
 
 class MoE(nn.Module):

@@ -25,7 +25,7 @@ def valid_targets(tokens: Tensor, documents: Tensor | None, depths: int, scored:
 def count_targets(tokens: Tensor, documents: Tensor | None, depths: int, scored: Tensor | None = None) -> Tensor:
     """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over batches and ranks."""
     targets = valid_targets(tokens, documents, depths, scored).sum((1, 2))
-    return torch.cat([targets, targets.new_tensor([tokens.shape[0]])]).double()
+    return torch.cat([targets, targets.new_full((1,), tokens.shape[0])]).double()
 
 
 def document_mask(documents: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def choose_attention(
     if device.type != "cuda":
         return None, "attention: the CPU's own (sdpa without a C compiler and under masks)"
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    order = ["fa4", "fa3", "te", "sdpa"] if hopper else ["fa2", "sdpa"]
+    order = ["fa4", "fa3", "sdpa"] if hopper else ["fa2", "sdpa"]
     reasons: list[str] = []
     for name in order:
         core, reason = _try(name, heads, widths, dtype, device, masked)

@@ -108,6 +108,7 @@ def convert(model: nn.Module, fp8: FP8Config, device: torch.device, dtype: torch
             module.linear = te.TEGroupedLinear(fp8.scale), te.TEGroupedLinear(fp8.scale)  # type: ignore[assignment]
         else:
             module.linear = recipe.grouped_linear, recipe.grouped_linear  # type: ignore[assignment]
+            module.multiple = recipe.product.multiple  # type: ignore[assignment]
     return f"{note}: {len(layers)} layers ({', '.join(fp8.modules)}{'' if fp8.mtp else ', MTP blocks not'})"
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsv3_mtp.precision.linear import Product
 from dsv3_mtp.precision.quantise import Scale, Tile, dequantise, quantise
 
 Accumulation = Literal["fp32", "fp22", "fp22_promote128"]
@@ -18,7 +19,7 @@ PROMOTE = 128  # columns after which V3 adds the partial sum to a float32 regist
 
 
 @dataclass(frozen=True)
-class Emulated:
+class Emulated(Product):
     """product(a, b) = a b^T of tensors rounded to FP8."""
 
     scale: Scale = "pow2"

@@ -6,36 +6,123 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp.precision.quantise import ROW, Scale, Tile, quantise
+from dsv3_mtp.precision.linear import Product
+from dsv3_mtp.precision.quantise import BLOCK, EDGE, ROW, Scale, Tile, no_kernel, quantise
 
 ALIGN = 16  # cuBLAS wants every dimension to be a multiple of this
 
 
 @dataclass(frozen=True)
-class ScaledMM:
-    """product(a, b) = a b^T on FP8 tensor cores, accumulated in float32. Same numbers as `emulate.Emulated`."""
+class ScaledMM(Product):
+    """product(a, b) = a b^T on FP8 tensor cores, accumulated in float32. Same numbers as `emulate.Emulated`.
+
+    Groups share one call of the quantiser per operand; their products write into parts of one result. The sides of
+    their weights are multiples of 16.
+    """
 
     scale: Scale = "pow2"
+    multiple = EDGE
 
     def __call__(self, a: Tensor, a_tile: Tile, b: Tensor, b_tile: Tile) -> Tensor:
         """a: (M, K) in 1 x 128 tiles, b: (N, K) in either, quantised along K -> (M, N) in the type of `a`."""
         rows, columns = a.shape[0], b.shape[0]
-        if 0 in (rows, columns, a.shape[1]):  # an expert without tokens
+        if 0 in (rows, columns, a.shape[1]):
             return a.new_zeros(rows, columns)
         (a_codes, a_inv), (b_codes, b_inv) = (
-            quantise(_aligned(x), t, self.scale) for x, t in ((a, a_tile), (b, b_tile))
+            _quantise(_aligned(x), t, self.scale) for x, t in ((a, a_tile), (b, b_tile))
         )
         out = F.scaled_mm(
-            a_codes.contiguous(),
-            b_codes.contiguous().t(),
+            a_codes,
+            b_codes.t(),
             *(_layout(a_inv, a_tile), _recipe(a_tile), _layout(b_inv, b_tile), _recipe(b_tile)),
             output_dtype=a.dtype,
         )
         return out[:rows, :columns]
 
+    def grouped(self, x: Tensor, tile: Tile, weight: Tensor, rows: list[int]) -> Tensor:
+        assert tile == ROW, "cuBLAS does not multiply blocks by blocks"
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        if not len(x):
+            return out
+        codes, scale_inv = _quantise(x, ROW, self.scale)  # (M, K), (M, K/128)
+        tiles = scale_inv.shape[1]
+        scales = _by_group(scale_inv, *_groups_of_blocks(rows, x.device)).split([n * tiles for n in rows])
+        matrices = _quantise_matrices(weight, self.scale)
+        for target, part, inverse, (matrix, blocks) in zip(
+            out.split(rows), codes.split(rows), scales, matrices, strict=True
+        ):
+            if len(part):
+                _multiply(part, inverse.view(tiles, -1).t(), matrix, blocks, BLOCK, out=target)
+        return out
+
+    def grouped_over_rows(self, a: Tensor, b: Tensor, rows: list[int]) -> Tensor:
+        out = a.new_empty(len(rows), a.shape[1], b.shape[1])
+        if not len(a):
+            return out.zero_()
+        parts: list[tuple[Tensor, ...]] = []
+        for x in (a, b):
+            codes, scale_inv = _quantise(x.t(), ROW, self.scale)  # (N, M), (N, M/128): each group is a part of columns
+            parts += [codes.split(rows, 1), _layout(scale_inv, ROW).split([n // EDGE for n in rows], 1)]
+        for target, left, left_inv, right, right_inv in zip(out, *parts, strict=True):
+            if left.shape[1]:
+                _multiply(left, left_inv, right, right_inv, ROW, out=target)
+            else:
+                target.zero_()
+        return out
+
+
+def _multiply(a: Tensor, a_inv: Tensor, b: Tensor, b_inv: Tensor, b_tile: Tile, *, out: Tensor) -> None:
+    """out (M, N) = a b^T of codes a (M, K) in 1 x 128 tiles and b (N, K). F.scaled_mm is the same without `out`."""
+    a_recipe, b_recipe = [_recipe(ROW).value], [_recipe(b_tile).value]
+    torch._scaled_mm_v2(a, b.t(), [a_inv], a_recipe, [], [b_inv], b_recipe, [], None, out.dtype, out=out)
+
+
+def _quantise(x: Tensor, tile: Tile, scale: Scale) -> tuple[Tensor, Tensor]:
+    """`quantise` with codes in row-major order, in which the Triton kernel writes them anyway."""
+    codes, scale_inv = quantise(x, tile, scale)
+    return codes.contiguous(), scale_inv
+
+
+def _quantise_matrices(weight: Tensor, scale: Scale) -> list[tuple[Tensor, Tensor]]:
+    """Codes (N, K) and laid-out scales of each matrix of weight (E, N, K), in one call if no block is in two."""
+    groups, rows, columns = weight.shape
+    parts: list[Tensor] | tuple[Tensor, ...]
+    if weight.is_contiguous() and rows % EDGE == 0:
+        codes, scale_inv = _quantise(weight.flatten(0, 1), BLOCK, scale)  # (E*N, K)
+        parts, scale_inv = codes.split(rows), scale_inv.unflatten(0, (groups, -1))  # (E, N/128, K/128)
+    elif weight.transpose(1, 2).is_contiguous() and columns % EDGE == 0:  # the transposed weights of dx = dy W
+        codes, scale_inv = _quantise(weight.transpose(1, 2).flatten(0, 1).t(), BLOCK, scale)  # (N, E*K)
+        parts, scale_inv = codes.split(columns, 1), scale_inv.unflatten(1, (groups, -1)).transpose(0, 1)
+    else:
+        each = [_quantise(matrix, BLOCK, scale) for matrix in weight]
+        parts, scale_inv = [codes for codes, _ in each], torch.stack([inverse for _, inverse in each])
+    return list(zip(parts, _layout(scale_inv, BLOCK), strict=True))
+
+
+def _groups_of_blocks(rows: list[int], device: torch.device) -> Tensor:
+    """First row and rows of the group that each block of 128 rows belongs to, (2, M/128) int64."""
+    sizes = torch.tensor(rows)
+    table = torch.stack([sizes.cumsum(0) - sizes, sizes]).repeat_interleave(sizes // EDGE, dim=1)
+    # From pageable memory the copy would wait for all that the GPU has still to do.
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def _by_group(scale_inv: Tensor, first: Tensor, size: Tensor) -> Tensor:
+    """Scales (M, T) of tiles -> (M*T,): group after group, each column-major as cuBLAS wants it.
+
+    first, size: (M/128,) from `_groups_of_blocks`.
+    """
+    rows, tiles = scale_inv.shape
+    place = torch.arange(rows * tiles, device=scale_inv.device)
+    block = place // (tiles * EDGE)
+    start, height = first[block], size[block]
+    place = place - start * tiles  # within the group
+    return scale_inv[start + place % height, place // height]
+
 
 def _aligned(x: Tensor) -> Tensor:
-    return F.pad(x, (0, -x.shape[1] % ALIGN, 0, -x.shape[0] % ALIGN))
+    missing = [-size % ALIGN for size in x.shape]
+    return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x  # a pad of nothing would be a copy
 
 
 def _recipe(tile: Tile) -> F.ScalingType:
@@ -43,10 +130,10 @@ def _recipe(tile: Tile) -> F.ScalingType:
 
 
 def _layout(scale_inv: Tensor, tile: Tile) -> Tensor:
-    """The strides that cuBLAS expects: (M, K/128) of tiles and (K/128 padded to 4, N/128) of blocks, column-major."""
+    """As cuBLAS wants it, column-major: (M, K/128) of tiles, (.., K/128 padded to 4, N/128) of blocks (.., N, K)."""
     if tile == ROW:
         return scale_inv.t().contiguous().t()
-    return F.pad(scale_inv, (0, -scale_inv.shape[1] % 4)).contiguous().t()
+    return F.pad(scale_inv, (0, -scale_inv.shape[-1] % 4)).contiguous().transpose(-2, -1)
 
 
 def unsupported(device: torch.device) -> str | None:
@@ -61,4 +148,5 @@ def unsupported(device: torch.device) -> str | None:
         return (
             f"needs torch >= 2.11 built for CUDA >= 12.9; this is torch {torch.__version__}, CUDA {torch.version.cuda}"
         )
-    return None
+    reason = no_kernel()
+    return None if reason is None else f"needs Triton for its quantiser, which does not run here ({reason})"

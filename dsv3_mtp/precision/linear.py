@@ -4,7 +4,6 @@ Each operand is quantised from high precision along the dimension that its produ
 (in dW along the tokens), W by 128 x 128 blocks. Parameters stay what they are in high precision: `weight`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,25 @@ from torch import Tensor, nn
 
 from dsv3_mtp.precision.quantise import BLOCK, ROW, Tile
 
-# product(a (M, K), tile of a, b (N, K), tile of b) -> (M, N), both quantised along K
-Product = Callable[[Tensor, Tile, Tensor, Tile], Tensor]
+
+class Product:
+    """product(a, tile of a, b, tile of b) = a b^T in FP8. Of groups one by one: a tile never holds rows of two."""
+
+    multiple = 1  # what the rows of every group have to be a multiple of
+
+    def __call__(self, a: Tensor, a_tile: Tile, b: Tensor, b_tile: Tile) -> Tensor:
+        """a: (M, K), b: (N, K), both quantised along K -> (M, N) in the type of `a`."""
+        raise NotImplementedError
+
+    def grouped(self, x: Tensor, tile: Tile, weight: Tensor, rows: list[int]) -> Tensor:
+        """Rows of group e times weight[e]^T, the weight in blocks. x: (M, K), weight: (E, N, K) -> (M, N)."""
+        parts = zip(x.split(rows), weight, strict=True)
+        return torch.cat([self(part, tile, matrix, BLOCK) for part, matrix in parts])
+
+    def grouped_over_rows(self, a: Tensor, b: Tensor, rows: list[int]) -> Tensor:
+        """Of each group a^T b over its rows, in tiles along them. a: (M, N), b: (M, K) -> (E, N, K)."""
+        parts = zip(a.split(rows), b.split(rows), strict=True)
+        return torch.stack([self(left.t(), ROW, right.t(), ROW) for left, right in parts])
 
 
 @dataclass(frozen=True)
@@ -27,17 +43,20 @@ class Recipe:
         """x: (..., in), weight: (out, in) -> (..., out)."""
         return _Linear.apply(x.flatten(0, -2), weight, self).unflatten(0, x.shape[:-1])
 
-    def grouped_linear(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """Rows of group e times weight[e]^T. x: (rows, in), weight: (E, out, in), counts: (E,) -> (rows, out)."""
-        return _GroupedLinear.apply(x, weight, counts.tolist(), self)
+    def grouped_linear(self, x: Tensor, weight: Tensor, counts: Tensor | list[int]) -> Tensor:
+        """Rows of group e times weight[e]^T. x: (rows, in), weight: (E, out, in), counts: (E,) -> (rows, out).
 
-
-def _input_gradient(recipe: Recipe, grad: Tensor, weight: Tensor) -> Tensor:
-    return recipe.product(grad, recipe.gradient, weight.t(), BLOCK)
-
-
-def _weight_gradient(recipe: Recipe, grad: Tensor, x: Tensor) -> Tensor:
-    return recipe.product(grad.t(), ROW, x.t(), ROW)
+        Fastest with counts in a list, and each a multiple of product.multiple: others are padded with rows of zeros.
+        """
+        rows, multiple = counts.tolist() if isinstance(counts, Tensor) else counts, self.product.multiple
+        padded = [-(-n // multiple) * multiple for n in rows]
+        if padded == rows:
+            return _GroupedLinear.apply(x, weight, rows, self)
+        before, gap = torch.tensor(rows), torch.tensor(padded) - torch.tensor(rows)  # (E,) each
+        place = torch.arange(len(x)) + (gap.cumsum(0) - gap).repeat_interleave(before)  # (rows,)
+        place = place.to(x.device)
+        wide = x.new_zeros(sum(padded), x.shape[1]).index_copy(0, place, x)
+        return _GroupedLinear.apply(wide, weight, padded, self).index_select(0, place)
 
 
 class _Linear(torch.autograd.Function):
@@ -50,32 +69,28 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        grad_x = _input_gradient(ctx.recipe, grad, weight) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(ctx.recipe, grad, x) if ctx.needs_input_grad[1] else None
+        product, tile = ctx.recipe.product, ctx.recipe.gradient
+        grad_x = product(grad, tile, weight.t(), BLOCK) if ctx.needs_input_grad[0] else None
+        grad_weight = product(grad.t(), ROW, x.t(), ROW) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """Group by group: a tile never holds the tokens of two experts."""
-
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, counts: list[int], recipe: Recipe):
+    def forward(ctx, x: Tensor, weight: Tensor, rows: list[int], recipe: Recipe):
         ctx.save_for_backward(x, weight)
-        ctx.counts, ctx.recipe = counts, recipe
-        parts = zip(x.split(counts), weight, strict=True)
-        return torch.cat([recipe.product(part, ROW, matrix, BLOCK) for part, matrix in parts])
+        ctx.rows, ctx.recipe = rows, recipe
+        return recipe.product.grouped(x, ROW, weight, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        grads = grad.split(ctx.counts)
+        product, tile = ctx.recipe.product, ctx.recipe.gradient
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            parts = zip(grads, weight, strict=True)
-            grad_x = torch.cat([_input_gradient(ctx.recipe, part, matrix) for part, matrix in parts])
+            grad_x = product.grouped(grad, tile, weight.transpose(1, 2), ctx.rows)
         if ctx.needs_input_grad[1]:
-            inputs = zip(grads, x.split(ctx.counts), strict=True)
-            grad_weight = torch.stack([_weight_gradient(ctx.recipe, part, rows) for part, rows in inputs])
+            grad_weight = product.grouped_over_rows(grad, x, ctx.rows)
         return grad_x, grad_weight, None, None
 
 

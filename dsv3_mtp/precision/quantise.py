@@ -6,13 +6,12 @@
 codes = round(x * scale), x ~ codes * scale_inv. A partial tile at the edge is a tile like the others.
 """
 
+import functools
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from dsv3_mtp.fused import fused
 
 Scale = Literal["pow2", "fp32"]
 Tile = tuple[int, int]
@@ -22,17 +21,35 @@ BLOCK: Tile = (EDGE, EDGE)
 LARGEST = 448.0  # of E4M3
 
 
-@fused
 def quantise(x: Tensor, tile: Tile, scale: Scale = "pow2") -> tuple[Tensor, Tensor]:
     """(M, K) -> codes (M, K) float8_e4m3fn and scale_inv (M / tile rows, K / tile columns) float32, rounded up."""
+    if x.device.type == "cuda" and not torch.compiler.is_compiling() and no_kernel() is None:
+        from dsv3_mtp.precision import triton_quantise
+
+        return triton_quantise.quantise(x, tile, scale)
+    return by_operations(x, tile, scale)
+
+
+@functools.cache
+def no_kernel() -> str | None:
+    """Why torch's operations quantise on a GPU, None if the Triton kernel does."""
+    try:
+        from dsv3_mtp.precision import triton_quantise
+
+        triton_quantise.quantise(torch.zeros(1, 1, device="cuda"), ROW, "pow2")
+    except Exception as error:  # no Triton, no C compiler for its launchers, or a GPU that has no E4M3
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return None
+
+
+def by_operations(x: Tensor, tile: Tile, scale: Scale) -> tuple[Tensor, Tensor]:
+    """`quantise` on any device."""
     tiles = _tiled(x, tile)  # (M/a, a, K/128, 128)
     factor = scales(tiles.abs().amax((1, 3)), x.dtype, scale)  # (M/a, K/128)
     codes = (tiles.float() * factor[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    inverse = factor.double().reciprocal().float()
-    return codes.flatten(0, 1).flatten(1)[: x.shape[0], : x.shape[1]], inverse
+    return codes.flatten(0, 1).flatten(1)[: x.shape[0], : x.shape[1]], factor.reciprocal()
 
 
-@fused
 def dequantise(codes: Tensor, scale_inv: Tensor, tile: Tile, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes * scale_inv, (M, K). With scales that are powers of two it is exact in bfloat16 too."""
     tiles = _tiled(codes.float(), tile) * scale_inv[:, None, :, None]
@@ -45,9 +62,8 @@ def scales(amax: Tensor, dtype: torch.dtype, scale: Scale) -> Tensor:
     A tile of zeros, or with an infinity or a nan in it, has scale 1. Where 448 / amax overflows, the largest number of
     `dtype` (that of the tensor to quantise) takes its place.
     """
-    # In float64 and rounded, which is the float32 quotient: compiled for a GPU, float32 divisions are an ulp off.
     amax = amax.float()
-    factor = (LARGEST / amax.double()).float()
+    factor = torch.full_like(amax, LARGEST) / amax  # `448.0 / amax` would multiply with the reciprocal: 1 ulp off
     factor = torch.where(factor.isinf(), torch.finfo(dtype).max, factor)
     if scale == "pow2":
         factor = (factor.view(torch.int32) & -0x800000).view(torch.float32)

@@ -4,7 +4,10 @@ Parameters stay ours: the TE modules are handed the layer's own `weight`, and ar
 that checkpoints and optimizers see the same names and tensors with every backend.
 """
 
+import ctypes
 import functools
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +25,24 @@ def load() -> tuple[Any, str]:
     if not torch.cuda.is_available():
         return None, "needs a Hopper GPU; there is no CUDA device"
     try:
+        load_cudnn()
         import transformer_engine.pytorch as te
 
         available, reason = te.is_fp8_block_scaling_available(return_reason=True)
     except Exception as error:
         return None, f"cannot be imported ({type(error).__name__}: {error}); pip install -e '.[te]' after torch"
     return (te, "") if available else (None, f"has no FP8 block scaling here: {reason}")
+
+
+def load_cudnn() -> None:
+    """All of the cuDNN that pip installed for torch. TE would take the system's for what torch has not loaded yet, and
+    two versions in one process break each other.
+    """
+    folder = Path(torch.__file__).parents[1] / "nvidia" / "cudnn"
+    if folder.exists():
+        os.environ.setdefault("CUDNN_HOME", str(folder))
+        for library in sorted(folder.glob("lib/libcudnn*.so.9")):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def unsupported(device: torch.device) -> str | None:
@@ -74,7 +89,7 @@ class TEGroupedLinear:
         self.recipe = recipe(scale)
         self.inner: Any = None
 
-    def __call__(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, counts: Tensor | list[int]) -> Tensor:
         """x: (rows, in) sorted by group, weight: (E, out, in), counts: (E,) -> (rows, out)."""
         te = load()[0]
         groups, out, width = weight.shape
@@ -87,7 +102,7 @@ class TEGroupedLinear:
                 del self.inner._parameters[f"weight{group}"]
         for group, matrix in enumerate(weight.unbind()):
             setattr(self.inner, f"weight{group}", matrix)
-        splits = counts.tolist()
+        splits = counts.tolist() if isinstance(counts, Tensor) else counts
         padded, padded_splits = self.pad(x, splits)
         with te.autocast(enabled=True, recipe=self.recipe):
             y = self.inner(padded, padded_splits)

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from dsv3_mtp.model import dispatch
-from dsv3_mtp.model.dispatch import grouped, grouped_input_grad, grouped_weight_grad, routed, sort_by_expert
+from dsv3_mtp.model.dispatch import (
+    from_experts,
+    gated_swiglu,
+    grouped,
+    grouped_input_grad,
+    grouped_weight_grad,
+    routed,
+    sort_by_expert,
+    to_experts,
+)
 
 
 def inputs(tokens=6, experts=5, top_k=2, hidden=4, width=3, dtype=torch.float64):
@@ -43,6 +52,30 @@ def test_values_and_gradients_equal_the_plain_path_whatever_the_padding(monkeypa
     grads = [torch.autograd.grad(y, leaves, cotangent) for y in (got, want)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_the_steps_one_by_one_equal_the_plain_path_and_padding_is_zeros_both_ways(multiple):
+    *leaves, chosen, counts = inputs(tokens=23)
+    x, gates, gate_up, down = leaves
+    padded = -(-counts // multiple) * multiple
+    layout = sort_by_expert(chosen, gates, counts, multiple, int(padded.sum()))
+    rows = to_experts(x, layout)
+    parts = zip(rows.split(padded.tolist()), gate_up, strict=True)
+    hidden = gated_swiglu(torch.cat([part @ matrix.T for part, matrix in parts]), layout.gates)
+    y = torch.cat([part @ matrix.T for part, matrix in zip(hidden.split(padded.tolist()), down, strict=True)])
+    got, want = from_experts(y, layout), plain(*leaves, chosen)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn_like(want)
+    grads = [torch.autograd.grad(z, leaves, cotangent, retain_graph=True) for z in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    padding = torch.ones(len(rows), dtype=torch.bool)
+    padding[layout.slots.flatten()] = False
+    assert padding.sum() == padded.sum() - 46
+    (grad_y,) = torch.autograd.grad(got, y, cotangent)
+    assert not rows[padding].any() and not grad_y[padding].any()
+    assert grad_y[~padding].any(1).all()
 
 
 def test_padded_rows_are_whole_multiples_with_gate_zero():

@@ -1,0 +1,58 @@
+"""The Triton kernel in Triton's interpreter, with TRITON_INTERPRET=1; on a GPU tests/gpu/test_fused.py runs it."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from dsv3_mtp.precision.quantise import BLOCK, ROW, by_operations
+from tests.precision.test_quantise import SHAPES, samples
+
+interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+
+@pytest.fixture(autouse=True)
+def conversions_of_gpus(monkeypatch):
+    """The interpreter's own round halves up, not to even, and lose bfloat16's smallest numbers."""
+    import triton.language as tl
+
+    plain = interpreter._convert_float
+
+    def convert(numbers, source, target, mode):
+        numbers = np.ascontiguousarray(numbers)
+        if target == tl.float8e4nv:
+            return torch.from_numpy(numbers).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return numbers.view(np.uint16).astype(np.uint32) << 16
+        return plain(numbers, source, target, mode)  # the zeros that masked loads give
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+def same(x, tile, scale):
+    from dsv3_mtp.precision import triton_quantise
+
+    (codes, scale_inv), (want, want_scale) = triton_quantise.quantise(x, tile, scale), by_operations(x, tile, scale)
+    assert codes.shape == want.shape and codes.is_contiguous()
+    assert torch.equal(scale_inv, want_scale)
+    assert torch.equal(codes.view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("tile", [ROW, BLOCK], ids=["row", "block"])
+@pytest.mark.parametrize("scale", ["pow2", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_and_scales_are_those_of_torchs_operations_bit_for_bit(tile, scale, dtype):
+    for kind in ("normal", "zeros", "outliers", "tiny", "wide", "infinite", "nan"):
+        for shape in SHAPES:
+            x = samples(kind, shape, dtype)
+            if kind == "nan":
+                x.view(-1)[x.numel() // 2] = math.nan
+            same(x, tile, scale)
+            same(x.t(), tile, scale)
+    x = samples("wide", (300, 400), dtype)
+    same(x[::2, 3:200:3], tile, scale)
+    same(x[:1, :1].expand(130, 140), tile, scale)
