@@ -1,7 +1,7 @@
 """v3_tiny's model and recipe on seeded Markov data: the losses of the first 50 steps are on file.
 
-A change of these numbers is a change of what is trained. To accept one, `python -m tests.test_golden` rewrites it;
-say in the commit why.
+A change of these numbers is a change of what is trained. To accept one, `CC=none python -m tests.test_golden` rewrites it
+with torch's own operations; say in the commit why.
 """
 
 import tempfile
@@ -17,6 +17,7 @@ from tests.ranks import run_ranks, write_markov
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "v3_tiny.txt"
 EXACT = 10  # steps; later the rounding of another CPU or kernel flips a choice of experts, and runs drift apart by 1e-3
+SEED = 3  # no choice of experts so close that noise of 1e-7 flips it; of seeds 1 to 4 and v3_tiny's, only this one
 COLUMNS = ("train/loss", "train/main_loss", "train/mtp_loss/1", "optim/grad_norm")
 
 
@@ -24,6 +25,7 @@ def golden_run(folder: Path, name: str) -> list[list[float]]:
     data = write_markov(folder / "markov", tokens=20_000, documents=50, states=64)
     sets = {
         "run.name": name,
+        "run.seed": str(SEED),
         "run.dir": str(folder / "runs"),
         "data.train": data,
         "data.val": data,
