@@ -119,3 +119,16 @@ def test_heads_against_transformers_are_refused_with_the_remedy():
     done = run_bench("--against=transformers")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip() == ("error: --against transformers: it trains no MTP heads; add --set mtp.mode=none")
+
+
+def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why():
+    command = [sys.executable, str(ROOT / "tools/bench_kernels.py"), "--config", str(ROOT / "configs/v3_nano.yaml")]
+    done = subprocess.run([*command, "--tokens=128", "--rounds=1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()
+    for name in ("linear", "experts", "attention", "rotary heads", "head and loss"):
+        assert any(name in row and row.endswith("1.00x") for row in rows), name
+    if not torch.cuda.is_available():
+        assert any("fp8.backend: te needs a Hopper GPU" in row for row in rows)
+    wrong = subprocess.run([*command, "--tokens=100", "lniear"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "no such part: lniear" in wrong.stderr
