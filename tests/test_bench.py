@@ -71,50 +71,6 @@ def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(make_tiny
     ]
 
 
-def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(tmp_path):
-    sets = ["--set=mtp.mode=none", "--set=train.dtype=bfloat16"]
-    done = run_bench("--against=transformers", "--rounds=1", f"--json={tmp_path / 'out.json'}", *sets)
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "out.json").read_text())
-    names = ["transformers", "transformers, tuned", "transformers bfloat16, tuned", "dsv3_mtp float32", "dsv3_mtp"]
-    assert list(content["variants"]) == names and set(content["matmul_flops"]) == {"float32", "bfloat16"}
-    first = [row["losses"][0] for row in content["variants"].values()]
-    assert first[3] == pytest.approx(first[0], rel=1e-5) and first[4] == pytest.approx(first[0], rel=3e-3)
-
-
-def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(tmp_path):
-    sets = ["--set=mtp.mode=none", "--set=train.dtype=bfloat16"]
-    done = run_bench("--against=transformers", "--rounds=1", f"--json={tmp_path / 'out.json'}", *sets)
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "out.json").read_text())
-    names = ["transformers", "transformers, tuned", "transformers bfloat16, tuned", "dsv3_mtp float32", "dsv3_mtp"]
-    assert list(content["variants"]) == names and set(content["matmul_flops"]) == {"float32", "bfloat16"}
-    first = [row["losses"][0] for row in content["variants"].values()]
-    assert first[3] == pytest.approx(first[0], rel=1e-5) and first[4] == pytest.approx(first[0], rel=3e-3)
-
-
-def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(tmp_path):
-    sets = ["--set=mtp.mode=none", "--set=train.dtype=bfloat16"]
-    done = run_bench("--against=transformers", "--rounds=1", f"--json={tmp_path / 'out.json'}", *sets)
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "out.json").read_text())
-    names = ["transformers", "transformers, tuned", "transformers bfloat16, tuned", "dsv3_mtp float32", "dsv3_mtp"]
-    assert list(content["variants"]) == names and set(content["matmul_flops"]) == {"float32", "bfloat16"}
-    first = [row["losses"][0] for row in content["variants"].values()]
-    assert first[3] == pytest.approx(first[0], rel=1e-5) and first[4] == pytest.approx(first[0], rel=3e-3)
-
-
-def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(tmp_path):
-    sets = ["--set=mtp.mode=none", "--set=train.dtype=bfloat16"]
-    done = run_bench("--against=transformers", "--rounds=1", f"--json={tmp_path / 'out.json'}", *sets)
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "out.json").read_text())
-    names = ["transformers", "transformers, tuned", "transformers bfloat16, tuned", "dsv3_mtp float32", "dsv3_mtp"]
-    assert list(content["variants"]) == names and set(content["matmul_flops"]) == {"float32", "bfloat16"}
-    first = [row["losses"][0] for row in content["variants"].values()]
-    assert first[3] == pytest.approx(first[0], rel=1e-5) and first[4] == pytest.approx(first[0], rel=3e-3)
-
-
 def test_heads_against_transformers_are_refused_with_the_remedy():
     done = run_bench("--against=transformers")
     assert done.returncode == 2 and done.stdout == ""
