@@ -1,7 +1,7 @@
 """v3_tiny's model and recipe on seeded Markov data: the losses of the first 50 steps are on file.
 
-A change of these numbers is a change of what is trained. To accept one, `CC=none python -m tests.test_golden` rewrites
-it with torch's own operations; say in the commit why.
+A change of these numbers is a change of what is trained. To accept one, `CC=none python -m tests.test_golden`
+rewrites it with torch's own operations; say in the commit why.
 """
 
 import tempfile
