@@ -133,8 +133,8 @@ def attention(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor, scale: 
     """Causal attention, rotary parts turned on the way.
 
     Args:
-        query: (B, T, H, nope+P); kv: (B, T, H, nope+v) keys and values; k_rope: (B, T, P), shared by the heads, which
-            need be contiguous in P only.
+        query: (B, T, H, nope+P); kv: (B, T, H, nope+v) keys and values; k_rope: (B, T, P), shared by the heads, whose
+            rows need only be equally far apart.
         angles: (2, T, P/2) cos and sin.
     Returns:
         (B, T, H, v), and of every softmax the largest score and 1 / sum for the backward, (2, B, H, T).

@@ -66,6 +66,7 @@ def test_numbers_become_bfloat16_as_torch_rounds_them(compiled):
 def test_rmsnorm_of_a_part_of_a_wider_row(compiled):
     norm = RMSNorm(10, 1e-6)
     assert_close(in_float64_and_in_kernels(norm, torch.randn(2, 5, 14), lambda module, x: module(x[..., :10])))
+    assert_close(in_float64_and_in_kernels(norm, torch.randn(2, 5, 20), lambda module, x: module(x[..., ::2])))
 
 
 @DTYPES
@@ -109,6 +110,20 @@ def test_attention_of_any_widths_is_that_of_torch(compiled, widths):
     results = [[y, *torch.autograd.grad(y, leaves, cotangent)] for y in (want, got)]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5)
+
+
+def test_inputs_with_gaps_between_their_numbers_are_read_where_they_are(compiled):
+    query, kv, k_rope = torch.randn(2, 9, 3, 12), torch.randn(2, 9, 3, 14), torch.randn(2, 11, 4)
+    angles, leaves = torch.randn(2, 9, 2), [torch.randn(300, 64), *experts_and_rows(torch.float32)[0][1:]]
+    _, chosen, counts = experts_and_rows(torch.float32)
+    hidden, weight, targets, row_weight = torch.randn(8, 5), torch.randn(7, 5), torch.randint(7, (16,)), torch.rand(1)
+    for make in (
+        lambda copy: causal_attention(query, kv, copy(k_rope[:, :9]), angles, 0.3),
+        lambda copy: causal_attention(query, kv, copy(k_rope[:, 2:, ::2].expand(2, 9, 2)), angles[..., :1], 0.3),
+        lambda copy: routed(copy(leaves[0][::2]), *leaves[1:], chosen, counts),
+        lambda copy: linear_cross_entropy(hidden, weight, copy(targets[::2]), copy(row_weight.expand(8)))[0],
+    ):
+        assert torch.equal(make(lambda x: x), make(torch.Tensor.contiguous))
 
 
 def experts_and_rows(dtype, tokens=150, experts=5, width=64, hidden=32):
