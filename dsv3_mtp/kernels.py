@@ -1,4 +1,5 @@
-"""C loops for the passes between the matrix products of a training step on a CPU, in float32 and bfloat16 (kernels.c).
+"""C kernels of a training step on a CPU, in float32 and bfloat16: the passes between the matrix products (kernels.c),
+and attention and the routed experts with their products (attention.c, experts.c).
 
 Off until `enable()`, which the trainer calls: it builds them with the system's C compiler, in seconds and once per
 machine. Where there is none, on a GPU, in other dtypes and under a compiler, the model's own torch operations run; the

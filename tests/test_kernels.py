@@ -1,5 +1,9 @@
 """The C kernels against torch's operations in float64, and what happens where they cannot be built."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,6 +265,15 @@ def test_without_a_compiler_the_model_runs_on_torchs_operations_and_says_so(monk
         "C kernels: not built, torch's operations run instead (there is no C compiler; install one, or name it in CC)"
     )
     assert not kernels.usable(torch.zeros(1))
+
+
+@pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not installed")
+@pytest.mark.parametrize("flags", kernels._STORED.values(), ids=str)
+def test_clang_takes_the_sources_too(flags, tmp_path):
+    for source in Path(kernels.__file__).parent.glob("*.c"):
+        command = ["clang", "-c", "-march=native", *flags, str(source), "-o", str(tmp_path / "object")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_failed_build_leaves_nothing_behind(monkeypatch, tmp_path):
