@@ -22,10 +22,10 @@ static Shape shape_of(i64 length, i64 nope, i64 rope, i64 value, const float *co
     return (Shape){length, up(length, BLOCK), nope, rope, value, up(nope + rope, LANES), up(value, LANES), cos, sin};
 }
 
-// Rows of `width` numbers, `stride` apart, into rows of `out_width`; the last `rope` numbers come from `rotary` and turn.
-// What pads them stays 0.
-__attribute__((noinline)) static void collect(const real *x, i64 stride, i64 width, const real *rotary, i64 rotary_stride, i64 rope, Shape s,
-                    real *out, i64 out_width) {
+// Rows of `width` numbers, `stride` apart, into rows of `out_width`; the last `rope` numbers come from `rotary` and
+// turn. What pads them stays 0.
+static NOINLINE void collect(const real *x, i64 stride, i64 width, const real *rotary, i64 rotary_stride, i64 rope,
+                             Shape s, real *out, i64 out_width) {
     for (i64 t = 0; t < s.length; t++, x += stride, rotary += rotary_stride, out += out_width) {
         float turned[rope + 1];
         for (size_t byte = 0; byte < (width + rope) * sizeof(real); byte += 64)
@@ -51,6 +51,9 @@ static void weigh(const real *weights, Right values, i64 start, Shape s, float *
         product(rows_of(weights, s.padded, m), values, (start + m + TILE) / PER, out + m * width, width, width, 0);
 }
 
+// Rows as the right side, where they lie.
+static Right plain(const unit *x, i64 width) { return (Right){x, width, WIDE * LANES, WIDE}; }
+
 // sums += weights^T @ rows, for keys up to the last query of the block and the queries that see them.
 static void spread(const unit *weights, const unit *rows, i64 start, Shape s, float *sums, i64 width) {
     for (i64 key = 0; key < start + BLOCK; key += TILE) {
@@ -61,8 +64,8 @@ static void spread(const unit *weights, const unit *rows, i64 start, Shape s, fl
     }
 }
 
-// All operands: query (batch, length, heads, nope + rope), kv (.., nope + value), k_rope (batch, length, rope) with rows
-// `stride` apart, and what is computed from them.
+// All operands: query (batch, length, heads, nope + rope), kv (.., nope + value), k_rope (batch, length, rope) with
+// rows `stride` apart.
 typedef struct {
     const real *query, *kv, *k_rope;
     i64 stride, heads, length;
@@ -87,7 +90,7 @@ static float sum_of(const float *x) {
 
 // One row of scores -> weights before they are divided by their sum; 0 from `seen` to `end`. By stripes: a loop of any
 // number of steps ends in scalar ones, and here most rows are short.
-__attribute__((noinline)) static void softmax_row(float *x, real *p, int seen, int end, float scale, float *top, float *inverse) {
+static NOINLINE void softmax_row(float *x, real *p, int seen, int end, float scale, float *top, float *inverse) {
     float part[STRIPE], most = -INFINITY;
     int whole = up(seen, STRIPE);
     for (int c = seen; c < whole; c++) x[c] = -INFINITY;
@@ -111,8 +114,8 @@ __attribute__((noinline)) static void softmax_row(float *x, real *p, int seen, i
 }
 
 // The row of scores again, and the gradient of its probabilities -> probabilities p and gradient d of the scores.
-__attribute__((noinline)) static void softmax_row_backward(float *x, float *grad, real *p, real *d, int seen, int end, float scale, float top,
-                                 float inverse) {
+static NOINLINE void softmax_row_backward(float *x, float *grad, real *p, real *d, int seen, int end, float scale,
+                                          float top, float inverse) {
     float part[STRIPE] = {0};
     int whole = up(seen, STRIPE);
     for (int c = seen; c < whole; c++) x[c] = -INFINITY, grad[c] = 0;
@@ -141,8 +144,10 @@ void attention(const real *query, const real *kv, const real *k_rope, i64 stride
     i64 kw = s.key_width, vw = s.value_width;
 #pragma omp parallel
     {
-        real *q = calloc(s.padded * (2 * kw + vw) + LANES * PER, sizeof(real)), *k = q + s.padded * kw, *v = k + s.padded * kw;
-        unit *pairs = malloc((s.padded * vw + panel_size(kw, s.padded)) * sizeof(unit)), *keys_at = pairs + s.padded * vw;
+        real *q = calloc(s.padded * (2 * kw + vw) + LANES * PER, sizeof(real));
+        real *k = q + s.padded * kw, *v = k + s.padded * kw;
+        unit *pairs = malloc((s.padded * vw + panel_size(kw, s.padded)) * sizeof(unit));
+        unit *keys_at = pairs + s.padded * vw;
         float *scores = malloc(BLOCK * (s.padded + vw) * sizeof(float)), *mixed = scores + BLOCK * s.padded;
         real *weights = calloc(BLOCK * s.padded, sizeof(real));
 #pragma omp for schedule(static)
@@ -170,7 +175,7 @@ void attention(const real *query, const real *kv, const real *k_rope, i64 stride
 }
 
 // A row's gradient from scratch: the first `nope` numbers to `y`, the turned ones back to `rotary`.
-__attribute__((noinline)) static void give_back(float *x, i64 t, Shape s, real *y, real *rotary) {
+static NOINLINE void give_back(float *x, i64 t, Shape s, real *y, real *rotary) {
     for (i64 c = 0; c < s.nope; c++) y[c] = store(x[c]);
     turn(x + s.nope, s.cos + t * (s.rope / 2), s.sin + t * (s.rope / 2), -1, s.rope / 2);
     for (i64 p = 0; p < s.rope; p++) rotary[p] = store(x[s.nope + p]);
@@ -256,7 +261,7 @@ void attention_backward(const real *query, const real *kv, const real *k_rope, i
         }
         free(x.memory);
 #pragma omp for schedule(static)
-        for (i64 n = 0; n < batch * length; n++) {  // the key's rotary part is shared: summed over the heads, turned back
+        for (i64 n = 0; n < batch * length; n++) {  // the key's rotary part is shared: summed over heads, turned back
             i64 b = n / length, t = n % length;
             float sum[rope + 1];
             memset(sum, 0, sizeof(sum));

@@ -1,5 +1,5 @@
-// The routed experts of one layer, forward and backward: a block of an expert's rows is gathered and goes through all of
-// its products while it is in the cache. kernels.py documents the shapes.
+// The routed experts of one layer, forward and backward: a block of an expert's rows is gathered and goes through all
+// of its products while it is in the cache. kernels.py documents the shapes.
 #include "products.h"
 
 typedef struct {
@@ -8,6 +8,14 @@ typedef struct {
     const float *gates;              // of each row
     i64 width, hidden;
 } Experts;
+
+// x as a right side, x: (rows, columns) -> panels of (rows / PER, columns).
+static NOINLINE Right down(const real *x, i64 rows, i64 columns, unit *out) {
+    i64 depth = rows / PER, step = panel_of(columns) * LANES;
+    for (i64 n = 0; n < columns; n += step)
+        packed(x + n, rows, columns, columns - n < step ? columns - n : step, step, out + n * depth);
+    return (Right){out, step, step * depth, step / LANES};
+}
 
 // Rows at .. at + rows of x[source], and zeros up to BLOCK.
 static void gather(const real *x, const i64 *source, i64 rows, i64 width, real *out) {
@@ -111,8 +119,8 @@ void experts_backward(const real *x, const real *gate_up, const real *down_proj,
                                                              grad_a + hidden, middle + r * hidden, hidden);
                 }
                 if (grad_down)
-                    multiply_across(paired(g, BLOCK, width, width, pairs), rows, width, down(middle, BLOCK, hidden, right),
-                                    down_sums, hidden, add);
+                    multiply_across(paired(g, BLOCK, width, width, pairs), rows, width,
+                                    down(middle, BLOCK, hidden, right), down_sums, hidden, add);
                 if (grad_gate_up) {
                     gather(x, source + at, rows, width, rows_x);
                     multiply_across(paired(grad_inner, BLOCK, 2 * hidden, 2 * hidden, pairs), rows, 2 * hidden,

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels of triton_kernels.py are used, in bfloat16 and float32 on a GPU.
+"""Whether the Triton kernels of triton_kernels.py are used: on a GPU, in bfloat16, float16 and float32.
 
 Off until `enable()`, which the trainer calls. Where Triton is missing or cannot compile, on other devices, in other
 dtypes and under torch's compiler, the model's own torch operations run; the two agree to a rounding.

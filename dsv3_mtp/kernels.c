@@ -1,5 +1,5 @@
-// The passes of a training step that torch's CPU operators make in several: read once, written once. kernels.py documents
-// the shapes. Matrix products stay with torch.
+// The passes of a training step that torch's CPU operators make in several: read once, written once. kernels.py
+// documents the shapes. The products around them stay with torch.
 #include "kernels.h"
 
 void rms_norm(const real *x, i64 stride, const real *weight, real *y, float *scale, i64 rows, i64 width, float eps) {

@@ -1,5 +1,5 @@
-// What kernels.c and attention.c share. kernels.py builds them twice, for float32 tensors and (-DBFLOAT16) for bfloat16
-// ones: `real` is what lies in memory, all arithmetic is float.
+// What kernels.c, attention.c and experts.c share. kernels.py builds them twice, for float32 tensors and (-DBFLOAT16)
+// for bfloat16 ones: `real` is what lies in memory, all arithmetic is float.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

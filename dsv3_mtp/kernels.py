@@ -1,4 +1,5 @@
-"""C loops for the passes between the matrix products of a training step on a CPU, in float32 and bfloat16 (kernels.c).
+"""C kernels of a training step on a CPU, in float32 and bfloat16: the passes between the matrix products (kernels.c),
+and attention and the routed experts with their products (attention.c, experts.c).
 
 Off until `enable()`, which the trainer calls: it builds them with the system's C compiler, in seconds and once per
 machine. Where there is none, on a GPU, in other dtypes and under a compiler, the model's own torch operations run; the
@@ -133,8 +134,8 @@ def attention(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor, scale: 
     """Causal attention, rotary parts turned on the way.
 
     Args:
-        query: (B, T, H, nope+P); kv: (B, T, H, nope+v) keys and values; k_rope: (B, T, P), shared by the heads, which
-            need be contiguous in P only.
+        query: (B, T, H, nope+P); kv: (B, T, H, nope+v) keys and values; k_rope: (B, T, P), shared by the heads, whose
+            rows need only be equally far apart.
         angles: (2, T, P/2) cos and sin.
     Returns:
         (B, T, H, v), and of every softmax the largest score and 1 / sum for the backward, (2, B, H, T).

@@ -20,7 +20,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elements = CHUNK_ELEMENTS * (CHUNKS_ON_GPU if hidden.is_cuda else 1)
         rows = max(1, elements // weight.shape[0])
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        row_weight = row_weight.to(wide)
+        targets, row_weight = targets.contiguous(), row_weight.to(wide).contiguous()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (M, C)
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None  # (V, C)
         nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)  # (M,)
@@ -57,7 +57,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple
     if fused.usable(logits):
         return logits, *fused.kernels.cross_entropy_(logits, targets, row_weight)
     if kernels.usable(logits):
-        return logits, *kernels.cross_entropy_(logits, targets.contiguous(), row_weight.contiguous())
+        return logits, *kernels.cross_entropy_(logits, targets, row_weight)
     dtype, logits = logits.dtype, logits.to(row_weight.dtype)
     prediction = logits.argmax(-1)
     logits.sub_(logits.logsumexp(-1, keepdim=True))  # now log-probabilities

@@ -4,12 +4,14 @@
 
 #include "kernels.h"
 
+#define NOINLINE __attribute__((noinline))
 #ifdef __AVX512F__
 enum { LANES = 16, TILE = 8 };
 #else
 enum { LANES = 8, TILE = 4 };
 #endif
-enum { WIDE = 3, BLOCK = 64, AHEAD = 8 };  // a tile of a product is TILE x (WIDE * LANES); rows of a block, fetched ahead
+// A tile of a product is TILE x (WIDE * LANES). Then rows of a block, and rows that are fetched ahead.
+enum { WIDE = 3, BLOCK = 64, AHEAD = 8 };
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t mask __attribute__((vector_size(LANES * 4)));
 
@@ -40,7 +42,8 @@ static inline vec multiply_add(vec sum, unit a, units b) { return sum + a * b; }
 // Element (row m, depth k) is at[m * row + k * deep].
 typedef struct { const unit *at; i64 row, deep; } Left;
 
-// Columns in panels of `wide` vectors, `next` units from one to the next; (depth k, column n) of one is at[k * deep + n].
+// Columns in panels of `wide` vectors, `next` units from one to the next; (depth k, column n) of one is
+// at[k * deep + n].
 typedef struct { const unit *at; i64 deep, next; int wide; } Right;
 
 static inline __attribute__((always_inline)) void tile(Left a, Right b, i64 depth, float *c, i64 stride, int add,
@@ -79,16 +82,14 @@ static void product(Left a, Right b, i64 depth, float *c, i64 stride, i64 column
 
 static i64 up(i64 x, i64 multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-
 // Rows as the left side: summed over their columns.
 static Left rows_of(const real *x, i64 width, i64 row) {
     return (Left){(const unit *)x + row * (width / PER), width / PER, 1};
 }
 
-// As a side that is summed over its rows: columns of x (rows, width) -> units (rows / PER, columns), `out_width` from row to
-// row.
-__attribute__((noinline)) static const unit *packed(const real *x, i64 rows, i64 width, i64 columns, i64 out_width,
-                                                    unit *out) {
+// As a side that is summed over its rows: columns of x (rows, width) -> units (rows / PER, columns), `out_width` from
+// row to row.
+static NOINLINE const unit *packed(const real *x, i64 rows, i64 width, i64 columns, i64 out_width, unit *out) {
     for (i64 row = 0; row < rows; row += PER) {
         unit *y = out + row / PER * out_width;
         const real *in = x + row * width;
@@ -114,7 +115,16 @@ static const unit *paired(const real *x, i64 rows, i64 width, i64 columns, unit 
 #endif
 }
 
-static Right plain(const unit *x, i64 width) { return (Right){x, width, WIDE * LANES, WIDE}; }
+// Numbers `from` of low and high, one after the other.
+static inline units shuffle(units low, units high, mask from) {
+#ifdef __clang__  // which has no __builtin_shuffle, and makes one of this
+    units out;
+    for (int l = 0; l < LANES; l++) out[l] = from[l] < LANES ? low[from[l] % LANES] : high[from[l] % LANES];
+    return out;
+#else
+    return __builtin_shuffle(low, high, from);
+#endif
+}
 
 // LANES vectors become their transpose: halves change places, then quarters, ...
 static inline void transpose(units *x) {
@@ -129,8 +139,8 @@ static inline void transpose(units *x) {
         for (int i = 0; i < LANES; i++) {
             if (i & half) continue;
             units low = x[i], high = x[i + half];
-            x[i] = __builtin_shuffle(low, high, first);
-            x[i + half] = __builtin_shuffle(low, high, second);
+            x[i] = shuffle(low, high, first);
+            x[i + half] = shuffle(low, high, second);
         }
     }
 }
@@ -141,9 +151,9 @@ static int panel_of(i64 columns) { return columns / LANES % 3 == 1 ? 2 : WIDE; }
 // Units of a right side in panels.
 static i64 panel_size(i64 width, i64 columns) { return up(columns, panel_of(columns) * LANES) * width; }
 
-// x^T as a right side, x: (columns, width) -> panels of (width / PER, columns). What the panels take: `panel_size`. Where
-// width is not in whole vectors of units, up to one vector beyond x is read.
-__attribute__((noinline)) static Right across(const real *x, i64 columns, i64 width, unit *out) {
+// x^T as a right side, x: (columns, width) -> panels of (width / PER, columns). What the panels take: `panel_size`.
+// Where width is not in whole vectors of units, up to one vector beyond x is read.
+static NOINLINE Right across(const real *x, i64 columns, i64 width, unit *out) {
     i64 depth = width / PER, step = panel_of(columns) * LANES;
     for (i64 n = 0; n < columns; n += LANES) {
         unit *panel = out + n / step * step * depth + n % step;
@@ -154,13 +164,5 @@ __attribute__((noinline)) static Right across(const real *x, i64 columns, i64 wi
             for (int l = 0; l < LANES && k + l < depth; l++) *(units *)(panel + (k + l) * step) = block[l];
         }
     }
-    return (Right){out, step, step * depth, step / LANES};
-}
-
-// x as a right side, x: (rows, columns) -> panels of (rows / PER, columns).
-__attribute__((noinline)) static Right down(const real *x, i64 rows, i64 columns, unit *out) {
-    i64 depth = rows / PER, step = panel_of(columns) * LANES;
-    for (i64 n = 0; n < columns; n += step)
-        packed(x + n, rows, columns, columns - n < step ? columns - n : step, step, out + n * depth);
     return (Right){out, step, step * depth, step / LANES};
 }

@@ -62,7 +62,8 @@ def to_heads(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor) -> tuple
     """Rotates and sorts into heads.
 
     Args:
-        query: (B, T, H, nope+P); kv: (B, T, H, nope+v); k_rope: (B, T, P), contiguous in P only.
+        query: (B, T, H, nope+P); kv: (B, T, H, nope+v); k_rope: (B, T, P), whose rows need only be
+            equally far apart.
         angles: (2, T, P/2) cos and sin, float32.
     Returns:
         query and key (B, T, H, nope+P), value (B, T, H, v)

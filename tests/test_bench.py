@@ -77,6 +77,15 @@ def test_heads_against_transformers_are_refused_with_the_remedy():
     assert done.stderr.strip() == ("error: --against transformers: it trains no MTP heads; add --set mtp.mode=none")
 
 
+def test_a_killed_process_is_reported_by_its_exit_code(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    child = importlib.import_module("bench").Child("dsv3_mtp", {})
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child.process = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **pipes, text=True)
+    with pytest.raises(ValueError, match="dsv3_mtp: ended without a word, exit code -9"):
+        child.ask("step")
+
+
 def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why():
     command = [sys.executable, str(ROOT / "tools/bench_kernels.py"), "--config", str(ROOT / "configs/v3_nano.yaml")]
     done = subprocess.run([*command, "--tokens=128", "--rounds=1"], capture_output=True, text=True)

@@ -1,5 +1,9 @@
 """The C kernels against torch's operations in float64, and what happens where they cannot be built."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +70,7 @@ def test_numbers_become_bfloat16_as_torch_rounds_them(compiled):
 def test_rmsnorm_of_a_part_of_a_wider_row(compiled):
     norm = RMSNorm(10, 1e-6)
     assert_close(in_float64_and_in_kernels(norm, torch.randn(2, 5, 14), lambda module, x: module(x[..., :10])))
+    assert_close(in_float64_and_in_kernels(norm, torch.randn(2, 5, 20), lambda module, x: module(x[..., ::2])))
 
 
 @DTYPES
@@ -109,6 +114,20 @@ def test_attention_of_any_widths_is_that_of_torch(compiled, widths):
     results = [[y, *torch.autograd.grad(y, leaves, cotangent)] for y in (want, got)]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5)
+
+
+def test_inputs_with_gaps_between_their_numbers_are_read_where_they_are(compiled):
+    query, kv, k_rope = torch.randn(2, 9, 3, 12), torch.randn(2, 9, 3, 14), torch.randn(2, 11, 4)
+    angles, leaves = torch.randn(2, 9, 2), [torch.randn(300, 64), *experts_and_rows(torch.float32)[0][1:]]
+    _, chosen, counts = experts_and_rows(torch.float32)
+    hidden, weight, targets, row_weight = torch.randn(8, 5), torch.randn(7, 5), torch.randint(7, (16,)), torch.rand(1)
+    for make in (
+        lambda copy: causal_attention(query, kv, copy(k_rope[:, :9]), angles, 0.3),
+        lambda copy: causal_attention(query, kv, copy(k_rope[:, 2:, ::2].expand(2, 9, 2)), angles[..., :1], 0.3),
+        lambda copy: routed(copy(leaves[0][::2]), *leaves[1:], chosen, counts),
+        lambda copy: linear_cross_entropy(hidden, weight, copy(targets[::2]), copy(row_weight.expand(8)))[0],
+    ):
+        assert torch.equal(make(lambda x: x), make(torch.Tensor.contiguous))
 
 
 def experts_and_rows(dtype, tokens=150, experts=5, width=64, hidden=32):
@@ -246,6 +265,15 @@ def test_without_a_compiler_the_model_runs_on_torchs_operations_and_says_so(monk
         "C kernels: not built, torch's operations run instead (there is no C compiler; install one, or name it in CC)"
     )
     assert not kernels.usable(torch.zeros(1))
+
+
+@pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not installed")
+@pytest.mark.parametrize("flags", kernels._STORED.values(), ids=str)
+def test_clang_takes_the_sources_too(flags, tmp_path):
+    for source in Path(kernels.__file__).parent.glob("*.c"):
+        command = ["clang", "-c", "-march=native", *flags, str(source), "-o", str(tmp_path / "object")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_failed_build_leaves_nothing_behind(monkeypatch, tmp_path):

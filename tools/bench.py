@@ -123,11 +123,17 @@ class Child:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise ValueError(f"{self.name}: {self.process.communicate()[1].strip().splitlines()[-1]}")
+            errors = self.process.communicate()[1]
+            raise ValueError(f"{self.name}: {last_words(errors, self.process.returncode)}")
         return json.loads(line)
 
     def stop(self) -> None:
         self.process.communicate()
+
+
+def last_words(errors: str, code: int) -> str:
+    """Why a process ended, from what it wrote: nothing, if it was killed for its memory."""
+    return (errors.strip().splitlines() or [f"ended without a word, exit code {code}"])[-1]
 
 
 def python_path() -> str:
@@ -312,7 +318,7 @@ def startup(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             line = next((line for line in done.stdout.splitlines() if line.startswith("MARKS ")), None)
             if line is None:
-                raise ValueError(f"--startup: {done.stderr.strip().splitlines()[-1]}")
+                raise ValueError(f"--startup: {last_words(done.stderr, done.returncode)}")
             before = 0.0
             for name, at in json.loads(line.removeprefix("MARKS ")):
                 phases.setdefault(name, []).append(at - before)

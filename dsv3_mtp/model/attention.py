@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from dsv3_mtp import fused
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model import causal
-from dsv3_mtp.model.causal import causal_attention
+from dsv3_mtp.model.causal import causal_attention, evenly
 from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
 from dsv3_mtp.model.recompute import again
 from dsv3_mtp.precision.attention import Core, sdpa
@@ -74,7 +74,7 @@ class _ToHeads(torch.autograd.Function):
 def to_heads(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates. (B, T, H, nope+P), (B, T, H, nope+v), (B, T, P) -> query, key (B, H, T, nope+P), value (.., v)."""
     if fused.usable(query):
-        q, k, v = _ToHeads.apply(query.contiguous(), kv.contiguous(), k_rope, angles)
+        q, k, v = _ToHeads.apply(query.contiguous(), kv.contiguous(), evenly(k_rope), angles)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     rope = k_rope.shape[-1]
     nope = query.shape[-1] - rope

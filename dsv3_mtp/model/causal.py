@@ -38,4 +38,9 @@ def causal_attention(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor, 
     Returns:
         (B, T, H*v)
     """
-    return _CausalAttention.apply(query.contiguous(), kv.contiguous(), k_rope, angles, scale)
+    return _CausalAttention.apply(query.contiguous(), kv.contiguous(), evenly(k_rope), angles, scale)
+
+
+def evenly(x: Tensor) -> Tensor:
+    """(B, T, P) with its B*T rows equally far apart, as they are in a part of wider rows; else a copy."""
+    return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()

@@ -102,7 +102,7 @@ def routed(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tens
         (N, C)
     """
     function = _RoutedByKernel if kernels.experts_usable(x, gate_up, down) else _Routed
-    return function.apply(x, gates, gate_up, down, chosen, counts)
+    return function.apply(x.contiguous(), gates, gate_up, down, chosen, counts)
 
 
 # --- the products -----------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float):
         rows = x.flatten(0, -2)
-        y, scale = kernels.rms_norm(rows if rows.stride(1) == 1 else rows.contiguous(), weight, eps)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        y, scale = kernels.rms_norm(rows, weight, eps)
         ctx.save_for_backward(rows, weight, scale)
         return y.view(x.shape)
 
