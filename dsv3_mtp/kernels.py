@@ -1,4 +1,4 @@
-"""C kernels of a training step on a CPU, in float32 and bfloat16: the passes between the matrix products (kernels.c),
+"""C kernels of a training step on a CPU, in float32 and bfloat16: the passes between the matrix products (csrc/kernels.c),
 and attention and the routed experts with their products (attention.c, experts.c).
 
 Off until `enable()`, which the trainer calls: it builds them with the system's C compiler, in seconds and once per
@@ -71,7 +71,7 @@ def usable(*tensors: Tensor) -> bool:
 
 def _build(flags: tuple[str, ...]) -> Path:
     """The shared library of this source, compiler and processor in the user's cache; made if it is missing."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent / "csrc"
     sources = sorted(folder.glob("*.c"))
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:

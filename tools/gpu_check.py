@@ -1,6 +1,6 @@
 """Checks on one Hopper GPU what no CPU can: Transformer Engine, FP8 products, attention kernels, FP8 training.
 
-    python tools/gpu_check.py --out docs/gpu_results.md
+    python tools/gpu_check.py --out gpu_check.md
     python tools/gpu_check.py --steps 0                      # without the training
     python tools/gpu_check.py --runs bf16 te --steps 200     # only these of its runs; the emulated ones take longest
 
@@ -31,7 +31,7 @@ RUNS = {  # backend of the training comparison -> its settings
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="docs/gpu_results.md", metavar="FILE")
+    parser.add_argument("--out", default="gpu_check.md", metavar="FILE", help="default: gpu_check.md")
     parser.add_argument("--config", default="configs/v3_small.yaml", metavar="YAML", help="of the training comparison")
     parser.add_argument("--steps", type=int, default=200, help="of the training comparison")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="of the training comparison")
