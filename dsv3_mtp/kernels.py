@@ -1,5 +1,5 @@
-"""C kernels of a training step on a CPU, in float32 and bfloat16: the passes between the matrix products (csrc/kernels.c),
-and attention and the routed experts with their products (attention.c, experts.c).
+"""C kernels of a training step on a CPU, in float32 and bfloat16: the passes between the matrix products, and attention
+and the routed experts with their products (csrc/).
 
 Off until `enable()`, which the trainer calls: it builds them with the system's C compiler, in seconds and once per
 machine. Where there is none, on a GPU, in other dtypes and under a compiler, the model's own torch operations run; the
