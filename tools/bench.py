@@ -21,6 +21,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ class Child:
     tokens: int = 0
     answers: list[dict[str, float]] = field(default_factory=list)
     first: dict[str, Any] = field(default_factory=dict)
+    # What it writes to stderr: a pipe that nobody reads until the end would stop it after 64 KiB of warnings.
+    errors: Any = field(default_factory=lambda: tempfile.TemporaryFile("w+"))
 
     @property
     def dtype(self) -> str:
@@ -103,7 +106,7 @@ class Child:
             [sys.executable, str(ROOT / "tools/bench_child.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             env=environment,
         )
@@ -123,8 +126,9 @@ class Child:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            errors = self.process.communicate()[1]
-            raise ValueError(f"{self.name}: {last_words(errors, self.process.returncode)}")
+            self.process.communicate()
+            self.errors.seek(0)
+            raise ValueError(f"{self.name}: {last_words(self.errors.read(), self.process.returncode)}")
         return json.loads(line)
 
     def stop(self) -> None:
@@ -299,8 +303,6 @@ print("MARKS", json.dumps(marks), flush=True); os._exit(0)
 
 def startup(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """CPU seconds of each phase, medians over the rounds, each round a fresh process on random tokens."""
-    import tempfile
-
     import numpy as np
 
     from dsv3_mtp.data.megatron import write_index
