@@ -92,7 +92,7 @@ class Child:
     answers: list[dict[str, float]] = field(default_factory=list)
     first: dict[str, Any] = field(default_factory=dict)
     # What it writes to stderr: a pipe that nobody reads until the end would stop it after 64 KiB of warnings.
-    errors: Any = field(default_factory=lambda: tempfile.TemporaryFile("w+"))
+    errors: Any = field(default_factory=lambda: tempfile.TemporaryFile("w+"))  # noqa: SIM115
 
     @property
     def dtype(self) -> str:
