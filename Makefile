@@ -8,7 +8,7 @@ CORPUS ?= data/pystdlib-2048
 # them, because fixtures of some files train several ranks.
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile
-# Optional dependencies to install: dev, hf (parity with transformers), eval (lm-evaluation-harness), wandb, zstd.
+# Optional dependencies to install: dev, hf (parity with transformers), eval (lm-evaluation-harness), wandb, triton.
 EXTRAS ?= dev
 
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)

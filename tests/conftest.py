@@ -19,6 +19,8 @@ settings.load_profile("suite")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidiactl") else "cuda")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined: where Triton is, a CPU runs them
 
 TINY_CONFIG: dict[str, dict[str, Any]] = {
     "run": {"name": "tiny", "dir": "runs", "seed": 1234},

@@ -1,4 +1,4 @@
-"""The Triton kernels against the same operations in float64: on a GPU, or with TRITON_INTERPRET=1 where Triton is."""
+"""The Triton kernels against the same operations in float64: on a GPU, or in Triton's interpreter where Triton is."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The Triton kernel in Triton's interpreter, with TRITON_INTERPRET=1; on a GPU tests/gpu/test_fused.py runs it."""
+"""The Triton kernel in Triton's interpreter, where Triton is and no GPU; on one tests/gpu/test_quantise.py runs it."""
 
 import math
 import os
