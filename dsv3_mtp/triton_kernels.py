@@ -185,6 +185,16 @@ def _gather_sum(rows, slots, out, width: tl.constexpr, K: tl.constexpr, BLOCK: t
 
 
 @triton.jit
+def _angles(angles, slot, length, ROPE: tl.constexpr, ROPE_BLOCK: tl.constexpr):
+    """Cosines and sines of a slot's pairs, (ROPE_BLOCK / 2,) each."""
+    pair = tl.arange(0, ROPE_BLOCK // 2)
+    place = slot * (ROPE // 2) + pair
+    cos = tl.load(angles + place, pair < ROPE // 2)
+    sin = tl.load(angles + length * (ROPE // 2) + place, pair < ROPE // 2)
+    return cos, sin
+
+
+@triton.jit
 def _turn(x, cos, sin):
     """Pairs (x_0, x_1), (x_2, x_3), ... of the last dimension, (rows, 2 n), turned by n angles."""
     even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
@@ -201,10 +211,7 @@ def _to_heads(
     """One program takes one token."""
     token = tl.program_id(0).to(tl.int64)
     n, r, u = tl.arange(0, NOPE_BLOCK)[None, :], tl.arange(0, ROPE_BLOCK)[None, :], tl.arange(0, VALUE_BLOCK)[None, :]
-    pair = tl.arange(0, ROPE_BLOCK // 2)
-    place = (token % length) * (ROPE // 2) + pair
-    cos = tl.load(angles + place, pair < ROPE // 2)
-    sin = tl.load(angles + length * (ROPE // 2) + place, pair < ROPE // 2)
+    cos, sin = _angles(angles, token % length, length, ROPE, ROPE_BLOCK)
     shared = _turn(tl.load(k_rope + token * k_rope_stride + r, r < ROPE).to(tl.float32), cos, sin)  # (1, ROPE_BLOCK)
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]
@@ -227,10 +234,8 @@ def _to_heads_backward(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     n, r, u = tl.arange(0, NOPE_BLOCK)[None, :], tl.arange(0, ROPE_BLOCK)[None, :], tl.arange(0, VALUE_BLOCK)[None, :]
-    pair = tl.arange(0, ROPE_BLOCK // 2)
-    place = (token % length) * (ROPE // 2) + pair
-    cos = tl.load(angles + place, pair < ROPE // 2)
-    sin = -tl.load(angles + length * (ROPE // 2) + place, pair < ROPE // 2)
+    cos, sin = _angles(angles, token % length, length, ROPE, ROPE_BLOCK)
+    sin = -sin  # back
     shared = tl.zeros([HEADS, ROPE_BLOCK], tl.float32)
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]

@@ -39,10 +39,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if kernels.usable(gate, up):
-            return self.down_proj(again(_SwiGLU.apply, gate, up))
-        return self.down_proj(again(_SiLUMul.apply, gate, up))
+        return self.down_proj(again(_SiLUMul.apply, self.gate_proj(x), self.up_proj(x)))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -61,19 +58,6 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view(grad.shape), grad_weight, None
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor):
-        ctx.save_for_backward(gate, up)
-        return kernels.swiglu(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        gate, up = ctx.saved_tensors
-        grads = kernels.swiglu_backward(*(x.flatten(0, -2) for x in (grad.contiguous(), gate, up)))
-        return grads[0].view(gate.shape), grads[1].view(up.shape)
-
-
 class _SiLUMul(torch.autograd.Function):
     """silu(gate) * up, which keeps its two inputs and nothing else."""
 
@@ -88,13 +72,20 @@ class _SiLUMul(torch.autograd.Function):
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return fused.kernels.silu_mul(gate, up) if fused.usable(gate) else F.silu(gate) * up
+    if fused.usable(gate):
+        return fused.kernels.silu_mul(gate, up)
+    if kernels.usable(gate, up):
+        return kernels.swiglu(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
+    return F.silu(gate) * up
 
 
 def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """-> gradients of gate and up."""
     if fused.usable(grad):
         return fused.kernels.silu_mul_backward(grad.contiguous(), gate, up)
+    if kernels.usable(grad, gate, up):
+        grads = kernels.swiglu_backward(*(x.flatten(0, -2) for x in (grad.contiguous(), gate, up)))
+        return grads[0].view(gate.shape), grads[1].view(up.shape)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
     return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu
