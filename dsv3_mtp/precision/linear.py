@@ -43,16 +43,16 @@ class Recipe:
         """x: (..., in), weight: (out, in) -> (..., out)."""
         return _Linear.apply(x.flatten(0, -2), weight, self).unflatten(0, x.shape[:-1])
 
-    def grouped_linear(self, x: Tensor, weight: Tensor, counts: Tensor | list[int]) -> Tensor:
-        """Rows of group e times weight[e]^T. x: (rows, in), weight: (E, out, in), counts: (E,) -> (rows, out).
+    def grouped_linear(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        """Rows of group e times weight[e]^T. x: (rows, in), weight: (E, out, in), E counts -> (rows, out).
 
-        Fastest with counts in a list, and each a multiple of product.multiple: others are padded with rows of zeros.
+        Fastest with counts that are multiples of product.multiple: others are padded with rows of zeros.
         """
-        rows, multiple = counts.tolist() if isinstance(counts, Tensor) else counts, self.product.multiple
-        padded = [-(-n // multiple) * multiple for n in rows]
-        if padded == rows:
-            return _GroupedLinear.apply(x, weight, rows, self)
-        before, gap = torch.tensor(rows), torch.tensor(padded) - torch.tensor(rows)  # (E,) each
+        multiple = self.product.multiple
+        padded = [-(-n // multiple) * multiple for n in counts]
+        if padded == counts:
+            return _GroupedLinear.apply(x, weight, counts, self)
+        before, gap = torch.tensor(counts), torch.tensor(padded) - torch.tensor(counts)  # (E,) each
         place = torch.arange(len(x)) + (gap.cumsum(0) - gap).repeat_interleave(before)  # (rows,)
         place = place.to(x.device)
         wide = x.new_zeros(sum(padded), x.shape[1]).index_copy(0, place, x)

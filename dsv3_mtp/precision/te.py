@@ -89,8 +89,8 @@ class TEGroupedLinear:
         self.recipe = recipe(scale)
         self.inner: Any = None
 
-    def __call__(self, x: Tensor, weight: Tensor, counts: Tensor | list[int]) -> Tensor:
-        """x: (rows, in) sorted by group, weight: (E, out, in), counts: (E,) -> (rows, out)."""
+    def __call__(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        """x: (rows, in) sorted by group, weight: (E, out, in), E counts -> (rows, out)."""
         te = load()[0]
         groups, out, width = weight.shape
         if not len(x):  # single groups may be empty, but TE cannot quantise no rows at all
@@ -102,11 +102,10 @@ class TEGroupedLinear:
                 del self.inner._parameters[f"weight{group}"]
         for group, matrix in enumerate(weight.unbind()):
             setattr(self.inner, f"weight{group}", matrix)
-        splits = counts.tolist() if isinstance(counts, Tensor) else counts
-        padded, padded_splits = self.pad(x, splits)
+        padded, padded_splits = self.pad(x, counts)
         with te.autocast(enabled=True, recipe=self.recipe):
             y = self.inner(padded, padded_splits)
-        return self.unpad(y, splits)
+        return self.unpad(y, counts)
 
 
 def quantise(x: Tensor, tile: tuple[int, int], scale: Scale) -> tuple[Tensor, Tensor]:
