@@ -305,6 +305,18 @@ def test_bfloat16_trains_close_to_float32_and_keeps_router_biases_float32(make_r
     assert bias.dtype == torch.float32 and bias.abs().sum() > 0
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run, stages):
+    """DeepSpeed's optimizer for that adds what lies in p.grad after every backward, which must then be its own alone."""
+    common = {"train__dtype": "bfloat16", "train__total_tokens": 8 * 16, "parallel__pipeline_stages": stages}
+    common["deepspeed__data_types"] = {"grad_accum_dtype": "fp32"}
+    norms = [
+        train(make_run(f"by{micro}", train__micro_batch_size=micro, **common), world_size=stages)[0]["optim/grad_norm"]
+        for micro in (8, 1)
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
 def poisoned(config: Config, what: str) -> None:
     trainer = Trainer(config, command=["test"])
     backward = trainer.engine.backward

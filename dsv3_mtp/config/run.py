@@ -86,7 +86,7 @@ class OptimConfig(Section):
     grad_clip: NotNegative = 1.0
     """Largest global gradient norm; 0: no clipping."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """How the two moments are kept between steps (V3 3.3.3: bfloat16); masters and gradients are float32 with both."""
+    """How the two moments are kept between steps (V3 3.3.3: bfloat16); masters are float32 with both."""
     schedule: ScheduleConfig = ScheduleConfig()
 
 

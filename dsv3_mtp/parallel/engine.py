@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
 from dsv3_mtp.config import Config
@@ -135,6 +136,8 @@ class Engine:
         count; and as the batch-size ramp changes that count, the boundary is given rather than counted.
         """
         self.engine.set_gradient_accumulation_boundary(last)
+        if isinstance(self.optimizer, BF16_Optimizer):  # it has added the last micro-batch's to its float32 gradients
+            self.optimizer.clear_lp_grads()
         self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
             self.engine.step()

@@ -192,13 +192,13 @@ def backward_pass(engine: Any, buffer_id: int) -> None:
     - the outputs of a stage go backward together, not one after another through all of its layers;
     - an input on which nothing depends (the balance before the first router) gets its zeros, which are waited for.
     """
+    if engine.using_bf16_optimizer:
+        engine.optimizer.clear_lp_grads()
     if engine.is_last_stage():
         DeepSpeedEngine.backward(engine, engine.loss, scale_wrt_gas=False)
     else:
         outputs = [output for output in engine.pipe_buffers["outputs"][buffer_id] if output.is_floating_point()]
         pairs = [pair for pair in zip(outputs, engine.grad_layer, strict=True) if pair[0].requires_grad]
-        if engine.using_bf16_optimizer:
-            engine.optimizer.clear_lp_grads()
         engine._running_engine_backward = True
         torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
         engine._running_engine_backward = False
