@@ -307,7 +307,7 @@ def test_bfloat16_trains_close_to_float32_and_keeps_router_biases_float32(make_r
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run, stages):
-    """DeepSpeed's optimizer for that adds what lies in p.grad after every backward, which must then be its own alone."""
+    """DeepSpeed's optimizer for that adds what p.grad holds after every backward: it must be of that one alone."""
     common = {"train__dtype": "bfloat16", "train__total_tokens": 8 * 16, "parallel__pipeline_stages": stages}
     common["deepspeed__data_types"] = {"grad_accum_dtype": "fp32"}
     norms = [
