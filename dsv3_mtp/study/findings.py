@@ -131,7 +131,7 @@ def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -
     i = effect.interval
     if i.n < 2:
         return f"{subject} {i.mean:+.4g} with one seed: no conclusion."
-    tail = f" Counting against it: {', '.join(lost_runs)}." if lost_runs else ""
+    tail = f" Left out, which counts against their arm: {', '.join(lost_runs)}." if lost_runs else ""
     if effect.metric == "task/solved":
         found = "a difference" if effect.adjusted_p < ALPHA else "a hint only"
         found = found if stands_out(effect) else "no detectable difference"

@@ -101,17 +101,20 @@ def test_one_seed_concludes_nothing(report):
     assert "higher," not in text and "lower," not in text and "hint" not in text
 
 
-def test_diverged_runs_are_listed_and_count_and_missing_ones_are_listed(report):
+@pytest.mark.parametrize("arm", ["constant", "none"])
+def test_diverged_runs_are_listed_and_count_and_missing_ones_are_listed(report, arm):
+    """A run of the arm that is compared against counts against that one, not against its challenger."""
+
     def diverge(loaded):
         for run in plan(loaded, {}):
-            if run.name == "constant-seed2":
+            if run.name == f"{arm}-seed2":
                 shutil.rmtree(loaded.study.folder / run.name)
                 write_run(loaded, run, {}, status="diverged", error="train/loss = nan")
 
     text = report({"none": 4.0, "constant": 4.1}, after=diverge)
     line = next(line for line in text.splitlines() if line.startswith("- Primary"))
-    assert "n = 4" in line and "Counting against it: constant seed 2 diverged" in line
-    assert "- constant seed 2 diverged" in text and "- step: not run with seed 1, 2, 3, 4, 5" in text
+    assert "n = 4" in line and f"Left out, which counts against their arm: {arm} seed 2 diverged." in line
+    assert f"- {arm} seed 2 diverged" in text and "- step: not run with seed 1, 2, 3, 4, 5" in text
     assert "9 runs finished of 3 arms x 5 seeds" in text
 
 
