@@ -123,7 +123,7 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
     dense, experts = sum(part.dense for part in mine), sum(part.experts for part in mine) // shape.experts
     zero, element = config.parallel.zero_stage, element_size(config)
     moment = 2 if config.optim.moments == "bfloat16" else 4
-    sizes = {"zero_stage": zero, "element": element, "moment": moment}
+    sizes = {"zero_stage": zero, "element": element, "gradient": gradient_size(config), "moment": moment}
     weights, gradients, states = state_bytes(dense, experts, shape, **sizes)
     average = 0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
     offload, received = (
@@ -148,19 +148,19 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
 
 
 def state_bytes(
-    dense: int, experts: int, shape: Layout, *, zero_stage: int, element: int, moment: int = 4
+    dense: int, experts: int, shape: Layout, *, zero_stage: int, element: int, gradient: int, moment: int = 4
 ) -> tuple[float, float, float]:
     """Weights, gradients and optimizer states of a rank that computes with these parameters (ZeRO paper, Figure 1).
 
     The master copy of the weights is float32; only float32 ZeRO-0 has no second copy. Experts are sharded over the
-    ranks that hold copies of them, everything else over the data ranks. element: bytes of a weight; moment: bytes of
-    each of AdamW's two moments.
+    ranks that hold copies of them, everything else over the data ranks. element, gradient: bytes of a weight, and of
+    its gradient; moment: of each of AdamW's two moments.
     """
     whole, shard = dense + experts, dense / shape.data + experts / shape.copies
     states = 2 * moment + (4 if zero_stage or element == 2 else 0)
     return (
         element * (shard if zero_stage == 3 else whole),
-        element * (shard if zero_stage >= 2 else whole),
+        gradient * (shard if zero_stage >= 2 else whole),
         states * (shard if zero_stage else whole),
     )
 
@@ -181,6 +181,14 @@ def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
 def element_size(config: Config) -> int:
     """Bytes of a weight and of an activation."""
     return 2 if config.train.dtype == "bfloat16" else 4
+
+
+def gradient_size(config: Config) -> int:
+    """Bytes of a gradient between micro-batches; in ZeRO-1 a float32 sum stands beside that of the last one."""
+    element, wide = element_size(config), config.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    if element == 4 or not wide:
+        return element
+    return 4 if config.parallel.zero_stage >= 2 else element + 4
 
 
 def activation_elements(config: Config, part: Part) -> float:

@@ -58,7 +58,7 @@ def v3() -> tuple[Config, DeepseekV3MTP]:
 @pytest.mark.parametrize(("zero", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
 def test_model_states_are_those_of_the_zero_papers_figure_1(zero, gigabytes):
     shape = Layout(stages=1, data=64, experts=1, micro_batches=1, tokens=1)
-    total = sum(state_bytes(7_500_000_000, 0, shape, zero_stage=zero, element=2))
+    total = sum(state_bytes(7_500_000_000, 0, shape, zero_stage=zero, element=2, gradient=2))
     assert total / GB == pytest.approx(gigabytes, abs=0.05)
 
 
@@ -132,9 +132,11 @@ def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, m
     assert out.loss.requires_grad
 
 
+WIDE = {"deepspeed.data_types": {"grad_accum_dtype": "fp32"}}
 LAYOUTS: dict[str, dict] = {
     **{f"ZeRO-{stage}": {"parallel.zero_stage": stage} for stage in (0, 1, 3)},
     "EP=2": {"parallel.expert_parallel_size": 2},
+    **{f"ZeRO-{stage}, float32 sums": {"parallel.zero_stage": stage} | WIDE for stage in (1, 2)},
 }
 
 
