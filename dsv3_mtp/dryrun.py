@@ -29,6 +29,8 @@ def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
     ds_config = deepspeed_config(config, world_size, str(folder))
     with torch.device("meta"):
         model = DeepseekV3MTP(config.model, config.mtp)
+    if config.train.freeze == "trunk":
+        model.freeze_trunk()
     size, shape = model_size(model, config.data.seq_len), layout(config, world_size)
     stages = plan(config, model, shape)
     parts = [

@@ -62,12 +62,14 @@ class Trainer:
         self.notes += tune(self.world.device)
 
         with torch.device("meta"):
-            self.size = model_size(DeepseekV3MTP(config.model, config.mtp), config.data.seq_len)
+            whole = DeepseekV3MTP(config.model, config.mtp)
         self.model = build_model(config, ds_config, self.world)
         if config.train.init_from is not None and latest is None:
             self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
+            whole.freeze_trunk()
+        self.size = model_size(whole, config.data.seq_len)
         self.notes += set_precision(self.model, config, self.world.device)
         optimizer = build_optimizer(self.model, config.optim)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)

@@ -23,7 +23,10 @@ class ModelSize:
 
 
 def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
-    """6 FLOPs per active matmul weight and token, plus causal attention 6 H (qk + v) T/2 per layer."""
+    """6 FLOPs per active matmul weight and token, plus causal attention 6 H (qk + v) T/2 per layer.
+
+    A third of it for a frozen trunk, which has no backward; the heads' output projection then has half of one.
+    """
     config, mtp = model.config, model.mtp_config
     count = partial(_total_and_active, config)
 
@@ -33,10 +36,14 @@ def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
     embedding = model.model.embed_tokens.weight.numel()
     # A recycled module is computed at every depth; the shared output head is applied once per depth.
     mtp_matmul = mtp_active * (mtp.depths if mtp.share_weights else 1)
+    learns = model.lm_head.weight.requires_grad
+    flops, blocks = (6 if learns else 2) * (active - embedding), config.num_hidden_layers / (1 if learns else 3)
     if mtp.mode in ("sequential", "parallel"):
-        mtp_matmul += mtp.depths * model.lm_head.weight.numel()
-    blocks = config.num_hidden_layers + (mtp.depths if mtp.mode in ("sequential", "parallel") else 0)
-    flops = 6 * (active - embedding + mtp_matmul) + blocks * _attention_flops(config, seq_len)
+        flops += 6 * mtp_matmul + (6 if learns else 4) * mtp.depths * model.lm_head.weight.numel()
+        blocks += mtp.depths
+    else:
+        flops += (6 if learns else 4) * mtp_matmul
+    flops += blocks * _attention_flops(config, seq_len)
     return ModelSize(total, active, embedding, mtp_total, mtp_active, flops)
 
 

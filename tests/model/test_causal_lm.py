@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3_mtp.config import load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
@@ -393,6 +394,20 @@ def test_counts_equal_the_parameters_that_exist(build, variant):
     size = model_size(model, T)
     assert size.total + size.mtp_total == sum(p.numel() for p in model.parameters())
     assert 0 < size.active < size.total
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("variant", ["sequential", "shared", "parallel", "parallel_linear"])
+def test_flops_are_those_that_torch_counts(build, variant, frozen):
+    model = build(2, **VARIANTS[variant], **{"mtp.detach": "trunk" if frozen else "none", "model.hidden_size": 128})
+    if frozen:
+        model.freeze_trunk()
+    tokens = tokens_for(model)
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # torch counts addmm alone
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        model(tokens).loss.backward()
+    planned = model_size(model, 0).flops_per_token  # 0: it has no entry for attention on a CPU
+    assert counter.get_total_flops() / (2 * T) == pytest.approx(planned, rel=0.02)
 
 
 def test_scored_tokens_are_the_targets_of_every_depth_by_hand():
