@@ -155,7 +155,8 @@ class DeepseekV3MTP(nn.Module):
         targets = torch.stack([tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)])  # (1+D, B, T)
         # Not new_tensor: on CUDA the host would wait for that copy.
         weights = torch.cat([normalizer.new_full((1,), weight) for weight in (1.0, *loss_weights)])
-        scale = weights / normalizer[:-1].clamp(min=1)  # (1+D,)
+        counts = normalizer[:-1]  # per rank: below 1 with fewer targets than ranks
+        scale = weights / counts.masked_fill(counts == 0, 1)  # (1+D,)
         row_weight = scale[:, None, None] * valid  # (1+D, B, T)
         loss, nll, prediction = self._head_losses(hiddens, targets, row_weight)
         balance = sum((routed.balance for routed in stats), start=tokens.new_zeros((), dtype=torch.float32))

@@ -396,6 +396,19 @@ def test_counts_equal_the_parameters_that_exist(build, variant):
     assert 0 < size.active < size.total
 
 
+def test_a_depth_with_fewer_targets_than_ranks_weighs_as_on_one_rank(build):
+    model = build(2, torch.float64)
+    tokens = tokens_for(model, rows=4)
+    documents = torch.arange(T + 3).expand(4, -1) // 2  # two tokens each: no target of depth 1
+    documents = documents.clone()
+    documents[0, 2] = 0  # but this one, of three; depth 2 has none anywhere
+    counts = count_targets(tokens, documents, 2)
+    assert counts[1:].tolist() == [1, 0, 4]
+    whole = model(tokens, documents).loss
+    parts = [model(*rows, normalizer=counts / 4).loss for rows in zip(tokens.split(1), documents.split(1), strict=True)]
+    assert sum(parts).item() / 4 == pytest.approx(whole.item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("variant", ["sequential", "shared", "parallel", "parallel_linear"])
 def test_flops_are_those_that_torch_counts(build, variant, frozen):
