@@ -32,6 +32,7 @@ class Part:
     dense_blocks: int  # decoder layers with a dense feed-forward, each time one is computed
     moe_blocks: int
     merges: int  # computations of eh_proj
+    learned: tuple[int, int]  # `dense` and `experts` less what is frozen
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Stage:
     names: list[str]
     dense: int  # parameters on this rank
     experts: int  # parameters of routed experts on this rank
+    learned: tuple[int, int]  # `dense` and `experts` less what is frozen
     blocks: int
     moe_blocks: int
     weights: float
@@ -107,16 +109,20 @@ def parts(model: DeepseekV3MTP) -> list[Part]:
     end = nn.ModuleList([trunk.norm, model.lm_head, *([model.mtp] if mtp.depths else [])])
     merges = len(blocks) if mtp.mode == "sequential" else 0
     return [
-        Part("embedding", trunk.embed_tokens.weight.numel(), 0, 0, 0, 0),
+        _part("embedding", trunk.embed_tokens, []),
         *(_part(str(number), layer, [layer]) for number, layer in enumerate(trunk.layers)),
         _part("norm, MTP, head" if mtp.depths else "norm, head", end, blocks, merges),
     ]
 
 
 def _part(name: str, module: nn.Module, blocks: Sequence[nn.Module], merges: int = 0) -> Part:
-    experts = sum(p.numel() for m in module.modules() if isinstance(m, Experts) for p in m.parameters())
-    total, moe = sum(p.numel() for p in module.parameters()), sum(isinstance(block.mlp, MoE) for block in blocks)
-    return Part(name, total - experts, experts, len(blocks) - moe, moe, merges)
+    routed = {id(p) for m in module.modules() if isinstance(m, Experts) for p in m.parameters()}
+    sizes, learned = [0, 0], [0, 0]  # dense, experts
+    for parameter in module.parameters():
+        sizes[id(parameter) in routed] += parameter.numel()
+        learned[id(parameter) in routed] += parameter.numel() * parameter.requires_grad
+    moe = sum(isinstance(block.mlp, MoE) for block in blocks)
+    return Part(name, sizes[0], sizes[1], len(blocks) - moe, moe, merges, (learned[0], learned[1]))
 
 
 def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> Stage:
@@ -124,7 +130,9 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
     zero, element = config.parallel.zero_stage, element_size(config)
     moment = 2 if config.optim.moments == "bfloat16" else 4
     sizes = {"zero_stage": zero, "element": element, "gradient": gradient_size(config), "moment": moment}
-    weights, gradients, states = state_bytes(dense, experts, shape, **sizes)
+    weights, *_ = state_bytes(dense, experts, shape, **sizes)
+    learned = sum(part.learned[0] for part in mine), sum(part.learned[1] for part in mine) // shape.experts
+    _, gradients, states = state_bytes(*learned, shape, **sizes)
     average = 0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
     offload, received = (
         config.parallel.offload_optimizer,
@@ -135,6 +143,7 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         names=[part.name for part in mine],
         dense=dense,
         experts=experts,
+        learned=learned,
         blocks=sum(part.dense_blocks + part.moe_blocks for part in mine),
         moe_blocks=sum(part.moe_blocks for part in mine),
         weights=weights,
@@ -235,11 +244,14 @@ def block_elements(model: ModelConfig, mode: str, *, moe: bool, spread: bool, sl
 def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[str, float]:
     """Bytes that a rank of the busiest stage sends in one optimizer step, by purpose."""
     zero, element, model = config.parallel.zero_stage, element_size(config), config.model
-    weights = element * max(ring(shape.data) * stage.dense + ring(shape.copies) * stage.experts for stage in stages)
+    every, learned = (
+        element * max(ring(shape.data) * dense + ring(shape.copies) * experts for dense, experts in sizes)
+        for sizes in ([(stage.dense, stage.experts) for stage in stages], [stage.learned for stage in stages])
+    )
     # DeepSpeed all-reduces whole buckets up to ZeRO-2, twice the reduce-scatter that would do.
-    rows = {"gradients": weights * (shape.micro_batches if zero >= 2 else 1) * (1 if zero == 3 else 2)}
+    rows = {"gradients": learned * (shape.micro_batches if zero >= 2 else 1) * (1 if zero == 3 else 2)}
     if zero:
-        rows["weights"] = weights * (2 * shape.micro_batches if zero == 3 else 1)
+        rows["weights"] = every * 2 * shape.micro_batches if zero == 3 else learned
     if shape.experts > 1:
         rows |= _expert_exchange(config, shape, max(stage.moe_blocks for stage in stages))
     if shape.slices > 1:

@@ -132,6 +132,20 @@ def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, m
     assert out.loss.requires_grad
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_frozen_trunk_has_weights_and_neither_gradients_nor_states(make_tiny_config, stage):
+    config = make_tiny_config({"train.dtype": "bfloat16", "parallel.zero_stage": stage, "train.batch_size": 8})
+    model = on_meta(config)
+    model.freeze_trunk()
+    shape = layout(config, 2)
+    (frozen,) = stages = plan(config, model, shape)
+    (whole,) = plan(config, on_meta(config), shape)
+    learned = model_size(model, 1).mtp_total
+    assert frozen.weights == whole.weights
+    assert frozen.gradients == 2 * learned / (2 if stage == 3 else 1) and frozen.states == 12 * learned / 2
+    assert communication(config, stages, shape)["gradients"] == 2 * learned / 2 * (1 if stage == 3 else 2)
+
+
 WIDE = {"deepspeed.data_types": {"grad_accum_dtype": "fp32"}}
 LAYOUTS: dict[str, dict] = {
     **{f"ZeRO-{stage}": {"parallel.zero_stage": stage} for stage in (0, 1, 3)},
