@@ -1,5 +1,6 @@
-"""Whole runs on a GPU: tools/train.py in bfloat16 and FP8, and their resumption."""
+"""Whole runs on a GPU: tools/train.py in several settings, their resumption, and the tools that take a run."""
 
+import json
 import math
 import os
 import shutil
@@ -19,7 +20,14 @@ from tests.ranks import write_markov
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda")
 STEPS, BATCH, LENGTH = 30, 16, 16
-RUNS = {"bf16": [], "te": ["fp8.enabled=true", "fp8.backend=te"]}
+RUNS = {
+    "bf16": [],
+    "te": ["fp8.enabled=true", "fp8.backend=te"],
+    "moments": ["optim.moments=bfloat16", "train.ema_decay=0.9", "train.activation_checkpointing=selective"],
+    "offload": ["parallel.zero_stage=2", "parallel.offload_optimizer=true"],
+    "zero3": ["parallel.zero_stage=3", "train.activation_checkpointing=full"],
+    "float32": ["parallel.zero_stage=0", "train.dtype=float32"],
+}
 # Sides of weights are multiples of 16 for FP8. Head widths (28, 12) are none of 8: no fused attention takes them, whose
 # backward adds up in any order.
 MODEL = {
@@ -37,8 +45,11 @@ MODEL = {
 
 def start(config: Path, name: str, log: Path) -> subprocess.Popen:
     sets = [f"run.name={name}", *RUNS[name.partition("_")[0]]]
-    command = [sys.executable, str(ROOT / "tools" / "train.py"), "--config", str(config)]
-    command += [word for text in sets for word in ("--set", text)]
+    return start_tool("train", "--config", str(config), *(f"--set={text}" for text in sets), log=log)
+
+
+def start_tool(tool: str, *arguments: str, log: Path) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cuda"}
     with log.open("w") as out:
@@ -113,3 +124,43 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(trained, name):
     for a, b in zip(whole, resumed, strict=True):
         timeless = [{k: v for k, v in r.items() if not k.startswith(("perf/", "time_s"))} for r in (a, b)]
         assert timeless[0] == timeless[1]
+
+
+def test_the_tools_evaluate_decode_and_export_a_run(trained):
+    run, exported = trained / "runs" / "bf16", trained / "exported"
+    generate = ("generate", "--run", str(run), "--prompt-ids=5 9", "--prompt-ids=7 1 3 2", "--max-new-tokens=8")
+    evaluate = ("evaluate", "--run", str(run), "--json", "--batches=1", "--new-tokens=8")
+    processes = {
+        "evaluate": start_tool(*evaluate, log=trained / "evaluate.log"),
+        "plain": start_tool(*generate, log=trained / "plain.log"),
+        "drafts": start_tool(*generate, "--speculative", "--draft-depth=2", log=trained / "drafts.log"),
+        "sampled": start_tool(*generate, "--speculative", "--temperature=1", log=trained / "sampled.log"),
+        "export": start_tool("export_hf", "--run", str(run), "--out", str(exported), log=trained / "export.log"),
+    }
+    finish(trained, processes)
+    text = (trained / "evaluate.log").read_text()
+    (metrics,) = json.loads(text[text.index("{") :]).values()
+    last = [r for r in read_metrics(run / "metrics.jsonl") if "val/main_loss" in r][-1]
+    assert metrics["val/main_loss"] == pytest.approx(last["val/main_loss"], rel=1e-3)
+    assert metrics["val/tokens_per_step"] >= 1
+    assert "acceptance by position" in (trained / "drafts.log").read_text()
+    assert (exported / "model.safetensors.index.json").is_file()
+
+
+def test_the_benchmark_compares_profiles_and_counts_memory(tmp_path):
+    """Of variants that cannot run here it says so."""
+    model = [f"--set=model.{key}={value}" for key, value in (TINY_CONFIG["model"] | MODEL).items()]
+    sets = [*model, "--set=data.seq_len=16", "--set=train.micro_batch_size=2", "--set=train.batch_size=2"]
+    sets += ["--set=mtp.mode=none", "--set=train.dtype=bfloat16"]
+    numbers, trace = tmp_path / "numbers.json", tmp_path / "trace.json"
+    compared = ("bench", *sets, "--against", "fp8", "--parts", "--profile", str(trace), "--rounds=2", "--json")
+    processes = {
+        "compare": start_tool(*compared, str(numbers), log=tmp_path / "compare.log"),
+        "loss": start_tool("bench", *sets, "--loss-memory", log=tmp_path / "loss.log"),
+    }
+    finish(tmp_path, processes)
+    found = json.loads(numbers.read_text())
+    own = found["variants"]["dsv3_mtp"]
+    assert 0 < own["mfu"] < 1 and 0 < own["peak_bytes"] < 2**28  # not that of the products it is compared with
+    assert min(found["parts"].values()) > 0 and trace.stat().st_size
+    assert "D=4: all logits at once" in (tmp_path / "loss.log").read_text()
