@@ -13,7 +13,7 @@ import torch
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import read_metrics
-from dsv3_mtp.precision import te
+from dsv3_mtp.precision.convert import UNSUPPORTED
 from tests.conftest import TINY_CONFIG
 from tests.ranks import write_markov
 
@@ -23,6 +23,7 @@ STEPS, BATCH, LENGTH = 30, 16, 16
 RUNS = {
     "bf16": [],
     "te": ["fp8.enabled=true", "fp8.backend=te"],
+    "torch": ["fp8.enabled=true", "fp8.backend=torch"],
     "moments": ["optim.moments=bfloat16", "train.ema_decay=0.9", "train.activation_checkpointing=selective"],
     "offload": ["parallel.zero_stage=2", "parallel.offload_optimizer=true"],
     "zero3": ["parallel.zero_stage=3", "train.activation_checkpointing=full"],
@@ -56,6 +57,10 @@ def start_tool(tool: str, *arguments: str, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 
 
+def missing(name: str) -> str | None:
+    return UNSUPPORTED[name](CUDA) if name in UNSUPPORTED else None
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The folder of the finished runs, and of the same ones resumed in their middle: NAME and NAME_resumed.
@@ -70,11 +75,12 @@ def trained(tmp_path_factory) -> Path:
     sections["data"] |= {"train": data, "val": data}
     sections["train"] |= {"total_tokens": STEPS * BATCH * LENGTH, "batch_size": BATCH, "micro_batch_size": BATCH // 2}
     sections["train"] |= {"dtype": "bfloat16"}
+    sections["fp8"] = {"enabled": False}
     sections["checkpoint"] = {"every": STEPS // 2, "keep": 2}
     sections["eval"] = {"every": 0, "batches": 1}
     config = folder / "config.yaml"
     config.write_text(Config.model_validate(sections).to_yaml())
-    names = [name for name in RUNS if name != "te" or te.unsupported(CUDA) is None]
+    names = [name for name in RUNS if missing(name) is None]
     finish(folder, {name: start(config, name, folder / f"{name}.log") for name in names})
     for name in names:
         run = folder / "runs" / f"{name}_resumed"
@@ -101,8 +107,8 @@ def steps(folder: Path, name: str) -> list[dict]:
 
 @pytest.fixture(params=RUNS)
 def name(request) -> str:
-    if request.param == "te" and (reason := te.unsupported(CUDA)):
-        pytest.skip(f"fp8.backend: te {reason}")
+    if reason := missing(request.param):
+        pytest.skip(f"fp8.backend: {request.param} {reason}")
     return request.param
 
 
@@ -114,7 +120,7 @@ def test_losses_are_finite_and_fall(trained, name):
         assert all(map(math.isfinite, losses))
         assert sum(losses[-5:]) < sum(losses[:5]) - 5 * 0.1, losses
     text = (trained / f"{name}.log").read_text()
-    assert ("fp8: te" if name == "te" else "fp8: ") in text and "attention: " in text
+    assert f"fp8: {name if name in UNSUPPORTED else 'off'}" in text and "attention: " in text
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(trained, name):
