@@ -46,7 +46,7 @@ def save(
         shutil.rmtree(folder, ignore_errors=True)  # what a killed save left behind
         folder.mkdir(parents=True)
     dist.barrier()
-    torch.save(_rng_state(), folder / f"rng_rank{world.rank}.pt")
+    torch.save(_rng_state(world.device), folder / f"rng_rank{world.rank}.pt")
     optimizer = engine.engine.optimizer
     averages = {} if average is None else average.values
     fragments = [_fragment(mine, optimizer, averages) for mine in held(engine) if mine.share[0] < mine.share[1]]
@@ -140,19 +140,19 @@ def _load_rng(engine: Engine, folder: Path) -> list[str]:
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder}: damaged ({error}); delete this folder to use the checkpoint before it") from error
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and engine.world.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], engine.world.device)
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
     return []
 
 
-def _rng_state() -> dict[str, Any]:
-    """Plain tensors, tuples and numbers: torch reads them back without unpickling code."""
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    """Plain tensors, tuples and numbers: torch reads them back without unpickling code. Of GPUs this rank's own."""
     name, keys, *rest = cast(tuple, np.random.get_state())
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         "numpy": (name, keys.tolist(), *rest),
         "python": random.getstate(),
     }

@@ -17,9 +17,9 @@ settings.load_profile("suite")
 # Read when torch and numpy are imported, here and in the processes that tests start. torch is not
 # imported here: the tests of --help and of the config do without it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu" if not os.path.exists("/dev/nvidiactl") else "cuda")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # tests/gpu says otherwise to the processes that it starts
 os.environ.setdefault("MPLBACKEND", "Agg")
-if os.environ["DS_ACCELERATOR"] == "cpu":
+if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined: where Triton is, a CPU runs them
 
 TINY_CONFIG: dict[str, dict[str, Any]] = {
@@ -92,6 +92,19 @@ def reproducible() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests without the mark gpu run on the CPU on every machine: they fork ranks, which could not use a GPU."""
+    if any(item.path == request.path and item.get_closest_marker("gpu") for item in request.session.items):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of processes that are started afresh
+        if "torch" in sys.modules:
+            patch.setattr(sys.modules["torch"].cuda, "is_available", lambda: False)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

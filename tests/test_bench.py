@@ -17,6 +17,7 @@ specification = importlib.util.spec_from_file_location("bench_child", ROOT / "to
 assert specification is not None and specification.loader is not None
 bench = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(bench)
+bench.DEVICE = torch.device("cpu")
 
 SETS = [f"--set=model.{key}={value}" for key, value in TINY_CONFIG["model"].items()]
 SETS += ["--set=data.seq_len=16", "--set=train.micro_batch_size=2", "--set=train.batch_size=2"]
@@ -71,6 +72,16 @@ def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(make_tiny
     ]
 
 
+def test_an_fp8_backend_that_cannot_run_is_left_out_and_says_why():
+    done = run_bench("--against=fp8", "--rounds=1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("dsv3_mtp  ") for line in lines)
+    for backend in ("te", "torch"):
+        reason = f"not run: dsv3_mtp FP8 by {backend}: ValueError: fp8.backend: {backend} needs a Hopper GPU"
+        assert any(line.startswith(reason) for line in lines)
+
+
 def test_heads_against_transformers_are_refused_with_the_remedy():
     done = run_bench("--against=transformers")
     assert done.returncode == 2 and done.stdout == ""
@@ -93,7 +104,6 @@ def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why():
     rows = done.stdout.splitlines()
     for name in ("linear", "experts", "attention", "rotary heads", "head and loss"):
         assert any(name in row and row.endswith("1.00x") for row in rows), name
-    if not torch.cuda.is_available():
-        assert any("fp8.backend: te needs a Hopper GPU" in row for row in rows)
+    assert any("fp8.backend: te needs a Hopper GPU" in row for row in rows)
     wrong = subprocess.run([*command, "--tokens=100", "lniear"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "no such part: lniear" in wrong.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from dsv3_mtp import checkpoint, schedules
 from dsv3_mtp.config import Config
@@ -343,6 +344,22 @@ def test_a_non_finite_value_stops_with_the_step_the_metric_and_the_last_good_che
     assert message.startswith(f"step {step} ") and any(f"{metric} = {x}" in message for x in ("nan", "inf"))
     assert "global_step5" in message
     assert newest_checkpoint(folder_of(config) / "checkpoints").name == "global_step5"
+
+
+def count_waits(config: Config) -> None:
+    trainer, calls = Trainer(config, command=["test"]), []
+    get_accelerator().synchronize = lambda *_: calls.append(1)
+    for _ in range(5):
+        trainer.optimizer_step()
+    Path(f"{folder_of(config)}.waits").write_text(str(len(calls)))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_deepspeed_never_waits_for_the_device(make_run, zero_stage):
+    """Its throughput timer would, twice in every micro-batch, from the third step on."""
+    config = make_run(train__micro_batch_size=2, parallel__zero_stage=zero_stage)
+    train(config, function=count_waits)
+    assert Path(f"{folder_of(config)}.waits").read_text() == "0"
 
 
 def refused(config: Config) -> None:

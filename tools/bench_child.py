@@ -95,7 +95,9 @@ def transformers_step(ours: DeepseekV3MTP, tokens: Tensor, config: Config, *, tu
     )
     low = config.train.dtype == "bfloat16"
     autocast = low and DEVICE.type == "cpu"
-    model = model.to(torch.bfloat16 if low and not autocast else torch.float32).train()
+    for parameter in model.parameters():  # not the buffers: frequencies of the rotary embedding, router biases
+        parameter.data = parameter.data.to(torch.bfloat16 if low and not autocast else torch.float32)
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True if tuned else None)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
 
@@ -150,18 +152,31 @@ def loss_memory(config: Config, *, naive: bool) -> int:
     """Extra bytes of the heads' loss at its peak, on random hidden states: all logits at once, or by chunks."""
     heads, vocab = 1 + config.mtp.depths, config.model.vocab_size
     rows = heads * config.train.micro_batch_size * config.data.seq_len
-    hidden = torch.randn(rows, config.model.hidden_size, requires_grad=True)
-    weight = (0.02 * torch.randn(vocab, config.model.hidden_size)).requires_grad_()
-    targets, row_weight = torch.randint(vocab, (rows,)), torch.full((rows,), 1 / rows)
+    with DEVICE:
+        hidden = torch.randn(rows, config.model.hidden_size, requires_grad=True)
+        weight = (0.02 * torch.randn(vocab, config.model.hidden_size)).requires_grad_()
+        targets, row_weight = torch.randint(vocab, (rows,)), torch.full((rows,), 1 / rows)
     F.linear(hidden[:8], weight).sum().backward()  # libraries and gradients are there before the count begins
-    before = resident("VmRSS")
+    before = held()
     if naive:
         parts = zip(hidden.chunk(heads), targets.chunk(heads), strict=True)
         loss = torch.stack([F.cross_entropy(F.linear(h, weight), t) for h, t in parts]).sum()
     else:
         loss = linear_cross_entropy(hidden, weight, targets, row_weight)[0]
     loss.backward()
-    return resident("VmHWM") - before
+    return most_held() - before
+
+
+def held() -> int:
+    """Bytes that this process holds, on a GPU of the GPU's, whose peak counts from here on."""
+    if DEVICE.type == "cpu":
+        return resident("VmRSS")
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def most_held() -> int:
+    return resident("VmHWM") if DEVICE.type == "cpu" else torch.cuda.max_memory_allocated()
 
 
 def resident(field: str) -> int:
@@ -196,10 +211,9 @@ def main() -> None:
     step, model, optimizer = build(spec)
     if isinstance(model, DeepseekV3MTP):
         notes += set_precision(model, config, DEVICE)
-    built = resident("VmRSS")
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    built = held()
     losses = [step().item() for _ in range(3)]
     size = model_size(model, config.data.seq_len) if isinstance(model, DeepseekV3MTP) else None
     answer({"losses": losses, "notes": notes, "flops_per_token": size and size.flops_per_token, "pid": os.getpid()})
@@ -211,16 +225,17 @@ def main() -> None:
             answer({"seconds": now() - start, "wall": time.perf_counter() - wall, "loss": loss})
         elif command == "peak":
             answer(matmul_rate(getattr(torch, argument)))
+            held()  # which may have taken more of a GPU than a step does
         elif command == "parts":
             answer(parts(model, optimizer, config))
         elif command == "memory":
-            cuda = DEVICE.type == "cuda"
-            answer(torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - built)
+            answer(most_held() - (built if DEVICE.type == "cpu" else 0))  # of a GPU all
         elif command == "profile":
             with torch.profiler.profile() as profile:
                 step()
             profile.export_chrome_trace(argument)
-            answer(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=50))
+            order = f"self_{DEVICE.type}_time_total"
+            answer(profile.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
 
 
 if __name__ == "__main__":

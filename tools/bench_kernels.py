@@ -103,7 +103,7 @@ def linear(config: Config, tokens: int):
         x, grad = numbers(tokens, width).requires_grad_(), numbers(tokens, out)
 
         def run(layer: nn.Module, x: Tensor = x, grad: Tensor = grad) -> None:
-            layer(x).backward(grad)
+            torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)  # backward() would add up gradients as well
 
         variants: Variants = {name: partial(run, build(weights)) for name, build, _ in backends()}
         yield f"linear {width} x {out}", 6.0 * tokens * width * out, variants
@@ -124,7 +124,7 @@ def experts(config: Config, tokens: int):
         dispatch.grouped_weight_grad(grad, x, held)
 
     def low(grouped: Callable[..., Tensor]) -> None:
-        grouped(x.requires_grad_(), weight.requires_grad_(), counts).backward(grad)
+        torch.autograd.grad(grouped(x.requires_grad_(), weight.requires_grad_(), counts), (x, weight), grad)
         x.requires_grad_(False), weight.requires_grad_(False)
 
     variants: Variants = {name: partial(low, grouped) if grouped else high for name, _, grouped in backends()}
@@ -138,7 +138,7 @@ def attention_core(config: Config, tokens: int):
     query, key, value, grad = (numbers(*size).transpose(1, 2).requires_grad_() for size in sizes)
 
     def run(core: Core) -> None:
-        core(query, key, value, qk**-0.5, None).backward(grad.detach())
+        torch.autograd.grad(core(query, key, value, qk**-0.5, None), (query, key, value), grad.detach())
 
     variants: Variants = {}
     for name in ("sdpa", "te", "fa4", "fa3", "fa2"):
@@ -168,7 +168,7 @@ def passes(config: Config, tokens: int):
 
     def heads() -> None:
         parts = attention.to_heads(query, kv, k_rope, angles)
-        torch.autograd.backward(parts, [part.detach() for part in parts])
+        torch.autograd.grad(parts, (query, kv, k_rope), [part.detach() for part in parts])
 
     yield from both(
         {
@@ -188,10 +188,11 @@ def loss(config: Config, tokens: int):
     row_weight = torch.full((tokens,), 1 / tokens, device=DEVICE)
 
     def naive() -> None:
-        F.cross_entropy((hidden @ weight.T).float(), targets).backward()
+        torch.autograd.grad(F.cross_entropy((hidden @ weight.T).float(), targets), (hidden, weight))
 
     def chunked() -> None:
-        losses.linear_cross_entropy(hidden, weight, targets, row_weight)[0].backward()
+        out = losses.linear_cross_entropy(hidden, weight, targets, row_weight)[0]
+        torch.autograd.grad(out, (hidden, weight))
 
     yield from both({"head and loss, by chunks": chunked})
     yield "head and loss, all logits at once", 6.0 * tokens * shape.hidden_size * shape.vocab_size, {"torch": naive}

@@ -17,7 +17,7 @@ from dsv3_mtp.decode.cache import Window
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import MLP, RMSNorm
-from dsv3_mtp.model.moe import MoE
+from dsv3_mtp.model.moe import MoE, count
 
 FEW_TOKENS = 16  # up to here experts run one by one on a CPU
 ABSORB = 1.5  # W_UQ with W_UK in it may be so many times as large as both
@@ -154,7 +154,7 @@ class Mixture:
         if x.device.type == "cpu" and len(x) <= FEW_TOKENS:
             return self.one_by_one(x, hidden)
         chosen = self.moe.gate.choose(scores := self.scores(hidden))  # (N, K)
-        counts = torch.bincount(chosen.flatten(), minlength=scores.shape[1])
+        counts = count(chosen, scores.shape[1])
         y = x + self.moe.experts(hidden, chosen, self.moe.gate.weigh(scores, chosen), counts)
         return y if self.moe.shared_experts is None else y + self.moe.shared_experts(hidden)
 

@@ -27,6 +27,11 @@ class RouterStats(NamedTuple):
         return RouterStats(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+def count(chosen: Tensor, experts: int) -> Tensor:
+    """(N, K) -> (E,) int64: how many pairs chose each expert. Not bincount: on CUDA the host would wait for it."""
+    return chosen.new_zeros(experts).scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())
+
+
 class Gate(nn.Module):
     """Sigmoid router: experts are chosen by score + bias within the best groups, gated by the score alone."""
 
@@ -46,9 +51,7 @@ class Gate(nn.Module):
         scores = F.linear(again(Tensor.to, x, wide), self.weight.to(wide)).sigmoid()  # (B, T, E)
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
-        load = chosen.new_zeros(flat.shape[1])  # not bincount: on CUDA the host would wait for it
-        load = load.scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten()).float()
-        stats = RouterStats(load, self.balance_loss(scores), self.count_nodes(chosen))
+        stats = RouterStats(count(chosen, flat.shape[1]).float(), self.balance_loss(scores), self.count_nodes(chosen))
         return chosen, self.weigh(flat, chosen), stats
 
     def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:

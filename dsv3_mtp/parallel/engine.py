@@ -35,6 +35,7 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         "gradient_accumulation_steps": train.batch_size // rows,
         "gradient_clipping": config.optim.grad_clip,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice in every micro-batch
         "zero_optimization": _zero(config),
         "bf16": {"enabled": train.dtype == "bfloat16"},
         "data_types": {"keep_in_fp32_modules": ["e_score_correction_bias"]},

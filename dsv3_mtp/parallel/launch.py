@@ -15,6 +15,7 @@ import deepspeed
 import psutil
 import torch
 import torch.distributed
+from deepspeed.accelerator import get_accelerator
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
     local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))  # deepspeed's, torchrun's
-    cuda = torch.cuda.is_available()
+    cuda = get_accelerator().device_name() == "cuda"  # as DS_ACCELERATOR says, if it is set
     if not cuda or threads is not None:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     # DeepSpeed's sub-groups take torch's module default whatever timeout is passed: that default has to be set.

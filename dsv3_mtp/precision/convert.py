@@ -118,8 +118,8 @@ def unsuited(layers: dict[str, nn.Module], fp8: FP8Config, backend: str, dtype: 
         return f"fp8.modules: the model has no layer of {', '.join(fp8.modules)}; set fp8.enabled: false"
     if backend == "emulate":
         return None
-    if dtype != torch.bfloat16 and backend == "te":
-        return f"fp8.backend: te needs train.dtype: bfloat16 (got {str(dtype)[6:]})"
+    if dtype != torch.bfloat16:
+        return f"fp8.backend: {backend} needs train.dtype: bfloat16 (got {str(dtype)[6:]})"
     shapes = {  # ZeRO-3 keeps the whole shape in ds_shape
         name: getattr(p, "ds_shape", p.shape) for name, layer in layers.items() for p in layer.parameters()
     }

@@ -22,8 +22,6 @@ ALIGN = 16  # tokens of a product, and dimensions of a weight
 @functools.cache
 def load() -> tuple[Any, str]:
     """(transformer_engine.pytorch, "") or (None, why not). It fails in more ways than ImportError."""
-    if not torch.cuda.is_available():
-        return None, "needs a Hopper GPU; there is no CUDA device"
     try:
         load_cudnn()
         import transformer_engine.pytorch as te
@@ -47,6 +45,8 @@ def load_cudnn() -> None:
 
 def unsupported(device: torch.device) -> str | None:
     """Why this backend cannot run here, None if it can."""
+    if device.type != "cuda":
+        return "needs a Hopper GPU; there is no CUDA device"
     return load()[1] or None
 
 

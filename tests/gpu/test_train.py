@@ -1,5 +1,6 @@
-"""Whole runs on a GPU: tools/train.py in bfloat16 and FP8, and their resumption."""
+"""Whole runs on a GPU: tools/train.py in several settings, their resumption, and the tools that take a run."""
 
+import json
 import math
 import os
 import shutil
@@ -12,14 +13,22 @@ import torch
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import read_metrics
-from dsv3_mtp.precision import te
+from dsv3_mtp.precision.convert import UNSUPPORTED
 from tests.conftest import TINY_CONFIG
 from tests.ranks import write_markov
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda")
 STEPS, BATCH, LENGTH = 30, 16, 16
-RUNS = {"bf16": [], "te": ["fp8.enabled=true", "fp8.backend=te"]}
+RUNS = {
+    "bf16": [],
+    "te": ["fp8.enabled=true", "fp8.backend=te"],
+    "torch": ["fp8.enabled=true", "fp8.backend=torch"],
+    "moments": ["optim.moments=bfloat16", "train.ema_decay=0.9", "train.activation_checkpointing=selective"],
+    "offload": ["parallel.zero_stage=2", "parallel.offload_optimizer=true"],
+    "zero3": ["parallel.zero_stage=3", "train.activation_checkpointing=full"],
+    "float32": ["parallel.zero_stage=0", "train.dtype=float32"],
+}
 # Sides of weights are multiples of 16 for FP8. Head widths (28, 12) are none of 8: no fused attention takes them, whose
 # backward adds up in any order.
 MODEL = {
@@ -37,12 +46,19 @@ MODEL = {
 
 def start(config: Path, name: str, log: Path) -> subprocess.Popen:
     sets = [f"run.name={name}", *RUNS[name.partition("_")[0]]]
-    command = [sys.executable, str(ROOT / "tools" / "train.py"), "--config", str(config)]
-    command += [word for text in sets for word in ("--set", text)]
+    return start_tool("train", "--config", str(config), *(f"--set={text}" for text in sets), log=log)
+
+
+def start_tool(tool: str, *arguments: str, log: Path) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cuda"}
     with log.open("w") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+
+
+def missing(name: str) -> str | None:
+    return UNSUPPORTED[name](CUDA) if name in UNSUPPORTED else None
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +75,12 @@ def trained(tmp_path_factory) -> Path:
     sections["data"] |= {"train": data, "val": data}
     sections["train"] |= {"total_tokens": STEPS * BATCH * LENGTH, "batch_size": BATCH, "micro_batch_size": BATCH // 2}
     sections["train"] |= {"dtype": "bfloat16"}
+    sections["fp8"] = {"enabled": False}
     sections["checkpoint"] = {"every": STEPS // 2, "keep": 2}
     sections["eval"] = {"every": 0, "batches": 1}
     config = folder / "config.yaml"
     config.write_text(Config.model_validate(sections).to_yaml())
-    names = [name for name in RUNS if name != "te" or te.unsupported(CUDA) is None]
+    names = [name for name in RUNS if missing(name) is None]
     finish(folder, {name: start(config, name, folder / f"{name}.log") for name in names})
     for name in names:
         run = folder / "runs" / f"{name}_resumed"
@@ -90,8 +107,8 @@ def steps(folder: Path, name: str) -> list[dict]:
 
 @pytest.fixture(params=RUNS)
 def name(request) -> str:
-    if request.param == "te" and (reason := te.unsupported(CUDA)):
-        pytest.skip(f"fp8.backend: te {reason}")
+    if reason := missing(request.param):
+        pytest.skip(f"fp8.backend: {request.param} {reason}")
     return request.param
 
 
@@ -103,7 +120,7 @@ def test_losses_are_finite_and_fall(trained, name):
         assert all(map(math.isfinite, losses))
         assert sum(losses[-5:]) < sum(losses[:5]) - 5 * 0.1, losses
     text = (trained / f"{name}.log").read_text()
-    assert ("fp8: te" if name == "te" else "fp8: ") in text and "attention: " in text
+    assert f"fp8: {name if name in UNSUPPORTED else 'off'}" in text and "attention: " in text
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(trained, name):
@@ -113,3 +130,43 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(trained, name):
     for a, b in zip(whole, resumed, strict=True):
         timeless = [{k: v for k, v in r.items() if not k.startswith(("perf/", "time_s"))} for r in (a, b)]
         assert timeless[0] == timeless[1]
+
+
+def test_the_tools_evaluate_decode_and_export_a_run(trained):
+    run, exported = trained / "runs" / "bf16", trained / "exported"
+    generate = ("generate", "--run", str(run), "--prompt-ids=5 9", "--prompt-ids=7 1 3 2", "--max-new-tokens=8")
+    evaluate = ("evaluate", "--run", str(run), "--json", "--batches=1", "--new-tokens=8")
+    processes = {
+        "evaluate": start_tool(*evaluate, log=trained / "evaluate.log"),
+        "plain": start_tool(*generate, log=trained / "plain.log"),
+        "drafts": start_tool(*generate, "--speculative", "--draft-depth=2", log=trained / "drafts.log"),
+        "sampled": start_tool(*generate, "--speculative", "--temperature=1", log=trained / "sampled.log"),
+        "export": start_tool("export_hf", "--run", str(run), "--out", str(exported), log=trained / "export.log"),
+    }
+    finish(trained, processes)
+    text = (trained / "evaluate.log").read_text()
+    (metrics,) = json.loads(text[text.index("{") :]).values()
+    last = [r for r in read_metrics(run / "metrics.jsonl") if "val/main_loss" in r][-1]
+    assert metrics["val/main_loss"] == pytest.approx(last["val/main_loss"], rel=1e-3)
+    assert metrics["val/tokens_per_step"] >= 1
+    assert "acceptance by position" in (trained / "drafts.log").read_text()
+    assert (exported / "model.safetensors.index.json").is_file()
+
+
+def test_the_benchmark_compares_profiles_and_counts_memory(tmp_path):
+    """Of variants that cannot run here it says so."""
+    model = [f"--set=model.{key}={value}" for key, value in (TINY_CONFIG["model"] | MODEL).items()]
+    sets = [*model, "--set=data.seq_len=16", "--set=train.micro_batch_size=2", "--set=train.batch_size=2"]
+    sets += ["--set=mtp.mode=none", "--set=train.dtype=bfloat16"]
+    numbers, trace = tmp_path / "numbers.json", tmp_path / "trace.json"
+    compared = ("bench", *sets, "--against", "fp8", "--parts", "--profile", str(trace), "--rounds=2", "--json")
+    processes = {
+        "compare": start_tool(*compared, str(numbers), log=tmp_path / "compare.log"),
+        "loss": start_tool("bench", *sets, "--loss-memory", log=tmp_path / "loss.log"),
+    }
+    finish(tmp_path, processes)
+    found = json.loads(numbers.read_text())
+    own = found["variants"]["dsv3_mtp"]
+    assert 0 < own["mfu"] < 1 and 0 < own["peak_bytes"] < 2**28  # not that of the products it is compared with
+    assert min(found["parts"].values()) > 0 and trace.stat().st_size
+    assert "D=4: all logits at once" in (tmp_path / "loss.log").read_text()

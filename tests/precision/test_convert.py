@@ -90,6 +90,7 @@ def test_a_model_without_such_layers_is_refused(make_model):
     ("backend", "dtype", "reason"),
     [
         ("te", torch.float32, "te needs train.dtype: bfloat16"),
+        ("torch", torch.float32, "torch needs train.dtype: bfloat16"),
         ("te", torch.bfloat16, "sides are multiples of 16"),
         ("torch", torch.bfloat16, "sides are multiples of 16"),
     ],

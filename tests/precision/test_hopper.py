@@ -125,7 +125,7 @@ def test_a_layer_of_experts_computes_what_the_emulated_one_does(make_tiny_config
             torch.nn.init.normal_(parameter, std=0.3)
         moe.gate.e_score_correction_bias[5] = -100.0  # an expert without rows
         fp8 = FP8Config(enabled=True, backend=backend, modules=["routed_experts"])
-        convert(torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"mlp": moe})}), fp8, x.device, torch.float32)
+        convert(torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"mlp": moe})}), fp8, x.device, torch.bfloat16)
         assert moe.experts.linear is not None
         a = x.clone().requires_grad_()
         y, _ = moe(a)
