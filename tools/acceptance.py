@@ -22,7 +22,7 @@ def main() -> int:
         for run in options.run:
             for line in rows(run, options):
                 print(line, flush=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
