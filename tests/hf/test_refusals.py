@@ -29,6 +29,10 @@ UNREPRESENTABLE = {
     "mtp__chain=trunk": ({"mtp__chain": "trunk", "mtp__num_nextn_predict_layers": 2}, "readers chain the modules'"),
     "mtp__embed=false": ({"mtp__embed": False}, "eh_proj reads the token embedding"),
     "dense": ({"model__first_k_dense_replace": 3}, "all layers are dense"),
+    "one expert": (
+        {f"model__{key}": 1 for key in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")},
+        "n_routed_experts: 1: transformers scores",
+    ),
     "no shared experts": ({"model__n_shared_experts": 0}, "no MoE layer without shared experts"),
     "yarn": ({"model__rope_scaling": YARN}, "mscale 0.7 with mscale_all_dim 0.0 means different things"),
 }
