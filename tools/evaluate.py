@@ -87,8 +87,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     import torch
 
-    from dsv3_mtp.data.shards import file_sha256
-    from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source
+    from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
     from dsv3_mtp.evaluate import acceptance, open_model, validate, validation_source
     from dsv3_mtp.loading import tokenizer_of
     from dsv3_mtp.tuning import tune
@@ -102,10 +101,10 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     )
     sources: list = [open_source(path, options.split) for path in options.data or []]
     tokenizer = tokenizer_of(config, Path(options.run)) if options.run else Path(options.hf, "tokenizer.json")
-    own = [(options.run or options.hf, file_sha256(tokenizer))] if tokenizer and tokenizer.is_file() else []
+    own = (options.run or options.hf, tokenizer_sha256(tokenizer))
     for source in sources:
         check_vocab(source, config.model.vocab_size)
-        check_tokenizers([*own, (source.path, source.tokenizer_sha256)])
+        check_tokenizers([own, (source.path, source.tokenizer_sha256)])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tune(device)  # as in training: the same bits
     model.to(device)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_mtp.data.megatron import open_pair
-from dsv3_mtp.data.shards import INDEX, read_folder_index
+from dsv3_mtp.data.shards import INDEX, file_sha256, read_folder_index
 
 HASH_BLOCK_TOKENS = 1 << 12
 VOCAB_SCAN_TOKENS = 1 << 24  # tokens looked at by check_vocab when the vocabulary is not recorded
@@ -104,6 +104,11 @@ def check_vocab(source: Source, vocab_size: int) -> None:
             f"{source.path} holds token id {low if low < 0 else high}, but model.vocab_size is {vocab_size} "
             f"(ids 0 .. {vocab_size - 1}); set model.vocab_size to that of the tokenizer that made this data"
         )
+
+
+def tokenizer_sha256(path: Path | None) -> str | None:
+    """What `check_tokenizers` compares, of a tokenizer.json that may be missing."""
+    return file_sha256(path) if path is not None and path.is_file() else None
 
 
 def check_tokenizers(made: Iterable[tuple[str, str | None]]) -> None:

@@ -78,6 +78,10 @@ def test_a_run_is_not_trained_on_data_of_another_tokenizer_than_it_is_validated_
     assert open_data(make_tiny_config(keys | {"data.train": str(corpus)}), None)
     with pytest.raises(ValueError, match="have different tokenizers"):
         open_data(make_tiny_config(keys | {"data.train": str(tmp_path / "other")}), None)
+    (tmp_path / "other/tokenizer.json").write_text("{}")
+    keys |= {"data.train": str(corpus), "train.init_from": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match=f"{corpus} and {tmp_path / 'other'} have different tokenizers"):
+        open_data(make_tiny_config(keys), None)
 
 
 def test_validation_is_that_of_the_trainer_in_any_number_of_shares(run, corpus):
