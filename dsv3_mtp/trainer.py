@@ -1,4 +1,4 @@
-"""The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it (DESIGN: one training step)."""
+"""The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import importlib.util
 import math

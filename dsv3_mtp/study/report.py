@@ -123,10 +123,12 @@ def verdicts(study: Study, table: Table, effects: Sequence[Effect]) -> list[str]
     for effect in clear:
         lost = findings.lost(table, [effect.arm, effect.against])
         lines.append(f"Exploratory ({effect.comparison}): " + verdict(effect, margin=None, lost_runs=lost))
-    nulls = [e for e in rest if e not in clear]
-    if nulls:
-        names = "; ".join(f"{e.arm} - {e.against}, {e.metric}" for e in nulls)
-        lines.append(f"No detectable difference in {len(nulls)} of {len(rest)} exploratory comparisons: {names}.")
+    single = [e for e in rest if e.interval is not None and e.interval.n < 2]
+    nulls = [e for e in rest if e not in clear and e not in single]
+    for found, group in (("No detectable difference", nulls), ("One seed, so no conclusion,", single)):
+        if group:
+            names = "; ".join(f"{e.arm} - {e.against}, {e.metric}" for e in group)
+            lines.append(f"{found} in {len(group)} of {len(rest)} exploratory comparisons: {names}.")
     return lines
 
 
@@ -164,7 +166,9 @@ def effect_row(study: Study, effect: Effect) -> list[str]:
     mark = " (primary)" if is_primary(study, effect) else ""
     tost = "-" if effect.equivalence_p is None else f"{effect.equivalence_p:.2g} (+-{study.primary.margin:g})"
     spread = f"{i.sd:.4f} / {effect.unpaired_sd:.4f}"
-    limits = f"[{i.low:+.4f}, {i.high:+.4f}]" if i.n > 1 else "one seed: none"
+    limits = f"[{i.low:+.4f}, {i.high:+.4f}]"
+    if i.n < 2:
+        limits, spread, tost = "one seed: none", "-", "-"
     if effect.metric == "task/solved":
         limits, spread, tost = f"Fisher p = {effect.p:.3g}", "-", "-"
     p = f"{effect.adjusted_p:.2g}" if i.n > 1 else "-"
@@ -191,7 +195,7 @@ def health(study: Study, table: Table) -> list[Block]:
     if not alarms:
         return [*blocks, Paragraph("Leak alarm (S16: a depth's loss below 0.8 of the main loss): none.")]
     reading = (
-        "Leak alarm (S16): the loss of a depth lies below 0.8 of the main loss. On text that means a leaked target; in "
+        "Leak alarm: the loss of a depth lies below 0.8 of the main loss. On text that means a leaked target; in "
         "a task whose later answer tokens are easier than the first it is what the task asks for."
     )
     return [*blocks, Paragraph(reading), Items(alarms[:20] + [f"... {len(alarms)} in all"] * (len(alarms) > 20))]

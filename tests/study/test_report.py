@@ -99,6 +99,8 @@ def test_one_seed_concludes_nothing(report):
     text = report({"none": 4.0, "constant": 5.0, "step": 5.0}, one)
     assert "+1.003 with one seed: no conclusion" in text
     assert "higher," not in text and "lower," not in text and "hint" not in text
+    assert "- One seed, so no conclusion, in " in text
+    assert "No detectable difference" not in text and "nan" not in text
 
 
 def test_diverged_runs_are_listed_and_count_and_missing_ones_are_listed(report):
@@ -155,7 +157,7 @@ def test_a_low_loss_of_a_head_raises_the_leak_alarm(report):
         path.write_text(json.dumps(results))
 
     text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, after=leak)
-    assert "Leak alarm (S16): the loss" in text and "- step, seed 1: val/mtp_loss/1" in text
+    assert "Leak alarm: the loss" in text and "- step, seed 1: val/mtp_loss/1" in text
 
 
 def test_report_has_the_setup_and_what_honesty_asks_for(report):
