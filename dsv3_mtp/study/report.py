@@ -23,7 +23,7 @@ from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture,
 from dsv3_mtp.study.page import Table as Rows
 from dsv3_mtp.study.pictures import draw_all
 from dsv3_mtp.study.plan import plan
-from dsv3_mtp.study.run import read_budgets
+from dsv3_mtp.study.run import check_folders, read_budgets
 
 CALIBRATION = "calibrate"  # name of the study whose outcome every report starts with
 SMALL = 10_000_000  # parameters below which a report says that its scale is small
@@ -33,10 +33,11 @@ def write_report(loaded: LoadedStudy) -> Path:
     """Writes the report on whatever has been run; returns the path of report.md.
 
     Raises:
-        ValueError: nothing has been run, or a results.json is damaged.
+        ValueError: nothing has been run, runs have other settings than the study's, or a results.json is damaged.
     """
     study, folder = loaded.study, loaded.study.folder
     runs = {run.name: run for run in plan(loaded, read_budgets(folder))}
+    check_folders(study, list(runs.values()))
     table: dict[str, dict[int, Any]] = {arm: {} for arm in study.arms}
     curves: dict[str, dict[int, Any]] = {arm: {} for arm in study.arms}
     starts = []

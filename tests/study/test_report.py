@@ -91,6 +91,16 @@ def test_a_wide_interval_is_not_called_equal(report):
     assert "no detectable difference" in line and "not shown to be within +-0.01" in line
 
 
+def test_runs_of_other_settings_are_not_reported_as_the_studys(report):
+    def change(loaded):
+        run = plan(loaded, {})[0]
+        other = run.config.model_copy(update={"optim": run.config.optim.model_copy(update={"lr": 0.5})})
+        (loaded.study.folder / run.name / "config.yaml").write_text(other.to_yaml())
+
+    with pytest.raises(ValueError, match=r"config\.yaml: optim\.lr is 0\.5, the study says"):
+        report({"none": 4.0, "constant": 4.0, "step": 4.0}, after=change)
+
+
 def test_one_seed_concludes_nothing(report):
     def one(tree):
         five_seeds(tree)
