@@ -170,7 +170,7 @@ def acceptance(
     new_tokens: int,
     temperature: float = 0.0,
 ) -> dict[str, float]:
-    """Free-running acceptance of drafts of `depth` tokens on prompts from the source (DESIGN S14).
+    """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
 
     A prompt is half a window of seq_len tokens, shorter where `new_tokens` need the room. On a task it is the text
     before an answer, and the answers are decoded; those of one token have nothing to draft. Returns

@@ -50,6 +50,8 @@ class Settings:
             yield f"top_k must be >= 1 (got {self.top_k})"
         if not 0 < self.top_p <= 1:
             yield f"top_p must be in (0, 1] (got {self.top_p})"
+        if not 0 <= self.seed < 2**63:
+            yield f"seed must be >= 0 and < 2^63 (got {self.seed})"
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
             yield "top_k and top_p have no effect at temperature 0; set a temperature or drop them"
         if self.prefill_chunk < 1:

@@ -1,4 +1,4 @@
-"""The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it (DESIGN: one training step)."""
+"""The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import importlib.util
 import math
@@ -12,7 +12,7 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.sampler import Sampler
-from dsv3_mtp.data.source import Source, check_vocab, open_source
+from dsv3_mtp.data.source import Source, check_tokenizers, check_vocab, open_source, tokenizer_sha256
 from dsv3_mtp.data.tasks import TaskSource
 from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, validation_source
 from dsv3_mtp.hf import load_weights
@@ -294,6 +294,10 @@ def open_data(config: Config, world: World) -> tuple[Sampler, Source | TaskSourc
     sources = [open_source(entry.path, "train") for entry in data.entries]
     for source in sources:
         check_vocab(source, config.model.vocab_size)
+    made = [(source.path, source.tokenizer_sha256) for source in [*sources, val]]
+    if (weights_of := config.train.init_from) is not None:
+        made.append((weights_of, tokenizer_sha256(Path(weights_of, "tokenizer.json"))))
+    check_tokenizers(made)
     weights = [entry.weight for entry in data.entries]
     sampler = Sampler(sources, weights, seq_len=data.seq_len, lookahead=lookahead, seed=config.run.seed)
     return sampler, val

@@ -52,6 +52,10 @@ MISTAKES = [
     ("train.micro_batch_size=0", "train.micro_batch_size: must be >= 1 (got 0)"),
     ("optim.lr=0", "optim.lr: must be > 0 (got 0)"),
     ("optim.betas=[0.9, 1]", "optim.betas[1]: must be < 1 (got 1)"),
+    (
+        "model.rope_scaling={type: yarn, factor: 4, original_max_position_embeddings: 64, beta_fast: 1, beta_slow: 32}",
+        "model.rope_scaling.beta_fast: must be >= beta_slow = 32.0 (got 1.0)",
+    ),
     ("train.bias_update_until=1.1", "train.bias_update_until: must be <= 1 (got 1.1)"),
     ("run.seed=-1", "run.seed: must be >= 0 (got -1)"),
     ("eval.batches=0", "eval.batches: must be >= 1 (got 0)"),
@@ -294,6 +298,16 @@ def test_overrides_are_yaml_values_applied_in_order():
     assert load_config(TINY, ["run.seed=1", "run.seed=2"]).run.seed == 2
     mixture = load_config(TINY, ["data.build=null", "data.train=[{path: a, weight: 2}]"]).data.train
     assert [(entry.path, entry.weight) for entry in mixture] == [("a", 2.0)]
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    sets = ["run.dir=~/runs", "data.train=~/data", "data.val=~/data", "train.init_from=~/weights"]
+    config = load_config(TINY, sets)
+    paths = (config.run.dir, config.data.train, config.data.val, config.train.init_from)
+    assert paths == ("/home/me/runs", "/home/me/data", "/home/me/data", "/home/me/weights")
+    mixture = load_config(TINY, ["data.build=null", "data.train=[{path: ~/a, weight: 1}]"])
+    assert mixture.data.entries[0].path == "/home/me/a"
 
 
 def test_an_override_creates_sections_on_its_way():

@@ -227,3 +227,35 @@ def test_help_needs_no_torch(name, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert "--run" in run.stdout
+
+
+def test_decoding_stops_at_the_end_of_text_that_the_data_was_made_with(run_tool, folder):
+    data = Path(folder).parents[1] / "data/tiny"
+    model = load_run(folder).model
+    token = generate(model, [[5, 9, 3]], Settings(max_new_tokens=1)).tokens[0][0]
+    (data / "index.json").write_text(f'{{"eos_id": {token}}}')
+    code, _, err = run_tool("generate", "--run", folder, "--prompt-ids", "5 9 3")
+    assert (code, err) == (0, "1 tokens, all from the prefill\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "def \udcff"], "error: prompt 'def \\udcff': not UTF-8 text"),
+        (["--prompt", "def", "--stop", "260"], "error: --stop '260': not one token of the vocabulary, nor an id"),
+    ],
+)
+def test_what_is_no_text_or_no_token_is_refused(run_tool, folder, options, message):
+    code, out, err = run_tool("generate", "--run", folder, *options)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_full_disk_is_one_line(run_tool, folder, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    code, _, err = run_tool("generate", "--run", folder, "--prompt", "def", *SHORT)
+    assert (code, err) == (2, "error: [Errno 28] No space left on device\n")

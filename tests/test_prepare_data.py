@@ -86,6 +86,7 @@ def test_verify_tells_right_from_damaged(whole: Path, tmp_path: Path):
         (tmp_path / name).write_bytes(content)
     assert run("--verify", tmp_path).returncode == 0
     (tmp_path / "train-00000.bin").write_bytes(b"x")
+    assert "does not go with --fim-rate" in run("--verify", tmp_path, "--fim-rate", "0").stderr
     damaged = run("--verify", tmp_path)
     assert damaged.returncode == 2 and "train-00000.bin" in damaged.stderr
 

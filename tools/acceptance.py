@@ -22,9 +22,12 @@ def main() -> int:
         for run in options.run:
             for line in rows(run, options):
                 print(line, flush=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

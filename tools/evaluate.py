@@ -32,6 +32,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -83,10 +86,13 @@ def positive(text: str) -> int:
 
 def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Metrics of every data source."""
+    from pathlib import Path
+
     import torch
 
-    from dsv3_mtp.data.source import check_vocab, open_source
+    from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
     from dsv3_mtp.evaluate import acceptance, open_model, validate, validation_source
+    from dsv3_mtp.loading import tokenizer_of
     from dsv3_mtp.tuning import tune
 
     model, config = open_model(
@@ -97,8 +103,11 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         ema=options.ema,
     )
     sources: list = [open_source(path, options.split) for path in options.data or []]
+    tokenizer = tokenizer_of(config, Path(options.run)) if options.run else Path(options.hf, "tokenizer.json")
+    own = (options.run or options.hf, tokenizer_sha256(tokenizer))
     for source in sources:
         check_vocab(source, config.model.vocab_size)
+        check_tokenizers([own, (source.path, source.tokenizer_sha256)])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tune(device)  # as in training: the same bits
     model.to(device)

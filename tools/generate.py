@@ -29,14 +29,14 @@ def main() -> int:
         settings = settings_of(options, model, encoder)
         plain = timed(model, prompts, settings, encoder=encoder, names=names, options=options)
         print(summary(model, prompts, settings, plain), file=sys.stderr)
-    except ValueError as error:
+    except BrokenPipeError:  # the reader of stdout has gone (head)
+        sys.stdout = None
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of stdout has gone (head)
-        sys.stdout = None
     return 0
 
 
@@ -85,7 +85,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model on its device, and its tokenizer (None: there is none)."""
     import torch
 
-    from dsv3_mtp.data.tokenizer import load_encoder
+    from dsv3_mtp.data.tokenizer import load_encoder, recorded_eos
 
     if options.run is not None:
         from dsv3_mtp.hf import load_run
@@ -102,7 +102,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return model, None if tokenizer is None else load_encoder(Path(tokenizer))
+    return model, None if tokenizer is None else load_encoder(tokenizer, eos=recorded_eos(tokenizer))
 
 
 def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], list[list[int]]]:
@@ -115,6 +115,9 @@ def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], 
             raise ValueError(f"--prompt-file {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     if not texts and not options.prompt_ids:
         texts = [("stdin", sys.stdin.read())]
+    for name, text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python passes on bytes that are none
+            raise ValueError(f"{name}: not UTF-8 text")
     if texts and encoder is None:
         raise ValueError("the checkpoint's data has no tokenizer.json here: give the prompt with --prompt-ids")
     prompts = [encoder.tokenizer.encode(text, add_special_tokens=False).ids for _, text in texts]
@@ -138,7 +141,7 @@ def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
         if known is None and encoder is not None:
             ids = encoder.tokenizer.encode(name, add_special_tokens=False).ids
             known = ids[0] if len(ids) == 1 else None
-        if known is None and not name.isdecimal():
+        if known is None and not (name.isdecimal() and int(name) < model.config.vocab_size):
             raise ValueError(f"--stop {name!r}: not one token of the vocabulary, nor an id")
         stops.append(int(name) if known is None else known)
     depth = 0

@@ -47,6 +47,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing is written", file=sys.stderr)
+        return 130
     print("\n".join([*notes, f"wrote {options.out}"]))
     return 0
 

@@ -72,7 +72,9 @@ def parse() -> argparse.Namespace:
     tokens.add_argument("--seed", type=int, metavar="N", help="of the fill-in-the-middle cuts (default: 0)")
     parser.add_argument("--workers", type=int, metavar="N", help="tokenizer threads (default: all cores)")
     options = parser.parse_args()
-    if options.verify and (unused := [key for key, value in vars(options).items() if key != "verify" and value]):
+    if options.verify is not None and (
+        unused := [key for key, value in vars(options).items() if key != "verify" and value is not None]
+    ):
         parser.error(f"--verify checks a folder as it is; it does not go with --{unused[0].replace('_', '-')}")
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers {options.workers}: must be at least 1")

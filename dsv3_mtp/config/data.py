@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from dsv3_mtp.config.model import Integer, Number, Positive, Section, Text
+from dsv3_mtp.config.model import FilePath, Integer, Number, Positive, Section
 from dsv3_mtp.config.reader import Problem, show
 
 LossOn = Literal["answer", "all"]
@@ -154,7 +154,7 @@ Task = Annotated[MarkovTask | StarTask | InductionTask | SuffixSumTask | Polynom
 class DataEntry(Section):
     """One corpus of a mixture."""
 
-    path: Text
+    path: FilePath
     """Prepared folder or Megatron prefix."""
     weight: Positive
     """Relative share of the sampled sequences."""
@@ -169,12 +169,13 @@ class DataConfig(Section):
 
     train: (
         Annotated[
-            Annotated[Text, Tag("<one>")] | Annotated[tuple[DataEntry, ...], Tag("<many>")], Discriminator(_one_or_many)
+            Annotated[FilePath, Tag("<one>")] | Annotated[tuple[DataEntry, ...], Tag("<many>")],
+            Discriminator(_one_or_many),
         ]
         | None
     ) = None
     """Prepared folder, Megatron prefix (PREFIX.bin, PREFIX.idx), or a list of {path, weight}; null with a task."""
-    val: Text | None = None
+    val: FilePath | None = None
     """Prepared folder (its validation split) or Megatron prefix; null with a task."""
     task: Task | None = None
     """Generated examples with known answers instead of text; null: text."""

@@ -3,10 +3,11 @@
 "V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Import these names from dsv3_mtp.config.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dsv3_mtp.config.reader import KeyProblems, Problem, show
 
@@ -26,6 +27,7 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # no shell expands the ~ of a config or of --set
 
 
 class Section(BaseModel):
@@ -64,6 +66,10 @@ class RopeScaling(Section):
     """Attention temperature: sqrt(t) = 0.1 * mscale * ln(s) + 1."""
     mscale_all_dim: NotNegative = 1.0
     """The same for the softmax scale of all dimensions, as in the released code."""
+
+    def rules(self) -> Iterator[Problem]:
+        if self.beta_fast < self.beta_slow:
+            yield "beta_fast", f"must be >= beta_slow = {self.beta_slow} (got {self.beta_fast})"
 
 
 class ModelConfig(Section):

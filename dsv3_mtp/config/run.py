@@ -19,6 +19,7 @@ from dsv3_mtp.config.deepspeed import check_deepspeed
 from dsv3_mtp.config.model import (
     V3_TOKENS,
     Count,
+    FilePath,
     Fraction,
     Integer,
     ModelConfig,
@@ -38,7 +39,7 @@ class RunConfig(Section):
 
     name: Text = "run"
     """The run's folder is DIR/NAME."""
-    dir: Text = "runs"
+    dir: FilePath = "runs"
     """Folder of all runs."""
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 1234
     """Initialisation and data order."""
@@ -122,7 +123,7 @@ class TrainConfig(Section):
     """alpha of the sequence-wise balance loss (V3 eq. 17, 4.2)."""
     threads: Count | None = None
     """CPU threads per rank; null: cores over ranks of this host."""
-    init_from: Text | None = None
+    init_from: FilePath | None = None
     """Folder of a DeepSeek-V3-layout checkpoint: weights and router biases at step 0; null: `initializer_range`."""
     freeze: Literal["none", "trunk"] = "none"
     """trunk: only the MTP heads learn; embedding, trunk, router biases of the trunk and output head stay."""

@@ -77,7 +77,7 @@ class FileInputs:
 
 
 def _find_files(patterns: list[str]) -> list[Path]:
-    files: dict[Path, None] = {}  # a file that two patterns name is read once
+    files: dict[Path, Path] = {}  # a file that two patterns name, however they write it, is read once
     for pattern in patterns:
         path = Path(pattern)
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
@@ -87,10 +87,11 @@ def _find_files(patterns: list[str]) -> list[Path]:
         else:
             found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
             found = [path] if path.is_file() else found
-        if not found:
-            raise ValueError(f"{pattern}: no file is there or matches it")
-        files.update(dict.fromkeys(found))
-    return list(files)
+        if not found or not pattern:  # Path("") is the working directory
+            raise ValueError(f"{pattern or repr(pattern)}: no file is there or matches it")
+        for file in found:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
 
 
 def _walk(folder: Path) -> list[Path]:
@@ -167,7 +168,7 @@ def _decompressed(raw: Any, suffix: str) -> Any:
 def _json_text(line: bytes, key: str, place: str) -> Any:
     try:
         record = json.loads(line)
-    except ValueError as error:  # JSON or UTF-8
+    except (ValueError, RecursionError) as error:  # JSON or UTF-8; nested without end
         raise ValueError(f"{place}: not valid JSON ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}")

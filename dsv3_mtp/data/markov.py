@@ -39,7 +39,7 @@ def source_nll(chain: np.ndarray, before: np.ndarray, after: np.ndarray, steps: 
 
 
 def best_agreement(chain: np.ndarray, depths: int, *, sees_tokens: bool) -> list[float]:
-    """P(argmax of depths 1..k all equal the main head's own) along real text, for k = 1..depths (DESIGN: agreement)."""
+    """P(argmax of depths 1..k all equal the main head's own) along real text, for k = 1..depths."""
     if sees_tokens:
         return [1.0] * depths
     pi, main = stationary(chain), chain.argmax(1)

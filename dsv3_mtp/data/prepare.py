@@ -86,6 +86,8 @@ def prepare(out_dir: str | Path, arguments: Arguments, *, progress: Progress | N
     `out_dir` or `out_dir`.partial were made with other arguments.
     """
     out = Path(out_dir)
+    if not out.name:
+        raise ValueError(f"{str(out_dir)!r}: names no folder to make; give --out one")
     partial = out.with_name(out.name + ".partial")
     inputs = _open_inputs(arguments, out)
     recorded = _recorded(arguments, inputs)

@@ -27,7 +27,7 @@ class Sampler:
     """An infinite stream of global batches, the same for every number of ranks.
 
     seq_len    T, main inputs per sample
-    lookahead  1 + D: the tokens after the T inputs that targets and MTP inputs need (DESIGN S1)
+    lookahead  1 + D: the tokens after the T inputs that targets and MTP inputs need
     weights    share of the samples per source (any positive numbers; None: equal shares)
     """
 

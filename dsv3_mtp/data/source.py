@@ -1,13 +1,15 @@
 """A split of tokenised documents, opened for reading: a prepared folder or any Megatron `.bin/.idx` pair."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dsv3_mtp.data.megatron import open_pair
-from dsv3_mtp.data.shards import INDEX, read_folder_index
+from dsv3_mtp.data.shards import INDEX, file_sha256, read_folder_index
 
 HASH_BLOCK_TOKENS = 1 << 12
 VOCAB_SCAN_TOKENS = 1 << 24  # tokens looked at by check_vocab when the vocabulary is not recorded
@@ -17,13 +19,14 @@ VOCAB_SCAN_TOKENS = 1 << 24  # tokens looked at by check_vocab when the vocabula
 class Source:
     """N tokens in documents, as one virtual array over memory-mapped shards.
 
-    `vocab_size` and `bytes` (UTF-8 bytes of the text) are None for a plain Megatron pair, which does not
-    record them.
+    `vocab_size`, `tokenizer_sha256` and `bytes` (UTF-8 bytes of the text) are None for a plain Megatron pair, which
+    does not record them.
     """
 
     path: str
     manifest_hash: str
     vocab_size: int | None
+    tokenizer_sha256: str | None
     bytes: int | None
     shards: tuple[np.ndarray, ...]
     shard_starts: np.ndarray  # (shards + 1,) int64, in tokens
@@ -62,7 +65,7 @@ def open_source(path: str | Path, split: str) -> Source:
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if Path(f"{prefix}.idx").is_file() or Path(f"{prefix}.bin").is_file():
         tokens, lengths = open_pair(prefix)
-        return _source(path, _pair_hash(Path(f"{prefix}.idx"), tokens), None, None, [tokens], [lengths])
+        return _source(path, _pair_hash(Path(f"{prefix}.idx"), tokens), {}, None, [tokens], [lengths])
     hint = f"prepare it with: python tools/prepare_data.py --out {path} --corpus pystdlib --vocab-size 2048"
     if Path(f"{path}.partial").is_dir():
         hint = f"{path}.partial is unfinished: run its tools/prepare_data.py command again to finish it"
@@ -103,6 +106,24 @@ def check_vocab(source: Source, vocab_size: int) -> None:
         )
 
 
+def tokenizer_sha256(path: Path | None) -> str | None:
+    """What `check_tokenizers` compares, of a tokenizer.json that may be missing."""
+    return file_sha256(path) if path is not None and path.is_file() else None
+
+
+def check_tokenizers(made: Iterable[tuple[str, str | None]]) -> None:
+    """Raise ValueError when data and models, as (path, sha256 of its tokenizer or None), have different tokenizers."""
+    paths: dict[str, str] = {}
+    for path, sha256 in made:
+        if sha256 is not None:
+            paths.setdefault(sha256, path)
+    if len(paths) > 1:
+        raise ValueError(
+            f"{' and '.join(paths.values())} have different tokenizers, so that the same id is different "
+            "text; prepare all data with the same tokenizer.json (tools/prepare_data.py --tokenizer)"
+        )
+
+
 def _open_folder(folder: Path, split: str) -> Source:
     index = read_folder_index(folder)
     if split not in index["splits"]:
@@ -121,17 +142,18 @@ def _open_folder(folder: Path, split: str) -> Source:
             )
         tokens.append(array)
         lengths.append(sizes)
-    return _source(folder, index["manifest_hash"], index["vocab_size"], entry["bytes"], tokens, lengths)
+    return _source(folder, index["manifest_hash"], index, entry["bytes"], tokens, lengths)
 
 
 def _source(
     path: Path,
     manifest_hash: str,
-    vocab_size: int | None,
+    index: dict[str, Any],
     text_bytes: int | None,
     tokens: list[np.ndarray],
     lengths: list[np.ndarray],
 ) -> Source:
     shard_starts = np.cumsum([0] + [len(array) for array in tokens])
     document_starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-    return Source(str(path), manifest_hash, vocab_size, text_bytes, tuple(tokens), shard_starts, document_starts)
+    made = (manifest_hash, index.get("vocab_size"), index.get("tokenizer_sha256"), text_bytes)
+    return Source(str(path), *made, tuple(tokens), shard_starts, document_starts)

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +92,17 @@ class DocumentEncoder:
         return out
 
 
-def load_encoder(path: Path, *, eos: str | None = None) -> DocumentEncoder:
-    """Read a tokenizer.json. `eos` is its end-of-text token (None: the first common name that it has).
+def recorded_eos(path: Path) -> int | None:
+    """The end-of-text id that the prepared folder or the checkpoint around a tokenizer.json was made with."""
+    for name, key in (("index.json", "eos_id"), ("config.json", "eos_token_id")):
+        if (beside := path.with_name(name)).is_file():
+            recorded = json.loads(beside.read_text(encoding="utf-8")).get(key)
+            return recorded if isinstance(recorded, int) else None  # a checkpoint may name none, or several
+    return None
+
+
+def load_encoder(path: Path, *, eos: str | int | None = None) -> DocumentEncoder:
+    """Read a tokenizer.json. `eos` is its end-of-text token, by name or id (None: the first common name that it has).
 
     Raises ValueError when the file is no tokenizer or has no such token.
     """
@@ -109,7 +119,9 @@ def load_encoder(path: Path, *, eos: str | None = None) -> DocumentEncoder:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     vocab = tokenizer.get_vocab(with_added_tokens=True)
-    name = next((name for name in EOS_NAMES if name in vocab), None) if eos is None else eos
+    name = tokenizer.id_to_token(eos) if isinstance(eos, int) else eos
+    if eos is None:
+        name = next((name for name in EOS_NAMES if name in vocab), None)
     if name is None or name not in vocab:
         looked = " ".join(ascii(n)[1:-1] for n in EOS_NAMES) if eos is None else repr(eos)
         raise ValueError(f"{path}: has no end-of-text token {looked}; name the one it has with --eos")

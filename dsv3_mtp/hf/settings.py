@@ -65,6 +65,8 @@ def representable(model: ModelConfig, mtp: MTPConfig, *, trunk_only: bool) -> tu
     problems, notes = [], []
     if not model.n_shared_experts:
         problems.append("model.n_shared_experts: 0: the layout has no MoE layer without shared experts")
+    if model.n_routed_experts == 1 and model.first_k_dense_replace < model.num_hidden_layers:
+        problems.append("model.n_routed_experts: 1: transformers scores a group of experts by its best two")
     yarn = model.rope_scaling
     if yarn is not None and not _same_yarn(yarn.mscale, yarn.mscale_all_dim):
         problems.append("model." + YARN_PROBLEM.format(**yarn.model_dump()))

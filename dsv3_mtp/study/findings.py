@@ -152,7 +152,7 @@ def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -
 
 
 def leaks(table: Table) -> list[str]:
-    """DESIGN S16: depths whose loss lies far below the main loss see their own target, or an easier one."""
+    """Depths whose loss lies far below the main loss see their own target, or an easier one."""
     alarms = []
     for arm, seeds in table.items():
         for seed, results in seeds.items():

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from dsv3_mtp.config import Config, ConfigError, load_config
-from dsv3_mtp.config.model import Count, Fraction, Integer, Positive, Section, Text
+from dsv3_mtp.config.model import Count, FilePath, Fraction, Integer, Positive, Section, Text
 from dsv3_mtp.config.reader import Problem, problems_of, read_tree, show
 
 Overrides = dict[Text, Any]
@@ -26,7 +26,7 @@ class StudyRun(Section):
     """Where the study lives: its folder is DIR/NAME, and holds one run folder per arm and seed."""
 
     name: Text
-    dir: Text = "runs"
+    dir: FilePath = "runs"
 
     def rules(self) -> Iterator[Problem]:
         if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
@@ -100,7 +100,7 @@ class Acceptance(Section):
 class Scale(Section):
     """One size of the study, chosen with --set scale=NAME."""
 
-    base: Text
+    base: FilePath
     """Run config that every arm starts from, relative to the study file."""
     set: Overrides = {}
     flops_per_s: Positive

@@ -127,7 +127,7 @@ def solved_at(records: Sequence[Record], threshold: float) -> int | None:
 
 
 def free_running(folder: Path, config: Config, drafts: Acceptance) -> dict[str, float]:
-    """Acceptance at temperature 0 and 1 of as many drafts as the model has depths (DESIGN S14)."""
+    """Acceptance at temperature 0 and 1 of as many drafts as the model has depths."""
     model = load_run(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
     task = config.data.task
     metrics: dict[str, float] = {}

@@ -43,7 +43,7 @@ def draw_all(study: Any, configs: Mapping[str, Config], table: Table, curves: Cu
         (
             "depths.png",
             "Per depth: teacher-forced loss, and acceptance of free-running drafts 1..k. Losses of heads that see "
-            "other tokens must not be ranked against each other (S15).",
+            "other tokens must not be ranked against each other.",
             lambda out: draw_depths(out, table, arms),
         ),
         (

@@ -23,7 +23,7 @@ from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture,
 from dsv3_mtp.study.page import Table as Rows
 from dsv3_mtp.study.pictures import draw_all
 from dsv3_mtp.study.plan import plan
-from dsv3_mtp.study.run import read_budgets
+from dsv3_mtp.study.run import check_folders, read_budgets
 
 CALIBRATION = "calibrate"  # name of the study whose outcome every report starts with
 SMALL = 10_000_000  # parameters below which a report says that its scale is small
@@ -33,10 +33,11 @@ def write_report(loaded: LoadedStudy) -> Path:
     """Writes the report on whatever has been run; returns the path of report.md.
 
     Raises:
-        ValueError: nothing has been run, or a results.json is damaged.
+        ValueError: nothing has been run, runs have other settings than the study's, or a results.json is damaged.
     """
     study, folder = loaded.study, loaded.study.folder
     runs = {run.name: run for run in plan(loaded, read_budgets(folder))}
+    check_folders(study, list(runs.values()))
     table: dict[str, dict[int, Any]] = {arm: {} for arm in study.arms}
     curves: dict[str, dict[int, Any]] = {arm: {} for arm in study.arms}
     starts = []
@@ -123,10 +124,12 @@ def verdicts(study: Study, table: Table, effects: Sequence[Effect]) -> list[str]
     for effect in clear:
         lost = findings.lost(table, [effect.arm, effect.against])
         lines.append(f"Exploratory ({effect.comparison}): " + verdict(effect, margin=None, lost_runs=lost))
-    nulls = [e for e in rest if e not in clear]
-    if nulls:
-        names = "; ".join(f"{e.arm} - {e.against}, {e.metric}" for e in nulls)
-        lines.append(f"No detectable difference in {len(nulls)} of {len(rest)} exploratory comparisons: {names}.")
+    single = [e for e in rest if e.interval is not None and e.interval.n < 2]
+    nulls = [e for e in rest if e not in clear and e not in single]
+    for found, group in (("No detectable difference", nulls), ("One seed, so no conclusion,", single)):
+        if group:
+            names = "; ".join(f"{e.arm} - {e.against}, {e.metric}" for e in group)
+            lines.append(f"{found} in {len(group)} of {len(rest)} exploratory comparisons: {names}.")
     return lines
 
 
@@ -164,7 +167,9 @@ def effect_row(study: Study, effect: Effect) -> list[str]:
     mark = " (primary)" if is_primary(study, effect) else ""
     tost = "-" if effect.equivalence_p is None else f"{effect.equivalence_p:.2g} (+-{study.primary.margin:g})"
     spread = f"{i.sd:.4f} / {effect.unpaired_sd:.4f}"
-    limits = f"[{i.low:+.4f}, {i.high:+.4f}]" if i.n > 1 else "one seed: none"
+    limits = f"[{i.low:+.4f}, {i.high:+.4f}]"
+    if i.n < 2:
+        limits, spread, tost = "one seed: none", "-", "-"
     if effect.metric == "task/solved":
         limits, spread, tost = f"Fisher p = {effect.p:.3g}", "-", "-"
     p = f"{effect.adjusted_p:.2g}" if i.n > 1 else "-"
@@ -191,7 +196,7 @@ def health(study: Study, table: Table) -> list[Block]:
     if not alarms:
         return [*blocks, Paragraph("Leak alarm (S16: a depth's loss below 0.8 of the main loss): none.")]
     reading = (
-        "Leak alarm (S16): the loss of a depth lies below 0.8 of the main loss. On text that means a leaked target; in "
+        "Leak alarm: the loss of a depth lies below 0.8 of the main loss. On text that means a leaked target; in "
         "a task whose later answer tokens are easier than the first it is what the task asks for."
     )
     return [*blocks, Paragraph(reading), Items(alarms[:20] + [f"... {len(alarms)} in all"] * (len(alarms) > 20))]

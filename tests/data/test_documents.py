@@ -75,7 +75,7 @@ def test_folders_are_sorted_hidden_files_left_out_and_globs_and_repeats_understo
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     assert [d.text for d in inputs(tmp_path).read()] == ["a.py", "b/1.txt", "b/2.md"]
-    found = inputs(tmp_path / "a.py", f"{tmp_path}/**/*.txt", tmp_path / "a.py")
+    found = inputs(tmp_path / "a.py", f"{tmp_path}/**/*.txt", tmp_path / "a.py", tmp_path / "b/../a.py")
     assert [d.text for d in found.read()] == ["a.py", "b/1.txt"]
 
 
@@ -90,6 +90,7 @@ def test_folders_are_sorted_hidden_files_left_out_and_globs_and_repeats_understo
         ),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: 'text' is int, must be a string"),
         ("a.jsonl", b'["x"]\n', r"a\.jsonl, line 1: is a JSON list"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: not valid JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, line 1: not valid JSON .*utf-8"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: 'text' has a lone surrogate"),
         (
@@ -127,6 +128,8 @@ def test_a_bad_column_is_one_error_with_file_and_row(tmp_path: Path, table, mess
 def test_nothing_found_a_dataset_dict_and_a_torn_dataset_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"none\.txt: no file is there"):
         inputs(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="'': no file is there"):
+        inputs("")
     saved_dataset(tmp_path / "train", TEXTS)
     (tmp_path / "dataset_dict.json").write_text("{}")
     with pytest.raises(ValueError, match=r"a saved DatasetDict; give the folder of one.*train"):

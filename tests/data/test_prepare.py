@@ -221,3 +221,9 @@ def test_concurrent_builders_make_one_right_folder(files, whole, tmp_path):
     assert [builder.exitcode for builder in builders] == [0, 0, 0]
     assert contents(tmp_path / "out") == contents(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("out", ["", ".", "/"])
+def test_a_folder_that_has_no_name_cannot_be_made(out: str):
+    with pytest.raises(ValueError, match="names no folder to make"):
+        prepare(out, Arguments(inputs=("x",), vocab_size=300))

@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_mtp.data.megatron import open_pair
 from dsv3_mtp.data.prepare import Arguments, prepare
-from dsv3_mtp.data.source import check_vocab, open_source
+from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +82,10 @@ def test_a_vocabulary_above_the_models_is_refused_with_both_numbers(folder: Path
         check_vocab(plain, 99)
     with pytest.raises(ValueError, match="token id -1"):
         check_vocab(open_source(megatron([[[1, -1]]], name="negative"), "train"), 100)
+
+
+def test_data_of_different_tokenizers_is_refused_where_it_says_of_which(folder: Path, megatron):
+    (path, mine), plain = (folder, open_source(folder, "train")), open_source(megatron([[[1, 2]]]), "train")
+    check_tokenizers((source.path, source.tokenizer_sha256) for source in (mine, plain, open_source(path, "val")))
+    with pytest.raises(ValueError, match="first and third have different tokenizers"):
+        check_tokenizers([("first", "a"), ("second", None), ("third", "b"), ("fourth", "a")])

@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.data.stdlib import stdlib_inputs
-from dsv3_mtp.data.tokenizer import EOS_NAMES, SPECIAL_TOKENS, fim_split, load_encoder, train_tokenizer
+from dsv3_mtp.data.tokenizer import EOS_NAMES, SPECIAL_TOKENS, fim_split, load_encoder, recorded_eos, train_tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # caf\u00e9 \U0001f600\n" for i in range(50)]
 
@@ -60,6 +60,15 @@ def test_another_end_of_text_token_must_be_named(trained: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="no end-of-text token '<end>'"):
         load_encoder(path, eos="<end>")
     assert load_encoder(path, eos="<stop>").eos_id == 0
+
+
+@pytest.mark.parametrize("beside", [("index.json", '{"eos_id": 3}'), ("config.json", '{"eos_token_id": 3}')])
+def test_the_end_of_text_token_is_the_one_that_the_data_or_the_checkpoint_was_made_with(trained, tmp_path, beside):
+    path = renamed(trained, tmp_path, {"<|endoftext|>": "<stop>"})
+    (tmp_path / beside[0]).write_text(beside[1])
+    assert load_encoder(path, eos=recorded_eos(path)).eos_id == 3
+    (tmp_path / beside[0]).write_text('{"eos_token_id": [0, 3]}')
+    assert recorded_eos(path) is None
 
 
 def test_truncation_and_padding_in_the_file_do_not_cut_documents(trained: Path, tmp_path: Path):

@@ -171,6 +171,7 @@ def test_acceptance_counts_by_hand():
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be >= 1 (got 0)"),
         ([[1]], {"draft_depth": -1}, "draft_depth must be >= 0 (got -1)"),
         ([[1]], {"temperature": float("nan")}, "temperature must be 0"),
+        ([[1]], {"seed": 2**63}, "seed must be >= 0 and < 2^63"),
         ([[1]], {"top_k": 3}, "no effect at temperature 0"),
         ([[1]], {"temperature": 1.0, "top_p": 0.0}, "top_p must be in (0, 1] (got 0.0)"),
         ([[1]], {"temperature": 1.0, "top_k": 0}, "top_k must be >= 1 (got 0)"),

@@ -1,6 +1,7 @@
 """tools/evaluate.py: the numbers of training again, of a run and of its export; tasks of lm-evaluation-harness."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf
+from dsv3_mtp.trainer import open_data
 from tools import evaluate as tool
 
 CPU = torch.device("cpu")
@@ -55,6 +57,31 @@ def test_a_run_and_its_float32_export_have_the_same_losses(run, corpus, tmp_path
     source = open_source(corpus, "val")
     bits = of_run["val/main_loss"] / 0.6931471805599453 * source.tokens / source.bytes
     assert of_run["val/bits_per_byte"] == pytest.approx(bits)
+
+
+def test_data_of_another_tokenizer_is_refused(run, corpus, tmp_path, monkeypatch, capsys):
+    shutil.copytree(corpus, tmp_path / "other")
+    index = json.loads((corpus / "index.json").read_text()) | {"tokenizer_sha256": "0"}
+    (tmp_path / "other/index.json").write_text(json.dumps(index))
+    export_hf(run, tmp_path / "hf")
+    for model in (("--run", str(run)), ("--hf", str(tmp_path / "hf"), "--seq-len", "16")):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *model, "--data", str(corpus), str(tmp_path / "other")])
+        assert tool.main() == 2
+        assert f"{model[1]} and {tmp_path / 'other'} have different tokenizers" in capsys.readouterr().err
+
+
+def test_a_run_is_not_trained_on_data_of_another_tokenizer_than_it_is_validated_on(corpus, tmp_path, make_tiny_config):
+    shutil.copytree(corpus, tmp_path / "other")
+    index = json.loads((corpus / "index.json").read_text()) | {"tokenizer_sha256": "0"}
+    (tmp_path / "other/index.json").write_text(json.dumps(index))
+    keys = {"model.vocab_size": VOCAB, "data.val": str(corpus)}
+    assert open_data(make_tiny_config(keys | {"data.train": str(corpus)}), None)
+    with pytest.raises(ValueError, match="have different tokenizers"):
+        open_data(make_tiny_config(keys | {"data.train": str(tmp_path / "other")}), None)
+    (tmp_path / "other/tokenizer.json").write_text("{}")
+    keys |= {"data.train": str(corpus), "train.init_from": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match=f"{corpus} and {tmp_path / 'other'} have different tokenizers"):
+        open_data(make_tiny_config(keys), None)
 
 
 def test_validation_is_that_of_the_trainer_in_any_number_of_shares(run, corpus):

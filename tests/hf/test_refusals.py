@@ -1,5 +1,6 @@
 """Everything that is refused: one report with every reason, exit code 2, nothing written."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -29,6 +30,10 @@ UNREPRESENTABLE = {
     "mtp__chain=trunk": ({"mtp__chain": "trunk", "mtp__num_nextn_predict_layers": 2}, "readers chain the modules'"),
     "mtp__embed=false": ({"mtp__embed": False}, "eh_proj reads the token embedding"),
     "dense": ({"model__first_k_dense_replace": 3}, "all layers are dense"),
+    "one expert": (
+        {f"model__{key}": 1 for key in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")},
+        "n_routed_experts: 1: transformers scores",
+    ),
     "no shared experts": ({"model__n_shared_experts": 0}, "no MoE layer without shared experts"),
     "yarn": ({"model__rope_scaling": YARN}, "mscale 0.7 with mscale_all_dim 0.0 means different things"),
 }
@@ -303,3 +308,22 @@ def test_a_user_error_is_one_report_with_exit_code_2(tmp_path, name, arguments, 
     assert code == 2
     assert message in output and "Traceback" not in output
     assert left_behind(tmp_path) == ["log.rank0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "patched", "arguments"),
+    [
+        ("export_hf", "dsv3_mtp.hf.export_hf", ["--run", "x", "--out", "y"]),
+        ("import_hf", "dsv3_mtp.hf.import_hf", ["--from", "x", "--out", "y"]),
+        ("evaluate", "dsv3_mtp.evaluate.open_model", ["--run", "x"]),
+        ("acceptance", "dsv3_mtp.hf.load_run", ["--run", "x"]),
+    ],
+)
+def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys, name, patched, arguments):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(patched, interrupt)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    assert importlib.import_module(f"tools.{name}").main() == 130
+    assert capsys.readouterr().err.startswith("interrupted")

@@ -91,6 +91,16 @@ def test_a_wide_interval_is_not_called_equal(report):
     assert "no detectable difference" in line and "not shown to be within +-0.01" in line
 
 
+def test_runs_of_other_settings_are_not_reported_as_the_studys(report):
+    def change(loaded):
+        run = plan(loaded, {})[0]
+        other = run.config.model_copy(update={"optim": run.config.optim.model_copy(update={"lr": 0.5})})
+        (loaded.study.folder / run.name / "config.yaml").write_text(other.to_yaml())
+
+    with pytest.raises(ValueError, match=r"config\.yaml: optim\.lr is 0\.5, the study says"):
+        report({"none": 4.0, "constant": 4.0, "step": 4.0}, after=change)
+
+
 def test_one_seed_concludes_nothing(report):
     def one(tree):
         five_seeds(tree)
@@ -99,6 +109,8 @@ def test_one_seed_concludes_nothing(report):
     text = report({"none": 4.0, "constant": 5.0, "step": 5.0}, one)
     assert "+1.003 with one seed: no conclusion" in text
     assert "higher," not in text and "lower," not in text and "hint" not in text
+    assert "- One seed, so no conclusion, in " in text
+    assert "No detectable difference" not in text and "nan" not in text
 
 
 @pytest.mark.parametrize("arm", ["constant", "none"])
@@ -158,7 +170,7 @@ def test_a_low_loss_of_a_head_raises_the_leak_alarm(report):
         path.write_text(json.dumps(results))
 
     text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, after=leak)
-    assert "Leak alarm (S16): the loss" in text and "- step, seed 1: val/mtp_loss/1" in text
+    assert "Leak alarm: the loss" in text and "- step, seed 1: val/mtp_loss/1" in text
 
 
 def test_report_has_the_setup_and_what_honesty_asks_for(report):
