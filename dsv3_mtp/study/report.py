@@ -194,7 +194,7 @@ def health(study: Study, table: Table) -> list[Block]:
     blocks.append(Items(missing) if missing else Paragraph("Every run of the matrix finished; none diverged."))
     alarms = findings.leaks(table)
     if not alarms:
-        return [*blocks, Paragraph("Leak alarm (S16: a depth's loss below 0.8 of the main loss): none.")]
+        return [*blocks, Paragraph("Leak alarm (a depth's loss below 0.8 of the main loss): none.")]
     reading = (
         "Leak alarm: the loss of a depth lies below 0.8 of the main loss. On text that means a leaked target; in "
         "a task whose later answer tokens are easier than the first it is what the task asks for."

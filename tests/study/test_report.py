@@ -179,7 +179,7 @@ def test_report_has_the_setup_and_what_honesty_asks_for(report):
         "Expected, written before the runs: It does.",
         "calibrate.yaml has not been run",
         "far below the scale of the papers",
-        "Leak alarm (S16: a depth's loss below 0.8 of the main loss): none.",
+        "Leak alarm (a depth's loss below 0.8 of the main loss): none.",
         "commit abc; uncommitted changes: False",
         "x 0123456789ab",
         "constant at step 4",
