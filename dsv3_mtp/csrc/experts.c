@@ -45,10 +45,10 @@ static float *place(real *y, i64 rows, float *scratch) {
 #endif
 }
 
+// `count` numbers, whole vectors.
 static void put(const float *x, real *y, i64 count) {
     if ((const void *)x == y) return;
-#pragma omp simd
-    for (i64 c = 0; c < count; c++) y[c] = store(x[c]);
+    for (i64 c = 0; c < count; c += LANES) set(y + c, *(const vec *)(x + c), LANES);
 }
 
 // inner: (rows, 2 * hidden) before silu, for the backward; out: (rows, width).
@@ -56,10 +56,10 @@ void experts(const real *x, const real *gate_up, const real *down_proj, const i6
              const float *gates, real *inner, real *out, i64 number, i64 width, i64 hidden) {
 #pragma omp parallel
     {
-        unit *up_at = malloc((panel_size(width, 2 * hidden) + panel_size(hidden, width)) * sizeof(unit));
+        unit *up_at = room((panel_size(width, 2 * hidden) + panel_size(hidden, width)), sizeof(unit));
         unit *down_at = up_at + panel_size(width, 2 * hidden);
-        real *block = malloc(BLOCK * (width + hidden) * sizeof(real)), *middle = block + BLOCK * width;
-        float *wide = malloc(BLOCK * (width + 2 * hidden) * sizeof(float));
+        real *block = room(BLOCK * (width + hidden), sizeof(real)), *middle = block + BLOCK * width;
+        float *wide = room(BLOCK * (width + 2 * hidden), sizeof(float));
 #pragma omp for schedule(dynamic)
         for (i64 e = 0; e < number; e++) {
             if (first[e] == first[e + 1]) continue;
@@ -92,12 +92,12 @@ void experts_backward(const real *x, const real *gate_up, const real *down_proj,
 #pragma omp parallel
     {
         i64 panels = panel_size(width, hidden) + panel_size(2 * hidden, width);
-        unit *down_at = malloc((panels + BLOCK * (2 * width + 4 * hidden + 256)) * sizeof(unit));
+        unit *down_at = room((panels + BLOCK * (2 * width + 4 * hidden + 256)), sizeof(unit));
         unit *up_at = down_at + panel_size(width, hidden), *pairs = down_at + panels;
         unit *right = pairs + BLOCK * (width + 2 * hidden);
-        real *g = malloc(BLOCK * (2 * width + 4 * hidden) * sizeof(real)), *rows_x = g + BLOCK * width;
+        real *g = room(BLOCK * (2 * width + 4 * hidden), sizeof(real)), *rows_x = g + BLOCK * width;
         real *middle = rows_x + BLOCK * width, *grad_inner = middle + BLOCK * hidden;
-        float *wide = malloc((BLOCK * (width + hidden) + up_size + down_size) * sizeof(float));
+        float *wide = room((BLOCK * (width + hidden) + up_size + down_size), sizeof(float));
         float *up_scratch = wide + BLOCK * (width + hidden), *down_scratch = up_scratch + up_size;
 #pragma omp for schedule(dynamic)
         for (i64 e = 0; e < number; e++) {

@@ -5,21 +5,14 @@
 #include "kernels.h"
 
 #define NOINLINE __attribute__((noinline))
-#ifdef __AVX512F__
-enum { LANES = 16, TILE = 8 };
-#else
-enum { LANES = 8, TILE = 4 };
-#endif
 // A tile of a product is TILE x (WIDE * LANES). Then rows of a block, and rows that are fetched ahead.
-enum { WIDE = 3, BLOCK = 64, AHEAD = 8 };
-typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t mask __attribute__((vector_size(LANES * 4)));
+enum { TILE = LANES / 2, WIDE = 3, BLOCK = 64, AHEAD = 8 };
 
 // What one multiply-add takes from each side along the summed dimension: a float, or two neighbours of bfloat16.
 #ifdef BFLOAT16
 enum { PER = 2 };
 typedef uint32_t unit __attribute__((may_alias));
-typedef uint32_t units __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef bits units;
 
 static inline vec multiply_add(vec sum, unit a, units b) {
 #ifdef __AVX512BF16__
@@ -38,6 +31,11 @@ typedef vec units;
 
 static inline vec multiply_add(vec sum, unit a, units b) { return sum + a * b; }
 #endif
+
+// Memory in whole cache lines: a vector that lies in two costs twice.
+static inline void *room(i64 count, size_t size) { return aligned_alloc(64, (count * size + 63) / 64 * 64); }
+
+static inline void *zeros(i64 count, size_t size) { return memset(room(count, size), 0, count * size); }
 
 // Element (row m, depth k) is at[m * row + k * deep].
 typedef struct { const unit *at; i64 row, deep; } Left;
@@ -115,32 +113,17 @@ static const unit *paired(const real *x, i64 rows, i64 width, i64 columns, unit 
 #endif
 }
 
-// Numbers `from` of low and high, one after the other.
-static inline units shuffle(units low, units high, mask from) {
-#ifdef __clang__  // which has no __builtin_shuffle, and makes one of this
-    units out;
-    for (int l = 0; l < LANES; l++) out[l] = from[l] < LANES ? low[from[l] % LANES] : high[from[l] % LANES];
-    return out;
-#else
-    return __builtin_shuffle(low, high, from);
-#endif
-}
-
 // LANES vectors become their transpose: halves change places, then quarters, ...
 static inline void transpose(units *x) {
 #pragma GCC unroll 4
     for (int half = LANES / 2; half; half /= 2) {
-        mask first, second;
-        for (int l = 0; l < LANES; l++) {
-            first[l] = l & half ? LANES + l - half : l;
-            second[l] = l & half ? LANES + l : l + half;
-        }
+        mask first = lane + (((lane & half) != 0) & (LANES - half)), second = first + half;
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) {
             if (i & half) continue;
-            units low = x[i], high = x[i + half];
-            x[i] = shuffle(low, high, first);
-            x[i + half] = shuffle(low, high, second);
+            bits low = (bits)x[i], high = (bits)x[i + half];
+            x[i] = (units)shuffle(low, high, first);
+            x[i + half] = (units)shuffle(low, high, second);
         }
     }
 }
