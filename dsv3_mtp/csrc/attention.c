@@ -47,14 +47,15 @@ static NOINLINE void collect(const real *x, i64 stride, i64 width, const real *r
 // Queries start .. start + BLOCK against the keys up to each tile's last query.
 static void all_scores(const real *query, Right keys, i64 width, i64 start, Shape s, float *scores) {
     for (i64 m = 0; m < BLOCK; m += TILE)
-        product(rows_of(query, width, start + m), keys, width / PER, scores + m * s.padded, s.padded,
-                up(start + m + TILE, LANES), 0);
+        product(rows_of(query, width, start + m), keys, width / PER, sums_at(scores + m * s.padded, s.padded, 0),
+                up(start + m + TILE, LANES));
 }
 
 // Of weights (BLOCK, padded) of the keys: weights @ values, up to each tile's last query.
 static void weigh(const real *weights, Right values, i64 start, Shape s, float *out, i64 width) {
     for (i64 m = 0; m < BLOCK; m += TILE)
-        product(rows_of(weights, s.padded, m), values, (start + m + TILE) / PER, out + m * width, width, width, 0);
+        product(rows_of(weights, s.padded, m), values, (start + m + TILE) / PER, sums_at(out + m * width, width, 0),
+                width);
 }
 
 // Rows as the right side, where they lie.
@@ -66,7 +67,7 @@ static void spread(const unit *weights, const unit *rows, i64 start, Shape s, fl
         i64 first = key > start ? key - start : 0;  // queries of this block before `first` do not see the key
         Left a = {weights + first / PER * s.padded + key, 1, s.padded};
         Right b = plain(rows + (start + first) / PER * width, width);
-        product(a, b, (BLOCK - first) / PER, sums + key * width, width, width, key < start);
+        product(a, b, (BLOCK - first) / PER, sums_at(sums + key * width, width, key < start), width);
     }
 }
 
@@ -139,7 +140,7 @@ void attention(const real *query, const real *kv, const real *k_rope, i64 stride
     {
         real *q = zeros(s.padded * (2 * kw + vw) + LANES * PER, sizeof(real));
         real *k = q + s.padded * kw, *v = k + s.padded * kw;
-        unit *pairs = room((s.padded * vw + panel_size(kw, s.padded)), sizeof(unit));
+        unit *pairs = room(s.padded * vw + panel_size(kw, s.padded), sizeof(unit));
         unit *keys_at = pairs + s.padded * vw;
         float *scores = room(BLOCK * (s.padded + vw), sizeof(float)), *mixed = scores + BLOCK * s.padded;
         real *weights = zeros(BLOCK * s.padded, sizeof(real));
