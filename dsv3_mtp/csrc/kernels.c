@@ -78,15 +78,20 @@ void cross_entropy(real *logits, const i64 *target, const float *row_weight, flo
         int known = target[row] >= 0 && target[row] < width;  // a token outside the vocabulary has no loss: nan
         float own = known ? load(x[target[row]]) : NAN;
         vec most = {0}, sums = {0};
+        mask first = {0};  // where each lane's largest is
         most -= INFINITY;
-        for (i64 c = 0; c < width; c += LANES) most = larger(get_or(x + c, width - c, -INFINITY), most);
+        for (i64 c = 0; c < width; c += LANES) {
+            vec value = get_or(x + c, width - c, -INFINITY);
+            mask more = value > most;
+            first = (more & (int32_t)c) | (~more & first);
+            most = larger(value, most);
+        }
         float top = max_of(most);
-        int32_t best = INT32_MAX, end = width;
-#pragma omp simd reduction(min : best)
-        for (int32_t c = 0; c < end; c++) best = load(x[c]) == top && c < best ? c : best;
+        i64 best = width - 1;
+        for (int l = 0; l < LANES; l++) best = most[l] == top && first[l] + l < best ? first[l] + l : best;
         for (i64 c = 0; c < width; c += LANES) sums += exponential(get_or(x + c, width - c, -INFINITY) - top);
         float sum = sum_of(sums);
-        prediction[row] = best < end ? best : 0;
+        prediction[row] = best;
         nll[row] = logf(sum) + top - own;
         vec factor = (vec){0} + row_weight[row] / sum;
         for (i64 c = 0; c < width; c += LANES) set(x + c, exponential(get(x + c, width - c) - top) * factor, width - c);
