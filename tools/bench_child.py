@@ -192,7 +192,8 @@ def main() -> None:
         return
     notes = tuning.tune(DEVICE) if spec["tuned"] and spec["kind"] == "ours" else []
     if spec["tuned"] and spec["kind"] == "transformers" and DEVICE.type == "cpu":
-        _ = tuning.keep_freed_memory() and tuning.huge_pages()
+        tuning.keep_freed_memory()
+        tuning.huge_pages()
     step, model, optimizer = build(spec)
     if isinstance(model, DeepseekV3MTP):
         notes += set_precision(model, config, DEVICE)
