@@ -198,6 +198,18 @@ def test_cross_entropy_of_equal_logits_predicts_the_first_and_nan_stays_nan(comp
     assert logits[1].isnan().any()
 
 
+@DTYPES
+@pytest.mark.parametrize("width", [5, 16, 40, 1000])
+def test_cross_entropy_of_ties_predicts_the_first_and_its_loss_is_exact(compiled, width, dtype):
+    """e^x of the bfloat16 kernels is not exact to float32's last place, but far beyond bfloat16's."""
+    logits = torch.randint(-4, 3, (50, width)).to(dtype)
+    targets, wide = torch.randint(width, (50,)), logits.double()
+    nll, prediction = kernels.cross_entropy_(logits, targets, torch.ones(50))
+    assert torch.equal(prediction, (wide == wide.amax(1, keepdim=True)).int().argmax(1))
+    atol = 1e-6 if dtype == torch.float32 else 1e-5
+    torch.testing.assert_close(nll.double(), F.cross_entropy(wide, targets, reduction="none"), rtol=1e-6, atol=atol)
+
+
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
 def test_the_whole_model_gives_the_loss_and_gradients_of_the_plain_one(compiled, make_tiny_config, mode):
     config = make_tiny_config({"mtp.mode": mode, "mtp.num_nextn_predict_layers": 2})

@@ -2,24 +2,33 @@
 // whose scores never leave the cache of its core. kernels.py documents the shapes.
 #include "products.h"
 
-enum { STRIPE = 32 };  // columns that a loop takes at once
-
-static void turn(float *x, const float *cos, const float *sin, float sign, i64 pairs) {
-    for (i64 p = 0; p < pairs; p++) {
-        float even = x[2 * p], odd = x[2 * p + 1], c = cos[p], s = sign * sin[p];
-        x[2 * p] = even * c - odd * s;
-        x[2 * p + 1] = even * s + odd * c;
-    }
-}
-
 // One sequence's head. Matrices in scratch have `padded` rows, a multiple of BLOCK, and columns in whole vectors.
 typedef struct {
     i64 length, padded, nope, rope, value, key_width, value_width;
-    const float *cos, *sin;
+    const float *angles;  // (length, 2, rope in whole vectors), see `angles_of`
 } Shape;
 
-static Shape shape_of(i64 length, i64 nope, i64 rope, i64 value, const float *cos, const float *sin) {
-    return (Shape){length, up(length, BLOCK), nope, rope, value, up(nope + rope, LANES), up(value, LANES), cos, sin};
+static Shape shape_of(i64 length, i64 nope, i64 rope, i64 value, const float *angles) {
+    return (Shape){length, up(length, BLOCK), nope, rope, value, up(nope + rope, LANES), up(value, LANES), angles};
+}
+
+// What rotary numbers are multiplied by, and what their neighbours in the pairs are. cos, sin: (length, rope / 2).
+static float *angles_of(const float *cos, const float *sin, i64 length, i64 rope) {
+    i64 width = up(rope, LANES);
+    float *angles = zeros(2 * length * width + 1, sizeof(float));
+    for (i64 t = 0; t < length; t++)
+        for (i64 p = 0; p < rope; p++) {
+            i64 pair = t * (rope / 2) + p / 2;
+            angles[2 * t * width + p] = cos[pair], angles[(2 * t + 1) * width + p] = p % 2 ? sin[pair] : -sin[pair];
+        }
+    return angles;
+}
+
+// Rotary numbers p .. p + LANES of slot t, turned; turned back for a sign of -1.
+static vec turn(vec x, Shape s, i64 t, i64 p, float sign) {
+    i64 width = up(s.rope, LANES);
+    const float *angle = s.angles + 2 * t * width + p;
+    return x * *(const vec *)angle + swapped(x, 1) * (*(const vec *)(angle + width) * sign);
 }
 
 // Rows of `width` numbers, `stride` apart, into rows of `out_width`; the last `rope` numbers come from `rotary` and
@@ -27,28 +36,26 @@ static Shape shape_of(i64 length, i64 nope, i64 rope, i64 value, const float *co
 static NOINLINE void collect(const real *x, i64 stride, i64 width, const real *rotary, i64 rotary_stride, i64 rope,
                              Shape s, real *out, i64 out_width) {
     for (i64 t = 0; t < s.length; t++, x += stride, rotary += rotary_stride, out += out_width) {
-        float turned[rope + 1];
         for (size_t byte = 0; byte < (width + rope) * sizeof(real); byte += 64)
             __builtin_prefetch((const char *)(x + AHEAD * stride) + byte);
-#pragma omp simd
-        for (i64 c = 0; c < width; c++) out[c] = x[c];
-        for (i64 p = 0; p < rope; p++) turned[p] = load(rotary[p]);
-        turn(turned, s.cos + t * (rope / 2), s.sin + t * (rope / 2), 1, rope / 2);
-        for (i64 p = 0; p < rope; p++) out[width + p] = store(turned[p]);
+        for (i64 c = 0; c < width; c += LANES) set(out + c, get(x + c, width - c), width - c);
+        for (i64 p = 0; p < rope; p += LANES)
+            set(out + width + p, turn(get(rotary + p, rope - p), s, t, p, 1), rope - p);
     }
 }
 
 // Queries start .. start + BLOCK against the keys up to each tile's last query.
 static void all_scores(const real *query, Right keys, i64 width, i64 start, Shape s, float *scores) {
     for (i64 m = 0; m < BLOCK; m += TILE)
-        product(rows_of(query, width, start + m), keys, width / PER, scores + m * s.padded, s.padded,
-                up(start + m + TILE, LANES), 0);
+        product(rows_of(query, width, start + m), keys, width / PER, sums_at(scores + m * s.padded, s.padded, 0),
+                up(start + m + TILE, LANES));
 }
 
 // Of weights (BLOCK, padded) of the keys: weights @ values, up to each tile's last query.
 static void weigh(const real *weights, Right values, i64 start, Shape s, float *out, i64 width) {
     for (i64 m = 0; m < BLOCK; m += TILE)
-        product(rows_of(weights, s.padded, m), values, (start + m + TILE) / PER, out + m * width, width, width, 0);
+        product(rows_of(weights, s.padded, m), values, (start + m + TILE) / PER, sums_at(out + m * width, width, 0),
+                width);
 }
 
 // Rows as the right side, where they lie.
@@ -60,7 +67,7 @@ static void spread(const unit *weights, const unit *rows, i64 start, Shape s, fl
         i64 first = key > start ? key - start : 0;  // queries of this block before `first` do not see the key
         Left a = {weights + first / PER * s.padded + key, 1, s.padded};
         Right b = plain(rows + (start + first) / PER * width, width);
-        product(a, b, (BLOCK - first) / PER, sums + key * width, width, width, key < start);
+        product(a, b, (BLOCK - first) / PER, sums_at(sums + key * width, width, key < start), width);
     }
 }
 
@@ -81,58 +88,44 @@ static void collect_head(Input in, i64 b, i64 h, Shape s, real *q, real *k, real
     collect(kv + s.nope, kv_stride, s.value, kv, 0, 0, s, v, s.value_width);
 }
 
-static float sum_of(const float *x) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int l = 0; l < STRIPE; l++) sum += x[l];
-    return sum;
+// In a row of which `seen` numbers count, the rest of its last vector becomes `value`. Returns where that ends.
+static i64 hide(float *row, i64 seen, float value) {
+    vec *last = (vec *)(row + (seen - 1) / LANES * LANES);
+    *last = choose(lane <= (int32_t)((seen - 1) % LANES), *last, (vec){0} + value);
+    return up(seen, LANES);
 }
 
-// One row of scores -> weights before they are divided by their sum; 0 from `seen` to `end`. By stripes: a loop of any
-// number of steps ends in scalar ones, and here most rows are short.
-static NOINLINE void softmax_row(float *x, real *p, int seen, int end, float scale, float *top, float *inverse) {
-    float part[STRIPE], most = -INFINITY;
-    int whole = up(seen, STRIPE);
-    for (int c = seen; c < whole; c++) x[c] = -INFINITY;
-    for (int l = 0; l < STRIPE; l++) part[l] = -INFINITY;
-    for (int from = 0; from < whole; from += STRIPE)
-#pragma omp simd
-        for (int l = 0; l < STRIPE; l++) part[l] = x[from + l] > part[l] ? x[from + l] : part[l];
-#pragma omp simd reduction(max : most)
-    for (int l = 0; l < STRIPE; l++) most = part[l] > most ? part[l] : most;
-    memset(part, 0, sizeof(part));
-    for (int from = 0; from < whole; from += STRIPE)
-#pragma omp simd
-        for (int l = 0; l < STRIPE; l++) {
-            float e = exponential((x[from + l] - most) * scale);
-            part[l] += e;
-            p[from + l] = store(e);
-        }
-    memset(p + whole, 0, (end - whole) * sizeof(real));
-    *top = most;
-    *inverse = 1 / sum_of(part);
+// One row of scores -> weights before they are divided by their sum; 0 from `seen` to `end`.
+static NOINLINE void softmax_row(float *x, real *p, i64 seen, i64 end, float scale, float *top, float *inverse) {
+    i64 whole = hide(x, seen, -INFINITY);
+    vec most = *(vec *)x, sum = {0};
+    for (i64 c = LANES; c < whole; c += LANES) most = larger(*(vec *)(x + c), most);
+    float highest = *top = max_of(most);
+    for (i64 c = 0; c < whole; c += LANES) {
+        vec e = exponential((*(vec *)(x + c) - highest) * scale);
+        sum += e;
+        set(p + c, e, LANES);
+    }
+    for (i64 c = whole; c < end; c += LANES) set(p + c, (vec){0}, LANES);
+    *inverse = 1 / sum_of(sum);
 }
 
 // The row of scores again, and the gradient of its probabilities -> probabilities p and gradient d of the scores.
-static NOINLINE void softmax_row_backward(float *x, float *grad, real *p, real *d, int seen, int end, float scale,
+static NOINLINE void softmax_row_backward(float *x, float *grad, real *p, real *d, i64 seen, i64 end, float scale,
                                           float top, float inverse) {
-    float part[STRIPE] = {0};
-    int whole = up(seen, STRIPE);
-    for (int c = seen; c < whole; c++) x[c] = -INFINITY, grad[c] = 0;
-    for (int from = 0; from < whole; from += STRIPE)
-#pragma omp simd
-        for (int l = 0; l < STRIPE; l++) {
-            float probability = exponential((x[from + l] - top) * scale) * inverse;
-            part[l] += probability * grad[from + l];
-            x[from + l] = probability;
-            p[from + l] = store(probability);
-        }
-    float dot = sum_of(part);
-    for (int from = 0; from < whole; from += STRIPE)
-#pragma omp simd
-        for (int l = 0; l < STRIPE; l++) d[from + l] = store(x[from + l] * (grad[from + l] - dot) * scale);
-    memset(p + whole, 0, (end - whole) * sizeof(real));
-    memset(d + whole, 0, (end - whole) * sizeof(real));
+    i64 whole = hide(x, seen, -INFINITY);
+    vec sum = {0};
+    hide(grad, seen, 0);
+    for (i64 c = 0; c < whole; c += LANES) {
+        vec probability = exponential((*(vec *)(x + c) - top) * scale) * inverse;
+        sum += probability * *(vec *)(grad + c);
+        *(vec *)(x + c) = probability;
+        set(p + c, probability, LANES);
+    }
+    float dot = sum_of(sum);
+    for (i64 c = 0; c < whole; c += LANES)
+        set(d + c, *(vec *)(x + c) * (*(vec *)(grad + c) - dot) * scale, LANES);
+    for (i64 c = whole; c < end; c += LANES) set(p + c, (vec){0}, LANES), set(d + c, (vec){0}, LANES);
 }
 
 // out: (batch, length, heads, value); top, inverse: (batch, heads, length), what the backward makes each softmax of.
@@ -140,16 +133,17 @@ void attention(const real *query, const real *kv, const real *k_rope, i64 stride
                real *out, float *top, float *inverse, i64 batch, i64 length, i64 heads, i64 nope, i64 rope, i64 value,
                float scale) {
     Input in = {query, kv, k_rope, stride, heads, length};
-    Shape s = shape_of(length, nope, rope, value, cos, sin);
+    float *angles = angles_of(cos, sin, length, rope);
+    Shape s = shape_of(length, nope, rope, value, angles);
     i64 kw = s.key_width, vw = s.value_width;
 #pragma omp parallel
     {
-        real *q = calloc(s.padded * (2 * kw + vw) + LANES * PER, sizeof(real));
+        real *q = zeros(s.padded * (2 * kw + vw) + LANES * PER, sizeof(real));
         real *k = q + s.padded * kw, *v = k + s.padded * kw;
-        unit *pairs = malloc((s.padded * vw + panel_size(kw, s.padded)) * sizeof(unit));
+        unit *pairs = room(s.padded * vw + panel_size(kw, s.padded), sizeof(unit));
         unit *keys_at = pairs + s.padded * vw;
-        float *scores = malloc(BLOCK * (s.padded + vw) * sizeof(float)), *mixed = scores + BLOCK * s.padded;
-        real *weights = calloc(BLOCK * s.padded, sizeof(real));
+        float *scores = room(BLOCK * (s.padded + vw), sizeof(float)), *mixed = scores + BLOCK * s.padded;
+        real *weights = zeros(BLOCK * s.padded, sizeof(real));
 #pragma omp for schedule(static)
         for (i64 n = 0; n < batch * heads; n++) {
             i64 b = n / heads, h = n % heads;
@@ -165,20 +159,21 @@ void attention(const real *query, const real *kv, const real *k_rope, i64 stride
                 weigh(weights, values, start, s, mixed, vw);
                 for (i64 r = 0; r < rows; r++) {
                     real *y = out + ((b * length + start + r) * heads + h) * value;
-#pragma omp simd
-                    for (i64 c = 0; c < value; c++) y[c] = store(mixed[r * vw + c] * factor[r]);
+                    for (i64 c = 0; c < value; c += LANES)
+                        set(y + c, *(vec *)(mixed + r * vw + c) * factor[r], value - c);
                 }
             }
         }
         free(q), free(pairs), free(scores), free(weights);
     }
+    free(angles);
 }
 
 // A row's gradient from scratch: the first `nope` numbers to `y`, the turned ones back to `rotary`.
-static NOINLINE void give_back(float *x, i64 t, Shape s, real *y, real *rotary) {
-    for (i64 c = 0; c < s.nope; c++) y[c] = store(x[c]);
-    turn(x + s.nope, s.cos + t * (s.rope / 2), s.sin + t * (s.rope / 2), -1, s.rope / 2);
-    for (i64 p = 0; p < s.rope; p++) rotary[p] = store(x[s.nope + p]);
+static void give_back(const float *x, i64 t, Shape s, real *y, real *rotary) {
+    for (i64 c = 0; c < s.nope; c += LANES) set(y + c, *(const vec *)(x + c), s.nope - c);
+    for (i64 p = 0; p < s.rope; p += LANES)
+        set(rotary + p, turn(*(const vec *)(x + s.nope + p), s, t, p, -1), s.rope - p);
 }
 
 // The two gradients that a block of queries gives: to itself (grad_q, BLOCK rows) and to all keys and values before it.
@@ -199,7 +194,7 @@ static void *take(char **at, i64 count, size_t size) {
 static Scratch scratch_of(Shape s) {
     i64 kw = s.padded * s.key_width, vw = s.padded * s.value_width, block = BLOCK * s.padded;
     Scratch x;
-    char *at = x.memory = calloc(8 * kw + 7 * vw + 6 * block + BLOCK * s.key_width + 4096, sizeof(float));
+    char *at = x.memory = zeros(8 * kw + 7 * vw + 6 * block + BLOCK * s.key_width + 4096, sizeof(float));
     x.q = take(&at, kw, sizeof(real)), x.k = take(&at, kw, sizeof(real)), x.v = take(&at, vw, sizeof(real));
     x.g = take(&at, vw, sizeof(real)), x.p = take(&at, block, sizeof(real)), x.d = take(&at, block, sizeof(real));
     x.keys = take(&at, panel_size(s.key_width, s.padded), sizeof(unit));
@@ -217,7 +212,8 @@ void attention_backward(const real *query, const real *kv, const real *k_rope, i
                         real *grad_kv, float *grad_rope, real *grad_k_rope, i64 batch, i64 length, i64 heads, i64 nope,
                         i64 rope, i64 value, float scale) {
     Input in = {query, kv, k_rope, stride, heads, length};
-    Shape s = shape_of(length, nope, rope, value, cos, sin);
+    float *angles = angles_of(cos, sin, length, rope);
+    Shape s = shape_of(length, nope, rope, value, angles);
     i64 kw = s.key_width, vw = s.value_width, width = nope + rope;
 #pragma omp parallel
     {
@@ -254,8 +250,9 @@ void attention_backward(const real *query, const real *kv, const real *k_rope, i
             }
             for (i64 t = 0; t < length; t++) {
                 real *y = grad_kv + ((b * length + t) * heads + h) * (nope + value);
-                for (i64 c = 0; c < nope; c++) y[c] = store(x.grad_k[t * kw + c]);
-                for (i64 c = 0; c < value; c++) y[nope + c] = store(x.grad_v[t * vw + c]);
+                for (i64 c = 0; c < nope; c += LANES) set(y + c, *(vec *)(x.grad_k + t * kw + c), nope - c);
+                for (i64 c = 0; c < value; c += LANES)
+                    set(y + nope + c, *(vec *)(x.grad_v + t * vw + c), value - c);
                 memcpy(grad_rope + (n * length + t) * rope, x.grad_k + t * kw + nope, rope * sizeof(float));
             }
         }
@@ -263,12 +260,13 @@ void attention_backward(const real *query, const real *kv, const real *k_rope, i
 #pragma omp for schedule(static)
         for (i64 n = 0; n < batch * length; n++) {  // the key's rotary part is shared: summed over heads, turned back
             i64 b = n / length, t = n % length;
-            float sum[rope + 1];
+            float sum[rope + LANES];
             memset(sum, 0, sizeof(sum));
             for (i64 h = 0; h < heads; h++)
                 for (i64 p = 0; p < rope; p++) sum[p] += grad_rope[((b * heads + h) * length + t) * rope + p];
-            turn(sum, cos + t * (rope / 2), sin + t * (rope / 2), -1, rope / 2);
-            for (i64 p = 0; p < rope; p++) grad_k_rope[n * rope + p] = store(sum[p]);
+            for (i64 p = 0; p < rope; p += LANES)
+                set(grad_k_rope + n * rope + p, turn(*(vec *)(sum + p), s, t, p, -1), rope - p);
         }
     }
+    free(angles);
 }

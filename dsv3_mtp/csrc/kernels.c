@@ -6,13 +6,11 @@ void rms_norm(const real *x, i64 stride, const real *weight, real *y, float *sca
     PARALLEL
     for (i64 row = 0; row < rows; row++) {
         const real *in = x + row * stride;
-        real *out = y + row * width;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (i64 c = 0; c < width; c++) sum += load(in[c]) * load(in[c]);
-        float s = scale[row] = 1 / sqrtf(sum / width + eps);
-#pragma omp simd
-        for (i64 c = 0; c < width; c++) out[c] = store(load(in[c]) * s * load(weight[c]));
+        vec squares = {0};
+        for (i64 c = 0; c < width; c += LANES) squares += get(in + c, width - c) * get(in + c, width - c);
+        float s = scale[row] = 1 / sqrtf(sum_of(squares) / width + eps);
+        for (i64 c = 0; c < width; c += LANES)
+            set(y + row * width + c, get(in + c, width - c) * s * get(weight + c, width - c), width - c);
     }
 }
 
@@ -21,21 +19,22 @@ void rms_norm_backward(const real *grad, const real *x, i64 stride, const real *
                        real *grad_x, float *grad_weight, i64 rows, i64 width, i64 parts) {
     PARALLEL
     for (i64 part = 0; part < parts; part++) {
-        float *gw = grad_weight + part * width;
-        memset(gw, 0, width * sizeof(float));
+        float sums[width + LANES];
+        memset(sums, 0, sizeof(sums));
         for (i64 row = rows * part / parts; row < rows * (part + 1) / parts; row++) {
             const real *g = grad + row * width, *in = x + row * stride;
-            real *out = grad_x + row * width;
-            float s = scale[row], dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (i64 c = 0; c < width; c++) dot += load(g[c]) * load(weight[c]) * load(in[c]);
-            float shift = dot * s * s / width;
-#pragma omp simd
-            for (i64 c = 0; c < width; c++) {
-                out[c] = store(s * (load(g[c]) * load(weight[c]) - load(in[c]) * shift));
-                gw[c] += load(g[c]) * load(in[c]) * s;
+            float s = scale[row];
+            vec dots = {0};
+            for (i64 c = 0; c < width; c += LANES)
+                dots += get(g + c, width - c) * get(weight + c, width - c) * get(in + c, width - c);
+            float shift = sum_of(dots) * s * s / width;
+            for (i64 c = 0; c < width; c += LANES) {
+                vec slope = get(g + c, width - c), value = get(in + c, width - c);
+                set(grad_x + row * width + c, (slope * get(weight + c, width - c) - value * shift) * s, width - c);
+                *(vec *)(sums + c) += slope * value * s;
             }
         }
+        memcpy(grad_weight + part * width, sums, width * sizeof(float));
     }
 }
 
@@ -48,13 +47,12 @@ void swiglu_backward(const real *gate_proj, const real *up_proj, const real *gra
                      real *grad_up_proj, i64 rows, i64 width) {
     PARALLEL
     for (i64 row = 0; row < rows; row++) {
-        const real *a = gate_proj + row * width, *b = up_proj + row * width, *g = grad + row * width;
-        real *grad_a = grad_gate_proj + row * width, *grad_b = grad_up_proj + row * width;
-#pragma omp simd
-        for (i64 c = 0; c < width; c++) {
-            float x = load(a[c]), sigmoid = 1 / (1 + exponential(-x)), silu = x * sigmoid;
-            grad_a[c] = store(load(g[c]) * load(b[c]) * (sigmoid + silu * (1 - sigmoid)));
-            grad_b[c] = store(load(g[c]) * silu);
+        for (i64 at = row * width, c = 0; c < width; c += LANES) {
+            vec x = get(gate_proj + at + c, width - c), g = get(grad + at + c, width - c);
+            vec sigmoid = sigmoid_of(x), silu = x * sigmoid;
+            vec slope = sigmoid + silu * (1.0f - sigmoid);
+            set(grad_gate_proj + at + c, g * get(up_proj + at + c, width - c) * slope, width - c);
+            set(grad_up_proj + at + c, g * silu, width - c);
         }
     }
 }
@@ -63,17 +61,10 @@ void swiglu_backward(const real *gate_proj, const real *up_proj, const real *gra
 void sum_rows(const real *x, const i64 *index, real *y, i64 rows, i64 many, i64 width) {
     PARALLEL
     for (i64 row = 0; row < rows; row++) {
-        const i64 *from = index + row * many;
-        for (i64 start = 0; start < width; start += 64) {
-            i64 end = start + 64 < width ? 64 : width - start;
-            float sum[64] = {0};
-            for (i64 j = 0; j < many; j++) {
-                const real *in = x + from[j] * width + start;
-#pragma omp simd
-                for (i64 c = 0; c < end; c++) sum[c] += load(in[c]);
-            }
-#pragma omp simd
-            for (i64 c = 0; c < end; c++) y[row * width + start + c] = store(sum[c]);
+        for (i64 c = 0; c < width; c += LANES) {
+            vec sum = {0};
+            for (i64 j = 0; j < many; j++) sum += get(x + index[row * many + j] * width + c, width - c);
+            set(y + row * width + c, sum, width - c);
         }
     }
 }
@@ -84,21 +75,29 @@ void cross_entropy(real *logits, const i64 *target, const float *row_weight, flo
     PARALLEL
     for (i64 row = 0; row < rows; row++) {
         real *x = logits + row * width;
-        float top = -INFINITY, sum = 0;
         int known = target[row] >= 0 && target[row] < width;  // a token outside the vocabulary has no loss: nan
         float own = known ? load(x[target[row]]) : NAN;
-        int32_t best = INT32_MAX, end = width;
-#pragma omp simd reduction(max : top)
-        for (i64 c = 0; c < width; c++) top = load(x[c]) > top ? load(x[c]) : top;
-#pragma omp simd reduction(min : best)
-        for (int32_t c = 0; c < end; c++) best = load(x[c]) == top && c < best ? c : best;
-#pragma omp simd reduction(+ : sum)
-        for (i64 c = 0; c < width; c++) sum += exponential(load(x[c]) - top);
-        prediction[row] = best < end ? best : 0;
+        vec most = {0}, sums = {0};
+        mask first = {0};  // where each lane's largest is
+        most -= INFINITY;
+        for (i64 c = 0; c < width; c += LANES) {
+            vec value = get_or(x + c, width - c, -INFINITY);
+            mask more = value > most;
+            first = (more & (int32_t)c) | (~more & first);
+            most = larger(value, most);
+        }
+        float top = max_of(most);
+        i64 best = width - 1;
+        for (int l = 0; l < LANES; l++) best = most[l] == top && first[l] + l < best ? first[l] + l : best;
+        for (i64 c = 0; c < width; c += LANES) sums += exponential(get_or(x + c, width - c, -INFINITY) - top);
+        float sum = sum_of(sums);
+        prediction[row] = best;
         nll[row] = logf(sum) + top - own;
-        float factor = row_weight[row] / sum;
-#pragma omp simd
-        for (i64 c = 0; c < width; c++) x[c] = store(exponential(load(x[c]) - top) * factor);
-        if (known) x[target[row]] = store(exponential(own - top) * factor - row_weight[row]);
+        vec factor = (vec){0} + row_weight[row] / sum;
+        for (i64 c = 0; c < width; c += LANES) set(x + c, exponential(get(x + c, width - c) - top) * factor, width - c);
+        if (known) {
+            vec gradient = exponential((vec){0} + (own - top)) * factor - row_weight[row];
+            set(x + target[row], gradient, 1);
+        }
     }
 }

@@ -5,21 +5,14 @@
 #include "kernels.h"
 
 #define NOINLINE __attribute__((noinline))
-#ifdef __AVX512F__
-enum { LANES = 16, TILE = 8 };
-#else
-enum { LANES = 8, TILE = 4 };
-#endif
 // A tile of a product is TILE x (WIDE * LANES). Then rows of a block, and rows that are fetched ahead.
-enum { WIDE = 3, BLOCK = 64, AHEAD = 8 };
-typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t mask __attribute__((vector_size(LANES * 4)));
+enum { TILE = LANES / 2, WIDE = 3, BLOCK = 64, AHEAD = 8 };
 
 // What one multiply-add takes from each side along the summed dimension: a float, or two neighbours of bfloat16.
 #ifdef BFLOAT16
 enum { PER = 2 };
 typedef uint32_t unit __attribute__((may_alias));
-typedef uint32_t units __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef bits units;
 
 static inline vec multiply_add(vec sum, unit a, units b) {
 #ifdef __AVX512BF16__
@@ -39,6 +32,11 @@ typedef vec units;
 static inline vec multiply_add(vec sum, unit a, units b) { return sum + a * b; }
 #endif
 
+// Memory in whole cache lines: a vector that lies in two costs twice.
+static inline void *room(i64 count, size_t size) { return aligned_alloc(64, (count * size + 63) / 64 * 64); }
+
+static inline void *zeros(i64 count, size_t size) { return memset(room(count, size), 0, count * size); }
+
 // Element (row m, depth k) is at[m * row + k * deep].
 typedef struct { const unit *at; i64 row, deep; } Left;
 
@@ -46,13 +44,22 @@ typedef struct { const unit *at; i64 row, deep; } Left;
 // at[k * deep + n].
 typedef struct { const unit *at; i64 deep, next; int wide; } Right;
 
-static inline __attribute__((always_inline)) void tile(Left a, Right b, i64 depth, float *c, i64 stride, int add,
-                                                       const int wide) {
+// Where a tile goes: to floats, added or not, or, where `rows` is not 0, to that many rows as they lie in memory.
+typedef struct { void *at; i64 stride; int add; i64 rows; } Out;
+
+static Out sums_at(float *at, i64 stride, int add) { return (Out){at, stride, add, 0}; }
+
+static Out rows_at(real *at, i64 stride, i64 rows) { return (Out){at, stride, 0, rows}; }
+
+static i64 bytes_of(Out c, i64 numbers) { return numbers * (c.rows ? sizeof(real) : sizeof(float)); }
+
+static inline __attribute__((always_inline)) void tile(Left a, Right b, i64 depth, Out c, const int wide) {
     vec sum[TILE][WIDE];
+    float *sums = c.at;
 #pragma GCC unroll 8
     for (int m = 0; m < TILE; m++)
 #pragma GCC unroll 3
-        for (int n = 0; n < wide; n++) sum[m][n] = add ? *(vec *)(c + m * stride + n * LANES) : (vec){0};
+        for (int n = 0; n < wide; n++) sum[m][n] = c.add ? *(vec *)(sums + m * c.stride + n * LANES) : (vec){0};
     for (i64 k = 0; k < depth; k++) {
         const unit *left = a.at + k * a.deep, *right = b.at + k * b.deep;
         units column[WIDE];
@@ -66,17 +73,21 @@ static inline __attribute__((always_inline)) void tile(Left a, Right b, i64 dept
 #pragma GCC unroll 8
     for (int m = 0; m < TILE; m++)
 #pragma GCC unroll 3
-        for (int n = 0; n < wide; n++) *(vec *)(c + m * stride + n * LANES) = sum[m][n];
+        for (int n = 0; n < wide; n++) {
+            i64 to = m * c.stride + n * LANES;
+            if (!c.rows) *(vec *)(sums + to) = sum[m][n];
+            else if (m < c.rows) set((real *)c.at + to, sum[m][n], LANES);
+        }
 }
 
-// TILE rows of c, `columns` of them (whole vectors), become a @ b or, with `add`, grow by it.
-static void product(Left a, Right b, i64 depth, float *c, i64 stride, i64 columns, int add) {
+// TILE rows of c, `columns` of them (whole vectors), become a @ b or grow by it.
+static void product(Left a, Right b, i64 depth, Out c, i64 columns) {
     i64 step = b.wide * LANES;
-    for (i64 n = 0; n < columns; n += step, b.at += b.next, c += step) {
+    for (i64 n = 0; n < columns; n += step, b.at += b.next, c.at = (char *)c.at + bytes_of(c, step)) {
         i64 wide = (columns - n) / LANES < b.wide ? (columns - n) / LANES : b.wide;
-        if (wide == 3) tile(a, b, depth, c, stride, add, 3);
-        else if (wide == 2) tile(a, b, depth, c, stride, add, 2);
-        else tile(a, b, depth, c, stride, add, 1);
+        if (wide == 3) tile(a, b, depth, c, 3);
+        else if (wide == 2) tile(a, b, depth, c, 2);
+        else tile(a, b, depth, c, 1);
     }
 }
 
@@ -115,32 +126,17 @@ static const unit *paired(const real *x, i64 rows, i64 width, i64 columns, unit 
 #endif
 }
 
-// Numbers `from` of low and high, one after the other.
-static inline units shuffle(units low, units high, mask from) {
-#ifdef __clang__  // which has no __builtin_shuffle, and makes one of this
-    units out;
-    for (int l = 0; l < LANES; l++) out[l] = from[l] < LANES ? low[from[l] % LANES] : high[from[l] % LANES];
-    return out;
-#else
-    return __builtin_shuffle(low, high, from);
-#endif
-}
-
 // LANES vectors become their transpose: halves change places, then quarters, ...
 static inline void transpose(units *x) {
 #pragma GCC unroll 4
     for (int half = LANES / 2; half; half /= 2) {
-        mask first, second;
-        for (int l = 0; l < LANES; l++) {
-            first[l] = l & half ? LANES + l - half : l;
-            second[l] = l & half ? LANES + l : l + half;
-        }
+        mask first = lane + (((lane & half) != 0) & (LANES - half)), second = first + half;
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) {
             if (i & half) continue;
-            units low = x[i], high = x[i + half];
-            x[i] = shuffle(low, high, first);
-            x[i + half] = shuffle(low, high, second);
+            bits low = (bits)x[i], high = (bits)x[i + half];
+            x[i] = (units)shuffle(low, high, first);
+            x[i + half] = (units)shuffle(low, high, second);
         }
     }
 }
@@ -165,4 +161,25 @@ static NOINLINE Right across(const real *x, i64 columns, i64 width, unit *out) {
         }
     }
     return (Right){out, step, step * depth, step / LANES};
+}
+
+// x as a right side, x: (rows, columns) -> panels of (rows / PER, columns).
+static NOINLINE Right down(const real *x, i64 rows, i64 columns, unit *out) {
+    i64 depth = rows / PER, step = panel_of(columns) * LANES;
+    for (i64 n = 0; n < columns; n += step)
+        packed(x + n, rows, columns, columns - n < step ? columns - n : step, step, out + n * depth);
+    return (Right){out, step, step * depth, step / LANES};
+}
+
+// x @ b for `rows` rows of x, read in whole tiles: `width` numbers each -> `columns`.
+static void multiply(const real *x, i64 rows, i64 width, Right b, Out c, i64 columns) {
+    i64 bytes = bytes_of(c, TILE * c.stride);
+    for (i64 m = 0; m < rows; m += TILE, c.at = (char *)c.at + bytes, c.rows -= c.rows ? TILE : 0)
+        product(rows_of(x, width, m), b, width / PER, c, columns);
+}
+
+// sums (columns of x, columns of b) becomes x^T @ b over a block of rows or, with `add`, grows by it.
+static void multiply_across(const unit *x, i64 rows, i64 width, Right b, float *sums, i64 columns, int add) {
+    for (i64 m = 0; m < width; m += TILE)
+        product((Left){x + m, 1, width}, b, up(rows, PER) / PER, sums_at(sums + m * columns, columns, add), columns);
 }
