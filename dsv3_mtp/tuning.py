@@ -4,7 +4,6 @@ Nothing here is decided by a stopwatch: on a busy machine two starts of one run 
 """
 
 import ctypes
-import os
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def tune_cpu() -> list[str]:
         torch.set_float32_matmul_precision("medium")
         notes.append("float32 products by oneDNN, which are exact on this CPU and faster than MKL's")
     if keep_freed_memory():
-        notes.append("freed memory is kept for the next step" + (", in pages of 2 MiB" if huge_pages() else ""))
+        notes.append("freed memory is kept for the next step")
     return notes
 
 
@@ -64,23 +63,3 @@ def keep_freed_memory() -> bool:
     trim, pad, mmap = -1, -2, -3  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
     settings = ((mmap, 1 << 30), (trim, 2**31 - 1), (pad, 64 << 20))
     return all([library.mallopt(ctypes.c_int(key), ctypes.c_int(value)) for key, value in settings])
-
-
-def huge_pages(size: int = 1000 << 20) -> bool:
-    """Asks Linux for pages of 2 MiB in the next `size` bytes of the heap, which saves looking up addresses.
-
-    Call it after `keep_freed_memory`, which lets the heap grow by one block of this size and stay so: nothing of it is
-    in memory before it is used. False where the system has no such pages.
-    """
-    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not enabled.exists() or "[never]" in enabled.read_text():
-        return False
-    library, page, advice = ctypes.CDLL(None), os.sysconf("SC_PAGESIZE"), 14  # mman.h: MADV_HUGEPAGE
-    library.malloc.restype = ctypes.c_void_p
-    start = library.malloc(ctypes.c_size_t(size))
-    if not start:
-        return False
-    first = -(-start // page) * page
-    done = library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(start + size - first), advice) == 0
-    library.free(ctypes.c_void_p(start))
-    return done

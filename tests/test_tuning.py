@@ -1,8 +1,5 @@
 """What is tried out on a CPU before training, and that it is used only where it is exact."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -40,27 +37,3 @@ def test_onednn_is_used_only_where_it_is_exact_and_mkl_is_not_at_home(monkeypatc
     monkeypatch.setattr(tuning, "mkl_at_home", lambda: intel)
     notes = tuning.tune_cpu()
     assert (torch.get_float32_matmul_precision() == "medium") == used == any("oneDNN" in note for note in notes)
-
-
-HEAP = """
-import torch
-from dsv3_mtp import tuning
-asked = tuning.keep_freed_memory() and tuning.huge_pages()
-x, here, flags = torch.empty(2**22), False, ""
-at = x.data_ptr() + 2**20  # its first bytes may share a page with what was there before
-for line in open("/proc/self/smaps"):
-    name, *rest = line.split()
-    if "-" in name and ":" not in name:
-        start, end = (int(address, 16) for address in name.split("-"))
-        here = start <= at < end
-    elif here and name == "VmFlags:":
-        flags = rest
-print(asked, "hg" in flags)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="smaps is Linux's")
-def test_what_is_allocated_next_lies_in_huge_pages_where_the_system_has_them():
-    done = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
-    asked, marked = done.stdout.split()
-    assert asked == marked

@@ -208,7 +208,6 @@ def main() -> None:
     notes = tuning.tune(DEVICE) if spec["tuned"] and spec["kind"] == "ours" else []
     if spec["tuned"] and spec["kind"] == "transformers" and DEVICE.type == "cpu":
         tuning.keep_freed_memory()
-        tuning.huge_pages()
     step, model, optimizer = build(spec)
     if isinstance(model, DeepseekV3MTP):
         notes += set_precision(model, config, DEVICE)
