@@ -21,6 +21,7 @@ from tests.ranks import run_ranks, write_markov
 
 pytestmark = pytest.mark.dist
 STEPS = 20
+BFLOAT16 = {"train__dtype": "bfloat16", "train__total_tokens": 8 * 16}  # of one step
 
 
 @pytest.fixture
@@ -305,10 +306,23 @@ def test_bfloat16_trains_close_to_float32_and_keeps_router_biases_float32(make_r
     assert bias.dtype == torch.float32 and bias.abs().sum() > 0
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run, stages):
+def test_zero_0_and_1_take_the_same_steps_in_bfloat16(make_run):
+    """DeepSpeed's optimizer for the first takes a step of zero gradients when it starts."""
+    found = []
+    for stage in (0, 1):
+        config = make_run(f"zero{stage}", parallel__zero_stage=stage, **BFLOAT16, optim__weight_decay=10.0)
+        train(config)
+        found.append((weights_of(config), newest_weights(folder_of(config)).index["lm_head.weight"]["scalars"]))
+    (zero, steps), (one, _) = found
+    assert steps == {"step": 1.0}
+    for name, value in one.items():
+        torch.testing.assert_close(zero[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("stages", "detach"), [(1, "none"), (2, "none"), (2, "all")])
+def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run, stages, detach):
     """DeepSpeed's optimizer for that adds what p.grad holds after every backward: it must be of that one alone."""
-    common = {"train__dtype": "bfloat16", "train__total_tokens": 8 * 16, "parallel__pipeline_stages": stages}
+    common = BFLOAT16 | {"parallel__pipeline_stages": stages, "mtp__detach": detach}
     common["deepspeed__data_types"] = {"grad_accum_dtype": "fp32"}
     norms = [
         train(make_run(f"by{micro}", train__micro_batch_size=micro, **common), world_size=stages)[0]["optim/grad_norm"]
