@@ -8,6 +8,7 @@ A folder counts only when its COMPLETE.json exists and every file listed there h
 before that.
 """
 
+import io
 import json
 import os
 import pickle
@@ -20,12 +21,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dsv3_mtp.fragments import AVERAGE, INDEX, Fragment, Fragments, merge_index, write_fragments
+from dsv3_mtp.fragments import AVERAGE, INDEX, Fragment, Fragments, damaged, merge_index, write_fragments
 from dsv3_mtp.loading import COMPLETE, checkpoints, is_complete
 from dsv3_mtp.metrics import replacing
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.engine import Engine
-from dsv3_mtp.parallel.launch import on_main
+from dsv3_mtp.parallel.launch import World, on_all, on_main
 from dsv3_mtp.parallel.placement import Held, held, restoring
 
 COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: the x axis of what its own monitors write
@@ -37,25 +38,35 @@ def save(
     """Writes `root/global_step{step}` from all ranks, then prunes to the newest `keep`. `state` is rank 0's.
 
     Raises:
-        ValueError: rank 0 could not complete the folder.
+        ValueError: some rank could not write its files, or rank 0 not complete the folder.
     """
     folder, world = root / f"global_step{step}", engine.world
     if is_complete(folder):
         return folder
-    if world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed save left behind
-        folder.mkdir(parents=True)
-    dist.barrier()
-    torch.save(_rng_state(world.device), folder / f"rng_rank{world.rank}.pt")
+    on_main(world, lambda: _begin(folder))
     optimizer = engine.engine.optimizer
     averages = {} if average is None else average.values
     fragments = [_fragment(mine, optimizer, averages) for mine in held(engine) if mine.share[0] < mine.share[1]]
     parts: list[Any] = [None] * world.size
-    dist.gather_object(write_fragments(folder, world.rank, fragments), parts if world.is_main else None)
+    part = on_all(world, lambda: _write(folder, world, fragments))
+    dist.gather_object(part, parts if world.is_main else None)
     counters = {name: getattr(engine.engine, name) for name in COUNTERS}
     complete = {"step": step, "counters": counters}
     on_main(world, lambda: _commit(folder, merge_index(parts), state, complete, keep))
     return folder
+
+
+def _begin(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed save left behind
+    folder.mkdir(parents=True)
+
+
+def _write(folder: Path, world: World, fragments: list[Fragment]) -> list[dict[str, Any]]:
+    generators = io.BytesIO()
+    torch.save(_rng_state(world.device), generators)
+    # Not to the file: torch's own error of a full disk says nothing.
+    (folder / f"rng_rank{world.rank}.pt").write_bytes(generators.getbuffer())
+    return write_fragments(folder, world.rank, fragments)
 
 
 def _fragment(mine: Held, optimizer: Any, averages: dict[str, torch.Tensor]) -> Fragment:
@@ -88,8 +99,15 @@ def _commit(folder: Path, index: dict[str, Any], state: dict[str, Any], complete
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` given to `save`: progress, data position, clock, config."""
-    return json.loads((folder / "state.json").read_text())
+    """The `state` given to `save`: progress, data position, clock, config.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from error
 
 
 def load(engine: Engine, folder: Path, *, moments: torch.dtype, average: WeightAverage | None) -> list[str]:
@@ -107,28 +125,28 @@ def load(engine: Engine, folder: Path, *, moments: torch.dtype, average: WeightA
     if different:
         raise ValueError(f"{folder}: of another model: {', '.join(different)} missing or of another shape")
     with torch.no_grad(), restoring(engine):
-        for part in mine:
-            _restore(part, stored, engine.engine.optimizer, moments)
+        on_all(engine.world, lambda: _restore(mine, stored, engine.engine.optimizer, moments))
     for name, value in json.loads((folder / COMPLETE).read_text())["counters"].items():
         setattr(engine.engine, name, value)
-    notes = [] if average is None else average.load(stored)
-    return notes + _load_rng(engine, folder)
+    notes = [] if average is None else on_all(engine.world, lambda: average.load(stored))
+    return notes + on_all(engine.world, lambda: _load_rng(engine, folder))
 
 
-def _restore(mine: Held, stored: Fragments, optimizer: Any, moments: torch.dtype) -> None:
-    start, stop = mine.start, mine.start + mine.numel
-    mine.of(mine.flat).copy_(stored.read(mine.name, start, stop))
-    about = stored.index[mine.name]
-    states = [key for key in about["states"] if key != AVERAGE]
-    if not states:
-        return
-    kept = optimizer.state[mine.flat]
-    for key in states:
-        if key not in kept:  # not made before the first step
-            kept[key] = torch.zeros_like(mine.flat, dtype=moments, requires_grad=False)
-        mine.of(kept[key]).copy_(stored.read(mine.name, start, stop, state=key))
-    for key, value in about["scalars"].items():  # as torch's fused AdamW keeps them
-        kept[key] = torch.tensor(value, dtype=torch.float32, device=mine.flat.device)
+def _restore(parts: list[Held], stored: Fragments, optimizer: Any, moments: torch.dtype) -> None:
+    for mine in parts:
+        start, stop = mine.start, mine.start + mine.numel
+        mine.of(mine.flat).copy_(stored.read(mine.name, start, stop))
+        about = stored.index[mine.name]
+        states = [key for key in about["states"] if key != AVERAGE]
+        if not states:
+            continue
+        kept = optimizer.state[mine.flat]
+        for key in states:
+            if key not in kept:  # not made before the first step
+                kept[key] = torch.zeros_like(mine.flat, dtype=moments, requires_grad=False)
+            mine.of(kept[key]).copy_(stored.read(mine.name, start, stop, state=key))
+        for key, value in about["scalars"].items():  # as torch's fused AdamW keeps them
+            kept[key] = torch.tensor(value, dtype=torch.float32, device=mine.flat.device)
 
 
 def _load_rng(engine: Engine, folder: Path) -> list[str]:
@@ -138,7 +156,7 @@ def _load_rng(engine: Engine, folder: Path) -> list[str]:
     try:
         state = torch.load(folder / f"rng_rank{engine.world.rank}.pt", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder}: damaged ({error}); delete this folder to use the checkpoint before it") from error
+        raise damaged(folder, error) from error
     torch.set_rng_state(state["torch"])
     if state["cuda"] and engine.world.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"][0], engine.world.device)

@@ -103,7 +103,7 @@ class Fragments:
             self.index: dict[str, Any] = json.loads((folder / INDEX).read_text())
             self.shapes = {name: torch.Size(tensor["shape"]) for name, tensor in self.index.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(error) from error
+            raise damaged(self.folder, error) from error
         self._headers: dict[int, dict[str, Place]] = {}
 
     def read(self, name: str, start: int = 0, stop: int | None = None, *, state: str | None = None) -> Tensor:
@@ -120,7 +120,7 @@ class Fragments:
                 begin, end = max(first, start), min(last, stop)
                 place.read_into(flat[begin - start : end - start], begin - first)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
+            raise damaged(self.folder, error) from error
         return flat
 
     def has(self, state: str) -> bool:
@@ -137,6 +137,7 @@ class Fragments:
             self._headers[rank] = places
         return self._headers[rank][key]
 
-    def _damaged(self, error: Exception) -> ValueError:
-        reason = f"{type(error).__name__}: {error}"
-        return ValueError(f"{self.folder}: damaged ({reason}); delete this folder to use the checkpoint before it")
+
+def damaged(folder: Path, error: Exception) -> ValueError:
+    reason = f"{type(error).__name__}: {error}"
+    return ValueError(f"{folder}: damaged ({reason}); delete this folder to use the checkpoint before it")

@@ -13,7 +13,7 @@ IMPORTED = "weights"  # folder of an imported run, in DeepSeek-V3's layout
 
 def checkpoints(root: Path) -> list[Path]:
     """The folders root/global_step{N}, complete or not, in the order of their steps."""
-    found = [path for path in root.glob("global_step*") if re.fullmatch(r"global_step\d+", path.name)]
+    found = [path for path in root.glob("global_step*/") if re.fullmatch(r"global_step\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("global_step")))
 
 

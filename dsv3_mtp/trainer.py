@@ -25,7 +25,7 @@ from dsv3_mtp.optim import build_optimizer
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, writable
 from dsv3_mtp.parallel.engine import Engine, deepspeed_config
-from dsv3_mtp.parallel.launch import StopRequest, World, on_main, start
+from dsv3_mtp.parallel.launch import StopRequest, World, on_all, on_main, start
 from dsv3_mtp.parallel.pipeline import PipelineEngine
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.progress import Progress, quantity
@@ -285,9 +285,13 @@ class Trainer:
 def open_data(config: Config, world: World) -> tuple[Sampler, Source | TaskSource]:
     """The training sampler and the validation source; rank 0 first builds the embedded corpus where it is missing."""
     data = config.data
-    lookahead = 1 + config.mtp.depths
     if data.build == "pystdlib" and isinstance(data.train, str):
         on_main(world, lambda: build_missing(str(data.train), config.model.vocab_size))
+    return on_all(world, lambda: open_sources(config))
+
+
+def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
+    data, lookahead = config.data, 1 + config.mtp.depths
     val = validation_source(config)
     if isinstance(val, TaskSource):
         return Sampler([val], seq_len=data.seq_len, lookahead=lookahead, seed=config.run.seed), val

@@ -175,6 +175,15 @@ MISTAKES = [
         "deepspeed.zero_optimization.offload_optimizer: set parallel.offload_optimizer instead",
     ),
     (
+        "deepspeed.zero_optimization.cpu_offload=true",
+        "deepspeed.zero_optimization.cpu_offload: set parallel.offload_optimizer instead",
+    ),
+    (
+        "deepspeed.zero_optimization.compute_grad_norm=false",
+        "deepspeed.zero_optimization.compute_grad_norm: is not supported: optim/grad_norm is logged, and has to be "
+        "finite",
+    ),
+    (
         "deepspeed.zero_optimization={offload_param: {device: nvme}}",
         "deepspeed.zero_optimization.offload_param: is not supported: checkpoints read weights and optimizer states "
         "from DeepSpeed's memory",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.ranks import run_ranks, write_markov
 
 pytestmark = pytest.mark.dist
 STEPS = 20
+BFLOAT16 = {"train__dtype": "bfloat16", "train__total_tokens": 8 * 16}  # of one step
 
 
 @pytest.fixture
@@ -306,10 +308,23 @@ def test_bfloat16_trains_close_to_float32_and_keeps_router_biases_float32(make_r
     assert bias.dtype == torch.float32 and bias.abs().sum() > 0
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run, stages):
+def test_zero_0_and_1_take_the_same_steps_in_bfloat16(make_run):
+    """DeepSpeed's optimizer for the first takes a step of zero gradients when it starts."""
+    found = []
+    for stage in (0, 1):
+        config = make_run(f"zero{stage}", parallel__zero_stage=stage, **BFLOAT16, optim__weight_decay=10.0)
+        train(config)
+        found.append((weights_of(config), newest_weights(folder_of(config)).index["lm_head.weight"]["scalars"]))
+    (zero, steps), (one, _) = found
+    assert steps == {"step": 1.0}
+    for name, value in one.items():
+        torch.testing.assert_close(zero[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(("stages", "detach"), [(1, "none"), (2, "none"), (2, "all")])
+def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run, stages, detach):
     """DeepSpeed's optimizer for that adds what p.grad holds after every backward: it must be of that one alone."""
-    common = {"train__dtype": "bfloat16", "train__total_tokens": 8 * 16, "parallel__pipeline_stages": stages}
+    common = BFLOAT16 | {"parallel__pipeline_stages": stages, "mtp__detach": detach}
     common["deepspeed__data_types"] = {"grad_accum_dtype": "fp32"}
     norms = [
         train(make_run(f"by{micro}", train__micro_batch_size=micro, **common), world_size=stages)[0]["optim/grad_norm"]
@@ -418,6 +433,37 @@ def test_a_damaged_checkpoint_file_is_named(make_run):
     assert "global_step3: damaged" in Path(f"{folder_of(config)}.error").read_text()
 
 
+def test_what_one_rank_cannot_read_every_rank_names(make_run):
+    config = make_run()
+    train(config, world_size=2, function=run_until, args=(3,))
+    folder = folder_of(config) / "checkpoints" / "global_step3"
+    for name in (shard_name(1), "rng_rank1.pt", "state.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"x" * len(content))
+        train(config, world_size=2, function=refused_by_rank)
+        assert all("global_step3: damaged" in error for error in errors_of(config)), name
+        (folder / name).write_bytes(content)
+
+
+def test_a_full_disk_of_one_rank_is_said_by_all_and_leaves_the_checkpoint_before(make_run):
+    config = make_run()
+    train(config, world_size=2, function=full_disk)
+    assert all("File too large" in error for error in errors_of(config))
+    assert newest_checkpoint(folder_of(config) / "checkpoints").name == "global_step5"
+
+
+def full_disk(config: Config) -> None:
+    original = checkpoint.write_fragments
+
+    def write_fragments(folder, rank, fragments):
+        if (folder.name, rank) == ("global_step10", 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        return original(folder, rank, fragments)
+
+    checkpoint.write_fragments = write_fragments
+    refused_by_rank(config, run=True)
+
+
 def test_optimizer_settings_changed_on_resume_are_those_in_use(make_run):
     train(make_run(), function=run_until, args=(3,))
     changed = {"optim__weight_decay": 0.7, "optim__betas": [0.5, 0.6], "optim__eps": 0.1}
@@ -447,13 +493,19 @@ def test_an_error_that_only_rank_0_meets_is_raised_on_every_rank(make_run):
     config = make_run()
     folder_of(config).parent.write_text("a file where the folder of runs should be")
     train(config, world_size=2, function=refused_by_rank)
-    errors = [Path(f"{folder_of(config).parent}.error{rank}").read_text() for rank in (0, 1)]
+    errors = errors_of(config)
     assert errors[0] == errors[1] and "runs" in errors[0]
 
 
-def refused_by_rank(config: Config) -> None:
+def errors_of(config: Config) -> list[str]:
+    return [Path(f"{folder_of(config).parent}.error{rank}").read_text() for rank in (0, 1)]
+
+
+def refused_by_rank(config: Config, run: bool = False) -> None:
     try:
-        Trainer(config, command=["test"])
+        trainer = Trainer(config, command=["test"])
+        if run:
+            trainer.run()
     except ValueError as error:
         Path(f"{folder_of(config).parent}.error{os.environ['RANK']}").write_text(str(error))
 

@@ -73,6 +73,24 @@ OWNED = {
     "weight_quantization": "is not supported: it is for DeepSpeed inference",
 }
 
+_OWN_FORMAT = "would have no effect: checkpoints are not DeepSpeed's"
+
+# The same within zero_optimization.
+ZERO_OWNED = {
+    "stage": "set parallel.zero_stage instead",
+    "offload_optimizer": "set parallel.offload_optimizer instead",
+    "cpu_offload": "set parallel.offload_optimizer instead",
+    "zenflow": _STATES,
+    "compute_grad_norm": "is not supported: optim/grad_norm is logged, and has to be finite",
+    "stage3_module_granularity_threshold": "is not supported: it fails on outputs that are no tensors",
+    "module_granularity_threshold": "is not supported: it fails on outputs that are no tensors",
+    "elastic_checkpoint": _OWN_FORMAT,
+    "load_from_fp32_weights": _OWN_FORMAT,
+    "pipeline_loading_checkpoint": _OWN_FORMAT,
+    "stage3_gather_16bit_weights_on_model_save": _OWN_FORMAT,
+    "stage3_gather_fp16_weights_on_model_save": _OWN_FORMAT,
+}
+
 
 def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
     """Returns the block; raises KeyProblems naming every key that cannot be set there, and the remedy."""
@@ -90,12 +108,7 @@ def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(zero, dict):
         problems.append(("zero_optimization", f"must be a mapping (got {zero!r})"))
     else:
-        owned = {"stage": "parallel.zero_stage", "offload_optimizer": "parallel.offload_optimizer"}
-        problems += [
-            (f"zero_optimization.{key}", f"set {owner} instead") for key, owner in owned.items() if key in zero
-        ]
-        if "zenflow" in zero:
-            problems.append(("zero_optimization.zenflow", _STATES))
+        problems += [(f"zero_optimization.{key}", remedy) for key, remedy in ZERO_OWNED.items() if key in zero]
         if "nvme" in str(zero.get("offload_param")):
             problems.append(("zero_optimization.offload_param", _STATES))
     if problems:

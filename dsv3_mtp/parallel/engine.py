@@ -10,6 +10,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
 from dsv3_mtp.config import Config
@@ -96,10 +97,14 @@ class Engine:
         deepspeed.runtime.zero.utils.warned = True
         import_muon()
         slice_rows(model, world)
+        for group in optimizer.param_groups:  # `step` gives the rate; ZeRO-0 in bfloat16 steps once by itself, below
+            group["lr"] = 0.0
         with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=module or model, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
+        if isinstance(self.optimizer, FP16_UnfusedOptimizer):
+            self.optimizer.state.clear()  # of that step
         self.world, self.model = world, model
 
     @property

@@ -108,6 +108,24 @@ def on_main(world: World, function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def on_all(world: World, function: Callable[[], Any]) -> Any:
+    """Calls `function`, which waits for no other rank, on every rank; returns its result, or raises everywhere.
+
+    Raises:
+        ValueError: with the message of the first rank that met a ValueError or OSError.
+    """
+    result, problem = None, None
+    try:
+        result = function()
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * world.size
+    torch.distributed.all_gather_object(problems, problem)
+    if met := [text for text in problems if text is not None]:
+        raise ValueError(met[0])
+    return result
+
+
 def finish() -> None:
     """Ends the process after success. gloo's worker threads abort a few percent of normal interpreter exits."""
     torch.distributed.barrier()

@@ -221,6 +221,9 @@ class PipelineEngine(Engine):
         self.total, self.counted = model.no_output(), 0
 
     def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
+        for weight, _ in self.stages.get_tied_weights_and_groups():
+            if weight.requires_grad and weight.grad is None:  # detached on the last stage: its zeros are waited for
+                weight.grad = torch.zeros_like(weight)
         return self.run(Accumulation, batch, settings)
 
     @torch.no_grad()
@@ -252,9 +255,6 @@ class PipelineEngine(Engine):
         return out.loss
 
     def update(self) -> None:
-        for weight, _ in self.stages.get_tied_weights_and_groups():
-            if weight.requires_grad and weight.grad is None:  # detached on the last stage: its zeros are waited for
-                weight.grad = torch.zeros_like(weight)
         self.engine._exec_reduce_tied_grads()
         self.engine._exec_reduce_grads()
         self.engine._exec_optimizer_step()
