@@ -43,8 +43,8 @@ def frozen(tmp_path: Path, make_tiny_config) -> dict:
     ("dtype", "moments", "freeze", "layouts", "tolerance"),
     [
         ("float32", "bfloat16", False, ZERO + MORE + FOUR + ONE, 2e-6),
-        ("bfloat16", "float32", False, ZERO + MORE + ONE, 2**-8),  # ZeRO-0's gradient norm is a bfloat16 number
-        ("bfloat16", "float32", True, ZERO + ONE, 2**-8),
+        ("bfloat16", "float32", False, ZERO + MORE + ONE, 2**-8),
+        ("bfloat16", "float32", True, ZERO + ONE, 1e-4),
     ],
     ids=["float32", "bfloat16", "frozen trunk"],
 )
@@ -56,6 +56,8 @@ def test_every_layout_reads_what_another_wrote_and_goes_on_alike(
     base |= {"train.batch_size": 8, "mtp.num_nextn_predict_layers": 2, "optim.schedule": {"warmup": 0.0}}
     base |= {"optim.moments": moments, "train.ema_decay": 0.8}
     base |= frozen(tmp_path, make_tiny_config) if freeze else {}
+    if dtype == "bfloat16" and not freeze:  # every expert: a rounding that changes a choice moves the norm by 0.5 %
+        base |= {"model.num_experts_per_tok": 8, "model.topk_group": 4}
 
     def config(number: int, ranks: int, parallel: dict) -> Config:
         own = {"run.name": f"run{number}", "train.micro_batch_size": 2 if ranks == 4 else 4}

@@ -79,6 +79,7 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
         out = model(tokens, balance_loss_weight=alpha)
         out.loss.backward()
         for master, parameter in pairs:
+            assert parameter.grad is not None  # for mypy
             master.grad = parameter.grad.float()
         optimizer.step()
         with torch.no_grad():

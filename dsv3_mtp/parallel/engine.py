@@ -162,9 +162,9 @@ class Engine:
         self.engine.step()
 
     def _replicated_norm(self) -> float:
-        """ZeRO-0 in float32 reports no norm; there every rank holds the whole averaged gradient."""
+        """ZeRO-0 in float32 reports no norm, in bfloat16 a rounded one; every rank holds the whole averaged gradient."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
+        return float(torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm())
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
