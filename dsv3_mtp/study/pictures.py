@@ -15,6 +15,7 @@ from dsv3_mtp.metrics import Record, depths_of
 from dsv3_mtp.plots import STYLE, save_figure, short_number
 from dsv3_mtp.schedules import depth_loss_weights, mtp_loss_weight
 from dsv3_mtp.study.findings import Effect, Table, describe_metric, references, values_of
+from dsv3_mtp.study.matrix import Primary, Study
 from dsv3_mtp.study.measure import loss_errors
 from dsv3_mtp.study.stats import solve_curve, t_interval
 
@@ -24,7 +25,7 @@ COLORS = ("#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56
 Curves = Mapping[str, Mapping[int, Sequence[Record]]]  # arm -> seed -> metrics.jsonl
 
 
-def draw_all(study: Any, configs: Mapping[str, Config], table: Table, curves: Curves, effects: list[Effect]) -> list:
+def draw_all(study: Study, configs: Mapping[str, Config], table: Table, curves: Curves, effects: list[Effect]) -> list:
     """Writes the PNG files that the data allow into the study's folder; returns [(file, caption)]."""
     folder, arms = study.folder, {arm: COLORS[n % len(COLORS)] for n, arm in enumerate(study.arms)}
     wanted: list[tuple[str, str, Callable[[Path], bool]]] = [
@@ -114,7 +115,7 @@ def draw_losses(out: Path, curves: Curves, arms: Mapping[str, str]) -> bool:
 
 
 @matplotlib.rc_context(STYLE)
-def draw_effects(out: Path, effects: Sequence[Effect], primary: Any) -> bool:
+def draw_effects(out: Path, effects: Sequence[Effect], primary: Primary) -> bool:
     """One panel per metric; metrics without an interval are left out."""
     groups: dict[str, list[Effect]] = {}
     for effect in effects:
