@@ -13,8 +13,8 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.losses import CHUNK_ELEMENTS
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.parts import Part, activation_elements, parts
 from dsv3_mtp.parallel.pipeline import reads_tokens, stage_layers
-from dsv3_mtp.parts import Part, activation_elements, parts
 
 DEEPSPEED_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9}  # zero_optimization, in elements
 
