@@ -93,10 +93,8 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
     learned = sum(part.learned[0] for part in mine), sum(part.learned[1] for part in mine) // shape.experts
     _, gradients, states = state_bytes(*learned, shape, **sizes)
     average = 0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
-    offload, received = (
-        config.parallel.offload_optimizer,
-        0 if mine[0].name == "embedding" else config.model.hidden_size,
-    )
+    offload = config.parallel.offload_optimizer
+    received = 0 if mine[0].name == "embedding" else config.model.hidden_size  # from the stage before
     activations = (received + sum(activation_elements(config, part) for part in mine)) * shape.tokens * element
     return Stage(
         names=[part.name for part in mine],

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import Record, depths_of
@@ -160,7 +161,7 @@ def draw_depths(out: Path, table: Table, arms: Mapping[str, str]) -> bool:
                 ax.errorbar(at, [np.mean(v) for v in values], half, color=color, marker="o", ms=4, label=arm)
         ax.set_title(title)
         ax.set_xlabel("depth k")
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if family != "val/mtp_loss":
             ax.set_ylim(0, 1)
     _legend(figure, arms, shown, marker="o")
@@ -286,7 +287,7 @@ def _legend(figure: Figure, arms: Mapping[str, str], shown: set[str], **style: A
 
 
 def _tokens(ax: Axes) -> None:
-    ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: short_number(value)))
+    ax.xaxis.set_major_formatter(lambda value, _: short_number(value))
     ax.set_xlabel("tokens")
 
 
