@@ -128,12 +128,9 @@ def task_rows(config: Config) -> dict[str, Any]:
     if task is None:
         return {}
     if not isinstance(task, MarkovTask):
-        examples = (
-            f"{TaskStream(TaskSource(task), config.data.seq_len, None).per_row} per row of {config.data.seq_len + 1}"
-        )
-        return {
-            f"task {task.type}": f"examples of {task.example_length} tokens, {examples}; {task.vocab_size} token ids"
-        }
+        per_row = TaskStream(TaskSource(task), config.data.seq_len, None).per_row
+        text = f"examples of {task.example_length} tokens, {per_row} per row of {config.data.seq_len + 1}"
+        return {f"task {task.type}": f"{text}; {task.vocab_size} token ids"}
     return {f"task markov: best {name}": f"{value:.4f}" for name, value in reference(task, config.mtp).items()}
 
 

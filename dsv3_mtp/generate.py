@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dsv3_mtp.decode.cache import Slots
+from dsv3_mtp.decode.cache import Slots, span
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.draft import KINDS, Drafter, draft_limit
 from dsv3_mtp.decode.sample import Sampler
@@ -113,14 +113,17 @@ class Generation:
     tokens: list[list[int]]  # new tokens of each prompt
     acceptance: Acceptance
 
+    def add(self, step: Step) -> None:
+        if self.tokens[step.row]:  # the first token of a row comes from its prefill
+            self.acceptance.add(step)
+        self.tokens[step.row] += step.tokens
+
 
 def generate(model: DeepseekV3MTP, prompts: Sequence[Sequence[int]], settings: Settings | None = None) -> Generation:
     """New tokens of each prompt. Raises what `stream` raises."""
     result = Generation([[] for _ in prompts], Acceptance())
     for step in stream(model, prompts, settings):
-        if result.tokens[step.row]:  # the first token of a row comes from its prefill
-            result.acceptance.add(step)
-        result.tokens[step.row] += step.tokens
+        result.add(step)
     return result
 
 
@@ -224,12 +227,18 @@ class _Batch:
 
     def _forward(self, starts: list[int], length: int):
         """The trunk on slots starts[b]..starts[b]+length-1 of each row."""
-        if min(starts) == max(starts):
-            tokens = self.ids[:, starts[0] : starts[0] + length]
-        else:
-            first = torch.tensor(starts, device=self.ids.device)[:, None]
-            tokens = self.ids.gather(1, first + torch.arange(length, device=self.ids.device))
-        return self.decoder.trunk(tokens, self.caches, self.slots.window(starts, length))
+        window = self.slots.window(starts, length)
+        return self.decoder.trunk(span(self.ids, starts, length), self.caches, window)
+
+
+def _cut(row: int, tokens: list[int], *, accepted: int, drafted: int, room: int, stops: frozenset[int]) -> Step:
+    """A row's step: its tokens up to a stop token and to the `room` that is left, and the counts that this leaves."""
+    tokens, drafted = tokens[:room], min(drafted, room - 1)
+    stop = next((number for number, token in enumerate(tokens, start=1) if token in stops), None)
+    if stop is not None:
+        tokens, drafted = tokens[:stop], min(drafted, stop)
+    done = stop is not None or len(tokens) == room
+    return Step(row, tokens, min(accepted, drafted, len(tokens)), drafted, done)
 
 
 @torch.inference_mode()
@@ -250,13 +259,12 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
         batch = _Batch(decoder, slots, [prompts[row] for row in numbers], settings)
         first = batch.prefill(sampler)
         batch.append([[token] for token in first])
-        going = []
-        for i, (row, token) in enumerate(zip(numbers, first, strict=True)):
-            done = token in stops or batch.last[i] + 1 == ends[row]
-            yield Step(row, [token], 0, 0, done)
-            if not done:
-                going.append(i)
-        if going:
+        steps = [
+            _cut(row, [token], accepted=0, drafted=0, room=ends[row] - len(prompts[row]), stops=stops)
+            for row, token in zip(numbers, first, strict=True)
+        ]
+        yield from steps
+        if going := [i for i, step in enumerate(steps) if not step.done]:
             batch.keep(going)
             batches.append(batch)
             rows += [numbers[i] for i in going]
@@ -269,20 +277,12 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
         room = [ends[row] - 1 - m for row, m in zip(rows, batch.last, strict=True)]  # tokens that still fit, >= 1
         count = min(depth, max(room) - 1)
         accepted, new = batch.step(count, sampler)
-        going, steps = [], []
-        for i, row in enumerate(rows):
-            tokens = new[i][: room[i]]
-            stop = next((j for j, token in enumerate(tokens) if token in stops), None)
-            drafted = min(count, room[i] - 1)
-            if stop is not None:
-                tokens = tokens[: stop + 1]
-                drafted = min(drafted, stop + 1)
-            done = stop is not None or len(tokens) == room[i]
-            new[i] = tokens
-            steps.append(Step(row, tokens, min(accepted[i], drafted, len(tokens)), drafted, done))
-            if not done:
-                going.append(i)
-        batch.append(new)
+        steps = [
+            _cut(row, new[i], accepted=accepted[i], drafted=count, room=room[i], stops=stops)
+            for i, row in enumerate(rows)
+        ]
+        batch.append([step.tokens for step in steps])
+        going = [i for i, step in enumerate(steps) if not step.done]
         rows = [rows[i] for i in going]
         if rows:
             batch.keep(going)

@@ -55,6 +55,5 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
             groups.setdefault(name, {"name": name, "params": [], "moe": True})["params"].append(parameter)
     for group in groups.values():
         group["weight_decay"] = 0.0 if group["name"] == "vectors" else optim.weight_decay
-    betas = (optim.betas[0], optim.betas[1])
     kind = BF16MomentsAdamW if optim.moments == "bfloat16" else torch.optim.AdamW
-    return kind(list(groups.values()), lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+    return kind(list(groups.values()), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import Record, depths_of, replacing
@@ -124,7 +124,7 @@ def _schedules(ax: Axes, train: Sequence[Record]) -> None:
         weight = _series(train, "train/mtp_weight")
         handles += _line(twin, *weight, color="#d55e00", linestyle="--", label="MTP loss weight (right)")
         twin.set_ylim(bottom=0.0)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_ylim(bottom=0.0)
     _legend_above(ax, handles)
 
@@ -140,7 +140,7 @@ def _health(ax: Axes, train: Sequence[Record]) -> None:
         handles += _line(ax, *_series(train, key), color=color, linewidth=1.2, label=label)
     speed = _series(train, "perf/tokens_per_s")
     handles += _line(twin, *speed, color=GREY, linestyle="--", linewidth=1.2, label="tokens/s (right)")
-    twin.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    twin.yaxis.set_major_formatter(lambda value, _: short_number(value))
     ax.set_ylim(bottom=0.0)
     twin.set_ylim(bottom=0.0)
     _legend_above(ax, handles)
@@ -209,7 +209,7 @@ def _legend_above(ax: Axes, handles: list[Line2D]) -> None:
 
 def _token_axis(ax: Axes, last: float) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(7))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    ax.xaxis.set_major_formatter(lambda value, _: short_number(value))
     ax.set_xlim(0, last * 1.01)
     ax.set_xlabel("tokens")
 

@@ -115,8 +115,6 @@ def test_deepspeed_is_out_of_reach_of(part: str):
     ],
 )
 def test_importing_a_module_does_not_load(module: str, absent: list[str]):
-    if not list(PACKAGE.glob(module.removeprefix("dsv3_mtp.") + "*")):
-        pytest.skip(f"{module} does not exist yet")
     code = f"import {module}, sys; print([name for name in {absent} if name in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)

@@ -75,17 +75,9 @@ def validation_prefixes(config: Any, options: argparse.Namespace) -> list[list[i
     task = config.data.task
     if task is not None and task.type != "markov":
         raise ValueError(f"{config.run.name}: data.task {task.type} has no text; tools/evaluate.py drafts its answers")
-    source = validation_source(config)
-    batches = sequential_windows(
-        source,
-        seq_len=options.prefix_tokens,
-        lookahead=0,
-        count=options.prefixes,
-        rank=0,
-        world_size=1,
-        micro_batch_size=1,
-    )
-    return [row.tolist() for tokens, *_ in batches for row in tokens]
+    size = {"seq_len": options.prefix_tokens, "count": options.prefixes}
+    [(tokens, *_)] = sequential_windows(validation_source(config), lookahead=0, **size)
+    return tokens.tolist()
 
 
 if __name__ == "__main__":

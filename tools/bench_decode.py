@@ -243,13 +243,13 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
 
 def _equal_acceptance(needed: float, drafts: int) -> str:
     """The p with 1 + p + .. + p^K = needed, as text."""
+    from scipy.optimize import brentq
+
     if needed > 1 + drafts:
         return ", out of reach"
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        p = (low + high) / 2
-        low, high = (p, high) if sum(p**k for k in range(drafts + 1)) < needed else (low, p)
-    return f", acceptance {high:.2f} at every position"
+    needed = max(needed, 1.0)  # below 1 by noise only
+    p = brentq(lambda p: sum(p**k for k in range(drafts + 1)) - needed, 0.0, 1.0)
+    return f", acceptance {p:.2f} at every position"
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def main() -> int:
         model, encoder = load(options)
         names, prompts = read_prompts(options, encoder)
         settings = settings_of(options, model, encoder)
-        plain = timed(model, prompts, settings, encoder=encoder, names=names, options=options)
-        print(summary(model, prompts, settings, plain), file=sys.stderr)
+        result, seconds = timed(model, prompts, settings, encoder=encoder, names=names, options=options)
+        print(summary(model, prompts, settings, result, seconds), file=sys.stderr)
     except BrokenPipeError:  # the reader of stdout has gone (head)
         sys.stdout = None
     except (ValueError, OSError) as error:
@@ -196,9 +196,7 @@ def timed(model: Any, prompts: list[list[int]], settings: Any, *, encoder: Any, 
     texts, result, started = [""] * len(prompts), Generation([[] for _ in prompts], Acceptance()), None
     for step in stream(model, prompts, settings):
         started = started or time.perf_counter()  # the first token ends the (first) prefill
-        if result.tokens[step.row]:
-            result.acceptance.add(step)
-        result.tokens[step.row] += step.tokens
+        result.add(step)
         piece = printers[step.row].push(step.tokens, step.accepted, done=step.done)
         if len(prompts) == 1:
             print(piece, end="", flush=True)
@@ -212,13 +210,12 @@ def timed(model: Any, prompts: list[list[int]], settings: Any, *, encoder: Any, 
     return result, seconds
 
 
-def summary(model: Any, prompts: list[list[int]], settings: Any, done: Any) -> str:
+def summary(model: Any, prompts: list[list[int]], settings: Any, result: Any, seconds: float) -> str:
     """One line: speed, tokens per trunk forward, acceptance by position, speed-up over plain decoding."""
     from dataclasses import replace
 
     from dsv3_mtp.generate import generate
 
-    result, seconds = done
     total, decoded = sum(map(len, result.tokens)), result.acceptance.tokens
     if not decoded:
         return f"{total} tokens, all from the prefill"

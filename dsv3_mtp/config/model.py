@@ -20,6 +20,12 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _plain_name(name: str) -> str:
+    if name in (".", "..") or "/" in name or "\\" in name:
+        raise ValueError("must be a plain folder name; put folders into run.dir")
+    return name
+
+
 Integer = Annotated[int, BeforeValidator(_not_bool)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
 Count = Annotated[Integer, Field(ge=1)]
@@ -28,6 +34,7 @@ Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # no shell expands the ~ of a config or of --set
+FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name
 
 
 class Section(BaseModel):

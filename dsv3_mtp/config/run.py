@@ -20,6 +20,7 @@ from dsv3_mtp.config.model import (
     V3_TOKENS,
     Count,
     FilePath,
+    FolderName,
     Fraction,
     Integer,
     ModelConfig,
@@ -31,22 +32,18 @@ from dsv3_mtp.config.model import (
     Text,
 )
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
-from dsv3_mtp.config.reader import ConfigError, Problem, dump_tree, problems_of, read_tree, show
+from dsv3_mtp.config.reader import ConfigError, Problem, dump_tree, problems_of, read_tree
 
 
 class RunConfig(Section):
     """Where the run lives and what it draws its random numbers from."""
 
-    name: Text = "run"
+    name: FolderName = "run"
     """The run's folder is DIR/NAME."""
     dir: FilePath = "runs"
     """Folder of all runs."""
     seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 1234
     """Initialisation and data order."""
-
-    def rules(self) -> Iterator[Problem]:
-        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
-            yield "name", f"must be a plain folder name; put folders into run.dir (got {show(self.name)})"
 
 
 class ScheduleConfig(Section):

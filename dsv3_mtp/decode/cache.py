@@ -68,6 +68,14 @@ class Slots:
         return Window((rows, length), write, end, rotation, mask)
 
 
+def span(ids: Tensor, starts: Sequence[int], length: int) -> Tensor:
+    """(B, >S) tokens -> (B, length): those at starts[b]..starts[b]+length-1 of row b."""
+    if min(starts) == max(starts):
+        return ids[:, starts[0] : starts[0] + length]
+    first = torch.tensor(starts, device=ids.device)[:, None]
+    return ids.gather(1, first + torch.arange(length, device=ids.device))
+
+
 class Ring:
     """Hidden states of each row's last W slots. Writing slot i forgets slot i - W.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_mtp.decode.cache import Ring, Slots
+from dsv3_mtp.decode.cache import Ring, Slots, span
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.sample import Sampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
@@ -29,9 +29,8 @@ class Drafter:
         width = max(chunk, depth + 1) + 2 * (self.modules + 1)
         self.rings = [Ring(rows, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())]
         self.caches = slots.caches(self.caches_needed(), rows)  # (B, S, R+P) per module
-        self.filled = [
-            [0] * rows for _ in range(self.caches_needed())
-        ]  # [module][row]: slots whose inputs were all known
+        # [module][row]: slots whose inputs were all known
+        self.filled = [[0] * rows for _ in range(self.caches_needed())]
 
     def rings_needed(self) -> int:
         return 1
@@ -107,8 +106,9 @@ class ChainDrafter(Drafter):
                 counts = [m - start for m, start in zip(last, starts, strict=True)]
                 out, normed = self._run(depth, starts, max(counts), ids)  # (B, T, C)
                 self.filled[depth - 1] = [max(s, m - depth + 1) for s, m in zip(starts, last, strict=True)]
-                anchor = slice(-1, None) if min(counts) == max(counts) else torch.tensor(counts, device=ids.device) - 1
-                pick = (slice(None), anchor) if isinstance(anchor, slice) else (rows, anchor)
+                pick: Any = slice(None), slice(-1, None)  # the last slot of each row
+                if min(counts) != max(counts):
+                    pick = rows, torch.tensor(counts, device=ids.device) - 1
                 hidden, normed = (state[pick].view(len(last), -1) for state in (out, normed))  # (B, C)
             else:
                 starts = [m - 1 + depth - self.modules for m in last]
@@ -130,12 +130,7 @@ class ChainDrafter(Drafter):
 
     def _module(self, depth: int, hidden: Any, starts: Sequence[int], length: int, ids: Tensor):
         """One module on (B*T, C) states -> its chained and its normed state, each (B*T, C)."""
-        ahead = [start + depth for start in starts]
-        if min(ahead) == max(ahead):
-            tokens = ids[:, ahead[0] : ahead[0] + length]
-        else:
-            index = torch.tensor(ahead, device=ids.device)[:, None] + torch.arange(length, device=ids.device)
-            tokens = ids.gather(1, index)
+        tokens = span(ids, [start + depth for start in starts], length)
         window = self.slots.window(starts, length)
         return self.decoder.module(depth, hidden, tokens.flatten(), self.caches[depth - 1], window)
 

@@ -4,7 +4,6 @@ RUN/config.yaml   the checkpoint's architecture, and `train.init_from: RUN/weigh
 RUN/weights/      the same layout, FP8 dequantised, with config.json and tokenizer
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -155,7 +154,7 @@ def _tree(
 
 def _resolve(tree: dict[str, Any], path: Path, sets: Iterable[str]) -> Config:
     """Checks the config and writes it with every default filled in."""
-    path.write_text(dump_tree(json.loads(json.dumps(tree))), encoding="utf-8")
+    path.write_text(dump_tree(tree), encoding="utf-8")
     try:
         config = load_config(path, sets)
     except ConfigError as error:

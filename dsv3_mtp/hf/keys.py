@@ -45,7 +45,8 @@ def slots(config: ModelConfig, modules: int) -> Iterator[Slot]:
     vocabulary = (config.vocab_size, config.hidden_size)
     yield Slot("model.embed_tokens.weight", vocabulary, "model.embed_tokens.weight")
     for layer in range(config.num_hidden_layers):
-        yield from _block(config, f"model.layers.{layer}.", f"model.layers.{layer}.", _is_dense(config, layer))
+        name = f"model.layers.{layer}."
+        yield from _block(config, name, name, dense=layer < config.first_k_dense_replace)
     for module in range(modules):
         disk, memory = f"model.layers.{config.num_hidden_layers + module}.", f"mtp.layers.{module}."
         yield Slot(f"{disk}embed_tokens.weight", vocabulary, "model.embed_tokens.weight", alias=True)
@@ -55,10 +56,6 @@ def slots(config: ModelConfig, modules: int) -> Iterator[Slot]:
         yield from _block(config, disk, memory, dense=False)
     yield Slot("model.norm.weight", (config.hidden_size,), "model.norm.weight")
     yield Slot("lm_head.weight", vocabulary, "lm_head.weight")
-
-
-def _is_dense(config: ModelConfig, layer: int) -> bool:
-    return layer < config.first_k_dense_replace
 
 
 def _merge_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -73,12 +70,12 @@ def _block(config: ModelConfig, disk: str, memory: str, dense: bool) -> Iterator
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
     shapes |= {f"self_attn.{name}.weight": shape for name, shape in _attention_shapes(config).items()}
     shapes["post_attention_layernorm.weight"] = (width,)
-    shared = config.n_shared_experts * config.moe_intermediate_size
     if dense:
         shapes |= _mlp_shapes("mlp.", width, config.intermediate_size)
     else:
         shapes |= {"mlp.gate.weight": (config.n_routed_experts, width), BIAS: (config.n_routed_experts,)}
-        shapes |= _mlp_shapes("mlp.shared_experts.", width, shared) if shared else {}
+        if shared := config.n_shared_experts * config.moe_intermediate_size:
+            shapes |= _mlp_shapes("mlp.shared_experts.", width, shared)
     for name, shape in shapes.items():
         yield Slot(disk + name, shape, memory + name, quantised=name in QUANTISED)
     if dense:

@@ -52,7 +52,6 @@ class Settings:
     modules: int  # MTP modules stored
     block: tuple[int, int] | None  # of an FP8 checkpoint
     special_ids: dict[str, Any]  # bos_token_id, eos_token_id, pad_token_id as far as given
-    dtype: str
     notes: list[str]
 
 
@@ -159,8 +158,7 @@ def read_settings(folder: Path) -> Settings:
     unknown = sorted(content.keys() - ModelConfig.model_fields.keys() - FIXED.keys() - READ_ONLY.keys() - UNUSED)
     notes = [f"{path}: not used: {', '.join(unknown)}"] if unknown else []
     ids = {key: content[key] for key in SPECIAL_IDS if key in content}
-    dtype = content.get("torch_dtype") or content.get("dtype") or "bfloat16"
-    return Settings(model, modules, block, ids, dtype, notes)
+    return Settings(model, modules, block, ids, notes)
 
 
 def _fixed_problems(content: dict[str, Any]) -> Iterator[str]:

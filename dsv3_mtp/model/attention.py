@@ -53,9 +53,10 @@ class MLA(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, T, C) -> queries (B, T, H, nope+P), latents (B, T, R) without norm, keys (B, T, P) not yet rotated."""
-        query = self.q_a_proj(x) if self.q_compressed else self.q_proj(x)
         if self.q_compressed:
-            query = again(self.q_b_proj, again(self.q_a_layernorm, query))
+            query = again(self.q_b_proj, again(self.q_a_layernorm, self.q_a_proj(x)))
+        else:
+            query = self.q_proj(x)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)
         return query.unflatten(-1, (self.heads, -1)), latent, k_rope
 

@@ -1,8 +1,7 @@
 """DeepSeek-V3 with 1+D prediction heads: trunk, heads, loss, init."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -10,52 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
-from dsv3_mtp.losses import linear_cross_entropy
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm, Rows, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
-from dsv3_mtp.model.mtp import ParallelLinearMTP, ParallelMTP, SequentialMTP, TrunkStates
+from dsv3_mtp.model.mtp import HEADS, LMHead, TrunkStates
+from dsv3_mtp.model.output import Batch, MTPOutput
 from dsv3_mtp.model.targets import agreement, count_targets, document_mask, valid_targets
-
-# Micro-batches: tokens, documents (None without masks), scored (None: every token is a target), each (B, T+1+D).
-Batch = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
-
-
-@dataclass(frozen=True)
-class MTPOutput:
-    """One micro-batch. `loss` has a gradient; everything else is detached and adds up over micro-batches and ranks.
-
-    No tuple: DeepSpeed divides the gradient of every tensor that it finds in an output by the accumulation count.
-    """
-
-    loss: Tensor  # scalar: main + sum_k weight_k L_k + alpha * balance, in the normalizer's units
-    nll_sum: Tensor  # (1+D,) summed cross-entropy of each depth, depth 0 = main
-    targets: Tensor  # (1+D,) number of valid targets of each depth
-    correct: Tensor  # (1+D,) top1: teacher-forced argmax equals the label
-    agreed: Tensor  # (D,) agreement: argmax of depths 1..k all equal the main model's own argmax for that token
-    compared: Tensor  # (D,) slots in which that comparison exists
-    balance: Tensor  # scalar: sum over sequences and routers of sum_i f_i P_i
-    load: Tensor  # (routers, E) tokens per expert, trunk routers first
-    nodes: Tensor  # (routers,) sum over tokens of the groups (V3: nodes) that the token's experts lie in
-
-    def __add__(self, other: "MTPOutput") -> "MTPOutput":
-        return MTPOutput(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-    def sums(self) -> "MTPOutput":
-        """All of it detached and in float64, to be added up."""
-        return MTPOutput(*(getattr(self, field.name).detach().double() for field in fields(self)))
-
-
-class LMHead(nn.Linear):
-    """Output head. The loss is computed inside its own forward, so that ZeRO-3 finds the weight gathered."""
-
-    def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, row_weight: Tensor | None = None, detach: bool = False
-    ) -> Any:
-        """hidden (..., C) -> logits (..., V); with targets (M,) and row_weight (M,) -> loss, nll, prediction."""
-        if targets is None or row_weight is None:
-            return super().forward(hidden)
-        return linear_cross_entropy(hidden, self.weight.detach() if detach else self.weight, targets, row_weight)
 
 
 class Trunk(nn.Module):
@@ -98,13 +57,7 @@ class DeepseekV3MTP(nn.Module):
         self.config, self.mtp_config = config, mtp
         self.model = Trunk(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
-        self.mtp: Any = None
-        if mtp.mode == "sequential":
-            self.mtp = SequentialMTP(config, mtp)
-        elif mtp.mode == "parallel":
-            self.mtp = ParallelMTP(config, mtp)
-        elif mtp.mode == "parallel_linear":
-            self.mtp = ParallelLinearMTP(config, mtp, LMHead)
+        self.mtp: Any = HEADS[mtp.mode](config, mtp) if mtp.mode in HEADS else None
 
     @property
     def depths(self) -> int:

@@ -5,12 +5,13 @@ Every head class maps the trunk's states to D hidden states, ready for an output
 Slot i of depth k predicts token t_{i+k+1}. Positions are the anchor's (slot i's own) at every depth.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.losses import linear_cross_entropy
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm
 
@@ -24,6 +25,18 @@ class TrunkStates(NamedTuple):
 
     def detach(self) -> "TrunkStates":
         return TrunkStates(*(state.detach() for state in self))
+
+
+class LMHead(nn.Linear):
+    """Output head. The loss is computed inside its own forward, so that ZeRO-3 finds the weight gathered."""
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, row_weight: Tensor | None = None, detach: bool = False
+    ) -> Any:
+        """hidden (..., C) -> logits (..., V); with targets (M,) and row_weight (M,) -> loss, nll, prediction."""
+        if targets is None or row_weight is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden, self.weight.detach() if detach else self.weight, targets, row_weight)
 
 
 class SharedHead(nn.Module):
@@ -120,9 +133,17 @@ class ParallelMTP(nn.Module):
 class ParallelLinearMTP(nn.Module):
     """D bare linear vocabulary heads on the trunk's normed output (lingua's variant, not Meta's transformer heads)."""
 
-    def __init__(self, config: ModelConfig, mtp: MTPConfig, head: type[nn.Linear]):
+    def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__()
-        self.heads = nn.ModuleList(head(config.hidden_size, config.vocab_size, bias=False) for _ in range(mtp.depths))
+        self.heads = nn.ModuleList(LMHead(config.hidden_size, config.vocab_size, bias=False) for _ in range(mtp.depths))
 
     def forward(self, trunk: TrunkStates, embeddings: list[Tensor], angles: Tensor, mask: Tensor | None):
         return [trunk.post_norm] * len(self.heads), []
+
+
+# By `mtp.mode`, of which "none" has none.
+HEADS: dict[str, type[nn.Module]] = {
+    "sequential": SequentialMTP,
+    "parallel": ParallelMTP,
+    "parallel_linear": ParallelLinearMTP,
+}

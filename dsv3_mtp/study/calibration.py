@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.data.markov import best_acceptance, transition_matrix
+from dsv3_mtp.grade import reference
 from dsv3_mtp.study.findings import Table, values_of
 from dsv3_mtp.study.page import Block, Heading, Paragraph
 from dsv3_mtp.study.page import Table as Rows
@@ -33,15 +33,13 @@ def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Block
 
 def acceptances(table: Table, arm: str, config: Config) -> str:
     """Mean measured acceptance of drafts 1..k, and in brackets the best possible."""
-    task, depths = config.data.task, config.mtp.depths
-    assert task is not None and task.type == "markov"
-    chain = transition_matrix(task.states, sharpness=task.sharpness, chain_seed=task.chain_seed)
-    sees = config.mtp.mode == "sequential" and config.mtp.embed
-    best = best_acceptance(chain, depths, temperature=1, sees_tokens=sees) if depths else []
-    cells = []
-    for k, limit in enumerate(best, start=1):
-        values = list(values_of(table, arm, f"acceptance/T1/joint/{k}").values())
-        cells.append(f"{sum(values) / len(values):.3f} ({limit:.3f})" if values else f"- ({limit:.3f})")
+    assert config.data.task is not None
+    best, cells = reference(config.data.task, config.mtp), []
+    for k in range(1, 1 + config.mtp.depths):
+        name = f"acceptance/T1/joint/{k}"
+        values = list(values_of(table, arm, name).values())
+        measured = f"{sum(values) / len(values):.3f}" if values else "-"
+        cells.append(f"{measured} ({best[name]:.3f})")
     return ", ".join(cells) or "-"
 
 

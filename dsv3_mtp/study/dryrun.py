@@ -17,7 +17,7 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
     for name, arm in study.arms.items():
         config = loaded.configs[name]
         size, run = size_of(config), runs.get(f"{name}-seed{study.seeds[0]}")
-        flops = cost(loaded, run, runs) if run else _matched_cost(loaded, name)
+        flops = cost(run) if run else _matched_cost(loaded, name)
         total += flops * len(study.seeds)
         tokens = tokens_of(loaded, name, {})
         parent = f"{run.parent.rpartition('-')[0]} at step {run.fork_step}" if run and run.parent else "-"
@@ -42,7 +42,7 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
     )
 
 
-def cost(loaded: LoadedStudy, run: Run, runs: dict[str, Run]) -> float:
+def cost(run: Run) -> float:
     """Training FLOPs of one run; of a forked one only what comes after the fork."""
     flops = training_flops(run.config)
     if run.parent is None:

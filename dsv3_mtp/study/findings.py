@@ -7,6 +7,7 @@ from typing import Any
 
 from dsv3_mtp.metrics import LEAK_RATIO
 from dsv3_mtp.study import stats
+from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.stats import Interval
 
 ALPHA = 0.05
@@ -67,7 +68,7 @@ class Effect:
     unpaired_sd: float  # what the interval would have rested on without pairing
 
 
-def effects_of(study: Any, table: Table) -> list[Effect]:
+def effects_of(study: Study, table: Table) -> list[Effect]:
     """Every comparison x arm x metric, primary ones first."""
     primary = (study.primary.comparison, study.primary.metric)
     wanted = []
@@ -84,7 +85,7 @@ def effects_of(study: Any, table: Table) -> list[Effect]:
     return [Effect(**{**vars(e), "adjusted_p": adjusted.get(str(n), 1.0)}) for n, e in enumerate(effects)]
 
 
-def _effect(study: Any, table: Table, comparison: str, arm: str, against: str, metric: str) -> Effect:
+def _effect(study: Study, table: Table, comparison: str, arm: str, against: str, metric: str) -> Effect:
     left, right = values_of(table, arm, metric), values_of(table, against, metric)
     seeds = [seed for seed in study.seeds if seed in left and seed in right]
     differences = [left[seed] - right[seed] for seed in seeds]
@@ -109,9 +110,9 @@ def values_of(table: Table, arm: str, metric: str) -> dict[int, float]:
     return found
 
 
-def references(study: Any, curves: Mapping[str, Mapping[int, Any]]) -> list[tuple[str, int, Any]]:
+def references(study: Study, curves: Mapping[str, Mapping[int, Any]]) -> list[tuple[str, int, Any]]:
     """(arm, seed, curves of the arm that its losses are measured against) of every run that has them."""
-    others = curves.get(study.loss_error_against, {})
+    others = curves.get(study.loss_error_against or "", {})
     return [(arm, seed, others[seed]) for arm, seeds in curves.items() for seed in seeds if seed in others]
 
 
@@ -169,7 +170,7 @@ def lost(table: Table, arms: Sequence[str]) -> list[str]:
     return [f"{arm} seed {seed} {status}" for arm, seed, status in runs if status != "finished"]
 
 
-def not_run(study: Any, table: Table) -> list[str]:
+def not_run(study: Study, table: Table) -> list[str]:
     """Per arm the seeds that have not been run, or that failed for a reason that is not training's."""
     found = []
     for arm in study.arms:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from dsv3_mtp.config import Config, ConfigError, load_config
-from dsv3_mtp.config.model import Count, FilePath, Fraction, Integer, Positive, Section, Text
+from dsv3_mtp.config.model import Count, FilePath, FolderName, Fraction, Integer, Positive, Section, Text
 from dsv3_mtp.config.reader import Problem, problems_of, read_tree, show
 
 Overrides = dict[Text, Any]
@@ -25,12 +25,8 @@ OWNED = ("run.name", "run.dir", "run.seed")  # settings that the study gives to 
 class StudyRun(Section):
     """Where the study lives: its folder is DIR/NAME, and holds one run folder per arm and seed."""
 
-    name: Text
+    name: FolderName
     dir: FilePath = "runs"
-
-    def rules(self) -> Iterator[Problem]:
-        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
-            yield "name", f"must be a plain folder name; put folders into run.dir (got {show(self.name)})"
 
 
 class Match(Section):

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.data.source import open_source
-from dsv3_mtp.data.tasks import TaskSource
-from dsv3_mtp.evaluate import acceptance
+from dsv3_mtp.evaluate import acceptance, validation_source
 from dsv3_mtp.hf import load_run
 from dsv3_mtp.metrics import Record, read_metrics, replacing
 from dsv3_mtp.study.matrix import Acceptance
@@ -129,9 +127,8 @@ def solved_at(records: Sequence[Record], threshold: float) -> int | None:
 def free_running(folder: Path, config: Config, drafts: Acceptance) -> dict[str, float]:
     """Acceptance at temperature 0 and 1 of as many drafts as the model has depths."""
     model = load_run(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
-    task = config.data.task
     metrics: dict[str, float] = {}
-    source = open_source(str(config.data.val), "val") if task is None else TaskSource(task)
+    source = validation_source(config)
     for temperature in (0, 1):
         found = acceptance(
             model,
@@ -142,6 +139,7 @@ def free_running(folder: Path, config: Config, drafts: Acceptance) -> dict[str, 
             new_tokens=drafts.new_tokens,
             temperature=float(temperature),
         )
-        names = {key: key.removeprefix("val/").replace("acceptance/", "joint/") for key in found}
-        metrics |= {f"acceptance/T{temperature}/{names[key]}": value for key, value in found.items()}
+        for key, value in found.items():
+            name = key.removeprefix("val/").replace("acceptance/", "joint/")
+            metrics[f"acceptance/T{temperature}/{name}"] = value
     return metrics

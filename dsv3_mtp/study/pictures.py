@@ -9,12 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import Record, depths_of
 from dsv3_mtp.plots import STYLE, save_figure, short_number
 from dsv3_mtp.schedules import depth_loss_weights, mtp_loss_weight
 from dsv3_mtp.study.findings import Effect, Table, describe_metric, references, values_of
+from dsv3_mtp.study.matrix import Primary, Study
 from dsv3_mtp.study.measure import loss_errors
 from dsv3_mtp.study.stats import solve_curve, t_interval
 
@@ -24,7 +26,7 @@ COLORS = ("#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56
 Curves = Mapping[str, Mapping[int, Sequence[Record]]]  # arm -> seed -> metrics.jsonl
 
 
-def draw_all(study: Any, configs: Mapping[str, Config], table: Table, curves: Curves, effects: list[Effect]) -> list:
+def draw_all(study: Study, configs: Mapping[str, Config], table: Table, curves: Curves, effects: list[Effect]) -> list:
     """Writes the PNG files that the data allow into the study's folder; returns [(file, caption)]."""
     folder, arms = study.folder, {arm: COLORS[n % len(COLORS)] for n, arm in enumerate(study.arms)}
     wanted: list[tuple[str, str, Callable[[Path], bool]]] = [
@@ -114,7 +116,7 @@ def draw_losses(out: Path, curves: Curves, arms: Mapping[str, str]) -> bool:
 
 
 @matplotlib.rc_context(STYLE)
-def draw_effects(out: Path, effects: Sequence[Effect], primary: Any) -> bool:
+def draw_effects(out: Path, effects: Sequence[Effect], primary: Primary) -> bool:
     """One panel per metric; metrics without an interval are left out."""
     groups: dict[str, list[Effect]] = {}
     for effect in effects:
@@ -159,7 +161,7 @@ def draw_depths(out: Path, table: Table, arms: Mapping[str, str]) -> bool:
                 ax.errorbar(at, [np.mean(v) for v in values], half, color=color, marker="o", ms=4, label=arm)
         ax.set_title(title)
         ax.set_xlabel("depth k")
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if family != "val/mtp_loss":
             ax.set_ylim(0, 1)
     _legend(figure, arms, shown, marker="o")
@@ -285,7 +287,7 @@ def _legend(figure: Figure, arms: Mapping[str, str], shown: set[str], **style: A
 
 
 def _tokens(ax: Axes) -> None:
-    ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: short_number(value)))
+    ax.xaxis.set_major_formatter(lambda value, _: short_number(value))
     ax.set_xlabel("tokens")
 
 

@@ -24,7 +24,7 @@ import torch._dynamo  # an import of seconds that training makes: once here, not
 
 from dsv3_mtp.config import load_config
 from dsv3_mtp.loading import checkpoints, is_complete, newest_checkpoint
-from dsv3_mtp.metrics import read_metrics, replacing
+from dsv3_mtp.metrics import MetricsLog, replacing
 from dsv3_mtp.progress import duration
 from dsv3_mtp.runs import FREE, differences, lock_folder
 from dsv3_mtp.study.matrix import LoadedStudy, Study
@@ -253,10 +253,8 @@ def fork(parent: Path, child: Path, step: int) -> None:
     if not is_complete(source):
         print(f"{source}: not there; training from the start", flush=True)
         return
-    lines = (parent / "metrics.jsonl").read_text().splitlines(keepends=True)
-    records = read_metrics(parent / "metrics.jsonl")
-    with replacing(child / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(line for line, r in zip(lines, records, strict=False) if r["step"] <= step))
+    shutil.copyfile(parent / "metrics.jsonl", child / "metrics.jsonl")
+    MetricsLog(child / "metrics.jsonl").truncate_after(step)
     partial = child / "checkpoints.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)

@@ -258,17 +258,6 @@ def test_mtp_routers_move_like_the_trunks(build):
         assert torch.equal(gate.e_score_correction_bias, 0.01 * torch.sign(load.mean() - load))
 
 
-def test_recomputation_by_checkpointing_counts_the_load_once(build):
-    from torch.utils.checkpoint import checkpoint
-
-    model = build(1)
-    layer, x = model.model.layers[-1], torch.randn(1, T, 32, requires_grad=True)
-    angles = rotary_angles(model.config, torch.arange(T))
-    y, stats = checkpoint(layer, x, angles, None, use_reentrant=False)
-    y.sum().backward()
-    assert stats.load.sum() == T * 2
-
-
 # documents
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from dsv3_mtp import kernels
 from dsv3_mtp.meter import Meter
+from dsv3_mtp.model import block
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.recompute import again, forgetting
@@ -120,8 +121,11 @@ def test_what_is_made_again_is_made_from_what_was_made_again():
     assert held == 2 * y.numel() * y.element_size()  # y and the product, no hidden
 
 
-def test_nothing_is_recomputed_or_wrapped_without_a_gradient(tiny_config):
-    model, tokens, _ = build(tiny_config, "full")
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_nothing_is_recomputed_or_wrapped_without_a_gradient(tiny_config, monkeypatch, mode):
+    model, tokens, _ = build(tiny_config, mode)
     plain, _, _ = build(tiny_config, "none")
+    for name in ("recomputed", "forgetting"):
+        monkeypatch.setattr(block, name, None)  # a call would fail
     with torch.no_grad():
         assert torch.equal(model(tokens).loss, plain(tokens).loss)
