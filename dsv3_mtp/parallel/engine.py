@@ -162,7 +162,7 @@ class Engine:
         self.engine.step()
 
     def _replicated_norm(self) -> float:
-        """ZeRO-0 in float32 reports no norm, in bfloat16 a rounded one; every rank holds the whole averaged gradient."""
+        """ZeRO-0 in float32 reports no norm, in bfloat16 a rounded one. Every rank has the whole gradient."""
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm())
 
