@@ -12,7 +12,7 @@ from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf
-from dsv3_mtp.trainer import open_data
+from dsv3_mtp.trainer import open_sources
 from tools import evaluate as tool
 
 CPU = torch.device("cpu")
@@ -75,13 +75,13 @@ def test_a_run_is_not_trained_on_data_of_another_tokenizer_than_it_is_validated_
     index = json.loads((corpus / "index.json").read_text()) | {"tokenizer_sha256": "0"}
     (tmp_path / "other/index.json").write_text(json.dumps(index))
     keys = {"model.vocab_size": VOCAB, "data.val": str(corpus)}
-    assert open_data(make_tiny_config(keys | {"data.train": str(corpus)}), None)
+    assert open_sources(make_tiny_config(keys | {"data.train": str(corpus)}))
     with pytest.raises(ValueError, match="have different tokenizers"):
-        open_data(make_tiny_config(keys | {"data.train": str(tmp_path / "other")}), None)
+        open_sources(make_tiny_config(keys | {"data.train": str(tmp_path / "other")}))
     (tmp_path / "other/tokenizer.json").write_text("{}")
     keys |= {"data.train": str(corpus), "train.init_from": str(tmp_path / "other")}
     with pytest.raises(ValueError, match=f"{corpus} and {tmp_path / 'other'} have different tokenizers"):
-        open_data(make_tiny_config(keys), None)
+        open_sources(make_tiny_config(keys))
 
 
 def test_validation_is_that_of_the_trainer_in_any_number_of_shares(run, corpus):
