@@ -7,7 +7,7 @@ CORPUS ?= data/pystdlib-2048
 # Extra options for pip (an index with CPU builds of torch, a proxy) and for pytest: two processes, a file stays in one of
 # them, because fixtures of some files train several ranks.
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # Optional dependencies to install: dev, hf (parity with transformers), eval (lm-evaluation-harness), wandb, triton.
 EXTRAS ?= dev
 
