@@ -96,15 +96,8 @@ def on_main(world: World, function: Callable[[], Any]) -> Any:
     Raises:
         ValueError: with the message of the ValueError or OSError that rank 0 met.
     """
-    outcome: list[Any] = [None, None]
-    if world.is_main:
-        try:
-            outcome[0] = function()
-        except (ValueError, OSError) as error:
-            outcome[1] = str(error)
+    outcome = [on_all(world, function if world.is_main else lambda: None)]
     torch.distributed.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise ValueError(outcome[1])
     return outcome[0]
 
 
