@@ -24,7 +24,7 @@ import torch._dynamo  # an import of seconds that training makes: once here, not
 
 from dsv3_mtp.config import load_config
 from dsv3_mtp.loading import checkpoints, is_complete, newest_checkpoint
-from dsv3_mtp.metrics import MetricsLog, replacing
+from dsv3_mtp.metrics import MetricsLog, read_metrics, replacing
 from dsv3_mtp.progress import duration
 from dsv3_mtp.runs import FREE, differences, lock_folder
 from dsv3_mtp.study.matrix import LoadedStudy, Study
@@ -33,6 +33,7 @@ from dsv3_mtp.study.plan import Run, plan, whole_steps
 from dsv3_mtp.trainer import NonFiniteError, Trainer
 
 BUDGETS = "budgets.json"
+TIME = "time.json"  # in a run folder
 # Of a run that is there: settings that change neither what is learned nor what is measured.
 IGNORED = (*(key for key in FREE if key not in ("eval", "train.micro_batch_size")), "eval.every")
 CLOSED = ("finished", "diverged")  # of results.json's status: such a run is not run again
@@ -218,7 +219,7 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
     """Trains the run to its end and writes results.json; returns the exit code, 3 when it was asked to stop."""
     folder, settings = study.folder / run.name, settings_of(study)
     if run.parent is not None:
-        fork(study.folder / run.parent, folder, run.fork_step)
+        fork(study.folder / run.parent, folder, run.fork_step, total_tokens=run.config.train.total_tokens)
     results = describe(run, settings=settings)
     try:
         trainer = Trainer(run.config, command=command)
@@ -227,14 +228,32 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
     except NonFiniteError as error:
         write_results(folder, results | {"status": "diverged", "error": str(error)})
         return 0
+    spent, tokens = add_time(folder, _seconds(trainer) - begun, trainer.tokens - first)
     if trainer.progress < 1:
         return 3
-    spent = (_seconds(trainer) - begun) / max(trainer.tokens - first, 1)
-    before = read_results(folder)  # measured again with other settings: nothing was trained now
-    pace = spent if trainer.tokens > first or before is None else before["seconds_per_token"]
+    before = read_results(folder)
+    if tokens:
+        pace = spent / tokens
+    else:  # of another version, or killed just before the time was written
+        pace = before["seconds_per_token"] if before else trainer.clock.seconds / trainer.tokens
     found = measure(folder, run.config, drafts=study.acceptance, threshold=study.solve_threshold)
     write_results(folder, results | found | {"status": "finished", "seconds_per_token": pace})
     return 0
+
+
+def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
+    """What training has cost in all starts of a run: (seconds, tokens), kept in time.json.
+
+    A start that trains nothing adds nothing: a run that was interrupted while it was measured, or is measured anew.
+    """
+    path = folder / TIME
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        seconds, tokens = earlier["seconds"] + seconds * (tokens > 0), earlier["tokens"] + tokens
+    if tokens:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"seconds": seconds, "tokens": tokens}) + "\n")
+    return seconds, tokens
 
 
 def _seconds(trainer: Any) -> float:
@@ -242,9 +261,10 @@ def _seconds(trainer: Any) -> float:
     return time.process_time() if trainer.world.device.type == "cpu" else trainer.clock.seconds
 
 
-def fork(parent: Path, child: Path, step: int) -> None:
+def fork(parent: Path, child: Path, step: int, *, total_tokens: int) -> None:
     """Makes `child` a run at `step` with the parent's state and log: it goes on as it would have trained so far.
 
+    total_tokens: of the child, whose progress at these steps is another than the parent's if its length is another.
     Without that checkpoint (the parent was pruned) it trains from the start, which gives the same numbers.
     """
     source, target = parent / "checkpoints" / f"global_step{step}", child / "checkpoints" / f"global_step{step}"
@@ -253,8 +273,11 @@ def fork(parent: Path, child: Path, step: int) -> None:
     if not is_complete(source):
         print(f"{source}: not there; training from the start", flush=True)
         return
-    shutil.copyfile(parent / "metrics.jsonl", child / "metrics.jsonl")
-    MetricsLog(child / "metrics.jsonl").truncate_after(step)
+    (child / "metrics.jsonl").unlink(missing_ok=True)
+    log = MetricsLog(child / "metrics.jsonl")
+    for record in read_metrics(parent / "metrics.jsonl"):
+        if record["step"] <= step:
+            log.append(record | {"progress": min(record["tokens"] / total_tokens, 1.0)})
     partial = child / "checkpoints.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)

@@ -7,17 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dsv3_mtp.loading import newest_checkpoint
-from dsv3_mtp.metrics import read_metrics
+from dsv3_mtp.metrics import MetricsLog, read_metrics
 from dsv3_mtp.study.matrix import load_study
 from dsv3_mtp.study.measure import read_results
 from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
-from dsv3_mtp.study.run import check_folders, read_budgets, run_study
+from dsv3_mtp.study.run import check_folders, fork, read_budgets, run_study, train_and_measure
 from tests.made_runs import read_state_dict
 from tests.study.toy import STEPS, load_toy, write_toy
 
@@ -118,6 +119,45 @@ def test_the_arm_with_anothers_time_gets_its_tokens_from_the_measurement(finishe
     assert tokens % step == 0
     assert tokens == pytest.approx(STEPS * step * seconds("constant") / seconds("none"), abs=step / 2)
     assert read_results(loaded.study.folder / "timed-seed1")["tokens"] == tokens
+
+
+def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path, monkeypatch):
+    """Interrupted, then killed while it was measured: the last start trains nothing, and takes a second."""
+    loaded = load_toy(tmp_path)
+    run = next(run for run in plan(loaded, {}) if run.arm == "none")
+    folder = loaded.study.folder / run.name
+    folder.mkdir(parents=True)
+    starts = iter([(0, 192, 6.0), (192, 512, 10.0), (512, 512, 1.0)])  # tokens before and after, seconds
+
+    class Start(SimpleNamespace):
+        def __init__(self, config, *, command):
+            first, self.after, self.cost = next(starts)
+            super().__init__(tokens=first, seconds=0.0, progress=first / 512)
+
+        def run(self):
+            self.tokens, self.seconds, self.progress = self.after, self.cost, self.after / 512
+
+    monkeypatch.setattr("dsv3_mtp.study.run.Trainer", Start)
+    monkeypatch.setattr("dsv3_mtp.study.run._seconds", lambda trainer: trainer.seconds)
+    monkeypatch.setattr("dsv3_mtp.study.run.measure", lambda *_, **__: {"metrics": {}})
+    assert train_and_measure(loaded.study, run, []) == 3
+    assert train_and_measure(loaded.study, run, []) == 0
+    (folder / "results.json").unlink()
+    assert train_and_measure(loaded.study, run, []) == 0
+    assert read_results(folder)["seconds_per_token"] == 16.0 / 512
+
+
+def test_a_forked_run_of_another_length_has_its_own_progress(tmp_path):
+    """Else the parent's last quarter, say, would count as the child's."""
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    (parent / "checkpoints" / "global_step2").mkdir(parents=True)
+    (parent / "checkpoints" / "global_step2" / "COMPLETE.json").write_text('{"files": {}}')
+    child.mkdir()
+    for step in (1, 2, 3):
+        record = {"step": step, "tokens": 10 * step, "progress": step / 4}
+        MetricsLog(parent / "metrics.jsonl").append(record)
+    fork(parent, child, 2, total_tokens=80)
+    assert [(r["step"], r["progress"]) for r in read_metrics(child / "metrics.jsonl")] == [(1, 0.125), (2, 0.25)]
 
 
 def test_a_finished_study_is_not_run_again(finished):
