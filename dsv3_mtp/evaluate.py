@@ -181,7 +181,7 @@ def acceptance(
         ValueError: `new_tokens` leave no room for a prompt.
     """
     if isinstance(source, TaskSource) and not isinstance(source.task, MarkovTask):
-        texts, new_tokens = task_prompts(TaskStream(source, seq_len, None), prompts)
+        texts, new_tokens = task_prompts(source, prompts)
     else:
         length = min(seq_len // 2, model.config.max_position_embeddings - new_tokens)
         if length < 1:
@@ -197,10 +197,10 @@ def acceptance(
     return metrics | {"val/distinct": sum(len(set(row)) / len(row) for row in out.tokens) / len(out.tokens)}
 
 
-def task_prompts(stream: TaskStream, count: int) -> tuple[list[list[int]], int]:
+def task_prompts(source: TaskSource, count: int) -> tuple[list[list[int]], int]:
     """The text before the last answer of each of `count` validation examples, and the length of the answers."""
-    rows = range(-(-count // stream.per_row))
-    examples = [example for row in rows for example in stream.examples(row)][:count]
+    stream = TaskStream(source, source.task.example_length - 1, None)  # one example per row
+    examples = [example for row in range(count) for example in stream.examples(row)]
     spans = [example.answers[-1] for example in examples]
     prompts = [example.tokens[:start] for example, (start, _) in zip(examples, spans, strict=True)]
     return prompts, max(stop - start for start, stop in spans)

@@ -177,6 +177,8 @@ def test_a_task_run_resumes_bitwise_and_validates_as_its_saved_model_does(make_r
     assert last["task/exact_match"] == sum(right) / 16
     found = acceptance(model, source, depth=1, prompts=8, seq_len=6, new_tokens=99)
     assert 1 <= found["val/tokens_per_step"] <= 2
+    for seq_len in (2, 13):  # whose rows hold no example, or two: the same answers
+        assert acceptance(model, source, depth=1, prompts=8, seq_len=seq_len, new_tokens=99) == found
     data = json.loads((folder / "manifest.json").read_text())["starts"][-1]["data"]
     assert data["train/0"] == data["val"] and data["val"]["path"] == "data.task suffix_sum"
     notes = export_hf(folder, folder / "hf")
