@@ -7,8 +7,10 @@ The file says beforehand what is asked, what is expected and which one metric de
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +21,18 @@ from dsv3_mtp.config.model import Count, FilePath, FolderName, Fraction, Integer
 from dsv3_mtp.config.reader import Problem, problems_of, read_tree, show
 
 Overrides = dict[Text, Any]
-OWNED = ("run.name", "run.dir", "run.seed")  # settings that the study gives to each run
+OWNED = ("run", "run.name", "run.dir", "run.seed")  # settings that the study gives to each run
+# What a run is measured by, k being a number, and the key of the study file without which it is not.
+MEASURED: dict[str, str | None] = {
+    **dict.fromkeys(("val/main_loss", "val/bits_per_byte", "val/mtp_loss/k", "val/top1/k", "val/agreement/k"), None),
+    **dict.fromkeys(("task/exact_match", "task/exact_match/k", "task/excess_loss/k", "task/first_node"), None),
+    **dict.fromkeys(("task/first_sum", "task/second_token", "train/max_violation", "train/mtp_max_violation/k"), None),
+    **dict.fromkeys((f"acceptance/T{t}/{name}" for t in (0, 1) for name in ("tokens_per_step", "distinct", "joint/k")),
+                    "acceptance"),
+    **dict.fromkeys(("train/main_loss_error", "train/main_loss_error_max", "train/mtp_loss_error/k",
+                     "train/mtp_loss_error_max/k"), "loss_error_against"),
+    "task/solved": "solve_threshold",
+}  # fmt: skip
 
 
 class StudyRun(Section):
@@ -90,7 +103,8 @@ class Acceptance(Section):
 
     prefixes: Count = 64
     prefix_tokens: Count = 64
-    new_tokens: Count = 16
+    new_tokens: Annotated[Integer, Field(ge=2)] = 16
+    """The first of a step comes from the main model: one has nothing to draft."""
 
 
 class Scale(Section):
@@ -114,7 +128,7 @@ class Study(Section):
     """Settings of every arm, on top of the scale's."""
     scale: Text = "cpu"
     scales: Annotated[dict[Text, Scale], Field(min_length=1)]
-    seeds: Annotated[tuple[Annotated[Integer, Field(ge=0)], ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[Integer, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
     arms: Annotated[dict[Text, Arm], Field(min_length=1)]
     comparisons: Annotated[dict[Text, Comparison], Field(min_length=1)]
     primary: Primary
@@ -141,6 +155,7 @@ class Study(Section):
             for key in [key for key in OWNED if key in overrides]:
                 yield f"{place}.{key}", "is given by the study: use run, seeds and the names of the arms"
         yield from self._name_rules()
+        yield from self._metric_rules()
 
     def _name_rules(self) -> Iterator[Problem]:
         earlier: list[str] = []
@@ -157,6 +172,19 @@ class Study(Section):
                     yield f"comparisons.{name}", f"there is no arm {show(arm_name)}"
             if comparison.against in comparison.arms:
                 yield f"comparisons.{name}", f"compares {show(comparison.against)} with itself"
+            if len(set(comparison.arms)) != len(comparison.arms):
+                yield f"comparisons.{name}.arms", f"must differ (got {show(comparison.arms)})"
+
+    def _metric_rules(self) -> Iterator[Problem]:
+        listed = [(f"metrics[{number}]", metric) for number, metric in enumerate(self.metrics)]
+        for place, metric in [("primary.metric", self.primary.metric), *listed]:
+            name = re.sub(r"/\d+$", "/k", metric)
+            if name not in MEASURED:
+                close = get_close_matches(name, MEASURED, n=1)
+                hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(MEASURED)}"
+                yield place, f"no run is measured by it (got {show(metric)}){hint}"
+            elif (key := MEASURED[name]) and getattr(self, key) is None:
+                yield place, f"is measured only with {key}; set that too (got {show(metric)})"
 
     def overrides(self) -> list[tuple[str, Overrides]]:
         """Every `set` of the file and its place."""
@@ -193,26 +221,38 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     except ValidationError as error:
         raise ConfigError(str(path), problems + problems_of(error, tree, Study)) from None
     found: dict[Problem, list[str]] = {}
-    configs = {}
+    configs, base = {}, path.parent / study.scales[study.scale].base
+    read_tree(base)  # a base that cannot be read is no problem of the arms
     for name in study.arms:
         try:
-            configs[name] = load_config(
-                path.parent / study.scales[study.scale].base, list(_settings(study, name, of_runs))
-            )
+            configs[name] = load_config(base, list(_settings(study, name, of_runs)))
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(name)
-    coarse = [name for name, config in configs.items() if config.log.every > 1]
-    if study.loss_error_against is not None and coarse:
-        problems.append(
-            (f"arms.{', '.join(coarse)}: log.every", "must be 1 with loss_error_against: it is smoothed by step")
-        )
+    problems += _measuring_problems(study, configs)
     for (key, text), arms in found.items():
         where = "every arm" if len(arms) == len(study.arms) else f"arms.{', '.join(arms)}"
         problems.append((f"{where}: {key}", text))
     if problems:
         raise ConfigError(str(path), problems)
     return LoadedStudy(study, path, sets, configs)
+
+
+def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator[Problem]:
+    """What the study asks to be measured, and runs of these configs could not be."""
+    coarse = [name for name, config in configs.items() if config.log.every > 1]
+    if study.loss_error_against is not None and coarse:
+        yield f"arms.{', '.join(coarse)}: log.every", "must be 1 with loss_error_against: it is smoothed by step"
+    texts = [name for name, config in configs.items() if config.data.task is None or config.data.task.type == "markov"]
+    if study.solve_threshold is not None and texts:
+        yield "solve_threshold", f"needs a data.task with answers, which arms.{', '.join(texts)} have not; set null"
+    if study.acceptance is not None:
+        needed = study.acceptance.prefix_tokens + study.acceptance.new_tokens
+        for name in texts:
+            longest = configs[name].model.max_position_embeddings
+            if configs[name].mtp.depths and needed > longest:
+                text = f"prefix_tokens + new_tokens must be <= model.max_position_embeddings = {longest} of arms.{name}"
+                yield "acceptance", f"{text} (got {needed})"
 
 
 def _sections() -> set[str]:
@@ -222,8 +262,12 @@ def _sections() -> set[str]:
 
 def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:
     """What load_config is to override in the base for an arm's first seed: later ones win."""
+
+    def items(overrides: Overrides) -> Iterator[str]:  # default: a date, which no key takes, is refused as text
+        yield from (f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in overrides.items())
+
     own = {"run.name": f"{name}-seed{study.seeds[0]}", "run.dir": str(study.folder), "run.seed": study.seeds[0]}
     for overrides in (study.scales[study.scale].set, study.set):
-        yield from (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items())
+        yield from items(overrides)
     yield from of_runs
-    yield from (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in (study.arms[name].set | own).items())
+    yield from items(study.arms[name].set | own)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.config.reader import show
 from dsv3_mtp.metrics import read_metrics, replacing
 from dsv3_mtp.progress import quantity
 from dsv3_mtp.study import findings, stats
@@ -214,7 +213,7 @@ def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]
             fork = f"{origin['run'].rpartition('-')[0]} at step {origin['step']}" if origin else "-"
             counts = [quantity(one["parameters"][kind]) for kind in ("training", "inference")]
             cost = [quantity(one["tokens"]), f"{one['flops']:.3g}", seconds]
-            settings = ", ".join(f"{key}: {show(value)}" for key, value in spec.set.items()) or "-"
+            settings = ", ".join(settings_lines(spec.set)) or "-"
             rows.append([arm, *counts, *cost, fork, spec.about, settings])
     header = ["arm", "parameters, training", "inference", "tokens", "training FLOPs", "seconds", "forked from", "what",
               "settings"]  # fmt: skip
@@ -227,17 +226,24 @@ def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]
             "weight and token, attention, every depth). Seconds are of one process computing a whole run, validations "
             "included. A forked run shares the first steps with its parent, bit for bit."
         ),
-        Code(f"base: {scale.base}, scale: {study.scale}, seeds: {show(study.seeds)}, --set: {show(loaded.sets)}"),
-        Code("\n".join(f"{key}: {show(value)}" for key, value in common.items())),
-        Paragraph(drafts_line(study)),
+        Code(f"base: {scale.base}, scale: {study.scale}, seeds: {list(study.seeds)}, --set: {list(loaded.sets)}"),
+        Code("\n".join(settings_lines(common))),
+        Paragraph(drafts_line(loaded)),
         Items(environment(starts)),
     ]
 
 
-def drafts_line(study: Study) -> str:
-    drafts = study.acceptance
+def settings_lines(overrides: Mapping[str, Any]) -> list[str]:
+    """Whole, so that the study can be repeated from its report."""
+    return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
+
+
+def drafts_line(loaded: LoadedStudy) -> str:
+    drafts, tasks = loaded.study.acceptance, [config.data.task for config in loaded.configs.values()]
     if drafts is None:
         return "Drafts: not measured."
+    if all(task is not None and task.type != "markov" for task in tasks):
+        return f"Drafts: free-running, the last answer of each of {drafts.prefixes} validation examples."
     return (
         f"Drafts: free-running, {drafts.new_tokens} new tokens behind each of {drafts.prefixes} prefixes of "
         f"{drafts.prefix_tokens} tokens of the validation data, the same for every run."

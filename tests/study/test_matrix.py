@@ -1,5 +1,6 @@
 """A study file is checked as a whole, and stands for exactly the runs that it should."""
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,52 @@ def test_all_problems_are_reported_at_once(tmp_path):
         "comparisons.heads: compares 'none' with itself",
     ):
         assert part in text
+
+
+def test_what_would_not_be_measured_or_not_be_heeded_is_refused_before_the_runs(tmp_path):
+    def break_it(tree):
+        tree["seeds"] = [1, 2**63]
+        tree["primary"]["metric"] = "val/main_los"
+        tree["metrics"] = ["val/top1/0", "acceptance/T1/joint/1", "task/solved"]
+        tree["acceptance"] = None
+        tree["arms"]["none"]["set"]["run"] = {"seed": 3}
+        tree["comparisons"]["heads"]["arms"] = ["constant", "constant"]
+
+    with pytest.raises(ConfigError) as error:
+        load_toy(tmp_path, break_it)
+    assert f"seeds[1]: must be < {2**63} (got {2**63})" in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        load_toy(tmp_path, lambda tree: (break_it(tree), tree.update(seeds=[1])))
+    for part in (
+        "5 problems",
+        "primary.metric: no run is measured by it (got 'val/main_los'); did you mean 'val/main_loss'?",
+        "metrics[1]: is measured only with acceptance; set that too",
+        "metrics[2]: is measured only with solve_threshold",
+        "arms.none.set.run: is given by the study",
+        "comparisons.heads.arms: must differ (got ['constant', 'constant'])",
+    ):
+        assert part in str(error.value)
+
+
+def test_what_the_arms_models_and_data_do_not_allow_to_measure_is_refused(tmp_path):
+    def ask(tree):
+        tree["acceptance"] |= {"prefix_tokens": 13}
+        tree["solve_threshold"] = 0.5
+        tree["arms"]["none"]["set"]["mtp.mode"] = datetime.date(2024, 1, 1)  # what YAML reads 2024-01-01 as
+
+    with pytest.raises(ConfigError) as error:
+        load_toy(tmp_path, ask)
+    for part in (
+        "acceptance: prefix_tokens + new_tokens must be <= model.max_position_embeddings = 16 of arms.step (got 17)",
+        "solve_threshold: needs a data.task with answers, which arms.constant, step have not",
+        "arms.none: mtp.mode: must be one of none, sequential, parallel, parallel_linear (got '2024-01-01')",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_base_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: 1 problem\n  file: cannot be read"):
+        load_toy(tmp_path, lambda tree: tree["scales"]["cpu"].update(base="nowhere.yaml"))
 
 
 def test_problems_of_the_arms_configs_name_the_arms(tmp_path):

@@ -7,11 +7,14 @@ import subprocess
 
 import pytest
 
-from dsv3_mtp.study.findings import effects_of, verdict
+from dsv3_mtp.study.findings import Effect, effects_of, verdict
+from dsv3_mtp.study.matrix import Primary, load_study
 from dsv3_mtp.study.measure import describe, loss_error_metrics, loss_errors, write_results
+from dsv3_mtp.study.pictures import draw_effects
 from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
-from tests.study.toy import load_toy
+from dsv3_mtp.study.stats import t_interval
+from tests.study.toy import load_toy, write_toy
 
 START = {
     "git": "abc", "git_dirty": False, "versions": {"torch": "2", "deepspeed": "0"}, "python": "3", "device": "cpu",
@@ -21,7 +24,7 @@ START = {
 
 def five_seeds(tree):
     tree["seeds"] = [1, 2, 3, 4, 5]
-    tree["metrics"] = ["acceptance/T1/tokens_per_step", "task/solved"]
+    tree["metrics"] = ["acceptance/T1/tokens_per_step"]
     tree["comparisons"]["drafting"] = {"against": "constant", "arms": ["step"], "rule": "same model"}
 
 
@@ -156,8 +159,11 @@ def test_solve_rates_have_exact_intervals_and_fishers_test(report):
     def ask(tree):
         five_seeds(tree)
         tree["primary"]["metric"] = "task/solved"
+        tree["set"] = {"data.task": {"type": "suffix_sum", "terms": 6}, "data.train": None, "data.val": None}
+        tree["solve_threshold"] = 0.9
 
     text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, ask, after=solve)
+    assert "the last answer of each of 2 validation examples" in text
     assert "0 of 5 [0.00, 0.52]" in text and "5 of 5 [0.48, 1.00]" in text
     assert "a difference, +1.00 (Fisher p = 0.00794, Holm p = 0.00794)" in text
 
@@ -187,6 +193,27 @@ def test_report_has_the_setup_and_what_honesty_asks_for(report):
     ):
         assert part in text, part
     assert not re.search(r"top1[^\n]*acceptance|acceptance[^\n]*top1", text)
+
+
+@pytest.mark.parametrize(("metric", "lines"), [("task/solved", 0), ("task/first_sum", 1)])
+def test_no_t_interval_is_drawn_of_a_solve_rate(tmp_path, monkeypatch, metric, lines):
+    """3 of 3 against 0 of 3: the t interval is [1, 1], Fisher's p 0.1."""
+    effect = Effect("heads", "a", "b", metric, t_interval([1.0, 1.0, 1.0]), 0.1, 0.1, None, 0, 0.0)
+    figures = []
+    monkeypatch.setattr("dsv3_mtp.study.pictures.save_figure", lambda figure, out: figures.append(figure))
+    draw_effects(tmp_path / "effects.png", [effect], Primary(metric="x", comparison="heads", margin=0.1))
+    assert sum(len(line.get_xdata()) == 2 and line.get_linewidth() == 2 for line in figures[0].axes[0].lines) == lines
+
+
+def test_every_override_is_in_the_report_at_its_full_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsv3_mtp.study.report.draw_all", lambda *_: [])
+    points = {"type": "piecewise", "points": [[n / 20, n / 10] for n in range(20)]}
+    path = write_toy(tmp_path, lambda tree: tree["arms"]["step"]["set"].update({"mtp.loss_weight": points}))
+    sets = ["optim.lr=0.0012345", "optim.weight_decay=0.0123456", "optim.grad_clip=0.5", "train.bias_update_speed=0.01"]
+    loaded = load_study(path, sets)
+    write_run(loaded, next(run for run in plan(loaded, {}) if run.arm == "step"), {"val/main_loss": 4.0})
+    text = write_report(loaded).read_text()
+    assert all(part in text for part in [*sets, json.dumps(points)])
 
 
 def test_the_relative_loss_error_is_v3s_against_the_reference_run_of_the_same_seed(report):
