@@ -12,7 +12,7 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.sampler import Sampler
-from dsv3_mtp.data.source import Source, check_tokenizers, check_vocab, open_source, tokenizer_sha256
+from dsv3_mtp.data.source import Source, check_documents, check_tokenizers, check_vocab, open_source, tokenizer_sha256
 from dsv3_mtp.data.tasks import TaskSource
 from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, validation_source
 from dsv3_mtp.hf import load_weights
@@ -298,6 +298,8 @@ def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
     sources = [open_source(entry.path, "train") for entry in data.entries]
     for source in sources:
         check_vocab(source, config.model.vocab_size)
+    for source in [*sources, val] if data.mask_documents else []:
+        check_documents(source, config.mtp.depths)
     made = [(source.path, source.tokenizer_sha256) for source in [*sources, val]]
     if (weights_of := config.train.init_from) is not None:
         made.append((weights_of, tokenizer_sha256(Path(weights_of, "tokenizer.json"))))

@@ -106,6 +106,16 @@ def check_vocab(source: Source, vocab_size: int) -> None:
         )
 
 
+def check_documents(source: Source, depths: int) -> None:
+    """Raise ValueError when masked documents leave the deepest of `depths` heads without a single target."""
+    longest = int(np.diff(source.document_starts).max())
+    if longest < 2 + depths:
+        raise ValueError(
+            f"{source.path}: its longest document has {longest} tokens, so that with data.mask_documents: true depth "
+            f"{depths} never has a target; set false, lower mtp.num_nextn_predict_layers, or take longer documents"
+        )
+
+
 def tokenizer_sha256(path: Path | None) -> str | None:
     """What `check_tokenizers` compares, of a tokenizer.json that may be missing."""
     return file_sha256(path) if path is not None and path.is_file() else None

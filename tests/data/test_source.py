@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_mtp.data.megatron import open_pair
 from dsv3_mtp.data.prepare import Arguments, prepare
-from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source
+from dsv3_mtp.data.source import check_documents, check_tokenizers, check_vocab, open_source
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,14 @@ def test_a_vocabulary_above_the_models_is_refused_with_both_numbers(folder: Path
         check_vocab(plain, 99)
     with pytest.raises(ValueError, match="token id -1"):
         check_vocab(open_source(megatron([[[1, -1]]], name="negative"), "train"), 100)
+
+
+def test_masked_documents_too_short_for_a_depth_are_refused(megatron):
+    """All losses would be 0 where there is no target."""
+    source = open_source(megatron([[[1, 2, 3]], [[4]]]), "train")
+    check_documents(source, 1)
+    with pytest.raises(ValueError, match=r"longest document has 3 tokens, .* depth 2 never has a target"):
+        check_documents(source, 2)
 
 
 def test_data_of_different_tokenizers_is_refused_where_it_says_of_which(folder: Path, megatron):
