@@ -56,7 +56,7 @@ def export_hf(
     modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
     expected = list(slots(config.model, modules))
     read, origin, more = _open_run(run, config, expected, modules, ema)
-    notes = [f"{'average of the weights' if ema else 'weights'} from {origin}", *notes, *more]
+    notes = [f"{'average of the weights' if ema else 'weights'} from {origin}", *dict.fromkeys([*notes, *more])]
     if dtype != "bf16" and config.train.dtype == "bfloat16" and origin != run / IMPORTED:
         notes.append(f"{dtype}: of the float32 masters; training computed with these weights rounded to bfloat16")
     bad: list[str] = []

@@ -41,6 +41,7 @@ YARN_PROBLEM = (
     "rope_scaling: mscale {mscale} with mscale_all_dim {mscale_all_dim} means different things to different readers; "
     "both must be > 0, or 1 and 0"
 )
+LATENT_EPS = 1e-6
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -61,7 +62,7 @@ def representable(model: ModelConfig, mtp: MTPConfig, *, trunk_only: bool) -> tu
     Raises:
         ValueError: DeepSeek-V3's layout has no place for something of this run; every reason is listed.
     """
-    problems, notes = [], []
+    problems, notes = [], _latent_notes(model)
     if not model.n_shared_experts:
         problems.append("model.n_shared_experts: 0: the layout has no MoE layer without shared experts")
     if model.n_routed_experts == 1 and model.first_k_dense_replace < model.num_hidden_layers:
@@ -84,6 +85,13 @@ def representable(model: ModelConfig, mtp: MTPConfig, *, trunk_only: bool) -> tu
     if mtp.share_weights and mtp.depths > 1:
         notes.append(f"one MTP module is written: this run recycles it for its {mtp.depths} depths")
     return (1 if mtp.share_weights else mtp.depths), notes
+
+
+def _latent_notes(model: ModelConfig) -> list[str]:
+    if model.rms_norm_eps == LATENT_EPS:
+        return []
+    how = f"the latents are normed with it here, in vLLM and SGLang, and with {LATENT_EPS:g} in transformers"
+    return [f"rms_norm_eps {model.rms_norm_eps:g}: {how}, whose results differ"]
 
 
 def _sequential_problems(model: ModelConfig, mtp: MTPConfig) -> Iterator[str]:
@@ -158,7 +166,7 @@ def read_settings(folder: Path) -> Settings:
     unknown = sorted(content.keys() - ModelConfig.model_fields.keys() - FIXED.keys() - READ_ONLY.keys() - UNUSED)
     notes = [f"{path}: not used: {', '.join(unknown)}"] if unknown else []
     ids = {key: content[key] for key in SPECIAL_IDS if key in content}
-    return Settings(model, modules, block, ids, notes)
+    return Settings(model, modules, block, ids, notes + _latent_notes(model))
 
 
 def _fixed_problems(content: dict[str, Any]) -> Iterator[str]:

@@ -103,6 +103,14 @@ def test_foreign_fp8_scales_are_kept_exact_in_float32_and_their_rounding_is_repo
     assert torch.equal(wide.state_dict()[name], dequantise(tensors[name], tensors[name + "_scale_inv"]))
 
 
+def test_an_epsilon_that_readers_take_differently_is_reported(make_run, tmp_path):
+    notes = export_hf(make_run(model__rms_norm_eps=1e-3)[0], tmp_path / "hf")
+    notes += import_hf(tmp_path / "hf", tmp_path / "run")
+    assert sum("rms_norm_eps 0.001: the latents are normed with it here" in note for note in notes) == 2
+    again = export_hf(tmp_path / "run", tmp_path / "again")
+    assert sum("rms_norm_eps" in note for note in again) == 1
+
+
 def test_recycled_modules_are_one_module_on_disk(make_run, tmp_path):
     run, model = make_run(mtp__num_nextn_predict_layers=3, mtp__share_weights=True)
     notes = export_hf(run, tmp_path / "hf", dtype="fp32")
