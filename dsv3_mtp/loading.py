@@ -52,6 +52,7 @@ def newest_weights(run: Path, *, ema: bool = False) -> Fragments | None:
 def tokenizer_of(config: Config, run: Path) -> Path | None:
     """tokenizer.json of a run: the imported one, else that of its data (a path relative to where training started)."""
     corpora = [Path(entry.path) for entry in config.data.entries]
-    started = run.resolve().parent.parent
+    runs = Path(config.run.dir)
+    started = [*run.resolve().parents][: 1 + (1 if runs.is_absolute() else len(runs.parts))][-1]
     places = [run / IMPORTED, *corpora, *(started / corpus for corpus in corpora)]
     return next((place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None)

@@ -9,7 +9,7 @@ import torch
 
 from dsv3_mtp.fragments import shard_name
 from dsv3_mtp.hf import export_hf, load_run
-from dsv3_mtp.loading import newest_checkpoint
+from dsv3_mtp.loading import newest_checkpoint, tokenizer_of
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.decode.run_folder import write_run
 from tests.made_runs import contents, write_checkpoint
@@ -28,6 +28,13 @@ def test_a_run_loads_with_its_weights_biases_dtype_and_tokenizer(make_tiny_confi
         name: value.dtype for name, value in expected.items()
     }
     assert all(torch.equal(value, expected[name]) for name, value in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("runs", [".", "runs", "runs/study"])
+def test_the_tokenizer_is_found_from_another_folder_than_training_began_in(make_tiny_config, tmp_path, runs):
+    config = make_tiny_config({"run.dir": runs})
+    write_run(config, tmp_path)
+    assert tokenizer_of(config, tmp_path / runs / "tiny") == tmp_path / "data/tiny/tokenizer.json"
 
 
 def test_a_checkpoint_of_many_ranks_loads_and_exports_as_one_of_one_rank(make_tiny_config, tmp_path):
