@@ -104,7 +104,9 @@ def _open_run(run: Path, config: Config, expected: list[Slot], modules: int, ema
     state = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
     problems = _state_problems(state, modules, expected)
     progress = min(json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0)
-    problems += _untrained(config, modules, progress)
+    deepest = f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
+    if deepest in stored.shapes and bool((stored.read(deepest) == 1).all()):  # else an earlier start had other weights
+        problems += _untrained(config, modules, progress)
     if problems:
         raise ValueError("\n".join([f"{newest}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]))
 
@@ -174,7 +176,8 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
     if tokenizer is None:
         if config.data.task is not None:
             return {}, [f"no tokenizer: data.task {config.data.task.type} generates token ids, not text"]
-        return {}, ["no tokenizer: the training data has none; put its files beside the weights to use text"]
+        where = ", ".join(entry.path for entry in config.data.entries)
+        return {}, [f"no tokenizer: no tokenizer.json in {where}; put its files beside the weights to use text"]
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     encoder = load_encoder(tokenizer, eos=recorded_eos(tokenizer))
     eos_id = encoder.eos_id

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv3_mtp.hf import export_hf, import_hf
-from tests.made_runs import write_state
+from tests.made_runs import write_checkpoint, write_state
 from tests.ranks import run_tool
 
 ROOT = Path(__file__).parents[2]
@@ -74,10 +74,18 @@ def test_one_depth_chained_to_the_trunk_is_the_ordinary_module(make_run, tmp_pat
     ],
 )
 def test_modules_that_no_loss_has_reached_are_refused(make_run, tmp_path, overrides, module):
-    run, _ = make_run(mtp__num_nextn_predict_layers=3, **overrides)
+    run, model = make_run(mtp__num_nextn_predict_layers=3, **overrides)
+    with torch.no_grad():
+        model.mtp.layers[2].shared_head.norm.weight.fill_(1.0)
+    write_checkpoint(run, model, step=8)
     with pytest.raises(ValueError, match=f"MTP module {module} is as it was initialised"):
         export_hf(run, tmp_path / "hf")
     assert left_behind(tmp_path) == ["runs"]
+
+
+def test_modules_that_an_earlier_start_trained_are_exported_though_their_loss_weight_is_0_now(make_run, tmp_path):
+    run, _ = make_run(mtp__num_nextn_predict_layers=2, mtp__loss_weight=0.0)
+    export_hf(run, tmp_path / "hf")
 
 
 def test_modules_that_training_began_with_are_exported_without_a_loss(make_run, tmp_path):
