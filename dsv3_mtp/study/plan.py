@@ -100,14 +100,17 @@ def whole_steps(config: Config, tokens: float) -> int:
 
 
 @cache
-def _size(model: str, mtp: str, seq_len: int) -> ModelSize:
+def _size(model: str, mtp: str, seq_len: int, frozen: bool) -> ModelSize:
     with torch.device("meta"):
-        parts = ModelConfig.model_validate_json(model), MTPConfig.model_validate_json(mtp)
-        return model_size(DeepseekV3MTP(*parts), seq_len)
+        whole = DeepseekV3MTP(ModelConfig.model_validate_json(model), MTPConfig.model_validate_json(mtp))
+    if frozen:
+        whole.freeze_trunk()
+    return model_size(whole, seq_len)
 
 
 def size_of(config: Config) -> ModelSize:
-    return _size(config.model.model_dump_json(), config.mtp.model_dump_json(), config.data.seq_len)
+    parts = config.model.model_dump_json(), config.mtp.model_dump_json()
+    return _size(*parts, config.data.seq_len, config.train.freeze == "trunk")
 
 
 def steps_of(config: Config) -> int:

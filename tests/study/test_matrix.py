@@ -170,6 +170,17 @@ def test_matched_flops_give_the_plain_model_more_tokens(tmp_path):
     assert training_flops(runs["none"]) == size.flops_per_token * STEPS * 4 * 16
 
 
+def test_a_frozen_trunk_costs_what_the_trainer_counts(tmp_path):
+    def freeze(tree):
+        tree["arms"]["step"]["set"] |= {"train.init_from": "x", "train.freeze": "trunk", "mtp.detach": "trunk"}
+
+    configs = load_toy(tmp_path, freeze).configs
+    model = DeepseekV3MTP(configs["step"].model, configs["step"].mtp)
+    model.freeze_trunk()
+    expected = model_size(model, configs["step"].data.seq_len).flops_per_token * 512
+    assert training_flops(configs["step"]) == expected < 0.7 * training_flops(configs["constant"])
+
+
 def test_an_arm_with_a_measured_time_waits_for_the_measurement(tmp_path):
     match = {"arm": "constant", "by": "cpu_time", "pace": "none"}
     arm = {"about": "x", "set": {"mtp.mode": "none"}, "match": match}
