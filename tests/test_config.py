@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_mtp.config import Config, ConfigError, ModelConfig, StepWeight, load_config
+from dsv3_mtp.config.reader import read_tree
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "v3_tiny.yaml"
@@ -325,6 +326,12 @@ def test_an_override_creates_sections_on_its_way():
     config = load_config(TINY, sets)
     assert config.model.rope_scaling.factor == 40
     assert config.deepspeed == {"zero_optimization": {"overlap_comm": True}}
+
+
+def test_an_override_of_one_alias_leaves_the_others_as_they_are(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: &one {size: {x: 1}}\nb: *one\n")
+    tree, problems = read_tree(tmp_path / "x.yaml", ["b.size.x=2", "b.y=3"])
+    assert (tree, problems) == ({"a": {"size": {"x": 1}}, "b": {"size": {"x": 2}, "y": 3}}, [])
 
 
 def test_mode_none_turns_the_file_into_its_baseline():

@@ -135,6 +135,7 @@ def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
             parent = ".".join(keys[:depth])
             text = f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
             return [(f"--set {override}", text)]
+        node[key] = dict(node[key])  # its own: a YAML alias may stand for the same mapping elsewhere
         node = node[key]
     node[keys[-1]] = value
     return []
