@@ -152,8 +152,12 @@ class Study(Section):
         if self.loss_error_against not in (None, *self.arms):
             yield "loss_error_against", f"must be one of {', '.join(self.arms)} (got {show(self.loss_error_against)})"
         for place, overrides in self.overrides():
-            for key in [key for key in OWNED if key in overrides]:
-                yield f"{place}.{key}", "is given by the study: use run, seeds and the names of the arms"
+            for key in overrides:
+                if key in OWNED:
+                    yield f"{place}.{key}", "is given by the study: use run, seeds and the names of the arms"
+                elif key in Config.model_fields and key != "deepspeed":
+                    text = "is a whole section, whose other keys would no longer be the base's"
+                    yield f"{place}.{key}", f"{text}; give dotted keys, '{key}.KEY: VALUE'"
         yield from self._name_rules()
         yield from self._metric_rules()
 

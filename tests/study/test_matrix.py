@@ -79,7 +79,7 @@ def test_what_would_not_be_measured_or_not_be_heeded_is_refused_before_the_runs(
         tree["primary"]["metric"] = "val/main_los"
         tree["metrics"] = ["val/top1/0", "acceptance/T1/joint/1", "task/solved"]
         tree["acceptance"] = None
-        tree["arms"]["none"]["set"]["run"] = {"seed": 3}
+        tree["arms"]["none"]["set"] |= {"run": {"seed": 3}, "optim": {"lr": 1e-3}}
         tree["comparisons"]["heads"]["arms"] = ["constant", "constant"]
 
     with pytest.raises(ConfigError) as error:
@@ -88,7 +88,8 @@ def test_what_would_not_be_measured_or_not_be_heeded_is_refused_before_the_runs(
     with pytest.raises(ConfigError) as error:
         load_toy(tmp_path, lambda tree: (break_it(tree), tree.update(seeds=[1])))
     for part in (
-        "5 problems",
+        "6 problems",
+        "arms.none.set.optim: is a whole section, whose other keys would no longer be the base's; give dotted keys",
         "primary.metric: no run is measured by it (got 'val/main_los'); did you mean 'val/main_loss'?",
         "metrics[1]: is measured only with acceptance; set that too",
         "metrics[2]: is measured only with solve_threshold",
