@@ -70,7 +70,11 @@ def _markdown(block: Block) -> str:
         case Picture():
             return f"![{block.caption}]({block.file})\n\n{block.caption}"
     rows = [block.header, ["---", *["---:"] * (len(block.header) - 1)], *block.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(map(_markdown_cell, row)) + " |" for row in rows)
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())  # one line: a study's texts may have several
 
 
 def to_html(blocks: Sequence[Block], *, title: str, folder: Path) -> str:
