@@ -99,6 +99,7 @@ MISTAKES = [
     ),
     # rules between keys
     ("run.name=a/b", "run.name: must be a plain folder name; put folders into run.dir (got 'a/b')"),
+    (r'run.name="a\0b"', "run.name: must be a plain folder name; put folders into run.dir (got 'a\\x00b')"),
     ("model.n_routed_experts=18", "model.n_routed_experts: must be a multiple of model.n_group = 4 (got 18)"),
     ("model.topk_group=5", "model.topk_group: must be <= model.n_group = 4 (got 5)"),
     (

@@ -21,7 +21,7 @@ def _not_bool(value: Any) -> Any:
 
 
 def _plain_name(name: str) -> str:
-    if name in (".", "..") or "/" in name or "\\" in name:
+    if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise ValueError("must be a plain folder name; put folders into run.dir")
     return name
 
