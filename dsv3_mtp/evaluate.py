@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from dsv3_mtp.config import Config, MarkovTask, load_config
+from dsv3_mtp.config import Config, ConfigError, MarkovTask, load_config
+from dsv3_mtp.config.reader import problems_of
 from dsv3_mtp.data.sampler import deal, sequential_windows
 from dsv3_mtp.data.source import Source, check_vocab, open_source
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
@@ -138,7 +140,7 @@ def open_model(
         ema: of a run, the moving average of the weights.
 
     Raises:
-        ValueError: there is nothing to load, or the windows are longer than the model takes.
+        ValueError: there is nothing to load, or the windows do not fit the model or the task.
     """
     if run is not None:
         model, config, _ = load_run(run, ema=ema)
@@ -148,16 +150,20 @@ def open_model(
         longest = model_config.max_position_embeddings
         sections = {"model": model_config.model_dump(), "mtp": mtp.model_dump(mode="json")}
         sections["data"] = {"train": "none", "val": "none", "seq_len": min(4096, longest)}
-        sections["train"] = {"total_tokens": 2**62, "batch_size": 1, "micro_batch_size": 1}
+        sections["train"] = {"micro_batch_size": 1}
     longest = sections["model"]["max_position_embeddings"]
     if seq_len is not None:
         sections["data"]["seq_len"] = seq_len
     if not 2 <= sections["data"]["seq_len"] <= longest:
         raise ValueError(f"--seq-len {seq_len}: must be 2 .. model.max_position_embeddings = {longest}")
-    if micro_batch_size is not None:
-        sections["train"] |= {"micro_batch_size": micro_batch_size, "batch_size": micro_batch_size}
-        sections["train"] |= {"batch_size_ramp": None, "total_tokens": 2**62}
-    return model, Config.model_validate(sections)
+    micro = micro_batch_size or sections["train"]["micro_batch_size"]
+    # What the training was like, and on how many ranks, sets no bounds to these windows.
+    length = {"micro_batch_size": micro, "batch_size": micro, "batch_size_ramp": None, "total_tokens": 2**62}
+    sections |= {"train": sections["train"] | length, "parallel": {}}
+    try:
+        return model, Config.model_validate(sections)
+    except ValidationError as error:
+        raise ConfigError(f"evaluation of {run or hf}", problems_of(error, sections, Config)) from None
 
 
 def acceptance(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_mtp.config import ConfigError
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.evaluate import open_model, validate
@@ -135,6 +136,20 @@ def test_user_errors_have_exit_code_2(run, monkeypatch, capsys, arguments, messa
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(run), *arguments])
     assert tool.main() == 2
     assert message in capsys.readouterr().err
+
+
+def test_how_a_run_was_trained_sets_no_bounds_to_the_windows(make_run):
+    sizes = {"train__total_tokens": 4 * 16, "parallel__sequence_parallel_size": 2, "model__max_position_embeddings": 64}
+    run, _ = make_run(**sizes)
+    _, config = open_model(run=str(run), hf=None, seq_len=63, micro_batch_size=None)
+    assert (config.data.seq_len, config.train.micro_batch_size) == (63, 4)
+
+
+def test_windows_that_hold_no_example_of_a_task_are_refused_in_a_sentence(make_run):
+    data = {"data__task": {"type": "suffix_sum", "terms": 5}, "data__train": None, "data__val": None}
+    run, _ = make_run(**data)
+    with pytest.raises(ConfigError, match=r"evaluation of .*: 1 problem\n  data.seq_len: must be >= 10"):
+        open_model(run=str(run), hf=None, seq_len=4, micro_batch_size=None)
 
 
 TASK = """
