@@ -80,23 +80,24 @@ def read_budgets(folder: Path) -> dict[str, int]:
 
 
 def new_budgets(loaded: LoadedStudy, budgets: Mapping[str, int]) -> dict[str, int]:
-    """Budgets that can be fixed now: all seeds of both arms that they depend on are closed."""
+    """Budgets that can be fixed now: all seeds of both arms that they depend on are closed; finished ones count."""
     study = loaded.study
     found: dict[str, int] = {}
     for name, arm in study.arms.items():
         if arm.match is None or arm.match.by != "cpu_time" or name in budgets:
             continue
-        sides = [_finished(study, other) for other in (arm.match.arm, str(arm.match.pace))]
-        if all(len(side) == len(study.seeds) for side in sides):
+        closed = [_closed(study, other) for other in (arm.match.arm, str(arm.match.pace))]
+        sides = [[results for results in side if results["status"] == "finished"] for side in closed]
+        if all(len(side) == len(study.seeds) for side in closed) and all(sides):
             seconds = _mean([r["seconds_per_token"] * r["tokens"] for r in sides[0]])
             pace = _mean([r["seconds_per_token"] for r in sides[1]])
             found[name] = whole_steps(loaded.configs[name], seconds / pace)
     return found
 
 
-def _finished(study: Study, arm: str) -> list[dict[str, Any]]:
+def _closed(study: Study, arm: str) -> list[dict[str, Any]]:
     found = [read_results(study.folder / f"{arm}-seed{seed}") for seed in study.seeds]
-    return [results for results in found if results is not None and results["status"] == "finished"]
+    return [results for results in found if results is not None and results["status"] in CLOSED]
 
 
 def _mean(values: list[float]) -> float:

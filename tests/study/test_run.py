@@ -15,10 +15,10 @@ import torch
 from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import MetricsLog, read_metrics
 from dsv3_mtp.study.matrix import load_study
-from dsv3_mtp.study.measure import read_results
+from dsv3_mtp.study.measure import read_results, write_results
 from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
-from dsv3_mtp.study.run import check_folders, fork, read_budgets, run_study, train_and_measure
+from dsv3_mtp.study.run import check_folders, fork, new_budgets, read_budgets, run_study, train_and_measure
 from tests.made_runs import read_state_dict
 from tests.study.toy import STEPS, load_toy, write_toy
 
@@ -119,6 +119,26 @@ def test_the_arm_with_anothers_time_gets_its_tokens_from_the_measurement(finishe
     assert tokens % step == 0
     assert tokens == pytest.approx(STEPS * step * seconds("constant") / seconds("none"), abs=step / 2)
     assert read_results(loaded.study.folder / "timed-seed1")["tokens"] == tokens
+
+
+def test_a_seed_that_diverged_does_not_hold_up_the_arm_with_anothers_time(tmp_path):
+    def add(tree):
+        match = {"arm": "constant", "by": "cpu_time", "pace": "none"}
+        tree["arms"]["timed"] = {"about": "as long", "set": {"mtp.mode": "none"}, "match": match}
+
+    loaded = load_toy(tmp_path, add)
+
+    def close(arm, seed, **results):
+        folder = loaded.study.folder / f"{arm}-seed{seed}"
+        folder.mkdir(parents=True)
+        write_results(folder, results)
+
+    for seed in (1, 2):
+        close("none", seed, status="finished", seconds_per_token=1.0, tokens=512)
+    close("constant", 1, status="finished", seconds_per_token=2.0, tokens=512)
+    assert new_budgets(loaded, {}) == {}
+    close("constant", 2, status="diverged", tokens=512)
+    assert new_budgets(loaded, {}) == {"timed": 1024}
 
 
 def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path, monkeypatch):
