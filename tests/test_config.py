@@ -106,6 +106,16 @@ MISTAKES = [
         "model.num_experts_per_tok=9",
         "model.num_experts_per_tok: must be <= 8, the experts in 2 groups (model.topk_group) (got 9)",
     ),
+    (
+        "train.total_tokens=010000",
+        "--set train.total_tokens=010000: the value is invalid YAML: 010000 is octal or sexagesimal here; write the "
+        "number in decimal, or put text in quotes",
+    ),
+    (
+        "optim.lr=1:30",
+        "--set optim.lr=1:30: the value is invalid YAML: 1:30 is octal or sexagesimal here; write the number in "
+        "decimal, or put text in quotes",
+    ),
     ("model={<<: *x}", "--set model={<<: *x}: the value is invalid YAML: found undefined alias 'x'"),
     ("model.first_k_dense_replace=5", "model.first_k_dense_replace: must be <= model.num_hidden_layers = 4 (got 5)"),
     ("model.qk_rope_head_dim=15", "model.qk_rope_head_dim: must be even, rotary embedding turns pairs (got 15)"),

@@ -50,6 +50,19 @@ class _Dumper(yaml.SafeDumper):
 _EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$")
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """No 010, which is 8 to YAML 1.1 and 10 to its readers, and no 1:30, which is 90 or 01:30."""
+    if re.match(r"[-+]?0\d|.*:", node.value):
+        text = f"{node.value} is octal or sexagesimal here; write the number in decimal, or put text in quotes"
+        raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+    construct = loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
+    return construct(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
 _Dumper.add_representer(list, lambda to, items: to.represent_sequence("tag:yaml.org,2002:seq", items, True))
 
 
