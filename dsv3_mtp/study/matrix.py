@@ -26,7 +26,7 @@ OWNED = ("run", "run.name", "run.dir", "run.seed")  # settings that the study gi
 MEASURED: dict[str, str | None] = {
     **dict.fromkeys(("val/main_loss", "val/bits_per_byte", "val/mtp_loss/k", "val/top1/k", "val/agreement/k"), None),
     **dict.fromkeys(("task/exact_match", "task/exact_match/k", "task/excess_loss/k", "task/first_node"), None),
-    **dict.fromkeys(("task/first_sum", "task/second_token", "train/max_violation", "train/mtp_max_violation/k"), None),
+    **dict.fromkeys(("task/first_sum", "task/second_token", "train/max_violation", "train/mtp_max_violation/1"), None),
     **dict.fromkeys((f"acceptance/T{t}/{name}" for t in (0, 1) for name in ("tokens_per_step", "distinct", "joint/k")),
                     "acceptance"),
     **dict.fromkeys(("train/main_loss_error", "train/main_loss_error_max", "train/mtp_loss_error/k",
@@ -182,7 +182,7 @@ class Study(Section):
     def _metric_rules(self) -> Iterator[Problem]:
         listed = [(f"metrics[{number}]", metric) for number, metric in enumerate(self.metrics)]
         for place, metric in [("primary.metric", self.primary.metric), *listed]:
-            name = re.sub(r"/\d+$", "/k", metric)
+            name = metric if metric in MEASURED else re.sub(r"/\d+$", "/k", metric)
             if name not in MEASURED:
                 close = get_close_matches(name, MEASURED, n=1)
                 hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(MEASURED)}"
