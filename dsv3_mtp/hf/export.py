@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from dsv3_mtp.data.tokenizer import load_encoder, recorded_eos
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
-from dsv3_mtp.hf.load import is_finite, open_checkpoint, read_slot
+from dsv3_mtp.hf.load import is_finite, meta_state, misfits, open_checkpoint, read_slot
 from dsv3_mtp.hf.settings import SPECIAL_IDS, read_settings, representable, to_config_json, write_settings
 from dsv3_mtp.loading import IMPORTED, newest_weights, tokenizer_of
 from dsv3_mtp.tensorfile import Entry
@@ -101,8 +100,8 @@ def _open_run(run: Path, config: Config, expected: list[Slot], modules: int, ema
     if stored is None:
         raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
     newest = stored.folder
-    state = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
-    problems = _state_problems(state, modules, expected)
+    state = meta_state(config.model, config.mtp)
+    problems = summarise(misfits(stored.shapes, state))
     progress = min(json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0)
     problems += _untrained(config, modules, progress)
     if problems:
@@ -127,25 +126,6 @@ def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read,
         return read_slot(checkpoint, names[slot.key, str(slot.index)], settings.block)
 
     return read, run / IMPORTED, settings.notes
-
-
-def _state_problems(state: dict[str, Tensor], modules: int, expected: list[Slot]) -> list[str]:
-    """Tensors of the run that are missing, unused, or not filled exactly by the slots."""
-    problems, filled = [], Counter[str]()
-    for slot in expected:
-        if slot.alias:
-            continue
-        filled[slot.key] += torch.Size(slot.shape).numel()
-        if slot.key not in state:
-            problems.append((slot.key, "missing"))
-        elif len(slot.index) >= state[slot.key].ndim or state[slot.key][slot.index].shape != slot.shape:
-            problems.append((slot.key, f"has shape {list(state[slot.key].shape)}, config.yaml asks for another"))
-    for key, tensor in state.items():
-        if key in filled and tensor.numel() > filled[key]:
-            problems.append((key, f"has shape {list(tensor.shape)}, config.yaml asks for less"))
-        elif key not in filled and (modules or not key.startswith("mtp.")):
-            problems.append((key, "not used by the layout"))
-    return summarise(dict.fromkeys(problems))
 
 
 def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:

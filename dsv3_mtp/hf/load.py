@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,23 @@ def load_hf(
     load_weights(model, folder)
     tokenizer = folder / "tokenizer.json"
     return model.eval(), settings.model, mtp, tokenizer if tokenizer.is_file() else None
+
+
+def meta_state(config: ModelConfig, mtp: MTPConfig) -> dict[str, Tensor]:
+    """The state dict of such a model, without values."""
+    with torch.device("meta"):
+        return DeepseekV3MTP(config, mtp).state_dict()
+
+
+def misfits(stored: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """How the shapes in a run's checkpoint differ from those of its config's model. (tensor, what is wrong)."""
+    problems = [(name, "missing") for name in state if name not in stored]
+    for name, shape in stored.items():
+        if name not in state:
+            problems.append((name, "not used by the model"))
+        elif shape != state[name].shape:
+            problems.append((name, f"has shape {list(shape)}, config.yaml asks for {list(state[name].shape)}"))
+    return problems
 
 
 def empty_model(config: ModelConfig, mtp: MTPConfig, dtype: torch.dtype) -> DeepseekV3MTP:
