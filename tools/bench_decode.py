@@ -80,15 +80,14 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
         prompt = torch.randint(model.config.vocab_size, (options.prompt_tokens,), generator=generator).tolist()
         name = "random weights (nearly every draft is rejected)"
     else:
-        from dsv3_mtp.data.tokenizer import load_encoder, recorded_eos
+        from dsv3_mtp.data.tokenizer import recorded_encoder
         from dsv3_mtp.hf import load_run
 
         run = load_run(options.run)
         if run.tokenizer is None:
             raise ValueError(f"{options.run}: the run's data has no tokenizer.json here")
         model, name = run.model, str(options.run)
-        encoder = load_encoder(run.tokenizer, eos=recorded_eos(run.tokenizer))
-        prompt = encoder.tokenizer.encode(options.prompt, add_special_tokens=False).ids
+        prompt = recorded_encoder(run.tokenizer).tokenizer.encode(options.prompt, add_special_tokens=False).ids
     room = model.config.max_position_embeddings - len(prompt)
     if room < options.new_tokens:
         raise ValueError(

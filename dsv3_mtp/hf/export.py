@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.data.tokenizer import load_encoder, recorded_eos
+from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
@@ -156,7 +156,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
             return {}, [f"no tokenizer: data.task {config.data.task.type} generates token ids, not text"]
         return {}, ["no tokenizer: the training data has none; put its files beside the weights to use text"]
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    encoder = load_encoder(tokenizer, eos=recorded_eos(tokenizer))
+    encoder = recorded_encoder(tokenizer)
     eos_id = encoder.eos_id
     eos = encoder.tokenizer.id_to_token(eos_id)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos, "pad_token": eos}
