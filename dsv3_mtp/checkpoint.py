@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dsv3_mtp.atomic import write_json, write_text
 from dsv3_mtp.fragments import AVERAGE, INDEX, Fragment, Fragments, damaged, merge_index, write_fragments
 from dsv3_mtp.loading import COMPLETE, checkpoints, is_complete
-from dsv3_mtp.metrics import replacing
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World, on_all, on_main
@@ -89,9 +89,8 @@ def _commit(folder: Path, index: dict[str, Any], state: dict[str, Any], complete
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
     complete |= {"files": {path.name: path.stat().st_size for path in files}}
-    for path, text in ((folder / COMPLETE, json.dumps(complete, indent=1)), (root / "latest", folder.name)):
-        with replacing(path) as temporary:
-            temporary.write_text(text)
+    write_json(folder / COMPLETE, complete)
+    write_text(root / "latest", folder.name)
     usable = [path for path in checkpoints(root) if is_complete(path)]
     for old in set(checkpoints(root)) - {folder, *usable[-keep:]}:
         (old / COMPLETE).unlink(missing_ok=True)  # a half-deleted folder must not count as complete

@@ -16,7 +16,7 @@ LAYERS = {
     **dict.fromkeys(
         ["kernels", "fused", "tuning", "schedules", "losses", "precision", "data", "metrics", "progress", "plots"], 1
     ),
-    **dict.fromkeys(["triton_kernels", "tensorfile", "fragments"], 1),
+    **dict.fromkeys(["triton_kernels", "tensorfile", "fragments", "atomic"], 1),
     "model": 2,
     **dict.fromkeys(["parallel", "optim", "checkpoint", "hf", "generate", "decode", "loading"], 3),
     **dict.fromkeys(["trainer", "evaluate", "grade", "study", "runs", "dryrun", "plan", "meter"], 4),

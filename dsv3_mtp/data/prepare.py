@@ -15,19 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from dsv3_mtp.atomic import replacing, write_json
 from dsv3_mtp.data.documents import FileInputs, Inputs
 from dsv3_mtp.data.megatron import token_dtype
-from dsv3_mtp.data.shards import (
-    FORMAT,
-    INDEX,
-    SPLITS,
-    VERSION,
-    SplitWriter,
-    file_sha256,
-    read_folder_index,
-    write_atomic,
-    write_json,
-)
+from dsv3_mtp.data.shards import FORMAT, INDEX, SPLITS, VERSION, SplitWriter, file_sha256, read_folder_index
 from dsv3_mtp.data.stdlib import StdlibInputs, stdlib_inputs
 from dsv3_mtp.data.tokenise import PROGRESS, Progress, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
@@ -216,7 +207,8 @@ def _make_tokenizer(partial: Path, arguments: Arguments, inputs: Inputs) -> Docu
     else:
         assert arguments.vocab_size is not None
         content = train_tokenizer(_train_texts(inputs), arguments.vocab_size).encode()
-    write_atomic(partial / TOKENIZER, content)
+    with replacing(partial / TOKENIZER) as temporary:
+        temporary.write_bytes(content)
     return load_encoder(partial / TOKENIZER, eos=arguments.eos)
 
 
@@ -268,6 +260,6 @@ def _finish(
         files = [{"path": path, "sha256": sha256, "split": split} for path, sha256, split in inputs.manifest]
         write_json(partial / MANIFEST, {"manifest_hash": inputs.fingerprint, **index["source"], "files": files})
     write_json(partial / INDEX, index)
-    for left in [partial / PROGRESS, *partial.glob("*.sizes")]:
+    for left in [partial / PROGRESS, *partial.glob("*.sizes"), *partial.glob(".*.tmp")]:
         left.unlink(missing_ok=True)
     return index

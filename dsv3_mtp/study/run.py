@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import torch._dynamo  # an import of seconds that training makes: once here, not in every forked process
 
+from dsv3_mtp.atomic import write_json
 from dsv3_mtp.config import load_config
 from dsv3_mtp.loading import checkpoints, is_complete, newest_checkpoint
-from dsv3_mtp.metrics import MetricsLog, replacing
+from dsv3_mtp.metrics import MetricsLog
 from dsv3_mtp.progress import duration
 from dsv3_mtp.runs import FREE, differences, lock_folder
 from dsv3_mtp.study.matrix import LoadedStudy, Study
@@ -66,8 +67,7 @@ def run_study(
             failed += _execute(study, runs, chosen, jobs, say)
             if not (more := new_budgets(loaded, budgets)):
                 return failed
-            with replacing(study.folder / BUDGETS) as temporary:
-                temporary.write_text(json.dumps(budgets | more, indent=1) + "\n")
+            write_json(study.folder / BUDGETS, budgets | more)
     finally:
         os.close(lock)
 
