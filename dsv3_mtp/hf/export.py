@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp import schedules
+from dsv3_mtp.atomic import write_json
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
@@ -162,7 +163,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos, "pad_token": eos}
     settings |= {"add_bos_token": False, "model_max_length": config.model.max_position_embeddings}
     settings |= {"clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
     # A training document is followed by the end-of-text token of its predecessor: that token begins a text as well.
     return {"bos_token_id": eos_id, "eos_token_id": eos_id}, []
 
