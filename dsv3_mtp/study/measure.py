@@ -14,7 +14,8 @@ import torch
 
 from dsv3_mtp.atomic import write_json
 from dsv3_mtp.config import Config
-from dsv3_mtp.evaluate import acceptance, validation_source
+from dsv3_mtp.data.opening import validation_source
+from dsv3_mtp.evaluate import acceptance
 from dsv3_mtp.hf import load_run
 from dsv3_mtp.metrics import Record, read_metrics
 from dsv3_mtp.study.matrix import Acceptance
