@@ -100,14 +100,13 @@ def whole_steps(config: Config, tokens: float) -> int:
 
 
 @cache
-def _size(model: str, mtp: str, seq_len: int) -> ModelSize:
+def _size(model: ModelConfig, mtp: MTPConfig, seq_len: int) -> ModelSize:
     with torch.device("meta"):
-        parts = ModelConfig.model_validate_json(model), MTPConfig.model_validate_json(mtp)
-        return model_size(DeepseekV3MTP(*parts), seq_len)
+        return model_size(DeepseekV3MTP(model, mtp), seq_len)
 
 
 def size_of(config: Config) -> ModelSize:
-    return _size(config.model.model_dump_json(), config.mtp.model_dump_json(), config.data.seq_len)
+    return _size(config.model, config.mtp, config.data.seq_len)
 
 
 def steps_of(config: Config) -> int:
