@@ -124,23 +124,17 @@ class Trainer:
         """One step on the next global batch: its metrics, and whether some rank was asked to stop."""
         config, world, depths = self.config, self.world, self.config.mtp.depths
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
-        batch_size = schedules.batch_size(config.train, self.progress, micro * world.data_size)
-        tokens_after = self.tokens + batch_size * config.data.seq_len
-        # A step has the learning rate of the progress it reaches, or the first one would not move.
-        lr = schedules.learning_rate(config.optim, min(tokens_after / config.train.total_tokens, 1.0))
-        loss_weights = schedules.depth_loss_weights(config.mtp, self.progress)
-        bias_speed = schedules.bias_update_speed(config.train, self.progress)
-
-        pieces = self.sampler.next_batch(
-            batch_size, rank=world.data_rank, world_size=world.data_size, micro_batch_size=micro
-        )
+        step = schedules.coming_step(config, self.tokens, micro * world.data_size)
+        share = {"rank": world.data_rank, "world_size": world.data_size, "micro_batch_size": micro}
+        pieces = self.sampler.next_batch(step.batch_size, **share)
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
         # Valid targets of the whole step, per rank over which DeepSpeed averages gradients, world.replicas. (Pipeline
         # stages and slices of rows count the same batch once on each of their ranks.)
         counts = torch.stack([count_targets(t, documents, depths, scored) for t, documents, scored in batch]).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size / world.slices
 
-        out = self.engine.accumulate(batch, loss_weights=loss_weights, balance_loss_weight=alpha, normalizer=normalizer)
+        weights = {"loss_weights": step.loss_weights, "balance_loss_weight": alpha}
+        out = self.engine.accumulate(batch, normalizer=normalizer, **weights)
         stop = out.loss.new_tensor(bool(self.stop))
         totals = torch.cat([torch.stack([out.loss, out.balance, out.nodes.sum(), stop]), metric_sums(out)])
         reduced = self.engine.all_reduce(torch.cat([totals, out.load.flatten()]))
@@ -149,19 +143,19 @@ class Trainer:
         record = {"train/loss": total_loss / world.replicas}
         record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
         self.require_finite(record)
-        record["optim/grad_norm"] = self.engine.step(lr)
+        record["optim/grad_norm"] = self.engine.step(step.lr)
         self.require_finite(record)
-        self.model.update_router_bias(load, bias_speed)
+        self.model.update_router_bias(load, step.bias_speed)
         if self.average is not None:
             self.average.update()
 
-        record["train/balance_loss"] = alpha * balance / batch_size
+        record["train/balance_loss"] = alpha * balance / step.batch_size
         if depths:
             record["train/mtp_weight"] = schedules.mtp_loss_weight(config.mtp.loss_weight, self.progress)
-        record |= {"optim/lr": lr, "moe/bias_update_speed": bias_speed, "train/batch_size": batch_size}
+        record |= {"optim/lr": step.lr, "moe/bias_update_speed": step.bias_speed, "train/batch_size": step.batch_size}
         record |= self.load_metrics(load, node_count)
         self.step += 1
-        self.tokens = tokens_after
+        self.tokens = step.tokens
         return record, stopping > 0
 
     def load_metrics(self, load: torch.Tensor, nodes: float) -> dict[str, float]:
