@@ -87,10 +87,10 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
     as a GPU's: masked, or of long rows.
     """
     import torch
+    from meter import Meter
 
     from dsv3_mtp import kernels
     from dsv3_mtp.config import load_config
-    from dsv3_mtp.meter import Meter
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
     from dsv3_mtp.parallel.launch import start
     from dsv3_mtp.parallel.sequence import slice_rows
@@ -131,9 +131,9 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
 
 def memory(args: argparse.Namespace, sets: list[str]) -> None:
     import torch
+    from meter import measure_step
 
     from dsv3_mtp.config import load_config
-    from dsv3_mtp.meter import measure_step
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
     from dsv3_mtp.plan import communication, layout, plan
 
