@@ -2,31 +2,29 @@
 
     checkpoints/latest            name of the newest complete folder
     checkpoints/global_step{N}/   shard_rank{r}.safetensors and index.json (fragments.py): every rank writes what it
-                                  holds; state.json; rng_rank{r}.pt; and, last of all, COMPLETE.json
+                                  holds; state.json; and, last of all, COMPLETE.json
+
+No state of a random generator: after its start, training draws no random numbers.
 
 A folder counts only when its COMPLETE.json exists and every file listed there has its size. Files are flushed to disk
 before that.
 """
 
-import io
 import json
 import os
-import pickle
-import random
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from dsv3_mtp.atomic import write_json, write_text
 from dsv3_mtp.fragments import AVERAGE, INDEX, Fragment, Fragments, damaged, merge_index, write_fragments
 from dsv3_mtp.loading import COMPLETE, checkpoints, is_complete
-from dsv3_mtp.metrics import replacing
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.engine import Engine
-from dsv3_mtp.parallel.launch import World, on_all, on_main
+from dsv3_mtp.parallel.launch import on_all, on_main
 from dsv3_mtp.parallel.placement import Held, held, restoring
 
 COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: the x axis of what its own monitors write
@@ -48,7 +46,7 @@ def save(
     averages = {} if average is None else average.values
     fragments = [_fragment(mine, optimizer, averages) for mine in held(engine) if mine.share[0] < mine.share[1]]
     parts: list[Any] = [None] * world.size
-    part = on_all(world, lambda: _write(folder, world, fragments))
+    part = on_all(world, lambda: write_fragments(folder, world.rank, fragments))
     dist.gather_object(part, parts if world.is_main else None)
     counters = {name: getattr(engine.engine, name) for name in COUNTERS}
     complete = {"step": step, "counters": counters}
@@ -59,14 +57,6 @@ def save(
 def _begin(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # what a killed save left behind
     folder.mkdir(parents=True)
-
-
-def _write(folder: Path, world: World, fragments: list[Fragment]) -> list[dict[str, Any]]:
-    generators = io.BytesIO()
-    torch.save(_rng_state(world.device), generators)
-    # Not to the file: torch's own error of a full disk says nothing.
-    (folder / f"rng_rank{world.rank}.pt").write_bytes(generators.getbuffer())
-    return write_fragments(folder, world.rank, fragments)
 
 
 def _fragment(mine: Held, optimizer: Any, averages: dict[str, torch.Tensor]) -> Fragment:
@@ -89,9 +79,8 @@ def _commit(folder: Path, index: dict[str, Any], state: dict[str, Any], complete
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
     complete |= {"files": {path.name: path.stat().st_size for path in files}}
-    for path, text in ((folder / COMPLETE, json.dumps(complete, indent=1)), (root / "latest", folder.name)):
-        with replacing(path) as temporary:
-            temporary.write_text(text)
+    write_json(folder / COMPLETE, complete)
+    write_text(root / "latest", folder.name)
     usable = [path for path in checkpoints(root) if is_complete(path)]
     for old in set(checkpoints(root)) - {folder, *usable[-keep:]}:
         (old / COMPLETE).unlink(missing_ok=True)  # a half-deleted folder must not count as complete
@@ -113,8 +102,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load(engine: Engine, folder: Path, *, moments: torch.dtype, average: WeightAverage | None) -> list[str]:
     """Restores model, router biases, optimizer and average in the layout of this run, whatever layout wrote them.
 
-    The random generators come back where the number of ranks is the same; nothing in training draws from them. Returns
-    what the user should know.
+    Returns what the user should know.
 
     Raises:
         ValueError: the checkpoint is damaged, of another format, or of another model.
@@ -128,8 +116,7 @@ def load(engine: Engine, folder: Path, *, moments: torch.dtype, average: WeightA
         on_all(engine.world, lambda: _restore(mine, stored, engine.engine.optimizer, moments))
     for name, value in json.loads((folder / COMPLETE).read_text())["counters"].items():
         setattr(engine.engine, name, value)
-    notes = [] if average is None else on_all(engine.world, lambda: average.load(stored))
-    return notes + on_all(engine.world, lambda: _load_rng(engine, folder))
+    return [] if average is None else on_all(engine.world, lambda: average.load(stored))
 
 
 def _restore(parts: list[Held], stored: Fragments, optimizer: Any, moments: torch.dtype) -> None:
@@ -147,30 +134,3 @@ def _restore(parts: list[Held], stored: Fragments, optimizer: Any, moments: torc
             mine.of(kept[key]).copy_(stored.read(mine.name, start, stop, state=key))
         for key, value in about["scalars"].items():  # as torch's fused AdamW keeps them
             kept[key] = torch.tensor(value, dtype=torch.float32, device=mine.flat.device)
-
-
-def _load_rng(engine: Engine, folder: Path) -> list[str]:
-    count = len(list(folder.glob("rng_rank*.pt")))
-    if count != engine.world.size:
-        return ["random generators start anew: their states belong to other ranks; nothing in training draws from them"]
-    try:
-        state = torch.load(folder / f"rng_rank{engine.world.rank}.pt", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise damaged(folder, error) from error
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and engine.world.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"][0], engine.world.device)
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    return []
-
-
-def _rng_state(device: torch.device) -> dict[str, Any]:
-    """Plain tensors, tuples and numbers: torch reads them back without unpickling code. Of GPUs this rank's own."""
-    name, keys, *rest = cast(tuple, np.random.get_state())
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
-        "numpy": (name, keys.tolist(), *rest),
-        "python": random.getstate(),
-    }

@@ -19,7 +19,7 @@ from torch import Tensor
 from dsv3_mtp.config import Config, ConfigError, MarkovTask, load_config
 from dsv3_mtp.config.reader import problems_of
 from dsv3_mtp.data.sampler import deal, sequential_windows
-from dsv3_mtp.data.source import Source, check_vocab, open_source
+from dsv3_mtp.data.source import Source
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.generate import Settings, generate
 from dsv3_mtp.grade import Grade
@@ -28,21 +28,6 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
 
 if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
     from dsv3_mtp.parallel.engine import Engine
-
-
-def validation_source(config: Config, split: str = "val") -> Source | TaskSource:
-    """What a run is validated on: data.val, or other examples of its task than it is trained on.
-
-    Raises:
-        ValueError: the data cannot be used, or `split` is asked of a task, which has validation examples only.
-    """
-    if config.data.task is None:
-        source = open_source(config.data.val or "", split)
-        check_vocab(source, config.model.vocab_size)
-        return source
-    if split != "val":
-        raise ValueError(f"data.task {config.data.task.type} has no split {split!r}: its training examples are all new")
-    return TaskSource(config.data.task)
 
 
 def evaluate(engine: "Engine", source: Source | TaskSource, config: Config) -> dict[str, Any]:

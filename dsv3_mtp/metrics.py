@@ -5,7 +5,6 @@ One record is one flat dict and one line of metrics.jsonl. No torch here.
 
 import json
 import math
-import os
 import re
 import time
 from collections import deque
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from dsv3_mtp.atomic import write_text
 
 Record = Mapping[str, Any]
 LEAK_RATIO = 0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
@@ -45,8 +46,7 @@ class MetricsLog:
             self._rewrite([lines[n] for n in kept])
 
     def _rewrite(self, lines: list[str]) -> None:
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_text(self.path, "".join(line + "\n" for line in lines))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -62,19 +62,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except (json.JSONDecodeError, AttributeError) as error:
             raise ValueError(f"{path}:{number}: not a JSON object ({error}); delete this line") from None
     return records
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on leaving, sync it and move it over `path` in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -136,7 +136,8 @@ def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
     model, zero, element = config.model, config.parallel.zero_stage, element_size(config)
     settings = DEEPSPEED_DEFAULTS | config.deepspeed.get("zero_optimization", {})
     head = any(part.name.endswith("head") for part in mine)
-    size = 4 * (2 * CHUNK_ELEMENTS + model.vocab_size * model.hidden_size) if head else 0  # logits, head's gradient
+    # In float32: a chunk of logits and its gradient; the gradient of the head, which the loss makes in its forward.
+    size = 4 * (2 * CHUNK_ELEMENTS + model.vocab_size * model.hidden_size) if head else 0
     if zero:
         size += element * settings["reduce_bucket_size"]
     if zero == 3:
@@ -164,7 +165,8 @@ def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[st
         element * max(ring(shape.data) * dense + ring(shape.copies) * experts for dense, experts in sizes)
         for sizes in ([(stage.dense, stage.experts) for stage in stages], [stage.learned for stage in stages])
     )
-    # DeepSpeed all-reduces whole buckets up to ZeRO-2, twice the reduce-scatter that would do.
+    # DeepSpeed all-reduces whole buckets up to ZeRO-2, twice the reduce-scatter that would do. ZeRO-2 and 3 reduce in
+    # every backward; ZeRO-3 gathers the weights in every forward and backward, ZeRO-1 and 2 once after the update.
     rows = {"gradients": learned * (shape.micro_batches if zero >= 2 else 1) * (1 if zero == 3 else 2)}
     if zero:
         rows["weights"] = every * 2 * shape.micro_batches if zero == 3 else learned
@@ -173,7 +175,8 @@ def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[st
     if shape.slices > 1:
         heads, key = model.num_attention_heads, model.qk_nope_head_dim + model.qk_rope_head_dim
         passes = 3 if config.train.activation_checkpointing == "full" else 2  # forward, forward again, backward
-        exchanged = element * heads * 2 * (key + model.v_head_dim) * shape.tokens * ring(shape.slices)
+        widths = 2 * key + 2 * model.v_head_dim  # query and key; value and output
+        exchanged = element * heads * widths * shape.tokens * ring(shape.slices)
         blocks = max(stage.blocks for stage in stages)
         rows["slices of rows, all-to-all around attention"] = exchanged * passes * blocks * shape.micro_batches
     if shape.stages > 1:
@@ -205,9 +208,10 @@ def _expert_exchange(config: Config, shape: Layout, layers: int) -> dict[str, fl
         for mine in range(min(groups, model.topk_group) + 1)
     ) / (comb(model.n_group, model.topk_group) * comb(reachable, top_k))
     visits = shape.experts * (1 - missed)
-    # There and back, forward and backward; numbers of experts and gates go along, and the gates' gradients back.
-    full = config.train.activation_checkpointing == "full"
-    row = element_size(config) * model.hidden_size * (6 if full else 4) + top_k * (28 if full else 16)
+    # A row goes there and back in the forward and its gradient in the backward: 4 times. Along with it go, for each
+    # choice, the number of an expert (8 bytes) and a gate (4), and back the gate's gradient (4). full: two forwards.
+    forwards = 2 if config.train.activation_checkpointing == "full" else 1
+    row = element_size(config) * model.hidden_size * 2 * (forwards + 1) + top_k * (12 * forwards + 4)
     sent = row * shape.tokens * shape.micro_batches * layers
     rows = {f"experts, all-to-all ({visits:.2f} ranks per token)": sent * visits * ring(shape.experts)}
     nodes = min(model.n_group, shape.experts)

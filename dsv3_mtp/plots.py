@@ -12,8 +12,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from dsv3_mtp.atomic import replacing
 from dsv3_mtp.config import Config
-from dsv3_mtp.metrics import Record, depths_of, replacing
+from dsv3_mtp.metrics import Record, depths_of
 from dsv3_mtp.schedules import batch_size, bias_update_speed, depth_loss_weights, learning_rate, mtp_loss_weight
 
 # In every panel colour says the depth: main head, depths 1, 2, ... (Okabe and Ito's colour-blind safe set).

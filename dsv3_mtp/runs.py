@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from dsv3_mtp.atomic import write_json, write_text
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.data.tasks import TaskSource
 from dsv3_mtp.loading import incomplete, newest_checkpoint
-from dsv3_mtp.metrics import replacing
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
 
@@ -110,14 +110,9 @@ def write_run_folder(
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{manifest}: damaged ({error}); delete this file") from None
     starts.append(describe_start(world_size=world_size, command=command, sources=sources))
-    texts = {
-        "config.yaml": config.to_yaml(),
-        "ds_config.json": json.dumps(ds_config, indent=2),
-        "manifest.json": json.dumps({"starts": starts}, indent=2),
-    }
-    for name, text in texts.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "config.yaml", config.to_yaml())
+    write_json(folder / "ds_config.json", ds_config)
+    write_json(manifest, {"starts": starts})
 
 
 def describe_start(*, world_size: int, command: list[str], sources: dict[str, Source | TaskSource]) -> dict[str, Any]:

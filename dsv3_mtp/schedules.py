@@ -6,9 +6,10 @@ belongs to what follows it: at exactly 10T of 14.8T tokens the MTP weight is alr
 
 from itertools import pairwise
 from math import ceil, cos, floor, pi
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dsv3_mtp.config import (
+    Config,
     ConstantWeight,
     LossWeight,
     MTPConfig,
@@ -101,6 +102,28 @@ def batch_size(train: TrainConfig, progress: float, multiple: int = 1) -> int:
     if ramp is not None:
         size = _line(ramp.start, train.batch_size, _position(progress, 0.0, ramp.until))
     return max(1, floor(size / multiple + _ROUNDING)) * multiple
+
+
+class Step(NamedTuple):
+    """All that one optimizer step takes from the schedules."""
+
+    batch_size: int  # sequences over all ranks
+    tokens: int  # consumed once it is done
+    lr: float
+    loss_weights: tuple[float, ...]  # (D,) factor of each L_k
+    bias_speed: float
+
+
+def coming_step(config: Config, tokens: int, multiple: int) -> Step:
+    """The step after `tokens` tokens. multiple: as for `batch_size`."""
+    total = config.train.total_tokens
+    progress = min(tokens / total, 1.0)
+    size = batch_size(config.train, progress, multiple)
+    after = tokens + size * config.data.seq_len
+    # A step has the learning rate of the progress it reaches, or the first one would not move.
+    lr = learning_rate(config.optim, min(after / total, 1.0))
+    speed = bias_update_speed(config.train, progress)
+    return Step(size, after, lr, depth_loss_weights(config.mtp, progress), speed)
 
 
 def total_steps(train: TrainConfig, seq_len: int, multiple: int = 1) -> int:

@@ -1,6 +1,5 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ import torch
 from dsv3_mtp import checkpoint, schedules
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe
-from dsv3_mtp.data.prepare import Arguments, prepare
-from dsv3_mtp.data.sampler import Sampler
-from dsv3_mtp.data.source import Source, check_documents, check_tokenizers, check_vocab, open_source, tokenizer_sha256
-from dsv3_mtp.data.tasks import TaskSource
-from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, validation_source
+from dsv3_mtp.data.opening import build_missing, open_sources
+from dsv3_mtp.data.source import Source
+from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
@@ -23,10 +20,9 @@ from dsv3_mtp.model.size import model_size
 from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.optim import build_optimizer
 from dsv3_mtp.parallel.average import WeightAverage
-from dsv3_mtp.parallel.build import build_model, writable
-from dsv3_mtp.parallel.engine import Engine, deepspeed_config
-from dsv3_mtp.parallel.launch import StopRequest, World, on_all, on_main, start
-from dsv3_mtp.parallel.pipeline import PipelineEngine
+from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
+from dsv3_mtp.parallel.engine import deepspeed_config
+from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.progress import Progress, quantity
 from dsv3_mtp.runs import changed_settings, find_checkpoint, run_folder, write_run_folder
@@ -57,7 +53,8 @@ class Trainer:
         self.stop = StopRequest()
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
-        self.sampler, self.val = open_data(config, self.world)
+        on_main(self.world, lambda: build_missing(config))
+        self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
         latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
         self.notes += tune(self.world.device)
 
@@ -127,23 +124,17 @@ class Trainer:
         """One step on the next global batch: its metrics, and whether some rank was asked to stop."""
         config, world, depths = self.config, self.world, self.config.mtp.depths
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
-        batch_size = schedules.batch_size(config.train, self.progress, micro * world.data_size)
-        tokens_after = self.tokens + batch_size * config.data.seq_len
-        # A step has the learning rate of the progress it reaches, or the first one would not move.
-        lr = schedules.learning_rate(config.optim, min(tokens_after / config.train.total_tokens, 1.0))
-        loss_weights = schedules.depth_loss_weights(config.mtp, self.progress)
-        bias_speed = schedules.bias_update_speed(config.train, self.progress)
-
-        pieces = self.sampler.next_batch(
-            batch_size, rank=world.data_rank, world_size=world.data_size, micro_batch_size=micro
-        )
+        step = schedules.coming_step(config, self.tokens, micro * world.data_size)
+        share = {"rank": world.data_rank, "world_size": world.data_size, "micro_batch_size": micro}
+        pieces = self.sampler.next_batch(step.batch_size, **share)
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
         # Valid targets of the whole step, per rank over which DeepSpeed averages gradients, world.replicas. (Pipeline
         # stages and slices of rows count the same batch once on each of their ranks.)
         counts = torch.stack([count_targets(t, documents, depths, scored) for t, documents, scored in batch]).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size / world.slices
 
-        out = self.engine.accumulate(batch, loss_weights=loss_weights, balance_loss_weight=alpha, normalizer=normalizer)
+        weights = {"loss_weights": step.loss_weights, "balance_loss_weight": alpha}
+        out = self.engine.accumulate(batch, normalizer=normalizer, **weights)
         stop = out.loss.new_tensor(bool(self.stop))
         totals = torch.cat([torch.stack([out.loss, out.balance, out.nodes.sum(), stop]), metric_sums(out)])
         reduced = self.engine.all_reduce(torch.cat([totals, out.load.flatten()]))
@@ -152,19 +143,19 @@ class Trainer:
         record = {"train/loss": total_loss / world.replicas}
         record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
         self.require_finite(record)
-        record["optim/grad_norm"] = self.engine.step(lr)
+        record["optim/grad_norm"] = self.engine.step(step.lr)
         self.require_finite(record)
-        self.model.update_router_bias(load, bias_speed)
+        self.model.update_router_bias(load, step.bias_speed)
         if self.average is not None:
             self.average.update()
 
-        record["train/balance_loss"] = alpha * balance / batch_size
+        record["train/balance_loss"] = alpha * balance / step.batch_size
         if depths:
             record["train/mtp_weight"] = schedules.mtp_loss_weight(config.mtp.loss_weight, self.progress)
-        record |= {"optim/lr": lr, "moe/bias_update_speed": bias_speed, "train/batch_size": batch_size}
+        record |= {"optim/lr": step.lr, "moe/bias_update_speed": step.bias_speed, "train/batch_size": step.batch_size}
         record |= self.load_metrics(load, node_count)
         self.step += 1
-        self.tokens = tokens_after
+        self.tokens = step.tokens
         return record, stopping > 0
 
     def load_metrics(self, load: torch.Tensor, nodes: float) -> dict[str, float]:
@@ -280,56 +271,3 @@ class Trainer:
             f"{self.world.size} x {self.world.device.type}{stages}, ZeRO-{config.parallel.zero_stage}{experts}, "
             f"{config.train.dtype}"
         )
-
-
-def open_data(config: Config, world: World) -> tuple[Sampler, Source | TaskSource]:
-    """The training sampler and the validation source; rank 0 first builds the embedded corpus where it is missing."""
-    data = config.data
-    if data.build == "pystdlib" and isinstance(data.train, str):
-        on_main(world, lambda: build_missing(str(data.train), config.model.vocab_size))
-    return on_all(world, lambda: open_sources(config))
-
-
-def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
-    data, lookahead = config.data, 1 + config.mtp.depths
-    val = validation_source(config)
-    if isinstance(val, TaskSource):
-        return Sampler([val], seq_len=data.seq_len, lookahead=lookahead, seed=config.run.seed), val
-    sources = [open_source(entry.path, "train") for entry in data.entries]
-    for source in sources:
-        check_vocab(source, config.model.vocab_size)
-    for source in [*sources, val] if data.mask_documents else []:
-        check_documents(source, config.mtp.depths)
-    made = [(source.path, source.tokenizer_sha256) for source in [*sources, val]]
-    if (weights_of := config.train.init_from) is not None:
-        made.append((weights_of, tokenizer_sha256(Path(weights_of, "tokenizer.json"))))
-    check_tokenizers(made)
-    weights = [entry.weight for entry in data.entries]
-    sampler = Sampler(sources, weights, seq_len=data.seq_len, lookahead=lookahead, seed=config.run.seed)
-    return sampler, val
-
-
-def build_missing(folder: str, vocab_size: int) -> None:
-    if not Path(folder).exists():
-        print(f"{folder}: missing, building it from the standard library of this Python", flush=True)
-        prepare(folder, Arguments(corpus="pystdlib", vocab_size=vocab_size))
-
-
-def start_engine(model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: World, config: Config) -> Engine:
-    """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names the section."""
-    try:
-        if world.stages > 1:
-            return PipelineEngine(model, optimizer, ds_config=ds_config, world=world, config=config)
-        return Engine(model, optimizer, ds_config=ds_config, world=world)
-    except Exception as error:
-        if not config.deepspeed:
-            raise
-        raise ValueError(f"deepspeed: DeepSpeed refuses this section: {error}") from error
-
-
-def check_monitors(config: Config) -> None:
-    """A missing package would otherwise fail on rank 0 alone and leave the other ranks waiting."""
-    wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb is not None}
-    missing = [name for name, wants in wanted.items() if wants and importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError("\n".join(f"log.{name}: the package is not installed; pip install {name}" for name in missing))

@@ -90,7 +90,7 @@ def test_every_layout_reads_what_another_wrote_and_goes_on_alike(
         if here.parallel == before.parallel and ranks == ranks_before:
             assert after["losses"] == wanted and "a checkpoint of" not in text
         else:
-            assert moved + layout in text and ("random generators start anew" in text) == (ranks != ranks_before)
+            assert moved + layout in text
 
 
 def walk(configs: list[Config], previous: Config | None) -> None:

@@ -11,9 +11,10 @@ import torch
 from dsv3_mtp import grade as module
 from dsv3_mtp.config import MarkovTask, MTPConfig, PolynomialTask, StarTask
 from dsv3_mtp.data.markov import step_entropy, transition_matrix
+from dsv3_mtp.data.opening import validation_source
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
-from dsv3_mtp.evaluate import acceptance, open_model, validate, validation_source
+from dsv3_mtp.evaluate import acceptance, open_model, validate
 from dsv3_mtp.generate import Settings, generate
 from dsv3_mtp.grade import Grade, hard_token, reference, sees_tokens
 from dsv3_mtp.hf import export_hf

@@ -16,10 +16,10 @@ LAYERS = {
     **dict.fromkeys(
         ["kernels", "fused", "tuning", "schedules", "losses", "precision", "data", "metrics", "progress", "plots"], 1
     ),
-    **dict.fromkeys(["triton_kernels", "tensorfile", "fragments"], 1),
+    **dict.fromkeys(["triton_kernels", "tensorfile", "fragments", "atomic"], 1),
     "model": 2,
     **dict.fromkeys(["parallel", "optim", "checkpoint", "hf", "generate", "decode", "loading"], 3),
-    **dict.fromkeys(["trainer", "evaluate", "grade", "study", "runs", "dryrun", "plan", "meter"], 4),
+    **dict.fromkeys(["trainer", "evaluate", "grade", "study", "runs", "dryrun", "plan"], 4),
 }
 TOP = 5  # the package's __init__.py (the public API) and tools/
 

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from dsv3_mtp.metrics import Clock, MetricsLog, mfu, peak_flops, read_metrics, replacing
+from dsv3_mtp.atomic import replacing
+from dsv3_mtp.metrics import Clock, MetricsLog, mfu, peak_flops, read_metrics
 from tests.test_progress import TRAIN, VAL
 
 

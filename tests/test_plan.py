@@ -11,8 +11,6 @@ import torch
 
 from dsv3_mtp import kernels
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.config.layout import composition
-from dsv3_mtp.meter import Meter, measure_step
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.plan import (
@@ -27,6 +25,8 @@ from dsv3_mtp.plan import (
     state_bytes,
 )
 from tests.ranks import run_ranks, write_markov
+from tools.bench_parallel import composition
+from tools.meter import Meter, measure_step
 
 ROOT = Path(__file__).parents[1]
 GB = 1e9

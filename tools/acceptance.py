@@ -69,8 +69,8 @@ def rows(folder: str, options: argparse.Namespace) -> list[str]:
 
 def validation_prefixes(config: Any, options: argparse.Namespace) -> list[list[int]]:
     """The same places of the validation split for every run with the same data."""
+    from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.data.sampler import sequential_windows
-    from dsv3_mtp.evaluate import validation_source
 
     task = config.data.task
     if task is not None and task.type != "markov":

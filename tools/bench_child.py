@@ -168,6 +168,7 @@ def loss_memory(config: Config, *, naive: bool) -> int:
         weight = (0.02 * torch.randn(vocab, config.model.hidden_size)).requires_grad_()
         targets, row_weight = torch.randint(vocab, (rows,)), torch.full((rows,), 1 / rows)
     F.linear(hidden[:8], weight).sum().backward()  # libraries and gradients are there before the count begins
+    forget_peak()
     before = held()
     if naive:
         parts = zip(hidden.chunk(heads), targets.chunk(heads), strict=True)
@@ -179,11 +180,14 @@ def loss_memory(config: Config, *, naive: bool) -> int:
 
 
 def held() -> int:
-    """Bytes that this process holds, on a GPU of the GPU's, whose peak counts from here on."""
-    if DEVICE.type == "cpu":
-        return resident("VmRSS")
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+    """Bytes that this process holds, on a GPU of the GPU's."""
+    return resident("VmRSS") if DEVICE.type == "cpu" else torch.cuda.memory_allocated()
+
+
+def forget_peak() -> None:
+    """`most_held` counts from here on; not on a CPU, whose peak is that of the whole process."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def most_held() -> int:
@@ -224,6 +228,7 @@ def main() -> None:
         notes += set_precision(model, config, DEVICE)
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
+    forget_peak()
     built = held()
     losses = [step().item() for _ in range(3)]
     size = model_size(model, config.data.seq_len) if isinstance(model, DeepseekV3MTP) else None
@@ -236,7 +241,7 @@ def main() -> None:
             answer({"seconds": now() - start, "wall": time.perf_counter() - wall, "loss": loss})
         elif command == "peak":
             answer(matmul_rate(getattr(torch, argument)))
-            held()  # which may have taken more of a GPU than a step does
+            forget_peak()  # the products may have taken more of a GPU than a step does
         elif command == "parts":
             answer(parts(model, optimizer, config))
         elif command == "memory":

@@ -80,15 +80,14 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
         prompt = torch.randint(model.config.vocab_size, (options.prompt_tokens,), generator=generator).tolist()
         name = "random weights (nearly every draft is rejected)"
     else:
-        from dsv3_mtp.data.tokenizer import load_encoder, recorded_eos
+        from dsv3_mtp.data.tokenizer import recorded_encoder
         from dsv3_mtp.hf import load_run
 
         run = load_run(options.run)
         if run.tokenizer is None:
             raise ValueError(f"{options.run}: the run's data has no tokenizer.json here")
         model, name = run.model, str(options.run)
-        encoder = load_encoder(run.tokenizer, eos=recorded_eos(run.tokenizer))
-        prompt = encoder.tokenizer.encode(options.prompt, add_special_tokens=False).ids
+        prompt = recorded_encoder(run.tokenizer).tokenizer.encode(options.prompt, add_special_tokens=False).ids
     room = model.config.max_position_embeddings - len(prompt)
     if room < options.new_tokens:
         raise ValueError(
@@ -125,21 +124,14 @@ def transformers_generate(model: Any, prompt: list[int], count: int) -> Callable
     """transformers' DeepseekV3ForCausalLM with this model's weights, in its default settings."""
     import torch
 
+    from dsv3_mtp.hf.settings import to_config_json
+
     try:
         import transformers
     except ImportError:
         raise ValueError("transformers is not installed; pip install 'dsv3_mtp[hf]'") from None
-    keys = model.config.model_dump()
-    scaling, theta = keys.pop("rope_scaling"), keys.pop("rope_theta")
-    rope = {"rope_type": "default"} if scaling is None else {**scaling, "rope_type": scaling.pop("type")}
-    config = transformers.DeepseekV3Config(
-        **keys,
-        num_key_value_heads=keys["num_attention_heads"],
-        rope_interleave=True,
-        rope_parameters={**rope, "rope_theta": theta},
-        attention_bias=False,
-        tie_word_embeddings=False,
-    )
+    content = to_config_json(model.config, 0, dtype="fp32", special_ids={})
+    config = transformers.DeepseekV3Config.from_dict(content)
     theirs = transformers.DeepseekV3ForCausalLM(config).to(model.lm_head.weight.dtype).eval()
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")}
     theirs.load_state_dict(state, strict=True)

@@ -13,11 +13,23 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 LAYOUTS = {
     **{f"ZeRO-{stage}": [f"parallel.zero_stage={stage}"] for stage in range(4)},
     "ZeRO-1, EP=2": ["parallel.expert_parallel_size=2"],
     "ZeRO-2, EP=2": ["parallel.zero_stage=2", "parallel.expert_parallel_size=2"],
+}
+# What can be combined: name -> settings, on top of ZeRO-1.
+FEATURES: dict[str, dict[str, dict[str, Any]]] = {
+    **{f"ZeRO-{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)},
+    "offload": {"parallel": {"offload_optimizer": True}},
+    "EP": {"parallel": {"expert_parallel_size": 2}},
+    "PP": {"parallel": {"pipeline_stages": 2}},
+    "SP": {"parallel": {"sequence_parallel_size": 2}},
+    "selective": {"train": {"activation_checkpointing": "selective"}},
+    "full": {"train": {"activation_checkpointing": "full"}},
+    "freeze": {"train": {"freeze": "trunk"}},
 }
 # So that ZeRO-3 shards this small a model at all, and lets go of what it has gathered.
 ZERO = {"reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 0}
@@ -34,8 +46,6 @@ def main() -> int:
     from dsv3_mtp.config import load_config
 
     if args.table == "refusals":
-        from dsv3_mtp.config.layout import composition
-
         print(composition(load_config(args.config, args.sets)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
@@ -48,15 +58,39 @@ def main() -> int:
     return 0
 
 
+def composition(config: Any) -> str:
+    """A Markdown table of every pair of FEATURES: yes, or the number of the reason in the list below it.
+
+    config: a Config, the rest of the run.
+    """
+    from dsv3_mtp.config.layout import refusals
+
+    names, reasons = list(FEATURES), list[str]()
+
+    def cell(row: str, column: str) -> str:
+        if (row[:4] == column[:4] == "ZeRO" and row != column) or {row, column} == {"selective", "full"}:
+            return "-"  # two values of one key
+        run = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_stage": 1})})
+        for section, keys in [*FEATURES[row].items(), *FEATURES[column].items()]:
+            run = run.model_copy(update={section: getattr(run, section).model_copy(update=keys)})
+        refused = refusals(run)
+        reasons.extend(reason for reason in refused if reason not in reasons)
+        return ", ".join(str(reasons.index(reason) + 1) for reason in refused) or "yes"
+
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {row} | " + " | ".join(cell(row, column) for column in names) + " |" for row in names]
+    return "\n".join([*lines, "", *(f"{number}. `{reason}`" for number, reason in enumerate(reasons, start=1))])
+
+
 def activations(args: argparse.Namespace, sets: list[str]) -> None:
     """Bytes that one forward leaves for its backward, beside the weights, with attention that keeps no probabilities,
     as a GPU's: masked, or of long rows.
     """
     import torch
+    from meter import Meter
 
     from dsv3_mtp import kernels
     from dsv3_mtp.config import load_config
-    from dsv3_mtp.meter import Meter
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
     from dsv3_mtp.parallel.launch import start
     from dsv3_mtp.parallel.sequence import slice_rows
@@ -97,9 +131,9 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
 
 def memory(args: argparse.Namespace, sets: list[str]) -> None:
     import torch
+    from meter import measure_step
 
     from dsv3_mtp.config import load_config
-    from dsv3_mtp.meter import measure_step
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
     from dsv3_mtp.plan import communication, layout, plan
 

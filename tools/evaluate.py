@@ -90,8 +90,9 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     import torch
 
+    from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
-    from dsv3_mtp.evaluate import acceptance, open_model, validate, validation_source
+    from dsv3_mtp.evaluate import acceptance, open_model, validate
     from dsv3_mtp.loading import tokenizer_of
     from dsv3_mtp.tuning import tune
 

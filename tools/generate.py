@@ -85,7 +85,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model on its device, and its tokenizer (None: there is none)."""
     import torch
 
-    from dsv3_mtp.data.tokenizer import load_encoder, recorded_eos
+    from dsv3_mtp.data.tokenizer import recorded_encoder
 
     if options.run is not None:
         from dsv3_mtp.hf import load_run
@@ -102,7 +102,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return model, None if tokenizer is None else load_encoder(tokenizer, eos=recorded_eos(tokenizer))
+    return model, None if tokenizer is None else recorded_encoder(tokenizer)
 
 
 def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], list[list[int]]]:

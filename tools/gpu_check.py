@@ -62,10 +62,9 @@ def main() -> int:
         print(texts[-1], flush=True)
     command = " ".join(["python", *sys.argv])
     head = f"# GPU results\n\n{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}, `{command}`\n"
-    from dsv3_mtp.metrics import replacing
+    from dsv3_mtp.atomic import write_text
 
-    with replacing(Path(args.out)) as temporary:
-        temporary.write_text("\n\n".join([head.rstrip(), *texts]) + "\n", encoding="utf-8")
+    write_text(Path(args.out), "\n\n".join([head.rstrip(), *texts]) + "\n")
     return int(failed > 0)
 
 

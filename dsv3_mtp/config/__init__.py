@@ -4,7 +4,8 @@
     config.model.hidden_size, config.mtp.depths, config.optim.schedule.warmup
 
 run.py holds the whole and most sections, model.py what is trained, data.py on what, precision.py in which numbers,
-reader.py files and reports, deepspeed.py the keys that a run may hand to DeepSpeed.
+layout.py how ranks may share the work, reader.py files and reports, deepspeed.py the keys that a run may hand to
+DeepSpeed.
 """
 
 from dsv3_mtp.config.data import (

@@ -145,38 +145,3 @@ def describe(config: Any, world_size: int) -> str:
     parts += [f"PP {parallel.pipeline_stages}"] * (parallel.pipeline_stages > 1)
     parts += [f"SP {parallel.sequence_parallel_size}"] * (parallel.sequence_parallel_size > 1)
     return ", ".join(parts)
-
-
-# What can be combined, for the table of docs/parallelism.md: name -> settings, on top of ZeRO-1.
-FEATURES: dict[str, dict[str, dict[str, Any]]] = {
-    **{f"ZeRO-{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)},
-    "offload": {"parallel": {"offload_optimizer": True}},
-    "EP": {"parallel": {"expert_parallel_size": 2}},
-    "PP": {"parallel": {"pipeline_stages": 2}},
-    "SP": {"parallel": {"sequence_parallel_size": 2}},
-    "selective": {"train": {"activation_checkpointing": "selective"}},
-    "full": {"train": {"activation_checkpointing": "full"}},
-    "freeze": {"train": {"freeze": "trunk"}},
-}
-
-
-def composition(config: Any) -> str:
-    """A Markdown table of every pair of FEATURES: yes, or the number of the reason in the list below it.
-
-    config: a Config, the rest of the run.
-    """
-    names, reasons = list(FEATURES), list[str]()
-
-    def cell(row: str, column: str) -> str:
-        if (row[:4] == column[:4] == "ZeRO" and row != column) or {row, column} == {"selective", "full"}:
-            return "-"  # two values of one key
-        run = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_stage": 1})})
-        for section, keys in [*FEATURES[row].items(), *FEATURES[column].items()]:
-            run = run.model_copy(update={section: getattr(run, section).model_copy(update=keys)})
-        refused = refusals(run)
-        reasons.extend(reason for reason in refused if reason not in reasons)
-        return ", ".join(str(reasons.index(reason) + 1) for reason in refused) or "yes"
-
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {row} | " + " | ".join(cell(row, column) for column in names) + " |" for row in names]
-    return "\n".join([*lines, "", *(f"{number}. `{reason}`" for number, reason in enumerate(reasons, start=1))])

@@ -1,8 +1,8 @@
 """Text to token shards: split, tokenise, write. Byte-identical however often it is interrupted and resumed.
 
 Everything is written to DIR.partial, which becomes DIR with one rename at the end. DIR.partial/progress.json
-says how far the shards on disk go; whatever was written after it is cut off and made again. A lock in
-DIR.partial lets a second process wait for the first.
+says how far the shards on disk go; whatever was written after it is cut off and made again. A lock beside
+them, .DIR.lock, lets a second process wait for the first.
 """
 
 import fcntl
@@ -15,24 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from dsv3_mtp.atomic import replacing, write_json
 from dsv3_mtp.data.documents import FileInputs, Inputs
 from dsv3_mtp.data.megatron import token_dtype
-from dsv3_mtp.data.shards import (
-    FORMAT,
-    INDEX,
-    SPLITS,
-    VERSION,
-    SplitWriter,
-    file_sha256,
-    read_folder_index,
-    write_atomic,
-    write_json,
-)
+from dsv3_mtp.data.shards import FORMAT, INDEX, SPLITS, VERSION, SplitWriter, file_sha256, read_folder_index
 from dsv3_mtp.data.stdlib import StdlibInputs, stdlib_inputs
 from dsv3_mtp.data.tokenise import PROGRESS, Progress, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
 
-LOCK, TOKENIZER, MANIFEST = ".lock", "tokenizer.json", "manifest.json"
+TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
 TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is trained on
 
 
@@ -91,15 +82,16 @@ def prepare(out_dir: str | Path, arguments: Arguments, *, progress: Progress | N
     partial = out.with_name(out.name + ".partial")
     inputs = _open_inputs(arguments, out)
     recorded = _recorded(arguments, inputs)
-    if _taken(out):
-        return _existing(out, recorded)
-    with _lock(partial):
-        if _taken(out):  # another process made it while this one waited
-            shutil.rmtree(partial, ignore_errors=True)
-            return _existing(out, recorded)
-        index = _build(partial, arguments, recorded, inputs, progress)
-        os.replace(partial, out)
-        (out / LOCK).unlink()
+    if not _taken(out):
+        lock = out.with_name(f".{out.name}.lock")
+        with _locked(lock):
+            if not _taken(out):  # another process may have made it while this one waited
+                partial.mkdir(exist_ok=True)
+                _build(partial, arguments, recorded, inputs, progress)
+                os.replace(partial, out)
+            lock.unlink(missing_ok=True)  # whoever still waits for it will find `out`
+    index = read_folder_index(out)
+    _compare(out, index["arguments"], recorded)
     return index
 
 
@@ -126,12 +118,6 @@ def _taken(out: Path) -> bool:
     return out.is_file() or (out.is_dir() and any(out.iterdir()))
 
 
-def _existing(out: Path, recorded: dict[str, Any]) -> dict[str, Any]:
-    index = read_folder_index(out)
-    _compare(out, index["arguments"], recorded)
-    return index
-
-
 def _compare(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     differences = []
     for key, value in now.items():
@@ -145,28 +131,21 @@ def _compare(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def _lock(folder: Path) -> TextIO:
-    """Create `folder` and lock it, waiting for another holder; a process that dies gives its lock back."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = open(folder / LOCK, "w")  # noqa: SIM115
-        except FileNotFoundError:  # renamed away just now
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for the process that is writing {folder}", file=sys.stderr, flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        # The holder before may have renamed the folder with this file in it: then it locks nothing any more.
-        if (folder / LOCK).exists() and os.path.samestat(os.stat(folder / LOCK), os.fstat(handle.fileno())):
-            return handle
-        handle.close()
+def _locked(path: Path) -> TextIO:
+    """Lock this file, waiting for another holder; a process that dies gives its lock back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = open(path, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for the process that holds {path}", file=sys.stderr, flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    return handle
 
 
 def _build(
     partial: Path, arguments: Arguments, recorded: dict[str, Any], inputs: Inputs, progress: Progress | None
-) -> dict[str, Any]:
+) -> None:
     state = _saved_state(partial, recorded, inputs)
     if state is None:
         encoder = _make_tokenizer(partial, arguments, inputs)
@@ -189,7 +168,7 @@ def _build(
     Tokenising(
         partial, inputs, encoder, writers, state, fim_rate=arguments.fim_rate, seed=arguments.seed, progress=progress
     ).run()
-    return _finish(partial, arguments, inputs, encoder, writers, state)
+    _finish(partial, arguments, inputs, encoder, writers, state)
 
 
 def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
@@ -197,8 +176,7 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
     path = partial / PROGRESS
     if not path.is_file():
         for left in partial.iterdir():
-            if left.name != LOCK:
-                left.unlink()
+            left.unlink()
         return None
     state = json.loads(path.read_text(encoding="utf-8"))
     _compare(partial, state["arguments"], recorded)
@@ -216,7 +194,8 @@ def _make_tokenizer(partial: Path, arguments: Arguments, inputs: Inputs) -> Docu
     else:
         assert arguments.vocab_size is not None
         content = train_tokenizer(_train_texts(inputs), arguments.vocab_size).encode()
-    write_atomic(partial / TOKENIZER, content)
+    with replacing(partial / TOKENIZER) as temporary:
+        temporary.write_bytes(content)
     return load_encoder(partial / TOKENIZER, eos=arguments.eos)
 
 
@@ -237,7 +216,7 @@ def _finish(
     encoder: DocumentEncoder,
     writers: dict[str, SplitWriter],
     state: dict[str, Any],
-) -> dict[str, Any]:
+) -> None:
     """Close the shards, write index.json, and leave nothing else in the folder."""
     for writer in writers.values():
         writer.close_shard()
@@ -268,6 +247,5 @@ def _finish(
         files = [{"path": path, "sha256": sha256, "split": split} for path, sha256, split in inputs.manifest]
         write_json(partial / MANIFEST, {"manifest_hash": inputs.fingerprint, **index["source"], "files": files})
     write_json(partial / INDEX, index)
-    for left in [partial / PROGRESS, *partial.glob("*.sizes")]:
+    for left in [partial / PROGRESS, *partial.glob("*.sizes"), *partial.glob(".*.tmp")]:
         left.unlink(missing_ok=True)
-    return index

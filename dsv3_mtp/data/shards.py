@@ -36,20 +36,6 @@ def read_folder_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

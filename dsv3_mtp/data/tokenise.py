@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from dsv3_mtp.atomic import write_json
 from dsv3_mtp.data.documents import Document, Inputs
-from dsv3_mtp.data.shards import SplitWriter, write_json
+from dsv3_mtp.data.shards import SplitWriter
 from dsv3_mtp.data.tokenizer import DocumentEncoder, fim_split
 
 PROGRESS = "progress.json"

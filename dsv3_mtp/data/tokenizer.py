@@ -131,6 +131,11 @@ def load_encoder(path: Path, *, eos: str | int | None = None) -> DocumentEncoder
     return DocumentEncoder(tokenizer, max(vocab.values()) + 1, vocab[name], fim_ids, digest)
 
 
+def recorded_encoder(path: Path) -> DocumentEncoder:
+    """`load_encoder` with the end-of-text token that the data or weights beside this tokenizer.json were made with."""
+    return load_encoder(path, eos=recorded_eos(path))
+
+
 def fim_split(text: str, *, rate: float, seed: int, document: int) -> tuple[str, ...]:
     """(prefix, middle, suffix) with probability `rate`, else (text,); a pure function of the arguments."""
     digest = hashlib.sha256(f"fim {seed} {document}".encode()).digest()

@@ -77,6 +77,15 @@ class ChainDrafter(Drafter):
 
     Beyond the trained depths the last module goes on, one slot further per draft, as serving engines recycle it: its
     own state stands in for the trunk state of a slot that the trunk has not seen.
+
+    Two modules, three drafts; t_m is the last known token, so that the trunk has states of slots 0..m-1:
+
+        module 1, slot m-1   reads the trunk's state of m-1      and t_m       drafts t_{m+1}
+        module 2, slot m-1   reads module 1's state of m-1       and t_{m+1}   drafts t_{m+2}
+        module 2, slot m     reads its own state of m-1          and t_{m+2}   drafts t_{m+3}
+
+    If t_{m+1} stands and t_{m+2} is replaced, m grows by 2. Module 1 then computes slots m and m+1 (old m). Module 2
+    begins at m-1 again: the token it read there was a draft. `filled` holds where each module begins.
     """
 
     def rings_needed(self) -> int:

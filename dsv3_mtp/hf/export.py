@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp import schedules
+from dsv3_mtp.atomic import write_json
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.data.tokenizer import load_encoder, recorded_eos
+from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
-from dsv3_mtp.hf.load import is_finite, open_checkpoint, read_slot
+from dsv3_mtp.hf.load import is_finite, meta_state, misfits, open_checkpoint, read_slot
 from dsv3_mtp.hf.settings import SPECIAL_IDS, read_settings, representable, to_config_json, write_settings
 from dsv3_mtp.loading import IMPORTED, newest_weights, tokenizer_of
 from dsv3_mtp.tensorfile import Entry
@@ -101,8 +101,8 @@ def _open_run(run: Path, config: Config, expected: list[Slot], modules: int, ema
     if stored is None:
         raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
     newest = stored.folder
-    state = {name: torch.empty(shape, device="meta") for name, shape in stored.shapes.items()}
-    problems = _state_problems(state, modules, expected)
+    state = meta_state(config.model, config.mtp)
+    problems = summarise(misfits(stored.shapes, state))
     progress = min(json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0)
     deepest = f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
     if deepest in stored.shapes and bool((stored.read(deepest) == 1).all()):  # else an earlier start had other weights
@@ -129,25 +129,6 @@ def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read,
         return read_slot(checkpoint, names[slot.key, str(slot.index)], settings.block)
 
     return read, run / IMPORTED, settings.notes
-
-
-def _state_problems(state: dict[str, Tensor], modules: int, expected: list[Slot]) -> list[str]:
-    """Tensors of the run that are missing, unused, or not filled exactly by the slots."""
-    problems, filled = [], Counter[str]()
-    for slot in expected:
-        if slot.alias:
-            continue
-        filled[slot.key] += torch.Size(slot.shape).numel()
-        if slot.key not in state:
-            problems.append((slot.key, "missing"))
-        elif len(slot.index) >= state[slot.key].ndim or state[slot.key][slot.index].shape != slot.shape:
-            problems.append((slot.key, f"has shape {list(state[slot.key].shape)}, config.yaml asks for another"))
-    for key, tensor in state.items():
-        if key in filled and tensor.numel() > filled[key]:
-            problems.append((key, f"has shape {list(tensor.shape)}, config.yaml asks for less"))
-        elif key not in filled and (modules or not key.startswith("mtp.")):
-            problems.append((key, "not used by the layout"))
-    return summarise(dict.fromkeys(problems))
 
 
 def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
@@ -179,13 +160,13 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
         where = ", ".join(entry.path for entry in config.data.entries)
         return {}, [f"no tokenizer: no tokenizer.json in {where}; put its files beside the weights to use text"]
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    encoder = load_encoder(tokenizer, eos=recorded_eos(tokenizer))
+    encoder = recorded_encoder(tokenizer)
     eos_id = encoder.eos_id
     eos = encoder.tokenizer.id_to_token(eos_id)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos, "pad_token": eos}
     settings |= {"add_bos_token": False, "model_max_length": config.model.max_position_embeddings}
     settings |= {"clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
     # A training document is followed by the end-of-text token of its predecessor: that token begins a text as well.
     return {"bos_token_id": eos_id, "eos_token_id": eos_id}, []
 

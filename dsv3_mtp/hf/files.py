@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from dsv3_mtp.atomic import write_json
 from dsv3_mtp.tensorfile import Entry, Place, place_of, read_header, write_file
 
 INDEX = "model.safetensors.index.json"
@@ -87,7 +87,3 @@ def write_checkpoint(folder: Path, entries: list[Entry], tensors: Iterable[Tenso
         write_file(folder / name, shard, stream)
     index = {"metadata": {"total_size": sum(entry.size for entry in entries)}, "weight_map": weight_map}
     write_json(folder / INDEX, index)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -175,27 +175,42 @@ def _differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
     ]
 
 
-def load_hf(
-    folder: str | Path, *, dtype: torch.dtype | None = None
-) -> tuple[DeepseekV3MTP, ModelConfig, MTPConfig, Path | None]:
+def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, ModelConfig, MTPConfig, Path | None]:
     """A checkpoint in DeepSeek-V3's layout as a model in eval mode on the CPU, ready for evaluation and decoding.
+
+    Weights are as stored, bfloat16 for FP8 and float32 for float16; router biases are float32.
 
     Args:
         folder: config.json, *.safetensors (bfloat16, float32 or block-FP8), tokenizer.json.
-        dtype: of the weights; None: as stored, bfloat16 for FP8 and float32 for float16. Router biases are float32.
     Returns:
         model, its `model` and `mtp` sections, and the path of tokenizer.json (None if there is none).
     """
     folder = Path(folder)
     settings = read_settings(folder)
     mtp = MTPConfig(mode="sequential" if settings.modules else "none", num_nextn_predict_layers=settings.modules)
-    if dtype is None:  # not config.json's word for it
-        stored = Checkpoint(folder).places.get("model.embed_tokens.weight")
-        dtype = torch.bfloat16 if stored is None or stored.dtype == "BF16" else torch.float32
+    stored = Checkpoint(folder).places.get("model.embed_tokens.weight")  # not config.json's word for it
+    dtype = torch.bfloat16 if stored is None or stored.dtype == "BF16" else torch.float32
     model = empty_model(settings.model, mtp, dtype)
     load_weights(model, folder)
     tokenizer = folder / "tokenizer.json"
     return model.eval(), settings.model, mtp, tokenizer if tokenizer.is_file() else None
+
+
+def meta_state(config: ModelConfig, mtp: MTPConfig) -> dict[str, Tensor]:
+    """The state dict of such a model, without values."""
+    with torch.device("meta"):
+        return DeepseekV3MTP(config, mtp).state_dict()
+
+
+def misfits(stored: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """How the shapes in a run's checkpoint differ from those of its config's model. (tensor, what is wrong)."""
+    problems = [(name, "missing") for name in state if name not in stored]
+    for name, shape in stored.items():
+        if name not in state:
+            problems.append((name, "not used by the model"))
+        elif shape != state[name].shape:
+            problems.append((name, f"has shape {list(shape)}, config.yaml asks for {list(state[name].shape)}"))
+    return problems
 
 
 def empty_model(config: ModelConfig, mtp: MTPConfig, dtype: torch.dtype) -> DeepseekV3MTP:

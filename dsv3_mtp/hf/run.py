@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.hf.load import empty_model, load_weights
+from dsv3_mtp.hf.keys import summarise
+from dsv3_mtp.hf.load import empty_model, load_weights, misfits
 from dsv3_mtp.loading import IMPORTED, newest_weights, tokenizer_of
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
@@ -37,13 +38,9 @@ def load_run(folder: str | Path, *, ema: bool = False) -> LoadedRun:
     if stored is not None:
         model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
         state = model.state_dict()
-        if stored.shapes != {name: tensor.shape for name, tensor in state.items()}:
-            names = sorted(
-                name
-                for name in stored.shapes.keys() | state.keys()
-                if name not in state or stored.shapes.get(name) != state[name].shape
-            )
-            raise ValueError(f"{stored.folder}: its weights do not fit {folder / 'config.yaml'}: {', '.join(names)}")
+        if problems := summarise(misfits(stored.shapes, state)):
+            lines = [f"{stored.folder}: its weights do not fit {folder / 'config.yaml'}:", *problems]
+            raise ValueError("\n  ".join(lines))
         for name, tensor in state.items():
             tensor.copy_(stored.read(name).view_as(tensor))  # one at a time: never two models in memory
     elif (folder / IMPORTED).is_dir():

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dsv3_mtp.atomic import write_json
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.hf.blockfp8 import BLOCK
-from dsv3_mtp.hf.files import write_json
 
 TORCH_NAMES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
 QUANTIZATION = {

@@ -1,5 +1,10 @@
 """Everything that knows DeepSpeed, and its only importer: start and stop of processes, the engine and its JSON.
 
+launch.py     this process among its peers;  build.py its part of the model, and the engine
+engine.py     DeepSpeed's JSON, one optimizer step;  pipeline.py the same in stages
+experts.py    tokens travel to their experts;  sequence.py slices of rows
+placement.py  which ranges of which tensors a rank holds: for checkpoints, and for average.py
+
 Importing this package imports DeepSpeed with its traps on CPU disarmed.
 """
 

@@ -1,5 +1,8 @@
-"""From a config to this rank's part of the model: all, a stage, its share of the experts, or shards of each weight."""
+"""From a config to this rank's part of the model (all, a stage, its share of the experts, or shards of each weight) and
+to the engine that trains it.
+"""
 
+import importlib.util
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,9 +12,10 @@ from torch import Tensor
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.experts import LocalExperts, share_experts
 from dsv3_mtp.parallel.launch import World
-from dsv3_mtp.parallel.pipeline import stage_parts
+from dsv3_mtp.parallel.pipeline import PipelineEngine, stage_parts
 
 
 def build_model(config: Config, ds_config: dict[str, Any], world: World) -> DeepseekV3MTP:
@@ -36,6 +40,26 @@ def build_model(config: Config, ds_config: dict[str, Any], world: World) -> Deep
     model.init_weights(config.run.seed, writable=writable)
     model.checkpoint_activations(config.train.activation_checkpointing)
     return model
+
+
+def check_monitors(config: Config) -> None:
+    """A missing package would otherwise fail on rank 0 alone and leave the other ranks waiting."""
+    wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb is not None}
+    missing = [name for name, wants in wanted.items() if wants and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError("\n".join(f"log.{name}: the package is not installed; pip install {name}" for name in missing))
+
+
+def start_engine(model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: World, config: Config) -> Engine:
+    """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names the section."""
+    try:
+        if world.stages > 1:
+            return PipelineEngine(model, optimizer, ds_config=ds_config, world=world, config=config)
+        return Engine(model, optimizer, ds_config=ds_config, world=world)
+    except Exception as error:
+        if not config.deepspeed:
+            raise
+        raise ValueError(f"deepspeed: DeepSpeed refuses this section: {error}") from error
 
 
 def writable(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from dsv3_mtp.atomic import write_json
 from dsv3_mtp.config import Config
-from dsv3_mtp.evaluate import acceptance, validation_source
+from dsv3_mtp.data.opening import validation_source
+from dsv3_mtp.evaluate import acceptance
 from dsv3_mtp.hf import load_run
-from dsv3_mtp.metrics import Record, read_metrics, replacing
+from dsv3_mtp.metrics import Record, read_metrics
 from dsv3_mtp.study.matrix import Acceptance
 from dsv3_mtp.study.plan import Run, consumed, size_of, training_flops
 
@@ -40,8 +42,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    with replacing(folder / RESULTS) as temporary:
-        temporary.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+    write_json(folder / RESULTS, results)
 
 
 def describe(run: Run, *, settings: dict[str, Any]) -> dict[str, Any]:

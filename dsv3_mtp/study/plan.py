@@ -100,17 +100,16 @@ def whole_steps(config: Config, tokens: float) -> int:
 
 
 @cache
-def _size(model: str, mtp: str, seq_len: int, frozen: bool) -> ModelSize:
+def _size(model: ModelConfig, mtp: MTPConfig, seq_len: int, frozen: bool) -> ModelSize:
     with torch.device("meta"):
-        whole = DeepseekV3MTP(ModelConfig.model_validate_json(model), MTPConfig.model_validate_json(mtp))
+        whole = DeepseekV3MTP(model, mtp)
     if frozen:
         whole.freeze_trunk()
     return model_size(whole, seq_len)
 
 
 def size_of(config: Config) -> ModelSize:
-    parts = config.model.model_dump_json(), config.mtp.model_dump_json()
-    return _size(*parts, config.data.seq_len, config.train.freeze == "trunk")
+    return _size(config.model, config.mtp, config.data.seq_len, config.train.freeze == "trunk")
 
 
 def steps_of(config: Config) -> int:
@@ -120,7 +119,8 @@ def steps_of(config: Config) -> int:
 
 def consumed(config: Config) -> int:
     """Tokens that a run consumes: whole steps, so up to one step more than train.total_tokens."""
-    return sum(size for size, *_ in _steps(config)) * config.data.seq_len
+    *_, last = _steps(config)
+    return last.tokens
 
 
 def training_flops(config: Config) -> float:
@@ -151,16 +151,10 @@ def shared_steps(a: Config, b: Config) -> int:
     return count
 
 
-def _steps(config: Config) -> Iterator[tuple[Any, ...]]:
-    """All that a step takes from the schedules, as the trainer takes it."""
-    train, tokens = config.train, 0
-    while tokens < train.total_tokens:
-        progress = tokens / train.total_tokens
-        size = schedules.batch_size(train, progress, train.micro_batch_size)
-        tokens += size * config.data.seq_len
-        yield (
-            size,
-            schedules.learning_rate(config.optim, min(tokens / train.total_tokens, 1.0)),
-            schedules.depth_loss_weights(config.mtp, progress),
-            schedules.bias_update_speed(train, progress),
-        )
+def _steps(config: Config) -> Iterator[schedules.Step]:
+    """All steps of a run in one process."""
+    tokens = 0
+    while tokens < config.train.total_tokens:
+        step = schedules.coming_step(config, tokens, config.train.micro_batch_size)
+        tokens = step.tokens
+        yield step

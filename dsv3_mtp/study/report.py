@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.metrics import read_metrics, replacing
+from dsv3_mtp.atomic import write_json, write_text
+from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.progress import quantity
 from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
@@ -62,13 +63,9 @@ def write_report(loaded: LoadedStudy) -> Path:
         *health(study, table),
         *setup(loaded, table, starts),
     ]
-    for name, text in (
-        ("report.md", to_markdown(blocks)),
-        ("report.html", to_html(blocks, title=study.run.name, folder=folder)),
-        ("summary.json", json.dumps(summary(study, table, effects, lines), indent=1) + "\n"),
-    ):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_text(folder / "report.md", to_markdown(blocks))
+    write_text(folder / "report.html", to_html(blocks, title=study.run.name, folder=folder))
+    write_json(folder / "summary.json", summary(study, table, effects, lines))
     return folder / "report.md"
 
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import torch._dynamo  # an import of seconds that training makes: once here, not in every forked process
 
+from dsv3_mtp.atomic import write_json
 from dsv3_mtp.config import load_config
 from dsv3_mtp.loading import checkpoints, is_complete, newest_checkpoint
-from dsv3_mtp.metrics import MetricsLog, read_metrics, replacing
+from dsv3_mtp.metrics import MetricsLog, read_metrics
 from dsv3_mtp.progress import duration
 from dsv3_mtp.runs import FREE, differences, lock_folder
 from dsv3_mtp.study.matrix import LoadedStudy, Study
@@ -67,8 +68,7 @@ def run_study(
             failed += _execute(study, runs, chosen, jobs, say)
             if not (more := new_budgets(loaded, budgets)):
                 return failed
-            with replacing(study.folder / BUDGETS) as temporary:
-                temporary.write_text(json.dumps(budgets | more, indent=1) + "\n")
+            write_json(study.folder / BUDGETS, budgets | more)
     finally:
         os.close(lock)
 
@@ -252,8 +252,7 @@ def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
         earlier = json.loads(path.read_text())
         seconds, tokens = earlier["seconds"] + seconds * (tokens > 0), earlier["tokens"] + tokens
     if tokens:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"seconds": seconds, "tokens": tokens}) + "\n")
+        write_json(path, {"seconds": seconds, "tokens": tokens})
     return seconds, tokens
 
 

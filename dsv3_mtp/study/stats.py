@@ -30,7 +30,7 @@ class Interval:
         return self.low <= 0 <= self.high
 
 
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def t_interval(values: Sequence[float]) -> Interval:
     """Student's interval of the mean. For a comparison give the paired differences.
 
     Raises:
@@ -46,7 +46,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     if sd == 0:  # runs that are the same up to here
         return Interval(mean, mean, mean, len(x), 0.0, 1.0 if mean == 0 else 0.0)
     error = sd / math.sqrt(len(x))
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(x) - 1)) * error
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(x) - 1)) * error
     p = 2 * float(stats.t.sf(abs(mean) / error, len(x) - 1))
     return Interval(mean, mean - half, mean + half, len(x), sd, p)
 
@@ -71,9 +71,9 @@ def equivalence(differences: Sequence[float], margin: float) -> float:
     return float(stats.t.sf((margin - abs(mean)) / error, len(x) - 1))
 
 
-def exact_rate(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def exact_rate(successes: int, trials: int) -> tuple[float, float]:
     """Clopper and Pearson's interval of a rate."""
-    found = stats.binomtest(successes, trials).proportion_ci(confidence, method="exact")
+    found = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="exact")
     return float(found.low), float(found.high)
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dsv3_mtp.config import ConfigError
+from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf
-from dsv3_mtp.trainer import open_sources
 from tools import evaluate as tool
 
 CPU = torch.device("cpu")

@@ -115,8 +115,8 @@ def test_missing_unused_misshapen_and_not_finite_tensors_of_a_run(make_run, tmp_
         export_hf(run, tmp_path / "hf")
     text = str(error.value)
     assert "4 problem(s)" in text and "mtp.layers.0.enorm.weight: missing" in text
-    assert "extra: not used by the layout" in text and "model.norm.weight: has shape [3], config.yaml" in text
-    assert "experts.down_proj: has shape [8, 16, 32], config.yaml asks for another" in text
+    assert "extra: not used by the model" in text and "model.norm.weight: has shape [3], config.yaml" in text
+    assert "experts.down_proj: has shape [8, 16, 32], config.yaml asks for [8, 32, 16]" in text
 
     state["lm_head.weight"][0, 0] = float("nan")
     state["model.layers.1.mlp.experts.down_proj"][5, 0, 0] = float("inf")

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from dsv3_mtp import kernels
-from dsv3_mtp.meter import Meter
 from dsv3_mtp.model import block
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.recompute import again, forgetting
+from tools.meter import Meter
 
 MODES = ("none", "selective", "full")
 HEADS = [

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe, refusals
 from dsv3_mtp.dryrun import dry_run
-from dsv3_mtp.meter import Meter
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.parallel.engine import deepspeed_config
@@ -21,6 +20,7 @@ from dsv3_mtp.parallel.sequence import slice_rows
 from dsv3_mtp.plan import communication, layout, plan
 from tests.conftest import TINY_CONFIG
 from tests.ranks import run_ranks
+from tools.meter import Meter
 
 RANKS, ROWS, LENGTH, DOCUMENTS = 4, 4, 16, torch.tensor([0] * 3 + [1] * 8 + [2] * 20)
 SETTINGS: dict[str, dict[str, Any]] = {  # S = 4: slices of 4 slots, so that depth 5 reaches over a whole slice
