@@ -11,7 +11,7 @@ from math import comb
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size
-from dsv3_mtp.losses import CHUNK_ELEMENTS
+from dsv3_mtp.losses import CHUNK_ELEMENTS, CHUNKS_ON_GPU
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.parts import Part, activation_elements, parts
 from dsv3_mtp.parallel.pipeline import reads_tokens, stage_layers
@@ -136,8 +136,10 @@ def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
     model, zero, element = config.model, config.parallel.zero_stage, element_size(config)
     settings = DEEPSPEED_DEFAULTS | config.deepspeed.get("zero_optimization", {})
     head = any(part.name.endswith("head") for part in mine)
-    # In float32: a chunk of logits and its gradient; the gradient of the head, which the loss makes in its forward.
-    size = 4 * (2 * CHUNK_ELEMENTS + model.vocab_size * model.hidden_size) if head else 0
+    rows = (1 + config.mtp.depths) * config.train.micro_batch_size * config.data.seq_len
+    # The loss holds a chunk of logits, which their gradient replaces, and the gradient of the head in float32.
+    logits = min(CHUNKS_ON_GPU * CHUNK_ELEMENTS, rows * model.vocab_size)
+    size = element * logits + 4 * model.vocab_size * model.hidden_size if head else 0
     if zero:
         size += element * settings["reduce_bucket_size"]
     if zero == 3:

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from dsv3_mtp.study.findings import Effect, effects_of, verdict
 from dsv3_mtp.study.matrix import Primary, load_study
 from dsv3_mtp.study.measure import describe, loss_error_metrics, loss_errors, write_results
 from dsv3_mtp.study.page import Table, to_markdown
-from dsv3_mtp.study.pictures import draw_effects
+from dsv3_mtp.study.pictures import Data, draw_effects
 from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
 from dsv3_mtp.study.stats import t_interval
@@ -201,13 +203,12 @@ def test_a_cell_of_several_lines_is_one_line_of_its_table():
 
 
 @pytest.mark.parametrize(("metric", "lines"), [("task/solved", 0), ("task/first_sum", 1)])
-def test_no_t_interval_is_drawn_of_a_solve_rate(tmp_path, monkeypatch, metric, lines):
+def test_no_t_interval_is_drawn_of_a_solve_rate(metric, lines):
     """3 of 3 against 0 of 3: the t interval is [1, 1], Fisher's p 0.1."""
     effect = Effect("heads", "a", "b", metric, t_interval([1.0, 1.0, 1.0]), 0.1, 0.1, None, 0, 0.0)
-    figures = []
-    monkeypatch.setattr("dsv3_mtp.study.pictures.save_figure", lambda figure, out: figures.append(figure))
-    draw_effects(tmp_path / "effects.png", [effect], Primary(metric="x", comparison="heads", margin=0.1))
-    assert sum(len(line.get_xdata()) == 2 and line.get_linewidth() == 2 for line in figures[0].axes[0].lines) == lines
+    study: Any = SimpleNamespace(primary=Primary(metric="x", comparison="heads", margin=0.1))
+    figure = draw_effects(Data(study, {}, {}, {}, [effect]))
+    assert sum(len(line.get_xdata()) == 2 and line.get_linewidth() == 2 for line in figure.axes[0].lines) == lines
 
 
 def test_every_override_is_in_the_report_at_its_full_length(tmp_path, monkeypatch):
