@@ -1,5 +1,6 @@
 """Real processes for tests, ranks and tools: forked from this one, which has imported torch and DeepSpeed already."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -11,28 +12,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  the imports below are for the forked processes:
-import matplotlib.pyplot  # noqa: F401  each would otherwise load these for seconds
 import numpy as np
-import torch._dynamo  # noqa: F401
 
 import dsv3_mtp.plots
-import dsv3_mtp.trainer  # noqa: F401
+import dsv3_mtp.trainer  # for the forked processes: each would otherwise load it for seconds
 from dsv3_mtp.data.megatron import write_index
+from dsv3_mtp.parallel.engine import import_muon
+
+import_muon()  # this too
 
 
 def run_ranks(
-    function: Callable[..., Any], *args: Any, world_size: int = 1, log: Path, timeout: float = 120
+    function: Callable[..., Any],
+    *args: Any,
+    world_size: int = 1,
+    log: Path,
+    timeout: float = 120,
+    pictures: bool = False,
 ) -> list[int]:
     """Calls function(*args) in `world_size` processes that form one process group; returns their exit codes.
 
-    Output and tracebacks go to log.rank{r}. As a launcher does, the first failure ends the others (exit code -9).
+    Output and tracebacks go to log.rank{r}. As a launcher does, the first failure ends the others (exit code -9). A run
+    that ends draws its curves only with `pictures`: that takes longer than many a run here.
     """
     from dsv3_mtp.parallel.launch import free_port
 
     port, context = free_port(), multiprocessing.get_context("fork")
     ranks = [
-        context.Process(target=_child, args=(function, args, rank, world_size, port, f"{log}.rank{rank}"))
+        context.Process(target=_child, args=(function, args, rank, world_size, port, f"{log}.rank{rank}", pictures))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -48,7 +55,12 @@ def run_ranks(
     return [process.exitcode for process in ranks]  # type: ignore[misc]
 
 
-def _child(function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str) -> None:
+def _child(
+    function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str, pictures: bool = False
+) -> None:
+    gc.freeze()  # DeepSpeed collects garbage many times; all that was there before the fork would be copied each time
+    if not pictures:
+        dsv3_mtp.plots.plot_run = lambda *_, **__: None
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -81,7 +93,15 @@ def run_tool(tool: Path, *arguments: str, log: Path, world_size: int = 1, cwd: P
     One process starts without a launcher's environment, as a user's would.
     """
     codes = run_ranks(
-        _main, tool, arguments, cwd or Path.cwd(), world_size, world_size=world_size, log=log, timeout=200
+        _main,
+        tool,
+        arguments,
+        cwd or Path.cwd(),
+        world_size,
+        world_size=world_size,
+        log=log,
+        timeout=200,
+        pictures=True,
     )
     return codes[0], Path(f"{log}.rank0").read_text()
 
