@@ -23,23 +23,17 @@ import_muon()  # this too
 
 
 def run_ranks(
-    function: Callable[..., Any],
-    *args: Any,
-    world_size: int = 1,
-    log: Path,
-    timeout: float = 120,
-    pictures: bool = False,
+    function: Callable[..., Any], *args: Any, world_size: int = 1, log: Path, timeout: float = 120
 ) -> list[int]:
     """Calls function(*args) in `world_size` processes that form one process group; returns their exit codes.
 
-    Output and tracebacks go to log.rank{r}. As a launcher does, the first failure ends the others (exit code -9). A run
-    that ends draws its curves only with `pictures`: that takes longer than many a run here.
+    Output and tracebacks go to log.rank{r}. As a launcher does, the first failure ends the others (exit code -9).
     """
     from dsv3_mtp.parallel.launch import free_port
 
     port, context = free_port(), multiprocessing.get_context("fork")
     ranks = [
-        context.Process(target=_child, args=(function, args, rank, world_size, port, f"{log}.rank{rank}", pictures))
+        context.Process(target=_child, args=(function, args, rank, world_size, port, f"{log}.rank{rank}"))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -55,12 +49,14 @@ def run_ranks(
     return [process.exitcode for process in ranks]  # type: ignore[misc]
 
 
-def _child(
-    function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str, pictures: bool = False
-) -> None:
+def touch(metrics: Any, out: Path, *, title: str) -> None:
+    """Instead of the curves, which take longer than many a run here."""
+    out.touch()
+
+
+def _child(function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str) -> None:
     gc.freeze()  # DeepSpeed collects garbage many times; all that was there before the fork would be copied each time
-    if not pictures:
-        dsv3_mtp.plots.plot_run = lambda *_, **__: None
+    dsv3_mtp.plots.plot_run = touch
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -93,15 +89,7 @@ def run_tool(tool: Path, *arguments: str, log: Path, world_size: int = 1, cwd: P
     One process starts without a launcher's environment, as a user's would.
     """
     codes = run_ranks(
-        _main,
-        tool,
-        arguments,
-        cwd or Path.cwd(),
-        world_size,
-        world_size=world_size,
-        log=log,
-        timeout=200,
-        pictures=True,
+        _main, tool, arguments, cwd or Path.cwd(), world_size, world_size=world_size, log=log, timeout=200
     )
     return codes[0], Path(f"{log}.rank0").read_text()
 
@@ -112,6 +100,7 @@ def _main(tool: Path, arguments: tuple[str, ...], cwd: Path, world_size: int) ->
             os.environ.pop(name)
     os.chdir(cwd)
     sys.argv = [str(tool), *arguments]
+    sys.path.insert(0, str(tool.parent))
     runpy.run_path(str(tool), run_name="__main__")
 
 

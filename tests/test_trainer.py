@@ -53,10 +53,10 @@ def folder_of(config: Config) -> Path:
     return Path(config.run.dir) / config.run.name
 
 
-def train(config: Config, *, world_size: int = 1, function=None, args=(), expect=0, pictures=False) -> list[dict]:
+def train(config: Config, *, world_size: int = 1, function=None, args=(), expect=0) -> list[dict]:
     """Runs to the end; returns the metrics."""
     log = Path(config.run.dir).parent / f"{config.run.name}.log"
-    codes = run_ranks(function or run, config, *args, world_size=world_size, log=log, pictures=pictures)
+    codes = run_ranks(function or run, config, *args, world_size=world_size, log=log)
     text = "".join(path.read_text() for path in sorted(log.parent.glob(f"{log.name}.rank*")))
     assert expect is None or codes == [expect] * world_size, f"exit codes {codes}\n{text}"
     metrics = folder_of(config) / "metrics.jsonl"
@@ -277,7 +277,7 @@ def test_logged_values_recombine_and_lambda_is_the_schedules_at_every_step(make_
 
 def test_training_lowers_the_loss_and_moves_every_router(make_run):
     config = make_run(optim__lr=0.01)
-    records = train(config, pictures=True)
+    records = train(config)
     main = [r["train/main_loss"] for r in records if "train/main_loss" in r]
     assert main[-1] < main[0] - 0.3
     biases = {k: v for k, v in weights_of(config).items() if k.endswith("e_score_correction_bias")}
