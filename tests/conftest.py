@@ -56,7 +56,7 @@ TINY_CONFIG: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_config() -> Callable[..., Any]:
     """A function from dotted overrides to a Config: make_tiny_config({"mtp.mode": "none"}, ...)."""
     from dsv3_mtp.config import Config
