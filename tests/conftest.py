@@ -1,4 +1,4 @@
-"""Fixtures for every test: seeds, one torch thread, the default dtype put back, a very small model."""
+"""Fixtures for every test: seeds, one torch thread, settings put back, a very small model."""
 
 import os
 import random
@@ -79,7 +79,7 @@ def tiny_config(make_tiny_config: Callable[..., Any]) -> Any:
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
-    """Seed every generator before each test; put torch's default dtype and thread count back after it."""
+    """Seed every generator before each test; put torch's settings, and what `tune` turns on, back after it."""
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
@@ -92,6 +92,9 @@ def reproducible() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision("highest")
+    if "dsv3_mtp.kernels" in sys.modules:
+        sys.modules["dsv3_mtp.kernels"].disable()
 
 
 @pytest.fixture(autouse=True, scope="module")
