@@ -112,8 +112,9 @@ def no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in tests/gpu needs a GPU. The files that take longest come first: two processes then end together."""
-    longest = ("test_trainer.py", "test_train_cli.py", "test_layouts.py", "test_checkpoint.py", "test_bench.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    longest = "trainer train_cli layouts checkpoint bench pipeline generate triton_kernels run plan".split()
+    place = {f"test_{name}.py": number for number, name in enumerate(longest)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     for item in items:
         if Path(__file__).parent / "gpu" in item.path.parents:
             item.add_marker(pytest.mark.gpu)
