@@ -112,18 +112,7 @@ def no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in tests/gpu needs a GPU. The files that take longest come first: two processes then end together."""
-    longest = [
-        "trainer",
-        "train_cli",
-        "layouts",
-        "checkpoint",
-        "bench",
-        "pipeline",
-        "generate",
-        "triton_kernels",
-        "run",
-        "plan",
-    ]
+    longest = ["trainer", "train_cli", "layouts", "checkpoint", "bench", "pipeline", "generate", "triton_kernels"]
     place = {f"test_{name}.py": number for number, name in enumerate(longest)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
     for item in items:
