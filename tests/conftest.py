@@ -1,4 +1,4 @@
-"""Fixtures for every test: seeds, one torch thread, the default dtype put back, a very small model."""
+"""Fixtures for every test: seeds, one torch thread, settings put back, a very small model."""
 
 import os
 import random
@@ -56,7 +56,7 @@ TINY_CONFIG: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tiny_config() -> Callable[..., Any]:
     """A function from dotted overrides to a Config: make_tiny_config({"mtp.mode": "none"}, ...)."""
     from dsv3_mtp.config import Config
@@ -79,7 +79,7 @@ def tiny_config(make_tiny_config: Callable[..., Any]) -> Any:
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
-    """Seed every generator before each test; put torch's default dtype and thread count back after it."""
+    """Seed every generator before each test; put torch's settings, and what `tune` turns on, back after it."""
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
@@ -92,6 +92,9 @@ def reproducible() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision("highest")
+    if "dsv3_mtp.kernels" in sys.modules:
+        sys.modules["dsv3_mtp.kernels"].disable()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -109,8 +112,9 @@ def no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in tests/gpu needs a GPU. The files that take longest come first: two processes then end together."""
-    longest = ("test_trainer.py", "test_train_cli.py", "test_layouts.py", "test_checkpoint.py", "test_bench.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    longest = ["trainer", "train_cli", "layouts", "checkpoint", "bench", "pipeline", "generate", "triton_kernels"]
+    place = {f"test_{name}.py": number for number, name in enumerate(longest)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     for item in items:
         if Path(__file__).parent / "gpu" in item.path.parents:
             item.add_marker(pytest.mark.gpu)

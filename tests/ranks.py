@@ -1,5 +1,6 @@
 """Real processes for tests, ranks and tools: forked from this one, which has imported torch and DeepSpeed already."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -11,14 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  the imports below are for the forked processes:
-import matplotlib.pyplot  # noqa: F401  each would otherwise load these for seconds
 import numpy as np
-import torch._dynamo  # noqa: F401
 
 import dsv3_mtp.plots
-import dsv3_mtp.trainer  # noqa: F401
+import dsv3_mtp.trainer  # for the forked processes: each would otherwise load it for seconds
 from dsv3_mtp.data.megatron import write_index
+from dsv3_mtp.parallel.engine import import_muon
+
+import_muon()  # this too
 
 
 def run_ranks(
@@ -48,7 +49,14 @@ def run_ranks(
     return [process.exitcode for process in ranks]  # type: ignore[misc]
 
 
+def touch(metrics: Any, out: Path, *, title: str) -> None:
+    """Instead of the curves, which take longer than many a run here."""
+    out.touch()
+
+
 def _child(function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str) -> None:
+    gc.freeze()  # DeepSpeed collects garbage many times; all that was there before the fork would be copied each time
+    dsv3_mtp.plots.plot_run = touch
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -92,6 +100,7 @@ def _main(tool: Path, arguments: tuple[str, ...], cwd: Path, world_size: int) ->
             os.environ.pop(name)
     os.chdir(cwd)
     sys.argv = [str(tool), *arguments]
+    sys.path.insert(0, str(tool.parent))
     runpy.run_path(str(tool), run_name="__main__")
 
 

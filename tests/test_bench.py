@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_CONFIG
+from tests.ranks import run_tool
 
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location("bench_child", ROOT / "tools/bench_child.py")
@@ -23,9 +24,8 @@ SETS = [f"--set=model.{key}={value}" for key, value in TINY_CONFIG["model"].item
 SETS += ["--set=data.seq_len=16", "--set=train.micro_batch_size=2", "--set=train.batch_size=2"]
 
 
-def run_bench(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/bench.py"), *SETS, *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+def run_bench(folder: Path, *arguments: str) -> tuple[int, str]:
+    return run_tool(ROOT / "tools/bench.py", *SETS, *arguments, log=folder / "log")
 
 
 def test_transformers_starts_from_the_same_weights_and_batch(make_tiny_config):
@@ -47,14 +47,18 @@ def test_the_parts_of_a_step_are_all_timed(make_tiny_config):
     assert list(parts) == names and min(parts.values()) > 0
 
 
-def test_a_comparison_prints_a_table_and_writes_the_numbers(tmp_path):
-    done = run_bench("--against=plain", "--rounds=2", f"--json={tmp_path / 'out.json'}")
-    assert done.returncode == 0, done.stderr
-    assert "without tuning" in done.stdout and "1.00x" in done.stdout
+def test_a_comparison_prints_a_table_and_writes_the_numbers_and_says_which_fp8_backend_cannot_run(tmp_path):
+    code, output = run_bench(tmp_path, "--against", "plain", "fp8", "--rounds=2", f"--json={tmp_path / 'out.json'}")
+    assert code == 0 and "without tuning" in output and "1.00x" in output, output
     rows = json.loads((tmp_path / "out.json").read_text())["variants"]
     plain, own = rows["dsv3_mtp without tuning"], rows["dsv3_mtp"]
     assert own["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert own["flop_ratio"] == 1 and own["peak_bytes"] > 0 and 0 < own["mfu"] < 1
+    lines = output.splitlines()
+    assert any(line.startswith("dsv3_mtp  ") for line in lines)
+    for backend in ("te", "torch"):
+        reason = f"not run: dsv3_mtp FP8 by {backend}: ValueError: fp8.backend: {backend} needs a Hopper GPU"
+        assert any(line.startswith(reason) for line in lines)
 
 
 def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(make_tiny_config, monkeypatch):
@@ -72,20 +76,10 @@ def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(make_tiny
     ]
 
 
-def test_an_fp8_backend_that_cannot_run_is_left_out_and_says_why():
-    done = run_bench("--against=fp8", "--rounds=1")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert any(line.startswith("dsv3_mtp  ") for line in lines)
-    for backend in ("te", "torch"):
-        reason = f"not run: dsv3_mtp FP8 by {backend}: ValueError: fp8.backend: {backend} needs a Hopper GPU"
-        assert any(line.startswith(reason) for line in lines)
-
-
-def test_heads_against_transformers_are_refused_with_the_remedy():
-    done = run_bench("--against=transformers")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.strip() == ("error: --against transformers: it trains no MTP heads; add --set mtp.mode=none")
+def test_heads_against_transformers_are_refused_with_the_remedy(tmp_path):
+    code, output = run_bench(tmp_path, "--against=transformers")
+    assert code == 2
+    assert output.strip() == "error: --against transformers: it trains no MTP heads; add --set mtp.mode=none"
 
 
 def test_a_killed_process_is_reported_by_its_exit_code(monkeypatch):
@@ -97,13 +91,13 @@ def test_a_killed_process_is_reported_by_its_exit_code(monkeypatch):
         child.ask("step")
 
 
-def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why():
-    command = [sys.executable, str(ROOT / "tools/bench_kernels.py"), "--config", str(ROOT / "configs/v3_nano.yaml")]
-    done = subprocess.run([*command, "--tokens=128", "--rounds=1"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = done.stdout.splitlines()
+def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why(tmp_path):
+    tool, config = ROOT / "tools/bench_kernels.py", ["--config", str(ROOT / "configs/v3_nano.yaml")]
+    code, output = run_tool(tool, *config, "--tokens=128", "--rounds=1", log=tmp_path / "log")
+    assert code == 0, output
+    rows = output.splitlines()
     for name in ("linear", "experts", "attention", "rotary heads", "head and loss"):
         assert any(name in row and row.endswith("1.00x") for row in rows), name
     assert any("fp8.backend: te needs a Hopper GPU" in row for row in rows)
-    wrong = subprocess.run([*command, "--tokens=100", "lniear"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "no such part: lniear" in wrong.stderr
+    code, output = run_tool(tool, *config, "--tokens=100", "lniear", log=tmp_path / "wrong")
+    assert code == 2 and "no such part: lniear" in output

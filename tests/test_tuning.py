@@ -3,14 +3,7 @@
 import pytest
 import torch
 
-from dsv3_mtp import kernels, tuning
-
-
-@pytest.fixture(autouse=True)
-def put_back():
-    yield
-    torch.set_float32_matmul_precision("highest")
-    kernels.disable()
+from dsv3_mtp import tuning
 
 
 def test_the_probe_leaves_precision_and_random_numbers_as_they_were():

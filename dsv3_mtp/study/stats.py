@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+import scipy  # which loads scipy.stats, most of a second, at its first use
 
 CONFIDENCE = 0.95
 
@@ -46,8 +46,8 @@ def t_interval(values: Sequence[float]) -> Interval:
     if sd == 0:  # runs that are the same up to here
         return Interval(mean, mean, mean, len(x), 0.0, 1.0 if mean == 0 else 0.0)
     error = sd / math.sqrt(len(x))
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(x) - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, len(x) - 1))
+    half = float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, len(x) - 1)) * error
+    p = 2 * float(scipy.stats.t.sf(abs(mean) / error, len(x) - 1))
     return Interval(mean, mean - half, mean + half, len(x), sd, p)
 
 
@@ -68,19 +68,19 @@ def equivalence(differences: Sequence[float], margin: float) -> float:
     mean, error = float(x.mean()), float(x.std(ddof=1)) / math.sqrt(len(x))
     if error == 0:
         return 0.0 if abs(mean) < margin else 1.0
-    return float(stats.t.sf((margin - abs(mean)) / error, len(x) - 1))
+    return float(scipy.stats.t.sf((margin - abs(mean)) / error, len(x) - 1))
 
 
 def exact_rate(successes: int, trials: int) -> tuple[float, float]:
     """Clopper and Pearson's interval of a rate."""
-    found = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="exact")
+    found = scipy.stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="exact")
     return float(found.low), float(found.high)
 
 
 def fisher(a: tuple[int, int], b: tuple[int, int]) -> float:
     """Fisher's exact p of equal rates; a and b are (successes, trials)."""
     table = [[a[0], a[1] - a[0]], [b[0], b[1] - b[0]]]
-    return float(stats.fisher_exact(table)[1])
+    return float(scipy.stats.fisher_exact(table)[1])
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class SolveCurve:
 def solve_curve(solved_at: Sequence[float | None], budgets: Sequence[float]) -> SolveCurve:
     """solved_at: tokens at which each run solved its task, None where it did not within its budget (censored)."""
     times = [budget if at is None else at for at, budget in zip(solved_at, budgets, strict=True)]
-    data = stats.CensoredData.right_censored(times, [at is None for at in solved_at])
-    curve = stats.ecdf(data).sf
+    data = scipy.stats.CensoredData.right_censored(times, [at is None for at in solved_at])
+    curve = scipy.stats.ecdf(data).sf
     steps = [(float(t), float(s)) for t, s in zip(curve.quantiles, curve.probabilities, strict=True)]
     events = [(t, s) for t, s in steps if t in {at for at in solved_at if at is not None}]
     median = next((t for t, s in events if s <= 0.5), None)

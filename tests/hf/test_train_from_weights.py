@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_mtp import kernels
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
@@ -60,12 +59,8 @@ def test_a_run_starts_from_the_weights_of_an_export(tmp_path, train):
     last = metrics[-1]
     model, config = open_model(run=str(first), hf=None, seq_len=None, micro_batch_size=None)
     source, cpu = open_source(config.data.val, "val"), torch.device("cpu")
-    try:
-        tune_cpu()  # as training does
-        found = validate(model, source, config, batches=config.eval.batches, device=cpu)
-    finally:
-        kernels.disable()
-        torch.set_float32_matmul_precision("highest")
+    tune_cpu()  # as training does
+    found = validate(model, source, config, batches=config.eval.batches, device=cpu)
     assert found == {key: value for key, value in last.items() if key.startswith("val/")}  # bit for bit
     for key in ("val/main_loss", "val/mtp_loss/1", "val/top1/0", "val/agreement/1"):
         assert again[-1][key] == pytest.approx(last[key], abs=1e-6), key

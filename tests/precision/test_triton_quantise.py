@@ -46,13 +46,13 @@ def same(x, tile, scale):
 @pytest.mark.parametrize("scale", ["pow2", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_codes_and_scales_are_those_of_torchs_operations_bit_for_bit(tile, scale, dtype):
-    for kind in ("normal", "zeros", "outliers", "tiny", "wide", "infinite", "nan"):
-        for shape in SHAPES:
-            x = samples(kind, shape, dtype)
-            if kind == "nan":
-                x.view(-1)[x.numel() // 2] = math.nan
-            same(x, tile, scale)
-            same(x.t(), tile, scale)
+    kinds = [(kind, (7, 130)) for kind in ("normal", "zeros", "outliers", "tiny", "infinite", "nan")]
+    for kind, shape in kinds + [("wide", shape) for shape in SHAPES]:
+        x = samples(kind, shape, dtype)
+        if kind == "nan":
+            x.view(-1)[x.numel() // 2] = math.nan
+        same(x, tile, scale)
+        same(x.t(), tile, scale)
     x = samples("wide", (300, 400), dtype)
     same(x[::2, 3:200:3], tile, scale)
     same(x[:1, :1].expand(130, 140), tile, scale)

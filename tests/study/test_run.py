@@ -1,10 +1,7 @@
 """Studies are run by real processes: forks are bitwise, nothing is repeated, failures are named."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +17,18 @@ from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
 from dsv3_mtp.study.run import check_folders, fork, new_budgets, read_budgets, run_study, train_and_measure
 from tests.made_runs import read_state_dict
+from tests.ranks import run_tool, touch
 from tests.study.toy import STEPS, load_toy, write_toy
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv3_mtp.plots.plot_run", touch)
+        yield
 
 
 def everything(run) -> bool:
@@ -241,7 +246,5 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
 
 def test_the_tool_reports_a_wrong_file_without_a_traceback(tmp_path):
     path = write_toy(tmp_path, lambda tree: tree.update(seeds=[]))
-    command = [sys.executable, str(ROOT / "tools" / "study.py"), "--study", str(path), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "seeds" in done.stderr and json.dumps(str(path)).strip('"') in done.stderr
+    code, output = run_tool(ROOT / "tools" / "study.py", "--study", str(path), "--dry-run", log=tmp_path / "log")
+    assert code == 2 and "Traceback" not in output and "seeds" in output and str(path) in output
