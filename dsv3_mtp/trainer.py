@@ -135,11 +135,14 @@ class Trainer:
 
         weights = {"loss_weights": step.loss_weights, "balance_loss_weight": alpha}
         out = self.engine.accumulate(batch, normalizer=normalizer, **weights)
-        stop = out.loss.new_tensor(bool(self.stop))
+        # A GPU is still computing. What follows waits for it, once here and once for the norm of the gradient.
+        coming = schedules.coming_step(config, step.tokens, micro * world.data_size)
+        self.sampler.prepare(coming.batch_size, **share)
+        stop = out.loss.new_full((), bool(self.stop))
         totals = torch.cat([torch.stack([out.loss, out.balance, out.nodes.sum(), stop]), metric_sums(out)])
         reduced = self.engine.all_reduce(torch.cat([totals, out.load.flatten()]))
-        load = reduced[len(totals) :].view_as(out.load)
-        total_loss, balance, node_count, stopping, *sums = reduced[: len(totals)].tolist()
+        load, on_host = reduced[len(totals) :].view_as(out.load), reduced.cpu()
+        total_loss, balance, node_count, stopping, *sums = on_host[: len(totals)].tolist()
         record = {"train/loss": total_loss / world.replicas}
         record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
         self.require_finite(record)
@@ -153,7 +156,7 @@ class Trainer:
         if depths:
             record["train/mtp_weight"] = schedules.mtp_loss_weight(config.mtp.loss_weight, self.progress)
         record |= {"optim/lr": step.lr, "moe/bias_update_speed": step.bias_speed, "train/batch_size": step.batch_size}
-        record |= self.load_metrics(load, node_count)
+        record |= self.load_metrics(on_host[len(totals) :].view_as(out.load), node_count)
         self.step += 1
         self.tokens = step.tokens
         return record, stopping > 0

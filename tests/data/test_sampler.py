@@ -48,6 +48,24 @@ def test_every_token_is_a_main_input_equally_often_and_a_target_too(make_source,
     assert np.abs(targets - inputs).sum() in (0, 2)
 
 
+@pytest.mark.parametrize("then", [{"batch_size": 6}, {"batch_size": 9}, {"batch_size": 6, "micro_batch_size": 2}])
+def test_a_prepared_batch_changes_neither_the_position_nor_what_comes_next(make_source, then):
+    plain, ahead = (
+        Sampler([make_source([7] * 30), make_source([9] * 20)], [2, 1], seq_len=5, lookahead=2, seed=1)
+        for _ in range(2)
+    )
+    share = {"rank": 1, "world_size": 3}
+    plain.next_batch(3)
+    ahead.next_batch(3)
+    state = ahead.state_dict()
+    ahead.prepare(6, **share)
+    assert ahead.state_dict() == state == plain.state_dict()
+    for arguments in ({**share, **then}, {"batch_size": 4}):
+        for ours, theirs in zip(ahead.next_batch(**arguments), plain.next_batch(**arguments), strict=True):
+            assert all(map(np.array_equal, ours, theirs))
+    assert ahead.state_dict() == plain.state_dict()
+
+
 def test_epochs_and_seeds_shuffle_differently_and_batches_mix_documents(make_source):
     source = make_source([50] * 40)
     orders = []
