@@ -1,6 +1,10 @@
 """The Triton kernels against the same operations in float64: on a GPU, or in Triton's interpreter where Triton is."""
 
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,19 @@ without_gpu = pytest.mark.skipif(not interpreted, reason="needs a CUDA device, o
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else without_gpu
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+
+
+def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path):
+    """Neither the compiler nor the assembler needs a GPU; the interpreter takes what they refuse."""
+    root = Path(__file__).parents[1]
+    sources = (root / "dsv3_mtp" / name for name in ("triton_kernels.py", "precision/triton_quantise.py"))
+    launched = {name for source in sources for name in re.findall(r"^ +(_\w+)\[", source.read_text(), re.MULTILINE)}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(root / "tests/compile_kernels.py"), "90"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert set(run.stdout.split()) == launched
 
 
 def check(kernel, reference, *inputs):

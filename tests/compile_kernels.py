@@ -1,0 +1,56 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and prints the name of each: a process of its own,
+
+    python tests/compile_kernels.py 90      # compute capability 9.0; TRITON_INTERPRET must not be set
+
+A kernel is compiled where it would be launched, so that the functions that launch it decide on types and sizes.
+"""
+
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from dsv3_mtp import triton_kernels as kernels
+from dsv3_mtp.precision import quantise, triton_quantise
+
+
+class NoDriver:
+    """What Triton asks before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(sys.argv[1]), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_instead(self, *args, grid, warmup, **options):
+    assert launch(self, *args, grid=grid, warmup=True, **options).asm["cubin"]
+    print(self.__name__)
+
+
+launch, JITFunction.run = JITFunction.run, compile_instead
+driver.set_active(NoDriver())
+rows, width = 8, 256
+
+
+def made(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+kernels.silu_mul(*made(2, rows, width))
+kernels.silu_mul_backward(*made(3, rows, width))
+kernels.swiglu(made(rows, 2 * width), made(rows))
+kernels.swiglu_backward(made(rows, width), made(rows, 2 * width), made(rows))
+kernels.gather_sum(made(rows, width), torch.zeros(rows, 6, dtype=torch.int64))
+angles = torch.zeros(2, rows, 32)
+heads = kernels.to_heads(made(1, rows, 16, 192), made(1, rows, 16, 256), made(1, rows, 64), angles)
+kernels.to_heads_backward(*heads, angles)
+kernels.cross_entropy_(made(rows, 5000), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows))
+for tile in (quantise.ROW, quantise.BLOCK):
+    triton_quantise.quantise(made(256, 256), tile, "pow2")
