@@ -247,8 +247,12 @@ def main() -> None:
         elif command == "memory":
             answer(most_held() - (built if DEVICE.type == "cpu" else 0))  # of a GPU all
         elif command == "profile":
-            with torch.profiler.profile() as profile:
-                step()
+            # The second of two steps: the profiler's own start would count as the first operation.
+            second = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+            with torch.profiler.profile(schedule=second) as profile:
+                for _ in range(2):
+                    step()
+                    profile.step()
             profile.export_chrome_trace(argument)
             order = f"self_{DEVICE.type}_time_total"
             answer(profile.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
