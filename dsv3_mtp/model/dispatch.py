@@ -52,7 +52,7 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor):
         layout = sort_by_expert(chosen, gates.to(x.dtype), counts, padding(x))
-        rows = layout.counts if grouped_kernel(x, gate_up) else layout.counts.tolist()
+        rows = layout.counts if grouped_kernel(x, gate_up, down) else layout.counts.tolist()
         inner = grouped(x.index_select(0, layout.source), gate_up, rows)  # (rows, 2F)
         out = grouped(swiglu(inner, layout.gates), down, rows)  # (rows, C)
         ctx.save_for_backward(x, gate_up, down, inner, layout.source, layout.slots, layout.gates)
@@ -109,10 +109,13 @@ def routed(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tens
 # `rows`: rows of each expert, an int64 tensor (E,) where one kernel does all experts, else a list of E numbers.
 
 
-def grouped_kernel(x: Tensor, gate_up: Tensor) -> bool:
-    """Whether F.grouped_mm does it: bfloat16 on a GPU, rows of whole 16 bytes. The host never waits for the counts."""
-    aligned = all(width % 16 == 0 for width in gate_up.shape[1:])  # 2F, of which F % 8 == 0, and C
-    return x.device.type == "cuda" and x.dtype == torch.bfloat16 and aligned
+def grouped_kernel(x: Tensor, *weights: Tensor) -> bool:
+    """Whether F.grouped_mm does it, for which the host never waits: bfloat16 on a GPU, rows of whole 16 bytes.
+
+    And matrices that begin at such: under ZeRO they are parts of one buffer, where a matrix of odd sides shifts the next.
+    """
+    numbers = [number for weight in weights for number in (*weight.shape[1:], weight.storage_offset())]
+    return x.device.type == "cuda" and x.dtype == torch.bfloat16 and all(number % 8 == 0 for number in numbers)
 
 
 def grouped(x: Tensor, weight: Tensor, rows: list[int] | Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def test_experts_by_one_grouped_kernel_equal_float64_products_of_each(make_tiny_
     chosen = torch.stack([torch.randperm(experts - 1)[:2] for _ in range(tokens)])  # the last expert gets no row
     x, gate_up, down = (t.bfloat16().to(CUDA).requires_grad_() for t in (x, gate_up, down))
     gates, chosen = gates.to(CUDA).requires_grad_(), chosen.to(CUDA)
-    assert grouped_kernel(x, gate_up)
+    assert grouped_kernel(x, gate_up, down)
     y = routed(x, gates, gate_up, down, chosen, torch.bincount(chosen.flatten(), minlength=experts))
     grad = torch.randn_like(y)
     found = [y, *torch.autograd.grad(y, (x, gates, gate_up, down), grad)]

@@ -27,6 +27,8 @@ RUNS = {
     "moments": ["optim.moments=bfloat16", "train.ema_decay=0.9", "train.activation_checkpointing=selective"],
     "offload": ["parallel.zero_stage=2", "parallel.offload_optimizer=true"],
     "zero3": ["parallel.zero_stage=3", "train.activation_checkpointing=full"],
+    # q_b_proj is 33 x 29: what comes after it in ZeRO's buffer begins at odd places.
+    "unaligned": ["model.q_lora_rank=33", "model.num_attention_heads=1", "model.qk_nope_head_dim=13"],
     "float32": ["parallel.zero_stage=0", "train.dtype=float32"],
 }
 # Sides of weights are multiples of 16 for FP8. Head widths (28, 12) are none of 8: no fused attention takes them, whose
