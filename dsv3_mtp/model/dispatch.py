@@ -112,7 +112,7 @@ def routed(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tens
 def grouped_kernel(x: Tensor, *weights: Tensor) -> bool:
     """Whether F.grouped_mm does it, for which the host never waits: bfloat16 on a GPU, rows of whole 16 bytes.
 
-    And matrices that begin at such: under ZeRO they are parts of one buffer, where a matrix of odd sides shifts the next.
+    And matrices that begin at such: under ZeRO all lie in one buffer, where one of odd sides shifts the next.
     """
     numbers = [number for weight in weights for number in (*weight.shape[1:], weight.storage_offset())]
     return x.device.type == "cuda" and x.dtype == torch.bfloat16 and all(number % 8 == 0 for number in numbers)
