@@ -27,7 +27,7 @@ from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import on_all, on_main
 from dsv3_mtp.parallel.placement import Held, held, restoring
 
-COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: the x axis of what its own monitors write
+COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: what it counts by itself
 
 
 def save(
