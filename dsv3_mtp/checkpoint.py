@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dsv3_mtp.atomic import write_json, write_text
+from dsv3_mtp.atomic import naming, write_json, write_text
 from dsv3_mtp.fragments import AVERAGE, INDEX, Fragment, Fragments, damaged, merge_index, write_fragments
 from dsv3_mtp.loading import COMPLETE, checkpoints, is_complete
 from dsv3_mtp.parallel.average import WeightAverage
@@ -27,7 +27,7 @@ from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import on_all, on_main
 from dsv3_mtp.parallel.placement import Held, held, restoring
 
-COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: the x axis of what its own monitors write
+COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: what it counts by itself
 
 
 def save(
@@ -72,8 +72,9 @@ def _fragment(mine: Held, optimizer: Any, averages: dict[str, torch.Tensor]) -> 
 def _commit(folder: Path, index: dict[str, Any], state: dict[str, Any], complete: dict[str, Any], keep: int) -> None:
     """Completes the folder that all ranks have written into, and deletes what is not kept."""
     root = folder.parent
-    (folder / INDEX).write_text(json.dumps(index))
-    (folder / "state.json").write_text(json.dumps(state, indent=1))
+    with naming(folder):
+        (folder / INDEX).write_text(json.dumps(index))
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
         with path.open("rb") as handle:

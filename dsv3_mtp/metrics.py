@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.atomic import write_text
+from dsv3_mtp.atomic import naming, write_text
 
 Record = Mapping[str, Any]
 LEAK_RATIO = 0.8  # a depth sees no more than the main head sees later: a much lower loss means a leaked target
@@ -35,7 +35,7 @@ class MetricsLog:
     def append(self, record: Record) -> None:
         """Write one record. TypeError: a value is not a number, string, bool or None."""
         line = json.dumps({key: _encode(key, value) for key, value in record.items()}, allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def truncate_after(self, step: int) -> None:

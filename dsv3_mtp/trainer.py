@@ -30,7 +30,7 @@ from dsv3_mtp.tuning import tune
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient norm is nan or infinite."""
+    """A loss or gradient norm, of training or validation, is nan or infinite."""
 
 
 class Trainer:
@@ -96,7 +96,8 @@ class Trainer:
         """Trains to the end, or until a signal asks to save and stop. Returns the run folder.
 
         Raises:
-            NonFiniteError: a loss or gradient is nan or infinite; nothing of that step is saved.
+            NonFiniteError: a loss or gradient is nan or infinite, or after that step a validation loss; nothing of it
+                is saved.
         """
         config, total = self.config, self.config.train.total_tokens
         rows = config.train.micro_batch_size * self.world.data_size
@@ -178,10 +179,10 @@ class Trainer:
     def require_finite(self, record: dict[str, Any]) -> None:
         bad = [f"{name} = {value}" for name, value in record.items() if not math.isfinite(value)]
         if bad:
-            good = newest_checkpoint(self.folder / "checkpoints")
-            remedy = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            last = newest_checkpoint(self.folder / "checkpoints")
+            remedy = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
             raise NonFiniteError(
-                f"step {self.step + 1} ({self.tokens:,} tokens): {', '.join(bad)}; {remedy}. "
+                f"step {record.get('step', self.step + 1)} ({self.tokens:,} tokens): {', '.join(bad)}; {remedy}. "
                 "Lower optim.lr or optim.grad_clip, or look at the data of this step."
             )
 
@@ -200,6 +201,7 @@ class Trainer:
 
     def validate(self) -> None:
         record = self.stamp() | evaluate(self.engine, self.val, self.config)
+        self.require_finite(record)  # the last update of a run has no step behind it that would show it
         self.display.validation(record)
         self.write(record)
 

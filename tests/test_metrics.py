@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 
@@ -97,6 +98,20 @@ def test_a_failed_rewrite_leaves_the_old_file_and_no_other(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+FULL = "/dev/full"  # a disk without room
+
+
+@pytest.mark.skipif(not Path(FULL).exists(), reason="no /dev/full here")
+def test_a_full_disk_is_said_with_the_name_of_the_file(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.path.symlink_to(FULL)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+        log.append({"step": 1})
+    with pytest.raises(OSError, match=r"No space left on device: '.*/file'"), replacing(tmp_path / "file") as temporary:
+        temporary.symlink_to(FULL)
+        temporary.write_text("whole")
 
 
 def test_clock_leaves_out_pauses_and_goes_on_after_a_restart():

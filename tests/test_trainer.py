@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -367,13 +368,22 @@ def poisoned(config: Config, what: str) -> None:
 
 
 @pytest.mark.parametrize(("what", "metric", "step"), [("loss", "train/loss", 8), ("gradient", "optim/grad_norm", 8)])
-def test_a_non_finite_value_stops_with_the_step_the_metric_and_the_last_good_checkpoint(make_run, what, metric, step):
+def test_a_non_finite_value_stops_with_the_step_the_metric_and_the_last_checkpoint(make_run, what, metric, step):
     config = make_run(f"bad_{what}", train__micro_batch_size=4)
     train(config, function=poisoned, args=(what,))
     message = Path(f"{folder_of(config)}.error").read_text()
     assert message.startswith(f"step {step} ") and any(f"{metric} = {x}" in message for x in ("nan", "inf"))
     assert "global_step5" in message
     assert newest_checkpoint(folder_of(config) / "checkpoints").name == "global_step5"
+
+
+def test_a_last_step_that_ruins_the_weights_is_neither_saved_nor_called_finished(make_run):
+    rate = {"optim__lr": 1e12, "optim__schedule": {"decay_start": 1, "decay_end": 1, "final_start": 1}}
+    config = make_run("ruined", train__total_tokens=8 * 16, **rate)
+    train(config, function=poisoned, args=("nothing",))
+    message = Path(f"{folder_of(config)}.error").read_text()
+    assert message.startswith("step 1 (128 tokens): val/main_loss = nan") and "there is no checkpoint yet" in message
+    assert newest_checkpoint(folder_of(config) / "checkpoints") is None
 
 
 def count_waits(config: Config) -> None:
@@ -459,7 +469,7 @@ def test_what_one_rank_cannot_read_every_rank_names(make_run):
 def test_a_full_disk_of_one_rank_is_said_by_all_and_leaves_the_checkpoint_before(make_run):
     config = make_run()
     train(config, world_size=2, function=full_disk)
-    assert all("File too large" in error for error in errors_of(config))
+    assert all(re.search("File too large: .*global_step10/shard_rank1", error) for error in errors_of(config))
     assert newest_checkpoint(folder_of(config) / "checkpoints").name == "global_step5"
 
 

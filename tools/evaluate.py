@@ -56,7 +56,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--prompts", type=int, default=8, metavar="N", help="prompts for acceptance; 0: leave it out (default: 8)"
     )
-    parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="of each prompt (default: 64)")
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        metavar="N",
+        help="behind each prompt (default: 64, or half of what the model can read)",
+    )
     parser.add_argument("--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)")
     parser.add_argument("--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead")
     parser.add_argument("--lm-eval-include", metavar="DIR", help="folder with task YAMLs of your own")
@@ -70,6 +75,10 @@ def parse() -> argparse.Namespace:
         parser.error(f"{names}: {'no effect with' if options.lm_eval else 'only with'} --lm-eval")
     if options.prompts < 0:
         parser.error(f"--prompts {options.prompts}: must be at least 0")
+    if options.new_tokens is not None and options.new_tokens < 2:
+        parser.error(f"--new-tokens {options.new_tokens}: must be at least 2: the first has no draft")
+    if options.new_tokens is not None and not options.prompts:
+        parser.error("--new-tokens: no effect with --prompts 0")
     if options.hf and not options.data and not options.lm_eval:
         parser.error("--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on")
     if options.hf and options.ema:
@@ -103,6 +112,11 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         micro_batch_size=options.micro_batch_size,
         ema=options.ema,
     )
+    longest, new_tokens, task = config.model.max_position_embeddings, options.new_tokens, config.data.task
+    if new_tokens is not None and new_tokens >= longest:
+        raise ValueError(f"--new-tokens {new_tokens}: must be < model.max_position_embeddings = {longest}")
+    if new_tokens is not None and task is not None and task.type != "markov" and not options.data:
+        raise ValueError(f"--new-tokens: no effect on data.task {task.type}, whose answers have a length of their own")
     sources: list = [open_source(path, options.split) for path in options.data or []]
     tokenizer = tokenizer_of(config, Path(options.run)) if options.run else Path(options.hf, "tokenizer.json")
     own = (options.run or options.hf, tokenizer_sha256(tokenizer))
@@ -116,7 +130,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     for source in sources or [validation_source(config, options.split)]:
         metrics = validate(model, source, config, batches=options.batches, device=device)
         if options.prompts and config.mtp.depths:
-            counts = {"prompts": options.prompts, "new_tokens": options.new_tokens}
+            counts = {"prompts": options.prompts, "new_tokens": new_tokens or min(64, longest // 2)}
             metrics |= acceptance(model, source, depth=config.mtp.depths, seq_len=config.data.seq_len, **counts)
         results[source.path] = metrics
     return results

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from dsv3_mtp.atomic import replacing, write_json
+from dsv3_mtp.atomic import naming, replacing, write_json
 from dsv3_mtp.data.documents import FileInputs, Inputs
 from dsv3_mtp.data.megatron import token_dtype
 from dsv3_mtp.data.shards import FORMAT, INDEX, SPLITS, VERSION, SplitWriter, file_sha256, read_folder_index
@@ -87,7 +87,8 @@ def prepare(out_dir: str | Path, arguments: Arguments, *, progress: Progress | N
         with _locked(lock):
             if not _taken(out):  # another process may have made it while this one waited
                 partial.mkdir(exist_ok=True)
-                _build(partial, arguments, recorded, inputs, progress)
+                with naming(partial):
+                    _build(partial, arguments, recorded, inputs, progress)
                 os.replace(partial, out)
             lock.unlink(missing_ok=True)  # whoever still waits for it will find `out`
     index = read_folder_index(out)

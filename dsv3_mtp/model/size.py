@@ -25,7 +25,8 @@ class ModelSize:
 def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
     """6 FLOPs per active matmul weight and token, plus causal attention 6 H (qk + v) T/2 per layer.
 
-    A third of it for a frozen trunk, which has no backward; the heads' output projection then has half of one.
+    A third of it for a frozen trunk, which has no backward. An output projection of the heads has half of a backward
+    where its weight, or what it reads, gets no gradient: with a frozen trunk, and by mtp.detach.
     """
     config, mtp = model.config, model.mtp_config
     count = partial(_total_and_active, config)
@@ -39,10 +40,11 @@ def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
     learns = model.lm_head.weight.requires_grad
     flops, blocks = (6 if learns else 2) * (active - embedding), config.num_hidden_layers / (1 if learns else 3)
     if mtp.mode in ("sequential", "parallel"):
-        flops += 6 * mtp_matmul + (6 if learns else 4) * mtp.depths * model.lm_head.weight.numel()
+        half = mtp.detach == "all" or not learns  # the shared head is a constant
+        flops += 6 * mtp_matmul + (4 if half else 6) * mtp.depths * model.lm_head.weight.numel()
         blocks += mtp.depths
     else:
-        flops += (6 if learns else 4) * mtp_matmul
+        flops += (6 if mtp.detach == "none" else 4) * mtp_matmul  # their input is the trunk's state
     flops += blocks * _attention_flops(config, seq_len)
     return ModelSize(total, active, embedding, mtp_total, mtp_active, flops)
 

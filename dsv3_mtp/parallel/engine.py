@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import math
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -103,6 +104,8 @@ class Engine:
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=module or model, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
+        # What DeepSpeed writes by itself, Train/Samples/lr, has another x axis than `write_events`.
+        self.monitor, self.engine.monitor = self.engine.monitor, SimpleNamespace(enabled=False)
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
             self.optimizer.state.clear()  # of that step
         self.world, self.model = world, model
@@ -174,5 +177,5 @@ class Engine:
 
     def write_events(self, metrics: dict[str, float], tokens: int) -> None:
         """TensorBoard and W&B through DeepSpeed's monitor; x axis = tokens."""
-        if self.engine.monitor.enabled:
-            self.engine.monitor.write_events([(name, value, tokens) for name, value in metrics.items()])
+        if self.monitor.enabled:
+            self.monitor.write_events([(name, value, tokens) for name, value in metrics.items()])

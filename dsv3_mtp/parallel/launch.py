@@ -133,10 +133,10 @@ def finish() -> None:
 
 
 class StopRequest:
-    """True once this process should save and stop: SIGTERM, SIGINT, or the `deepspeed` launcher is gone.
+    """True once this process should save and stop: SIGTERM, SIGINT, or its launcher is gone.
 
-    Killing `deepspeed` leaves its launch.py and the ranks running as orphans; a rank that was started by it therefore
-    watches its ancestors. A second SIGINT interrupts at once.
+    Killing `deepspeed` leaves its launch.py and the ranks running as orphans, `kill -9` of torchrun its ranks; a rank
+    therefore watches its ancestors. A second SIGINT interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         if not self.reason and self._ancestors and self._find_ancestors() != self._ancestors:
-            self.reason = "the deepspeed launcher is gone"
+            self.reason = "the end of its launcher"
         return bool(self.reason)
 
     def _on_signal(self, signum: int, _frame) -> None:
@@ -157,9 +157,11 @@ class StopRequest:
 
     @staticmethod
     def _find_ancestors() -> tuple[int, int] | None:
-        """(pid of deepspeed's launch.py, pid of its parent) if that is what started this process."""
+        """(pid of deepspeed's launch.py, pid of its parent), or (pid of torchrun, 0), if that started this process."""
         with contextlib.suppress(psutil.Error):
             launcher = psutil.Process(os.getppid())
             if "deepspeed.launcher.launch" in launcher.cmdline():
                 return launcher.pid, launcher.ppid()
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                return launcher.pid, 0  # its own parent may well end before it
         return None

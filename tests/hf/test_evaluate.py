@@ -125,16 +125,34 @@ def test_acceptance_is_measured_by_decoding(run, monkeypatch, capsys):
     assert 1 <= metrics["val/tokens_per_step"] <= 3
 
 
+def test_acceptance_of_a_short_model_is_measured_without_being_told_how(make_run, corpus, monkeypatch, capsys):
+    short, _ = make_run(data__train=str(corpus), data__val=str(corpus), model__vocab_size=VOCAB)  # 16 positions
+    (metrics,) = call(monkeypatch, capsys, "--run", str(short), "--batches", "1").values()
+    assert "val/acceptance/1" in metrics
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--seq-len", "65"), "must be 2 .. model.max_position_embeddings = 64"),
+        (("--new-tokens", "64"), "--new-tokens 64: must be < model.max_position_embeddings = 64"),
         (("--data", "nowhere"), "nowhere: neither a prepared folder nor a Megatron prefix"),
     ],
 )
 def test_user_errors_have_exit_code_2(run, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(run), *arguments])
     assert tool.main() == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--new-tokens", "1"), "must be at least 2"), (("--new-tokens", "8", "--prompts", "0"), "no effect")],
+)
+def test_options_that_would_measure_no_acceptance_are_refused(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", "run", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        tool.main()
     assert message in capsys.readouterr().err
 
 
@@ -150,6 +168,12 @@ def test_windows_that_hold_no_example_of_a_task_are_refused_in_a_sentence(make_r
     run, _ = make_run(**data)
     with pytest.raises(ConfigError, match=r"evaluation of .*: 1 problem\n  data.seq_len: must be >= 10"):
         open_model(run=str(run), hf=None, seq_len=4, micro_batch_size=None)
+
+
+def test_a_number_of_new_tokens_is_refused_where_a_task_gives_the_answers(make_run, monkeypatch, capsys):
+    data = {"data__task": {"type": "suffix_sum", "terms": 5}, "data__train": None, "data__val": None}
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(make_run(**data)[0]), "--new-tokens", "8"])
+    assert tool.main() == 2 and "--new-tokens: no effect on data.task suffix_sum" in capsys.readouterr().err
 
 
 TASK = """
