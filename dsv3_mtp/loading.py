@@ -7,7 +7,7 @@ from pathlib import Path
 from dsv3_mtp.config import Config
 from dsv3_mtp.fragments import AVERAGE, Fragments
 
-COMPLETE = "COMPLETE.json"  # written last: the step, the layout, and the size of every file of a checkpoint
+COMPLETE = "COMPLETE.json"  # written last: the step, DeepSpeed's counters, and the size of every file of a checkpoint
 IMPORTED = "weights"  # folder of an imported run, in DeepSeek-V3's layout
 
 

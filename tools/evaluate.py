@@ -50,7 +50,13 @@ def parse() -> argparse.Namespace:
         help="prepared folders or Megatron prefixes (default: what the run is validated on)",
     )
     parser.add_argument("--split", default="val", choices=["train", "val"], help="of prepared folders (default: val)")
-    parser.add_argument("--batches", type=positive, default=16, metavar="N", help="micro-batches (default: 16)")
+    parser.add_argument(
+        "--batches",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="micro-batches (default: 16; a run in training: eval.batches)",
+    )
     parser.add_argument("--micro-batch-size", type=positive, metavar="N", help="sequences per forward")
     parser.add_argument("--seq-len", type=positive, metavar="T", help="tokens per window")
     parser.add_argument(

@@ -3,7 +3,7 @@
 Examples:
     python tools/generate.py --run runs/v3_tiny --prompt 'def ' --speculative --show-drafts
     python tools/generate.py --run runs/v3_tiny --prompt 'import ' --prompt 'class ' --temperature 0.8 --top-p 0.95
-    python tools/generate.py --hf hf/ --prompt-file prompt.py --speculative --draft-depth 3
+    python tools/generate.py --hf hf/v3_tiny --prompt-file prompt.py --speculative --draft-depth 3
 The text goes to stdout, one line of numbers to stderr. Exit codes: 0 done, 2 wrong options, prompt or checkpoint.
 """
 

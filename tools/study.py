@@ -65,7 +65,9 @@ def parse() -> argparse.Namespace:
         help="override a key of the study file, e.g. scale=gpu or 'seeds=[1, 2]'; repeatable",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only runs whose name starts with one of these")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: CPU cores; on a GPU 1)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: CPU cores; on a GPU and for --dry-run 1)"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the matrix and its cost; run nothing")
     what.add_argument("--report-only", action="store_true", help="report on what has been run")

@@ -171,7 +171,7 @@ def lost(table: Table, arms: Sequence[str]) -> list[str]:
 
 
 def not_run(study: Study, table: Table) -> list[str]:
-    """Per arm the seeds that have not been run, or that failed for a reason that is not training's."""
+    """Per arm the seeds that have not been run or measured as asked, or failed for a reason that is not training's."""
     found = []
     for arm in study.arms:
         seeds = [str(seed) for seed in study.seeds if seed not in table.get(arm, {})]

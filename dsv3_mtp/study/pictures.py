@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import Record, depths_of
@@ -63,8 +62,9 @@ def draw_all(
         ),
         "depths.png": (
             draw_depths,
-            "Per depth: teacher-forced loss, and acceptance of free-running drafts 1..k. Losses of heads that see "
-            "other tokens must not be ranked against each other.",
+            "Per depth: teacher-forced loss"
+            + ", and acceptance of free-running drafts 1..k" * (study.acceptance is not None)
+            + ". Losses of heads that see other tokens must not be ranked against each other.",
         ),
         "tradeoff.png": (
             draw_tradeoff,
@@ -152,8 +152,14 @@ def draw_depths(data: Data) -> Figure | None:
         "acceptance/T0/joint": "drafts 1..k accepted, greedy",
         "acceptance/T1/joint": "drafts 1..k accepted, T = 1",
     }
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    for ax, (family, title) in zip(figure.subplots(1, 3), families.items(), strict=True):
+    runs = [r["metrics"] for arm in data.colors for r in data.table.get(arm, {}).values() if r.get("metrics")]
+    shown = {family: set[int]().union(*(depths_of(run, family) for run in runs)) for family in families}
+    families = {family: title for family, title in families.items() if shown[family]}
+    if not families:
+        return None
+    figure = Figure(figsize=(1 + 4 * len(families), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(families), squeeze=False)[0]
+    for ax, (family, title) in zip(axes, families.items(), strict=True):
         for n, (arm, color) in enumerate(data.colors.items()):
             first = next((r for r in data.table.get(arm, {}).values() if r.get("metrics")), None)
             depths = depths_of(first["metrics"], family) if first else []
@@ -164,7 +170,7 @@ def draw_depths(data: Data) -> Figure | None:
                 ax.errorbar(at, [np.mean(v) for v in values], half, color=color, marker="o", ms=4, label=arm)
         ax.set_title(title)
         ax.set_xlabel("depth k")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xticks(sorted(shown[family]))
         if family != "val/mtp_loss":
             ax.set_ylim(0, 1)
     return _with_legend(data, figure, marker="o")

@@ -23,7 +23,7 @@ from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture,
 from dsv3_mtp.study.page import Table as Rows
 from dsv3_mtp.study.pictures import draw_all
 from dsv3_mtp.study.plan import plan
-from dsv3_mtp.study.run import check_folders, read_budgets
+from dsv3_mtp.study.run import check_folders, read_budgets, settings_of
 
 CALIBRATION = "calibrate"  # name of the study whose outcome every report starts with
 SMALL = 10_000_000  # parameters below which a report says that its scale is small
@@ -43,12 +43,14 @@ def write_report(loaded: LoadedStudy) -> Path:
     starts = []
     for run in runs.values():
         results = read_results(folder / run.name)
-        if results is not None:
+        if results is not None and results["settings"] == settings_of(study):  # or it was measured in another way
             table[run.arm][run.seed] = results
             curves[run.arm][run.seed] = read_metrics(folder / run.name / "metrics.jsonl")
             starts.append(json.loads((folder / run.name / "manifest.json").read_text())["starts"][-1])
     if not starts:
-        raise ValueError(f"{folder}: no run of this study is finished; run tools/study.py without --report-only first")
+        raise ValueError(
+            f"{folder}: no run is finished and measured as this study asks; run it without --report-only first"
+        )
     for arm, seed, reference in findings.references(study, curves):
         if table[arm][seed]["status"] == "finished":
             table[arm][seed]["metrics"] |= loss_error_metrics(curves[arm][seed], reference)

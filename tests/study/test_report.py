@@ -13,9 +13,10 @@ from dsv3_mtp.study.findings import Effect, effects_of, verdict
 from dsv3_mtp.study.matrix import Primary, load_study
 from dsv3_mtp.study.measure import describe, loss_error_metrics, loss_errors, write_results
 from dsv3_mtp.study.page import Table, to_markdown
-from dsv3_mtp.study.pictures import Data, draw_effects
+from dsv3_mtp.study.pictures import Data, draw_depths, draw_effects
 from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
+from dsv3_mtp.study.run import settings_of
 from dsv3_mtp.study.stats import t_interval
 from tests.study.toy import load_toy, write_toy
 
@@ -34,8 +35,8 @@ def five_seeds(tree):
 def write_run(loaded, run, metrics, **more) -> None:
     folder = loaded.study.folder / run.name
     folder.mkdir(parents=True)
-    results = describe(run, settings={}) | {"status": "finished", "metrics": metrics, "seconds_per_token": 1e-3}
-    write_results(folder, results | more)
+    results = describe(run, settings=settings_of(loaded.study)) | {"status": "finished", "metrics": metrics}
+    write_results(folder, results | {"seconds_per_token": 1e-3} | more)
     (folder / "manifest.json").write_text(json.dumps({"starts": [START]}))
     lines = [{"step": n, "tokens": 100 * n, "progress": n / 5, "val/main_loss": 5 - n / 10} for n in range(1, 6)]
     lines = [line | {"moe/max_violation": 1.0} for line in lines]
@@ -105,6 +106,17 @@ def test_runs_of_other_settings_are_not_reported_as_the_studys(report):
 
     with pytest.raises(ValueError, match=r"config\.yaml: optim\.lr is 0\.5, the study says"):
         report({"none": 4.0, "constant": 4.0, "step": 4.0}, after=change)
+
+
+def test_runs_that_were_measured_with_other_settings_do_not_count(report):
+    def change(loaded):
+        path = loaded.study.folder / "step-seed2" / "results.json"
+        results = json.loads(path.read_text())
+        results["settings"]["acceptance"]["prefixes"] += 1
+        path.write_text(json.dumps(results))
+
+    text = report({"none": 4.0, "constant": 4.0, "step": 4.0}, after=change)
+    assert "14 runs finished" in text and "step: not run with seed 2" in text
 
 
 def test_one_seed_concludes_nothing(report):
@@ -209,6 +221,12 @@ def test_no_t_interval_is_drawn_of_a_solve_rate(metric, lines):
     study: Any = SimpleNamespace(primary=Primary(metric="x", comparison="heads", margin=0.1))
     figure = draw_effects(Data(study, {}, {}, {}, [effect]))
     assert sum(len(line.get_xdata()) == 2 and line.get_linewidth() == 2 for line in figure.axes[0].lines) == lines
+
+
+def test_depths_are_whole_numbers_and_what_was_not_measured_has_no_panel():
+    table: Any = {arm: {1: {"status": "finished", "metrics": {"val/mtp_loss/1": 4.0}}} for arm in ("a", "b", "c")}
+    figure = draw_depths(Data(SimpleNamespace(arms=table), {}, table, {}, []))  # type: ignore[arg-type]
+    assert [ax.get_xticks().tolist() for ax in figure.axes] == [[1]]
 
 
 def test_every_override_is_in_the_report_at_its_full_length(tmp_path, monkeypatch):
