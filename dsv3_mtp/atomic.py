@@ -14,7 +14,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # without one the name would not be printed
+            error.filename = error.filename or str(path)
         raise
 
 

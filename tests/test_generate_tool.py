@@ -165,6 +165,13 @@ def test_generation_stops_at_the_given_token(run_tool, folder):
     assert err.startswith(f"{count} tokens")
 
 
+def test_a_text_that_ends_with_the_context_says_so(run_tool, folder):
+    options = ("--prompt-ids", "5 6", "--ignore-eos", "--max-new-tokens")
+    long, exact = (run_tool("generate", "--run", folder, *options, count) for count in ("500", "14"))
+    assert long[0] == exact[0] == 0 and long[1] == exact[1]
+    assert "note: prompt ids 5 6 ends where the model does, after 16 tokens" in long[2] and "note" not in exact[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -53,9 +53,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--batches",
         type=positive,
-        default=16,
         metavar="N",
-        help="micro-batches (default: 16; a run in training: eval.batches)",
+        help="micro-batches (default: the run's eval.batches, as in training; with --hf 16)",
     )
     parser.add_argument("--micro-batch-size", type=positive, metavar="N", help="sequences per forward")
     parser.add_argument("--seq-len", type=positive, metavar="T", help="tokens per window")
@@ -134,7 +133,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     model.to(device)
     results = {}
     for source in sources or [validation_source(config, options.split)]:
-        metrics = validate(model, source, config, batches=options.batches, device=device)
+        metrics = validate(model, source, config, batches=options.batches or config.eval.batches, device=device)
         if options.prompts and config.mtp.depths:
             counts = {"prompts": options.prompts, "new_tokens": new_tokens or min(64, longest // 2)}
             metrics |= acceptance(model, source, depth=config.mtp.depths, seq_len=config.data.seq_len, **counts)

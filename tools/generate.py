@@ -28,6 +28,10 @@ def main() -> int:
         names, prompts = read_prompts(options, encoder)
         settings = settings_of(options, model, encoder)
         result, seconds = timed(model, prompts, settings, encoder=encoder, names=names, options=options)
+        longest = model.config.max_position_embeddings
+        for name, prompt, tokens in zip(names, prompts, result.tokens, strict=True):
+            if len(prompt) + len(tokens) == longest and len(tokens) < settings.max_new_tokens:
+                print(f"note: {name} ends where the model does, after {longest} tokens", file=sys.stderr)
         print(summary(model, prompts, settings, result, seconds), file=sys.stderr)
     except BrokenPipeError:  # the reader of stdout has gone (head)
         sys.stdout = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_mtp.config import ConfigError
+from dsv3_mtp.config import ConfigError, load_config
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import open_source
@@ -49,6 +49,9 @@ def test_a_run_and_its_float32_export_have_the_same_losses(run, corpus, tmp_path
     export_hf(run, tmp_path / "hf", dtype="fp32")
     sizes = ("--batches", "3", "--prompts", "0", "--micro-batch-size", "2")
     (of_run,) = call(monkeypatch, capsys, "--run", str(run), *sizes).values()
+    assert load_config(run / "config.yaml").eval.batches == 2  # what a run is validated on, and evaluated by default
+    default, two = (call(monkeypatch, capsys, "--run", str(run), *n, *sizes[2:]) for n in ([], ["--batches", "2"]))
+    assert default == two != {str(corpus): of_run}
     data = ("--data", str(corpus), "--seq-len", "16")
     (of_export,) = call(monkeypatch, capsys, "--hf", str(tmp_path / "hf"), *data, *sizes).values()
     assert of_run == of_export
