@@ -1,5 +1,6 @@
 """A run's weights as a folder that transformers, vLLM and SGLang read."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -173,18 +174,25 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` on success and disappears on failure.
+    """A temporary folder that becomes `out` on success and disappears on failure, of a killed process at the next call.
 
     Raises:
-        ValueError: `out` exists.
+        ValueError: `out` exists, or another process is making it.
     """
     if out.exists():
         raise ValueError(f"{out} exists already; choose another folder, or delete it")
+    temporary, lock = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "lock"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with lock.open("w") as handle:  # the kernel frees it with the process
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another process is making it; choose another folder") from None
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            os.replace(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            lock.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import torch
 
 from dsv3_mtp.hf import export_hf, import_hf, load_hf, load_run
 from dsv3_mtp.hf.blockfp8 import dequantise
+from dsv3_mtp.hf.export import new_folder
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import slots
 from tests.made_runs import contents
@@ -158,3 +159,16 @@ def test_aliases_may_be_missing_but_must_not_differ(make_run, tmp_path):
     with pytest.raises(ValueError, match=r"shared_head.head.weight: differs from lm_head.weight"):
         import_hf(tmp_path / "hf", tmp_path / "with")
     assert not (tmp_path / "with").exists()
+
+
+def test_what_a_killed_export_left_is_deleted_by_the_next_and_two_at_once_are_refused(tmp_path):
+    left = tmp_path / ".hf.partial"
+    (left / "weights").mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
+    with new_folder(tmp_path / "hf") as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "whole").touch()
+        with pytest.raises(ValueError, match="hf: another process is making it"), new_folder(tmp_path / "hf"):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["whole"]
