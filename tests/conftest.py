@@ -22,6 +22,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined: where Triton is, a CPU runs them
 
+# What a killed process has written is not lost. Disks, for which only a power cut would need to wait, can take minutes.
+os.fsync = lambda descriptor: None
+
 TINY_CONFIG: dict[str, dict[str, Any]] = {
     "run": {"name": "tiny", "dir": "runs", "seed": 1234},
     "model": {
