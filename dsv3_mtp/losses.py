@@ -36,6 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad_logits.T, hidden[chunk])
                 else:
                     grad_weight.add_(grad_logits.T @ hidden[chunk])
+            del logits, grad_logits  # or two chunks are held while the next is made
         ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.mark_non_differentiable(nll, prediction)
         return torch.dot(nll, row_weight), nll, prediction
