@@ -16,7 +16,7 @@ from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.evaluate import acceptance, open_model, validate
 from dsv3_mtp.generate import Settings, generate
-from dsv3_mtp.grade import Grade, hard_token, reference, sees_tokens
+from dsv3_mtp.grade import Grade, hard_token, reference
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.trainer import Trainer
@@ -82,7 +82,7 @@ def test_the_true_source_has_no_excess_loss_at_any_depth(mtp, sees):
     task, depths = MarkovTask(type="markov", states=8), 2
     chain = transition_matrix(8, sharpness=2.0, chain_seed=0)
     mtp = MTPConfig(num_nextn_predict_layers=depths, **mtp)
-    assert sees_tokens(mtp) == sees
+    assert mtp.reads_tokens == sees
     grade = Grade(SimpleNamespace(depths=depths, mtp_config=mtp), task)
     window = Sampler([TaskSource(task)], seq_len=64, lookahead=1 + depths, seed=0).next_batch(256)[0]
     grade.mark(None, [], [window])

@@ -24,7 +24,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
-from dsv3_mtp.config import Config, MTPConfig
+from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import uncut
 from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, run_layers
 from dsv3_mtp.model.moe import RouterStats
@@ -72,16 +72,11 @@ def stage_layers(config: Config) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-def reads_tokens(mtp: MTPConfig) -> bool:
-    """The heads look tokens up in the embedding, so that the last stage has a copy of it."""
-    return mtp.mode == "sequential" and mtp.embed
-
-
 def stage_parts(config: Config, model: DeepseekV3MTP, world: World) -> list[nn.Module]:
     """What of the model this rank's stage holds."""
     parts: list[nn.Module] = [model.model.layers[layer] for layer in stage_layers(config)[world.stage]]
     last = world.stage == world.stages - 1
-    if world.stage == 0 or (last and reads_tokens(model.mtp_config)):
+    if world.stage == 0 or (last and model.mtp_config.reads_tokens):
         parts.append(model.model.embed_tokens)
     if last:
         parts += [model.model.norm, model.lm_head, *([model.mtp] if model.depths else [])]
@@ -156,11 +151,10 @@ class Stages(PipelineModule):
             x, tokens = carried[0], carried[3]
             return *carried, x.new_zeros(()).expand(len(x), tokens.shape[1] - 2, x.shape[2])
 
-        shared = reads_tokens(model.mtp_config)
         specs = [
             SharedEmbedding(model, embed),
             *(Stage(model, own) for own in layers[:-1]),
-            SharedEmbedding(model, look_ahead) if shared else nothing_ahead,
+            SharedEmbedding(model, look_ahead) if model.mtp_config.reads_tokens else nothing_ahead,
             LastStage(model, layers[-1]),
         ]
         self.bounds = [0, *range(2, len(layers) + 1), len(specs)]
