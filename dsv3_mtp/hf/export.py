@@ -19,9 +19,10 @@ from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
-from dsv3_mtp.hf.load import is_finite, meta_state, misfits, open_checkpoint, read_slot
+from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
 from dsv3_mtp.hf.settings import SPECIAL_IDS, read_settings, representable, to_config_json, write_settings
 from dsv3_mtp.loading import IMPORTED, newest_weights, tokenizer_of
+from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.tensorfile import Entry
 
 Read = Callable[[Slot], Tensor]
@@ -102,7 +103,7 @@ def _open_run(run: Path, config: Config, expected: list[Slot], modules: int, ema
     if stored is None:
         raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
     newest = stored.folder
-    state = meta_state(config.model, config.mtp)
+    state = meta_model(config.model, config.mtp).state_dict()
     problems = summarise(misfits(stored.shapes, state))
     progress = min(json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0)
     deepest = f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move

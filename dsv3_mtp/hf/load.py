@@ -15,7 +15,7 @@ from dsv3_mtp.hf.blockfp8 import dequantise, scale_shape
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.tensorfile import DTYPES
 
@@ -196,12 +196,6 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, ModelConfig, MTPConfig, 
     return model.eval(), settings.model, mtp, tokenizer if tokenizer.is_file() else None
 
 
-def meta_state(config: ModelConfig, mtp: MTPConfig) -> dict[str, Tensor]:
-    """The state dict of such a model, without values."""
-    with torch.device("meta"):
-        return DeepseekV3MTP(config, mtp).state_dict()
-
-
 def misfits(stored: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """How the shapes in a run's checkpoint differ from those of its config's model. (tensor, what is wrong)."""
     problems = [(name, "missing") for name in state if name not in stored]
@@ -215,8 +209,7 @@ def misfits(stored: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> li
 
 def empty_model(config: ModelConfig, mtp: MTPConfig, dtype: torch.dtype) -> DeepseekV3MTP:
     """A model on the CPU whose values are not set yet: weights of `dtype`, router biases float32."""
-    with torch.device("meta"):
-        model = DeepseekV3MTP(config, mtp)
+    model = meta_model(config, mtp)
     for parameter in model.parameters():  # not model.to(dtype): that would convert the router biases too
         parameter.data = parameter.data.to(dtype)
     return model.to_empty(device="cpu")

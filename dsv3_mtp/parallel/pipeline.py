@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import uncut
-from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, run_layers
+from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, meta_model, run_layers
 from dsv3_mtp.model.moe import RouterStats
 from dsv3_mtp.model.mtp import TrunkStates
 from dsv3_mtp.model.size import layer_flops
@@ -63,8 +63,7 @@ def stage_layers(config: Config) -> list[range]:
     """The trunk layers of each stage: FLOPs balanced over the pieces that may be cut apart (config.layout.uncut), of
     which what follows the trunk is the last.
     """
-    with torch.device("meta"):
-        costs = layer_flops(DeepseekV3MTP(config.model, config.mtp), config.data.seq_len)
+    costs = layer_flops(meta_model(config.model, config.mtp), config.data.seq_len)
     layers, (head, tail) = len(costs) - 1, uncut(config)
     pieces = [sum(costs[:head]), *costs[head : layers + 1 - tail], sum(costs[layers + 1 - tail :])]
     bounds = balanced(pieces, config.parallel.pipeline_stages)

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
-
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, ModelConfig, MTPConfig
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.runs import differences
 from dsv3_mtp.study.matrix import LoadedStudy
@@ -100,16 +98,12 @@ def whole_steps(config: Config, tokens: float) -> int:
 
 
 @cache
-def _size(model: ModelConfig, mtp: MTPConfig, seq_len: int, frozen: bool) -> ModelSize:
-    with torch.device("meta"):
-        whole = DeepseekV3MTP(model, mtp)
-    if frozen:
-        whole.freeze_trunk()
-    return model_size(whole, seq_len)
+def _size(model: ModelConfig, mtp: MTPConfig, seq_len: int, freeze: str) -> ModelSize:
+    return model_size(meta_model(model, mtp, freeze=freeze), seq_len)
 
 
 def size_of(config: Config) -> ModelSize:
-    return _size(config.model, config.mtp, config.data.seq_len, config.train.freeze == "trunk")
+    return _size(config.model, config.mtp, config.data.seq_len, config.train.freeze)
 
 
 def steps_of(config: Config) -> int:
