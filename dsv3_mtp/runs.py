@@ -3,7 +3,6 @@
 runs/NAME/  config.yaml  ds_config.json  manifest.json  metrics.jsonl  curves.png  tb/  checkpoints/
 """
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dsv3_mtp.atomic import write_json, write_text
+from dsv3_mtp.atomic import lock, write_json, write_text
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.data.tasks import TaskSource
@@ -64,13 +63,7 @@ def lock_folder(folder: Path) -> int:
     Raises:
         ValueError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # the kernel frees it with the process
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process works in this folder; choose another run.name") from None
-    return lock
+    return lock(folder / ".lock", f"{folder}: another process works in this folder; choose another run.name")
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:

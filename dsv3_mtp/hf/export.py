@@ -1,6 +1,5 @@
 """A run's weights as a folder that transformers, vLLM and SGLang read."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp import schedules
-from dsv3_mtp.atomic import write_json
+from dsv3_mtp.atomic import lock, write_json
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
@@ -182,18 +181,14 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists():
         raise ValueError(f"{out} exists already; choose another folder, or delete it")
-    temporary, lock = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "lock"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:  # the kernel frees it with the process
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another process is making it; choose another folder") from None
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            yield temporary
-            os.replace(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+    temporary, locked = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "lock"))
+    descriptor = lock(locked, f"{out}: another process is making it; choose another folder")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        locked.unlink(missing_ok=True)
+        os.close(descriptor)
