@@ -141,8 +141,7 @@ def read_settings(folder: Path) -> Settings:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"{path}: cannot be read: {reason}") from None
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a mapping")
     problems = list(_fixed_problems(content))
