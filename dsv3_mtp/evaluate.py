@@ -185,7 +185,7 @@ def acceptance(
     out = generate(model, texts, settings)
     metrics = {f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)}
     metrics["val/tokens_per_step"] = out.acceptance.tokens_per_step
-    return metrics | {"val/distinct": sum(len(set(row)) / len(row) for row in out.tokens) / len(out.tokens)}
+    return metrics | {"val/distinct": out.distinct}
 
 
 def task_prompts(source: TaskSource, count: int) -> tuple[list[list[int]], int]:
