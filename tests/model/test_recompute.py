@@ -125,7 +125,7 @@ def test_what_is_made_again_is_made_from_what_was_made_again():
 def test_nothing_is_recomputed_or_wrapped_without_a_gradient(tiny_config, monkeypatch, mode):
     model, tokens, _ = build(tiny_config, mode)
     plain, _, _ = build(tiny_config, "none")
-    for name in ("recomputed", "forgetting"):
+    for name in ("checkpoint", "forgetting"):
         monkeypatch.setattr(block, name, None)  # a call would fail
     with torch.no_grad():
         assert torch.equal(model(tokens).loss, plain(tokens).loss)
