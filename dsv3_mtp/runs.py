@@ -20,7 +20,7 @@ from dsv3_mtp.atomic import lock, write_json, write_text
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.data.tasks import TaskSource
-from dsv3_mtp.loading import incomplete, newest_checkpoint
+from dsv3_mtp.loading import checkpoints, is_complete, newest_checkpoint
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
 
@@ -78,7 +78,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     newest = newest_checkpoint(root)
     if newest is not None and config.checkpoint.resume == "never":
         raise ValueError(f"checkpoint.resume: never, but {newest} exists; choose another run.name or delete the folder")
-    damaged = incomplete(root)
+    damaged = [folder for folder in checkpoints(root) if not is_complete(folder)]
     if newest is None and (root / "latest").exists():
         raise ValueError(
             f"{root}: no checkpoint in it is complete any more; delete the run folder to start again, "
