@@ -19,8 +19,7 @@ from dsv3_mtp.study.calibration import calibration_table, worst_excess
 from dsv3_mtp.study.findings import Effect, Table, describe_metric, values_of, verdict
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import loss_error_metrics, read_results
-from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, to_html, to_markdown
-from dsv3_mtp.study.page import Table as Rows
+from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, Rows, to_html, to_markdown
 from dsv3_mtp.study.pictures import draw_all
 from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.run import check_folders, read_budgets, settings_of

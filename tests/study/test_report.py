@@ -12,7 +12,7 @@ import pytest
 from dsv3_mtp.study.findings import Effect, effects_of, verdict
 from dsv3_mtp.study.matrix import Primary, load_study
 from dsv3_mtp.study.measure import describe, loss_error_metrics, loss_errors, write_results
-from dsv3_mtp.study.page import Table, to_markdown
+from dsv3_mtp.study.page import Rows, to_markdown
 from dsv3_mtp.study.pictures import Data, draw_depths, draw_effects
 from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
@@ -211,7 +211,7 @@ def test_report_has_the_setup_and_what_honesty_asks_for(report):
 
 
 def test_a_cell_of_several_lines_is_one_line_of_its_table():
-    assert to_markdown([Table(["a", "b"], [["x | y\nz", "1"]])]).splitlines()[-1] == "| x \\| y z | 1 |"
+    assert to_markdown([Rows(["a", "b"], [["x | y\nz", "1"]])]).splitlines()[-1] == "| x \\| y z | 1 |"
 
 
 @pytest.mark.parametrize(("metric", "lines"), [("task/solved", 0), ("task/first_sum", 1)])
