@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv3_mtp.metrics import LEAK_RATIO
@@ -70,19 +70,23 @@ class Effect:
 
 def effects_of(study: Study, table: Table) -> list[Effect]:
     """Every comparison x arm x metric, primary ones first."""
-    primary = (study.primary.comparison, study.primary.metric)
-    wanted = []
-    for comparison, item in study.comparisons.items():
-        for metric in dict.fromkeys([study.primary.metric, *study.metrics]):
-            wanted += [(comparison, arm, item.against, metric) for arm in item.arms]
-    wanted.sort(key=lambda w: (w[0], w[3]) != primary)
-    effects = [_effect(study, table, *item) for item in wanted]
-    families = [(e.comparison, e.metric) == primary for e in effects]
+    metrics = dict.fromkeys([study.primary.metric, *study.metrics])
+    effects = [
+        _effect(study, table, comparison, arm, item.against, metric)
+        for comparison, item in study.comparisons.items()
+        for metric in metrics
+        for arm in item.arms
+    ]
+    effects.sort(key=lambda effect: not is_primary(study, effect))
     adjusted: dict[str, float] = {}
-    for family in (True, False):
-        ps = {str(n): e.p for n, e in enumerate(effects) if families[n] == family and e.interval is not None}
-        adjusted |= stats.holm(ps)
-    return [Effect(**{**vars(e), "adjusted_p": adjusted.get(str(n), 1.0)}) for n, e in enumerate(effects)]
+    for primary in (True, False):
+        family = {str(n): e.p for n, e in enumerate(effects) if is_primary(study, e) == primary and e.interval}
+        adjusted |= stats.holm(family)
+    return [replace(e, adjusted_p=adjusted.get(str(n), 1.0)) for n, e in enumerate(effects)]
+
+
+def is_primary(study: Study, effect: Effect) -> bool:
+    return (effect.comparison, effect.metric) == (study.primary.comparison, study.primary.metric)
 
 
 def _effect(study: Study, table: Table, comparison: str, arm: str, against: str, metric: str) -> Effect:
@@ -93,8 +97,8 @@ def _effect(study: Study, table: Table, comparison: str, arm: str, against: str,
     p = interval.p if interval else 1.0
     if metric == "task/solved":
         p = stats.fisher(*((int(sum(side.values())), len(side)) for side in (left, right))) if left and right else 1.0
-    is_primary = metric == study.primary.metric and differences
-    tost = stats.equivalence(differences, study.primary.margin) if is_primary else None
+    decides = metric == study.primary.metric and differences
+    tost = stats.equivalence(differences, study.primary.margin) if decides else None
     spread = [stats.t_interval(list(side.values())).sd for side in (left, right) if len(side) > 1]
     unpaired = math.hypot(*spread) if spread else math.nan
     return Effect(comparison, arm, against, metric, interval, p, 1.0, tost, len(study.seeds) - len(seeds), unpaired)

@@ -15,7 +15,7 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import Record, depths_of
 from dsv3_mtp.plots import STYLE, save_figure, short_number
 from dsv3_mtp.schedules import depth_loss_weights, mtp_loss_weight
-from dsv3_mtp.study.findings import Effect, Table, describe_metric, references, values_of
+from dsv3_mtp.study.findings import Effect, Table, describe_metric, is_primary, references, values_of
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import loss_errors
 from dsv3_mtp.study.stats import solve_curve, t_interval
@@ -130,8 +130,7 @@ def draw_effects(data: Data) -> Figure | None:
     axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
     for ax, (metric, group) in zip(axes, groups.items(), strict=True):
         for y, effect in enumerate(reversed(group)):
-            i, decides = effect.interval, (effect.comparison, metric) == (primary.comparison, primary.metric)
-            color = "#1a1a1a" if decides else "#0072b2"
+            i, color = effect.interval, "#1a1a1a" if is_primary(data.study, effect) else "#0072b2"
             if metric != "task/solved":  # whose t interval may leave out 0 where Fisher's test finds nothing
                 ax.plot([i.low, i.high], [y, y], color=color, lw=2)  # type: ignore[union-attr]
             ax.plot([i.mean], [y], "o", color=color)  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.progress import quantity
 from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
-from dsv3_mtp.study.findings import Effect, Table, describe_metric, values_of, verdict
+from dsv3_mtp.study.findings import Effect, Table, describe_metric, is_primary, values_of, verdict
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import loss_error_metrics, read_results
 from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, Rows, to_html, to_markdown
@@ -128,10 +128,6 @@ def verdicts(study: Study, table: Table, effects: Sequence[Effect]) -> list[str]
             names = "; ".join(f"{e.arm} - {e.against}, {e.metric}" for e in group)
             lines.append(f"{found} in {len(group)} of {len(rest)} exploratory comparisons: {names}.")
     return lines
-
-
-def is_primary(study: Study, effect: Effect) -> bool:
-    return (effect.comparison, effect.metric) == (study.primary.comparison, study.primary.metric)
 
 
 def result_tables(study: Study, table: Table, effects: Sequence[Effect]) -> list[Block]:
