@@ -59,19 +59,21 @@ TINY_CONFIG: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def make_tiny_config() -> Callable[..., Any]:
-    """A function from dotted overrides to a Config: make_tiny_config({"mtp.mode": "none"}, ...)."""
+def tiny(overrides: dict[str, Any] | None = None) -> Any:
+    """TINY_CONFIG with dotted overrides as a Config: tiny({"mtp.mode": "none"})."""
     from dsv3_mtp.config import Config
 
-    def make(overrides: dict[str, Any] | None = None) -> Any:
-        sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
-        for key, value in (overrides or {}).items():
-            section, _, name = key.partition(".")
-            sections.setdefault(section, {})[name] = value
-        return Config.model_validate(sections)
+    sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
+    for key, value in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return Config.model_validate(sections)
 
-    return make
+
+@pytest.fixture(scope="session")
+def make_tiny_config() -> Callable[..., Any]:
+    """The function `tiny`."""
+    return tiny
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.fragments import INDEX, Fragment, Fragments, merge_index, write_fragments
-from dsv3_mtp.loading import COMPLETE
+from dsv3_mtp.loading import COMPLETE, newest_checkpoint
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 
@@ -56,6 +56,13 @@ def write_state(checkpoint: Path, state: dict[str, torch.Tensor], *, ranks: int 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def read_newest(run: Path) -> dict[str, Tensor]:
+    """`read_state_dict` of a run's newest checkpoint."""
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    return read_state_dict(newest)
 
 
 def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:

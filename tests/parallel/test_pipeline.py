@@ -30,7 +30,7 @@ from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, free_port
 from dsv3_mtp.parallel.pipeline import balanced, stage_layers
 from dsv3_mtp.trainer import Trainer
-from tests.conftest import TINY_CONFIG
+from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
 from tests.ranks import _child, run_ranks, write_markov
 
@@ -63,7 +63,6 @@ LAYOUTS: dict[str, tuple[str, int, int, int]] = {
 
 
 def make_config(folder: Path, data: str, overrides: dict[str, Any]) -> Config:
-    sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
     base = {
         "run.dir": str(folder),
         "data.train": data,
@@ -77,10 +76,7 @@ def make_config(folder: Path, data: str, overrides: dict[str, Any]) -> Config:
         "train.balance_loss_weight": 0.01,
         "eval.batches": 3,  # not a multiple of the ranks
     }
-    for key, value in (base | overrides).items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    return Config.model_validate(sections)
+    return tiny(base | overrides)
 
 
 def plain(config: Config) -> dict[str, Any]:
