@@ -41,13 +41,12 @@ class Data:
         return {arm: COLORS[number % len(COLORS)] for number, arm in enumerate(self.study.arms)}
 
 
-def draw_all(
-    study: Study, configs: Mapping[str, Config], table: Table, curves: Curves, effects: Sequence[Effect]
-) -> list[tuple[str, str]]:
+def draw_all(data: Data) -> list[tuple[str, str]]:
     """Writes the PNG files that the data allow into the study's folder, and removes old ones that they do not allow.
 
     Returns [(file, caption)].
     """
+    study = data.study
     figures = {
         "loss.png": (
             draw_losses,
@@ -90,7 +89,7 @@ def draw_all(
             "Share of seeds that have not solved the task yet (Kaplan and Meier); runs that end unsolved are censored.",
         ),
     }
-    data, drawn = Data(study, configs, table, curves, effects), []
+    drawn = []
     for name, (draw, caption) in figures.items():
         with matplotlib.rc_context(STYLE):
             figure = draw(data)

@@ -20,7 +20,7 @@ from dsv3_mtp.study.findings import Effect, Table, describe_metric, is_primary, 
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import loss_error_metrics, read_results
 from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, Rows, to_html, to_markdown
-from dsv3_mtp.study.pictures import draw_all
+from dsv3_mtp.study.pictures import Data, draw_all
 from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.run import check_folders, read_budgets, settings_of
 
@@ -54,7 +54,7 @@ def write_report(loaded: LoadedStudy) -> Path:
         if table[arm][seed]["status"] == "finished":
             table[arm][seed]["metrics"] |= loss_error_metrics(curves[arm][seed], reference)
     effects = findings.effects_of(study, table)
-    pictures = draw_all(study, loaded.configs, table, curves, effects)
+    pictures = draw_all(Data(study, loaded.configs, table, curves, effects))
     lines = verdicts(study, table, effects)
     blocks = [
         *opening(study, table, lines),
