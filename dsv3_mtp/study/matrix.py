@@ -218,7 +218,8 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     Raises ConfigError, whose text reports every problem of the study and of its arms.
     """
     path, sets = Path(path), tuple(sets)
-    of_runs = [item for item in sets if item.partition("=")[0].partition(".")[0] in _sections()]
+    sections = set(Config.model_fields) - set(Study.model_fields)  # of a run, that are not keys of a study file too
+    of_runs = [item for item in sets if item.partition("=")[0].partition(".")[0] in sections]
     tree, problems = read_tree(path, [item for item in sets if item not in of_runs])
     try:
         study = Study.model_validate(tree)
@@ -257,11 +258,6 @@ def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator
             if configs[name].mtp.depths and needed > longest:
                 text = f"prefix_tokens + new_tokens must be <= model.max_position_embeddings = {longest} of arms.{name}"
                 yield "acceptance", f"{text} (got {needed})"
-
-
-def _sections() -> set[str]:
-    """Sections of a run's config that are not keys of a study file too."""
-    return set(Config.model_fields) - set(Study.model_fields)
 
 
 def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:
