@@ -16,12 +16,12 @@ from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.progress import quantity
 from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
+from dsv3_mtp.study.expand import expand
 from dsv3_mtp.study.findings import Effect, Table, describe_metric, is_primary, values_of, verdict
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import loss_error_metrics, read_results
 from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, Rows, to_html, to_markdown
 from dsv3_mtp.study.pictures import Data, draw_all
-from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.run import check_folders, read_budgets, settings_of
 
 CALIBRATION = "calibrate"  # name of the study whose outcome every report starts with
@@ -35,7 +35,7 @@ def write_report(loaded: LoadedStudy) -> Path:
         ValueError: nothing has been run, runs have other settings than the study's, or a results.json is damaged.
     """
     study, folder = loaded.study, loaded.study.folder
-    runs = {run.name: run for run in plan(loaded, read_budgets(folder))}
+    runs = {run.name: run for run in expand(loaded, read_budgets(folder))}
     check_folders(study, list(runs.values()))
     table: dict[str, dict[int, Any]] = {arm: {} for arm in study.arms}
     curves: dict[str, dict[int, Any]] = {arm: {} for arm in study.arms}

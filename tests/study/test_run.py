@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dsv3_mtp.metrics import MetricsLog, read_metrics
+from dsv3_mtp.study.expand import expand
 from dsv3_mtp.study.matrix import load_study
 from dsv3_mtp.study.measure import read_results, write_results
-from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
 from dsv3_mtp.study.run import check_folders, fork, new_budgets, read_budgets, run_study, train_and_measure
 from tests.made_runs import read_newest
@@ -141,7 +141,7 @@ def test_a_seed_that_diverged_does_not_hold_up_the_arm_with_anothers_time(tmp_pa
 def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path, monkeypatch):
     """Interrupted, then killed while it was measured: the last start trains nothing, and takes a second."""
     loaded = load_toy(tmp_path)
-    run = next(run for run in plan(loaded, {}) if run.arm == "none")
+    run = next(run for run in expand(loaded, {}) if run.arm == "none")
     folder = loaded.study.folder / run.name
     folder.mkdir(parents=True)
     starts = iter([(0, 192, 6.0), (192, 512, 10.0), (512, 512, 1.0)])  # tokens before and after, seconds
@@ -196,7 +196,7 @@ def test_run_folders_of_other_settings_are_refused(finished):
     loaded, _, _ = finished
     other = load_study(loaded.path, ["optim.grad_clip=0.5", "eval.batches=3"])  # the second: other windows
     with pytest.raises(ValueError, match="other settings") as error:
-        check_folders(other.study, plan(other, {}))
+        check_folders(other.study, expand(other, {}))
     assert "optim.grad_clip is 1.0, the study says 0.5" in str(error.value)
     assert "the study says 3" in str(error.value)
 

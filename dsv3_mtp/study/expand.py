@@ -1,6 +1,6 @@
 """The runs that a study stands for: their budgets, and which of them share a prefix.
 
-for run in plan(load_study("configs/studies/lambda.yaml"), budgets={}): print(run.name, run.parent, run.fork_step)
+for run in expand(load_study("configs/studies/lambda.yaml"), budgets={}): print(run.name, run.parent, run.fork_step)
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,7 +44,7 @@ class Run:
         return self.config.run.name
 
 
-def plan(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
+def expand(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
     """The runs, seed by seed, parents before the runs that fork from them.
 
     budgets: total_tokens of the arms that match another's measured time; such an arm is left out until it is known.
