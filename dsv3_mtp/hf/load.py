@@ -66,8 +66,8 @@ def key_problems(
         elif place.dtype == "F8_E4M3":
             unused.discard(slot.name + SCALE)
             problems += _scale_problems(checkpoint, slot, block)
-    problems += [(name, "not used by this architecture") for name in sorted(unused) if not _is_constant(name)]
-    return problems
+    unused -= {name for name in unused if name.endswith("rotary_emb.inv_freq")}  # what rope_theta already says
+    return problems + [(name, "not used by this architecture") for name in sorted(unused)]
 
 
 def _scale_problems(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None) -> list[tuple[str, str]]:
@@ -81,10 +81,6 @@ def _scale_problems(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] |
     if scale.shape != shape or scale.dtype not in ("F32", "BF16"):
         return [(slot.name + SCALE, f"is {scale.dtype} {list(scale.shape)}, not F32 {list(shape)}")]
     return []
-
-
-def _is_constant(name: str) -> bool:
-    return name.endswith("rotary_emb.inv_freq")  # some writers store what rope_theta already says
 
 
 def read_slot(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None) -> Tensor:
