@@ -131,9 +131,9 @@ def open_model(
         model, config, _ = load_run(run, ema=ema)
         sections = config.to_dict()
     else:
-        model, model_config, mtp, _ = load_hf(hf or "")
-        longest = model_config.max_position_embeddings
-        sections = {"model": model_config.model_dump(), "mtp": mtp.model_dump(mode="json")}
+        model, _ = load_hf(hf or "")
+        longest = model.config.max_position_embeddings
+        sections = {"model": model.config.model_dump(), "mtp": model.mtp_config.model_dump(mode="json")}
         sections["data"] = {"train": "none", "val": "none", "seq_len": min(4096, longest)}
         sections["train"] = {"micro_batch_size": 1}
     longest = sections["model"]["max_position_embeddings"]

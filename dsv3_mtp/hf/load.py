@@ -171,7 +171,7 @@ def _differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
     ]
 
 
-def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, ModelConfig, MTPConfig, Path | None]:
+def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, Path | None]:
     """A checkpoint in DeepSeek-V3's layout as a model in eval mode on the CPU, ready for evaluation and decoding.
 
     Weights are as stored, bfloat16 for FP8 and float32 for float16; router biases are float32.
@@ -179,7 +179,7 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, ModelConfig, MTPConfig, 
     Args:
         folder: config.json, *.safetensors (bfloat16, float32 or block-FP8), tokenizer.json.
     Returns:
-        model, its `model` and `mtp` sections, and the path of tokenizer.json (None if there is none).
+        The model, and the path of tokenizer.json (None if there is none).
     """
     folder = Path(folder)
     settings = read_settings(folder)
@@ -189,7 +189,7 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, ModelConfig, MTPConfig, 
     model = empty_model(settings.model, mtp, dtype)
     load_weights(model, folder)
     tokenizer = folder / "tokenizer.json"
-    return model.eval(), settings.model, mtp, tokenizer if tokenizer.is_file() else None
+    return model.eval(), tokenizer if tokenizer.is_file() else None
 
 
 def misfits(stored: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> list[tuple[str, str]]:

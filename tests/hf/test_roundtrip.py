@@ -47,11 +47,11 @@ def test_safetensors_own_library_reads_every_tensor(make_run, tmp_path):
 def test_a_float32_export_is_the_model_bit_for_bit(make_run, tmp_path):
     run, model = make_run(mtp__num_nextn_predict_layers=2)
     export_hf(run, tmp_path / "hf", dtype="fp32")
-    loaded, config, mtp, tokenizer = load_hf(tmp_path / "hf")
-    assert (config, mtp.mode, mtp.depths, tokenizer) == (model.config, "sequential", 2, None)
+    loaded, tokenizer = load_hf(tmp_path / "hf")
+    assert (loaded.config, loaded.mtp_config.mode, loaded.depths, tokenizer) == (model.config, "sequential", 2, None)
     assert_same(loaded.state_dict(), model.state_dict())
     again, run_config, _ = load_run(run)
-    assert run_config.model == config
+    assert run_config.model == loaded.config
     assert_same(again.state_dict(), model.state_dict())
 
 
@@ -116,8 +116,8 @@ def test_recycled_modules_are_one_module_on_disk(make_run, tmp_path):
     run, model = make_run(mtp__num_nextn_predict_layers=3, mtp__share_weights=True)
     notes = export_hf(run, tmp_path / "hf", dtype="fp32")
     assert any("recycles" in note for note in notes)
-    loaded, _, mtp, _ = load_hf(tmp_path / "hf")
-    assert mtp.depths == 1
+    loaded, _ = load_hf(tmp_path / "hf")
+    assert loaded.depths == 1
     assert_same(loaded.state_dict(), model.state_dict())
 
 
@@ -126,8 +126,8 @@ def test_parallel_heads_export_as_a_plain_trunk_and_say_so(make_run, tmp_path, m
     run, model = make_run(mtp__mode=mode, mtp__num_nextn_predict_layers=2)
     notes = export_hf(run, tmp_path / "hf", dtype="fp32")
     assert any(f"not exported: the 2 {mode} MTP head(s)" in note for note in notes)
-    loaded, _, mtp, _ = load_hf(tmp_path / "hf")
-    assert mtp.depths == 0
+    loaded, _ = load_hf(tmp_path / "hf")
+    assert loaded.depths == 0
     trunk = {name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")}
     assert_same(loaded.state_dict(), trunk)
 
