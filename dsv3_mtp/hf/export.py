@@ -19,13 +19,12 @@ from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
-from dsv3_mtp.hf.settings import SPECIAL_IDS, read_settings, representable, to_config_json, write_settings
+from dsv3_mtp.hf.settings import SPECIAL_IDS, TYPES, read_settings, representable, to_config_json, write_settings
 from dsv3_mtp.loading import IMPORTED, newest_weights, tokenizer_of
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.tensorfile import Entry
 
 Read = Callable[[Slot], Tensor]
-TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "generation_config.json"),
