@@ -37,8 +37,9 @@ def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
         "# DeepSpeed JSON\n" + json.dumps(ds_config, indent=2),
     ]
     if shape.stages > 1:
-        full = config.train.activation_checkpointing == "full"
-        parts.insert(-1, "# pipeline bubble, share of a step\n" + _rows(bubble_rows(shape, full)))
+        idle = bubbles(shape, recompute=config.train.activation_checkpointing == "full")
+        rows = _rows({name: f"{share:.1%}" for name, share in idle.items()})
+        parts.insert(-1, "# pipeline bubble, share of a step\n" + rows)
     if plot:
         folder.mkdir(parents=True, exist_ok=True)
         plot_schedules(config, folder / "schedules.png")
@@ -76,10 +77,6 @@ def memory_table(config: Config, stages: list[Stage]) -> str:
         named = " and ".join(name for name, there in kinds.items() if there)
         text.append(f"in host memory, per rank: {_bytes(host)} of {named}")
     return "\n".join(text)
-
-
-def bubble_rows(shape: Layout, recompute: bool) -> dict[str, str]:
-    return {name: f"{share:.1%}" for name, share in bubbles(shape, recompute=recompute).items()}
 
 
 def _describe(config: Config, shape: Layout, world_size: int) -> str:
