@@ -157,10 +157,8 @@ class Stages(PipelineModule):
             LastStage(model, layers[-1]),
         ]
         self.bounds = [0, *range(2, len(layers) + 1), len(specs)]
-        with (
-            contextlib.redirect_stdout(None),
-            torch.no_grad(),
-        ):  # it copies the tied weights as if to differentiate that
+        # Without no_grad it would copy the tied weights as if to differentiate that.
+        with contextlib.redirect_stdout(None), torch.no_grad():
             super().__init__(specs, num_stages=len(layers), loss_fn=loss)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -233,10 +231,8 @@ class PipelineEngine(Engine):
         self.total, self.counted = self.model.no_output(), len(batch) - blanks
         if self.world.stage == self.world.stages - 1:
             self.stages.forward_funcs[-1].settings = settings
-        inputs = [
-            ((t,) if documents is None else (t, documents), ()) for t, documents, _ in self.own(batch)
-        ]  # no tasks here
-        self.engine.set_dataiterator(iter(inputs))
+        pieces = [(t,) if documents is None else (t, documents) for t, documents, _ in self.own(batch)]  # no tasks here
+        self.engine.set_dataiterator(iter([(piece, ()) for piece in pieces]))
         self.engine._exec_schedule(kind(len(batch), self.world.stages, self.world.stage))
         return self.total
 
