@@ -22,6 +22,7 @@ from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.trainer import NonFiniteError, Trainer
 from tests.made_runs import read_newest, read_state_dict
+from tests.plain_training import plain_steps
 from tests.ranks import run_ranks, timeless, train_to_end, train_until, write_markov
 
 pytestmark = pytest.mark.dist
@@ -218,44 +219,12 @@ def test_the_batch_size_ramp_trains_on_the_batches_it_reports(make_run):
     assert [r["tokens"] for r in records] == [16 * sum(sizes[: i + 1]) for i in range(len(sizes))]
     assert len(sizes) == schedules.total_steps(config.train, 16, 4)
     # the same optimizer steps by hand: plain torch on the same batches
-    expected = plain_training(config, sizes)
-    got = [(r["train/loss"], r["optim/grad_norm"]) for r in records]
-    for (loss, norm), (want_loss, want_norm) in zip(got, expected, strict=True):
-        assert loss == pytest.approx(want_loss, rel=2e-5) and norm == pytest.approx(want_norm, rel=2e-4)
-
-
-def plain_training(config: Config, sizes: list[int]) -> list[tuple[float, float]]:
-    """The run without DeepSpeed, micro-batches or our optimizer set-up: (loss, gradient norm) of each step."""
-    from dsv3_mtp.data.sampler import Sampler
-    from dsv3_mtp.data.source import open_source
-    from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(config.run.seed)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
-    sampler = Sampler([open_source(config.data.train, "train")], seq_len=16, lookahead=2, seed=config.run.seed)
-    tokens, results = 0, []
-    for size in sizes:
-        progress = tokens / config.train.total_tokens
-        tokens += size * 16
-        batch = torch.from_numpy(sampler.next_batch(size)[0][0])
-        for group in optimizer.param_groups:
-            group["lr"] = schedules.learning_rate(config.optim, min(tokens / config.train.total_tokens, 1.0))
-        out = model(
-            batch,
-            loss_weights=schedules.depth_loss_weights(config.mtp, progress),
-            balance_loss_weight=config.train.balance_loss_weight,
-        )
-        optimizer.zero_grad()
-        out.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-        optimizer.step()
-        model.update_router_bias(out.load, schedules.bias_update_speed(config.train, progress))
-        results.append((out.loss.item(), norm.item()))
-    return results
+    for record, step in zip(records, plain_steps(model, config, len(sizes)), strict=True):
+        assert record["train/batch_size"] == step.size
+        assert record["train/loss"] == pytest.approx(step.out.loss.item(), rel=2e-5)
+        assert record["optim/grad_norm"] == pytest.approx(step.norm, rel=2e-4)
 
 
 def test_logged_values_recombine_and_lambda_is_the_schedules_at_every_step(make_run):
