@@ -76,6 +76,11 @@ def make_tiny_config() -> Callable[..., Any]:
     return tiny
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 @pytest.fixture
 def tiny_config(make_tiny_config: Callable[..., Any]) -> Any:
     """Config of a V3 model with 3 layers (1 dense), 8 experts in 4 groups, top-2, vocab 64, one MTP depth."""

@@ -10,7 +10,7 @@ from dsv3_mtp.hf.blockfp8 import dequantise
 from dsv3_mtp.hf.export import new_folder
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import slots
-from tests.made_runs import contents
+from tests.conftest import contents
 
 WIDE = {"model__hidden_size": 144, "model__moe_intermediate_size": 136}  # neither a multiple of the 128 of a block
 
