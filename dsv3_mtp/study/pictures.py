@@ -11,18 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dsv3_mtp import plots
 from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import Record, depths_of
 from dsv3_mtp.plots import STYLE, save_figure, short_number
 from dsv3_mtp.schedules import depth_loss_weights, mtp_loss_weight
-from dsv3_mtp.study.findings import Effect, Table, describe_metric, is_primary, references, values_of
+from dsv3_mtp.study.findings import Effect, Table, is_primary, references, values_of
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import loss_errors
+from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.stats import solve_curve, t_interval
 
 # Okabe and Ito's colours, then darker ones of the same hues: as many arms as a study has.
-COLORS = ("#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#004c77", "#8f3f00",
-          "#00694d", "#8a4f70", "#9a6b00")  # fmt: skip
+COLORS = (*plots.COLORS, plots.GREY, "#004c77", "#8f3f00", "#00694d", "#8a4f70", "#9a6b00")
 Curves = Mapping[str, Mapping[int, Sequence[Record]]]  # arm -> seed -> metrics.jsonl
 
 

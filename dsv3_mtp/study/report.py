@@ -17,9 +17,10 @@ from dsv3_mtp.progress import quantity
 from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
 from dsv3_mtp.study.expand import expand
-from dsv3_mtp.study.findings import Effect, Table, describe_metric, is_primary, values_of, verdict
+from dsv3_mtp.study.findings import Effect, Table, is_primary, values_of, verdict
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import loss_error_metrics, read_results
+from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, Rows, to_html, to_markdown
 from dsv3_mtp.study.pictures import Data, draw_all
 from dsv3_mtp.study.run import check_folders, read_budgets, settings_of
