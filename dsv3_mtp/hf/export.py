@@ -178,11 +178,14 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         ValueError: `out` exists, or another process is making it.
     """
+    exists = ValueError(f"{out} exists already; choose another folder, or delete it")
     if out.exists():
-        raise ValueError(f"{out} exists already; choose another folder, or delete it")
+        raise exists
     temporary, locked = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "lock"))
     descriptor = lock(locked, f"{out}: another process is making it; choose another folder")
     try:
+        if out.exists():  # now: another process may have finished just before this one took the lock
+            raise exists
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary

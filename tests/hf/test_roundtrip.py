@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from dsv3_mtp.atomic import lock
 from dsv3_mtp.hf import export_hf, import_hf, load_hf, load_run
 from dsv3_mtp.hf.blockfp8 import dequantise
 from dsv3_mtp.hf.export import new_folder
@@ -172,3 +173,16 @@ def test_what_a_killed_export_left_is_deleted_by_the_next_and_two_at_once_are_re
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["whole"]
+
+
+def test_a_folder_that_another_process_finished_while_this_one_took_the_lock_is_refused_before_the_work(
+    tmp_path, monkeypatch
+):
+    def finished_first(path, busy):
+        (tmp_path / "hf").mkdir()
+        return lock(path, busy)
+
+    monkeypatch.setattr("dsv3_mtp.hf.export.lock", finished_first)
+    with pytest.raises(ValueError, match="hf exists already"), new_folder(tmp_path / "hf"):
+        pytest.fail("nothing is to be made")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
