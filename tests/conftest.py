@@ -107,6 +107,16 @@ def reproducible() -> Iterator[None]:
         sys.modules["dsv3_mtp.kernels"].disable()
 
 
+@pytest.fixture
+def compiled(reproducible: None) -> None:
+    """The C kernels are on, until `reproducible` turns them off."""
+    from dsv3_mtp import kernels
+
+    note = kernels.enable()
+    if "not built" in note:
+        pytest.skip(note)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests without the mark gpu run on the CPU on every machine: they fork ranks, which could not use a GPU."""

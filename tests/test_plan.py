@@ -1,15 +1,12 @@
 """The plan of a layout against the papers' numbers, against brute force, and against what runs really hold and send."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from dsv3_mtp import kernels
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.size import model_size
@@ -30,18 +27,6 @@ from tools.meter import Meter, measure_step
 
 ROOT = Path(__file__).parents[1]
 GB = 1e9
-
-
-@contextlib.contextmanager
-def kernels_on() -> Iterator[None]:
-    """Norms and SwiGLU as one function each, as on a GPU."""
-    note = kernels.enable()
-    if "not built" in note:
-        pytest.skip(note)
-    try:
-        yield
-    finally:
-        kernels.disable()
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +91,7 @@ HEADS = [
 ]
 
 
+@pytest.mark.usefixtures("compiled")  # norms and SwiGLU are one function each, as on a GPU
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, mode):
@@ -118,7 +104,7 @@ def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, m
     model.checkpoint_activations(mode)
     tokens = torch.randint(0, config.model.vocab_size, (16, 16 + 1 + config.mtp.depths))
     documents = torch.zeros_like(tokens)  # a mask: attention as on a GPU, which keeps no probabilities
-    with kernels_on(), Meter() as meter:
+    with Meter() as meter:
         out = model(tokens, documents)
     weights = {model.head(depth) for depth in range(1 + config.mtp.depths)}
     kept_by_loss = sum(head.weight.numel() for head in weights) * element_size(config)
