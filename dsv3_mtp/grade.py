@@ -94,13 +94,13 @@ def reference(task: Task, mtp: MTPConfig) -> dict[str, float]:
     """
     if not isinstance(task, MarkovTask):
         return {}
-    chain, sees, depths = _chain(task), mtp.reads_tokens, range(1, 1 + mtp.depths)
+    chain, reads, depths = _chain(task), mtp.reads_tokens, range(1, 1 + mtp.depths)
     found = {"val/main_loss": step_entropy(chain, 1)}
-    found |= {f"val/mtp_loss/{k}": step_entropy(chain, 1 if sees else 1 + k) for k in depths}
-    agreed = best_agreement(chain, mtp.depths, sees_tokens=sees)
+    found |= {f"val/mtp_loss/{k}": step_entropy(chain, 1 if reads else 1 + k) for k in depths}
+    agreed = best_agreement(chain, mtp.depths, reads_tokens=reads)
     found |= {f"val/agreement/{k}": value for k, value in zip(depths, agreed, strict=True)}
     for temperature in (0, 1) if mtp.depths else ():
-        joint = best_acceptance(chain, mtp.depths, temperature=temperature, sees_tokens=sees)
+        joint = best_acceptance(chain, mtp.depths, temperature=temperature, reads_tokens=reads)
         found |= {f"acceptance/T{temperature}/joint/{k}": value for k, value in zip(depths, joint, strict=True)}
         found[f"acceptance/T{temperature}/tokens_per_step"] = 1 + sum(joint)
     return found
