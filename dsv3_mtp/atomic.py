@@ -1,7 +1,9 @@
-"""Files that are written wholly or not at all, also when the process is killed. No torch here."""
+"""Files that are written wholly or not at all, also when the process is killed, by one process at a time. No torch."""
 
+import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,27 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(path: Path, busy: str, *, wait: bool = False) -> int:
+    """Holds the file `path` for this process until it ends, however it does, or until the descriptor is closed.
+
+    wait: for another holder, after printing `busy`.
+
+    Raises:
+        ValueError: `busy`: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            os.close(descriptor)
+            raise ValueError(busy) from None
+        print(busy, file=sys.stderr, flush=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,13 +3,11 @@
 import json
 from typing import Any
 
-import torch
-
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, MarkovTask
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.grade import reference
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.plan import Layout, Stage, bubbles, communication, layout, plan
@@ -27,10 +25,7 @@ def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
     """
     folder = run_folder(config)
     ds_config = deepspeed_config(config, world_size, str(folder))
-    with torch.device("meta"):
-        model = DeepseekV3MTP(config.model, config.mtp)
-    if config.train.freeze == "trunk":
-        model.freeze_trunk()
+    model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
     size, shape = model_size(model, config.data.seq_len), layout(config, world_size)
     stages = plan(config, model, shape)
     parts = [
@@ -42,8 +37,9 @@ def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
         "# DeepSpeed JSON\n" + json.dumps(ds_config, indent=2),
     ]
     if shape.stages > 1:
-        full = config.train.activation_checkpointing == "full"
-        parts.insert(-1, "# pipeline bubble, share of a step\n" + _rows(bubble_rows(shape, full)))
+        idle = bubbles(shape, recompute=config.train.activation_checkpointing == "full")
+        rows = _rows({name: f"{share:.1%}" for name, share in idle.items()})
+        parts.insert(-1, "# pipeline bubble, share of a step\n" + rows)
     if plot:
         folder.mkdir(parents=True, exist_ok=True)
         plot_schedules(config, folder / "schedules.png")
@@ -81,10 +77,6 @@ def memory_table(config: Config, stages: list[Stage]) -> str:
         named = " and ".join(name for name, there in kinds.items() if there)
         text.append(f"in host memory, per rank: {_bytes(host)} of {named}")
     return "\n".join(text)
-
-
-def bubble_rows(shape: Layout, recompute: bool) -> dict[str, str]:
-    return {name: f"{share:.1%}" for name, share in bubbles(shape, recompute=recompute).items()}
 
 
 def _describe(config: Config, shape: Layout, world_size: int) -> str:

@@ -131,9 +131,9 @@ def open_model(
         model, config, _ = load_run(run, ema=ema)
         sections = config.to_dict()
     else:
-        model, model_config, mtp, _ = load_hf(hf or "")
-        longest = model_config.max_position_embeddings
-        sections = {"model": model_config.model_dump(), "mtp": mtp.model_dump(mode="json")}
+        model, _ = load_hf(hf or "")
+        longest = model.config.max_position_embeddings
+        sections = {"model": model.config.model_dump(), "mtp": model.mtp_config.model_dump(mode="json")}
         sections["data"] = {"train": "none", "val": "none", "seq_len": min(4096, longest)}
         sections["train"] = {"micro_batch_size": 1}
     longest = sections["model"]["max_position_embeddings"]
@@ -185,7 +185,7 @@ def acceptance(
     out = generate(model, texts, settings)
     metrics = {f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)}
     metrics["val/tokens_per_step"] = out.acceptance.tokens_per_step
-    return metrics | {"val/distinct": sum(len(set(row)) / len(row) for row in out.tokens) / len(out.tokens)}
+    return metrics | {"val/distinct": out.distinct}
 
 
 def task_prompts(source: TaskSource, count: int) -> tuple[list[list[int]], int]:

@@ -113,6 +113,11 @@ class Generation:
     tokens: list[list[int]]  # new tokens of each prompt
     acceptance: Acceptance
 
+    @property
+    def distinct(self) -> float:
+        """Share of distinct tokens in a text, mean over the texts: one that repeats itself accepts every draft."""
+        return sum(len(set(row)) / len(row) for row in self.tokens) / len(self.tokens)
+
     def add(self, step: Step) -> None:
         if self.tokens[step.row]:  # the first token of a row comes from its prefill
             self.acceptance.add(step)

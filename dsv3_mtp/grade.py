@@ -64,7 +64,7 @@ class Grade:
         """(2+D,) targets of a depth, then the sum over them at each depth; tokens (b, T+1+D)."""
         chain = _chain(task)
         length, ahead = tokens.shape[1] - 1 - self.model.depths, range(1 + self.model.depths)
-        steps = [1 if sees_tokens(self.model.mtp_config) else 1 + k for k in ahead]
+        steps = [1 if self.model.mtp_config.reads_tokens else 1 + k for k in ahead]
         spans = [(k + 1 - step, k + 1) for k, step in zip(ahead, steps, strict=True)]
         pairs = [(tokens[:, a : a + length], tokens[:, b : b + length]) for a, b in spans]
         sums = [source_nll(chain, *pair, step) for pair, step in zip(pairs, steps, strict=True)]
@@ -86,11 +86,6 @@ class Grade:
         return found
 
 
-def sees_tokens(mtp: MTPConfig) -> bool:
-    """Whether the heads read the token before their target: what data/markov.py distinguishes."""
-    return mtp.mode == "sequential" and mtp.embed
-
-
 def reference(task: Task, mtp: MTPConfig) -> dict[str, float]:
     """What heads at their lowest cross-entropy reach on a Markov source (data/markov.py); {} for other tasks.
 
@@ -99,13 +94,13 @@ def reference(task: Task, mtp: MTPConfig) -> dict[str, float]:
     """
     if not isinstance(task, MarkovTask):
         return {}
-    chain, sees, depths = _chain(task), sees_tokens(mtp), range(1, 1 + mtp.depths)
+    chain, reads, depths = _chain(task), mtp.reads_tokens, range(1, 1 + mtp.depths)
     found = {"val/main_loss": step_entropy(chain, 1)}
-    found |= {f"val/mtp_loss/{k}": step_entropy(chain, 1 if sees else 1 + k) for k in depths}
-    agreed = best_agreement(chain, mtp.depths, sees_tokens=sees)
+    found |= {f"val/mtp_loss/{k}": step_entropy(chain, 1 if reads else 1 + k) for k in depths}
+    agreed = best_agreement(chain, mtp.depths, reads_tokens=reads)
     found |= {f"val/agreement/{k}": value for k, value in zip(depths, agreed, strict=True)}
     for temperature in (0, 1) if mtp.depths else ():
-        joint = best_acceptance(chain, mtp.depths, temperature=temperature, sees_tokens=sees)
+        joint = best_acceptance(chain, mtp.depths, temperature=temperature, reads_tokens=reads)
         found |= {f"acceptance/T{temperature}/joint/{k}": value for k, value in zip(depths, joint, strict=True)}
         found[f"acceptance/T{temperature}/tokens_per_step"] = 1 + sum(joint)
     return found

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsv3_mtp.atomic import replacing
+
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 EXPERT = 2**18  # numbers of one expert's down projection that are still worth it: its 3 matrices in float32 are 3 MiB
 PARTS = 16  # blocks of rows whose sums are added last: the same for any number of threads, hence the same result
@@ -82,10 +84,9 @@ def _build(flags: tuple[str, ...]) -> Path:
     target = cache / f"kernels-{key.hexdigest()[:16]}.so"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")  # a process that dies or races leaves no half library
-        command = [compiler, *FLAGS, *flags, *map(str, sources), "-o", str(temporary), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-        temporary.replace(target)
+        with replacing(target) as temporary:  # a process that dies or races leaves no half library
+            command = [compiler, *FLAGS, *flags, *map(str, sources), "-o", str(temporary), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     return target
 
 

@@ -26,11 +26,6 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def incomplete(root: Path) -> list[Path]:
-    """Checkpoints that a kill or damage left unusable."""
-    return [folder for folder in checkpoints(root) if not is_complete(folder)]
-
-
 def newest_checkpoint(root: Path) -> Path | None:
     """The complete checkpoint of the highest step, None if there is none."""
     return next((path for path in reversed(checkpoints(root)) if is_complete(path)), None)

@@ -14,7 +14,7 @@ from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.losses import CHUNK_ELEMENTS, CHUNKS_ON_GPU
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.parts import Part, activation_elements, parts
-from dsv3_mtp.parallel.pipeline import reads_tokens, stage_layers
+from dsv3_mtp.parallel.pipeline import stage_layers
 
 DEEPSPEED_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9}  # zero_optimization, in elements
 
@@ -76,7 +76,7 @@ def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[Stage]:
     cuts = stage_layers(config) if shape.stages > 1 else [range(count)]
     for number, cut in enumerate(cuts):
         mine, last = [layers[n] for n in cut], number == shape.stages - 1
-        if number == 0 or (last and reads_tokens(config.mtp)):
+        if number == 0 or (last and config.mtp.reads_tokens):
             mine.insert(0, embedding)  # the last stage's is a copy for the MTP modules, tied to the first stage's
         if last:
             mine.append(head)

@@ -3,7 +3,6 @@
 runs/NAME/  config.yaml  ds_config.json  manifest.json  metrics.jsonl  curves.png  tb/  checkpoints/
 """
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -17,11 +16,11 @@ from typing import Any
 
 import torch
 
-from dsv3_mtp.atomic import write_json, write_text
+from dsv3_mtp.atomic import lock, write_json, write_text
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.data.tasks import TaskSource
-from dsv3_mtp.loading import incomplete, newest_checkpoint
+from dsv3_mtp.loading import checkpoints, is_complete, newest_checkpoint
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
 
@@ -64,13 +63,7 @@ def lock_folder(folder: Path) -> int:
     Raises:
         ValueError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # the kernel frees it with the process
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process works in this folder; choose another run.name") from None
-    return lock
+    return lock(folder / ".lock", f"{folder}: another process works in this folder; choose another run.name")
 
 
 def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
@@ -85,7 +78,7 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
     newest = newest_checkpoint(root)
     if newest is not None and config.checkpoint.resume == "never":
         raise ValueError(f"checkpoint.resume: never, but {newest} exists; choose another run.name or delete the folder")
-    damaged = incomplete(root)
+    damaged = [folder for folder in checkpoints(root) if not is_complete(folder)]
     if newest is None and (root / "latest").exists():
         raise ValueError(
             f"{root}: no checkpoint in it is complete any more; delete the run folder to start again, "

@@ -1,7 +1,8 @@
 """What changes during a run, as pure functions of progress: the fraction of train.total_tokens consumed.
 
 Nothing here has state, so a resumed run needs only its token count. "V3" is arXiv 2412.19437. A threshold
-belongs to what follows it: at exactly 10T of 14.8T tokens the MTP weight is already 0.1.
+belongs to what follows it: at exactly 10T of 14.8T tokens the MTP weight is already 0.1. A progress outside [0, 1] is a
+ValueError in every function.
 """
 
 from itertools import pairwise
@@ -27,7 +28,6 @@ def learning_rate(optim: OptimConfig, progress: float) -> float:
     """V3 4.2: linear warm-up from 0 to lr, constant, cosine to decay_ratio * lr, constant, final_ratio * lr.
 
     At progress 0 with a warm-up the rate is 0: pass the progress that the coming step will reach.
-    Raises ValueError when progress is outside [0, 1].
     """
     progress, schedule = _checked(progress), optim.schedule
     if progress >= schedule.final_start:
@@ -39,10 +39,7 @@ def learning_rate(optim: OptimConfig, progress: float) -> float:
 
 
 def mtp_loss_weight(loss_weight: LossWeight, progress: float) -> float:
-    """lambda of V3 eq. 25. V3 4.2: 0.3 for the first 10T of 14.8T tokens, then 0.1.
-
-    Raises ValueError when progress is outside [0, 1].
-    """
+    """lambda of V3 eq. 25. V3 4.2: 0.3 for the first 10T of 14.8T tokens, then 0.1."""
     progress = _checked(progress)
     match loss_weight:
         case ConstantWeight():
@@ -60,10 +57,7 @@ def mtp_loss_weight(loss_weight: LossWeight, progress: float) -> float:
 
 
 def active_depths(curriculum: Literal["none", "forward", "reverse"], depths: int, progress: float) -> int:
-    """How many of the D depths are trained now: D equal stages, growing or shrinking (arXiv 2505.22757).
-
-    Raises ValueError when progress is outside [0, 1].
-    """
+    """How many of the D depths are trained now: D equal stages, growing or shrinking (arXiv 2505.22757)."""
     stage = floor(_checked(progress) * depths + _ROUNDING)
     if curriculum == "forward":
         return min(depths, stage + 1)
@@ -76,7 +70,6 @@ def depth_loss_weights(mtp: MTPConfig, progress: float) -> tuple[float, ...]:
     """The factor of each L_k in the total loss: lambda / D * w_k (V3 eq. 25), 0 for inactive depths.
 
     D is the number of depths of the model, active or not. Length D; () for mode none.
-    Raises ValueError when progress is outside [0, 1].
     """
     active = active_depths(mtp.curriculum, mtp.depths, progress)
     weight = mtp_loss_weight(mtp.loss_weight, progress)
@@ -85,10 +78,7 @@ def depth_loss_weights(mtp: MTPConfig, progress: float) -> tuple[float, ...]:
 
 
 def bias_update_speed(train: TrainConfig, progress: float) -> float:
-    """gamma of the router bias (V3 2.1.2). V3 4.2: 0.001 for the first 14.3T of 14.8T tokens, then 0.
-
-    Raises ValueError when progress is outside [0, 1].
-    """
+    """gamma of the router bias (V3 2.1.2). V3 4.2: 0.001 for the first 14.3T of 14.8T tokens, then 0."""
     return train.bias_update_speed if _checked(progress) < train.bias_update_until else 0.0
 
 
@@ -96,7 +86,6 @@ def batch_size(train: TrainConfig, progress: float, multiple: int = 1) -> int:
     """Sequences in the coming step, over all ranks: train.batch_size, or the ramp towards it (V3 4.2).
 
     multiple: micro_batch_size * ranks; the result is rounded down to a multiple of it, and is at least that.
-    Raises ValueError when progress is outside [0, 1].
     """
     size, progress, ramp = float(train.batch_size), _checked(progress), train.batch_size_ramp
     if ramp is not None:

@@ -15,7 +15,7 @@ from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.optim import build_optimizer
@@ -58,15 +58,13 @@ class Trainer:
         latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
         self.notes += tune(self.world.device)
 
-        with torch.device("meta"):
-            whole = DeepseekV3MTP(config.model, config.mtp)
+        whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
+        self.size = model_size(whole, config.data.seq_len)
         self.model = build_model(config, ds_config, self.world)
         if config.train.init_from is not None and latest is None:
             self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
-            whole.freeze_trunk()
-        self.size = model_size(whole, config.data.seq_len)
         self.notes += set_precision(self.model, config, self.world.device)
         optimizer = build_optimizer(self.model, config.optim)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)

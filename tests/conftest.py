@@ -59,19 +59,26 @@ TINY_CONFIG: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def make_tiny_config() -> Callable[..., Any]:
-    """A function from dotted overrides to a Config: make_tiny_config({"mtp.mode": "none"}, ...)."""
+def tiny(overrides: dict[str, Any] | None = None) -> Any:
+    """TINY_CONFIG with dotted overrides as a Config: tiny({"mtp.mode": "none"})."""
     from dsv3_mtp.config import Config
 
-    def make(overrides: dict[str, Any] | None = None) -> Any:
-        sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
-        for key, value in (overrides or {}).items():
-            section, _, name = key.partition(".")
-            sections.setdefault(section, {})[name] = value
-        return Config.model_validate(sections)
+    sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
+    for key, value in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return Config.model_validate(sections)
 
-    return make
+
+@pytest.fixture(scope="session")
+def make_tiny_config() -> Callable[..., Any]:
+    """The function `tiny`."""
+    return tiny
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture
@@ -98,6 +105,16 @@ def reproducible() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     if "dsv3_mtp.kernels" in sys.modules:
         sys.modules["dsv3_mtp.kernels"].disable()
+
+
+@pytest.fixture
+def compiled(reproducible: None) -> None:
+    """The C kernels are on, until `reproducible` turns them off."""
+    from dsv3_mtp import kernels
+
+    note = kernels.enable()
+    if "not built" in note:
+        pytest.skip(note)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv3_mtp.data.tokenizer import train_tokenizer
 from dsv3_mtp.fragments import INDEX, Fragment, Fragments, merge_index, write_fragments
-from dsv3_mtp.loading import COMPLETE
+from dsv3_mtp.loading import COMPLETE, newest_checkpoint
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 
@@ -32,6 +34,18 @@ def write_run(folder: Path, config, model: DeepseekV3MTP, *, step: int = 7) -> P
     return folder
 
 
+def write_text_run(config: Any, root: Path) -> tuple[Path, DeepseekV3MTP]:
+    """root/runs/tiny with random weights and root/data/tiny/tokenizer.json of 260 tokens; the folder and the model."""
+    data = root / "data/tiny"
+    data.mkdir(parents=True)
+    (data / "tokenizer.json").write_text(train_tokenizer(["plain text"], 260))
+    model = DeepseekV3MTP(config.model, config.mtp)
+    model.init_weights(0)
+    for parameter in model.parameters():  # router biases stay float32
+        parameter.data = parameter.data.to(getattr(torch, config.train.dtype))
+    return write_run(root / "runs/tiny", config, model, step=4), model
+
+
 def write_checkpoint(folder: Path, model: DeepseekV3MTP, *, step: int, tokens: int = 2048, ranks: int = 1) -> None:
     checkpoint = folder / "checkpoints" / f"global_step{step}"
     checkpoint.mkdir(parents=True)
@@ -53,9 +67,11 @@ def write_state(checkpoint: Path, state: dict[str, torch.Tensor], *, ranks: int 
     (checkpoint / COMPLETE).write_text(json.dumps({"files": sizes}))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by relative path."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+def read_newest(run: Path) -> dict[str, Tensor]:
+    """`read_state_dict` of a run's newest checkpoint."""
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    return read_state_dict(newest)
 
 
 def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:

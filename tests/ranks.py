@@ -94,6 +94,29 @@ def run_tool(tool: Path, *arguments: str, log: Path, world_size: int = 1, cwd: P
     return codes[0], Path(f"{log}.rank0").read_text()
 
 
+def train_to_end(config: Any) -> None:
+    dsv3_mtp.trainer.Trainer(config, command=["test"]).run()
+
+
+def train_until(config: Any, step: int) -> None:
+    """Gets SIGTERM while it works on `step`, as from a scheduler."""
+    trainer = dsv3_mtp.trainer.Trainer(config, command=["test"])
+    original = trainer.sampler.next_batch
+
+    def next_batch(*args, **kwargs):
+        if trainer.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    trainer.sampler.next_batch = next_batch  # type: ignore[method-assign]
+    trainer.run()
+
+
+def timeless(records: list[dict]) -> list[dict]:
+    """Records of metrics.jsonl without what differs between two runs of the same numbers."""
+    return [{k: v for k, v in r.items() if k != "time_s" and not k.startswith("perf/")} for r in records]
+
+
 def _main(tool: Path, arguments: tuple[str, ...], cwd: Path, world_size: int) -> None:
     if world_size == 1:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -16,7 +16,7 @@ from dsv3_mtp.decode.decoder import compiled
 from dsv3_mtp.generate import Settings, generate
 from dsv3_mtp.hf import export_hf, load_run
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from tests.decode.run_folder import write_run
+from tests.made_runs import write_text_run
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 TINY = {"model.vocab_size": 260, "train.dtype": "float32"}
@@ -44,7 +44,7 @@ def run_tool(monkeypatch, capsys):
 
 @pytest.fixture
 def folder(make_tiny_config, tmp_path) -> str:
-    return str(write_run(make_tiny_config(TINY), tmp_path)[0])
+    return str(write_text_run(make_tiny_config(TINY), tmp_path)[0])
 
 
 SHORT = ["--max-new-tokens", "6", "--ignore-eos"]
@@ -200,14 +200,14 @@ def test_a_missing_checkpoint_and_a_model_without_heads_are_refused(run_tool, ma
         code, _, err = run_tool(tool, "--run", str(tmp_path / "gone"), "--prompt", "a")
         assert (code, err.count("\n")) == (2, 1)
         assert "no config.yaml there" in err
-    folder, _ = write_run(make_tiny_config(TINY | {"mtp.mode": "none"}), tmp_path)
+    folder, _ = write_text_run(make_tiny_config(TINY | {"mtp.mode": "none"}), tmp_path)
     code, _, err = run_tool("generate", "--run", str(folder), "--prompt", "a", "--speculative")
     assert (code, err.count("\n")) == (2, 1)
     assert "no MTP heads" in err
 
 
 def test_independent_heads_say_how_many_tokens_they_draft(run_tool, make_tiny_config, tmp_path):
-    folder, _ = write_run(make_tiny_config(TINY | {"mtp.mode": "parallel"}), tmp_path)
+    folder, _ = write_text_run(make_tiny_config(TINY | {"mtp.mode": "parallel"}), tmp_path)
     code, _, err = run_tool(
         "generate", "--run", str(folder), "--prompt", "a", "--speculative", "--draft-depth", "3", *SHORT
     )

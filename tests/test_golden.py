@@ -12,7 +12,7 @@ import pytest
 
 from dsv3_mtp.config import load_config
 from dsv3_mtp.metrics import read_metrics
-from tests.ranks import run_ranks, write_markov
+from tests.ranks import run_ranks, train_to_end, write_markov
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "v3_tiny.txt"
@@ -42,15 +42,9 @@ def golden_run(folder: Path, name: str) -> list[list[float]]:
         "log.tensorboard": "false",
     }
     config = load_config(ROOT / "configs" / "v3_tiny.yaml", [f"{key}={value}" for key, value in sets.items()])
-    assert run_ranks(train, config, log=folder / f"{name}.log") == [0]
+    assert run_ranks(train_to_end, config, log=folder / f"{name}.log") == [0]
     records = [r for r in read_metrics(folder / "runs" / name / "metrics.jsonl") if "train/loss" in r]
     return [[record[column] for column in COLUMNS] for record in records]
-
-
-def train(config) -> None:
-    from dsv3_mtp.trainer import Trainer
-
-    Trainer(config, command=["golden"]).run()
 
 
 @pytest.mark.dist

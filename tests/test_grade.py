@@ -16,11 +16,10 @@ from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.tasks import TaskSource, TaskStream
 from dsv3_mtp.evaluate import acceptance, open_model, validate
 from dsv3_mtp.generate import Settings, generate
-from dsv3_mtp.grade import Grade, hard_token, reference, sees_tokens
+from dsv3_mtp.grade import Grade, hard_token, reference
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.metrics import read_metrics
-from dsv3_mtp.trainer import Trainer
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, timeless, train_to_end, train_until
 
 SUFFIX = {"type": "suffix_sum", "terms": 3, "modulus": 3}
 STAR = StarTask(type="star", degree=2, path_length=3, nodes=10)
@@ -82,7 +81,7 @@ def test_the_true_source_has_no_excess_loss_at_any_depth(mtp, sees):
     task, depths = MarkovTask(type="markov", states=8), 2
     chain = transition_matrix(8, sharpness=2.0, chain_seed=0)
     mtp = MTPConfig(num_nextn_predict_layers=depths, **mtp)
-    assert sees_tokens(mtp) == sees
+    assert mtp.reads_tokens == sees
     grade = Grade(SimpleNamespace(depths=depths, mtp_config=mtp), task)
     window = Sampler([TaskSource(task)], seq_len=64, lookahead=1 + depths, seed=0).next_batch(256)[0]
     grade.mark(None, [], [window])
@@ -134,34 +133,18 @@ def make_run(tmp_path, make_tiny_config):
     return make
 
 
-def run(config, steps=None):
-    trainer = Trainer(config, command=["test"])
-    if steps is not None:
-        step = trainer.optimizer_step
-
-        def stopping():
-            record, stop = step()
-            return record, stop or trainer.step == steps
-
-        trainer.optimizer_step = stopping
-    trainer.run()
-
-
-def train(config, *args, world_size=1):
-    folder = Path(config.run.dir) / config.run.name
+def train(config, function=train_to_end, *args, world_size=1):
     log = Path(config.run.dir).parent / "log"
-    assert run_ranks(run, config, *args, world_size=world_size, log=log) == [0] * world_size, log.with_suffix(".rank0")
-    return [
-        {key: value for key, value in record.items() if not key.startswith(("time", "perf"))}
-        for record in read_metrics(folder / "metrics.jsonl")
-    ]
+    codes = run_ranks(function, config, *args, world_size=world_size, log=log)
+    assert codes == [0] * world_size, log.with_suffix(".rank0")
+    return timeless(read_metrics(Path(config.run.dir) / config.run.name / "metrics.jsonl"))
 
 
 @pytest.mark.dist
 def test_a_task_run_resumes_bitwise_and_validates_as_its_saved_model_does(make_run):
     expected = train(make_run("whole"))
     config = make_run("parts")
-    train(config, 3)
+    train(config, train_until, 3)
     assert train(config) == expected
     last = expected[-1]
     folder = Path(config.run.dir) / "parts"

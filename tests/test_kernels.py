@@ -17,16 +17,6 @@ from dsv3_mtp.model.dispatch import routed
 from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles, rotate
 from dsv3_mtp.optim import build_optimizer
 
-
-@pytest.fixture
-def compiled():
-    note = kernels.enable()
-    if "not built" in note:
-        pytest.skip(note)
-    yield
-    kernels.disable()
-
-
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}  # of norms; bfloat16: a few roundings by 2^-9 each
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 

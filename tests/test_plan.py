@@ -1,17 +1,14 @@
 """The plan of a layout against the papers' numbers, against brute force, and against what runs really hold and send."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from dsv3_mtp import kernels
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.plan import (
     Layout,
@@ -32,27 +29,10 @@ ROOT = Path(__file__).parents[1]
 GB = 1e9
 
 
-@contextlib.contextmanager
-def kernels_on() -> Iterator[None]:
-    """Norms and SwiGLU as one function each, as on a GPU."""
-    note = kernels.enable()
-    if "not built" in note:
-        pytest.skip(note)
-    try:
-        yield
-    finally:
-        kernels.disable()
-
-
-def on_meta(config: Config) -> DeepseekV3MTP:
-    with torch.device("meta"):
-        return DeepseekV3MTP(config.model, config.mtp)
-
-
 @pytest.fixture(scope="module")
 def v3() -> tuple[Config, DeepseekV3MTP]:
     config = load_config(ROOT / "configs" / "v3_671b.yaml")
-    return config, on_meta(config)
+    return config, meta_model(config.model, config.mtp)
 
 
 @pytest.mark.parametrize(("zero", "gigabytes"), [(0, 120), (1, 31.4), (2, 16.6), (3, 1.9)])
@@ -111,6 +91,7 @@ HEADS = [
 ]
 
 
+@pytest.mark.usefixtures("compiled")  # norms and SwiGLU are one function each, as on a GPU
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, mode):
@@ -123,11 +104,11 @@ def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, m
     model.checkpoint_activations(mode)
     tokens = torch.randint(0, config.model.vocab_size, (16, 16 + 1 + config.mtp.depths))
     documents = torch.zeros_like(tokens)  # a mask: attention as on a GPU, which keeps no probabilities
-    with kernels_on(), Meter() as meter:
+    with Meter() as meter:
         out = model(tokens, documents)
     weights = {model.head(depth) for depth in range(1 + config.mtp.depths)}
     kept_by_loss = sum(head.weight.numel() for head in weights) * element_size(config)
-    estimate = sum(activation_elements(config, part) for part in parts(on_meta(config))) * 16 * 16
+    estimate = sum(activation_elements(config, part) for part in parts(meta_model(config.model, config.mtp))) * 16 * 16
     assert meter.held - kept_by_loss == pytest.approx(estimate * element_size(config), rel=0.15)
     assert out.loss.requires_grad
 
@@ -135,11 +116,10 @@ def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, m
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_frozen_trunk_has_weights_and_neither_gradients_nor_states(make_tiny_config, stage):
     config = make_tiny_config({"train.dtype": "bfloat16", "parallel.zero_stage": stage, "train.batch_size": 8})
-    model = on_meta(config)
-    model.freeze_trunk()
+    model = meta_model(config.model, config.mtp, freeze="trunk")
     shape = layout(config, 2)
     (frozen,) = stages = plan(config, model, shape)
-    (whole,) = plan(config, on_meta(config), shape)
+    (whole,) = plan(config, meta_model(config.model, config.mtp), shape)
     learned = model_size(model, 1).mtp_total
     assert frozen.weights == whole.weights
     assert frozen.gradients == 2 * learned / (2 if stage == 3 else 1) and frozen.states == 12 * learned / 2
@@ -174,7 +154,7 @@ def test_two_ranks_hold_and_send_what_is_planned(make_tiny_config, tmp_path):
     for rank in range(2):
         for config, (held, sent) in zip(configs, json.loads((tmp_path / f"out.{rank}").read_text()), strict=True):
             shape = layout(config, 2)
-            (stage,) = stages = plan(config, on_meta(config), shape)
+            (stage,) = stages = plan(config, meta_model(config.model, config.mtp), shape)
             states = stage.weights + stage.gradients + stage.states
             assert held == pytest.approx(states, rel=0.05), config.run.name
             planned = communication(config, stages, shape)

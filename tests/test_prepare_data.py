@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import contents
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -34,10 +36,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(corpus: Path, out: Path) -> list[str | Path]:
     return ["--input", corpus, "--out", out, "--vocab-size", "261", "--shard-tokens", "20000", "--fim-rate", "0.1"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

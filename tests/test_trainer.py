@@ -21,8 +21,9 @@ from dsv3_mtp.loading import newest_checkpoint, newest_weights
 from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.trainer import NonFiniteError, Trainer
-from tests.made_runs import read_state_dict
-from tests.ranks import run_ranks, write_markov
+from tests.made_runs import read_newest, read_state_dict
+from tests.plain_training import plain_steps
+from tests.ranks import run_ranks, timeless, train_to_end, train_until, write_markov
 
 pytestmark = pytest.mark.dist
 STEPS = 12
@@ -80,37 +81,15 @@ def folder_of(config: Config) -> Path:
 def train(config: Config, *, world_size: int = 1, function=None, args=(), expect=0) -> list[dict]:
     """Runs to the end; returns the metrics."""
     log = Path(config.run.dir).parent / f"{config.run.name}.log"
-    codes = run_ranks(function or run, config, *args, world_size=world_size, log=log)
+    codes = run_ranks(function or train_to_end, config, *args, world_size=world_size, log=log)
     text = "".join(path.read_text() for path in sorted(log.parent.glob(f"{log.name}.rank*")))
     assert expect is None or codes == [expect] * world_size, f"exit codes {codes}\n{text}"
     metrics = folder_of(config) / "metrics.jsonl"
     return read_metrics(metrics) if metrics.exists() else []
 
 
-def run(config: Config) -> None:
-    Trainer(config, command=["test"]).run()
-
-
-def run_until(config: Config, step: int) -> None:
-    """Gets SIGTERM while it works on `step`, as from a scheduler."""
-    trainer = Trainer(config, command=["test"])
-    original = trainer.sampler.next_batch
-
-    def next_batch(*args, **kwargs):
-        if trainer.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
-
-    trainer.sampler.next_batch = next_batch
-    trainer.run()
-
-
-def timeless(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in r.items() if k != "time_s" and not k.startswith("perf/")} for r in records]
-
-
 def weights_of(config: Config) -> dict[str, torch.Tensor]:
-    return read_state_dict(newest_checkpoint(folder_of(config) / "checkpoints"))
+    return read_newest(folder_of(config))
 
 
 def averages_of(config: Config) -> dict[str, torch.Tensor]:
@@ -134,7 +113,7 @@ def test_resume_after_sigterm_equals_an_uninterrupted_run_bitwise(make_run, worl
     settings |= {"optim__moments": "bfloat16", "train__ema_decay": 0.9}
     whole, parts = make_run("whole", **settings), make_run("parts", **settings)
     expected = train(whole, world_size=world_size)
-    train(parts, world_size=world_size, function=run_until, args=(7,))
+    train(parts, world_size=world_size, function=train_until, args=(7,))
     assert newest_checkpoint(folder_of(parts) / "checkpoints").name == "global_step7"
     got = train(parts, world_size=world_size)
     # the interrupted run logged its last step before stopping; log.every is 1, so no line differs
@@ -209,7 +188,7 @@ def killed_in_save(config: Config, victim: int, step: int) -> None:
         return original(folder, rank, fragments)
 
     checkpoint.write_fragments = write_fragments
-    run(config)
+    train_to_end(config)
 
 
 def test_two_ranks_and_many_micro_batches_log_what_one_rank_logs_on_the_whole_batch(make_run):
@@ -240,44 +219,12 @@ def test_the_batch_size_ramp_trains_on_the_batches_it_reports(make_run):
     assert [r["tokens"] for r in records] == [16 * sum(sizes[: i + 1]) for i in range(len(sizes))]
     assert len(sizes) == schedules.total_steps(config.train, 16, 4)
     # the same optimizer steps by hand: plain torch on the same batches
-    expected = plain_training(config, sizes)
-    got = [(r["train/loss"], r["optim/grad_norm"]) for r in records]
-    for (loss, norm), (want_loss, want_norm) in zip(got, expected, strict=True):
-        assert loss == pytest.approx(want_loss, rel=2e-5) and norm == pytest.approx(want_norm, rel=2e-4)
-
-
-def plain_training(config: Config, sizes: list[int]) -> list[tuple[float, float]]:
-    """The run without DeepSpeed, micro-batches or our optimizer set-up: (loss, gradient norm) of each step."""
-    from dsv3_mtp.data.sampler import Sampler
-    from dsv3_mtp.data.source import open_source
-    from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(config.run.seed)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
-    sampler = Sampler([open_source(config.data.train, "train")], seq_len=16, lookahead=2, seed=config.run.seed)
-    tokens, results = 0, []
-    for size in sizes:
-        progress = tokens / config.train.total_tokens
-        tokens += size * 16
-        batch = torch.from_numpy(sampler.next_batch(size)[0][0])
-        for group in optimizer.param_groups:
-            group["lr"] = schedules.learning_rate(config.optim, min(tokens / config.train.total_tokens, 1.0))
-        out = model(
-            batch,
-            loss_weights=schedules.depth_loss_weights(config.mtp, progress),
-            balance_loss_weight=config.train.balance_loss_weight,
-        )
-        optimizer.zero_grad()
-        out.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-        optimizer.step()
-        model.update_router_bias(out.load, schedules.bias_update_speed(config.train, progress))
-        results.append((out.loss.item(), norm.item()))
-    return results
+    for record, step in zip(records, plain_steps(model, config, len(sizes)), strict=True):
+        assert record["train/batch_size"] == step.size
+        assert record["train/loss"] == pytest.approx(step.out.loss.item(), rel=2e-5)
+        assert record["optim/grad_norm"] == pytest.approx(step.norm, rel=2e-4)
 
 
 def test_logged_values_recombine_and_lambda_is_the_schedules_at_every_step(make_run):
@@ -456,7 +403,7 @@ def test_a_damaged_checkpoint_file_is_named(finished):
 
 def test_what_one_rank_cannot_read_every_rank_names(make_run):
     config = make_run()
-    train(config, world_size=2, function=run_until, args=(3,))
+    train(config, world_size=2, function=train_until, args=(3,))
     folder = folder_of(config) / "checkpoints" / "global_step3"
     for name in (shard_name(1), "state.json"):
         content = (folder / name).read_bytes()

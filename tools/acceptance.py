@@ -55,15 +55,12 @@ def rows(folder: str, options: argparse.Namespace) -> list[str]:
     for temperature in (0.0, 1.0):
         settings = Settings(max_new_tokens=options.new_tokens, draft_depth=options.draft_depth, temperature=temperature)
         out = generate(run.model, prompts, settings)
-        distinct = sum(len(set(row)) / len(row) for row in out.tokens) / len(out.tokens)
         joint, conditional = (
             " ".join(f"{p:.3f}" for p in x) for x in (out.acceptance.joint, out.acceptance.conditional)
         )
         heads = f"{run.config.mtp.mode} D={run.model.depths}"
-        speed = f"{out.acceptance.tokens_per_step:>13.2f}"
-        lines.append(
-            f"{run.config.run.name:24}{heads:18}{temperature:>4.0f}{speed}{distinct:>10.2f}  {joint:26}{conditional}"
-        )
+        counts = f"{out.acceptance.tokens_per_step:>13.2f}{out.distinct:>10.2f}"
+        lines.append(f"{run.config.run.name:24}{heads:18}{temperature:>4.0f}{counts}  {joint:26}{conditional}")
     return lines
 
 

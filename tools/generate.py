@@ -99,7 +99,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     else:
         from dsv3_mtp.hf import load_hf
 
-        model, _, _, tokenizer = load_hf(options.hf)
+        model, tokenizer = load_hf(options.hf)
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -23,10 +23,9 @@ ALLOWED = frozenset(
 _SCALE = "is fixed: losses are divided by the token counts of the whole step, so gradients are summed"
 _LAYOUT = "is not supported: the ranks of a run are laid out by the parallel section"
 _UNUSED = "would have no effect: tokens come from the data section's own sampler"
-
 _STATES = "is not supported: checkpoints read weights and optimizer states from DeepSpeed's memory"
-
 _NOT_READ = "would have no effect on this training loop"
+_OWN_FORMAT = "would have no effect: checkpoints are not DeepSpeed's"
 
 # Keys that belong to another section, or that would break or be lost on the training loop.
 OWNED = {
@@ -72,8 +71,6 @@ OWNED = {
     "hybrid_engine": "is not supported: this is not an RLHF loop",
     "weight_quantization": "is not supported: it is for DeepSpeed inference",
 }
-
-_OWN_FORMAT = "would have no effect: checkpoints are not DeepSpeed's"
 
 # The same within zero_optimization.
 ZERO_OWNED = {

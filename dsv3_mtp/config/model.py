@@ -254,6 +254,11 @@ class MTPConfig(Section):
         """D, or 0 for the baseline."""
         return 0 if self.mode == "none" else self.num_nextn_predict_layers
 
+    @property
+    def reads_tokens(self) -> bool:
+        """The heads read the embedding of the token before their target: what data/markov.py distinguishes."""
+        return self.mode == "sequential" and self.embed
+
     def rules(self) -> Iterator[Problem]:
         if self.mode != "none" and self.num_nextn_predict_layers < 1:
             text = f"must be >= 1 with mode {self.mode} (got {self.num_nextn_predict_layers})"

@@ -80,7 +80,7 @@ def read_tree(path: str | Path, sets: Iterable[str] = ()) -> tuple[dict[str, Any
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(source, [("file", f"cannot be read: {reason}")]) from None
     try:
         tree, problems = _parse(text)

@@ -38,9 +38,9 @@ def source_nll(chain: np.ndarray, before: np.ndarray, after: np.ndarray, steps: 
     return float(-np.log(np.linalg.matrix_power(chain, steps)[before, after]).sum())
 
 
-def best_agreement(chain: np.ndarray, depths: int, *, sees_tokens: bool) -> list[float]:
+def best_agreement(chain: np.ndarray, depths: int, *, reads_tokens: bool) -> list[float]:
     """P(argmax of depths 1..k all equal the main head's own) along real text, for k = 1..depths."""
-    if sees_tokens:
+    if reads_tokens:
         return [1.0] * depths
     pi, main = stationary(chain), chain.argmax(1)
     reached = np.eye(len(chain))  # [s, a]: P(t_{i+k} = a and all agreed so far | t_i = s)
@@ -52,7 +52,7 @@ def best_agreement(chain: np.ndarray, depths: int, *, sees_tokens: bool) -> list
     return joint
 
 
-def best_acceptance(chain: np.ndarray, depths: int, *, temperature: int, sees_tokens: bool) -> list[float]:
+def best_acceptance(chain: np.ndarray, depths: int, *, temperature: int, reads_tokens: bool) -> list[float]:
     """P(drafts 1..k all accepted) for k = 1..depths in one speculative step behind a prefix of real text.
 
     The main head has read t_i and chosen t_{i+1}; draft k stands for t_{i+k+1}, and the main head verifies it. Later
@@ -66,7 +66,7 @@ def best_acceptance(chain: np.ndarray, depths: int, *, temperature: int, sees_to
     """
     if temperature not in (0, 1):
         raise ValueError(f"temperature must be 0 or 1 (got {temperature})")
-    if sees_tokens:
+    if reads_tokens:
         return [1.0] * depths
     pi, main = stationary(chain), chain.argmax(1)
     chosen = np.eye(len(chain))[main] if temperature == 0 else chain.copy()  # [s, a]: P(t_{i+1} = a | t_i = s)

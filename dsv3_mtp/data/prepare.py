@@ -5,7 +5,6 @@ says how far the shards on disk go; whatever was written after it is cut off and
 them, .DIR.lock, lets a second process wait for the first.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,9 +12,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from dsv3_mtp.atomic import naming, replacing, write_json
+from dsv3_mtp.atomic import lock, naming, replacing, write_json
 from dsv3_mtp.data.documents import FileInputs, Inputs
 from dsv3_mtp.data.megatron import token_dtype
 from dsv3_mtp.data.shards import FORMAT, INDEX, SPLITS, VERSION, SplitWriter, file_sha256, read_folder_index
@@ -83,14 +82,17 @@ def prepare(out_dir: str | Path, arguments: Arguments, *, progress: Progress | N
     inputs = _open_inputs(arguments, out)
     recorded = _recorded(arguments, inputs)
     if not _taken(out):
-        lock = out.with_name(f".{out.name}.lock")
-        with _locked(lock):
+        locked = out.with_name(f".{out.name}.lock")
+        descriptor = lock(locked, f"waiting for the process that holds {locked}", wait=True)
+        try:
             if not _taken(out):  # another process may have made it while this one waited
                 partial.mkdir(exist_ok=True)
                 with naming(partial):
                     _build(partial, arguments, recorded, inputs, progress)
                 os.replace(partial, out)
-            lock.unlink(missing_ok=True)  # whoever still waits for it will find `out`
+            locked.unlink(missing_ok=True)  # whoever still waits for it will find `out`
+        finally:
+            os.close(descriptor)
     index = read_folder_index(out)
     _compare(out, index["arguments"], recorded)
     return index
@@ -130,18 +132,6 @@ def _compare(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
             f"{folder} was made with other arguments; repeat those, choose another --out, or delete it:\n  "
             + "\n  ".join(differences)
         )
-
-
-def _locked(path: Path) -> TextIO:
-    """Lock this file, waiting for another holder; a process that dies gives its lock back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = open(path, "w")  # noqa: SIM115
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting for the process that holds {path}", file=sys.stderr, flush=True)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    return handle
 
 
 def _build(

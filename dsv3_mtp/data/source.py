@@ -147,8 +147,7 @@ def _open_folder(folder: Path, split: str) -> Source:
         if (len(array), len(sizes)) != (shard["tokens"], shard["documents"]):
             raise ValueError(
                 f"{folder / shard['file']}.bin: {len(array)} tokens in {len(sizes)} documents, but {INDEX} "
-                "promises "
-                f"{shard['tokens']} in {shard['documents']}; prepare the folder again"
+                f"promises {shard['tokens']} in {shard['documents']}; prepare the folder again"
             )
         tokens.append(array)
         lengths.append(sizes)

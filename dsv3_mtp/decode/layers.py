@@ -149,31 +149,26 @@ class Mixture:
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
         hidden = self.norm(x)
+        scores = torch.mm(hidden.to(self.router.dtype), self.router).sigmoid()  # (N, E), in high precision as in V3
+        chosen = self.moe.gate.choose(scores)  # (N, K)
+        gates = self.moe.gate.weigh(scores, chosen)  # (N, K)
         if torch.compiler.is_compiling():
-            return self.gathered(x, hidden)
-        if x.device.type == "cpu" and len(x) <= FEW_TOKENS:
-            return self.one_by_one(x, hidden)
-        chosen = self.moe.gate.choose(scores := self.scores(hidden))  # (N, K)
-        counts = count(chosen, scores.shape[1])
-        y = x + self.moe.experts(hidden, chosen, self.moe.gate.weigh(scores, chosen), counts)
+            y = x + self.gathered(hidden, chosen, gates.to(x.dtype))
+        elif x.device.type == "cpu" and len(x) <= FEW_TOKENS:
+            return self.one_by_one(x, hidden, chosen, gates.to(x.dtype))
+        else:
+            y = x + self.moe.experts(hidden, chosen, gates, count(chosen, scores.shape[1]))
         return y if self.moe.shared_experts is None else y + self.moe.shared_experts(hidden)
 
-    def scores(self, hidden: Tensor) -> Tensor:
-        """(N, C) -> (N, E), in high precision as in V3."""
-        return torch.mm(hidden.to(self.router.dtype), self.router).sigmoid()
-
-    def one_by_one(self, x: Tensor, hidden: Tensor) -> Tensor:
+    def one_by_one(self, x: Tensor, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """Few tokens on a CPU: each expert that any of them chose runs on all of them, with gate 0 for the others.
 
         At this size a product costs what reading its weights costs, whatever the number of rows; sorting costs more.
         """
-        scores = self.scores(hidden)
-        chosen = self.moe.gate.choose(scores)  # (N, K)
-        gates = self.moe.gate.weigh(scores, chosen).to(x.dtype)
         if len(x) == 1:
             experts, factors = chosen[0].tolist(), gates[0].tolist()
         else:
-            share = torch.zeros_like(scores, dtype=x.dtype).scatter_(1, chosen, gates)  # (N, E)
+            share = x.new_zeros(len(x), self.router.shape[1]).scatter_(1, chosen, gates)  # (N, E)
             experts = sorted(set(chosen.flatten().tolist()))
             factors = [1.0] * len(experts)
         both = x.new_empty(len(experts) + len(self.shared), len(x), 2 * self.width)
@@ -188,15 +183,12 @@ class Mixture:
             y.addmm_(row, self.down[expert], alpha=factor)
         return y
 
-    def gathered(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """The same for a compiler: static shapes and no loop. Inductor reads the picked weights in place."""
+    def gathered(self, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """The routed experts for a compiler: static shapes, no loop. Inductor reads the picked weights in place."""
         experts = self.moe.experts
-        chosen = self.moe.gate.choose(scores := self.scores(hidden))  # (N, K)
-        gates = self.moe.gate.weigh(scores, chosen).to(x.dtype)
         gate, up = (experts.gate_up_proj[chosen] * hidden[:, None, None, :]).sum(-1).chunk(2, dim=-1)  # (N, K, F) each
         inner = F.silu(gate) * up * gates.unsqueeze(-1)
-        y = x + (experts.down_proj[chosen] * inner.unsqueeze(2)).sum((1, 3))
-        return y if self.moe.shared_experts is None else y + self.moe.shared_experts(hidden)
+        return (experts.down_proj[chosen] * inner.unsqueeze(2)).sum((1, 3))
 
 
 class Layer:

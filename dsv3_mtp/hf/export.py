@@ -1,6 +1,5 @@
 """A run's weights as a folder that transformers, vLLM and SGLang read."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,19 +12,19 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp import schedules
-from dsv3_mtp.atomic import write_json
+from dsv3_mtp.atomic import lock, write_json
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
-from dsv3_mtp.hf.load import is_finite, meta_state, misfits, open_checkpoint, read_slot
-from dsv3_mtp.hf.settings import SPECIAL_IDS, read_settings, representable, to_config_json, write_settings
+from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
+from dsv3_mtp.hf.settings import SPECIAL_IDS, TYPES, read_settings, representable, to_config_json, write_settings
 from dsv3_mtp.loading import IMPORTED, newest_weights, tokenizer_of
+from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.tensorfile import Entry
 
 Read = Callable[[Slot], Tensor]
-TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "generation_config.json"),
@@ -102,7 +101,7 @@ def _open_run(run: Path, config: Config, expected: list[Slot], modules: int, ema
     if stored is None:
         raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
     newest = stored.folder
-    state = meta_state(config.model, config.mtp)
+    state = meta_model(config.model, config.mtp).state_dict()
     problems = summarise(misfits(stored.shapes, state))
     progress = min(json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0)
     deepest = f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
@@ -179,20 +178,19 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         ValueError: `out` exists, or another process is making it.
     """
+    exists = ValueError(f"{out} exists already; choose another folder, or delete it")
     if out.exists():
-        raise ValueError(f"{out} exists already; choose another folder, or delete it")
-    temporary, lock = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "lock"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:  # the kernel frees it with the process
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another process is making it; choose another folder") from None
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            yield temporary
-            os.replace(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+        raise exists
+    temporary, locked = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "lock"))
+    descriptor = lock(locked, f"{out}: another process is making it; choose another folder")
+    try:
+        if out.exists():  # now: another process may have finished just before this one took the lock
+            raise exists
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        locked.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -52,8 +52,7 @@ class Checkpoint:
         try:
             header, data, size = read_header(path)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            self.problems.append((path.name, reason))
+            self.problems.append((path.name, getattr(error, "strerror", None) or str(error)))
             return
         for name, value in header.items():
             try:

@@ -18,13 +18,12 @@ from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, slots
 from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot
-from dsv3_mtp.hf.settings import Settings, to_config_json, write_settings
+from dsv3_mtp.hf.settings import TYPES, Settings, to_config_json, write_settings
 from dsv3_mtp.loading import IMPORTED
 from dsv3_mtp.tensorfile import Entry
 
 # How a stored type is kept: FP8 codes times a power of two are bfloat16 numbers.
 KEPT = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}
-CHOICES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SEQ_LEN = 4096  # V3 4.2; shorter for a checkpoint made for less
 
 
@@ -92,7 +91,7 @@ def import_hf(
 def _kept(checkpoint: Checkpoint, slot: Slot, dtype: str | None) -> torch.dtype:
     if slot.is_float32:
         return torch.float32
-    return KEPT[checkpoint.places[slot.name].dtype] if dtype is None else CHOICES[dtype]
+    return KEPT[checkpoint.places[slot.name].dtype] if dtype is None else TYPES[dtype]
 
 
 class _Reader:

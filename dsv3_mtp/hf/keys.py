@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.mtp import MTPModule
 
 BIAS = "mlp.gate.e_score_correction_bias"
@@ -45,8 +45,8 @@ class Slot:
 
 def slots(config: ModelConfig, modules: int) -> Iterator[Slot]:
     """Every tensor of a checkpoint with `modules` MTP modules, in file order."""
+    trunk = meta_model(config, MTPConfig(mode="none")).state_dict()
     with torch.device("meta"):
-        trunk = DeepseekV3MTP(config, MTPConfig(mode="none")).state_dict()
         # The layout's modules are MoE, whatever the trunk's last layer is.
         module = MTPModule(config.model_copy(update={"first_k_dense_replace": 0}), MTPConfig()).state_dict()
     for name, tensor in trunk.items():

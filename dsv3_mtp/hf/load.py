@@ -15,7 +15,7 @@ from dsv3_mtp.hf.blockfp8 import dequantise, scale_shape
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.tensorfile import DTYPES
 
@@ -66,8 +66,8 @@ def key_problems(
         elif place.dtype == "F8_E4M3":
             unused.discard(slot.name + SCALE)
             problems += _scale_problems(checkpoint, slot, block)
-    problems += [(name, "not used by this architecture") for name in sorted(unused) if not _is_constant(name)]
-    return problems
+    unused -= {name for name in unused if name.endswith("rotary_emb.inv_freq")}  # what rope_theta already says
+    return problems + [(name, "not used by this architecture") for name in sorted(unused)]
 
 
 def _scale_problems(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None) -> list[tuple[str, str]]:
@@ -81,10 +81,6 @@ def _scale_problems(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] |
     if scale.shape != shape or scale.dtype not in ("F32", "BF16"):
         return [(slot.name + SCALE, f"is {scale.dtype} {list(scale.shape)}, not F32 {list(shape)}")]
     return []
-
-
-def _is_constant(name: str) -> bool:
-    return name.endswith("rotary_emb.inv_freq")  # some writers store what rope_theta already says
 
 
 def read_slot(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None) -> Tensor:
@@ -175,7 +171,7 @@ def _differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
     ]
 
 
-def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, ModelConfig, MTPConfig, Path | None]:
+def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, Path | None]:
     """A checkpoint in DeepSeek-V3's layout as a model in eval mode on the CPU, ready for evaluation and decoding.
 
     Weights are as stored, bfloat16 for FP8 and float32 for float16; router biases are float32.
@@ -183,7 +179,7 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, ModelConfig, MTPConfig, 
     Args:
         folder: config.json, *.safetensors (bfloat16, float32 or block-FP8), tokenizer.json.
     Returns:
-        model, its `model` and `mtp` sections, and the path of tokenizer.json (None if there is none).
+        The model, and the path of tokenizer.json (None if there is none).
     """
     folder = Path(folder)
     settings = read_settings(folder)
@@ -193,13 +189,7 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, ModelConfig, MTPConfig, 
     model = empty_model(settings.model, mtp, dtype)
     load_weights(model, folder)
     tokenizer = folder / "tokenizer.json"
-    return model.eval(), settings.model, mtp, tokenizer if tokenizer.is_file() else None
-
-
-def meta_state(config: ModelConfig, mtp: MTPConfig) -> dict[str, Tensor]:
-    """The state dict of such a model, without values."""
-    with torch.device("meta"):
-        return DeepseekV3MTP(config, mtp).state_dict()
+    return model.eval(), tokenizer if tokenizer.is_file() else None
 
 
 def misfits(stored: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
@@ -215,8 +205,7 @@ def misfits(stored: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> li
 
 def empty_model(config: ModelConfig, mtp: MTPConfig, dtype: torch.dtype) -> DeepseekV3MTP:
     """A model on the CPU whose values are not set yet: weights of `dtype`, router biases float32."""
-    with torch.device("meta"):
-        model = DeepseekV3MTP(config, mtp)
+    model = meta_model(config, mtp)
     for parameter in model.parameters():  # not model.to(dtype): that would convert the router biases too
         parameter.data = parameter.data.to(dtype)
     return model.to_empty(device="cpu")

@@ -35,18 +35,17 @@ def load_run(folder: str | Path, *, ema: bool = False) -> LoadedRun:
         raise ValueError(f"{folder}: no config.yaml there; name the folder of a run, like runs/v3_tiny")
     config = load_config(folder / "config.yaml")
     stored = newest_weights(folder, ema=ema)
+    if stored is None and not (folder / IMPORTED).is_dir():
+        raise ValueError(f"{folder}: no complete checkpoint there; train the run first, or further")
+    model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
     if stored is not None:
-        model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
         state = model.state_dict()
         if problems := summarise(misfits(stored.shapes, state)):
             lines = [f"{stored.folder}: its weights do not fit {folder / 'config.yaml'}:", *problems]
             raise ValueError("\n  ".join(lines))
         for name, tensor in state.items():
             tensor.copy_(stored.read(name).view_as(tensor))  # one at a time: never two models in memory
-    elif (folder / IMPORTED).is_dir():
-        model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
+    else:
         model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module
         load_weights(model, folder / IMPORTED)
-    else:
-        raise ValueError(f"{folder}: no complete checkpoint there; train the run first, or further")
     return LoadedRun(model.requires_grad_(False).eval(), config, tokenizer_of(config, folder))

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from dsv3_mtp.atomic import write_json
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.hf.blockfp8 import BLOCK
 
-TORCH_NAMES = {"bf16": "bfloat16", "fp8": "bfloat16", "fp32": "float32"}
+# Of a tensor that is not quantised, by the `dtype` of an export or import.
+TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 QUANTIZATION = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -114,7 +116,7 @@ def to_config_json(model: ModelConfig, modules: int, *, dtype: str, special_ids:
     content |= model.model_dump(mode="json")
     content["num_key_value_heads"] = model.num_attention_heads
     content["num_nextn_predict_layers"] = modules
-    content |= {"attention_dropout": 0.0, "use_cache": True, "torch_dtype": TORCH_NAMES[dtype]}
+    content |= {"attention_dropout": 0.0, "use_cache": True, "torch_dtype": str(TYPES[dtype]).removeprefix("torch.")}
     content |= {key: special_ids.get(key) for key in SPECIAL_IDS[:2]}
     content |= {key: special_ids[key] for key in SPECIAL_IDS[2:] if special_ids.get(key) is not None}
     if dtype == "fp8":
@@ -141,8 +143,7 @@ def read_settings(folder: Path) -> Settings:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"{path}: cannot be read: {reason}") from None
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a mapping")
     problems = list(_fixed_problems(content))

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from dsv3_mtp import fused
+from dsv3_mtp import fused, kernels
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model import causal
 from dsv3_mtp.model.causal import causal_attention, evenly
 from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
 from dsv3_mtp.model.recompute import again
@@ -45,7 +44,7 @@ class MLA(nn.Module):
         """x: (B, T, C); angles: (2, T, P/2) cos and sin; mask: bool (B, 1, T, T) True = attend, None = causal."""
         query, latent, k_rope = self.project(x)  # (B, T, H, nope+P), (B, T, R), (B, T, P)
         kv = again(self.kv_b_proj, again(self.kv_a_layernorm, latent)).unflatten(-1, (self.heads, -1))  # (.., nope+v)
-        if self.core is None and causal.usable(x, mask):
+        if self.core is None and mask is None and kernels.usable(x):
             return self.o_proj(causal_attention(query, kv, k_rope, angles, self.scale))
         query, key, value = again(to_heads, query, kv, k_rope, angles)
         mixed = (self.core or sdpa)(query, key, value, self.scale, mask)  # (B, H, T, v)

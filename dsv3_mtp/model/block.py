@@ -2,12 +2,13 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, RouterStats
-from dsv3_mtp.model.recompute import again, forgetting, recomputed
+from dsv3_mtp.model.recompute import again, forgetting
 
 
 class DecoderLayer(nn.Module):
@@ -32,7 +33,7 @@ class DecoderLayer(nn.Module):
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(x, angles, mask)
         if self.activation_checkpointing == "full":
-            return recomputed(self.compute, x, angles, mask)
+            return checkpoint(self.compute, x, angles, mask, use_reentrant=False, preserve_rng_state=False)
         with forgetting():
             return self.compute(x, angles, mask)
 

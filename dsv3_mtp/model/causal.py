@@ -10,10 +10,6 @@ from torch import Tensor
 from dsv3_mtp import kernels
 
 
-def usable(query: Tensor, mask: Tensor | None) -> bool:
-    return mask is None and kernels.usable(query)
-
-
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor, scale: float):

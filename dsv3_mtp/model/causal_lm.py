@@ -270,3 +270,12 @@ class DeepseekV3MTP(nn.Module):
                     parameter.copy_(values[first : first + count])  # of another pipeline stage: on meta, not kept
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
+
+
+def meta_model(config: ModelConfig, mtp: MTPConfig, *, freeze: str = "none") -> DeepseekV3MTP:
+    """The model without storage, for its names, shapes and sizes. freeze: `train.freeze`."""
+    with torch.device("meta"):
+        model = DeepseekV3MTP(config, mtp)
+    if freeze == "trunk":
+        model.freeze_trunk()
+    return model

@@ -86,15 +86,12 @@ class SequentialMTP(nn.Module):
         self.mtp = mtp
         self.layers = nn.ModuleList(MTPModule(config, mtp) for _ in range(1 if mtp.share_weights else mtp.depths))
 
-    def module_of(self, depth: int) -> MTPModule:
-        return self.layers[min(depth, len(self.layers)) - 1]  # type: ignore[return-value]
-
     def forward(self, trunk: TrunkStates, embeddings: list[Tensor], angles: Tensor, mask: Tensor | None):
         normed = self.mtp.trunk_hidden == "post_norm"
         trunk_hidden = trunk.post_norm if normed else trunk.pre_norm
         hidden, outputs, stats = trunk_hidden, [], []
         for depth, embedding in enumerate(embeddings, start=1):
-            module = self.module_of(depth)
+            module: Any = self.layers[min(depth, len(self.layers)) - 1]
             source = hidden if self.mtp.chain == "hidden" else trunk_hidden
             out, routed = module(module.merge(source, embedding), angles, mask)
             outputs.append(module.shared_head(out))

@@ -16,12 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
-
-
-def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), of which only the arguments are kept."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass

@@ -114,9 +114,6 @@ class Engine:
     def module(self) -> torch.nn.Module:
         return self.engine.module
 
-    def __call__(self, *args, **kwargs):
-        return self.engine(*args, **kwargs)
-
     def own(self, batch: Batch) -> Batch:
         """What this rank computes of a batch of whole rows: all of it, or its slice of every row."""
         rows, ahead = self.model.rows, 1 + self.model.depths
@@ -129,7 +126,7 @@ class Engine:
         """
         total = self.model.no_output()
         for number, (tokens, documents, scored) in enumerate(self.own(batch), start=1):
-            out = self(tokens, documents, scored=scored, **settings)
+            out = self.engine(tokens, documents, scored=scored, **settings)
             self.backward(out.loss, last=number == len(batch))
             total += out.sums()
         return total

@@ -24,9 +24,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
-from dsv3_mtp.config import Config, MTPConfig
+from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import uncut
-from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, run_layers
+from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, meta_model, run_layers
 from dsv3_mtp.model.moe import RouterStats
 from dsv3_mtp.model.mtp import TrunkStates
 from dsv3_mtp.model.size import layer_flops
@@ -63,8 +63,7 @@ def stage_layers(config: Config) -> list[range]:
     """The trunk layers of each stage: FLOPs balanced over the pieces that may be cut apart (config.layout.uncut), of
     which what follows the trunk is the last.
     """
-    with torch.device("meta"):
-        costs = layer_flops(DeepseekV3MTP(config.model, config.mtp), config.data.seq_len)
+    costs = layer_flops(meta_model(config.model, config.mtp), config.data.seq_len)
     layers, (head, tail) = len(costs) - 1, uncut(config)
     pieces = [sum(costs[:head]), *costs[head : layers + 1 - tail], sum(costs[layers + 1 - tail :])]
     bounds = balanced(pieces, config.parallel.pipeline_stages)
@@ -72,16 +71,11 @@ def stage_layers(config: Config) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-def reads_tokens(mtp: MTPConfig) -> bool:
-    """The heads look tokens up in the embedding, so that the last stage has a copy of it."""
-    return mtp.mode == "sequential" and mtp.embed
-
-
 def stage_parts(config: Config, model: DeepseekV3MTP, world: World) -> list[nn.Module]:
     """What of the model this rank's stage holds."""
     parts: list[nn.Module] = [model.model.layers[layer] for layer in stage_layers(config)[world.stage]]
     last = world.stage == world.stages - 1
-    if world.stage == 0 or (last and reads_tokens(model.mtp_config)):
+    if world.stage == 0 or (last and model.mtp_config.reads_tokens):
         parts.append(model.model.embed_tokens)
     if last:
         parts += [model.model.norm, model.lm_head, *([model.mtp] if model.depths else [])]
@@ -156,18 +150,15 @@ class Stages(PipelineModule):
             x, tokens = carried[0], carried[3]
             return *carried, x.new_zeros(()).expand(len(x), tokens.shape[1] - 2, x.shape[2])
 
-        shared = reads_tokens(model.mtp_config)
         specs = [
             SharedEmbedding(model, embed),
             *(Stage(model, own) for own in layers[:-1]),
-            SharedEmbedding(model, look_ahead) if shared else nothing_ahead,
+            SharedEmbedding(model, look_ahead) if model.mtp_config.reads_tokens else nothing_ahead,
             LastStage(model, layers[-1]),
         ]
         self.bounds = [0, *range(2, len(layers) + 1), len(specs)]
-        with (
-            contextlib.redirect_stdout(None),
-            torch.no_grad(),
-        ):  # it copies the tied weights as if to differentiate that
+        # Without no_grad it would copy the tied weights as if to differentiate that.
+        with contextlib.redirect_stdout(None), torch.no_grad():
             super().__init__(specs, num_stages=len(layers), loss_fn=loss)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -240,10 +231,8 @@ class PipelineEngine(Engine):
         self.total, self.counted = self.model.no_output(), len(batch) - blanks
         if self.world.stage == self.world.stages - 1:
             self.stages.forward_funcs[-1].settings = settings
-        inputs = [
-            ((t,) if documents is None else (t, documents), ()) for t, documents, _ in self.own(batch)
-        ]  # no tasks here
-        self.engine.set_dataiterator(iter(inputs))
+        pieces = [(t,) if documents is None else (t, documents) for t, documents, _ in self.own(batch)]  # no tasks here
+        self.engine.set_dataiterator(iter([(piece, ()) for piece in pieces]))
         self.engine._exec_schedule(kind(len(batch), self.world.stages, self.world.stage))
         return self.total
 

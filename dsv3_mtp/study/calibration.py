@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from dsv3_mtp.config import Config
 from dsv3_mtp.grade import reference
 from dsv3_mtp.study.findings import Table, values_of
-from dsv3_mtp.study.page import Block, Heading, Paragraph
-from dsv3_mtp.study.page import Table as Rows
+from dsv3_mtp.study.page import Block, Heading, Paragraph, Rows
 
 
 def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Block]:

@@ -1,8 +1,8 @@
 """What a study would run and what it would cost, without running it."""
 
 from dsv3_mtp.progress import duration, quantity
+from dsv3_mtp.study.expand import Run, expand, size_of, tokens_of, training_flops
 from dsv3_mtp.study.matrix import LoadedStudy
-from dsv3_mtp.study.plan import Run, plan, size_of, tokens_of, training_flops
 
 
 def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
@@ -11,7 +11,7 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
     An arm with the measured time of another has no budget yet: it is counted with the time of that arm.
     """
     study, speed = loaded.study, loaded.study.scales[loaded.study.scale].flops_per_s
-    runs = {run.name: run for run in plan(loaded, budgets={})}
+    runs = {run.name: run for run in expand(loaded, budgets={})}
     rows = [("arm", "parameters", "of these MTP", "tokens", "FLOPs", "forks from", "what")]
     total = 0.0
     for name, arm in study.arms.items():

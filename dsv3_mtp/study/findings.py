@@ -2,54 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsv3_mtp.metrics import LEAK_RATIO
 from dsv3_mtp.study import stats
 from dsv3_mtp.study.matrix import Study
+from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.stats import Interval
 
 ALPHA = 0.05
 Results = Mapping[str, Any]  # results.json of one run
 Table = Mapping[str, Mapping[int, Results]]  # arm -> seed -> results
-
-# What a metric is called, and which way is better; None: neither.
-METRICS: dict[str, tuple[str, str | None]] = {
-    "val/main_loss": ("main validation loss, nats per token", "lower"),
-    "val/bits_per_byte": ("main validation loss, bits per byte", "lower"),
-    "acceptance/T0/tokens_per_step": ("tokens per step, greedy, free-running", "higher"),
-    "acceptance/T1/tokens_per_step": ("tokens per step at temperature 1, free-running", "higher"),
-    "acceptance/T0/distinct": ("share of distinct tokens in the greedy text", None),
-    "task/exact_match": ("exact match by generation", "higher"),
-    "task/first_node": ("first node of the path, by generation", "higher"),
-    "task/first_sum": ("first sum, by generation", "higher"),
-    "task/second_token": ("second token of a known name, by generation", "higher"),
-    "task/solved": ("share of seeds that solved the task", "higher"),
-    "train/main_loss_error": ("relative error of the main training loss (EMA 0.9), mean of the last quarter, %", None),
-    "train/main_loss_error_max": ("relative error of the main training loss (EMA 0.9), largest size, %", "lower"),
-    "train/max_violation": ("MaxVio of the trunk's routers, last quarter of training", "lower"),
-    "train/mtp_max_violation/1": ("MaxVio of the first MTP router, last quarter of training", "lower"),
-}
-FAMILIES = {
-    "task/excess_loss": ("loss of depth {} above that of the true source, nats per token", "lower"),
-    "train/mtp_loss_error": ("relative error of the training loss of depth {} (EMA 0.9), last quarter, %", None),
-    "train/mtp_loss_error_max": ("relative error of the training loss of depth {} (EMA 0.9), largest size, %", "lower"),
-    "val/mtp_loss": ("teacher-forced loss of depth {}, nats per token", "lower"),
-    "val/top1": ("top1 of depth {} (teacher-forced, against the text)", "higher"),
-    "val/agreement": ("agreement of depths 1..{} (teacher-forced, with the main head)", "higher"),
-    "acceptance/T0/joint": ("acceptance of drafts 1..{}, greedy, free-running", "higher"),
-    "acceptance/T1/joint": ("acceptance of drafts 1..{} at temperature 1, free-running", "higher"),
-}
-
-
-def describe_metric(name: str) -> tuple[str, str | None]:
-    """(words, "lower" | "higher" is better | None)."""
-    family, _, depth = name.rpartition("/")
-    if name not in METRICS and family in FAMILIES:
-        words, better = FAMILIES[family]
-        return words.format(depth), better
-    return METRICS.get(name, (name, None))
 
 
 @dataclass(frozen=True)
@@ -70,19 +34,23 @@ class Effect:
 
 def effects_of(study: Study, table: Table) -> list[Effect]:
     """Every comparison x arm x metric, primary ones first."""
-    primary = (study.primary.comparison, study.primary.metric)
-    wanted = []
-    for comparison, item in study.comparisons.items():
-        for metric in dict.fromkeys([study.primary.metric, *study.metrics]):
-            wanted += [(comparison, arm, item.against, metric) for arm in item.arms]
-    wanted.sort(key=lambda w: (w[0], w[3]) != primary)
-    effects = [_effect(study, table, *item) for item in wanted]
-    families = [(e.comparison, e.metric) == primary for e in effects]
+    metrics = dict.fromkeys([study.primary.metric, *study.metrics])
+    effects = [
+        _effect(study, table, comparison, arm, item.against, metric)
+        for comparison, item in study.comparisons.items()
+        for metric in metrics
+        for arm in item.arms
+    ]
+    effects.sort(key=lambda effect: not is_primary(study, effect))
     adjusted: dict[str, float] = {}
-    for family in (True, False):
-        ps = {str(n): e.p for n, e in enumerate(effects) if families[n] == family and e.interval is not None}
-        adjusted |= stats.holm(ps)
-    return [Effect(**{**vars(e), "adjusted_p": adjusted.get(str(n), 1.0)}) for n, e in enumerate(effects)]
+    for primary in (True, False):
+        family = {str(n): e.p for n, e in enumerate(effects) if is_primary(study, e) == primary and e.interval}
+        adjusted |= stats.holm(family)
+    return [replace(e, adjusted_p=adjusted.get(str(n), 1.0)) for n, e in enumerate(effects)]
+
+
+def is_primary(study: Study, effect: Effect) -> bool:
+    return (effect.comparison, effect.metric) == (study.primary.comparison, study.primary.metric)
 
 
 def _effect(study: Study, table: Table, comparison: str, arm: str, against: str, metric: str) -> Effect:
@@ -93,8 +61,8 @@ def _effect(study: Study, table: Table, comparison: str, arm: str, against: str,
     p = interval.p if interval else 1.0
     if metric == "task/solved":
         p = stats.fisher(*((int(sum(side.values())), len(side)) for side in (left, right))) if left and right else 1.0
-    is_primary = metric == study.primary.metric and differences
-    tost = stats.equivalence(differences, study.primary.margin) if is_primary else None
+    decides = metric == study.primary.metric and differences
+    tost = stats.equivalence(differences, study.primary.margin) if decides else None
     spread = [stats.t_interval(list(side.values())).sd for side in (left, right) if len(side) > 1]
     unpaired = math.hypot(*spread) if spread else math.nan
     return Effect(comparison, arm, against, metric, interval, p, 1.0, tost, len(study.seeds) - len(seeds), unpaired)

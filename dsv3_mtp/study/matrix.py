@@ -7,7 +7,6 @@ The file says beforehand what is asked, what is expected and which one metric de
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,20 +18,10 @@ from pydantic import Field, ValidationError
 from dsv3_mtp.config import Config, ConfigError, load_config
 from dsv3_mtp.config.model import Count, FilePath, FolderName, Fraction, Integer, Positive, Section, Text
 from dsv3_mtp.config.reader import Problem, problems_of, read_tree, show
+from dsv3_mtp.study.metric_names import METRICS, NEEDS, family
 
 Overrides = dict[Text, Any]
 OWNED = ("run", "run.name", "run.dir", "run.seed")  # settings that the study gives to each run
-# What a run is measured by, k being a number, and the key of the study file without which it is not.
-MEASURED: dict[str, str | None] = {
-    **dict.fromkeys(("val/main_loss", "val/bits_per_byte", "val/mtp_loss/k", "val/top1/k", "val/agreement/k"), None),
-    **dict.fromkeys(("task/exact_match", "task/exact_match/k", "task/excess_loss/k", "task/first_node"), None),
-    **dict.fromkeys(("task/first_sum", "task/second_token", "train/max_violation", "train/mtp_max_violation/1"), None),
-    **dict.fromkeys((f"acceptance/T{t}/{name}" for t in (0, 1) for name in ("tokens_per_step", "distinct", "joint/k")),
-                    "acceptance"),
-    **dict.fromkeys(("train/main_loss_error", "train/main_loss_error_max", "train/mtp_loss_error/k",
-                     "train/mtp_loss_error_max/k"), "loss_error_against"),
-    "task/solved": "solve_threshold",
-}  # fmt: skip
 
 
 class StudyRun(Section):
@@ -182,12 +171,12 @@ class Study(Section):
     def _metric_rules(self) -> Iterator[Problem]:
         listed = [(f"metrics[{number}]", metric) for number, metric in enumerate(self.metrics)]
         for place, metric in [("primary.metric", self.primary.metric), *listed]:
-            name = metric if metric in MEASURED else re.sub(r"/\d+$", "/k", metric)
-            if name not in MEASURED:
-                close = get_close_matches(name, MEASURED, n=1)
-                hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(MEASURED)}"
+            name, key = family(metric), next((key for prefix, key in NEEDS.items() if metric.startswith(prefix)), None)
+            if name not in METRICS:
+                close = get_close_matches(name, METRICS, n=1)
+                hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(METRICS)}"
                 yield place, f"no run is measured by it (got {show(metric)}){hint}"
-            elif (key := MEASURED[name]) and getattr(self, key) is None:
+            elif key and getattr(self, key) is None:
                 yield place, f"is measured only with {key}; set that too (got {show(metric)})"
 
     def overrides(self) -> list[tuple[str, Overrides]]:
@@ -218,7 +207,8 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     Raises ConfigError, whose text reports every problem of the study and of its arms.
     """
     path, sets = Path(path), tuple(sets)
-    of_runs = [item for item in sets if item.partition("=")[0].partition(".")[0] in _sections()]
+    sections = set(Config.model_fields) - set(Study.model_fields)  # of a run, that are not keys of a study file too
+    of_runs = [item for item in sets if item.partition("=")[0].partition(".")[0] in sections]
     tree, problems = read_tree(path, [item for item in sets if item not in of_runs])
     try:
         study = Study.model_validate(tree)
@@ -257,11 +247,6 @@ def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator
             if configs[name].mtp.depths and needed > longest:
                 text = f"prefix_tokens + new_tokens must be <= model.max_position_embeddings = {longest} of arms.{name}"
                 yield "acceptance", f"{text} (got {needed})"
-
-
-def _sections() -> set[str]:
-    """Sections of a run's config that are not keys of a study file too."""
-    return set(Config.model_fields) - set(Study.model_fields)
 
 
 def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:

@@ -18,8 +18,8 @@ from dsv3_mtp.data.opening import validation_source
 from dsv3_mtp.evaluate import acceptance
 from dsv3_mtp.hf import load_run
 from dsv3_mtp.metrics import Record, read_metrics
+from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
 from dsv3_mtp.study.matrix import Acceptance
-from dsv3_mtp.study.plan import Run, consumed, size_of, training_flops
 
 RESULTS = "results.json"
 SOLVED = "task/exact_match"

@@ -34,7 +34,7 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Table:
+class Rows:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
@@ -50,7 +50,7 @@ class Picture:
     caption: str
 
 
-Block = Heading | Paragraph | Items | Table | Code | Picture
+Block = Heading | Paragraph | Items | Rows | Code | Picture
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:

@@ -11,18 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dsv3_mtp import plots
 from dsv3_mtp.config import Config
 from dsv3_mtp.metrics import Record, depths_of
 from dsv3_mtp.plots import STYLE, save_figure, short_number
 from dsv3_mtp.schedules import depth_loss_weights, mtp_loss_weight
-from dsv3_mtp.study.findings import Effect, Table, describe_metric, references, values_of
+from dsv3_mtp.study.findings import Effect, Table, is_primary, references, values_of
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import loss_errors
+from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.stats import solve_curve, t_interval
 
 # Okabe and Ito's colours, then darker ones of the same hues: as many arms as a study has.
-COLORS = ("#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c", "#004c77", "#8f3f00",
-          "#00694d", "#8a4f70", "#9a6b00")  # fmt: skip
+COLORS = (*plots.COLORS, plots.GREY, "#004c77", "#8f3f00", "#00694d", "#8a4f70", "#9a6b00")
 Curves = Mapping[str, Mapping[int, Sequence[Record]]]  # arm -> seed -> metrics.jsonl
 
 
@@ -41,13 +42,12 @@ class Data:
         return {arm: COLORS[number % len(COLORS)] for number, arm in enumerate(self.study.arms)}
 
 
-def draw_all(
-    study: Study, configs: Mapping[str, Config], table: Table, curves: Curves, effects: Sequence[Effect]
-) -> list[tuple[str, str]]:
+def draw_all(data: Data) -> list[tuple[str, str]]:
     """Writes the PNG files that the data allow into the study's folder, and removes old ones that they do not allow.
 
     Returns [(file, caption)].
     """
+    study = data.study
     figures = {
         "loss.png": (
             draw_losses,
@@ -90,7 +90,7 @@ def draw_all(
             "Share of seeds that have not solved the task yet (Kaplan and Meier); runs that end unsolved are censored.",
         ),
     }
-    data, drawn = Data(study, configs, table, curves, effects), []
+    drawn = []
     for name, (draw, caption) in figures.items():
         with matplotlib.rc_context(STYLE):
             figure = draw(data)
@@ -130,8 +130,7 @@ def draw_effects(data: Data) -> Figure | None:
     axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
     for ax, (metric, group) in zip(axes, groups.items(), strict=True):
         for y, effect in enumerate(reversed(group)):
-            i, decides = effect.interval, (effect.comparison, metric) == (primary.comparison, primary.metric)
-            color = "#1a1a1a" if decides else "#0072b2"
+            i, color = effect.interval, "#1a1a1a" if is_primary(data.study, effect) else "#0072b2"
             if metric != "task/solved":  # whose t interval may leave out 0 where Fisher's test finds nothing
                 ax.plot([i.low, i.high], [y, y], color=color, lw=2)  # type: ignore[union-attr]
             ax.plot([i.mean], [y], "o", color=color)  # type: ignore[union-attr]

@@ -16,13 +16,13 @@ from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.progress import quantity
 from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
-from dsv3_mtp.study.findings import Effect, Table, describe_metric, values_of, verdict
+from dsv3_mtp.study.expand import expand
+from dsv3_mtp.study.findings import Effect, Table, is_primary, values_of, verdict
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import loss_error_metrics, read_results
-from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, to_html, to_markdown
-from dsv3_mtp.study.page import Table as Rows
-from dsv3_mtp.study.pictures import draw_all
-from dsv3_mtp.study.plan import plan
+from dsv3_mtp.study.metric_names import describe_metric
+from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, Rows, to_html, to_markdown
+from dsv3_mtp.study.pictures import Data, draw_all
 from dsv3_mtp.study.run import check_folders, read_budgets, settings_of
 
 CALIBRATION = "calibrate"  # name of the study whose outcome every report starts with
@@ -36,7 +36,7 @@ def write_report(loaded: LoadedStudy) -> Path:
         ValueError: nothing has been run, runs have other settings than the study's, or a results.json is damaged.
     """
     study, folder = loaded.study, loaded.study.folder
-    runs = {run.name: run for run in plan(loaded, read_budgets(folder))}
+    runs = {run.name: run for run in expand(loaded, read_budgets(folder))}
     check_folders(study, list(runs.values()))
     table: dict[str, dict[int, Any]] = {arm: {} for arm in study.arms}
     curves: dict[str, dict[int, Any]] = {arm: {} for arm in study.arms}
@@ -55,7 +55,7 @@ def write_report(loaded: LoadedStudy) -> Path:
         if table[arm][seed]["status"] == "finished":
             table[arm][seed]["metrics"] |= loss_error_metrics(curves[arm][seed], reference)
     effects = findings.effects_of(study, table)
-    pictures = draw_all(study, loaded.configs, table, curves, effects)
+    pictures = draw_all(Data(study, loaded.configs, table, curves, effects))
     lines = verdicts(study, table, effects)
     blocks = [
         *opening(study, table, lines),
@@ -129,10 +129,6 @@ def verdicts(study: Study, table: Table, effects: Sequence[Effect]) -> list[str]
             names = "; ".join(f"{e.arm} - {e.against}, {e.metric}" for e in group)
             lines.append(f"{found} in {len(group)} of {len(rest)} exploratory comparisons: {names}.")
     return lines
-
-
-def is_primary(study: Study, effect: Effect) -> bool:
-    return (effect.comparison, effect.metric) == (study.primary.comparison, study.primary.metric)
 
 
 def result_tables(study: Study, table: Table, effects: Sequence[Effect]) -> list[Block]:

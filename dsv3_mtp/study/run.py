@@ -28,9 +28,9 @@ from dsv3_mtp.loading import checkpoints, is_complete, newest_checkpoint
 from dsv3_mtp.metrics import MetricsLog, read_metrics
 from dsv3_mtp.progress import duration
 from dsv3_mtp.runs import FREE, differences, lock_folder
+from dsv3_mtp.study.expand import Run, expand, whole_steps
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import describe, measure, read_results, write_results
-from dsv3_mtp.study.plan import Run, plan, whole_steps
 from dsv3_mtp.trainer import NonFiniteError, Trainer
 
 BUDGETS = "budgets.json"
@@ -57,7 +57,7 @@ def run_study(
     try:
         while True:
             budgets = read_budgets(study.folder)
-            runs = plan(loaded, budgets)
+            runs = expand(loaded, budgets)
             check_folders(study, runs)
             if not any(map(only, runs)):
                 names = ", ".join(dict.fromkeys(run.arm for run in runs))

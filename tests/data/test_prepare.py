@@ -12,12 +12,9 @@ from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.shards import verify_folder
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.data.tokenizer import train_tokenizer
+from tests.conftest import contents
 
 OPTIONS = {"vocab_size": 280, "shard_tokens": 1500, "val_fraction": 0.2, "fim_rate": 0.3}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def texts(count: int) -> list[str]:

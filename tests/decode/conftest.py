@@ -6,6 +6,7 @@ import pytest
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.decode.plain import HEADS, train_on_cycle
+from tests.made_runs import randomise
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +25,7 @@ def make_model(make_tiny_config, made: dict) -> Callable[..., DeepseekV3MTP]:
         key = (heads, trained, str(overrides))
         if key not in made:
             config = make_tiny_config({"model.max_position_embeddings": 32, **HEADS[heads], **(overrides or {})})
-            model = DeepseekV3MTP(config.model, config.mtp)
-            model.init_weights(0)
-            for name, parameter in model.named_parameters():
-                if name.endswith("norm.weight"):
-                    parameter.data.uniform_(0.5, 1.5)
-            for gate in model.gates():
-                gate.e_score_correction_bias.uniform_(0.0, 0.2)
+            model = randomise(DeepseekV3MTP(config.model, config.mtp))
             if trained:
                 train_on_cycle(model)
             made[key] = model.requires_grad_(False).eval()

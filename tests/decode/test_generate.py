@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_mtp.config import Config
 from dsv3_mtp.decode import draft as draft_module
 from dsv3_mtp.generate import Acceptance, Settings, Step, generate, stream
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from tests.conftest import TINY_CONFIG
+from tests.conftest import tiny
 from tests.decode.plain import CYCLE, HEADS, plain_greedy
 from tests.decode.test_sample import chi_square_p
 
@@ -98,10 +97,8 @@ def test_output_is_plain_when_the_drafts_fail_at_any_position(make_model, monkey
     dense=st.integers(0, 3),
 )
 def test_lossless_for_any_weights(seed, scale, heads, depth, prompt, dense):
-    sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
-    sections["model"] |= {"max_position_embeddings": 24, "initializer_range": scale, "first_k_dense_replace": dense}
-    sections["mtp"] |= {key.removeprefix("mtp."): value for key, value in HEADS[heads].items()}
-    config = Config.model_validate(sections)
+    sizes = {"max_position_embeddings": 24, "initializer_range": scale, "first_k_dense_replace": dense}
+    config = tiny({f"model.{key}": value for key, value in sizes.items()} | HEADS[heads])
     model = DeepseekV3MTP(config.model, config.mtp).requires_grad_(False)
     model.init_weights(seed)
     plain = generate(model, [prompt], Settings())

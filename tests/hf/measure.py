@@ -49,15 +49,13 @@ def make(layers: int, hidden: int, experts: int) -> None:
     """A bfloat16 run with one MTP module."""
     import torch
 
-    from dsv3_mtp.config import Config
     from dsv3_mtp.hf.load import empty_model
-    from tests.conftest import TINY_CONFIG
+    from tests.conftest import tiny
     from tests.made_runs import randomise, write_run
 
-    model = TINY_CONFIG["model"] | {"num_hidden_layers": layers, "hidden_size": hidden, "n_routed_experts": experts}
+    model = {"num_hidden_layers": layers, "hidden_size": hidden, "n_routed_experts": experts}
     model |= {"moe_intermediate_size": hidden // 2, "intermediate_size": 4 * hidden, "vocab_size": 16 * hidden}
-    train = TINY_CONFIG["train"] | {"dtype": "bfloat16"}
-    config = Config.model_validate(TINY_CONFIG | {"model": model, "train": train})
+    config = tiny({f"model.{key}": value for key, value in model.items()} | {"train.dtype": "bfloat16"})
     write_run(Path("run"), config, randomise(empty_model(config.model, config.mtp, torch.bfloat16)))
 
 

@@ -177,8 +177,8 @@ def test_what_transformers_saves_is_imported_back(pair, tmp_path):
     theirs.config.num_nextn_predict_layers = 0  # transformers writes the trunk alone
     theirs.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
-    model, config, mtp, tokenizer = load_hf(tmp_path / "saved")
-    assert (config, mtp.depths, tokenizer) == (ours.config, 0, None)
+    model, tokenizer = load_hf(tmp_path / "saved")
+    assert (model.config, model.depths, tokenizer) == (ours.config, 0, None)
     state = ours.state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name

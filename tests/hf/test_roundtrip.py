@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
+from dsv3_mtp.atomic import lock
 from dsv3_mtp.hf import export_hf, import_hf, load_hf, load_run
 from dsv3_mtp.hf.blockfp8 import dequantise
 from dsv3_mtp.hf.export import new_folder
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import slots
-from tests.made_runs import contents
+from tests.conftest import contents
 
 WIDE = {"model__hidden_size": 144, "model__moe_intermediate_size": 136}  # neither a multiple of the 128 of a block
 
@@ -47,11 +48,11 @@ def test_safetensors_own_library_reads_every_tensor(make_run, tmp_path):
 def test_a_float32_export_is_the_model_bit_for_bit(make_run, tmp_path):
     run, model = make_run(mtp__num_nextn_predict_layers=2)
     export_hf(run, tmp_path / "hf", dtype="fp32")
-    loaded, config, mtp, tokenizer = load_hf(tmp_path / "hf")
-    assert (config, mtp.mode, mtp.depths, tokenizer) == (model.config, "sequential", 2, None)
+    loaded, tokenizer = load_hf(tmp_path / "hf")
+    assert (loaded.config, loaded.mtp_config.mode, loaded.depths, tokenizer) == (model.config, "sequential", 2, None)
     assert_same(loaded.state_dict(), model.state_dict())
     again, run_config, _ = load_run(run)
-    assert run_config.model == config
+    assert run_config.model == loaded.config
     assert_same(again.state_dict(), model.state_dict())
 
 
@@ -116,8 +117,8 @@ def test_recycled_modules_are_one_module_on_disk(make_run, tmp_path):
     run, model = make_run(mtp__num_nextn_predict_layers=3, mtp__share_weights=True)
     notes = export_hf(run, tmp_path / "hf", dtype="fp32")
     assert any("recycles" in note for note in notes)
-    loaded, _, mtp, _ = load_hf(tmp_path / "hf")
-    assert mtp.depths == 1
+    loaded, _ = load_hf(tmp_path / "hf")
+    assert loaded.depths == 1
     assert_same(loaded.state_dict(), model.state_dict())
 
 
@@ -126,8 +127,8 @@ def test_parallel_heads_export_as_a_plain_trunk_and_say_so(make_run, tmp_path, m
     run, model = make_run(mtp__mode=mode, mtp__num_nextn_predict_layers=2)
     notes = export_hf(run, tmp_path / "hf", dtype="fp32")
     assert any(f"not exported: the 2 {mode} MTP head(s)" in note for note in notes)
-    loaded, _, mtp, _ = load_hf(tmp_path / "hf")
-    assert mtp.depths == 0
+    loaded, _ = load_hf(tmp_path / "hf")
+    assert loaded.depths == 0
     trunk = {name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")}
     assert_same(loaded.state_dict(), trunk)
 
@@ -172,3 +173,16 @@ def test_what_a_killed_export_left_is_deleted_by_the_next_and_two_at_once_are_re
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["whole"]
+
+
+def test_a_folder_that_another_process_finished_while_this_one_took_the_lock_is_refused_before_the_work(
+    tmp_path, monkeypatch
+):
+    def finished_first(path, busy):
+        (tmp_path / "hf").mkdir()
+        return lock(path, busy)
+
+    monkeypatch.setattr("dsv3_mtp.hf.export.lock", finished_first)
+    with pytest.raises(ValueError, match="hf exists already"), new_folder(tmp_path / "hf"):
+        pytest.fail("nothing is to be made")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

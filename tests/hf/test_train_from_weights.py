@@ -8,19 +8,13 @@ import torch
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
-from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import read_metrics
-from dsv3_mtp.trainer import Trainer
 from dsv3_mtp.tuning import tune_cpu
-from tests.made_runs import read_state_dict
-from tests.ranks import run_ranks, write_markov
+from tests.made_runs import read_newest
+from tests.ranks import run_ranks, train_to_end, write_markov
 
 pytestmark = pytest.mark.dist
 STEPS = 3
-
-
-def run(config) -> None:
-    Trainer(config, command=["test"]).run()
 
 
 @pytest.fixture
@@ -36,7 +30,7 @@ def train(tmp_path, make_tiny_config):
         }
         config = make_tiny_config(base | {key.replace("__", "."): value for key, value in overrides.items()})
         log = tmp_path / f"{name}.log"
-        codes = run_ranks(run, config, world_size=world_size, log=log)
+        codes = run_ranks(train_to_end, config, world_size=world_size, log=log)
         text = Path(f"{log}.rank0").read_text()
         assert codes == [expect] * world_size, text
         folder = tmp_path / "runs" / name
@@ -44,10 +38,6 @@ def train(tmp_path, make_tiny_config):
         return folder, read_metrics(metrics) if metrics.exists() else [], text
 
     return make
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return read_state_dict(newest_checkpoint(folder / "checkpoints"))
 
 
 def test_a_run_starts_from_the_weights_of_an_export(tmp_path, train):
@@ -82,7 +72,7 @@ def test_a_fresh_module_learns_on_a_frozen_trunk_that_does_not_move(tmp_path, tr
         parallel__zero_stage=zero_stage,
     )
     assert "at their random start: MTP module(s) 1..1" in log
-    before, after = weights(base), weights(folder)
+    before, after = read_newest(base), read_newest(folder)
     for key, value in after.items():
         if key.startswith("mtp."):
             assert value.norm() > 0
@@ -113,10 +103,10 @@ def test_an_imported_run_trains_resumes_and_exports(tmp_path, train, make_tiny_c
     config = load_config(imported / "config.yaml")
     assert (config.mtp.mode, config.mtp.depths, config.train.dtype) == ("sequential", 2, "bfloat16")
     for expected in ("weights from", "resumed at step 3"):
-        codes = run_ranks(run, config, log=tmp_path / "imported.log")
+        codes = run_ranks(train_to_end, config, log=tmp_path / "imported.log")
         text = (tmp_path / "imported.log.rank0").read_text()
         assert codes == [0] and expected in text, text
-    bias = weights(imported)["model.layers.1.mlp.gate.e_score_correction_bias"]
+    bias = read_newest(imported)["model.layers.1.mlp.gate.e_score_correction_bias"]
     assert bias.dtype == torch.float32
     export_hf(imported, tmp_path / "hf2")
     old, new = (load_hf(tmp_path / name)[0].state_dict() for name in ("hf", "hf2"))

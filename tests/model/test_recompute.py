@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from dsv3_mtp import kernels
 from dsv3_mtp.model import block
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import RMSNorm
@@ -38,11 +37,8 @@ def build(config: Any, mode: str) -> tuple[DeepseekV3MTP, torch.Tensor, torch.Te
 @pytest.fixture(params=["torch", "C"])
 def kernel(request):
     """Both ways to compute a training step on a CPU."""
-    note = kernels.enable() if request.param == "C" else ""
-    yield
-    kernels.disable()
-    if "not built" in note:
-        pytest.skip(note)
+    if request.param == "C":
+        request.getfixturevalue("compiled")
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -125,7 +121,7 @@ def test_what_is_made_again_is_made_from_what_was_made_again():
 def test_nothing_is_recomputed_or_wrapped_without_a_gradient(tiny_config, monkeypatch, mode):
     model, tokens, _ = build(tiny_config, mode)
     plain, _, _ = build(tiny_config, "none")
-    for name in ("recomputed", "forgetting"):
+    for name in ("checkpoint", "forgetting"):
         monkeypatch.setattr(block, name, None)  # a call would fail
     with torch.no_grad():
         assert torch.equal(model(tokens).loss, plain(tokens).loss)

@@ -15,12 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.config.layout import refusals, uncut
-from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import open_source
-from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, to_device, validate
+from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, validate
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.hf.load import load_weights
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
@@ -30,8 +28,9 @@ from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, free_port
 from dsv3_mtp.parallel.pipeline import balanced, stage_layers
 from dsv3_mtp.trainer import Trainer
-from tests.conftest import TINY_CONFIG
+from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
+from tests.plain_training import plain_steps
 from tests.ranks import _child, run_ranks, write_markov
 
 STEPS = 3
@@ -63,7 +62,6 @@ LAYOUTS: dict[str, tuple[str, int, int, int]] = {
 
 
 def make_config(folder: Path, data: str, overrides: dict[str, Any]) -> Config:
-    sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
     base = {
         "run.dir": str(folder),
         "data.train": data,
@@ -77,46 +75,21 @@ def make_config(folder: Path, data: str, overrides: dict[str, Any]) -> Config:
         "train.balance_loss_weight": 0.01,
         "eval.batches": 3,  # not a multiple of the ranks
     }
-    for key, value in (base | overrides).items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    return Config.model_validate(sections)
+    return tiny(base | overrides)
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The run without DeepSpeed, stages or micro-batches: torch's AdamW and clipping on whole batches."""
+    """The run without DeepSpeed and stages."""
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(config.run.seed)
     seen: dict[str, Any] = {"start": {n: p.clone() for n, p in model.state_dict().items()}, "records": []}
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optim.weight_decay}]
-    groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
-    depths, tokens_seen = config.mtp.depths, 0
-    source = open_source(config.data.train, "train")  # type: ignore[arg-type]
-    sampler = Sampler([source], seq_len=16, lookahead=1 + depths, seed=config.run.seed)
-    for _ in range(STEPS):
-        progress = tokens_seen / config.train.total_tokens
-        size = schedules.batch_size(config.train, progress, config.train.micro_batch_size)
-        tokens_seen += size * 16
-        for group in optimizer.param_groups:
-            group["lr"] = schedules.learning_rate(config.optim, tokens_seen / config.train.total_tokens)
-        (batch,) = sampler.next_batch(size)
-        weights = schedules.depth_loss_weights(config.mtp, progress)
-        alpha = config.train.balance_loss_weight
-        out = model(
-            *to_device(*batch, config=config, device=torch.device("cpu"))[:2],
-            loss_weights=weights,
-            balance_loss_weight=alpha,
-        )
-        optimizer.zero_grad()
-        out.loss.backward()
-        seen.setdefault("grads", {n: p.grad.clone() for n, p in model.named_parameters()})
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-        optimizer.step()
-        model.update_router_bias(out.load, schedules.bias_update_speed(config.train, progress))
-        record = {f"train/{k}": v for k, v in metric_means(metric_sums(out).tolist(), depths).items()}
-        record |= {"train/loss": out.loss.item(), "optim/grad_norm": norm.item()}
-        seen["records"].append(record | {"train/balance_loss": alpha * out.balance.item() / size})
+    for step in plain_steps(model, config, STEPS):
+        seen.setdefault("grads", step.grads)
+        means = metric_means(metric_sums(step.out).tolist(), config.mtp.depths)
+        record = {f"train/{k}": v for k, v in means.items()}
+        record |= {"train/loss": step.out.loss.item(), "optim/grad_norm": step.norm}
+        balance = config.train.balance_loss_weight * step.out.balance.item() / step.size
+        seen["records"].append(record | {"train/balance_loss": balance})
     val = open_source(config.data.val, "val")
     seen["val"] = validate(model, val, config, batches=config.eval.batches, device=torch.device("cpu"))
     return seen | {"state": model.state_dict()}

@@ -18,7 +18,7 @@ from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, start
 from dsv3_mtp.parallel.sequence import slice_rows
 from dsv3_mtp.plan import communication, layout, plan
-from tests.conftest import TINY_CONFIG
+from tests.conftest import tiny
 from tests.ranks import run_ranks
 from tools.meter import Meter
 
@@ -42,17 +42,10 @@ SETTINGS: dict[str, dict[str, Any]] = {  # S = 4: slices of 4 slots, so that dep
 
 
 def configure(settings: dict[str, Any]) -> Config:
-    sections = {name: dict(values) for name, values in TINY_CONFIG.items()}
-    sections["model"]["num_attention_heads"] = 4
-    sections["parallel"] = {"sequence_parallel_size": settings.get("slices", 4)}
-    sections["train"] = sections["train"] | {
-        "micro_batch_size": settings.get("slices", 4),
-        "activation_checkpointing": settings.get("mode", "none"),
-    }
-    for key, value in settings.items():
-        if "." in key:
-            sections[key.partition(".")[0]][key.partition(".")[2]] = value
-    return Config.model_validate(sections)
+    slices = settings.get("slices", 4)
+    base = {"model.num_attention_heads": 4, "parallel.sequence_parallel_size": slices, "train.micro_batch_size": slices}
+    base["train.activation_checkpointing"] = settings.get("mode", "none")
+    return tiny(base | {key: value for key, value in settings.items() if "." in key})
 
 
 def make(settings: dict[str, Any]) -> DeepseekV3MTP:

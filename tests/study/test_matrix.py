@@ -10,8 +10,8 @@ from dsv3_mtp.config import ConfigError
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.study.dryrun import dry_run
+from dsv3_mtp.study.expand import expand, shared_steps, steps_of, training_flops
 from dsv3_mtp.study.matrix import load_study
-from dsv3_mtp.study.plan import plan, shared_steps, steps_of, training_flops
 from tests.study.toy import STEPS, load_toy, write_toy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ SHIPPED = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 
 
 def test_the_matrix_is_every_arm_with_every_seed(tmp_path):
-    runs = plan(load_toy(tmp_path), budgets={})
+    runs = expand(load_toy(tmp_path), budgets={})
     assert [run.name for run in runs] == [
         f"{arm}-seed{seed}" for seed in (1, 2) for arm in ("constant", "step", "none")
     ]
@@ -137,7 +137,7 @@ def test_shared_prefix_ends_with_the_first_step_whose_schedule_differs(tmp_path)
     weights = [schedules.mtp_loss_weight(step.mtp.loss_weight, n / STEPS) for n in range(STEPS)]
     assert shared_steps(constant, step) == weights.index(0.0) == 5
     assert shared_steps(constant, loaded.configs["none"]) == 0
-    forked = [run for run in plan(loaded, budgets={}) if run.parent]
+    forked = [run for run in expand(loaded, budgets={}) if run.parent]
     assert [(run.name, run.parent, run.fork_step) for run in forked] == [
         ("step-seed1", "constant-seed1", 4),  # the last checkpoint within the five steps
         ("step-seed2", "constant-seed2", 4),
@@ -152,7 +152,7 @@ def test_shared_prefix_ends_with_the_first_step_whose_schedule_differs(tmp_path)
 def test_arms_that_differ_in_more_than_a_schedule_share_nothing(tmp_path, setting, value):
     loaded = load_toy(tmp_path, lambda tree: tree["arms"]["step"]["set"].update({setting: value}))
     assert shared_steps(loaded.configs["constant"], loaded.configs["step"]) == 0
-    assert all(run.parent is None for run in plan(loaded, budgets={}))
+    assert all(run.parent is None for run in expand(loaded, budgets={}))
 
 
 def test_matched_flops_give_the_plain_model_more_tokens(tmp_path):
@@ -164,7 +164,7 @@ def test_matched_flops_give_the_plain_model_more_tokens(tmp_path):
         }
 
     loaded = load_toy(tmp_path, add)
-    runs = {run.arm: run.config for run in plan(loaded, budgets={})}
+    runs = {run.arm: run.config for run in expand(loaded, budgets={})}
     one_step = training_flops(runs["none"]) / steps_of(runs["none"])
     assert training_flops(runs["none_flops"]) == pytest.approx(training_flops(runs["constant"]), abs=one_step / 2)
     size = model_size(DeepseekV3MTP(runs["none"].model, runs["none"].mtp), 16)
@@ -186,8 +186,8 @@ def test_an_arm_with_a_measured_time_waits_for_the_measurement(tmp_path):
     match = {"arm": "constant", "by": "cpu_time", "pace": "none"}
     arm = {"about": "x", "set": {"mtp.mode": "none"}, "match": match}
     loaded = load_toy(tmp_path, lambda tree: tree["arms"].update(timed=arm))
-    assert "timed" not in {run.arm for run in plan(loaded, budgets={})}
-    (timed,) = {run.config.train.total_tokens for run in plan(loaded, budgets={"timed": 640}) if run.arm == "timed"}
+    assert "timed" not in {run.arm for run in expand(loaded, budgets={})}
+    (timed,) = {run.config.train.total_tokens for run in expand(loaded, budgets={"timed": 640}) if run.arm == "timed"}
     assert timed == 640
 
 
@@ -195,7 +195,7 @@ def test_dry_run_counts_a_forked_prefix_once(tmp_path):
     text = dry_run(load_toy(tmp_path), jobs=2)
     assert "3 arms x 2 seeds = 6 runs" in text
     assert "constant at step 4" in text
-    runs = {run.arm: run.config for run in plan(load_toy(tmp_path), budgets={})}
+    runs = {run.arm: run.config for run in expand(load_toy(tmp_path), budgets={})}
     total = 2 * (1.5 * training_flops(runs["constant"]) + training_flops(runs["none"]))
     assert f"training FLOPs: {total:.3e}" in text
 
@@ -205,7 +205,7 @@ def test_every_shipped_study_is_valid_at_every_scale(path):
     text = path.read_text()
     assert f"configs/studies/{path.name}" in text.splitlines()[0]
     loaded = load_study(path)
-    assert plan(loaded, budgets={})
+    assert expand(loaded, budgets={})
     assert loaded.study.run.name == path.stem and len(loaded.study.seeds) >= 5
     for scale in set(loaded.study.scales) - {loaded.study.scale}:
         load_study(path, [f"scale={scale}"])

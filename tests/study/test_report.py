@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from dsv3_mtp.study.expand import expand
 from dsv3_mtp.study.findings import Effect, effects_of, verdict
 from dsv3_mtp.study.matrix import Primary, load_study
 from dsv3_mtp.study.measure import describe, loss_error_metrics, loss_errors, write_results
-from dsv3_mtp.study.page import Table, to_markdown
+from dsv3_mtp.study.page import Rows, to_markdown
 from dsv3_mtp.study.pictures import Data, draw_depths, draw_effects
-from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
 from dsv3_mtp.study.run import settings_of
 from dsv3_mtp.study.stats import t_interval
@@ -49,7 +49,7 @@ JITTER = (0.003, -0.001, 0.002, -0.002, 0.001)
 
 def write_runs(loaded, losses, *, drafts=1.5) -> None:
     """losses: arm -> main loss of its mean seed, None where the arm has not been run."""
-    for run in plan(loaded, {}):
+    for run in expand(loaded, {}):
         if losses.get(run.arm) is not None:
             n = run.seed - 1
             value = losses[run.arm] + NOISE[n] + (JITTER[n] if run.arm != "none" else 0.0)
@@ -89,7 +89,7 @@ def test_an_interval_that_covers_zero_is_no_detectable_difference(report):
 
 def test_a_wide_interval_is_not_called_equal(report):
     def wide(loaded):
-        for run in plan(loaded, {}):
+        for run in expand(loaded, {}):
             if run.arm == "constant":
                 shutil.rmtree(loaded.study.folder / run.name)
                 write_run(loaded, run, {"val/main_loss": 4.0 + (run.seed - 3) * 0.1})
@@ -100,7 +100,7 @@ def test_a_wide_interval_is_not_called_equal(report):
 
 def test_runs_of_other_settings_are_not_reported_as_the_studys(report):
     def change(loaded):
-        run = plan(loaded, {})[0]
+        run = expand(loaded, {})[0]
         other = run.config.model_copy(update={"optim": run.config.optim.model_copy(update={"lr": 0.5})})
         (loaded.study.folder / run.name / "config.yaml").write_text(other.to_yaml())
 
@@ -136,7 +136,7 @@ def test_diverged_runs_are_listed_and_count_and_missing_ones_are_listed(report, 
     """A run of the arm that is compared against counts against that one, not against its challenger."""
 
     def diverge(loaded):
-        for run in plan(loaded, {}):
+        for run in expand(loaded, {}):
             if run.name == f"{arm}-seed2":
                 shutil.rmtree(loaded.study.folder / run.name)
                 write_run(loaded, run, {}, status="diverged", error="train/loss = nan")
@@ -152,7 +152,7 @@ def test_exploratory_effects_are_corrected_together_and_primary_ones_apart(tmp_p
     loaded = load_toy(tmp_path, five_seeds)
     write_runs(loaded, {"none": 4.0, "constant": 4.1, "step": 4.2})
     table = {arm: {} for arm in loaded.study.arms}
-    for run in plan(loaded, {}):
+    for run in expand(loaded, {}):
         table[run.arm][run.seed] = json.loads((loaded.study.folder / run.name / "results.json").read_text())
     effects = effects_of(loaded.study, table)
     primary = [e for e in effects if (e.comparison, e.metric) == ("heads", "val/main_loss")]
@@ -164,7 +164,7 @@ def test_exploratory_effects_are_corrected_together_and_primary_ones_apart(tmp_p
 
 def test_solve_rates_have_exact_intervals_and_fishers_test(report):
     def solve(loaded):
-        for run in plan(loaded, {}):
+        for run in expand(loaded, {}):
             path = loaded.study.folder / run.name / "results.json"
             results = json.loads(path.read_text())
             won = run.arm == "constant"
@@ -211,7 +211,7 @@ def test_report_has_the_setup_and_what_honesty_asks_for(report):
 
 
 def test_a_cell_of_several_lines_is_one_line_of_its_table():
-    assert to_markdown([Table(["a", "b"], [["x | y\nz", "1"]])]).splitlines()[-1] == "| x \\| y z | 1 |"
+    assert to_markdown([Rows(["a", "b"], [["x | y\nz", "1"]])]).splitlines()[-1] == "| x \\| y z | 1 |"
 
 
 @pytest.mark.parametrize(("metric", "lines"), [("task/solved", 0), ("task/first_sum", 1)])
@@ -235,7 +235,7 @@ def test_every_override_is_in_the_report_at_its_full_length(tmp_path, monkeypatc
     path = write_toy(tmp_path, lambda tree: tree["arms"]["step"]["set"].update({"mtp.loss_weight": points}))
     sets = ["optim.lr=0.0012345", "optim.weight_decay=0.0123456", "optim.grad_clip=0.5", "train.bias_update_speed=0.01"]
     loaded = load_study(path, sets)
-    write_run(loaded, next(run for run in plan(loaded, {}) if run.arm == "step"), {"val/main_loss": 4.0})
+    write_run(loaded, next(run for run in expand(loaded, {}) if run.arm == "step"), {"val/main_loss": 4.0})
     text = write_report(loaded).read_text()
     assert all(part in text for part in [*sets, json.dumps(points)])
 
@@ -247,7 +247,7 @@ def test_the_relative_loss_error_is_v3s_against_the_reference_run_of_the_same_se
         tree["primary"] |= {"metric": "train/main_loss_error", "margin": 0.25}
 
     def log(loaded):
-        for run in plan(loaded, {}):
+        for run in expand(loaded, {}):
             records = [{"step": n, "tokens": 10 * n, "progress": n / 40} for n in range(1, 41)]
             for record in records:
                 loss = 4 + 1 / record["step"] + run.seed  # another base for every seed

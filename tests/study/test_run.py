@@ -9,15 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import MetricsLog, read_metrics
+from dsv3_mtp.study.expand import expand
 from dsv3_mtp.study.matrix import load_study
 from dsv3_mtp.study.measure import read_results, write_results
-from dsv3_mtp.study.plan import plan
 from dsv3_mtp.study.report import write_report
 from dsv3_mtp.study.run import check_folders, fork, new_budgets, read_budgets, run_study, train_and_measure
-from tests.made_runs import read_state_dict
-from tests.ranks import run_tool, touch
+from tests.made_runs import read_newest
+from tests.ranks import run_tool, timeless, touch
 from tests.study.toy import STEPS, load_toy, write_toy
 
 pytestmark = pytest.mark.dist
@@ -35,15 +34,8 @@ def everything(run) -> bool:
     return True
 
 
-def timeless(folder: Path) -> list[dict]:
-    records = read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "time_s" and not k.startswith("perf/")} for r in records]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest = newest_checkpoint(folder / "checkpoints")
-    assert newest is not None and newest.name == f"global_step{STEPS}"
-    return read_state_dict(newest)
+def records(folder: Path) -> list[dict]:
+    return timeless(read_metrics(folder / "metrics.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +62,7 @@ def test_each_run_is_an_ordinary_run_folder_with_results(finished):
         assert {"config.yaml", "manifest.json", "metrics.jsonl", "curves.png", "checkpoints"} <= set(os.listdir(folder))
         results = read_results(folder)
         assert results["status"] == "finished" and results["seconds_per_token"] > 0
-        assert results["metrics"]["val/main_loss"] == timeless(folder)[-1]["val/main_loss"]
+        assert results["metrics"]["val/main_loss"] == records(folder)[-1]["val/main_loss"]
     drafts = read_results(loaded.study.folder / "constant-seed1")["metrics"]
     assert 1 <= drafts["acceptance/T0/tokens_per_step"] <= 2 and 0 <= drafts["acceptance/T1/joint/1"] <= 1
     assert "acceptance/T0/tokens_per_step" not in read_results(loaded.study.folder / "none-seed1")["metrics"]
@@ -90,8 +82,8 @@ def test_a_forked_run_equals_the_same_run_from_the_start_bitwise(finished, tmp_p
     run_study(whole, only=lambda run: run.name == "step-seed1", jobs=1, say=lambda text: None)
     folder = whole.study.folder / "step-seed1"
     assert read_results(folder)["forked_from"] is None
-    assert timeless(folder) == timeless(forked)
-    expected, got = weights(folder), weights(forked)
+    assert records(folder) == records(forked)
+    expected, got = read_newest(folder), read_newest(forked)
     assert expected.keys() == got.keys() and all(torch.equal(value, got[key]) for key, value in expected.items())
     assert read_results(folder)["metrics"] == read_results(forked)["metrics"]
 
@@ -149,7 +141,7 @@ def test_a_seed_that_diverged_does_not_hold_up_the_arm_with_anothers_time(tmp_pa
 def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path, monkeypatch):
     """Interrupted, then killed while it was measured: the last start trains nothing, and takes a second."""
     loaded = load_toy(tmp_path)
-    run = next(run for run in plan(loaded, {}) if run.arm == "none")
+    run = next(run for run in expand(loaded, {}) if run.arm == "none")
     folder = loaded.study.folder / run.name
     folder.mkdir(parents=True)
     starts = iter([(0, 192, 6.0), (192, 512, 10.0), (512, 512, 1.0)])  # tokens before and after, seconds
@@ -204,7 +196,7 @@ def test_run_folders_of_other_settings_are_refused(finished):
     loaded, _, _ = finished
     other = load_study(loaded.path, ["optim.grad_clip=0.5", "eval.batches=3"])  # the second: other windows
     with pytest.raises(ValueError, match="other settings") as error:
-        check_folders(other.study, plan(other, {}))
+        check_folders(other.study, expand(other, {}))
     assert "optim.grad_clip is 1.0, the study says 0.5" in str(error.value)
     assert "the study says 3" in str(error.value)
 
@@ -241,7 +233,7 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
             time.sleep(0.1)
     assert read_results(folder / "constant-seed1")["status"] == "finished"
     assert (folder / "none-seed1" / "results.json").stat().st_mtime_ns == first
-    assert [r["step"] for r in timeless(folder / "constant-seed1") if "train/loss" in r] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records(folder / "constant-seed1") if "train/loss" in r] == list(range(1, STEPS + 1))
 
 
 def test_the_tool_reports_a_wrong_file_without_a_traceback(tmp_path):

@@ -6,9 +6,8 @@ from typing import Any
 
 import yaml
 
-from dsv3_mtp.config import Config
 from dsv3_mtp.study.matrix import LoadedStudy, load_study
-from tests.conftest import TINY_CONFIG
+from tests.conftest import tiny
 from tests.ranks import write_markov
 
 STEPS = 8
@@ -40,12 +39,9 @@ TOY: dict[str, Any] = {
 def write_toy(folder: Path, change=lambda tree: None) -> Path:
     """study.yaml, its base and its data in `folder`; `change` edits the study's tree first."""
     data = write_markov(folder / "data" / "markov", tokens=3000, documents=40)
-    sections: dict[str, Any] = copy.deepcopy(TINY_CONFIG)
-    sections["data"] |= {"train": data, "val": data}
-    sections["train"] |= {"total_tokens": STEPS * 4 * 16, "dtype": "float32"}
-    sections |= {"checkpoint": {"every": 2, "keep": 1}, "eval": {"every": 4, "batches": 1}}
-    sections |= {"parallel": {"zero_stage": 0}}
-    (folder / "base.yaml").write_text(Config.model_validate(sections).to_yaml())
+    base = {"data.train": data, "data.val": data, "train.total_tokens": STEPS * 4 * 16, "train.dtype": "float32"}
+    base |= {"checkpoint.every": 2, "checkpoint.keep": 1, "eval.batches": 1, "parallel.zero_stage": 0}
+    (folder / "base.yaml").write_text(tiny(base).to_yaml())
     tree = copy.deepcopy(TOY)
     tree["run"]["dir"] = str(folder / "runs")
     change(tree)

@@ -1,6 +1,6 @@
 """The runs that a study stands for: their budgets, and which of them share a prefix.
 
-for run in plan(load_study("configs/studies/lambda.yaml"), budgets={}): print(run.name, run.parent, run.fork_step)
+for run in expand(load_study("configs/studies/lambda.yaml"), budgets={}): print(run.name, run.parent, run.fork_step)
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
-
 from dsv3_mtp import schedules
 from dsv3_mtp.config import Config, ModelConfig, MTPConfig
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.runs import differences
 from dsv3_mtp.study.matrix import LoadedStudy
@@ -46,7 +44,7 @@ class Run:
         return self.config.run.name
 
 
-def plan(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
+def expand(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
     """The runs, seed by seed, parents before the runs that fork from them.
 
     budgets: total_tokens of the arms that match another's measured time; such an arm is left out until it is known.
@@ -100,16 +98,12 @@ def whole_steps(config: Config, tokens: float) -> int:
 
 
 @cache
-def _size(model: ModelConfig, mtp: MTPConfig, seq_len: int, frozen: bool) -> ModelSize:
-    with torch.device("meta"):
-        whole = DeepseekV3MTP(model, mtp)
-    if frozen:
-        whole.freeze_trunk()
-    return model_size(whole, seq_len)
+def _size(model: ModelConfig, mtp: MTPConfig, seq_len: int, freeze: str) -> ModelSize:
+    return model_size(meta_model(model, mtp, freeze=freeze), seq_len)
 
 
 def size_of(config: Config) -> ModelSize:
-    return _size(config.model, config.mtp, config.data.seq_len, config.train.freeze == "trunk")
+    return _size(config.model, config.mtp, config.data.seq_len, config.train.freeze)
 
 
 def steps_of(config: Config) -> int:
