@@ -198,3 +198,19 @@ def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why(tmp_path):
     assert any("fp8.backend: te needs a Hopper GPU" in row for row in rows)
     code, output = run_tool(tool, *config, "--tokens=100", "lniear", log=tmp_path / "wrong")
     assert code == 2 and "no such part: lniear" in output
+    code, output = run_tool(tool, *config, "--rounds=0", log=tmp_path / "none")
+    assert code == 2 and "--rounds 0: must be at least 1" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["refusals", "--set=foo=1"], "foo: unknown key"),
+        (["memory"], "memory: start it with torchrun --nproc_per_node 2"),
+        (["scaling", "--steps=0"], "--steps 0: must be at least 1"),
+    ],
+)
+def test_tables_of_layouts_say_what_they_need(tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.delenv("RANK", raising=False)
+    code, output = run_tool(ROOT / "tools/bench_parallel.py", *arguments, log=tmp_path / "log")
+    assert code == 2 and reason in output and "Traceback" not in output, output

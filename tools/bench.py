@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench_models import SMALL, TINY
+from bench_models import SMALL, TINY, check_transformers
 from bench_process import ROOT, Child
 from bench_startup import startup
 
@@ -125,7 +125,7 @@ def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]
     if "transformers" in options.against:
         if config["mtp"]["mode"] != "none":
             raise ValueError("--against transformers: it trains no MTP heads; add --set mtp.mode=none")
-        check_transformers(config["model"])
+        check_transformers(config["model"], "--against transformers")
         import torch
 
         if torch.cuda.is_available():  # what is tuned are settings of the CPU, and fused AdamW
@@ -161,19 +161,6 @@ def valid(name: str, config: dict[str, Any]) -> dict[str, Any]:
         return Config.model_validate(config).to_dict()
     except ValidationError as error:
         raise ConfigError(name, problems_of(error, config, Config)) from None
-
-
-def check_transformers(model: dict[str, Any]) -> None:
-    """Raises ValueError where transformers computes something else from these settings."""
-    from dsv3_mtp.config import ModelConfig, MTPConfig
-    from dsv3_mtp.hf.settings import representable
-
-    try:
-        _, differences = representable(ModelConfig.model_validate(model), MTPConfig(mode="none"), trunk_only=True)
-    except ValueError as error:
-        raise ValueError(f"--against transformers: {error}") from None
-    if differences:
-        raise ValueError(f"--against transformers: model.{differences[0]}; leave the default")
 
 
 def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
