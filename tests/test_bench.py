@@ -188,6 +188,14 @@ def test_a_killed_process_is_reported_by_its_exit_code(monkeypatch):
         child.ask("step")
 
 
+def test_a_child_in_the_middle_of_something_is_not_waited_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    child = importlib.import_module("bench").Child("dsv3_mtp", {})
+    child.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child.stop()
+    assert child.process.returncode == -15
+
+
 def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why(tmp_path):
     tool, config = ROOT / "tools/bench_kernels.py", ["--config", str(ROOT / "configs/v3_nano.yaml")]
     code, output = run_tool(tool, *config, "--tokens=128", "--rounds=1", log=tmp_path / "log")
