@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,11 +29,15 @@ def run_bench(folder: Path, *arguments: str) -> tuple[int, str]:
     return run_tool(ROOT / "tools/bench.py", *SETS, *arguments, log=folder / "log")
 
 
-def test_transformers_starts_from_the_same_weights_and_batch(make_tiny_config):
+def test_transformers_starts_from_the_same_weights_and_batch_and_learns_alike(make_tiny_config):
+    optim = {"lr": 1e-2, "betas": [0.5, 0.6], "weight_decay": 10.0, "eps": 1e-4}
     config = make_tiny_config({"mtp.mode": "none", "train.dtype": "float32"}).to_dict()
+    config["optim"] |= optim
+    config["train"]["balance_loss_weight"] = 0.0  # transformers has none
     common = {"config": config, "tuned": True, "compiled": False}
-    losses = [bench.build({"kind": kind, **common})[0]().item() for kind in ("ours", "transformers")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    steps = [bench.build({"kind": kind, **common})[0] for kind in ("ours", "transformers")]
+    losses = [[step().item() for _ in range(3)] for step in steps]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the same optimizer, too
 
 
 def test_the_parts_of_a_step_are_all_timed(make_tiny_config):
@@ -47,9 +52,37 @@ def test_the_parts_of_a_step_are_all_timed(make_tiny_config):
     assert list(parts) == names and min(parts.values()) > 0
 
 
+def test_a_shared_module_counts_as_often_as_a_step_runs_it(make_tiny_config, monkeypatch):
+    monkeypatch.setattr(bench, "timed", lambda function: 1.0)
+    config = make_tiny_config({"mtp.num_nextn_predict_layers": 2, "mtp.share_weights": True})
+    _, model, optimizer = bench.build({"kind": "ours", "config": config.to_dict(), "tuned": False, "compiled": False})
+    parts = bench.parts(model, optimizer, config)
+    # Three trunk layers, the first dense, and one module twice, which has five norms; a layer has two, the end one.
+    counts = [parts[name] for name in ("attention", "MoE", "dense feed-forward", "norms")]
+    assert counts == [5, 4, 1, 3 * 2 + 1 + 2 * 5]
+
+
+def test_a_frozen_trunk_stays_as_it_is(make_tiny_config):
+    frozen = {"train.freeze": "trunk", "train.init_from": "there", "mtp.detach": "trunk", "train.dtype": "bfloat16"}
+    spec = {"kind": "ours", "config": make_tiny_config(frozen).to_dict(), "tuned": False, "compiled": False}
+    step, model, _ = bench.build(spec)
+    losses = [step().item() for _ in range(2)]
+    assert losses[0] == losses[1] and model.lm_head.weight.grad is None
+
+
 def test_a_comparison_prints_a_table_and_writes_the_numbers_and_says_which_fp8_backend_cannot_run(tmp_path):
-    code, output = run_bench(tmp_path, "--against", "plain", "fp8", "--rounds=2", f"--json={tmp_path / 'out.json'}")
+    code, output = run_bench(
+        tmp_path,
+        "--against",
+        "plain",
+        "fp8",
+        "--rounds=2",
+        "--set=train.batch_size=4",
+        f"--json={tmp_path / 'out.json'}",
+    )
     assert code == 0 and "without tuning" in output and "1.00x" in output, output
+    assert "freed memory is kept" in output  # products, parts and notes are those of the tuned row
+    assert "a step here is one micro-batch of 2 rows" in output
     rows = json.loads((tmp_path / "out.json").read_text())["variants"]
     plain, own = rows["dsv3_mtp without tuning"], rows["dsv3_mtp"]
     assert own["losses"] == pytest.approx(plain["losses"], rel=1e-4)
@@ -65,7 +98,7 @@ def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(make_tiny
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     variants = importlib.import_module("bench").variants
     config = make_tiny_config({"mtp.mode": "none", "train.dtype": "bfloat16"}).to_dict()
-    options = SimpleNamespace(against=["transformers"], compile=False)
+    options = SimpleNamespace(against=["transformers"], compile=False, parts=False)
     rows = [(child.name, child.dtype, child.spec["tuned"]) for child in variants(config, options)]
     assert rows == [
         ("transformers", "float32", False),
@@ -82,6 +115,70 @@ def test_heads_against_transformers_are_refused_with_the_remedy(tmp_path):
     assert output.strip() == "error: --against transformers: it trains no MTP heads; add --set mtp.mode=none"
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"model.n_shared_experts": 0},
+            "model.n_shared_experts: 0: the layout has no MoE layer without shared experts",
+        ),
+        ({"model.rms_norm_eps": 1e-2}, "model.rms_norm_eps 0.01: .* with 1e-06 in transformers"),
+    ],
+)
+def test_what_transformers_computes_otherwise_is_refused(make_tiny_config, monkeypatch, settings, reason):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    config = make_tiny_config({"mtp.mode": "none"} | settings).to_dict()
+    options = SimpleNamespace(against=["transformers"], compile=False, parts=False)
+    with pytest.raises(ValueError, match=reason):
+        importlib.import_module("bench").variants(config, options)
+
+
+def test_depths_are_compared_for_a_run_with_any_heads(make_tiny_config, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool, options = importlib.import_module("bench"), SimpleNamespace(against=["depths"], compile=False, parts=False)
+    own = {"share_weights": True, "detach": "trunk", "depth_weights": [1.0], "chain": "trunk"}
+    config = make_tiny_config({f"mtp.{key}": value for key, value in own.items()}).to_dict()
+    assert len(tool.variants(config, options)) == 7
+    missing = tool.left_out(config, options)[0]
+    assert missing == "not in these steps: mtp.depth_weights, mtp.chain, mtp.share_weights, mtp.detach"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            ["--against", "depths", "plain"],
+            "--against depths: measures something of its own; leave out --against plain",
+        ),
+        (["--startup", "--parts"], "--startup: measures something of its own; leave out --parts"),
+        (["--json", "missing/numbers.json"], "--json missing/numbers.json: must be a file in a folder that is there"),
+        (["--profile", "."], "--profile .: must be a file in a folder that is there"),
+    ],
+)
+def test_options_that_would_be_ignored_or_fail_at_the_end_are_refused(monkeypatch, capsys, arguments, reason):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+    with pytest.raises(SystemExit):
+        importlib.import_module("bench").parse()
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", [None, {"type": "suffix_sum", "terms": 2, "modulus": 3}])
+def test_startup_is_given_tokens_that_the_model_knows_or_the_task(make_tiny_config, monkeypatch, task):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool, folders = importlib.import_module("bench_startup"), []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        folders.extend(item.removeprefix("data.train=") for item in command if item.startswith("data.train="))
+        assert all(np.fromfile(f"{folder}.bin", np.uint16).max() < 64 for folder in folders)
+        return SimpleNamespace(stdout='MARKS [["python", 1.0]]', stderr="", returncode=0)
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    config = SimpleNamespace(model=make_tiny_config().model, data=SimpleNamespace(task=task))
+    tool.startup(config, [], SimpleNamespace(config="run.yaml", rounds=1, threads=1))
+    assert len(folders) == (task is None)
+
+
 def test_a_killed_process_is_reported_by_its_exit_code(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     child = importlib.import_module("bench").Child("dsv3_mtp", {})
@@ -89,6 +186,14 @@ def test_a_killed_process_is_reported_by_its_exit_code(monkeypatch):
     child.process = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **pipes, text=True)
     with pytest.raises(ValueError, match="dsv3_mtp: ended without a word, exit code -9"):
         child.ask("step")
+
+
+def test_a_child_in_the_middle_of_something_is_not_waited_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    child = importlib.import_module("bench").Child("dsv3_mtp", {})
+    child.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child.stop()
+    assert child.process.returncode == -15
 
 
 def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why(tmp_path):
@@ -101,3 +206,19 @@ def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why(tmp_path):
     assert any("fp8.backend: te needs a Hopper GPU" in row for row in rows)
     code, output = run_tool(tool, *config, "--tokens=100", "lniear", log=tmp_path / "wrong")
     assert code == 2 and "no such part: lniear" in output
+    code, output = run_tool(tool, *config, "--rounds=0", log=tmp_path / "none")
+    assert code == 2 and "--rounds 0: must be at least 1" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["refusals", "--set=foo=1"], "foo: unknown key"),
+        (["memory"], "memory: start it with torchrun --nproc_per_node 2"),
+        (["scaling", "--steps=0"], "--steps 0: must be at least 1"),
+    ],
+)
+def test_tables_of_layouts_say_what_they_need(tmp_path, monkeypatch, arguments, reason):
+    monkeypatch.delenv("RANK", raising=False)
+    code, output = run_tool(ROOT / "tools/bench_parallel.py", *arguments, log=tmp_path / "log")
+    assert code == 2 and reason in output and "Traceback" not in output, output

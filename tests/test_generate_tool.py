@@ -224,6 +224,9 @@ def test_the_benchmark_prints_its_tables(run_tool, folder):
     assert [line.split("  ")[0] for line in out.splitlines()[3:6]] == ["transformers generate()", "plain", "K=1"]
     assert "T3/T1" in out
     assert "break-even K=2" in out
+    code, _, err = run_tool("bench_decode", "--run", folder, *options, "--hf-mtp", f"{folder}/gone")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "gone/config.json: cannot be read" in err
 
 
 @pytest.mark.parametrize("name", ["generate", "bench_decode"])

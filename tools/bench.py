@@ -10,30 +10,42 @@ Examples:
 Every variant has a process of its own; in each round each runs one step, in random order. On a CPU the times are CPU
 seconds of the process, so that other work on the machine touches the ratios little. A ratio is the median of the
 rounds' ratios, with its quartiles in brackets. MFU is against the best product of the same round and dtype.
-Exit codes: 0 done, 2 wrong options or config.
+Exit codes: 0 done, 2 wrong options or config, 130 interrupted.
 """
 
 import argparse
 import json
 import os
 import random
+import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_models import SMALL, TINY
-from bench_process import ROOT, Child, last_words, python_path
+from bench_models import SMALL, TINY, check_transformers
+from bench_process import ROOT, Child
+from bench_startup import startup
 
 PRESETS = {"tiny": TINY, "small": SMALL}  # over configs/v3_tiny.yaml, without heads, 8 x 256 tokens per step
+EXTRAS = ("compile", "parts", "profile", "loss-memory", "startup")
 AGAINST = ("transformers", "plain", "depths", "fp8")
 DEPTHS = [("sequential", d) for d in (1, 2, 4)] + [("parallel", d) for d in (1, 2, 4)]
+# Settings that a step here does not follow, and where there is nothing to follow.
+LEFT_OUT = {
+    "data.mask_documents": False,
+    "optim.moments": "float32",
+    "train.ema_decay": None,
+    "parallel.offload_optimizer": False,
+    "parallel.expert_parallel_size": 1,
+    "parallel.pipeline_stages": 1,
+    "parallel.sequence_parallel_size": 1,
+}
 
 
 def main() -> int:
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not the default, which leaves the children behind
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     from dsv3_mtp.config import load_config
@@ -45,17 +57,20 @@ def main() -> int:
     try:
         config = load_config(options.config, sets)
         if options.startup:
-            text, result = startup(options)
+            text, result = startup(config, sets, options)
         elif options.loss_memory:
             text, result = loss_memory(config.to_dict(), options)
         else:
             text, result = compare(config.to_dict(), options)
-    except ValueError as error:
+        print(text)
+        if options.json is not None:
+            Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(text)
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -77,15 +92,27 @@ def parse() -> argparse.Namespace:
     for key in ("rounds", "threads"):
         if getattr(options, key) < 1:
             parser.error(f"--{key} {getattr(options, key)}: must be at least 1")
+    for key in ("json", "profile"):
+        file = getattr(options, key)
+        if file is not None and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
+            parser.error(f"--{key} {file}: must be a file in a folder that is there and can be written")
+    asked = [f"--against {name}" for name in dict.fromkeys(options.against)]
+    asked += [f"--{name}" for name in EXTRAS if getattr(options, name.replace("-", "_"))]
+    for alone in ("--against depths", "--loss-memory", "--startup"):
+        if alone in asked and len(asked) > 1:
+            rest = ", ".join(name for name in asked if name != alone)
+            parser.error(f"{alone}: measures something of its own; leave out {rest}")
     return options
 
 
 def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]:
     """The first one is what the others are compared with."""
     own_dtype = config["train"]["dtype"]
+    if options.parts and config["train"]["freeze"] == "trunk":
+        raise ValueError("--parts: times the backward of every part, a frozen trunk has none; set train.freeze=none")
 
     def ours(name: str, *, tuned: bool = True, compiled: bool = False, section: str = "mtp", **changes: Any) -> Child:
-        changed = config | {section: config[section] | changes}
+        changed = valid(name, config | {section: config[section] | changes})
         return Child(name, {"kind": "ours", "config": changed, "tuned": tuned, "compiled": compiled})
 
     def theirs(name: str, dtype: str, *, tuned: bool) -> Child:
@@ -93,12 +120,14 @@ def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]
         return Child(name, {"kind": "transformers", "config": changed, "tuned": tuned})
 
     if "depths" in options.against:
+        config = config | {"mtp": {"loss_weight": config["mtp"]["loss_weight"]}}  # these heads are not the run's
         rows = [ours("D=0", mode="none")]
         return rows + [ours(f"{mode} D={d}", mode=mode, num_nextn_predict_layers=d) for mode, d in DEPTHS]
     rows = []
     if "transformers" in options.against:
         if config["mtp"]["mode"] != "none":
             raise ValueError("--against transformers: it trains no MTP heads; add --set mtp.mode=none")
+        check_transformers(config["model"], "--against transformers")
         import torch
 
         if torch.cuda.is_available():  # what is tuned are settings of the CPU, and fused AdamW
@@ -123,6 +152,19 @@ def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]
     return rows
 
 
+def valid(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The config of one variant; raises ConfigError with its name where the variant cannot have some other setting."""
+    from pydantic import ValidationError
+
+    from dsv3_mtp.config import Config, ConfigError
+    from dsv3_mtp.config.reader import problems_of
+
+    try:
+        return Config.model_validate(config).to_dict()
+    except ValidationError as error:
+        raise ConfigError(name, problems_of(error, config, Config)) from None
+
+
 def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     children, missing = variants(config, options), list[str]()
     try:
@@ -136,7 +178,9 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
                     raise
                 children.remove(child)
                 missing.append(f"not run: {error}")
-        ours = next(c for c in children if c.spec["kind"] == "ours" and c.dtype == config["train"]["dtype"])
+        # Whose products, parts and profile are shown: the first row that runs as tools/train.py does.
+        own = {"kind": "ours", "tuned": True}
+        ours = next(c for c in children if own.items() <= c.spec.items() and c.dtype == config["train"]["dtype"])
         peaks: dict[str, list[float]] = {child.dtype: [] for child in children}
         for _ in range(options.rounds):
             for dtype, rates in peaks.items():
@@ -150,11 +194,11 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
             "variants": {child.name: figures(child, children[0], ours, peaks[child.dtype]) for child in children},
         }
         text = [
-            f"{ours.tokens} tokens per step, {options.threads} threads, {options.rounds} rounds; {config_line(ours)}"
-            f"; best product {statistics.median(peaks[ours.dtype]) / 1e12:.3g} TFLOP/s"
+            f"{ours.tokens} tokens per step, {options.threads} threads, {options.rounds} rounds, {ours.first['clock']}"
+            f" seconds; {config_line(ours)}; best product {statistics.median(peaks[ours.dtype]) / 1e12:.3g} TFLOP/s"
         ]
         text.append(table(result["variants"]))
-        text += missing + ours.first["notes"]
+        text += missing + ours.first["notes"] + left_out(config, options)
         if options.parts:
             result["parts"] = ours.ask("parts")
             text.append(parts_table(result["parts"], statistics.median(a["seconds"] for a in ours.answers)))
@@ -165,6 +209,22 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
             if hasattr(child, "process"):
                 child.stop()
     return "\n".join(text), result
+
+
+def left_out(config: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """Lines on what a step of this run has that a step here does not."""
+    from dsv3_mtp.config import MTPConfig
+
+    train, notes, defaults = config["train"], list[str](), dict(LEFT_OUT)
+    if "depths" in options.against:
+        own = MTPConfig().model_dump(exclude={"mode", "num_nextn_predict_layers", "loss_weight"})
+        defaults |= {f"mtp.{key}": default for key, default in own.items()}
+    keys = [name for name, default in defaults.items() if config[name.split(".")[0]][name.split(".")[1]] != default]
+    if keys:
+        notes.append(f"not in these steps: {', '.join(keys)}")
+    if train["batch_size"] != (micro := train["micro_batch_size"]):
+        notes.append(f"a step here is one micro-batch of {micro} rows and an update, not train.batch_size rows")
+    return notes
 
 
 def config_line(ours: Child) -> str:
@@ -213,10 +273,10 @@ def loss_memory(config: dict[str, Any], options: argparse.Namespace) -> tuple[st
     """Each number from a fresh process."""
     result: dict[str, Any] = {}
     train, data, vocab = config["train"], config["data"], config["model"]["vocab_size"]
-    lines = [f"loss of 1+D heads, {train['micro_batch_size'] * data['seq_len']} tokens, vocabulary {vocab}"]
+    tokens = train["micro_batch_size"] * data["seq_len"]
+    lines = [f"loss of 1+D heads in float32, {tokens} tokens, vocabulary {vocab}"]
     for depths in (0, 1, 2, 4):
-        mode = "sequential" if depths else "none"
-        mtp = config["mtp"] | {"mode": mode, "num_nextn_predict_layers": depths}
+        mtp = {"mode": "sequential" if depths else "none", "num_nextn_predict_layers": depths}
         for kind in ("naive", "chunked"):
             child = Child(kind, {"kind": kind, "config": config | {"mtp": mtp}})
             child.start(options.threads)
@@ -225,54 +285,6 @@ def loss_memory(config: dict[str, Any], options: argparse.Namespace) -> tuple[st
         naive, own = (result[f"{kind} D={depths}"] / 2**20 for kind in ("naive", "chunked"))
         lines.append(f"    D={depths}: all logits at once {naive:8.0f} MiB, by chunks {own:6.0f} MiB")
     return "\n".join(lines), result
-
-
-STARTUP = """
-import sys, time
-marks = [("python", time.process_time())]
-def mark(name): marks.append((name, time.process_time()))
-from dsv3_mtp.config import load_config
-config = load_config(sys.argv[1], sys.argv[2:]); mark("read the config")
-import torch; mark("import torch")
-import dsv3_mtp.parallel.launch; mark("import deepspeed")
-import dsv3_mtp.trainer; mark("import the rest")
-trainer = dsv3_mtp.trainer.Trainer(config, command=["bench"]); mark("process group, data, model, engine")
-trainer.log.append = lambda record: None
-trainer.optimizer_step(); mark("first step")
-trainer.optimizer_step(); mark("second step")
-import json, os
-print("MARKS", json.dumps(marks), flush=True); os._exit(0)
-"""
-
-
-def startup(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """CPU seconds of each phase, medians over the rounds, each round a fresh process on random tokens."""
-    import numpy as np
-
-    from dsv3_mtp.data.megatron import write_index
-
-    phases: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        tokens = np.random.default_rng(0).integers(0, 2048, 50_000).astype(np.uint16)
-        tokens.tofile(f"{folder}/random.bin")
-        write_index(Path(f"{folder}/random.idx"), tokens.dtype, np.array([len(tokens)]))
-        for number in range(options.rounds):
-            sets = [f"data.train={folder}/random", f"data.val={folder}/random", "data.build=null"]
-            sets += [f"run.dir={folder}/runs", f"run.name=r{number}", f"train.threads={options.threads}", *options.sets]
-            command = [sys.executable, "-c", STARTUP, options.config, *sets]
-            environment = {**os.environ, "PYTHONPATH": python_path()}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            line = next((line for line in done.stdout.splitlines() if line.startswith("MARKS ")), None)
-            if line is None:
-                raise ValueError(f"--startup: {last_words(done.stderr, done.returncode)}")
-            before = 0.0
-            for name, at in json.loads(line.removeprefix("MARKS ")):
-                phases.setdefault(name, []).append(at - before)
-                before = at
-    medians = {name: statistics.median(times) for name, times in phases.items()}
-    total = sum(seconds for name, seconds in medians.items() if name != "second step")
-    lines = [f"    {name:40}{seconds:>7.2f} CPU-s" for name, seconds in medians.items()]
-    return "\n".join([*lines, f"    {'command to the end of the first step':40}{total:>7.2f} CPU-s"]), medians
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ CPU seconds of the process on a CPU, so that other work on the machine counts li
 
 import copy
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +52,8 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
         model = DeepseekV3MTP(config.model, config.mtp)
     model.to_empty(device=DEVICE)
     model.init_weights(config.run.seed)
+    if config.train.freeze == "trunk":
+        model.freeze_trunk()
     generator = torch.Generator().manual_seed(config.run.seed)
     shape = (config.train.micro_batch_size, config.data.seq_len + 1 + config.mtp.depths)
     tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(DEVICE)
@@ -72,6 +73,7 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
     # Its states in the type of the weights that it updates, as transformers'.
     optimizer = build_optimizer(masters, config.optim.model_copy(update={"moments": "float32"}))
     pairs = [] if masters is model else list(zip(masters.parameters(), model.parameters(), strict=True))
+    pairs = [(master, parameter) for master, parameter in pairs if parameter.requires_grad]
     alpha = config.train.balance_loss_weight
 
     def step() -> Tensor:
@@ -96,11 +98,11 @@ def transformers_step(ours: DeepseekV3MTP, tokens: Tensor, config: Config, *, tu
     import transformers
 
     content = to_config_json(config.model, 0, dtype="fp32", special_ids={})
-    settings = transformers.DeepseekV3Config.from_dict(content | {"use_cache": False})
+    shape = transformers.DeepseekV3Config.from_dict(content | {"use_cache": False})
     if tuned and DEVICE.type == "cpu":
-        settings._attn_implementation = "eager"
+        shape._attn_implementation = "eager"
     with DEVICE:
-        model: Any = transformers.DeepseekV3ForCausalLM(settings)
+        model: Any = transformers.DeepseekV3ForCausalLM(shape)
     model.load_state_dict(
         {name: w for name, w in ours.state_dict().items() if not name.startswith("mtp.")}, strict=True
     )
@@ -109,7 +111,12 @@ def transformers_step(ours: DeepseekV3MTP, tokens: Tensor, config: Config, *, tu
     for parameter in model.parameters():  # not the buffers: frequencies of the rotary embedding, router biases
         parameter.data = parameter.data.to(torch.bfloat16 if low and not autocast else torch.float32)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True if tuned else None)
+    groups: list[dict[str, Any]] = [  # as in dsv3_mtp/optim.py
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optim.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    settings = config.optim.model_dump(include={"lr", "betas", "eps"})
+    optimizer = torch.optim.AdamW(groups, **settings, fused=True if tuned else None)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
 
     def step() -> Tensor:
@@ -142,10 +149,13 @@ def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
         times = sorted(timed(both) for _ in range(6))
         return times[2]  # the first run, which also compiles and allocates, is never the third fastest of six
 
-    layers = [*model.model.layers, *(model.mtp.layers if hasattr(model.mtp, "layers") else ())]
+    stack = [model.model, *([model.mtp] if hasattr(model.mtp, "layers") else [])]
+    if config.mtp.share_weights:
+        stack[1:] *= config.mtp.depths  # one module, run at every depth
+    layers = [layer for part in stack for layer in part.layers]
     sparse: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, MoE)]
     dense: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, MLP)]
-    norms = sum(isinstance(m, RMSNorm) and m.weight.numel() == width for m in model.modules())
+    norms = sum(isinstance(m, RMSNorm) and m.weight.numel() == width for part in stack for m in part.modules())
     result = {"attention": len(layers) * median(lambda: layers[0].self_attn(x, angles, None))}
     if sparse:
         result["MoE"] = len(sparse) * median(lambda: sparse[0](x)[0])
@@ -221,9 +231,9 @@ def main() -> None:
         answer(loss_memory(config, naive=spec["kind"] == "naive"))
         return
     notes = tuning.tune(DEVICE) if spec["tuned"] and spec["kind"] == "ours" else []
-    if spec["tuned"] and spec["kind"] == "transformers" and DEVICE.type == "cpu":
-        tuning.keep_freed_memory()
     step, model, optimizer = build(spec)
+    if spec["tuned"] and spec["kind"] == "transformers" and DEVICE.type == "cpu":
+        tuning.keep_freed_memory()  # not before: the step would find the memory of the model that the weights came from
     if isinstance(model, DeepseekV3MTP):
         notes += set_precision(model, config, DEVICE)
     if DEVICE.type == "cuda":
@@ -232,7 +242,8 @@ def main() -> None:
     built = held()
     losses = [step().item() for _ in range(3)]
     size = model_size(model, config.data.seq_len) if isinstance(model, DeepseekV3MTP) else None
-    answer({"losses": losses, "notes": notes, "flops_per_token": size and size.flops_per_token, "pid": os.getpid()})
+    clock = "CPU" if DEVICE.type == "cpu" else "wall"
+    answer({"losses": losses, "notes": notes, "flops_per_token": size and size.flops_per_token, "clock": clock})
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
         if command == "step":

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_models import TINY
+from bench_models import TINY, check_transformers
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/v3_tiny.yaml"
 RANDOM_MODEL = TINY | {"max_position_embeddings": 512, "initializer_range": 0.05}
@@ -31,7 +31,7 @@ def main() -> int:
     try:
         model, prompt, name = load(options)
         variants = make_variants(model, prompt, options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{name}\nprompt of {len(prompt)} tokens, {options.new_tokens} new, greedy, batch 1, {options.rounds} rounds")
@@ -107,7 +107,7 @@ def make_variants(model: Any, prompt: list[int], options: argparse.Namespace) ->
 
     variants = {"transformers generate()": transformers_generate(model, prompt, options.new_tokens)}
     if options.hf_mtp is not None:
-        variants["transformers use_mtp=True"] = transformers_mtp(options.hf_mtp, prompt, options.new_tokens)
+        variants["transformers use_mtp=True"] = transformers_mtp(options.hf_mtp, model, prompt, options.new_tokens)
     variants["plain"] = ours()
     if model.depths:
         from dsv3_mtp.decode.draft import draft_limit
@@ -130,6 +130,7 @@ def transformers_generate(model: Any, prompt: list[int], count: int) -> Callable
         import transformers
     except ImportError:
         raise ValueError("transformers is not installed; pip install 'dsv3_mtp[hf]'") from None
+    check_transformers(model.config.model_dump(), "transformers' generate()")
     content = to_config_json(model.config, 0, dtype="fp32", special_ids={})
     config = transformers.DeepseekV3Config.from_dict(content)
     theirs = transformers.DeepseekV3ForCausalLM(config).to(model.lm_head.weight.dtype).eval()
@@ -138,11 +139,16 @@ def transformers_generate(model: Any, prompt: list[int], count: int) -> Callable
     return lambda: hf_generate(theirs, torch.tensor([prompt]), count)
 
 
-def transformers_mtp(folder: str, prompt: list[int], count: int) -> Callable[[], list[int]]:
-    """transformers' own self-speculative decoding on an exported folder (tools/export_hf.py)."""
+def transformers_mtp(folder: str, model: Any, prompt: list[int], count: int) -> Callable[[], list[int]]:
+    """transformers' own self-speculative decoding on an exported folder (tools/export_hf.py) of this model."""
     import torch
     import transformers
 
+    from dsv3_mtp.hf.settings import read_settings
+
+    settings = read_settings(Path(folder))  # a folder that is missing would be asked for on the hub
+    if settings.model != model.config or not settings.modules:
+        raise ValueError(f"--hf-mtp {folder}: needs this model with its MTP modules; export it with tools/export_hf.py")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     layers, modules = theirs.config.num_hidden_layers, theirs.config.num_nextn_predict_layers
     # transformers 5.23 finds MTP weights by a pattern that names DeepSeek-V3's layer 61.

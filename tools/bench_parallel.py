@@ -43,11 +43,26 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="a.b=c")
     parser.add_argument("--steps", type=int, default=20, help="scaling: optimizer steps that are measured")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: must be at least 1")
+    if args.table in ("memory", "scaling") and "RANK" not in os.environ:
+        parser.error(f"{args.table}: start it with torchrun --nproc_per_node 2 tools/bench_parallel.py {args.table}")
     from dsv3_mtp.config import load_config
 
-    if args.table == "refusals":
-        print(composition(load_config(args.config, args.sets)))
-        return 0
+    try:
+        config = load_config(args.config, args.sets)
+        if args.table == "refusals":
+            print(composition(config))
+        else:
+            measure(args)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sets = [*args.sets, f"run.dir={folder}", "log.tensorboard=false"]
         {"activations": activations, "memory": memory, "scaling": scaling}[args.table](args, sets)
@@ -55,7 +70,6 @@ def main() -> int:
         from dsv3_mtp.parallel.launch import finish
 
         finish()
-    return 0
 
 
 def composition(config: Any) -> str:

@@ -64,6 +64,7 @@ class Child:
         return json.loads(line)
 
     def stop(self) -> None:
+        self.process.terminate()  # also in the middle of a step, or while it builds: nobody waits for that any more
         self.process.communicate()
 
 
