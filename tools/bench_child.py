@@ -21,7 +21,7 @@ from dsv3_mtp import tuning
 from dsv3_mtp.config import Config
 from dsv3_mtp.hf.settings import to_config_json
 from dsv3_mtp.losses import linear_cross_entropy
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import MoE
 from dsv3_mtp.model.size import model_size
@@ -48,12 +48,9 @@ def timed(function: Callable[[], Any]) -> float:
 def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
     """A step that returns its main loss, the model, and the optimizer. All kinds start from the same weights."""
     config = Config.model_validate(spec["config"])
-    with torch.device("meta"):
-        model = DeepseekV3MTP(config.model, config.mtp)
+    model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
     model.to_empty(device=DEVICE)
     model.init_weights(config.run.seed)
-    if config.train.freeze == "trunk":
-        model.freeze_trunk()
     generator = torch.Generator().manual_seed(config.run.seed)
     shape = (config.train.micro_batch_size, config.data.seq_len + 1 + config.mtp.depths)
     tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(DEVICE)
