@@ -40,9 +40,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: 32")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     options = parser.parse_args()
-    for key in ("draft_depth", "prefixes", "prefix_tokens", "new_tokens", "threads"):
-        if getattr(options, key) < 1:
-            parser.error(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 1")
+    least = {"draft_depth": 1, "prefixes": 1, "prefix_tokens": 1, "new_tokens": 3, "threads": 1}  # 2: nothing to draft
+    for key, bound in least.items():
+        if getattr(options, key) < bound:
+            parser.error(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least {bound}")
     return options
 
 
