@@ -76,6 +76,10 @@ def validation_prefixes(config: Any, options: argparse.Namespace) -> list[list[i
     task = config.data.task
     if task is not None and task.type != "markov":
         raise ValueError(f"{config.run.name}: data.task {task.type} has no text; tools/evaluate.py drafts its answers")
+    needed, longest = options.prefix_tokens + options.new_tokens, config.model.max_position_embeddings
+    if needed > longest:
+        text = f"--prefix-tokens + --new-tokens must be <= model.max_position_embeddings = {longest} (got {needed})"
+        raise ValueError(f"{config.run.name}: {text}")
     size = {"seq_len": options.prefix_tokens, "count": options.prefixes}
     [(tokens, *_)] = sequential_windows(validation_source(config), lookahead=0, **size)
     return tokens.tolist()
