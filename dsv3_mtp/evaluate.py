@@ -164,9 +164,10 @@ def acceptance(
     """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
 
     A prompt is half a window of seq_len tokens, shorter where `new_tokens` need the room. On a task it is the text
-    before an answer, and the answers are decoded; those of one token have nothing to draft. Returns
-    `val/acceptance/k`, joint for drafts 1..k, `val/tokens_per_step`, and `val/distinct`, the share of distinct tokens:
-    a model that repeats itself accepts everything.
+    before an answer, and the answers are decoded; those of one or two tokens have nothing to draft: the first comes
+    with the prompt, the last of a step from the main head. Returns `val/acceptance/k`, joint for drafts 1..k,
+    `val/tokens_per_step`, and `val/distinct`, the share of distinct tokens: a model that repeats itself accepts
+    everything.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
@@ -179,7 +180,7 @@ def acceptance(
             raise ValueError(f"{new_tokens} new tokens leave no room for a prompt; give fewer (--new-tokens)")
         windows = sequential_windows(source, seq_len=length, lookahead=0, count=prompts, micro_batch_size=prompts)
         texts = windows[0][0].tolist()
-    if new_tokens < 2:
+    if new_tokens < 3:
         return {}
     settings = Settings(max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature)
     out = generate(model, texts, settings)

@@ -109,7 +109,7 @@ class Trainer:
                 record, stopping = self.optimizer_step()
                 self.display.advance(step=self.step, tokens=self.tokens, eta_s=self.eta())
                 done = self.tokens >= total
-                if self.step % config.log.every == 0 or self.step == 1 or done or stopping:
+                if self.step % config.log.every == 0 or self.step == 1 or done:
                     self.report(record)
                 warned = warned or self.warn_of_leak(record)
                 with self.clock.paused():

@@ -1,4 +1,4 @@
-"""tools/generate.py and tools/bench_decode.py from the outside."""
+"""tools/generate.py, tools/acceptance.py and tools/bench_decode.py from the outside."""
 
 import importlib.util
 import io
@@ -269,3 +269,11 @@ def test_a_full_disk_is_one_line(run_tool, folder, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Full())
     code, _, err = run_tool("generate", "--run", folder, "--prompt", "def", *SHORT)
     assert (code, err) == (2, "error: [Errno 28] No space left on device\n")
+
+
+def test_acceptance_refuses_what_would_not_be_measured_as_asked(run_tool, folder):
+    asked = ("acceptance", "--run", folder, "--threads", "1")
+    code, _, said = run_tool(*asked, "--new-tokens", "2")
+    assert code == 2 and "--new-tokens 2: must be at least 3" in said
+    code, _, said = run_tool(*asked, "--prefix-tokens", "14", "--new-tokens", "3")
+    assert code == 2 and "--prefix-tokens + --new-tokens must be <= model.max_position_embeddings = 16 (got 17)" in said

@@ -40,9 +40,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: 32")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     options = parser.parse_args()
-    for key in ("draft_depth", "prefixes", "prefix_tokens", "new_tokens", "threads"):
-        if getattr(options, key) < 1:
-            parser.error(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 1")
+    least = {"draft_depth": 1, "prefixes": 1, "prefix_tokens": 1, "new_tokens": 3, "threads": 1}  # 2: nothing to draft
+    for key, bound in least.items():
+        if getattr(options, key) < bound:
+            parser.error(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least {bound}")
     return options
 
 
@@ -72,6 +73,10 @@ def validation_prefixes(config: Any, options: argparse.Namespace) -> list[list[i
     task = config.data.task
     if task is not None and task.type != "markov":
         raise ValueError(f"{config.run.name}: data.task {task.type} has no text; tools/evaluate.py drafts its answers")
+    needed, longest = options.prefix_tokens + options.new_tokens, config.model.max_position_embeddings
+    if needed > longest:
+        text = f"--prefix-tokens + --new-tokens must be <= model.max_position_embeddings = {longest} (got {needed})"
+        raise ValueError(f"{config.run.name}: {text}")
     size = {"seq_len": options.prefix_tokens, "count": options.prefixes}
     [(tokens, *_)] = sequential_windows(validation_source(config), lookahead=0, **size)
     return tokens.tolist()

@@ -80,8 +80,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"{names}: {'no effect with' if options.lm_eval else 'only with'} --lm-eval")
     if options.prompts < 0:
         parser.error(f"--prompts {options.prompts}: must be at least 0")
-    if options.new_tokens is not None and options.new_tokens < 2:
-        parser.error(f"--new-tokens {options.new_tokens}: must be at least 2: the first has no draft")
+    if options.new_tokens is not None and options.new_tokens < 3:
+        parser.error(f"--new-tokens {options.new_tokens}: must be at least 3: the first and the last have no draft")
     if options.new_tokens is not None and not options.prompts:
         parser.error("--new-tokens: no effect with --prompts 0")
     if options.hf and not options.data and not options.lm_eval:

@@ -33,7 +33,12 @@ def main() -> int:
         failed = [] if options.report_only else run(loaded, options)
         from dsv3_mtp.study.report import write_report
 
-        print(f"report: {write_report(loaded)}")
+        try:
+            print(f"report: {write_report(loaded)}")
+        except ValueError as error:
+            if not failed:
+                raise
+            print(error, file=sys.stderr)
         return 1 if failed else 0
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

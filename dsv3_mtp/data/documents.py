@@ -3,6 +3,7 @@
 Every reader can start at any record and names file and record in its errors, which are all ValueError.
 """
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -78,6 +79,7 @@ class FileInputs:
 
 def _find_files(patterns: list[str]) -> list[Path]:
     files: dict[Path, Path] = {}  # a file that two patterns name, however they write it, is read once
+    missing = []
     for pattern in patterns:
         path = Path(pattern)
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
@@ -88,9 +90,12 @@ def _find_files(patterns: list[str]) -> list[Path]:
             found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
             found = [path] if path.is_file() else found
         if not found or not pattern:  # Path("") is the working directory
-            raise ValueError(f"{pattern or repr(pattern)}: no file is there or matches it")
+            missing.append(f"{pattern or repr(pattern)}: no file is there or matches it")
+            continue
         for file in found:
             files.setdefault(file.resolve(), file)
+    if missing:
+        raise ValueError("\n".join(missing))
     return list(files.values())
 
 
@@ -130,7 +135,7 @@ def _open_records(path: Path, key: str, start: int) -> Iterator[Record]:
 
 def _text_records(path: Path, start: int) -> Iterator[Record]:
     if start == 0:
-        content = path.read_bytes()
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # how editors mark UTF-8: no text
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:

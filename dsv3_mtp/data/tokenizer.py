@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,15 @@ EOS_NAMES = (
 )
 SPECIAL_TOKENS = (END_OF_TEXT, *FIM_NAMES[0])
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
+# The trainer takes time with the square of a word's length: a megabyte of base64 would keep it busy for an hour.
+ENDLESS_WORD = re.compile(r"(\S{1000}|\s{1000})")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     """A byte-level BPE with exactly `vocab_size` tokens as the text of a tokenizer.json.
 
-    `<|endoftext|>` has id 0, the three fill-in-the-middle tokens follow. Deterministic.
+    `<|endoftext|>` has id 0, the three fill-in-the-middle tokens follow. Words are learned from in pieces of at most
+    1000 characters. Deterministic.
 
     Raises ValueError when `vocab_size` is below 260 or above what the texts can fill.
     """
@@ -55,7 +59,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((ENDLESS_WORD.split(text) for text in texts), trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
             f"vocab_size {vocab_size}: the training documents have pairs for only "

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dsv3_mtp.config import Config, ConfigError, load_config
+from dsv3_mtp.config import Config, ConfigError, layout, load_config
 from dsv3_mtp.config.model import Count, FilePath, FolderName, Fraction, Integer, Positive, Section, Text
 from dsv3_mtp.config.reader import Problem, problems_of, read_tree, show
 from dsv3_mtp.study.metric_names import METRICS, NEEDS, family
@@ -92,8 +92,8 @@ class Acceptance(Section):
 
     prefixes: Count = 64
     prefix_tokens: Count = 64
-    new_tokens: Annotated[Integer, Field(ge=2)] = 16
-    """The first of a step comes from the main model: one has nothing to draft."""
+    new_tokens: Annotated[Integer, Field(ge=3)] = 16
+    """The first comes with the prompt, and the last of a step from the main model: two have nothing to draft."""
 
 
 class Scale(Section):
@@ -220,9 +220,11 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     for name in study.arms:
         try:
             configs[name] = load_config(base, list(_settings(study, name, of_runs)))
+            refused = list(layout.problems(configs[name], world_size=1))  # a run of a study is one process
         except ConfigError as error:
-            for problem in error.problems:
-                found.setdefault(problem, []).append(name)
+            refused = list(error.problems)
+        for problem in refused:
+            found.setdefault(problem, []).append(name)
     problems += _measuring_problems(study, configs)
     for (key, text), arms in found.items():
         where = "every arm" if len(arms) == len(study.arms) else f"arms.{', '.join(arms)}"

@@ -49,7 +49,7 @@ def write_report(loaded: LoadedStudy) -> Path:
             starts.append(json.loads((folder / run.name / "manifest.json").read_text())["starts"][-1])
     if not starts:
         raise ValueError(
-            f"{folder}: no run is finished and measured as this study asks; run it without --report-only first"
+            f"{folder}: no run is finished and measured as this study asks, so that there is nothing to report"
         )
     for arm, seed, reference in findings.references(study, curves):
         if table[arm][seed]["status"] == "finished":

@@ -1,3 +1,4 @@
+import codecs
 import gzip
 import hashlib
 import json
@@ -34,7 +35,7 @@ def write(kind: str, folder: Path) -> Path:
     path = folder / f"data.{kind}"
     match kind:
         case "jsonl":
-            path.write_bytes(jsonl(TEXTS))
+            path.write_bytes(codecs.BOM_UTF8 + jsonl(TEXTS))
         case "jsonl.gz":
             path.write_bytes(gzip.compress(jsonl(TEXTS[:9])) + gzip.compress(jsonl(TEXTS[9:])))
         case "jsonl.zst":
@@ -47,7 +48,7 @@ def write(kind: str, folder: Path) -> Path:
         case "folder":
             path.mkdir()
             for i, text in enumerate(TEXTS):
-                (path / f"{i:02d}.txt").write_bytes(text.encode())
+                (path / f"{i:02d}.txt").write_bytes(codecs.BOM_UTF8 * (i % 2) + text.encode())
     return path
 
 
@@ -126,10 +127,8 @@ def test_a_bad_column_is_one_error_with_file_and_row(tmp_path: Path, table, mess
 
 
 def test_nothing_found_a_dataset_dict_and_a_torn_dataset_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"none\.txt: no file is there"):
-        inputs(tmp_path / "none.txt")
-    with pytest.raises(ValueError, match="'': no file is there"):
-        inputs("")
+    with pytest.raises(ValueError, match=r"none\.txt: no file is there or matches it\n'': no file is there"):
+        inputs(tmp_path / "none.txt", "")
     saved_dataset(tmp_path / "train", TEXTS)
     (tmp_path / "dataset_dict.json").write_text("{}")
     with pytest.raises(ValueError, match=r"a saved DatasetDict; give the folder of one.*train"):

@@ -123,3 +123,10 @@ def test_a_prepared_folder_decodes_to_its_text(pystdlib: Path, small_stdlib: Pat
         texts.append(encoder.tokenizer.decode(source.read(int(start), int(stop) - 1).tolist()))
     assert texts == [d.text for d in stdlib_inputs(small_stdlib).read() if d.split == "val"]
     assert source.bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_a_word_without_end_is_learned_from_in_pieces():
+    """At once it would take the trainer the square of its length, and give tokens that are half of it."""
+    blob = [letter * 20_000 for letter in "x "]
+    learned = json.loads(train_tokenizer(blob, 284))["model"]["vocab"]
+    assert max(map(len, learned)) <= 1000

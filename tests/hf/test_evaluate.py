@@ -150,7 +150,7 @@ def test_user_errors_have_exit_code_2(run, monkeypatch, capsys, arguments, messa
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--new-tokens", "1"), "must be at least 2"), (("--new-tokens", "8", "--prompts", "0"), "no effect")],
+    [(("--new-tokens", "2"), "must be at least 3"), (("--new-tokens", "8", "--prompts", "0"), "no effect")],
 )
 def test_options_that_would_measure_no_acceptance_are_refused(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", "run", *arguments])

@@ -103,6 +103,8 @@ def test_what_the_arms_models_and_data_do_not_allow_to_measure_is_refused(tmp_pa
     def ask(tree):
         tree["acceptance"] |= {"prefix_tokens": 13}
         tree["solve_threshold"] = 0.5
+        tree["set"] = {"train.micro_batch_size": 1, "parallel.zero_stage": 1}
+        tree["arms"]["step"]["set"]["parallel.pipeline_stages"] = 2
         tree["arms"]["none"]["set"]["mtp.mode"] = datetime.date(2024, 1, 1)  # what YAML reads 2024-01-01 as
 
     with pytest.raises(ConfigError) as error:
@@ -110,6 +112,7 @@ def test_what_the_arms_models_and_data_do_not_allow_to_measure_is_refused(tmp_pa
     for part in (
         "acceptance: prefix_tokens + new_tokens must be <= model.max_position_embeddings = 16 of arms.step (got 17)",
         "solve_threshold: needs a data.task with answers, which arms.constant, step have not",
+        "arms.step: parallel.pipeline_stages: must divide the number of ranks, 1 (got 2)",  # a run is one process
         "arms.none: mtp.mode: must be one of none, sequential, parallel, parallel_linear (got '2024-01-01')",
     ):
         assert part in str(error.value)

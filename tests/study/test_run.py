@@ -240,3 +240,10 @@ def test_the_tool_reports_a_wrong_file_without_a_traceback(tmp_path):
     path = write_toy(tmp_path, lambda tree: tree.update(seeds=[]))
     code, output = run_tool(ROOT / "tools" / "study.py", "--study", str(path), "--dry-run", log=tmp_path / "log")
     assert code == 2 and "Traceback" not in output and "seeds" in output and str(path) in output
+
+
+def test_the_tool_says_1_when_every_run_failed(tmp_path):
+    path = write_toy(tmp_path, lambda tree: tree.update(seeds=[1], set={"data.val": "nowhere"}))
+    arguments = ("--study", str(path), "--only", "constant", "--jobs", "1")
+    code, output = run_tool(ROOT / "tools" / "study.py", *arguments, log=tmp_path / "log")
+    assert code == 1 and "constant-seed1: FAILED" in output and "nothing to report" in output
