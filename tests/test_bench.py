@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +61,13 @@ def test_a_shared_module_counts_as_often_as_a_step_runs_it(make_tiny_config, mon
     # Three trunk layers, the first dense, and one module twice, which has five norms; a layer has two, the end one.
     counts = [parts[name] for name in ("attention", "MoE", "dense feed-forward", "norms")]
     assert counts == [5, 4, 1, 3 * 2 + 1 + 2 * 5]
+
+
+def test_several_threads_are_timed_by_the_wall_clock_whose_seconds_do_not_add_up(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert bench.clock() == "wall" and bench.timed(lambda: time.sleep(0.1)) >= 0.1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert bench.clock() == "CPU" and bench.timed(lambda: time.sleep(0.1)) < 0.1
 
 
 def test_a_frozen_trunk_stays_as_it_is(make_tiny_config):

@@ -1,7 +1,8 @@
 """One side of a speed comparison in a process of its own, driven line by line over pipes by tools/bench.py.
 
-It reads a JSON spec, builds the model and answers each command with one JSON line. Times are
-CPU seconds of the process on a CPU, so that other work on the machine counts little, and wall seconds on a GPU.
+It reads a JSON spec, builds the model and answers each command with one JSON line. Times are CPU seconds of the process
+on one thread of a CPU, so that other work on the machine counts little. On a GPU they are wall seconds, and so are those
+of several threads, whose CPU seconds would add up, waiting included.
 """
 
 import copy
@@ -32,11 +33,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[], Tensor]
 
 
+def clock() -> str:
+    return "CPU" if DEVICE.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+
+
 def now() -> float:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+    return time.process_time() if clock() == "CPU" else time.perf_counter()
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -239,14 +243,13 @@ def main() -> None:
     built = held()
     losses = [step().item() for _ in range(3)]
     size = model_size(model, config.data.seq_len) if isinstance(model, DeepseekV3MTP) else None
-    clock = "CPU" if DEVICE.type == "cpu" else "wall"
-    answer({"losses": losses, "notes": notes, "flops_per_token": size and size.flops_per_token, "clock": clock})
+    answer({"losses": losses, "notes": notes, "flops_per_token": size and size.flops_per_token, "clock": clock()})
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
         if command == "step":
-            start, wall = now(), time.perf_counter()
+            start = now()
             loss = step().item()
-            answer({"seconds": now() - start, "wall": time.perf_counter() - wall, "loss": loss})
+            answer({"seconds": now() - start, "loss": loss})
         elif command == "peak":
             answer(matmul_rate(getattr(torch, argument)))
             forget_peak()  # the products may have taken more of a GPU than a step does
