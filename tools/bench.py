@@ -7,9 +7,10 @@ Examples:
     python tools/bench.py --config configs/v3_3b.yaml --against fp8        # on a Hopper GPU: both FP8 backends
     python tools/bench.py --preset tiny --loss-memory --set model.vocab_size=32768
     python tools/bench.py --startup                                        # from the command to the first step
-Every variant has a process of its own; in each round each runs one step, in random order. With one thread of a CPU the
-times are CPU seconds of the process, so that other work on the machine touches the ratios little; with more threads, and
-on a GPU, wall seconds. A ratio is the median of the rounds' ratios, with its quartiles in brackets. MFU is against the best product of the same round and dtype.
+Every variant has a process of its own; in each round each runs one step, in random order. With one thread of a CPU
+the times are CPU seconds of the process, so that other work on the machine touches the ratios little; with more
+threads, and on a GPU, wall seconds. A ratio is the median of the rounds' ratios, with its quartiles in brackets.
+MFU is against the best product of the same round and dtype.
 Exit codes: 0 done, 2 wrong options or config, 130 interrupted.
 """
 

@@ -1,8 +1,8 @@
 """One side of a speed comparison in a process of its own, driven line by line over pipes by tools/bench.py.
 
-It reads a JSON spec, builds the model and answers each command with one JSON line. Times are CPU seconds of the process
-on one thread of a CPU, so that other work on the machine counts little. On a GPU they are wall seconds, and so are those
-of several threads, whose CPU seconds would add up, waiting included.
+It reads a JSON spec, builds the model and answers each command with one JSON line. On one thread of a CPU times are CPU
+seconds of the process, so that other work on the machine counts little. They are wall seconds on a GPU, and of several
+threads, whose CPU seconds would add up, waiting included.
 """
 
 import copy
