@@ -213,6 +213,11 @@ def test_independent_heads_say_how_many_tokens_they_draft(run_tool, make_tiny_co
     )
     assert code == 0
     assert "--draft-depth 3 drafts 1" in err
+    pytest.importorskip("transformers", reason="the hf extra is not installed")
+    short = ["--new-tokens", "4", "--rounds", "1", "--depths", "1", "3"]
+    code, out, err = run_tool("bench_decode", "--run", str(folder), *short)
+    assert code == 0, err
+    assert "not run: K=3; independent heads draft at most D = 1 tokens" in out
 
 
 def test_the_benchmark_prints_its_tables(run_tool, folder):
@@ -227,6 +232,9 @@ def test_the_benchmark_prints_its_tables(run_tool, folder):
     code, _, err = run_tool("bench_decode", "--run", folder, *options, "--hf-mtp", f"{folder}/gone")
     assert (code, err.count("\n")) == (2, 1)
     assert "gone/config.json: cannot be read" in err
+    for wrong in (["--prompt", "def"], ["--run", folder, "--prompt-tokens", "8"]):
+        code, _, err = run_tool("bench_decode", *wrong)
+        assert code == 2 and "no effect with" in err
 
 
 @pytest.mark.parametrize("name", ["generate", "bench_decode"])

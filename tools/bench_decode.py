@@ -37,6 +37,9 @@ def main() -> int:
     print(f"{name}\nprompt of {len(prompt)} tokens, {options.new_tokens} new, greedy, batch 1, {options.rounds} rounds")
     seconds = measure(variants, options.rounds)
     print(report(variants, seconds, options))
+    beyond = [str(k) for k in options.depths if model.depths and f"K={k}" not in variants]
+    if beyond:
+        print(f"not run: K={', '.join(beyond)}; independent heads draft at most D = {model.depths} tokens")
     print(steps_report(model, prompt, options))
     return 0
 
@@ -44,8 +47,8 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", metavar="DIR", help="run folder (default: random weights, see the source)")
-    parser.add_argument("--prompt", default="def ", metavar="TEXT", help="with --run (default: 'def ')")
-    parser.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="without --run (default: 64)")
+    parser.add_argument("--prompt", metavar="TEXT", help="with --run (default: 'def ')")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="without --run (default: 64)")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
     parser.add_argument("--depths", type=int, nargs="*", default=[1, 2, 3, 4], metavar="K", help="default: 1 2 3 4")
@@ -53,6 +56,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also measure compiled steps")
     parser.add_argument("--hf-mtp", metavar="DIR", help="exported folder: also transformers' generate(use_mtp=True)")
     options = parser.parse_args()
+    if options.run is None and options.prompt is not None:
+        parser.error("--prompt: no effect without --run; random weights read --prompt-tokens random tokens")
+    if options.run is not None and options.prompt_tokens is not None:
+        parser.error("--prompt-tokens: no effect with --run, which reads --prompt")
+    options.prompt = "def " if options.prompt is None else options.prompt
+    options.prompt_tokens = 64 if options.prompt_tokens is None else options.prompt_tokens
     for key in ("prompt_tokens", "new_tokens", "rounds", "threads"):
         if getattr(options, key) < 1:
             parser.error(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 1")
