@@ -144,5 +144,5 @@ def not_run(study: Study, table: Table) -> list[str]:
     for arm in study.arms:
         seeds = [str(seed) for seed in study.seeds if seed not in table.get(arm, {})]
         if seeds:
-            found.append(f"{arm}: not run with seed {', '.join(seeds)}")
+            found.append(f"{arm}: no result with seed {', '.join(seeds)}")
     return found

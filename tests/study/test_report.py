@@ -116,7 +116,7 @@ def test_runs_that_were_measured_with_other_settings_do_not_count(report):
         path.write_text(json.dumps(results))
 
     text = report({"none": 4.0, "constant": 4.0, "step": 4.0}, after=change)
-    assert "14 runs finished" in text and "step: not run with seed 2" in text
+    assert "14 runs finished" in text and "step: no result with seed 2" in text
 
 
 def test_one_seed_concludes_nothing(report):
@@ -144,7 +144,7 @@ def test_diverged_runs_are_listed_and_count_and_missing_ones_are_listed(report, 
     text = report({"none": 4.0, "constant": 4.1}, after=diverge)
     line = next(line for line in text.splitlines() if line.startswith("- Primary"))
     assert "n = 4" in line and f"Left out, which counts against their arm: {arm} seed 2 diverged." in line
-    assert f"- {arm} seed 2 diverged" in text and "- step: not run with seed 1, 2, 3, 4, 5" in text
+    assert f"- {arm} seed 2 diverged" in text and "- step: no result with seed 1, 2, 3, 4, 5" in text
     assert "9 runs finished of 3 arms x 5 seeds" in text
 
 

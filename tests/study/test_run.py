@@ -101,7 +101,7 @@ def test_diverged_and_failed_runs_are_told_apart_and_named(finished):
     assert results["status"] == "diverged" and "nan" in results["error"]
     assert any("wild-seed1: diverged" in line for line in said)
     report = write_report(loaded).read_text()
-    assert "- wild seed 1 diverged" in report and "- absent: not run with seed 1, 2" in report
+    assert "- wild seed 1 diverged" in report and "- absent: no result with seed 1, 2" in report
 
 
 def test_the_arm_with_anothers_time_gets_its_tokens_from_the_measurement(finished):
