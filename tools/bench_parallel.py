@@ -144,11 +144,10 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
 
 
 def memory(args: argparse.Namespace, sets: list[str]) -> None:
-    import torch
     from meter import measure_step
 
     from dsv3_mtp.config import load_config
-    from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+    from dsv3_mtp.model.causal_lm import meta_model
     from dsv3_mtp.plan import communication, layout, plan
 
     main, ranks = os.environ["RANK"] == "0", int(os.environ["WORLD_SIZE"])
@@ -161,8 +160,7 @@ def memory(args: argparse.Namespace, sets: list[str]) -> None:
             own += [f"train.batch_size={8 * ranks}", "train.micro_batch_size=4"]
             config = load_config(args.config, [*sets, *own, *keys])
             held, sent = measure_step(config)
-            with torch.device("meta"):
-                model = DeepseekV3MTP(config.model, config.mtp)
+            model = meta_model(config.model, config.mtp)
             shape = layout(config, ranks)
             stages = plan(config, model, shape)
             planned = stages[0].weights + stages[0].gradients + stages[0].states

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import MetricsLog, read_metrics
 from dsv3_mtp.study.expand import expand
 from dsv3_mtp.study.matrix import load_study
@@ -83,6 +84,9 @@ def test_a_forked_run_equals_the_same_run_from_the_start_bitwise(finished, tmp_p
     folder = whole.study.folder / "step-seed1"
     assert read_results(folder)["forked_from"] is None
     assert records(folder) == records(forked)
+    for run in (folder, forked):
+        newest = newest_checkpoint(run / "checkpoints")
+        assert newest is not None and newest.name == f"global_step{STEPS}"
     expected, got = read_newest(folder), read_newest(forked)
     assert expected.keys() == got.keys() and all(torch.equal(value, got[key]) for key, value in expected.items())
     assert read_results(folder)["metrics"] == read_results(forked)["metrics"]
