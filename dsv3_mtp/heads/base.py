@@ -28,11 +28,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.model import Section
 from dsv3_mtp.model.layers import RMSNorm
+from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, Output, Scores
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ class Cost:
 
     blocks: Sequence[nn.Module] = ()  # decoder layers, one entry for each time one is computed
     products: Sequence[nn.Module] = ()  # other modules with weights, likewise
-    outputs: Sequence[Output] = ()  # output heads, one entry for each row of a slot
+    shared: int = 0  # rows of a slot that the shared output head scores
+    own: Sequence[Output] = ()  # output heads of its own, one entry for each row that one scores
     # The rows are the trunk's own states: with mtp.detach there is no gradient into them.
     rows_of_trunk: bool = False
     kept: float = 0  # elements per token kept for the backward, those of `blocks` not counted
@@ -95,6 +98,7 @@ class Head(nn.Module):
     """
 
     name: ClassVar[str | None] = None  # of `mtp.mode`; None: package.module:Class
+    default: ClassVar[bool] = False  # what `mtp.mode` is where a config does not say
 
     class Options(Section):
         """The keys of `mtp:` that only this kind of head has. A checkpoint fits only these as they
@@ -118,6 +122,12 @@ class Head(nn.Module):
         trunk layer j (0-based), which pipeline stages cannot give it.
         """
         raise NotImplementedError
+
+    @classmethod
+    def has_experts(cls, config: ModelConfig, mtp: MTPConfig) -> bool:
+        """It has routed experts, and so a router."""
+        with torch.device("meta"):
+            return any(isinstance(module, Experts) for module in cls(config, mtp).modules())
 
     @classmethod
     def offset(cls, mtp: MTPConfig, depth: int) -> int:

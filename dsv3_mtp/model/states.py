@@ -17,7 +17,7 @@ class TrunkStates(NamedTuple):
     last_input: Tensor
     pre_norm: Tensor  # output of the trunk's last layer
     post_norm: Tensor  # after the trunk's final norm: what the main output head reads
-    layers: dict[int, Tensor] = {}  # noqa: RUF012  output of layer j, of those that a head asks for
+    layers: dict[int, Tensor] = {}  # output of layer j, of those that a head asks for
 
     def detach(self) -> "TrunkStates":
         layers = {number: state.detach() for number, state in self.layers.items()}
