@@ -24,6 +24,7 @@ from dsv3_mtp.hf.settings import to_config_json
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import MoE
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.ops import tuning
 from dsv3_mtp.ops.cross_entropy import linear_cross_entropy
@@ -86,7 +87,7 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
 
     def step() -> Tensor:
         model.zero_grad()
-        out = model(tokens, balance_loss_weight=alpha)
+        out = model(tokens, settings=LossSettings(balance_loss_weight=alpha))
         out.loss.backward()
         for master, parameter in pairs:
             assert parameter.grad is not None  # for mypy

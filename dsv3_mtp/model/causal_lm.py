@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.config.schedules import depth_loss_weights
 from dsv3_mtp.heads.heads import HEADS, LMHead, TrunkStates
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm, Rows, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
-from dsv3_mtp.model.output import Batch, MTPOutput
+from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
 from dsv3_mtp.model.targets import agreement, count_targets, document_mask, valid_targets
 
 
@@ -80,7 +81,11 @@ class DeepseekV3MTP(nn.Module):
         return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
 
     def forward(
-        self, tokens: Tensor, documents: Tensor | None = None, **settings: Any
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        scored: Tensor | None = None,
+        settings: LossSettings | None = None,
     ) -> MTPOutput:
         """Losses and metrics of all heads on one micro-batch; slices, never rolls (V3 Fig. 3).
 
@@ -88,38 +93,31 @@ class DeepseekV3MTP(nn.Module):
             tokens: (B, T+1+D) int64. Depth k reads tokens[:, k:k+T] and predicts tokens[:,
                 k+1:k+1+T].
             documents: (B, T+1+D) document numbers: attention, targets and MTP inputs stay inside
-                documents. None:
-                packed without masks (V3 section 4.1).
-            settings: keywords of `losses`.
+                documents. None: packed without masks (V3 section 4.1).
+            scored: (B, T+1+D) bool, the tokens that are targets, at every depth. None: all.
+            settings: of the optimizer step. None: LossSettings(), one whole step by itself.
         """
-        return self.losses(*self.hidden_states(tokens, documents), tokens, documents, **settings)
+        hiddens, stats = self.hidden_states(tokens, documents)
+        return self.losses(hiddens, stats, tokens, documents, scored, settings or LossSettings())
 
     def losses(
         self,
         hiddens: list[Tensor],
         stats: list[RouterStats],
         tokens: Tensor,
-        documents: Tensor | None = None,
-        *,
-        scored: Tensor | None = None,
-        loss_weights: tuple[float, ...] | None = None,
-        balance_loss_weight: float = 0.0,
-        normalizer: Tensor | None = None,
+        documents: Tensor | None,
+        scored: Tensor | None,
+        settings: LossSettings,
     ) -> MTPOutput:
-        """`forward` from the normed hidden states of depth 0..D and the stats of every router on.
-
-        Args:
-            scored: (B, T+1+D) bool, the tokens that are targets, at every depth. None: all.
-            loss_weights: D numbers lambda * w_k / D (eq. 25), default 1/D each.
-            balance_loss_weight: alpha of eq. 17.
-            normalizer: (2+D,) from `count_targets`, of the whole optimizer step if this is a part
-                of it. Default: own.
+        """`forward` from the normed hidden states of depth 0..D and the stats of every router
+        on.
         """
         length = tokens.shape[1] - 1 - self.depths  # T
+        normalizer, loss_weights = settings.normalizer, settings.loss_weights
         if normalizer is None:
             normalizer = count_targets(tokens, documents, self.depths, scored)
         if loss_weights is None:
-            loss_weights = (1.0 / max(self.depths, 1),) * self.depths
+            loss_weights = depth_loss_weights(self.mtp_config, progress=0.0)
         valid = valid_targets(tokens, documents, self.depths, scored)  # (1+D, B, T)
         # (1+D, B, T)
         targets = torch.stack([tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)])
@@ -137,7 +135,7 @@ class DeepseekV3MTP(nn.Module):
         ]  # from slot 0 here to the row's end
         agreed, compared = agreement(prediction, valid, main)
         return MTPOutput(
-            loss=loss + balance_loss_weight * balance / normalizer[-1].to(balance),
+            loss=loss + settings.balance_loss_weight * balance / normalizer[-1].to(balance),
             nll_sum=(nll * valid).sum((1, 2)),
             targets=valid.sum((1, 2)),
             correct=((prediction == targets) & valid).sum((1, 2)),
@@ -247,7 +245,7 @@ class DeepseekV3MTP(nn.Module):
         total, training = self.no_output(), self.training
         self.eval()
         for left, (tokens, documents, scored) in zip(range(len(batch), 0, -1), batch, strict=True):
-            out = self(tokens, documents, scored=scored).sums()
+            out = self(tokens, documents, scored).sums()
             total = total + out if left > blanks else total
         self.train(training)
         return total

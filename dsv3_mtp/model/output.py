@@ -11,6 +11,20 @@ Batch = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
+class LossSettings:
+    """What the losses of all micro-batches of one optimizer step have in common (V3 eqs. 17, 24,
+    25).
+    """
+
+    # (D,) lambda * w_k / D, the factor of each L_k; None: of the model's own `mtp` section at the
+    # start of a run
+    loss_weights: tuple[float, ...] | None = None
+    balance_loss_weight: float = 0.0  # alpha of eq. 17
+    # (2+D,) from `count_targets`, of the whole optimizer step; None: of the micro-batch alone
+    normalizer: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class MTPOutput:
     """One micro-batch. `loss` has a gradient; everything else is detached and adds up over
     micro-batches and ranks.

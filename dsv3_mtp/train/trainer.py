@@ -12,6 +12,7 @@ from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.ops.tuning import tune
@@ -142,8 +143,8 @@ class Trainer:
         ).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size / world.slices
 
-        weights = {"loss_weights": step.loss_weights, "balance_loss_weight": alpha}
-        out = self.engine.accumulate(batch, normalizer=normalizer, **weights)
+        settings = LossSettings(step.loss_weights, alpha, normalizer)
+        out = self.engine.accumulate(batch, settings)
         # A GPU is still computing. What follows waits for it, once here and once for the norm of
         # the gradient.
         coming = schedules.coming_step(config, step.tokens, micro * world.data_size)

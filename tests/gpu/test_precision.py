@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsv3_mtp.config import FP8Config
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops.attention import choose_attention, sdpa
 from dsv3_mtp.precision import te
 from dsv3_mtp.precision.convert import UNSUPPORTED, convert
@@ -123,7 +124,7 @@ def test_checkpointing_activations_of_an_fp8_model_changes_no_bit(make_tiny_conf
         for module in model.modules():
             if hasattr(module, "core"):
                 module.core = deterministic
-        out = model(tokens.to(CUDA), balance_loss_weight=0.1)
+        out = model(tokens.to(CUDA), settings=LossSettings(balance_loss_weight=0.1))
         out.loss.backward()
         results.append({"loss": out.loss} | {name: p.grad for name, p in model.named_parameters()})
     for name, value in results[0].items():

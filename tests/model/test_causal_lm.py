@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsv3_mtp.config import load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import rotary_angles
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.model.targets import agreement, count_targets, valid_targets
 
@@ -109,7 +110,7 @@ def reference_losses(model, tokens, weights, copies=None):
 def test_losses_and_gradients_equal_the_equations_written_out(build):
     model = build(2, torch.float64)
     tokens, weights = tokens_for(model), (0.2, 0.05)
-    out = model(tokens, loss_weights=weights)
+    out = model(tokens, settings=LossSettings(weights))
     expected, parts = reference_losses(model, tokens, weights)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert (out.nll_sum / out.targets).tolist() == pytest.approx(
@@ -125,7 +126,7 @@ def test_losses_and_gradients_equal_the_equations_written_out(build):
 def test_shared_embedding_and_head_gradients_are_the_sum_over_separate_copies(build):
     model = build(2, torch.float64)
     tokens, weights = tokens_for(model), (0.3, 0.3)
-    model(tokens, loss_weights=weights).loss.backward()
+    model(tokens, settings=LossSettings(weights)).loss.backward()
     shared = model.model.embed_tokens.weight, model.lm_head.weight
     copies = [tuple(w.detach().clone().requires_grad_() for w in shared) for _ in range(3)]
     reference_losses(model, tokens, weights, copies)[0].backward()
@@ -148,7 +149,7 @@ def test_embedding_and_head_are_one_storage_for_all_depths(build):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_loss_recombines_from_what_is_reported(build, variant):
     model = build(2, **VARIANTS[variant])
-    out = model(tokens_for(model), loss_weights=(0.15, 0.05), balance_loss_weight=0.01)
+    out = model(tokens_for(model), settings=LossSettings((0.15, 0.05), 0.01))
     mean = out.nll_sum / out.targets
     total = mean[0] + 0.15 * mean[1] + 0.05 * mean[2] + 0.01 * out.balance / 2
     assert out.loss.item() == pytest.approx(total.item(), rel=1e-6)
@@ -169,7 +170,7 @@ def test_mode_none_is_the_plain_language_model_bit_for_bit(build):
         atol=1e-6,
     )
     assert out.agreed.numel() == 0 and out.nll_sum.shape == (1,)
-    weighted = mtp(tokens, loss_weights=(0.0, 0.0))
+    weighted = mtp(tokens, settings=LossSettings((0.0, 0.0)))
     out.loss.backward()
     weighted.loss.backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), mtp.named_parameters(), strict=False):
@@ -207,8 +208,8 @@ def test_detach_stops_exactly_the_gradients_it_names(build, mode, detach):
     model = build(2, **{"mtp.mode": mode, "mtp.detach": detach})
     tokens = tokens_for(model)
     before = copy.deepcopy(model)
-    model(tokens, loss_weights=(1.0, 1.0)).loss.backward()
-    before(tokens, loss_weights=(0.0, 0.0)).loss.backward()
+    model(tokens, settings=LossSettings((1.0, 1.0))).loss.backward()
+    before(tokens, settings=LossSettings((0.0, 0.0))).loss.backward()
     trunk_moved = not torch.allclose(
         model.model.layers[0].mlp.up_proj.weight.grad,
         before.model.layers[0].mlp.up_proj.weight.grad,
@@ -231,7 +232,7 @@ def test_the_chain_carries_gradient_from_depth_two_to_module_one(build):
     for chain, reaches in (("hidden", True), ("trunk", False)):
         model = build(2, **{"mtp.chain": chain, "mtp.detach": "all"})
         tokens = tokens_for(model) if tokens is None else tokens
-        model(tokens, loss_weights=(0.0, 1.0)).loss.backward()
+        model(tokens, settings=LossSettings((0.0, 1.0))).loss.backward()
         assert (model.mtp.layers[0].eh_proj.weight.grad.abs().sum() > 0) == reaches
 
 
@@ -337,19 +338,12 @@ def test_one_batch_equals_its_micro_batches_with_uneven_valid_counts(build, mask
         )
     rows = [slice(0, 1), slice(1, 2), slice(2, 4)]
     part = (lambda s: None) if documents is None else (lambda s: documents[s])
-    whole = model(tokens, documents, loss_weights=(0.3, 0.1), balance_loss_weight=0.01)
+    whole = model(tokens, documents, settings=LossSettings((0.3, 0.1), 0.01))
     parameters = list(model.parameters())
     want = torch.autograd.grad(whole.loss, parameters)
     normalizer = sum(count_targets(tokens[s], part(s), 2) for s in rows)
     outs = [
-        model(
-            tokens[s],
-            part(s),
-            loss_weights=(0.3, 0.1),
-            balance_loss_weight=0.01,
-            normalizer=normalizer,
-        )
-        for s in rows
+        model(tokens[s], part(s), settings=LossSettings((0.3, 0.1), 0.01, normalizer)) for s in rows
     ]
     got = torch.autograd.grad(sum(out.loss for out in outs), parameters)
     assert sum(out.loss for out in outs).item() == pytest.approx(whole.loss.item(), rel=1e-12)
@@ -435,7 +429,7 @@ def test_a_depth_with_fewer_targets_than_ranks_weighs_as_on_one_rank(build):
     assert counts[1:].tolist() == [1, 0, 4]
     whole = model(tokens, documents).loss
     parts = [
-        model(*rows, normalizer=counts / 4).loss
+        model(*rows, settings=LossSettings(normalizer=counts / 4)).loss
         for rows in zip(tokens.split(1), documents.split(1), strict=True)
     ]
     assert sum(parts).item() / 4 == pytest.approx(whole.item(), rel=1e-12)

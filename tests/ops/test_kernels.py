@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles, rotate
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops import kernels
 from dsv3_mtp.ops.causal import causal_attention
 from dsv3_mtp.ops.cross_entropy import linear_cross_entropy
@@ -273,7 +274,7 @@ def test_the_whole_model_gives_the_loss_and_gradients_of_the_plain_one(
     for on in (True, False):
         if not on:
             kernels.disable()
-        out = model(tokens, balance_loss_weight=0.01)
+        out = model(tokens, settings=LossSettings(balance_loss_weight=0.01))
         results.append([out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))])
     for got, expected in zip(*results, strict=True):
         assert (got - expected).norm() <= 2e-5 * expected.norm()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from dsv3_mtp.model import attention, layers
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops import experts as dispatch
 from dsv3_mtp.ops import fused
 
@@ -167,7 +168,7 @@ def test_a_model_with_the_kernels_has_the_loss_and_gradients_of_one_without(
 
             monkeypatch.setattr(fused, "kernels", triton_kernels)
             monkeypatch.setattr(fused, "usable", lambda x: x.dtype == torch.float32)
-        out = model(tokens, balance_loss_weight=1e-4)
+        out = model(tokens, settings=LossSettings(balance_loss_weight=1e-4))
         results.append(
             [out.loss, out.nll_sum, *torch.autograd.grad(out.loss, list(model.parameters()))]
         )

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe, refusals
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, start
@@ -79,7 +80,7 @@ def learn(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the model returns, and its gradients."""
     weights = tuple(0.3 + depth for depth in range(model.depths))
-    out = model(*inputs, loss_weights=weights, balance_loss_weight=0.5, normalizer=counts)
+    out = model(*inputs, settings=LossSettings(weights, 0.5, counts))
     out.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()

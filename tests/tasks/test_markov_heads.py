@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops import kernels
 from tests.ranks import markov_chain, markov_tokens
 
@@ -53,7 +54,7 @@ def test_heads_reach_the_entropy_that_theory_leaves_them(make_tiny_config, mode)
                 1e-2 * min(1, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / STEPS))
             )
         rows = [tokens[(step * 16 + row) * T :][: T + 1 + DEPTHS] for row in range(16)]
-        out = model(torch.stack(rows), loss_weights=(0.5,) * DEPTHS)
+        out = model(torch.stack(rows), settings=LossSettings((0.5,) * DEPTHS))
         optimizer.zero_grad()
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
