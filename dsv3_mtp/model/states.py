@@ -75,10 +75,15 @@ class HeadRows(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What a head returns."""
+    """What a head returns; of a model: the main head's rows first, the stats of the trunk first."""
 
     rows: list[HeadRows]
     stats: list[RouterStats | None] = field(default_factory=list)  # None: of a dense block
+    kept: dict[str, Tensor] = field(default_factory=dict)  # for the head's own `loss_terms`
+
+    @property
+    def routed(self) -> list[RouterStats]:
+        return [stats for stats in self.stats if stats is not None]
 
 
 @dataclass(frozen=True)
@@ -153,12 +158,14 @@ def _shift(x: Tensor, by: int) -> Tensor:
     return (x >> by).bitwise_and(2 ** (64 - by) - 1)
 
 
-def row_keys(tokens: Tensor, first: int, gather: Callable[[Tensor], Tensor], start: int) -> Tensor:
+def row_keys(
+    tokens: Tensor, first: int, gather: Callable[[Tensor], Tensor], *, seed: int, step: int
+) -> Tensor:
     """(B, T) keys for `HeadInputs.uniform` from the tokens (B, T) of slots first..first+T-1.
 
-    gather: puts the parts of a row side by side where ranks share it (`Rows.gather`); start: of
-    (seed, step).
+    gather: puts the parts of a row side by side where ranks share it (`Rows.gather`).
     """
     slots = first + torch.arange(tokens.shape[1], device=tokens.device)
+    start = mix(mix(torch.full_like(slots, seed)) + step)  # (T,), the same everywhere
     part = mix(mix(tokens + start) + slots).sum(1, keepdim=True)  # (B, 1)
     return mix(mix(gather(part).sum(1, keepdim=True) + start) + slots)
