@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from dsv3_mtp.config import layout
+from dsv3_mtp.config import code, layout
 from dsv3_mtp.config.data import DataConfig, Task
 from dsv3_mtp.config.deepspeed import check_deepspeed
 from dsv3_mtp.config.model import (
@@ -32,9 +32,19 @@ from dsv3_mtp.config.model import (
     Positive,
     Section,
     Text,
+    option_problems,
 )
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
-from dsv3_mtp.config.reader import ConfigError, Problem, dump_tree, problems_of, read_tree
+from dsv3_mtp.config.reader import (
+    UNKNOWN,
+    ConfigError,
+    Problem,
+    did_you_mean,
+    dump_tree,
+    key_paths,
+    problems_of,
+    read_tree,
+)
 
 
 class RunConfig(Section):
@@ -226,7 +236,7 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     model: ModelConfig
-    mtp: MTPConfig = MTPConfig()
+    mtp: MTPConfig = Field(default_factory=MTPConfig)
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
@@ -289,23 +299,52 @@ def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:
         yield "model.max_position_embeddings", f"{text} (got {model.max_position_embeddings})"
 
 
-def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    sets: Iterable[str] = (),
+    *,
+    trust_code: bool = True,
+    notes: list[str] | None = None,
+) -> Config:
     """Reads and checks a run's YAML. sets: overrides such as "mtp.mode=none", values in YAML,
     applied first.
+
+    trust_code: import what the file names as package.module:Class. Only for a file that the user
+        has named as a config, not for one that is found in a run folder. notes: gets a line for
+        each key that was dropped.
 
     Raises ConfigError, whose text is a report of every problem in the file and in the overrides.
     """
     tree, problems = read_tree(path, sets)
+    if not trust_code and (names := code.named(tree)):
+        refused = f"names code outside the package, {', '.join(names)}"
+        remedy = "it is imported only with --trust-code (trust_code=True), if you know what it does"
+        raise ConfigError(str(path), [("file", f"{refused}; {remedy}")])
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         problems += problems_of(error, tree, Config)
-        problems += [
-            problem for problem in _rules_between(_parsed(tree)) if problem not in problems
-        ]
+        more = [*_rules_between(_parsed(tree)), *_option_problems(tree.get("mtp"))]
+        problems += [problem for problem in more if problem not in problems]
     if problems:
         raise ConfigError(str(path), problems)
+    if notes is not None:
+        given, kept = tree.get("mtp") or {}, dict(config.mtp.model_extra or {})
+        dropped = [key for key in given if key not in MTPConfig.model_fields and key not in kept]
+        notes += [
+            f"mtp.{key}: not used, mode {config.mtp.mode} has no such key" for key in dropped
+        ]
     return config
+
+
+def _option_problems(section: Any) -> Iterator[Problem]:
+    """What is wrong with the options of the heads in a faulty `mtp` section."""
+    given = section if isinstance(section, Mapping) else {}
+    extra = {key: value for key, value in given.items() if key not in MTPConfig.model_fields}
+    with suppress(ValueError):  # of an unknown mode, which is reported
+        for key, text in option_problems(given.get("mode", MTPConfig().mode), extra):
+            more = did_you_mean(f"mtp.{key}", key_paths(Config)) if text == UNKNOWN else ""
+            yield f"mtp.{key}", text + more
 
 
 def _parsed(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class LossSettings:
     # start of a run
     loss_weights: tuple[float, ...] | None = None
     balance_loss_weight: float = 0.0  # alpha of eq. 17
-    # (2+D,) from `count_targets`, of the whole optimizer step; None: of the micro-batch alone
+    # (2+D+terms,) from `DeepseekV3MTP.counts`, of the whole optimizer step; None: of the
+    # micro-batch alone
     normalizer: Tensor | None = None
 
 
@@ -40,6 +41,8 @@ class MTPOutput:
     # (D,) agreement: argmax of depths 1..k all equal the main model's own argmax for that token
     agreed: Tensor
     compared: Tensor  # (D,) slots in which that comparison exists
+    term_sum: Tensor  # (terms,) losses that the heads own, summed; heads/base.py: `terms`
+    term_count: Tensor  # (terms,)
     balance: Tensor  # scalar: sum over sequences and routers of sum_i f_i P_i
     load: Tensor  # (routers, E) tokens per expert, trunk routers first
     # (routers,) sum over tokens of the groups (V3: nodes) that the token's experts lie in

@@ -137,7 +137,7 @@ class Engine:
         """What this rank computes of a batch of whole rows: all of it, or its slice of every
         row.
         """
-        rows, ahead = self.model.rows, 1 + self.model.depths
+        rows, ahead = self.model.rows, self.model.lookahead
         return [tuple(None if x is None else rows.cut(x, ahead) for x in piece) for piece in batch]  # type: ignore[misc]
 
     def accumulate(self, batch: Batch, settings: LossSettings) -> MTPOutput:

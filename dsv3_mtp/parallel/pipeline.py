@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import uncut
-from dsv3_mtp.heads.heads import TrunkStates
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model, run_layers
 from dsv3_mtp.model.moe import RouterStats
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
 from dsv3_mtp.model.size import layer_flops
+from dsv3_mtp.model.states import HeadOutput, TrunkStates
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World
 
@@ -94,7 +94,7 @@ class Stage(nn.Module):
     """Consecutive trunk layers. Takes and gives (x, balance, load, tokens[, documents]):
 
     x (B, T, C); balance (1+r,) and counts (1+r, E+1) int64, load and nodes, of nothing and of the r
-    routers so far (an empty tensor cannot be sent); tokens and documents (B, T+1+D).
+    routers so far (an empty tensor cannot be sent); tokens and documents (B, T+1+A).
     """
 
     def __init__(self, model: DeepseekV3MTP, layers: range):
@@ -113,12 +113,11 @@ class Stage(nn.Module):
 
 
 class Final(NamedTuple):
-    """What the last stage gives to the loss: hidden states of depth 0..D, each (B, T, C), the stats
-    of every router of the model, and the micro-batch's tokens and documents (B, T+1+D).
+    """What the last stage gives to the loss: the rows of all heads, the stats of every router of
+    the model, and the micro-batch's tokens and documents (B, T+1+A).
     """
 
-    hiddens: list[Tensor]
-    stats: list[RouterStats]
+    output: HeadOutput
     tokens: Tensor
     documents: Tensor | None
 
@@ -129,31 +128,32 @@ class Targets:
     data to the loss function as the micro-batch's labels.
     """
 
-    scored: Tensor | None  # (B, T+1+D)
+    scored: Tensor | None  # (B, T+1+A)
     settings: LossSettings
 
 
 class LastStage(Stage):
-    """The last trunk layers and the heads. Also takes the embeddings (B, T-1+D, C) of the tokens
+    """The last trunk layers and the heads. Also takes the embeddings (B, T-1+A, C) of the tokens
     ahead.
     """
 
     def __init__(self, model: DeepseekV3MTP, layers: range):
         super().__init__(model, layers)
         self.norm, self.mtp, self.lm_head = model.model.norm, model.mtp, model.lm_head
-        self.head_states = model.head_states  # of the model: it uses the heads above
+        self.rows_from = model.rows_from  # of the model: it uses the heads above
 
     def forward(self, carried: tuple[Tensor, ...]) -> Final:
         x, balance, counts, tokens, *documents, ahead = carried
         angles, mask = self.positions(tokens, *documents)
         last_input, x, own = run_layers(self.layers, x, angles, mask)
         trunk = TrunkStates(last_input, x, self.norm(x))
-        hiddens, of_heads = self.head_states(trunk, ahead, angles, mask, *documents)
         earlier = [
             RouterStats(c[:-1].float(), b, c[-1])
             for c, b in zip(counts[1:], balance[1:], strict=True)
         ]
-        return Final(hiddens, earlier + own + of_heads, tokens, *documents or [None])
+        stats = earlier + own
+        output = self.rows_from(trunk, stats, ahead, angles, mask, tokens, *documents)
+        return Final(output, tokens, *documents or [None])
 
 
 class SharedEmbedding(TiedLayerSpec):
@@ -175,11 +175,11 @@ class Stages(PipelineModule):
     def __init__(
         self, model: DeepseekV3MTP, layers: list[range], loss: Callable[[Final, Targets], Tensor]
     ):
-        depths, experts = model.depths, model.config.n_routed_experts
+        following, experts = model.lookahead, model.config.n_routed_experts
 
         def embed(embedding: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             tokens, *documents = inputs
-            x = embedding(tokens[:, : -1 - depths])
+            x = embedding(tokens[:, :-following])
             return (
                 x,
                 x.new_zeros(1, dtype=torch.float32),
