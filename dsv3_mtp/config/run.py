@@ -331,9 +331,7 @@ def load_config(
     if notes is not None:
         given, kept = tree.get("mtp") or {}, dict(config.mtp.model_extra or {})
         dropped = [key for key in given if key not in MTPConfig.model_fields and key not in kept]
-        notes += [
-            f"mtp.{key}: not used, mode {config.mtp.mode} has no such key" for key in dropped
-        ]
+        notes += [f"mtp.{key}: not used, mode {config.mtp.mode} has no such key" for key in dropped]
     return config
 
 

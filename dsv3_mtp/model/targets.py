@@ -18,10 +18,7 @@ def target_tokens(tokens: Tensor, offsets: Sequence[int]) -> Tensor:
 
 
 def valid_targets(
-    tokens: Tensor,
-    documents: Tensor | None,
-    offsets: Sequence[int],
-    scored: Tensor | None = None,
+    tokens: Tensor, documents: Tensor | None, offsets: Sequence[int], scored: Tensor | None = None
 ) -> Tensor:
     """(1+D, B, T) bool: the target of slot i at depth k is scored and in slot i's own document
     (without them: always).
@@ -40,16 +37,26 @@ def valid_targets(
 
 
 def count_targets(
-    tokens: Tensor,
-    documents: Tensor | None,
-    offsets: Sequence[int],
-    scored: Tensor | None = None,
+    tokens: Tensor, documents: Tensor | None, offsets: Sequence[int], scored: Tensor | None = None
 ) -> Tensor:
     """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over
     batches and ranks.
     """
     targets = valid_targets(tokens, documents, offsets, scored).sum((1, 2))
     return torch.cat([targets, targets.new_full((1,), tokens.shape[0])]).double()
+
+
+def teacher_slots(valid: Tensor, offsets: Sequence[int], beyond: int = 0) -> Tensor:
+    """(D, B, T) bool: the heads' valid targets that the main head predicts as well, at slot
+    i+offset-1 of the same row.
+
+    valid: (1+D, B, T) of these T slots; beyond: slots of the row that follow them elsewhere
+        (sequence parallelism), without which the last offset-1 slots have no teacher.
+    """
+    there = valid[1:].clone()
+    for depth, offset in enumerate(offsets[1:]):
+        there[depth, :, max(valid.shape[2] + beyond - (offset - 1), 0) :] = False
+    return there
 
 
 def document_mask(documents: Tensor) -> Tensor:
