@@ -42,6 +42,12 @@ class Slots:
         return self.logits.log_softmax(-1)
 
     @cached_property
+    def kl(self) -> Tensor:
+        """(d, n): KL(p to q) = sum_v p(v) (log p(v) - log q(v))."""
+        p = self.log_p.exp()
+        return (p * self.log_p).sum(-1) - (p * self.log_q).sum(-1)
+
+    @cached_property
     def log_overlap(self) -> Tensor:
         """(d, n): log sum_v min(p(v), q(v)), the log of the chance that a draft from q is accepted
         (arXiv 2211.17192). Formed from logarithms, or it would be 0 where p and q are far apart.
