@@ -319,6 +319,15 @@ class MTPConfig(Section):
         return [(objective_kind(name)(), weight) for name, weight in named]
 
     @property
+    def term_names(self) -> list[str]:
+        """Under which names the terms of the loss other than the label's cross-entropy are logged:
+        mtp_term/NAME of those that the heads own, NAME/k of the objectives.
+        """
+        own = [f"mtp_term/{name}" for name in self.kind.terms(self)] if self.depths else []
+        kinds = [kind for kind, _ in self.objectives if not kind.cross_entropy]
+        return own + [f"{kind.name}/{k}" for kind in kinds for k in range(1, 1 + self.depths)]
+
+    @property
     def offsets(self) -> tuple[int, ...]:
         """(1+D): slot i of depth k is scored against t_{i+offset}; 1 for the main head."""
         return 1, *(self.kind.offset(self, depth) for depth in range(1, 1 + self.depths))

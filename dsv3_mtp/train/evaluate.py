@@ -73,12 +73,12 @@ def validate(
     )
     share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro}
     windows = sequential_windows(
-        source, seq_len=config.data.seq_len, lookahead=1 + depths, count=count, **share
+        source, seq_len=config.data.seq_len, lookahead=config.mtp.lookahead, count=count, **share
     )
     batch = [to_device(*window, config=config, device=device) for window in windows]
     # every rank computes as often: they may share experts or weights
     blanks = -(-batches // world_size) - len(batch)
-    blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
+    blank = np.zeros((micro, config.data.seq_len + config.mtp.lookahead), np.int64)
     batch += [to_device(blank, blank, config=config, device=device)] * blanks
     sums = metric_sums(model.evaluate(batch, blanks=blanks))
     grade = None
@@ -87,13 +87,12 @@ def validate(
         grade = Grade(model if isinstance(model, DeepseekV3MTP) else model.model, source.task)
         grade.mark(TaskStream(source, config.data.seq_len, None), rows, windows)
         sums = torch.cat([sums, grade.sums.to(device)])
+    own = len(sums) if grade is None else len(sums) - len(grade.sums)
     totals = all_reduce(sums).tolist()
-    metrics = {
-        f"val/{name}": value
-        for name, value in metric_means(totals[: 3 + 5 * depths], depths).items()
-    }
+    means = metric_means(totals[:own], depths, config.mtp.term_names)
+    metrics = {f"val/{name}": value for name, value in means.items()}
     if grade is not None:
-        metrics |= grade.metrics(totals[3 + 5 * depths :], metrics)
+        metrics |= grade.metrics(totals[own:], metrics)
     if isinstance(source, Source) and source.bytes is not None:
         metrics["val/bits_per_byte"] = (
             metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes
@@ -113,25 +112,23 @@ def to_device(tokens, documents, scored=None, *, config: Config, device: torch.d
 
 
 def metric_sums(out: MTPOutput) -> torch.Tensor:
-    """(3+5D,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D]: adds up over
-    batches and ranks.
+    """(3+5D+2n,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D | sums and
+    counts of the n terms]: adds up over batches and ranks.
     """
-    return torch.cat(
-        [
-            part.double()
-            for part in (out.nll_sum, out.targets, out.correct, out.agreed, out.compared)
-        ]
-    )
+    parts = (out.nll_sum, out.targets, out.correct, out.agreed, out.compared)
+    return torch.cat([part.double() for part in (*parts, out.term_sum, out.term_count)])
 
 
-def metric_means(sums: list[float], depths: int) -> dict[str, float]:
-    """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k.
+def metric_means(sums: list[float], depths: int, terms: Sequence[str] = ()) -> dict[str, float]:
+    """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k, and those
+    of `MTPConfig.term_names`.
 
     A depth without a valid target (masked documents shorter than it reaches) has no entry.
     """
     heads = 1 + depths
     nll, targets, correct = sums[:heads], sums[heads : 2 * heads], sums[2 * heads : 3 * heads]
-    agreed, compared = sums[3 * heads : 3 * heads + depths], sums[3 * heads + depths :]
+    agreed, compared = (sums[3 * heads + n * depths :][:depths] for n in range(2))
+    values, counts = (sums[3 * heads + 2 * depths + n * len(terms) :][: len(terms)] for n in (0, 1))
     losses = [value / max(count, 1) for value, count in zip(nll, targets, strict=True)]
     metrics = {"main_loss": losses[0]}
     metrics |= {f"mtp_loss/{depth}": losses[depth] for depth in range(1, heads) if targets[depth]}
@@ -139,7 +136,8 @@ def metric_means(sums: list[float], depths: int) -> dict[str, float]:
         f"top1/{depth}": correct[depth] / targets[depth] for depth in range(heads) if targets[depth]
     }
     metrics |= {f"agreement/{k + 1}": agreed[k] / compared[k] for k in range(depths) if compared[k]}
-    return metrics
+    rest = zip(terms, values, counts, strict=True)
+    return metrics | {name: value / count for name, value, count in rest if count}
 
 
 def open_model(

@@ -14,7 +14,6 @@ from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size
-from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.ops.tuning import tune
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
@@ -139,7 +138,7 @@ class Trainer:
         # world.replicas. (Pipeline stages and slices of rows count the same batch once on each of
         # their ranks.)
         counts = torch.stack(
-            [count_targets(t, documents, depths, scored) for t, documents, scored in batch]
+            [self.model.counts(t, documents, scored) for t, documents, scored in batch]
         ).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size / world.slices
 
@@ -157,7 +156,8 @@ class Trainer:
         load, on_host = reduced[len(totals) :].view_as(out.load), reduced.cpu()
         total_loss, balance, node_count, stopping, *sums = on_host[: len(totals)].tolist()
         record = {"train/loss": total_loss / world.replicas}
-        record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
+        means = metric_means(sums, depths, config.mtp.term_names)
+        record |= {f"train/{name}": value for name, value in means.items()}
         self.require_finite(record)
         record["optim/grad_norm"] = self.engine.step(step.lr)
         self.require_finite(record)
