@@ -126,7 +126,7 @@ class Sequential(Head):
         return ChainDrafter
 
     def decode_forms(self, model: Any) -> list[Any]:
-        return [Module(module, model, self.options) for module in self.layers]
+        return [Module(module, model, self.options) for module in self.layers]  # type: ignore[arg-type]
 
     # --- DeepSeek-V3's layout: model.layers.{L+k-1} ----------------------------------------------
 

@@ -357,7 +357,8 @@ class DeepseekV3MTP(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy of all rows: the loss, nll and prediction (1+D, B, T)."""
         loss: Tensor = rows[0].inputs[0].new_zeros((), dtype=torch.float32)
-        nll, prediction = {}, {}
+        nll: dict[int, Tensor] = {}
+        prediction: dict[int, Tensor] = {}
         for group in self._groups(rows):
             depths = [depth for one in group for depth in one.depths]
             part, own_nll, own = self._group_loss(group, targets[depths], row_weight[depths])

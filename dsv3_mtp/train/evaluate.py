@@ -147,6 +147,7 @@ def open_model(
     seq_len: int | None,
     micro_batch_size: int | None,
     ema: bool = False,
+    trust_code: bool = False,
 ) -> tuple[DeepseekV3MTP, Config]:
     """The model of a run, or of a folder in DeepSeek-V3's layout, and the config that `validate`
     reads.
@@ -155,12 +156,13 @@ def open_model(
         seq_len: tokens per window; None: the run's, for a folder the model's longest, at most 4096.
         micro_batch_size: sequences per forward; None: the run's, for a folder 1.
         ema: of a run, the moving average of the weights.
+        trust_code: import what the run's config names as package.module:Class.
 
     Raises:
         ValueError: there is nothing to load, or the windows do not fit the model or the task.
     """
     if run is not None:
-        model, config, _ = load_run(run, ema=ema)
+        model, config, _ = load_run(run, ema=ema, trust_code=trust_code)
         sections = config.to_dict()
     else:
         model, _ = load_hf(hf or "")
@@ -256,6 +258,7 @@ def lm_eval(
     run: str | None,
     hf: str | None,
     ema: bool = False,
+    trust_code: bool = False,
     include: str | None = None,
     limit: int | None = None,
     batch_size: int = 1,
@@ -285,7 +288,7 @@ def lm_eval(
         manager = TaskManager(include_path=include)  # its thousands of tasks take a while to index
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(f"--lm-eval: lm-evaluation-harness does not know {', '.join(unknown)}")
-    with _exported(run, hf, ema) as folder:
+    with _exported(run, hf, ema, trust_code) as folder:
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{run or hf}: has no tokenizer.json, and tasks are text")
         results = simple_evaluate(
@@ -308,18 +311,20 @@ def lm_eval(
 
 
 @contextlib.contextmanager
-def _exported(run: str | None, hf: str | None, ema: bool) -> Iterator[Path]:
+def _exported(run: str | None, hf: str | None, ema: bool, trust_code: bool) -> Iterator[Path]:
     """The folder of weights, for a run a temporary export in the run's own dtype."""
     if hf is not None:
         yield Path(hf)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        wide = load_config(Path(run or "") / "config.yaml").train.dtype == "float32"
+        config = load_config(Path(run or "") / "config.yaml", trust_code=trust_code)
+        wide = config.train.dtype == "float32"
         export_hf(
             run or "",
             Path(temporary) / "hf",
             dtype="fp32" if wide else "bf16",
             trunk_only=True,
             ema=ema,
+            trust_code=trust_code,
         )
         yield Path(temporary) / "hf"

@@ -1,6 +1,7 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.report.progress import Progress, quantity
-from dsv3_mtp.runs.folder import changed_settings, find_checkpoint, run_folder, write_run_folder
+from dsv3_mtp.runs.folder import (
+    changed_code,
+    changed_settings,
+    find_checkpoint,
+    run_folder,
+    write_run_folder,
+)
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
@@ -41,7 +48,7 @@ class Trainer:
             folder.
     """
 
-    def __init__(self, config: Config, *, command: list[str]):
+    def __init__(self, config: Config, *, command: list[str], notes: Sequence[str] = ()):
         self.config = config
         self.folder = run_folder(config)
         parallel = config.parallel
@@ -57,7 +64,7 @@ class Trainer:
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
         latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
-        self.notes += tune(self.world.device)
+        self.notes = [*notes, *self.notes, *tune(self.world.device)]
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
         self.size = model_size(whole, config.data.seq_len)
@@ -143,6 +150,7 @@ class Trainer:
         normalizer = self.engine.all_reduce(counts) / world.size / world.slices
 
         settings = LossSettings(step.loss_weights, alpha, normalizer)
+        self.model.draw = config.run.seed, self.step
         out = self.engine.accumulate(batch, settings)
         # A GPU is still computing. What follows waits for it, once here and once for the norm of
         # the gradient.
@@ -281,6 +289,7 @@ class Trainer:
         """
         saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
         notes = changed_settings(saved["config"], self.config, folder)
+        notes += changed_code(self.config)
         self.sampler.load_state_dict(saved["sampler"])
         moments = getattr(torch, self.config.optim.moments)
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)
