@@ -53,6 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **D2,
     },  # no router before the last stage, or anywhere
     "recomputed": {"train.activation_checkpointing": "full", **D2},
+    "objectives": D2 | {"mtp.objective": {"ce": 0.5, "kl": 1.0, "lk": 0.2}},
     "batch ramp": {"train.batch_size_ramp": {"start": 4, "until": 0.1}},
 }
 # model, ranks, stages, ranks that share the experts
@@ -61,6 +62,7 @@ LAYOUTS: dict[str, tuple[str, int, int, int]] = {
     "PP=3, D=2, masked": ("D=2, masked", 3, 3, 1),
     "PP=2 x DP=2, D=2, masked": ("D=2, masked", 4, 2, 1),
     "PP=2 x SP=2, D=2, masked": ("D=2, masked", 4, 2, 1),
+    "PP=2 x SP=2, objectives": ("objectives", 4, 2, 1),
     "PP=2 x EP=2, D=2, masked": ("D=2, masked", 4, 2, 2),
 }
 
