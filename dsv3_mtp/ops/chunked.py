@@ -80,7 +80,8 @@ def chunked(
     backward need, whatever M is.
     """
     tensors = [*inputs, *weights]
-    if not torch.is_grad_enabled():  # or forward would compute the gradients all the same
+    # or forward would compute the gradients all the same
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
         with torch.no_grad():
             parts = [
                 loss_of(slice(at, at + rows), [x[at : at + rows] for x in inputs], weights)

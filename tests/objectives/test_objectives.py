@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_mtp.heads import registry as heads
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings
-from dsv3_mtp.model.states import HeadRows, LMHead, Output
+from dsv3_mtp.model.states import HeadRows, LMHead, Output, Scores
 from dsv3_mtp.model.targets import valid_targets
 from dsv3_mtp.objectives import losses, registry
 from dsv3_mtp.objectives.base import Objective, Slots
 from dsv3_mtp.objectives.losses import Teacher, objective_losses
 from tests.conftest import tiny
+from tests.heads_under_test import KINDS
 
 T, DEPTHS, LAMBDA = 16, 3, (0.3, 0.2, 0.1)
 
@@ -66,42 +66,50 @@ def model_of(mode: str, objective: dict[str, float], **more) -> DeepseekV3MTP:
     return model
 
 
-def inputs(masked: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    tokens = torch.randint(64, (3, T + 1 + DEPTHS))
+def inputs(lookahead: int, masked: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    tokens = torch.randint(64, (3, T + lookahead))
     if not masked:
         return tokens, None, None
     documents = (torch.arange(tokens.shape[1]) // 7).expand_as(tokens)
     return tokens, documents, torch.rand(tokens.shape) < 0.6
 
 
+def mean(values: Tensor, there: Tensor) -> Tensor:
+    """0 where there is nothing: a depth without a slot adds nothing."""
+    return (values * there).sum() / max(int(there.sum()), 1)
+
+
 def by_formulas(model: DeepseekV3MTP, objective: dict[str, float], tokens, documents, scored):
     """Loss and {name/k: mean} from whole logits, with the gradient that `mtp.detach` leaves."""
-    constant = model.mtp_config.detach == "all"
+    constant, output = model.mtp_config.detach == "all", model.head_rows(tokens, documents)
     logits = {}
-    for rows in model.head_rows(tokens, documents).rows:
+    for rows in output.rows:
         weights = [
-            x.detach() if constant and output is model.lm_head and 0 not in rows.depths else x
-            for output in rows.outputs
-            for x in output.weights()
+            x.detach() if constant and module is model.lm_head and 0 not in rows.depths else x
+            for module in rows.outputs
+            for x in module.weights()
         ]
         logits |= dict.fromkeys(rows.depths, rows.outputs[-1].logits(rows.inputs, weights))
+    every = torch.stack([logits[k] for k in range(1 + DEPTHS)])
     valid = valid_targets(tokens, documents, model.offsets, scored)
-    means = {}
-    for k in range(1 + DEPTHS):
-        labels = F.cross_entropy(
-            logits[k].transpose(1, 2), tokens[:, k + 1 : k + 1 + T], reduction="none"
-        )
-        means[f"ce/{k}"] = labels[valid[k]].mean()
+    targets = torch.stack([tokens[:, ahead:][:, :T] for ahead in model.offsets])
+    nll = -every.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    means = {f"ce/{k}": mean(nll[k], valid[k]) for k in range(1 + DEPTHS)}
     p = logits[0].detach().softmax(-1)
     for name in objective.keys() - {"ce"}:
         for k in range(1, 1 + DEPTHS):
-            there = valid[k, :, : T - k]
-            value = FORMULAS[name](p[:, k:], logits[k][:, : T - k].softmax(-1))
-            means[f"{name}/{k}"] = value[there].mean()
+            ahead = model.offsets[k] - 1
+            value = FORMULAS[name](p[:, ahead:], logits[k][:, : T - ahead].softmax(-1))
+            means[f"{name}/{k}"] = mean(value, valid[k, :, : T - ahead])
     loss = means["ce/0"]
     for name, weight in objective.items():
         for k in range(1, 1 + DEPTHS):
             loss = loss + LAMBDA[k - 1] * weight * means[f"{name}/{k}"]
+    if model.terms:  # that the heads own
+        found = model.mtp.loss_terms(output, Scores(nll.detach(), every.argmax(-1), targets, valid))
+        counts = model.mtp.count_terms(model.mtp_config, valid)
+        for (name, factor), count in zip(model.terms.items(), counts, strict=True):
+            loss = loss + factor * found[name] / count
     return loss, means
 
 
@@ -113,13 +121,14 @@ MIXTURES = [{name: 0.7 for name in FORMULAS}, {"ce": 0.1, "tv": 1.8}]
 
 
 @pytest.mark.parametrize("objective", MIXTURES, ids="+".join)
-@pytest.mark.parametrize("mode", heads())
-def test_losses_and_gradients_equal_the_formulas_on_whole_logits(mode, objective, monkeypatch):
+@pytest.mark.parametrize("head", KINDS)
+def test_losses_and_gradients_equal_the_formulas_on_whole_logits(head, objective, monkeypatch):
     # two slots of all depths in a chunk: chunks begin and end within rows
     monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 2 * DEPTHS * 64)
     for detach, masked in (("none", True), ("trunk", False), ("all", True)):
+        mode = KINDS[head]["mtp.mode"]
         model = model_of(mode, objective, **{"mtp.detach": detach})
-        batch = inputs(masked)
+        batch = inputs(model.lookahead, masked)
         out = model(*batch, LossSettings(LAMBDA))
         out.loss.backward()
         got = {n: p.grad for n, p in model.named_parameters()}
@@ -133,11 +142,13 @@ def test_losses_and_gradients_equal_the_formulas_on_whole_logits(mode, objective
             torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-12, msg=name)
         # the label's cross-entropy is reported whatever the objective is
         for k in range(1 + DEPTHS):
-            mean = out.nll_sum[k] / out.targets[k]
-            assert mean.item() == pytest.approx(means[f"ce/{k}"].item(), rel=1e-12)
+            found = out.nll_sum[k] / out.targets[k].clamp(min=1)
+            assert found.item() == pytest.approx(means[f"ce/{k}"].item(), rel=1e-12)
         named = [f"{name}/{k}" for name in objective if name != "ce" for k in range(1, 1 + DEPTHS)]
-        for name, total, count in zip(named, out.term_sum, out.term_count, strict=True):
-            assert (total / count).item() == pytest.approx(means[name].item(), rel=1e-12)
+        for name, total, count in zip(
+            named, out.term_sum[len(model.terms) :], out.term_count[len(model.terms) :], strict=True
+        ):
+            assert (total / count.clamp(min=1)).item() == pytest.approx(means[name].item(), rel=1e-12)
 
 
 def test_cross_entropy_in_its_general_form_is_the_hand_written_one(monkeypatch):
@@ -149,10 +160,9 @@ def test_cross_entropy_in_its_general_form_is_the_hand_written_one(monkeypatch):
         model = model_of("sequential", {"ce": 1.0})
         model.label_weight = float(kind is ce)
         model.objectives = [] if kind is ce else [(kind(), 1.0)]
-        out = model(*inputs(masked=True), LossSettings(LAMBDA))
         torch.manual_seed(0)
+        out = model(*inputs(1 + DEPTHS, masked=True), LossSettings(LAMBDA))
         results.append([out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))])
-        torch.manual_seed(0)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 

@@ -95,7 +95,8 @@ def plain(config: Config) -> dict[str, Any]:
     }
     for step in plain_steps(model, config, STEPS):
         seen.setdefault("grads", step.grads)
-        means = metric_means(metric_sums(step.out).tolist(), config.mtp.depths)
+        sums = metric_sums(step.out).tolist()
+        means = metric_means(sums, config.mtp.depths, config.mtp.term_names)
         record = {f"train/{k}": v for k, v in means.items()}
         record |= {"train/loss": step.out.loss.item(), "optim/grad_norm": step.norm}
         balance = config.train.balance_loss_weight * step.out.balance.item() / step.size
