@@ -148,7 +148,9 @@ def test_losses_and_gradients_equal_the_formulas_on_whole_logits(head, objective
         for name, total, count in zip(
             named, out.term_sum[len(model.terms) :], out.term_count[len(model.terms) :], strict=True
         ):
-            assert (total / count.clamp(min=1)).item() == pytest.approx(means[name].item(), rel=1e-12)
+            assert (total / count.clamp(min=1)).item() == pytest.approx(
+                means[name].item(), rel=1e-12
+            )
 
 
 def test_cross_entropy_in_its_general_form_is_the_hand_written_one(monkeypatch):
