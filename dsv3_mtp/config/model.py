@@ -297,6 +297,9 @@ class MTPConfig(Section):
     (docs/mtp.md), or package.module:Class (docs/extend.md).
     """
 
+    def __hash__(self) -> int:  # a dict has none, and sizes are cached by section
+        return hash((self.mode, self.num_nextn_predict_layers))
+
     @property
     def depths(self) -> int:
         """D, or 0 for the baseline."""

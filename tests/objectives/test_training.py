@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_mtp.config import Config, schedules
+from dsv3_mtp.config import Config, ConfigError, load_config, schedules
 from dsv3_mtp.report.metrics import read_metrics
 from tests.conftest import tiny
 from tests.made_runs import read_newest
@@ -112,3 +112,36 @@ def test_a_resumed_run_is_the_uninterrupted_one_bitwise(make):
     assert timeless(records_of(whole)) == timeless(records_of(parts))
     a, b = (read_newest(Path(c.run.dir) / c.run.name) for c in (whole, parts))
     assert a.keys() == b.keys() and all((a[n] == b[n]).all() for n in a)
+
+
+BAD = {
+    "mtp.objective={kll: 1}": "mtp.objective.kll: must be one of ce, kl, lk, lk_hybrid, tv (got 'kll'); "
+    "did you mean 'kl'?",
+    "mtp.objective={kl: 0}": "mtp.objective.kl: must be > 0 (got 0)",
+    "mtp.objective={}": "mtp.objective: must name at least one objective",
+    "mtp.mode=none": "mtp.objective: has no effect with mode none",
+    "mtp.objective={no.where:X: 1}": "no.where cannot be imported",
+    "mtp.objective={dsv3_mtp.objectives.base:Slots: 1}": "is no subclass of",
+    "mtp.objective={kl: 1, dsv3_mtp.objectives.kl:KL: 1}": "is logged under the name of kl, kl",
+    "mtp.loss_weight=0": "mtp.loss_weight: is 0 from start to end, and with train.freeze: trunk",
+    "mtp.num_nextn_predict_layers=9": "must leave each rank at least 9 of the data.seq_len = 16",
+}
+
+
+@pytest.mark.parametrize("change", BAD)
+def test_what_cannot_be_is_said_in_one_sentence(change, make, tmp_path):
+    """And nothing else is: the config is right without the change."""
+    right = {
+        "mtp.objective": {"kl": 1.0},
+        "mtp.detach": "all",
+        "train.freeze": "trunk",
+        "train.init_from": "hf",
+        "parallel.sequence_parallel_size": 2,
+    }
+    (tmp_path / "config.yaml").write_text(make("right", right).to_yaml())
+    load_config(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "config.yaml", [change])
+    others = ("train.freeze", "mtp.detach")  # of mode none
+    said = [problem for problem in error.value.problems if problem[0] not in others]
+    assert len(said) == 1 and BAD[change] in ": ".join(said[0])
