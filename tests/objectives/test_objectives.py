@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings
+from dsv3_mtp.model.size import model_size
 from dsv3_mtp.model.states import HeadRows, LMHead, Output, Scores
 from dsv3_mtp.model.targets import valid_targets
 from dsv3_mtp.objectives import losses, registry
@@ -267,3 +269,22 @@ def test_memory_is_at_most_eight_chunks_whatever_the_slots_and_depths(names, mon
     assert min(peaks.values()) > 2 and max(peaks.values()) <= 8, peaks
     print(names, peaks)
     assert max(peaks.values()) - min(peaks.values()) < 2, peaks
+
+
+@pytest.mark.parametrize(
+    "objective", [{"kl": 1.0}, {"ce": 0.5, "kl": 1.0, "tv": 1.0}], ids="+".join
+)
+@pytest.mark.parametrize("head", [h for h in KINDS if h in ("sequential", "parallel_linear")])
+def test_planned_flops_are_counted_ones(head, objective):
+    """By torch's counter: what an objective costs beyond the label's cross-entropy."""
+    in_place = {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # it knows only addmm
+    measured, planned = [], []
+    for kinds in ({"ce": 1.0}, objective):
+        model = model_of(head, kinds, **{"model.vocab_size": 512})
+        tokens = torch.randint(512, (8, T + model.lookahead))
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            model(tokens).loss.backward()
+        measured.append(counter.get_total_flops())
+        planned.append(model_size(model, T).flops_per_token * tokens.shape[0] * T)
+    want = planned[1] - planned[0]
+    assert measured[1] - measured[0] == pytest.approx(want, rel=0.02)
