@@ -362,7 +362,8 @@ class MTPConfig(Section):
     @field_validator("objective")
     @classmethod
     def _known_objectives(cls, objective: dict[str, float]) -> dict[str, float]:
-        problems, found = [], {}
+        problems: list[Problem] = []
+        found: dict[str, str] = {}
         for name in objective:
             try:
                 kind = objective_kind(name)

@@ -187,7 +187,9 @@ class DeepseekV3MTP(nn.Module):
             agreed=agreed,
             compared=compared,
             term_sum=torch.cat([term_sum, objective_sum]),
-            term_count=self.counts(tokens, documents, scored, part=True)[2 + depths :],
+            term_count=self.counts(tokens, documents, scored, part=True)[2 + depths :]
+            if self.terms or self.objectives
+            else counts.new_zeros(0),
             balance=balance.detach(),
             load=torch.stack([routed.load for routed in stats]) if stats else nll.new_zeros((0, 1)),
             nodes=torch.stack([routed.nodes for routed in stats])

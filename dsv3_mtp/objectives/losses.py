@@ -75,8 +75,9 @@ def objective_losses(
         dict.fromkeys([teacher.head, *(output for one in students for output in one.outputs)])
     )
     sizes = [len(module.weights()) for module in modules]
-    chosen = [depth - 1 for depth in depths]
-    aims, weight = targets[chosen].flatten(1), weight[:, chosen].flatten(2)  # (d, N), (m, d, N)
+    # not targets[list]: on CUDA the host would wait for the indices
+    aims = torch.stack([targets[depth - 1].flatten() for depth in depths])  # (d, N)
+    weight = torch.stack([weight[:, depth - 1].flatten(1) for depth in depths], 1)  # (m, d, N)
 
     def run(inputs: Sequence[Tensor], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         main = weights[0].detach()
@@ -99,7 +100,8 @@ def objective_losses(
     inputs = [x.flatten(0, 1) for one in students for x in one.inputs]
     loss, values = opened(modules, inputs, run)  # values: (N, m, d)
     found = values.new_zeros(len(objectives), *targets.shape)
-    found[:, chosen] = values.movedim(0, 2).unflatten(2, (count, length))
+    for at, depth in enumerate(depths):
+        found[:, depth - 1] = values[..., at].T.unflatten(1, (count, length))
     return loss, found
 
 
@@ -110,7 +112,8 @@ def _logits(
     own: the weights of each module.
     """
     given = _cut(inputs, [len(one.inputs) for one in students])
-    found, depths = [], []
+    found: list[Tensor] = []
+    depths: list[int] = []
     for outputs, same in groupby(zip(students, given, strict=True), lambda pair: pair[0].outputs):
         group = list(same)
         rows = [torch.cat(parts) for parts in zip(*(part for _, part in group), strict=True)]
