@@ -145,7 +145,7 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
         model.init_weights(config.run.seed)
         model.checkpoint_activations(mode)
         slice_rows(model, world)
-        ahead = 1 + config.mtp.depths
+        ahead = config.mtp.lookahead
         shape = config.train.micro_batch_size, config.data.seq_len + ahead
         tokens = model.rows.cut(torch.randint(0, config.model.vocab_size, shape), ahead)
         with Meter() as meter:

@@ -31,6 +31,7 @@ def main() -> int:
                 "run": options.run,
                 "hf": options.hf,
                 "ema": options.ema,
+                "trust_code": options.trust_code,
                 "include": options.lm_eval_include,
             }
             size = {"limit": options.limit, "batch_size": options.micro_batch_size or 1}
@@ -95,6 +96,11 @@ def parse() -> argparse.Namespace:
         "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
     )
     parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the code outside the package that the run's config names",
+    )
+    parser.add_argument(
         "--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead"
     )
     parser.add_argument(
@@ -143,6 +149,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
+    from dsv3_mtp.decode.draft import no_drafter
     from dsv3_mtp.ops.tuning import tune
     from dsv3_mtp.runs.loading import tokenizer_of
     from dsv3_mtp.train.evaluate import acceptance, open_model, validate
@@ -153,6 +160,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         seq_len=options.seq_len,
         micro_batch_size=options.micro_batch_size,
         ema=options.ema,
+        trust_code=options.trust_code,
     )
     longest, new_tokens, task = (
         config.model.max_position_embeddings,
@@ -186,7 +194,10 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         metrics = validate(
             model, source, config, batches=options.batches or config.eval.batches, device=device
         )
-        if options.prompts and config.mtp.depths:
+        why = no_drafter(config.mtp)
+        if options.prompts and config.mtp.depths and why:
+            print(f"note: {why}; acceptance is not measured", file=sys.stderr)
+        elif options.prompts and config.mtp.depths:
             counts = {"prompts": options.prompts, "new_tokens": new_tokens or min(64, longest // 2)}
             metrics |= acceptance(
                 model, source, depth=config.mtp.depths, seq_len=config.data.seq_len, **counts

@@ -10,9 +10,11 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from dsv3_mtp.config.reader import ConfigError
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 SECTIONS = ("mtp",)  # whose keys and values may name code
@@ -45,6 +47,14 @@ def find(name: str) -> Any:
 def named(tree: Mapping[str, Any]) -> list[str]:
     """What code a config's tree names, in order, each once."""
     return list(dict.fromkeys(name for key in SECTIONS for name in _names(tree.get(key))))
+
+
+def refuse(source: str, tree: Mapping[str, Any], trusted: Collection[str]) -> None:
+    """Raises ConfigError where a tree names code that is not trusted. Nothing is imported."""
+    if names := [name for name in named(tree) if name not in trusted]:
+        text = f"names code outside the package, {', '.join(names)}, which is not imported"
+        remedy = "if you know what it does, give --trust-code (trust_code=True)"
+        raise ConfigError(source, [("file", f"{text}; {remedy}")])
 
 
 def _names(tree: Any) -> Iterator[str]:

@@ -120,7 +120,9 @@ def _pipeline(config: Any) -> Iterator[Problem]:
     key = "parallel.pipeline_stages"
     if inner := layers_read(config.mtp):
         which = ", ".join(map(str, inner))
-        text = f"needs 1: heads of mtp.mode {config.mtp.mode} read the output of trunk layer {which}"
+        text = (
+            f"needs 1: heads of mtp.mode {config.mtp.mode} read the output of trunk layer {which}"
+        )
         yield key, f"{text}, which the last stage does not have (got {parallel.pipeline_stages})"
     head, tail = uncut(config)
     pieces = model.num_hidden_layers + 1 - (head - 1) - (tail - 1)

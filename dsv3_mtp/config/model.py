@@ -396,7 +396,9 @@ def option_problems(mode: str, extra: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with the keys of `mtp:` that not every kind of head has. A key of another
     registered kind may stand at that one's default.
     """
-    kind, own, foreign = head_kind(mode), {}, {}
+    kind = head_kind(mode)
+    own: dict[str, Any] = {}
+    foreign: dict[str, Any] = {}
     for other in heads().values():
         foreign |= {key: field.default for key, field in other.Options.model_fields.items()}
     for key, value in extra.items():

@@ -6,7 +6,7 @@ train.total_tokens, so that a recipe carries over to any run length. Unknown key
 without effect are errors.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -303,23 +303,21 @@ def load_config(
     path: str | Path,
     sets: Iterable[str] = (),
     *,
-    trust_code: bool = True,
+    trust_code: bool | Collection[str] = True,
     notes: list[str] | None = None,
 ) -> Config:
     """Reads and checks a run's YAML. sets: overrides such as "mtp.mode=none", values in YAML,
     applied first.
 
-    trust_code: import what the file names as package.module:Class. Only for a file that the user
-        has named as a config, not for one that is found in a run folder. notes: gets a line for
-        each key that was dropped.
+    trust_code: import what the file names as package.module:Class; or which of these names. True
+        only for a file that the user has named as a config, not for one found in a run folder.
+    notes: gets a line for each key that was dropped.
 
     Raises ConfigError, whose text is a report of every problem in the file and in the overrides.
     """
     tree, problems = read_tree(path, sets)
-    if not trust_code and (names := code.named(tree)):
-        refused = f"names code outside the package, {', '.join(names)}"
-        remedy = "it is imported only with --trust-code (trust_code=True), if you know what it does"
-        raise ConfigError(str(path), [("file", f"{refused}; {remedy}")])
+    if trust_code is not True:
+        code.refuse(str(path), tree, trust_code or ())
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -331,9 +329,7 @@ def load_config(
     if notes is not None:
         given, kept = tree.get("mtp") or {}, dict(config.mtp.model_extra or {})
         dropped = [key for key in given if key not in MTPConfig.model_fields and key not in kept]
-        notes += [
-            f"mtp.{key}: not used, mode {config.mtp.mode} has no such key" for key in dropped
-        ]
+        notes += [f"mtp.{key}: not used, mode {config.mtp.mode} has no such key" for key in dropped]
     return config
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3_mtp.config import MTPConfig
 from dsv3_mtp.decode.cache import Ring, Slots
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.states import TrunkStates
 
 
@@ -94,6 +96,24 @@ class Drafter:
             ring.states = ring.states[rows]
         self.caches = [cache[rows] for cache in self.caches]
         self.filled = [[filled[row] for row in rows] for filled in self.filled]
+
+
+def no_drafter(mtp: MTPConfig) -> str | None:
+    """Why nothing drafts with these heads, in one sentence; None where they draft."""
+    if not mtp.depths:
+        return "the model has no MTP heads to draft with (mtp.mode: none)"
+    kind = mtp.kind.drafter(mtp)
+    return f"mtp.mode {mtp.mode} {kind}" if isinstance(kind, str) else None
+
+
+def draft_limit(model: DeepseekV3MTP, depth: int) -> int:
+    """Most drafts per step, of the `depth` that are asked for: a chain is recycled for any depth,
+    independent heads end at D; 0 where nothing drafts.
+    """
+    mtp = model.mtp_config
+    if no_drafter(mtp) is not None:
+        return 0
+    return mtp.kind.drafter(mtp).limit(model.depths, depth)
 
 
 def write_drafts(

@@ -25,14 +25,14 @@ def accepted_prefixes(model: DeepseekV3MTP, tokens: Sequence[int], *, prompt_len
     """
     length, depths = len(tokens), model.depths
     device = model.lm_head.weight.device
-    # T = L - 1 slots need L + D tokens
-    text = torch.tensor([[*tokens, *[0] * depths]], device=device)
-    hiddens, _ = model.hidden_states(text)
+    # T = L - 1 slots need L - 1 + lookahead tokens
+    text = torch.tensor([[*tokens, *[0] * (model.lookahead - 1)]], device=device)
+    logits = model.logits(text)[:, 0]  # (1+D, L-1, V)
     # by m; slot m-1 drafts t_{m+k}
     right = torch.zeros(length, depths, dtype=torch.bool, device=device)
     for depth in range(1, 1 + depths):
         anchors = torch.arange(prompt_length, length - depth, device=device)  # m with m + depth < L
-        guess = model.head(depth)(hiddens[depth][0, anchors - 1]).argmax(-1)
+        guess = logits[depth, anchors - 1].argmax(-1)
         right[anchors, depth - 1] = guess == text[0, anchors + depth]
     return right[prompt_length : length - 1].cumprod(1).bool()
 

@@ -100,10 +100,8 @@ class Head(nn.Module):
     name: ClassVar[str | None] = None  # of `mtp.mode`; None: package.module:Class
     default: ClassVar[bool] = False  # what `mtp.mode` is where a config does not say
 
-    class Options(Section):
-        """The keys of `mtp:` that only this kind of head has. A checkpoint fits only these as they
-        were.
-        """
+    # The keys of `mtp:` that only this kind of head has. A checkpoint fits only these as they were.
+    Options: ClassVar[type[Section]] = Section
 
     def __init_subclass__(cls, **settings: Any):
         super().__init_subclass__(**settings)
@@ -112,7 +110,8 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__()
-        self.config, self.mtp, self.options = config, mtp, mtp.options
+        self.config, self.mtp = config, mtp
+        self.options: Any = mtp.options
 
     # --- what it reads and predicts -------------------------------------------------------------
 

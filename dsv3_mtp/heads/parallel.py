@@ -103,14 +103,14 @@ class ParallelDrafter(Drafter):
         if (
             length > self.depth + 1
         ):  # prefill; the last slot is left to `draft`, which needs its state
-            for head in range(self.modules):
-                self._run(head, [s + length - 1 for s in starts])
+            for head in range(len(self.caches)):
+                self.run(head, [s + length - 1 for s in starts])
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
-        drawn = [sampler.draw(self.decoder.logits(self._run(head, last))) for head in range(count)]
+        drawn = [sampler.draw(self.decoder.logits(self.run(head, last))) for head in range(count)]
         return write_drafts(ids, last, drawn)
 
-    def _run(self, head: int, stops: Sequence[int]) -> Tensor:
+    def run(self, head: int, stops: Sequence[int]) -> Tensor:
         """Brings head's cache up to slot stops[b] - 1 and returns that slot's normed state, (B,
         C).
         """

@@ -126,7 +126,7 @@ class Sequential(Head):
         return ChainDrafter
 
     def decode_forms(self, model: Any) -> list[Any]:
-        return [Module(module, model, self.options) for module in self.layers]
+        return [Module(module, model, self.options) for module in self.layers]  # type: ignore[arg-type]
 
     # --- DeepSeek-V3's layout: model.layers.{L+k-1} ----------------------------------------------
 
@@ -241,11 +241,7 @@ class ChainDrafter(Drafter):
         return self.modules if self.options.chain == "hidden" else 1
 
     def source(self, states: TrunkStates) -> Tensor:
-        return (
-            states.post_norm
-            if self.options.trunk_hidden == "post_norm"
-            else states.pre_norm
-        )
+        return states.post_norm if self.options.trunk_hidden == "post_norm" else states.pre_norm
 
     def observe(
         self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0

@@ -291,7 +291,8 @@ class DeepseekV3MTP(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy of all rows: the loss, nll and prediction (1+D, B, T)."""
         loss: Tensor = rows[0].inputs[0].new_zeros((), dtype=torch.float32)
-        nll, prediction = {}, {}
+        nll: dict[int, Tensor] = {}
+        prediction: dict[int, Tensor] = {}
         for group in self._groups(rows):
             depths = [depth for one in group for depth in one.depths]
             part, own_nll, own = self._group_loss(group, targets[depths], row_weight[depths])
@@ -340,17 +341,16 @@ class DeepseekV3MTP(nn.Module):
             if isinstance(outputs[-1], LMHead):
                 return linear_cross_entropy(inputs[0], given[-1], aims, weights)
             return chunked_cross_entropy(
-                outputs[-1].logits,
-                inputs,
-                given,
-                aims,
-                weights,
-                vocab_size=self.config.vocab_size,
+                outputs[-1].logits, inputs, given, aims, weights, vocab_size=self.config.vocab_size
             )
 
         loss, nll, prediction = opened(outputs, inputs, run)
         if several:
-            return loss, nll.t().view_as(targets), prediction.view(targets[0].shape).expand_as(targets)
+            return (
+                loss,
+                nll.t().view_as(targets),
+                prediction.view(targets[0].shape).expand_as(targets),
+            )
         return loss, nll.view_as(targets), prediction.view_as(targets)
 
     @torch.no_grad()

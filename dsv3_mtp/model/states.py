@@ -21,7 +21,8 @@ class TrunkStates(NamedTuple):
 
     def detach(self) -> "TrunkStates":
         layers = {number: state.detach() for number, state in self.layers.items()}
-        return TrunkStates(*(state.detach() for state in self[:3]), layers)
+        last_input, pre_norm, post_norm = (state.detach() for state in self[:3])  # type: ignore[union-attr]
+        return TrunkStates(last_input, pre_norm, post_norm, layers)
 
 
 class Output(nn.Module):

@@ -18,10 +18,7 @@ def target_tokens(tokens: Tensor, offsets: Sequence[int]) -> Tensor:
 
 
 def valid_targets(
-    tokens: Tensor,
-    documents: Tensor | None,
-    offsets: Sequence[int],
-    scored: Tensor | None = None,
+    tokens: Tensor, documents: Tensor | None, offsets: Sequence[int], scored: Tensor | None = None
 ) -> Tensor:
     """(1+D, B, T) bool: the target of slot i at depth k is scored and in slot i's own document
     (without them: always).
@@ -40,10 +37,7 @@ def valid_targets(
 
 
 def count_targets(
-    tokens: Tensor,
-    documents: Tensor | None,
-    offsets: Sequence[int],
-    scored: Tensor | None = None,
+    tokens: Tensor, documents: Tensor | None, offsets: Sequence[int], scored: Tensor | None = None
 ) -> Tensor:
     """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over
     batches and ranks.

@@ -153,7 +153,7 @@ class LastStage(Stage):
         ]
         stats = earlier + own
         output = self.rows_from(trunk, stats, ahead, angles, mask, tokens, *documents)
-        return Final(output, tokens, *documents or [None])
+        return Final(output, tokens, documents[0] if documents else None)
 
 
 class SharedEmbedding(TiedLayerSpec):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dsv3_mtp.config import Config
+from dsv3_mtp.config import Config, MTPConfig, code
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.files.atomic import lock, write_json, write_text
 from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
@@ -31,10 +31,6 @@ FIXED = (
     "model",
     "mtp.mode",
     "mtp.num_nextn_predict_layers",
-    "mtp.trunk_hidden",
-    "mtp.chain",
-    "mtp.embed",
-    "mtp.share_weights",
     "data.task",
     "data.seq_len",
     "data.mask_documents",
@@ -115,7 +111,8 @@ def write_run_folder(
         starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{manifest}: damaged ({error}); delete this file") from None
-    starts.append(describe_start(world_size=world_size, command=command, sources=sources))
+    start = describe_start(world_size=world_size, command=command, sources=sources)
+    starts.append(start | {"code": code.hashes(config.to_dict())})
     write_text(folder / "config.yaml", config.to_yaml())
     write_json(folder / "ds_config.json", ds_config)
     write_json(manifest, {"starts": starts})
@@ -159,9 +156,10 @@ def changed_settings(saved: dict[str, Any], config: Config, checkpoint: Path) ->
         ValueError: settings differ that the checkpoint's weights or data position depend on, all of
             them listed.
     """
-    changes = differences(saved, config.to_dict(), ignoring=FREE)
+    changes = differences(_without_defaults(saved, config), config.to_dict(), ignoring=FREE)
     lines = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
-    fixed = [line for key, line in lines.items() if _under(key, FIXED)]
+    options = tuple(f"mtp.{key}" for key in config.mtp.model_extra or {})
+    fixed = [line for key, line in lines.items() if _under(key, FIXED + options)]
     if fixed:
         raise ValueError(
             (
@@ -171,6 +169,30 @@ def changed_settings(saved: dict[str, Any], config: Config, checkpoint: Path) ->
             + "\n  ".join(fixed)
         )
     return [f"changed since the checkpoint: {line}" for line in lines.values()]
+
+
+def _without_defaults(saved: dict[str, Any], config: Config) -> dict[str, Any]:
+    """A saved config as this version would save it: without the keys of other kinds of heads, and
+    with options of this kind that it did not have yet at their defaults.
+    """
+    mtp = saved.get("mtp", {})
+    if mtp.get("mode") != config.mtp.mode:
+        return saved
+    common = {key: value for key, value in mtp.items() if key in MTPConfig.model_fields}
+    own = MTPConfig(mode=config.mtp.mode).model_extra or {}
+    return saved | {"mtp": common | {key: mtp.get(key, default) for key, default in own.items()}}
+
+
+def changed_code(config: Config) -> list[str]:
+    """One line for each class outside the package whose source is not that of the last start."""
+    manifest = run_folder(config) / "manifest.json"
+    starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
+    before = starts[-1].get("code", {}) if starts else {}
+    return [
+        f"changed since the last start: the source of {name}"
+        for name, digest in code.hashes(config.to_dict()).items()
+        if before.get(name, digest) != digest
+    ]
 
 
 def differences(

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from dsv3_mtp.config import Config
+from dsv3_mtp.config import Config, code
 from dsv3_mtp.data.opening import validation_source
+from dsv3_mtp.decode.draft import no_drafter
 from dsv3_mtp.files.atomic import write_json
 from dsv3_mtp.report.metrics import Record, read_metrics
 from dsv3_mtp.runs.model import load_run
@@ -79,7 +80,7 @@ def measure(
     metrics = {key: value for key, value in last.items() if key.startswith(("val/", "task/"))}
     metrics |= late_mean(records, "moe/max_violation", "train/max_violation")
     metrics |= late_mean(records, "moe/mtp_max_violation/1", "train/mtp_max_violation/1")
-    if drafts is not None and config.mtp.depths:
+    if drafts is not None and no_drafter(config.mtp) is None:
         metrics |= free_running(folder, config, drafts)
     found: dict[str, Any] = {"metrics": metrics}
     if threshold is not None:
@@ -147,7 +148,10 @@ def solved_at(records: Sequence[Record], threshold: float) -> int | None:
 
 def free_running(folder: Path, config: Config, drafts: Acceptance) -> dict[str, float]:
     """Acceptance at temperature 0 and 1 of as many drafts as the model has depths."""
-    model = load_run(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
+    trusted = code.named(config.to_dict())  # the study's own file names it
+    model = load_run(folder, trust_code=trusted).model.to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     metrics: dict[str, float] = {}
     source = validation_source(config)
     for temperature in (0, 1):

@@ -26,7 +26,7 @@ import torch
 # an import of seconds that training makes: once here, not in every forked process
 import torch._dynamo
 
-from dsv3_mtp.config import load_config
+from dsv3_mtp.config import code, load_config
 from dsv3_mtp.files.atomic import write_json
 from dsv3_mtp.report.metrics import MetricsLog, read_metrics
 from dsv3_mtp.report.progress import duration
@@ -140,7 +140,9 @@ def check_folders(study: Study, runs: list[Run]) -> None:
     for run in runs:
         path = study.folder / run.name / "config.yaml"
         if path.exists():
-            other = differences(load_config(path).to_dict(), run.config.to_dict(), ignoring=IGNORED)
+            ours = run.config.to_dict()
+            theirs = load_config(path, trust_code=code.named(ours)).to_dict()
+            other = differences(theirs, ours, ignoring=IGNORED)
             problems += [
                 f"{path}: {key} is {old}, the study says {new}" for key, (old, new) in other.items()
             ]

@@ -1,6 +1,7 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size
-from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.ops.tuning import tune
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
@@ -23,7 +23,13 @@ from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.report.progress import Progress, quantity
-from dsv3_mtp.runs.folder import changed_settings, find_checkpoint, run_folder, write_run_folder
+from dsv3_mtp.runs.folder import (
+    changed_code,
+    changed_settings,
+    find_checkpoint,
+    run_folder,
+    write_run_folder,
+)
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
@@ -42,7 +48,7 @@ class Trainer:
             folder.
     """
 
-    def __init__(self, config: Config, *, command: list[str]):
+    def __init__(self, config: Config, *, command: list[str], notes: Sequence[str] = ()):
         self.config = config
         self.folder = run_folder(config)
         parallel = config.parallel
@@ -58,7 +64,7 @@ class Trainer:
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
         latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
-        self.notes += tune(self.world.device)
+        self.notes = [*notes, *self.notes, *tune(self.world.device)]
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
         self.size = model_size(whole, config.data.seq_len)
@@ -139,11 +145,12 @@ class Trainer:
         # world.replicas. (Pipeline stages and slices of rows count the same batch once on each of
         # their ranks.)
         counts = torch.stack(
-            [count_targets(t, documents, depths, scored) for t, documents, scored in batch]
+            [self.model.counts(t, documents, scored) for t, documents, scored in batch]
         ).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size / world.slices
 
         settings = LossSettings(step.loss_weights, alpha, normalizer)
+        self.model.draw = config.run.seed, self.step
         out = self.engine.accumulate(batch, settings)
         # A GPU is still computing. What follows waits for it, once here and once for the norm of
         # the gradient.
@@ -157,7 +164,10 @@ class Trainer:
         load, on_host = reduced[len(totals) :].view_as(out.load), reduced.cpu()
         total_loss, balance, node_count, stopping, *sums = on_host[: len(totals)].tolist()
         record = {"train/loss": total_loss / world.replicas}
-        record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
+        record |= {
+            f"train/{name}": value
+            for name, value in metric_means(sums, depths, self.model.terms).items()
+        }
         self.require_finite(record)
         record["optim/grad_norm"] = self.engine.step(step.lr)
         self.require_finite(record)
@@ -281,6 +291,7 @@ class Trainer:
         """
         saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
         notes = changed_settings(saved["config"], self.config, folder)
+        notes += changed_code(self.config)
         self.sampler.load_state_dict(saved["sampler"])
         moments = getattr(torch, self.config.optim.moments)
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)

@@ -46,7 +46,7 @@ def cached_states(model, tokens, chunks):
 def test_cached_trunk_equals_the_training_forward(make_model, case, chunks):
     model = make_model(overrides=CASES[case])
     tokens = torch.randint(64, (2, 20))
-    expected = model.hidden_states(torch.cat([tokens, tokens[:, :2]], 1))[0][0]
+    expected = model.head_rows(torch.cat([tokens, tokens[:, :2]], 1)).rows[0].inputs[0]
     torch.testing.assert_close(cached_states(model, tokens, chunks), expected, rtol=2e-5, atol=2e-5)
 
 

@@ -11,7 +11,6 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings
-from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.ops.attention import sdpa
 from dsv3_mtp.ops.experts import grouped_kernel, routed
 from tests.decode.plain import CYCLE, HEADS, train_on_cycle
@@ -137,7 +136,7 @@ def test_the_host_never_waits_within_forward_and_backward(make_tiny_config, mask
         torch.arange(tokens.shape[1], device=CUDA).div(50, rounding_mode="floor").expand_as(tokens)
     )
     inputs = tokens, documents if masked else None, None
-    settings = LossSettings((0.3,), 1e-4, count_targets(*inputs[:2], model.depths))
+    settings = LossSettings((0.3,), 1e-4, model.counts(*inputs[:2]))
     for mode in ("default", "default", "error"):  # the first calls load kernels and make workspaces
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)

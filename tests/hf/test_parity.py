@@ -138,7 +138,7 @@ def test_mtp_hidden_states_agree_with_transformers_own_inference(pair, tmp_path)
     ours, theirs = pair
     module, cache = mtp_model(theirs, tmp_path / "hf")
     tokens = torch.randint(64, (1, 12 + 1 + 2))
-    hidden, _ = ours.hidden_states(tokens)
+    hidden = [rows.inputs[0] for rows in ours.head_rows(tokens).rows]
     for depth, state in enumerate(their_hidden_states(theirs, module, cache, tokens, 12)):
         close(hidden[depth], state, f"depth {depth}")
 

@@ -15,7 +15,6 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe, refusals
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings
-from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, start
 from dsv3_mtp.parallel.sequence import slice_rows
@@ -99,7 +98,7 @@ def compare(folder: Path) -> None:
         ahead = 1 + model.depths
         tokens = torch.randint(0, 64, (ROWS, LENGTH + ahead))
         documents = DOCUMENTS[: LENGTH + ahead].expand(ROWS, -1) if settings.get("masked") else None
-        counts = count_targets(tokens, documents, model.depths)
+        counts = model.counts(tokens, documents)
         want = learn(model, [tokens, documents], counts) if world.is_main else None
 
         slice_rows(model, world)
