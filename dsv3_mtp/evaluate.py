@@ -160,6 +160,8 @@ def acceptance(
     seq_len: int,
     new_tokens: int,
     temperature: float = 0.0,
+    part: tuple[int, int] = (0, 1),
+    seed: int = 0,
 ) -> dict[str, float]:
     """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
 
@@ -168,6 +170,10 @@ def acceptance(
     with the prompt, the last of a step from the main head. Returns `val/acceptance/k`, joint for drafts 1..k,
     `val/tokens_per_step`, and `val/distinct`, the share of distinct tokens: a model that repeats itself accepts
     everything.
+
+    Args:
+        part: (first, step): only every `step`-th of the prompts, from number `first` on.
+        seed: of the random numbers at a temperature.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
@@ -182,8 +188,8 @@ def acceptance(
         texts = windows[0][0].tolist()
     if new_tokens < 3:
         return {}
-    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature)
-    out = generate(model, texts, settings)
+    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed)
+    out = generate(model, texts[part[0] :: part[1]], settings)
     metrics = {f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)}
     metrics["val/tokens_per_step"] = out.acceptance.tokens_per_step
     return metrics | {"val/distinct": out.distinct}

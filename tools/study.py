@@ -22,7 +22,7 @@ def main() -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        from dsv3_mtp.study.matrix import load_study
+        from dsv3_mtp.study.load import load_study
 
         loaded = load_study(options.study, options.sets)
         if options.dry_run:

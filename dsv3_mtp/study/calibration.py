@@ -10,17 +10,27 @@ from dsv3_mtp.study.page import Block, Heading, Paragraph, Rows
 
 def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Block]:
     """Losses above the true source's on the same tokens, and acceptance beside the best possible."""
-    known = {arm: c for arm, c in configs.items() if c.data.task is not None and c.data.task.type == "markov"}
+    known = {
+        arm: c
+        for arm, c in configs.items()
+        if c.data.task is not None and c.data.task.type == "markov"
+    }
     if not known:
         return []
     width = max(1 + config.mtp.depths for config in known.values())
     rows = []
     for arm, config in known.items():
         depths = config.mtp.depths
-        excess = [list(values_of(table, arm, f"task/excess_loss/{k}").values()) for k in range(1 + depths)]
+        excess = [
+            list(values_of(table, arm, f"task/excess_loss/{k}").values()) for k in range(1 + depths)
+        ]
         cells = [format(sum(v) / len(v), "+.4f") if v else "-" for v in excess]
         rows.append([arm, *cells, *["-"] * (width - len(cells)), acceptances(table, arm, config)])
-    header = ["arm", *[f"excess loss, depth {k}" for k in range(width)], "acceptance at T = 1 (best possible)"]
+    header = [
+        "arm",
+        *[f"excess loss, depth {k}" for k in range(width)],
+        "acceptance at T = 1 (best possible)",
+    ]
     note = (
         "Loss above that of the true source on the same tokens, in nats: 0 is perfect. A sequential module sees the "
         "token before its target and can reach the entropy rate; a head that does not is left with the entropy of "

@@ -2,7 +2,7 @@
 
 from dsv3_mtp.progress import duration, quantity
 from dsv3_mtp.study.expand import Run, expand, size_of, tokens_of, training_flops
-from dsv3_mtp.study.matrix import LoadedStudy
+from dsv3_mtp.study.load import LoadedStudy
 
 
 def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
@@ -20,12 +20,21 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
         flops = cost(run) if run else _matched_cost(loaded, name)
         total += flops * len(study.seeds)
         tokens = tokens_of(loaded, name, {})
-        parent = f"{run.parent.rpartition('-')[0]} at step {run.fork_step}" if run and run.parent else "-"
+        parent = (
+            f"{run.parent.rpartition('-')[0]} at step {run.fork_step}"
+            if run and run.parent
+            else "-"
+        )
         budget = quantity(tokens) if tokens else f"time of {arm.match.arm if arm.match else ''}"
         count = quantity(size.total + size.mtp_total)
-        rows.append((name, count, quantity(size.mtp_total), budget, f"{flops:.2e}", parent, arm.about))
+        rows.append(
+            (name, count, quantity(size.mtp_total), budget, f"{flops:.2e}", parent, arm.about)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    table = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]]) for row in rows]
+    table = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]])
+        for row in rows
+    ]
     workers = jobs or 1
     return "\n".join(
         [

@@ -13,7 +13,7 @@ from dsv3_mtp.config import Config, ModelConfig, MTPConfig
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.runs import differences
-from dsv3_mtp.study.matrix import LoadedStudy
+from dsv3_mtp.study.load import LoadedStudy
 
 # A run is a pure function of what these are at each step: arms that differ in nothing else may share a prefix.
 SCHEDULED = (
@@ -64,7 +64,9 @@ def expand(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
         for name, config in configs.items():
             # A run that others fork from keeps every checkpoint until all of them have taken theirs.
             keep = 2 + steps_of(config) if name in forked else config.checkpoint.keep
-            own = _replace(config, run={"name": f"{name}-seed{seed}", "seed": seed}, checkpoint={"keep": keep})
+            own = _replace(
+                config, run={"name": f"{name}-seed{seed}", "seed": seed}, checkpoint={"keep": keep}
+            )
             parent, step = parents[name]
             runs.append(Run(name, seed, own, f"{parent}-seed{seed}" if parent else None, step))
     return runs

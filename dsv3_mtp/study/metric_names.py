@@ -7,25 +7,54 @@ METRICS: dict[str, tuple[str, str | None]] = {
     "val/main_loss": ("main validation loss, nats per token", "lower"),
     "val/bits_per_byte": ("main validation loss, bits per byte", "lower"),
     "val/mtp_loss/k": ("teacher-forced loss of depth {}, nats per token", "lower"),
+    "val/overlap/k": ("overlap of depth {} with the main model on real text", "higher"),
+    "val/overlap/tokens_per_step": (
+        "tokens per step expected from overlap, on real text",
+        "higher",
+    ),
+    "val/overlap_above_table/k": (
+        "overlap of depth {} minus the table drafter's on the same trunk",
+        "higher",
+    ),
     "val/top1/k": ("top1 of depth {} (teacher-forced, against the text)", "higher"),
     "val/agreement/k": ("agreement of depths 1..{} (teacher-forced, with the main head)", "higher"),
     "task/exact_match": ("exact match by generation", "higher"),
     "task/exact_match/k": ("task/exact_match/{}", None),
-    "task/excess_loss/k": ("loss of depth {} above that of the true source, nats per token", "lower"),
+    "task/excess_loss/k": (
+        "loss of depth {} above that of the true source, nats per token",
+        "lower",
+    ),
     "task/first_node": ("first node of the path, by generation", "higher"),
     "task/first_sum": ("first sum, by generation", "higher"),
     "task/second_token": ("second token of a known name, by generation", "higher"),
+    "acceptance/T0/seconds_per_token": ("seconds per token, greedy, with drafts", "lower"),
+    "acceptance/T1/seconds_per_token": ("seconds per token at temperature 1, with drafts", "lower"),
     "train/max_violation": ("MaxVio of the trunk's routers, last quarter of training", "lower"),
-    "train/mtp_max_violation/1": ("MaxVio of the first MTP router, last quarter of training", "lower"),
+    "train/mtp_max_violation/1": (
+        "MaxVio of the first MTP router, last quarter of training",
+        "lower",
+    ),
     "acceptance/T0/tokens_per_step": ("tokens per step, greedy, free-running", "higher"),
     "acceptance/T0/distinct": ("share of distinct tokens in the greedy text", None),
     "acceptance/T0/joint/k": ("acceptance of drafts 1..{}, greedy, free-running", "higher"),
     "acceptance/T1/tokens_per_step": ("tokens per step at temperature 1, free-running", "higher"),
     "acceptance/T1/distinct": ("acceptance/T1/distinct", None),
-    "acceptance/T1/joint/k": ("acceptance of drafts 1..{} at temperature 1, free-running", "higher"),
-    "train/main_loss_error": ("relative error of the main training loss (EMA 0.9), mean of the last quarter, %", None),
-    "train/main_loss_error_max": ("relative error of the main training loss (EMA 0.9), largest size, %", "lower"),
-    "train/mtp_loss_error/k": ("relative error of the training loss of depth {} (EMA 0.9), last quarter, %", None),
+    "acceptance/T1/joint/k": (
+        "acceptance of drafts 1..{} at temperature 1, free-running",
+        "higher",
+    ),
+    "train/main_loss_error": (
+        "relative error of the main training loss (EMA 0.9), mean of the last quarter, %",
+        None,
+    ),
+    "train/main_loss_error_max": (
+        "relative error of the main training loss (EMA 0.9), largest size, %",
+        "lower",
+    ),
+    "train/mtp_loss_error/k": (
+        "relative error of the training loss of depth {} (EMA 0.9), last quarter, %",
+        None,
+    ),
     "train/mtp_loss_error_max/k": (
         "relative error of the training loss of depth {} (EMA 0.9), largest size, %",
         "lower",
@@ -39,6 +68,21 @@ NEEDS = {
     "train/mtp_loss_error": "loss_error_against",
     "task/solved": "solve_threshold",
 }
+
+RATES = ("task/exact_match", "task/first", "task/second", "task/solved", "val/top1", "val/agreement", "val/overlap/",
+         "acceptance/T0/joint", "acceptance/T1/joint")  # fmt: skip
+
+
+def is_rate_over_seeds(name: str) -> bool:
+    """Its value in one run is 0 or 1: tested by counting seeds, not by their mean."""
+    return name == "task/solved"
+
+
+def bounds(name: str, depths: int) -> tuple[float, float] | None:
+    """(floor, ceiling) of a metric that cannot leave them; None: it has none. depths: of the model."""
+    if name.endswith("/tokens_per_step"):
+        return 1.0, 1.0 + depths
+    return (0.0, 1.0) if name.startswith(RATES) else None
 
 
 def family(name: str) -> str:

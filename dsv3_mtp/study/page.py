@@ -93,7 +93,9 @@ def _html(block: Block, folder: Path) -> str:
         case Paragraph():
             return f"<p>{html.escape(block.text)}</p>"
         case Items():
-            return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in block.texts) + "</ul>"
+            return (
+                "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in block.texts) + "</ul>"
+            )
         case Code():
             return f"<pre>{html.escape(block.text)}</pre>"
         case Picture():

@@ -12,7 +12,7 @@ import torch
 from dsv3_mtp.loading import newest_checkpoint
 from dsv3_mtp.metrics import MetricsLog, read_metrics
 from dsv3_mtp.study.expand import expand
-from dsv3_mtp.study.matrix import load_study
+from dsv3_mtp.study.load import load_study
 from dsv3_mtp.study.measure import read_results, write_results
 from dsv3_mtp.study.report import write_report
 from dsv3_mtp.study.run import check_folders, fork, new_budgets, read_budgets, run_study, train_and_measure
