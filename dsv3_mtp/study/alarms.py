@@ -26,9 +26,7 @@ def primary_arms(study: Study) -> list[str]:
     return [comparison.against, *comparison.arms]
 
 
-def _at_an_end(
-    study: Study, table: Table, arms: list[str], records: list[Record]
-) -> Iterator[str]:
+def _at_an_end(study: Study, table: Table, arms: list[str], records: list[Record]) -> Iterator[str]:
     """Every arm lies at the same end of the metric's range: no difference could be seen."""
     metric = study.primary.metric
     depths = max((int(_depths(record)) for record in records), default=0)
@@ -64,7 +62,9 @@ def _repeats(study: Study, table: Table, arms: list[str]) -> Iterator[str]:
 
 
 def _above_the_trigram(table: Table, arms: list[str]) -> Iterator[str]:
-    """A main model that a table of three tokens beats has not learnt what heads could help with (S19)."""
+    """A main model that a table of three tokens beats has not learnt what heads could help with
+    (S19).
+    """
     high = []
     for arm in arms:
         floors, losses = values_of(table, arm, TRIGRAM), values_of(table, arm, LOSS)
@@ -87,4 +87,6 @@ def dirty(table: Table) -> str | None:
     if not names:
         return None
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"made from a tree with uncommitted changes ({shown}): it cannot be repeated from a commit"
+    return (
+        f"made from a tree with uncommitted changes ({shown}): it cannot be repeated from a commit"
+    )

@@ -1,8 +1,8 @@
 """What a run came to, as kept: results.json in its folder, one line of results.jsonl in an archive.
 
-An archive is a folder with plan.json and results.jsonl. The report and its pictures are made from these
-two files and from nothing else, so that a committed report can be rebuilt, checked and continued
-without the run folders.
+An archive is a folder with plan.json and results.jsonl. The report and its pictures are made from
+these two files and from nothing else, so that a committed report can be rebuilt, checked and
+continued without the run folders.
 """
 
 import json
@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dsv3_mtp.atomic import write_text
 from dsv3_mtp.config.model import Integer, Number, Section
 from dsv3_mtp.config.reader import Problem, problems_of
+from dsv3_mtp.files.atomic import write_text
 
 RESULTS, ARCHIVE = "results.json", "results.jsonl"
 Status = Literal["finished", "diverged"]
@@ -28,7 +28,10 @@ class Curve(Section):
 
     def rules(self) -> Iterator[Problem]:
         if len(self.tokens) != len(self.values):
-            yield "values", f"must be as many as tokens, {len(self.tokens)} (got {len(self.values)})"
+            yield (
+                "values",
+                f"must be as many as tokens, {len(self.tokens)} (got {len(self.values)})",
+            )
 
     @property
     def points(self) -> list[tuple[int, float]]:

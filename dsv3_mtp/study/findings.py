@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from dsv3_mtp.metrics import LEAK_RATIO
+from dsv3_mtp.report.metrics import LEAK_RATIO
 from dsv3_mtp.study import stats
 from dsv3_mtp.study.archive import Record, Table
 from dsv3_mtp.study.matrix import Study
@@ -40,7 +40,9 @@ class Effect:
 
     @property
     def stands_out(self) -> bool:
-        """The interval of the difference leaves out 0; of solve rates it is McNemar's p that counts."""
+        """The interval of the difference leaves out 0; of solve rates it is McNemar's p that
+        counts.
+        """
         if self.interval is None or self.few:
             return False
         rate = is_rate_over_seeds(self.metric)
@@ -163,10 +165,14 @@ def solve_times(study: Study, table: Table) -> list[SolveTimes]:
     for comparison, item in study.comparisons.items():
         for arm in item.arms:
             sides = [table.get(name, {}) for name in (arm, item.against)]
-            seeds = [s for s in study.seeds if all(s in side and side[s].finished for side in sides)]
+            seeds = [
+                s for s in study.seeds if all(s in side and side[s].finished for side in sides)
+            ]
             pairs = [tuple(_solve_time(side[seed]) for side in sides) for seed in seeds]
             first, later, p = stats.logrank(pairs)  # type: ignore[arg-type]
-            found.append(SolveTimes(comparison, arm, item.against, first, later, len(pairs), p, 1.0))
+            found.append(
+                SolveTimes(comparison, arm, item.against, first, later, len(pairs), p, 1.0)
+            )
     adjusted = stats.holm({str(n): item.p for n, item in enumerate(found)})
     return [replace(item, adjusted_p=adjusted[str(n)]) for n, item in enumerate(found)]
 
@@ -177,8 +183,12 @@ def _solve_time(record: Record) -> tuple[float, bool]:
 
 
 def trunks_apart(table: Table, arm: str, against: str) -> bool:
-    """The main models of two arms were trained apart, so that overlap alone does not rank their heads."""
-    pairs = [(r, table[against][s]) for s, r in table.get(arm, {}).items() if s in table.get(against, {})]
+    """The main models of two arms were trained apart, so that overlap alone does not rank their
+    heads.
+    """
+    pairs = [
+        (r, table[against][s]) for s, r in table.get(arm, {}).items() if s in table.get(against, {})
+    ]
     return not all(_trunk(left) == _trunk(right) is not None for left, right in pairs)
 
 

@@ -31,8 +31,9 @@ class LoadedStudy:
 def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     """Reads and checks a study file and every arm's config.
 
-    sets: overrides of the file, such as "scale=gpu", or of the run that all arms start from, such as "optim.lr=1e-3".
-    Raises ConfigError, whose text reports every problem of the study and of its arms.
+    sets: overrides of the file, such as "scale=gpu", or of the run that all arms start from, such
+    as "optim.lr=1e-3". Raises ConfigError, whose text reports every problem of the study and of its
+    arms.
     """
     path, sets = Path(path), tuple(sets)
     sections = set(Config.model_fields) - set(
@@ -77,7 +78,9 @@ def study_of(tree: dict[str, Any], *, source: str, problems: list[Problem]) -> S
 
 
 def _spell_out(tree: dict[str, Any]) -> None:
-    """Adds the grid's arms and puts names for patterns; what has not the right shape is left to the schema."""
+    """Adds the grid's arms and puts names for patterns; what has not the right shape is left to the
+    schema.
+    """
     grid, arms = tree.get("grid"), tree.setdefault("arms", {})
     if isinstance(grid, dict) and isinstance(arms, dict):
         arms |= {name: arm for name, arm in _grid_arms(grid) if name not in arms}

@@ -45,7 +45,9 @@ class Match(Section):
     arm: Text
     """The arm whose cost is matched."""
     by: Literal["flops", "cpu_time"]
-    """flops: training FLOPs, by count; cpu_time: seconds of computing, as measured in the finished runs of `arm`."""
+    """flops: training FLOPs, by count; cpu_time: seconds of computing, as measured in the finished
+    runs of `arm`.
+    """
     pace: Text | None = None
     """With cpu_time: the arm whose measured tokens per second this arm has."""
 
@@ -77,7 +79,8 @@ class Axis(Section):
     values: (
         Annotated[dict[Text, Any], Field(min_length=1)] | Annotated[list[Any], Field(min_length=1)]
     )
-    """A list (arms are called AXISVALUE), or a mapping of names to values (arms are called NAME)."""
+    """A list (arms are called AXISVALUE), or a mapping of names to values (arms are called NAME).
+    """
 
 
 class Grid(Section):
@@ -92,7 +95,8 @@ class Expected(Section):
     """What a comparison is expected to show in one metric, written before the runs."""
 
     effect: Number | dict[Text, Number] | None = None
-    """Arm minus the arm compared with, signed, in units of the metric: one number for all arms, or one
+    """Arm minus the arm compared with, signed, in units of the metric: one number for all arms, or
+    one
     per arm. 0: equal, within +-margin. null: not said."""
     sd: Positive | None = None
     """Standard deviation of the paired differences over seeds. A solve rate needs none."""
@@ -117,10 +121,12 @@ class Comparison(Section):
         "same trunk",
         "same model",
     ]
-    """What makes it fair: heads on top (V3), heads instead of trunk layers (Meta), equal cost, other heads on the same
+    """What makes it fair: heads on top (V3), heads instead of trunk layers (Meta), equal cost,
+    other heads on the same
     trunk, or other settings of the same model."""
     expected: dict[Text, Expected] = {}
-    """Metric -> what is expected of it; --dry-run and the report set it beside what can be found."""
+    """Metric -> what is expected of it; --dry-run and the report set it beside what can be found.
+    """
 
 
 class LearningRate(Section):
@@ -138,19 +144,25 @@ class Primary(Section):
     metric: Text
     comparison: Text
     margin: Positive
-    """Differences within +-margin would not matter: the equivalence test's bound, in units of the metric."""
+    """Differences within +-margin would not matter: the equivalence test's bound, in units of the
+    metric.
+    """
 
 
 class Acceptance(Section):
-    """Free-running drafts on prefixes of real validation text, after training, at temperature 0 and 1."""
+    """Free-running drafts on prefixes of real validation text, after training, at temperature 0 and
+    1.
+    """
 
     prefixes: Count = 64
     prefix_tokens: Count = 64
     new_tokens: Annotated[Integer, Field(ge=3)] = 16
-    """The first comes with the prompt, and the last of a step from the main model: two have nothing to
+    """The first comes with the prompt, and the last of a step from the main model: two have nothing
+    to
     draft."""
     draws: Count = 4
-    """The prefixes are dealt to so many sets, each with random numbers of its own: the sd over draws
+    """The prefixes are dealt to so many sets, each with random numbers of its own: the sd over
+    draws
     stands beside that over seeds."""
 
     def rules(self) -> Iterator[Problem]:
@@ -189,9 +201,13 @@ class Study(Section):
     acceptance: Acceptance | None = None
     """null: not measured."""
     loss_error_against: Text | None = None
-    """Arm whose training losses are the reference of train/main_loss_error and its like (V3 B.1); null: not asked."""
+    """Arm whose training losses are the reference of train/main_loss_error and its like (V3 B.1);
+    null: not asked.
+    """
     solve_threshold: Fraction | None = None
-    """A run has solved its task at the first validation whose task/exact_match reaches this; null: not asked."""
+    """A run has solved its task at the first validation whose task/exact_match reaches this; null:
+    not asked.
+    """
     learning_rate: LearningRate | None = None
     """null: the report says that this is not known."""
     limits: Text | None = None

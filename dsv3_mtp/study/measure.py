@@ -1,8 +1,8 @@
 """What is measured once a run is trained: the record of archive.py, from a run folder.
 
 Metric names: `val/...` and `task/...` of the last validation, `acceptance/T0/...` (greedy) and
-`acceptance/T1/...` of free-running drafts, `train/max_violation` over the last quarter of training. The
-report adds `train/main_loss_error` and its like, which need the runs of another arm.
+`acceptance/T1/...` of free-running drafts, `train/max_violation` over the last quarter of training.
+The report adds `train/main_loss_error` and its like, which need the runs of another arm.
 """
 
 import hashlib
@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 
-from dsv3_mtp.config import Config
 from dsv3_mtp.data.opening import validation_source
-from dsv3_mtp.evaluate import acceptance
-from dsv3_mtp.hf import load_run
-from dsv3_mtp.metrics import Record as Logged
-from dsv3_mtp.metrics import depths_of, read_metrics
+from dsv3_mtp.report.metrics import Record as Logged
+from dsv3_mtp.report.metrics import depths_of, read_metrics
+from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.study.archive import Curve, Data, Fork, Record, Start
 from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
 from dsv3_mtp.study.matrix import Acceptance, Study
+from dsv3_mtp.train.evaluate import acceptance
 
 SOLVED = "task/exact_match"
 LOSSES = ("train/main_loss", "train/mtp_loss/")
@@ -35,7 +34,9 @@ TABLE, OVERLAP, ABOVE = "val/floor/overlap/table", "val/overlap", "val/overlap_a
 def measured_settings(study: Study) -> dict[str, Any]:
     """What a record depends on beside the run's config."""
     keys = {"acceptance", "solve_threshold"}
-    return study.model_dump(mode="json", include=keys) | {"every_loss": bool(study.loss_error_against)}
+    return study.model_dump(mode="json", include=keys) | {
+        "every_loss": bool(study.loss_error_against)
+    }
 
 
 def measure(study: Study, run: Run, folder: Path, **more: Any) -> Record:
@@ -123,7 +124,9 @@ def _parts(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
 
 
 def above_table(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Overlap minus that of the table drafter with the same trunk: fair between trunks trained apart."""
+    """Overlap minus that of the table drafter with the same trunk: fair between trunks trained
+    apart.
+    """
     depths = [k for k in depths_of(metrics, OVERLAP) if f"{TABLE}/{k}" in metrics]
     return {f"{ABOVE}/{k}": metrics[f"{OVERLAP}/{k}"] - metrics[f"{TABLE}/{k}"] for k in depths}
 
@@ -148,7 +151,8 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 def loss_errors(
     curves: Mapping[str, Curve], reference: Mapping[str, Curve]
 ) -> dict[str, dict[int, float]]:
-    """V3's relative loss error: training loss -> tokens -> smoothed loss relative to the reference's, %.
+    """V3's relative loss error: training loss -> tokens -> smoothed loss relative to the
+    reference's, %.
 
     Both runs log every step; of a run that diverged there are its first steps.
     """
@@ -167,8 +171,8 @@ def loss_error_metrics(
 ) -> dict[str, float]:
     """train/main_loss_error: mean over the last quarter of training; ..._max: its largest size.
 
-    And train/mtp_loss_error/k, train/mtp_loss_error_max/k. The reference itself has no largest sizes:
-    against its zeros every size would be an effect.
+    And train/mtp_loss_error/k, train/mtp_loss_error_max/k. The reference itself has no largest
+    sizes: against its zeros every size would be an effect.
     """
     metrics: dict[str, float] = {}
     for key, errors in loss_errors(curves, reference).items():
@@ -192,8 +196,8 @@ def free_running(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Acceptance at temperature 0 and 1 of as many drafts as the model has depths.
 
-    The prefixes are dealt to `draws` sets, each decoded with random numbers of its own: (means over the
-    sets, standard deviations of these means, from the spread over the sets).
+    The prefixes are dealt to `draws` sets, each decoded with random numbers of its own: (means over
+    the sets, standard deviations of these means, from the spread over the sets).
     """
     model = load_run(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
     source, found = validation_source(run.config), {}
@@ -215,7 +219,9 @@ def free_running(
                 found.setdefault(f"acceptance/T{temperature}/{name}", []).append(value)
     means = {key: fmean(values) for key, values in found.items()}
     return means, {
-        key: stdev(values) / math.sqrt(len(values)) for key, values in found.items() if len(values) > 1
+        key: stdev(values) / math.sqrt(len(values))
+        for key, values in found.items()
+        if len(values) > 1
     }
 
 

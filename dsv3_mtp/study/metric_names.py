@@ -1,4 +1,6 @@
-"""The metrics that a study can ask for: what each is called, which way is better, and what it needs; k is a number."""
+"""The metrics that a study can ask for: what each is called, which way is better, and what it
+needs; k is a number.
+"""
 
 import re
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem;
+margin: 2rem auto;
        padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; margin: 0.5rem 0 1rem; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, td.text { text-align: left; } td.text { white-space: normal; min-width: 16rem; }
-img { max-width: 100%; } pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; margin: 0.5rem 0
+1rem; } th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #e3e3e3; text-align: right;
+white-space: nowrap; } th:first-child, td:first-child, td.text { text-align: left; } td.text {
+white-space: normal; min-width: 16rem; } img { max-width: 100%; } pre { background: #f6f6f6;
+padding: 0.8rem; overflow-x: auto; }
 """
 
 
@@ -81,8 +83,10 @@ def to_html(blocks: Sequence[Block], *, title: str, folder: Path) -> str:
     """The page; pictures are read from `folder` and put into it."""
     body = "\n".join(_html(block, folder) for block in blocks)
     return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
+        '<!doctype html>\n<html lang="en">\n<head><meta '
+        f'charset="utf-8"><title>{html.escape(title)}</title>'
+        '<link rel="icon" '
+        f'href="data:,"><style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
     )
 
 
@@ -105,7 +109,10 @@ def _html(block: Block, folder: Path) -> str:
             return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
     rows = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in block.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return (
+        "<div "
+        f'class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
 
 
 def _cell(text: str) -> str:

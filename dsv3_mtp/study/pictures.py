@@ -1,4 +1,6 @@
-"""The figures of a study's report. Each arm keeps its colour; lines are means over seeds, bands their range."""
+"""The figures of a study's report. Each arm keeps its colour; lines are means over seeds, bands
+their range.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dsv3_mtp import plots
 from dsv3_mtp.config import Config
-from dsv3_mtp.metrics import Record, depths_of
-from dsv3_mtp.plots import STYLE, save_figure, short_number
-from dsv3_mtp.schedules import depth_loss_weights, mtp_loss_weight
+from dsv3_mtp.config.schedules import depth_loss_weights, mtp_loss_weight
+from dsv3_mtp.report import plots
+from dsv3_mtp.report.metrics import Record, depths_of
+from dsv3_mtp.report.plots import STYLE, save_figure, short_number
 from dsv3_mtp.study.findings import Effect, Table, is_primary, references, values_of
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import loss_errors
@@ -43,7 +45,8 @@ class Data:
 
 
 def draw_all(data: Data) -> list[tuple[str, str]]:
-    """Writes the PNG files that the data allow into the study's folder, and removes old ones that they do not allow.
+    """Writes the PNG files that the data allow into the study's folder, and removes old ones that
+    they do not allow.
 
     Returns [(file, caption)].
     """
@@ -51,13 +54,16 @@ def draw_all(data: Data) -> list[tuple[str, str]]:
     figures = {
         "loss.png": (
             draw_losses,
-            "Main loss of every arm on the same validation windows: mean over seeds, band from the lowest to the "
+            "Main loss of every arm on the same validation "
+            "windows: mean over seeds, band from the lowest to the "
             "highest seed. Left the whole run, right the last half.",
         ),
         "effects.png": (
             draw_effects,
-            "Paired differences with 95 % t intervals over seeds, the primary comparison in black. An interval that "
-            "covers 0 is no detectable difference. Solve rates have no interval here: Fisher's test, in the table, "
+            "Paired differences with 95 % t intervals over seeds, "
+            "the primary comparison in black. An interval that "
+            "covers 0 is no detectable difference. Solve rates "
+            "have no interval here: Fisher's test, in the table, "
             "decides.",
         ),
         "depths.png": (
@@ -68,26 +74,36 @@ def draw_all(data: Data) -> list[tuple[str, str]]:
         ),
         "tradeoff.png": (
             draw_tradeoff,
-            "Quality against drafting: main loss and tokens per step, free-running; small marks are seeds, large ones "
+            "Quality against drafting: main loss and tokens per "
+            "step, free-running; small marks are seeds, large ones "
             "means.",
         ),
         "lambda.png": (
             draw_lambda,
-            "Weight of the extra losses over training (logarithmic above 0.1): lambda, and each depth's share of it.",
+            (
+                "Weight of the extra losses over training (logarithmic "
+                "above 0.1): lambda, and each depth's share of it."
+            ),
         ),
         "balance.png": (
             draw_balance,
-            "MaxVio, the relative overload of the busiest expert: mean of the trunk's routers, and of the first MTP "
+            "MaxVio, the relative overload of the busiest expert: "
+            "mean of the trunk's routers, and of the first MTP "
             "router; smoothed.",
         ),
         "loss_error.png": (
             draw_loss_errors,
-            f"Training losses relative to those of {study.loss_error_against}, smoothed with EMA 0.9 (V3 B.1): mean "
-            "over seeds, band from the lowest to the highest seed; the grey band is +-0.25 %, V3's bound.",
+            "Training losses relative to those of "
+            f"{study.loss_error_against}, smoothed with EMA 0.9 (V3 B.1): mean "
+            "over seeds, band from the lowest to the highest "
+            "seed; the grey band is +-0.25 %, V3's bound.",
         ),
         "solved.png": (
             draw_solved,
-            "Share of seeds that have not solved the task yet (Kaplan and Meier); runs that end unsolved are censored.",
+            (
+                "Share of seeds that have not solved the task yet "
+                "(Kaplan and Meier); runs that end unsolved are censored."
+            ),
         ),
     }
     drawn = []
@@ -287,7 +303,9 @@ def draw_solved(data: Data) -> Figure | None:
 def _curves_of(
     data: Data, curves: Curves, key: str
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Of every arm that has any: tokens (n,) that all of its seeds have logged, and values (seeds, n)."""
+    """Of every arm that has any: tokens (n,) that all of its seeds have logged, and values (seeds,
+    n).
+    """
     for arm in data.colors:
         series = [
             {r["tokens"]: r[key] for r in records if key in r}

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from dsv3_mtp.atomic import lock, write_json
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.model import Integer, Section
 from dsv3_mtp.config.reader import problems_of, read_tree
-from dsv3_mtp.runs import differences
+from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.runs.folder import differences
 from dsv3_mtp.study.load import LoadedStudy, study_of
 
 PLAN = "plan.json"
@@ -69,7 +69,9 @@ def freeze(loaded: LoadedStudy, finished: int) -> Plan:
     try:
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         if not (folder / PLAN).exists():
-            plan = Plan(frozen_at=at, hash=_hash(now), frozen=now, current=now, sets=list(loaded.sets))
+            plan = Plan(
+                frozen_at=at, hash=_hash(now), frozen=now, current=now, sets=list(loaded.sets)
+            )
         else:
             plan = read_plan(folder)
             plan = plan.model_copy(
@@ -116,7 +118,9 @@ def read_plan(folder: Path) -> Plan:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}; restore the file") from None
     if plan.hash != _hash(plan.frozen):
-        raise ValueError(f"{path}: `frozen` has been edited after the first start; restore the file")
+        raise ValueError(
+            f"{path}: `frozen` has been edited after the first start; restore the file"
+        )
     return plan
 
 
@@ -132,9 +136,13 @@ def load_archive(folder: Path, sets: tuple[str, ...] = ()) -> LoadedStudy:
     for item in sets:
         if item.partition("=")[0].partition(".")[0] not in ("run", "seeds"):
             raise ValueError(f"--set {item}: with --from only run.* and seeds can be set")
-    tree, problems = read_tree(path, [f"current.study.{item}" for item in sets]) if sets else ({}, [])
+    tree, problems = (
+        read_tree(path, [f"current.study.{item}" for item in sets]) if sets else ({}, [])
+    )
     study = study_of(
-        tree["current"]["study"] if sets else plan.current["study"], source=str(path), problems=problems
+        tree["current"]["study"] if sets else plan.current["study"],
+        source=str(path),
+        problems=problems,
     )
     configs = {}
     for arm, config in plan.current["configs"].items():

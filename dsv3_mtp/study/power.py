@@ -1,6 +1,8 @@
-"""What a comparison can detect before it is run: from its seeds and the standard deviation expected.
+"""What a comparison can detect before it is run: from its seeds and the standard deviation
+expected.
 
-Power of the paired t test by the noncentral t distribution, and of McNemar's exact test by counting.
+Power of the paired t test by the noncentral t distribution, and of McNemar's exact test by
+counting.
 """
 
 import math
@@ -16,7 +18,9 @@ ALPHA, POWER = 0.05, 0.8
 
 
 def power(effect: float, sd: float, n: int, *, alpha: float = ALPHA) -> float:
-    """Probability that a two-sided paired t test of n differences finds a mean of `effect`; 0 for n < 2."""
+    """Probability that a two-sided paired t test of n differences finds a mean of `effect`; 0 for n
+    < 2.
+    """
     if n < 2:
         return 0.0
     limit = scipy.stats.t.ppf(1 - alpha / 2, n - 1)
@@ -26,7 +30,9 @@ def power(effect: float, sd: float, n: int, *, alpha: float = ALPHA) -> float:
 
 
 def detectable(sd: float, n: int, *, alpha: float = ALPHA) -> float:
-    """The smallest effect, in units of sd, that is found with probability POWER; infinite for n < 2."""
+    """The smallest effect, in units of sd, that is found with probability POWER; infinite for n <
+    2.
+    """
     if n < 2:
         return math.inf
     high = 1.0
@@ -37,14 +43,16 @@ def detectable(sd: float, n: int, *, alpha: float = ALPHA) -> float:
 
 
 def detectable_rate(n: int, *, alpha: float = ALPHA) -> float:
-    """The smallest difference of solve rates that McNemar's exact test finds with probability POWER in n pairs.
+    """The smallest difference of solve rates that McNemar's exact test finds with probability POWER
+    in n pairs.
 
     At best: no pair speaks for the other side. Infinite where even n of n pairs do not suffice.
     """
     needed = next((k for k in range(1, n + 1) if 2 * 0.5**k < alpha), None)
     if needed is None:
         return math.inf
-    # P(at least `needed` of n pairs differ) = POWER, solved for the rate: a quantile of the beta distribution
+    # P(at least `needed` of n pairs differ) = POWER, solved for the rate: a quantile of the beta
+    # distribution
     return float(scipy.stats.beta.ppf(POWER, needed, n - needed + 1))
 
 
@@ -66,7 +74,9 @@ class Detectable:
 
     @property
     def unresolved(self) -> bool:
-        """The effect expected is smaller than what can be found. An effect of 0 is the equivalence test's matter."""
+        """The effect expected is smaller than what can be found. An effect of 0 is the equivalence
+        test's matter.
+        """
         return (
             bool(self.expected)
             and self.smallest is not None
@@ -75,7 +85,8 @@ class Detectable:
 
 
 def detectables(study: Study, seeds: Sequence[int] | None = None) -> Iterator[Detectable]:
-    """Every comparison x metric x arm, the primary ones first, at Holm's first step within their family.
+    """Every comparison x metric x arm, the primary ones first, at Holm's first step within their
+    family.
 
     seeds: None: those of the study.
     """

@@ -1,8 +1,9 @@
-"""The report of a study: report.md, report.html (no network), PNG files and summary.json in the study's folder.
+"""The report of a study: report.md, report.html (no network), PNG files and summary.json in the
+study's folder.
 
-Honesty rules built in: the question and expectation come from the file, written before the runs; one primary metric;
-runs that diverged, failed or have not been run are listed; one seed concludes nothing; acceptance is free-running and
-never mixed with top1 or agreement; the scale is stated.
+Honesty rules built in: the question and expectation come from the file, written before the runs;
+one primary metric; runs that diverged, failed or have not been run are listed; one seed concludes
+nothing; acceptance is free-running and never mixed with top1 or agreement; the scale is stated.
 """
 
 import json
@@ -11,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.atomic import write_json, write_text
-from dsv3_mtp.metrics import read_metrics
-from dsv3_mtp.progress import quantity
+from dsv3_mtp.files.atomic import write_json, write_text
+from dsv3_mtp.report.metrics import read_metrics
+from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
 from dsv3_mtp.study.expand import expand
@@ -44,7 +45,8 @@ def write_report(loaded: LoadedStudy) -> Path:
     """Writes the report on whatever has been run; returns the path of report.md.
 
     Raises:
-        ValueError: nothing has been run, runs have other settings than the study's, or a results.json is damaged.
+        ValueError: nothing has been run, runs have other settings than the study's, or a
+            results.json is damaged.
     """
     study, folder = loaded.study, loaded.study.folder
     runs = {run.name: run for run in expand(loaded, read_budgets(folder))}
@@ -64,7 +66,8 @@ def write_report(loaded: LoadedStudy) -> Path:
             )
     if not starts:
         raise ValueError(
-            f"{folder}: no run is finished and measured as this study asks, so that there is nothing to report"
+            f"{folder}: no run is finished and measured as this "
+            "study asks, so that there is nothing to report"
         )
     for arm, seed, reference in findings.references(study, curves):
         if table[arm][seed]["status"] == "finished":
@@ -96,7 +99,8 @@ def opening(study: Study, table: Table, lines: Sequence[str]) -> list[Block]:
         Paragraph(f"Expected, written before the runs: {study.expectation.strip()}"),
         Heading("Outcome"),
         Paragraph(
-            f"{finished} runs finished of {len(study.arms)} arms x {len(study.seeds)} seeds. Primary metric, declared "
+            f"{finished} runs finished of {len(study.arms)} arms "
+            f"x {len(study.seeds)} seeds. Primary metric, declared "
             f"before the runs: {describe_metric(study.primary.metric)[0]}, in the comparison "
             f'"{study.primary.comparison}". Everything else is exploratory.'
         ),
@@ -124,11 +128,16 @@ def scale_line(table: Table) -> str:
     size = f"Scale: up to {quantity(max(sizes))} parameters and {quantity(tokens)} tokens."
     if max(sizes) >= SMALL:
         return size
-    return f"{size} This is far below the scale of the papers; signs and sizes of effects can be others there."
+    return (
+        f"{size} This is far below the scale of the papers; "
+        "signs and sizes of effects can be others there."
+    )
 
 
 def verdicts(study: Study, table: Table, effects: Sequence[Effect]) -> list[str]:
-    """The primary effects one by one, then the exploratory ones that are more than a hint, then how many are not."""
+    """The primary effects one by one, then the exploratory ones that are more than a hint, then how
+    many are not.
+    """
     primary = [e for e in effects if is_primary(study, e)]
     rest = [e for e in effects if not is_primary(study, e) and e.interval is not None]
     lines = []
@@ -163,7 +172,8 @@ def result_tables(study: Study, table: Table, effects: Sequence[Effect]) -> list
     found: list[Block] = [
         Heading("Results"),
         Paragraph(
-            "Mean over seeds and its 95 % t interval; solve rates with Clopper and Pearson's exact interval."
+            "Mean over seeds and its 95 % t interval; solve "
+            "rates with Clopper and Pearson's exact interval."
         ),
         Rows(["arm", *(f"{describe_metric(m)[0]} (n)" for m in measured)], rows),
     ]
@@ -233,7 +243,8 @@ def health(study: Study, table: Table) -> list[Block]:
     if not alarms:
         return [*blocks, Paragraph("Leak alarm (a depth's loss below 0.8 of the main loss): none.")]
     reading = (
-        "Leak alarm: the loss of a depth lies below 0.8 of the main loss. On text that means a leaked target; in "
+        "Leak alarm: the loss of a depth lies below 0.8 of "
+        "the main loss. On text that means a leaked target; in "
         "a task whose later answer tokens are easier than the first it is what the task asks for."
     )
     return [
@@ -267,12 +278,15 @@ def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]
         Heading("Setup"),
         Rows(header, rows),
         Paragraph(
-            "Inference parameters leave out the heads, which a plain decoder drops. FLOPs are counted (6 per active "
-            "weight and token, attention, every depth). Seconds are of one process computing a whole run, validations "
+            "Inference parameters leave out the heads, which a "
+            "plain decoder drops. FLOPs are counted (6 per active "
+            "weight and token, attention, every depth). Seconds "
+            "are of one process computing a whole run, validations "
             "included. A forked run shares the first steps with its parent, bit for bit."
         ),
         Code(
-            f"base: {scale.base}, scale: {study.scale}, seeds: {list(study.seeds)}, --set: {list(loaded.sets)}"
+            f"base: {scale.base}, scale: {study.scale}, seeds: "
+            f"{list(study.seeds)}, --set: {list(loaded.sets)}"
         ),
         Code("\n".join(settings_lines(common))),
         Paragraph(drafts_line(loaded)),
@@ -293,9 +307,13 @@ def drafts_line(loaded: LoadedStudy) -> str:
     if drafts is None:
         return "Drafts: not measured."
     if all(task is not None and task.type != "markov" for task in tasks):
-        return f"Drafts: free-running, the last answer of each of {drafts.prefixes} validation examples."
+        return (
+            "Drafts: free-running, the last answer of "
+            f"each of {drafts.prefixes} validation examples."
+        )
     return (
-        f"Drafts: free-running, {drafts.new_tokens} new tokens behind each of {drafts.prefixes} prefixes of "
+        f"Drafts: free-running, {drafts.new_tokens} new "
+        f"tokens behind each of {drafts.prefixes} prefixes of "
         f"{drafts.prefix_tokens} tokens of the validation data, the same for every run."
     )
 
@@ -312,11 +330,18 @@ def environment(starts: Sequence[Mapping[str, Any]]) -> list[str]:
         for role, d in s["data"].items()
     }
     return [
-        f"commit {all_of([s['git'] for s in starts])}; uncommitted changes: {all_of([s['git_dirty'] for s in starts])}",
+        (
+            f"commit {all_of([s['git'] for s in starts])}; uncommitted "
+            f"changes: {all_of([s['git_dirty'] for s in starts])}"
+        ),
         f"data: {all_of(list(data))}",
         f"torch {all_of([s['versions']['torch'] for s in starts])}, deepspeed "
-        f"{all_of([s['versions']['deepspeed'] for s in starts])}, python {all_of([s['python'] for s in starts])}",
-        f"{all_of([s['device'] for s in starts])}, threads per run: {all_of([s['threads'] for s in starts])}",
+        f"{all_of([s['versions']['deepspeed'] for s in starts])}, "
+        f"python {all_of([s['python'] for s in starts])}",
+        (
+            f"{all_of([s['device'] for s in starts])}, threads "
+            f"per run: {all_of([s['threads'] for s in starts])}"
+        ),
     ]
 
 

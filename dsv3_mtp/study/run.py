@@ -1,9 +1,10 @@
-"""Runs a study: one process per run, as many at a time as asked; what is finished is never repeated.
+"""Runs a study: one process per run, as many at a time as asked; what is finished is never
+repeated.
 
-Each process is forked from this one, which has imported everything once (on a GPU it is started afresh:
-CUDA does not survive a fork). A kill of a run, or of all, loses at most the steps since its last
-checkpoint. Any number of such programs may share a study, on every machine that sees its folder: each
-run is claimed by a lock of its own.
+Each process is forked from this one, which has imported everything once (on a GPU it is started
+afresh: CUDA does not survive a fork). A kill of a run, or of all, loses at most the steps since its
+last checkpoint. Any number of such programs may share a study, on every machine that sees its
+folder: each run is claimed by a lock of its own.
 """
 
 import multiprocessing
@@ -24,9 +25,9 @@ import torch
 import torch._dynamo  # an import of seconds that training makes: once here, not in every forked process
 
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.loading import checkpoints
-from dsv3_mtp.progress import duration
-from dsv3_mtp.runs import FREE, differences
+from dsv3_mtp.report.progress import duration
+from dsv3_mtp.runs.folder import FREE, differences
+from dsv3_mtp.runs.loading import checkpoints
 from dsv3_mtp.study.archive import Record, read_results, write_results
 from dsv3_mtp.study.expand import Run, expand, whole_steps
 from dsv3_mtp.study.load import LoadedStudy
@@ -49,8 +50,8 @@ def run_study(
 ) -> list[str]:
     """Trains and measures every run that `only` chooses; returns the names of those that failed.
 
-    Arms with another's measured time follow when that arm's runs are finished. Runs that another program
-    works on are waited for only where something here depends on them.
+    Arms with another's measured time follow when that arm's runs are finished. Runs that another
+    program works on are waited for only where something here depends on them.
 
     Raises:
         ValueError: a run folder holds a run of other settings, or `only` chooses nothing.
@@ -76,7 +77,9 @@ def run_study(
 
 
 def records_of(loaded: LoadedStudy) -> list[Record]:
-    """The records in the study's run folders that are of its arms and seeds and were measured as it asks."""
+    """The records in the study's run folders that are of its arms and seeds and were measured as it
+    asks.
+    """
     study, found = loaded.study, []
     for seed in study.seeds:
         for arm in study.arms:
@@ -87,9 +90,11 @@ def records_of(loaded: LoadedStudy) -> list[Record]:
 
 
 def budgets_of(loaded: LoadedStudy) -> dict[str, int]:
-    """total_tokens of the arms with another's measured time: of their own runs, else from the measurement.
+    """total_tokens of the arms with another's measured time: of their own runs, else from the
+    measurement.
 
-    An arm is left out until all seeds of both arms that it depends on are closed; finished ones count.
+    An arm is left out until all seeds of both arms that it depends on are closed; finished ones
+    count.
     """
     study = loaded.study
     found: dict[str, int] = {}
@@ -187,7 +192,9 @@ def adopt(loaded: LoadedStudy, folders: Iterable[Path], say: Callable[[str], Non
         run, other = runs[number], others[number]
         if other:
             keys = ", ".join(f"{k} is {a} there, {b} here" for k, (a, b) in other.items())
-            raise ValueError(f"{folder}: no run of this study has its settings; {run.name} has not: {keys}")
+            raise ValueError(
+                f"{folder}: no run of this study has its settings; {run.name} has not: {keys}"
+            )
         if not (checkpoints(folder / "checkpoints")):
             raise ValueError(f"{folder}: has no checkpoint; train it to its end first")
         if is_closed(study, run):
@@ -296,7 +303,8 @@ def devices() -> int:
 
 
 def device_of(slot: int, visible: str | None, count: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of a worker: one of the devices that this program sees, in turn; None: leave it.
+    """CUDA_VISIBLE_DEVICES of a worker: one of the devices that this program sees, in turn; None:
+    leave it.
 
     visible: the variable as it is here. count: devices that torch sees.
     """
@@ -308,7 +316,9 @@ def device_of(slot: int, visible: str | None, count: int) -> str | None:
 
 @contextmanager
 def _visible(device: str | None) -> Iterator[None]:
-    """For processes that are started inside: they see one device. This one has chosen its own before."""
+    """For processes that are started inside: they see one device. This one has chosen its own
+    before.
+    """
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device

@@ -1,12 +1,13 @@
-"""Statistics of a few seeds: t intervals, Holm, equivalence, exact tests of rates and solve times, equal loss.
+"""Statistics of a few seeds: t intervals, Holm, equivalence, exact tests, tokens to equal loss.
 
-The bootstrap is left out on purpose: over three to five seeds its nominal 95 % intervals cover 73 to 83 %; t intervals
-cover 95 %. A sign-flip test cannot reach p < 0.05 with fewer than six seeds.
+The bootstrap is left out on purpose: over three to five seeds its nominal 95 % intervals cover 73
+to 83 %; t intervals cover 95 %. A sign-flip test cannot reach p < 0.05 with fewer than six seeds.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import scipy  # which loads scipy.stats, most of a second, at its first use
@@ -52,7 +53,9 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment: claims with adjusted p < a are wrong anywhere in the family with probability < a."""
+    """Holm's step-down adjustment: claims with adjusted p < a are wrong anywhere in the family with
+    probability < a.
+    """
     adjusted, largest, ranked = {}, 0.0, sorted(p_values.items(), key=lambda item: item[1])
     for rank, (name, p) in enumerate(ranked):
         largest = max(largest, min(1.0, (len(ranked) - rank) * p))
@@ -61,7 +64,9 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def equivalence(differences: Sequence[float], margin: float) -> float:
-    """p of two one-sided t tests (TOST): small means that the mean lies within +-margin. 1 with one value."""
+    """p of two one-sided t tests (TOST): small means that the mean lies within +-margin. 1 with one
+    value.
+    """
     x = np.asarray(differences, dtype=np.float64)
     if len(x) < 2:
         return 1.0
@@ -78,7 +83,8 @@ def exact_rate(successes: int, trials: int) -> tuple[float, float]:
 
 
 def mcnemar(pairs: Sequence[tuple[float, float]]) -> float:
-    """Exact p of equal rates in pairs of 0 or 1: only pairs whose halves differ speak, half of them for each side.
+    """Exact p of equal rates in pairs of 0 or 1: only pairs whose halves differ speak, half of them
+    for each side.
 
     McNemar (1947); exact, that is by the binomial distribution of the pairs that differ.
     """
@@ -93,9 +99,10 @@ def logrank(
     """Log-rank test stratified by pair: (pairs that the first half wins, that the second wins, p).
 
     pairs: (time, solved) of both halves; a run that did not solve its task is censored at its time.
-    A stratum of two adds O - E = +-1/2 and variance 1/4 at the first event before which both are observed, and nothing
-    later (one alone is at risk) or at equal times, so that chi2 = (wins - losses)^2 / (wins + losses); p is that of all
-    ways to swap the halves of pairs, which is the sign test of wins and losses and exact for any number of seeds.
+    A stratum of two adds O - E = +-1/2 and variance 1/4 at the first event before which both are
+    observed, and nothing later (one alone is at risk) or at equal times, so that chi2 = (wins -
+    losses)^2 / (wins + losses); p is that of all ways to swap the halves of pairs, which is the
+    sign test of wins and losses and exact for any number of seeds.
     """
     wins = losses = 0
     for (time_a, solved_a), (time_b, solved_b) in pairs:
@@ -109,12 +116,13 @@ def _sign_test(a: int, b: int) -> float:
 
 
 def tokens_to_loss(tokens: Sequence[float], losses: Sequence[float], loss: float) -> float | None:
-    """Where a validation curve first reaches `loss`: linear in log tokens between two points; None: never.
+    """Where a validation curve first reaches `loss`: linear in log tokens between two points; None:
+    never.
 
     A curve that starts below has no such place either.
     """
     points = list(zip(tokens, losses, strict=True))
-    for (t0, l0), (t1, l1) in zip(points, points[1:], strict=False):
+    for (t0, l0), (t1, l1) in pairwise(points):
         if l0 > loss >= l1:
             return math.exp(math.log(t0) + (l0 - loss) / (l0 - l1) * (math.log(t1) - math.log(t0)))
     return None
@@ -123,10 +131,12 @@ def tokens_to_loss(tokens: Sequence[float], losses: Sequence[float], loss: float
 def speed_up(
     ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]]
 ) -> float | None:
-    """Effective speed-up: their tokens over ours, both to the end loss of the side that ends higher; None: no crossing.
+    """Effective speed-up: their tokens over ours, both to the end loss of the side that ends
+    higher; None: no crossing.
 
-    ours, theirs: (tokens, loss) of validations. Above 1: we need fewer tokens. The side that ends lower passes that
-    loss before its learning rate has decayed to the end, which makes its lead look smaller than it is.
+    ours, theirs: (tokens, loss) of validations. Above 1: we need fewer tokens. The side that ends
+    lower passes that loss before its learning rate has decayed to the end, which makes its lead
+    look smaller than it is.
     """
     if not ours or not theirs:
         return None
@@ -152,7 +162,9 @@ class SolveCurve:
 
 
 def solve_curve(solved_at: Sequence[float | None], budgets: Sequence[float]) -> SolveCurve:
-    """solved_at: tokens at which each run solved its task, None where it did not within its budget (censored)."""
+    """solved_at: tokens at which each run solved its task, None where it did not within its budget
+    (censored).
+    """
     times = [budget if at is None else at for at, budget in zip(solved_at, budgets, strict=True)]
     data = scipy.stats.CensoredData.right_censored(times, [at is None for at in solved_at])
     curve = scipy.stats.ecdf(data).sf

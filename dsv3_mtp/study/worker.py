@@ -13,14 +13,14 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.atomic import lock, write_json
-from dsv3_mtp.loading import is_complete, newest_checkpoint
-from dsv3_mtp.metrics import MetricsLog, read_metrics
+from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.report.metrics import MetricsLog, read_metrics
+from dsv3_mtp.runs.loading import is_complete, newest_checkpoint
 from dsv3_mtp.study.archive import read_results, write_results
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import describe, measure
-from dsv3_mtp.trainer import NonFiniteError, Trainer
+from dsv3_mtp.train.trainer import NonFiniteError, Trainer
 
 TIME = "time.json"  # in a run folder
 STOPPED, ELSEWHERE = 3, 4  # exit codes
@@ -113,7 +113,8 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
 def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
     """What training has cost in all starts of a run: (seconds, tokens), kept in time.json.
 
-    A start that trains nothing adds nothing: a run that was interrupted while it was measured, or is measured anew.
+    A start that trains nothing adds nothing: a run that was interrupted while it was measured, or
+    is measured anew.
     """
     path = folder / TIME
     if path.exists():
@@ -125,15 +126,19 @@ def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
 
 
 def _seconds(trainer: Any) -> float:
-    """Time that training costs: of this process on a CPU, which other processes do not lengthen much; else elapsed."""
+    """Time that training costs: of this process on a CPU, which other processes do not lengthen
+    much; else elapsed.
+    """
     return time.process_time() if trainer.world.device.type == "cpu" else trainer.clock.seconds
 
 
 def fork(parent: Path, child: Path, step: int, *, total_tokens: int) -> None:
-    """Makes `child` a run at `step` with the parent's state and log: it goes on as it would have trained so far.
+    """Makes `child` a run at `step` with the parent's state and log: it goes on as it would have
+    trained so far.
 
-    total_tokens: of the child, whose progress at these steps is another than the parent's if its length is another.
-    Without that checkpoint (the parent was pruned) it trains from the start, which gives the same numbers.
+    total_tokens: of the child, whose progress at these steps is another than the parent's if its
+    length is another. Without that checkpoint (the parent was pruned) it trains from the start,
+    which gives the same numbers.
     """
     source, target = (
         parent / "checkpoints" / f"global_step{step}",
