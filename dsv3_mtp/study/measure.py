@@ -200,7 +200,8 @@ def free_running(
     the sets, standard deviations of these means, from the spread over the sets).
     """
     model = load_run(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
-    source, found = validation_source(run.config), {}
+    source = validation_source(run.config)
+    found: dict[str, list[float]] = {}
     for temperature in (0, 1):
         for draw in range(drafts.draws):
             one = acceptance(

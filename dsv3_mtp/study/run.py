@@ -28,12 +28,12 @@ from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.report.progress import duration
 from dsv3_mtp.runs.folder import FREE, differences
 from dsv3_mtp.runs.loading import checkpoints
-from dsv3_mtp.study.archive import Record, read_results, write_results
+from dsv3_mtp.study.archive import Record, read_archive, read_results, write_results
 from dsv3_mtp.study.expand import Run, expand, whole_steps
 from dsv3_mtp.study.load import LoadedStudy
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import measure, measured_settings
-from dsv3_mtp.study.plan import freeze
+from dsv3_mtp.study.plan import PLAN, freeze, load_archive, read_plan, write_plan
 from dsv3_mtp.study.worker import ELSEWHERE, claim, is_claimed, work
 
 # Of a run that is there: settings that change neither what is learned nor what is measured.
@@ -74,6 +74,41 @@ def run_study(
         failed += _Pool(study, runs, jobs, say).work_through(chosen)
         if budgets_of(loaded).keys() <= budgets.keys():
             return failed
+
+
+def report_study(loaded: LoadedStudy, out: Path | None = None) -> Path:
+    """The report on what has been run, into `out` or the study's folder; returns report.md.
+
+    Raises:
+        ValueError: nothing has been run, a run folder holds a run of other settings, or a
+        results.json
+            or the plan is damaged.
+    """
+    from dsv3_mtp.study.report import write_report  # matplotlib, which training does not need
+
+    study = loaded.study
+    check_folders(study, expand(loaded, budgets_of(loaded)))
+    records = records_of(loaded)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    return write_report(loaded, freeze(loaded, len(records)), records, out or study.folder)
+
+
+def load_archived(folder: Path, sets: tuple[str, ...] = ()) -> LoadedStudy:
+    """The study of an archive, with its records and its plan in the study's folder: to go on with
+    it.
+
+    Raises:
+        ValueError: the archive is damaged, or the folder has a plan of its own.
+    """
+    loaded, plan = load_archive(folder, sets), read_plan(folder)
+    target = loaded.study.folder
+    target.mkdir(parents=True, exist_ok=True)
+    if (target / PLAN).exists() and read_plan(target).hash != plan.hash:
+        raise ValueError(f"{target}: holds another study; give it --set run.name=NAME")
+    if not (target / PLAN).exists():
+        write_plan(target, plan)
+    unpack(loaded.study, read_archive(folder))
+    return loaded
 
 
 def records_of(loaded: LoadedStudy) -> list[Record]:
@@ -160,16 +195,13 @@ def check_folders(study: Study, runs: Sequence[Run]) -> None:
         )
 
 
-def unpack(study: Study, records: Iterable[Record]) -> int:
-    """Puts an archive's records into the study's folder where no result is; returns how many."""
-    count = 0
+def unpack(study: Study, records: Iterable[Record]) -> None:
+    """Puts an archive's records into the study's folder where no result is."""
     for record in records:
         folder = study.folder / record.name
         if read_results(folder) is None:
             folder.mkdir(parents=True, exist_ok=True)
             write_results(folder, record)
-            count += 1
-    return count
 
 
 def adopt(loaded: LoadedStudy, folders: Iterable[Path], say: Callable[[str], None] = print) -> None:

@@ -115,13 +115,12 @@ def _sign_test(a: int, b: int) -> float:
     return float(scipy.stats.binomtest(a, a + b, 0.5).pvalue) if a + b else 1.0
 
 
-def tokens_to_loss(tokens: Sequence[float], losses: Sequence[float], loss: float) -> float | None:
-    """Where a validation curve first reaches `loss`: linear in log tokens between two points; None:
-    never.
+def tokens_to_loss(points: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Where a validation curve of (tokens, loss) first reaches `loss`, None: never, or it starts
+    there.
 
-    A curve that starts below has no such place either.
+    Linear in log tokens between two validations.
     """
-    points = list(zip(tokens, losses, strict=True))
     for (t0, l0), (t1, l1) in pairwise(points):
         if l0 > loss >= l1:
             return math.exp(math.log(t0) + (l0 - loss) / (l0 - l1) * (math.log(t1) - math.log(t0)))
@@ -142,13 +141,9 @@ def speed_up(
         return None
     (our_end, our_loss), (their_end, their_loss) = ours[-1], theirs[-1]
     if our_loss <= their_loss:
-        at = (
-            our_end
-            if our_loss == their_loss
-            else tokens_to_loss(*zip(*ours, strict=True), their_loss)
-        )
+        at = our_end if our_loss == their_loss else tokens_to_loss(ours, their_loss)
         return their_end / at if at else None
-    at = tokens_to_loss(*zip(*theirs, strict=True), our_loss)
+    at = tokens_to_loss(theirs, our_loss)
     return at / our_end if at else None
 
 
