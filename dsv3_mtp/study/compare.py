@@ -15,12 +15,13 @@ from dsv3_mtp.study import hover, tables
 from dsv3_mtp.study.archive import Record, table_of
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.findings import LOSS, effects_of
+from dsv3_mtp.study.folder import IGNORED
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import measure
 from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.page import Block, Heading, Paragraph, Picture, Rows, to_html, to_markdown
-from dsv3_mtp.study.pictures import Data, draw_all
-from dsv3_mtp.study.run import IGNORED
+from dsv3_mtp.study.pictures import draw_all
+from dsv3_mtp.study.pictures.base import Data
 
 FREE = (*IGNORED, "run.name", "run.seed")
 

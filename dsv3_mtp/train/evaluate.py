@@ -76,9 +76,8 @@ def validate(
         source, seq_len=config.data.seq_len, lookahead=1 + depths, count=count, **share
     )
     batch = [to_device(*window, config=config, device=device) for window in windows]
-    blanks = -(-batches // world_size) - len(
-        batch
-    )  # every rank computes as often: they may share experts or weights
+    # every rank computes as often: they may share experts or weights
+    blanks = -(-batches // world_size) - len(batch)
     blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
     batch += [to_device(blank, blank, config=config, device=device)] * blanks
     sums = metric_sums(model.evaluate(batch, blanks=blanks))

@@ -187,9 +187,8 @@ class Trainer:
         """
         if not len(load):
             return {}
-        tokens = (
-            load.sum().item() / self.config.model.num_experts_per_tok
-        )  # of all routers together
+        # of all routers together
+        tokens = load.sum().item() / self.config.model.num_experts_per_tok
         violation = (load.amax(1) / load.mean(1) - 1).tolist()
         trunk = self.config.model.num_hidden_layers - self.config.model.first_k_dense_replace
         record = {"moe/max_violation": sum(violation[:trunk]) / trunk} if trunk else {}
@@ -224,9 +223,8 @@ class Trainer:
 
     def validate(self) -> None:
         record = self.stamp() | evaluate(self.engine, self.val, self.config)
-        self.require_finite(
-            record
-        )  # the last update of a run has no step behind it that would show it
+        # the last update of a run has no step behind it that would show it
+        self.require_finite(record)
         self.display.validation(record)
         self.write(record)
 

@@ -58,9 +58,8 @@ def test_a_run_and_its_float32_export_have_the_same_losses(
     export_hf(run, tmp_path / "hf", dtype="fp32")
     sizes = ("--batches", "3", "--prompts", "0", "--micro-batch-size", "2")
     (of_run,) = call(monkeypatch, capsys, "--run", str(run), *sizes).values()
-    assert (
-        load_config(run / "config.yaml").eval.batches == 2
-    )  # what a run is validated on, and evaluated by default
+    # what a run is validated on, and evaluated by default
+    assert load_config(run / "config.yaml").eval.batches == 2
     default, two = (
         call(monkeypatch, capsys, "--run", str(run), *n, *sizes[2:])
         for n in ([], ["--batches", "2"])
@@ -181,9 +180,8 @@ def test_acceptance_is_measured_by_decoding(run, monkeypatch, capsys):
 def test_acceptance_of_a_short_model_is_measured_without_being_told_how(
     make_run, corpus, monkeypatch, capsys
 ):
-    short, _ = make_run(
-        data__train=str(corpus), data__val=str(corpus), model__vocab_size=VOCAB
-    )  # 16 positions
+    # 16 positions
+    short, _ = make_run(data__train=str(corpus), data__val=str(corpus), model__vocab_size=VOCAB)
     (metrics,) = call(monkeypatch, capsys, "--run", str(short), "--batches", "1").values()
     assert "val/acceptance/1" in metrics
 

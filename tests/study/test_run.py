@@ -14,18 +14,17 @@ from dsv3_mtp.report.metrics import MetricsLog, read_metrics
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.study.archive import Fork, read_results, write_results
 from dsv3_mtp.study.expand import Run, expand
-from dsv3_mtp.study.load import load_study
-from dsv3_mtp.study.plan import read_plan
-from dsv3_mtp.study.run import (
+from dsv3_mtp.study.folder import (
     adopt,
     budgets_of,
     check_folders,
-    device_of,
     load_archived,
     records_of,
     report_study,
-    run_study,
 )
+from dsv3_mtp.study.load import load_study
+from dsv3_mtp.study.plan import read_plan
+from dsv3_mtp.study.run import device_of, run_study
 from dsv3_mtp.study.worker import claim, fork, train_and_measure
 from tests.made_runs import read_newest
 from tests.ranks import run_tool, timeless, touch
@@ -201,9 +200,8 @@ def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path, monkeypatch):
     run = next(run for run in expand(loaded, {}) if run.arm == "none")
     folder = loaded.study.folder / run.name
     folder.mkdir(parents=True)
-    starts = iter(
-        [(0, 192, 6.0), (192, 512, 10.0), (512, 512, 1.0)]
-    )  # tokens before and after, seconds
+    # tokens before and after, seconds
+    starts = iter([(0, 192, 6.0), (192, 512, 10.0), (512, 512, 1.0)])
 
     class Start(SimpleNamespace):
         def __init__(self, config, *, command):
@@ -262,9 +260,8 @@ def test_choosing_no_run_is_an_error_that_names_the_arms(finished):
 
 def test_run_folders_of_other_settings_are_refused(finished):
     loaded, _, _ = finished
-    other = load_study(
-        study_file(loaded), ["optim.grad_clip=0.5", "eval.batches=3"]
-    )  # the second: other windows
+    # the second: other windows
+    other = load_study(study_file(loaded), ["optim.grad_clip=0.5", "eval.batches=3"])
     with pytest.raises(ValueError, match="other settings") as error:
         check_folders(other.study, expand(other, {}))
     assert "optim.grad_clip is 1.0, the study says 0.5" in str(error.value)
