@@ -13,12 +13,12 @@ from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.runs.folder import differences
 from dsv3_mtp.study import hover, tables
 from dsv3_mtp.study.archive import Record, table_of
+from dsv3_mtp.study.dryrun import columns
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.findings import LOSS, effects_of
 from dsv3_mtp.study.folder import IGNORED
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import measure
-from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.page import Block, Heading, Paragraph, Picture, Rows, to_html, to_markdown
 from dsv3_mtp.study.pictures import draw_all
 from dsv3_mtp.study.pictures.base import Data
@@ -144,8 +144,4 @@ def _text(study: Study, records: Sequence[Record]) -> str:
     rows = [["metric", *study.arms]]
     for metric in metrics:
         rows.append([metric, *(tables.interval_cell(table, arm, metric) for arm in study.arms)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    return "\n".join([*lines, f"better main loss: {describe_metric(LOSS)[1]}"])
+    return "\n".join(columns(rows))

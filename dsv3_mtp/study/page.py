@@ -135,4 +135,4 @@ def _html(block: Block, folder: Path, elements: Mapping[str, str]) -> str:
 
 
 def _cell(text: str) -> str:
-    return f"<td{' class=text' if len(text) > 40 else ''}>{html.escape(text)}</td>"
+    return f"<td{' class=text' if len(text) > 30 else ''}>{html.escape(text)}</td>"

@@ -126,8 +126,8 @@ def opening(found: Findings, picture: Picture) -> list[Block]:
     if text := dirty(found.table):
         warnings.append(f"{text[0].upper()}{text[1:]}.")
     return [
-        Heading(study.run.name, 1),
         *([Paragraph(" ".join(warnings))] if warnings else []),
+        Heading(study.run.name, 1),
         Heading("Question"),
         Paragraph(study.question.strip()),
         Heading("Answer"),
@@ -197,6 +197,8 @@ def setup(found: Findings) -> list[Block]:
             rows.append([arm, *counts, *cost, fork, spec.about, settings])
     header = ["arm", "parameters, training", "inference", "tokens", "training FLOPs", "seconds"]
     finished = sum(record.finished for record in found.records)
+    # Where the runs stood is no setting.
+    sets = [item for item in found.plan.sets if not item.startswith("run.")]
     return [
         Heading("Setup"),
         Paragraph(
@@ -213,8 +215,7 @@ def setup(found: Findings) -> list[Block]:
         ),
         Code(
             f"base: {scale.base}, scale: {study.scale}, seeds: {list(study.seeds)}, "
-            f"--set: {list(found.plan.sets)}\n"
-            + "\n".join(settings_lines({**scale.set, **study.set}))
+            f"--set: {sets}\n" + "\n".join(settings_lines({**scale.set, **study.set}))
         ),
         Paragraph(drafts_line(found.loaded)),
     ]

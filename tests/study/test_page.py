@@ -8,8 +8,12 @@ import subprocess
 
 import pytest
 
-from dsv3_mtp.study.archive import read_results, write_results
+from dsv3_mtp.study import hover
+from dsv3_mtp.study.archive import read_archive, read_results, write_results
 from dsv3_mtp.study.folder import report_study
+from dsv3_mtp.study.page import Live, Picture, to_html
+from dsv3_mtp.study.plan import load_archive, read_plan
+from dsv3_mtp.study.report import write_report
 from tests.study.toy import five_seeds, load_toy, write_runs
 
 LIVE = importlib.util.find_spec("bokeh") is not None
@@ -101,10 +105,19 @@ def test_the_page_needs_no_network(folder):
     assert tags and not any(re.search(r'(src|href)="(?!data:)', tag) for tag in tags)
 
 
-def test_without_the_plotting_library_the_page_says_what_it_lacks(folder, tmp_path, monkeypatch):
+def test_without_the_plotting_library_the_page_says_what_it_lacks(folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    loaded = load_toy(tmp_path, five_seeds)
-    write_runs(loaded, {"none": 4.0, "constant": 4.1, "step": 4.1})
-    page = (report_study(loaded).parent / "report.html").read_text()
-    assert "pip install 'dsv3_mtp[report]'" in page and "<fieldset" not in page
-    assert page.count("<img") == len(PICTURES) - 1
+    live = hover.live(None)  # type: ignore[arg-type]
+    assert "pip install 'dsv3_mtp[report]'" in live.controls and not live.elements
+    page = to_html([Picture("loss.png", "losses")], live, title="x", folder=folder)
+    assert page.count("<img") == 1 and "dsv3_mtp[report]" in page and "<fieldset" not in page
+
+
+def test_a_report_is_rebuilt_from_its_archive_byte_for_byte(folder, tmp_path, monkeypatch):
+    """And its pictures from the same data; run folders are not looked at."""
+    monkeypatch.setattr(hover, "live", lambda data: Live())
+    for name in ("plan.json", "results.jsonl"):
+        shutil.copy(folder / name, tmp_path)
+    write_report(load_archive(tmp_path), read_plan(tmp_path), read_archive(tmp_path), tmp_path)
+    for name in ("report.md", "plan.json", "results.jsonl", *PICTURES):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name

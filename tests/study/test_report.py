@@ -360,3 +360,14 @@ def test_losses_are_smoothed_with_the_weights_written_out():
     metrics = loss_error_metrics(*sides, total_tokens=3)
     found = {"train/mtp_loss_error/1": 50 * last - 100, "train/mtp_loss_error_max/1": 55.5}
     assert metrics == pytest.approx(found)
+
+
+def test_what_makes_a_study_uninterpretable_is_the_first_line(report):
+    def floors(loaded):
+        for run in expand(loaded, {}):
+            edit(loaded, run.name, metrics={"val/floor/trigram": 3.0})
+
+    text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, after=floors)
+    first = text.splitlines()[0]
+    assert first.startswith("Not interpretable: the main model is not below the trigram floor")
+    assert "| none | 4.000 | - | - | 3.000 |" in text  # the floors stand in a table
