@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv3_mtp.config.reader import Problem
 
-NEEDS = ("model", "mtp", "data", "train", "parallel")  # the sections that the rules read
+NEEDS = ("model", "mtp", "data", "train", "parallel", "log")  # the sections that the rules read
 
 
 def refusals(config: Any, world_size: int | None = None) -> list[str]:
@@ -28,6 +28,7 @@ def problems(config: Any, world_size: int | None = None) -> Iterator[Problem]:
     yield from _pipeline(config)
     yield from _task(config)
     yield from _sequence(config)
+    yield from _gradients(config)
     if world_size is not None:
         yield from _ranks(config, world_size)
 
@@ -185,6 +186,22 @@ def data_size(config: Any, world_size: int) -> int:
     return max(
         world_size // (config.parallel.pipeline_stages * config.parallel.sequence_parallel_size), 1
     )
+
+
+def _gradients(config: Any) -> Iterator[Problem]:
+    """The gradients' angle is measured outside DeepSpeed, on parameters that are whole."""
+    parallel = config.parallel
+    if not config.log.gradients:
+        return
+    if not config.mtp.depths or config.mtp.detach == "all" or config.train.freeze == "trunk":
+        yield "log.gradients", "needs heads whose gradients reach the trunk; set 0"
+    sizes = (parallel.pipeline_stages, parallel.expert_parallel_size)
+    if parallel.zero_stage == 3 or max(sizes) > 1:
+        yield (
+            "log.gradients",
+            "needs whole parameters on every rank: parallel.zero_stage <= 2, "
+            "pipeline_stages 1, expert_parallel_size 1; or set 0",
+        )
 
 
 def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
