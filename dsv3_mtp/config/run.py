@@ -258,11 +258,7 @@ class Config(Section):
 
     @property
     def clips_apart(self) -> bool:
-        """optim.grad_clip bounds the gradients of trunk and heads each by itself: no gradient of the
-        heads reaches the trunk (mtp.detach: all), and their norm shall not reach its steps either.
-        """
-        both_learn = self.mtp.depths > 0 and self.train.freeze == "none"
-        return both_learn and self.mtp.detach == "all" and self.optim.grad_clip > 0
+        return layout.clips_apart(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, every default filled in."""

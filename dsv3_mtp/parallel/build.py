@@ -64,7 +64,7 @@ def start_engine(
     """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names
     the section.
     """
-    start = {"ds_config": ds_config, "world": world}
+    start: dict[str, Any] = {"ds_config": ds_config, "world": world}
     start["apart"] = config.optim.grad_clip if config.clips_apart else None
     try:
         if world.stages > 1:

@@ -26,7 +26,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "2 ranks, ZeRO-2": (2, {"parallel.zero_stage": 2}, True),
     "2 ranks, ZeRO-3": (2, {"parallel.zero_stage": 3}, False),
     "offload": (2, {"parallel.zero_stage": 1, "parallel.offload_optimizer": True}, False),
-    "PP=2": (2, {"parallel.pipeline_stages": 2}, False),
     "EP=2": (2, {"parallel.expert_parallel_size": 2}, False),
     "SP=2": (2, {"parallel.sequence_parallel_size": 2}, False),
 }
@@ -98,6 +97,11 @@ def test_trunk_and_heads_are_clipped_apart(layout: str, runs: Path):
     alone = read_metrics(runs / f"{layout}, none" / "metrics.jsonl")
     same_step = next(r for r in alone if r.get("step") == record["step"] and "optim/lr" in r)
     assert trunk == pytest.approx(same_step["optim/grad_norm"], rel=1e-2)
+
+
+def test_pipeline_stages_are_refused_with_the_remedy():
+    with pytest.raises(Exception, match=r"mtp.detach.*pipeline_stages 1.*optim.grad_clip 0"):
+        tiny(settings(Path("x"), "x", "run", HEADS | {"parallel.pipeline_stages": 2}))
 
 
 def test_freezing_leaves_the_clip_to_the_heads(tmp_path):
