@@ -29,8 +29,6 @@ METRICS: dict[str, tuple[str, str | None]] = {
     "task/first_node": ("first node of the path, by generation", "higher"),
     "task/first_sum": ("first sum, by generation", "higher"),
     "task/second_token": ("second token of a known name, by generation", "higher"),
-    "acceptance/T0/seconds_per_token": ("seconds per token, greedy, with drafts", "lower"),
-    "acceptance/T1/seconds_per_token": ("seconds per token at temperature 1, with drafts", "lower"),
     "train/max_violation": ("MaxVio of the trunk's routers, last quarter of training", "lower"),
     "train/mtp_max_violation/1": (
         "MaxVio of the first MTP router, last quarter of training",

@@ -24,7 +24,7 @@ def test_power_of_the_paired_t_test_is_that_of_the_published_tables(effect, n, p
 def test_power_without_an_effect_is_the_level_and_grows_with_the_effect():
     assert power(0.0, 1.0, 5) == pytest.approx(0.05)
     assert power(-0.3, 0.1, 4) == power(0.3, 0.1, 4) > power(0.2, 0.1, 4)
-    assert power(9.0, 0.1, 1) == 0.0
+    assert power(9.0, 0.1, 1) == 0.0 and power(9.0, 0.001, 5) == pytest.approx(1.0)
 
 
 def test_power_is_the_share_of_simulated_studies_that_find_the_effect():
