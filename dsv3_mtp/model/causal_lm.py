@@ -14,6 +14,7 @@ from dsv3_mtp.model.layers import RMSNorm, Rows, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.mtp import HEADS, LMHead, TrunkStates
 from dsv3_mtp.model.output import Batch, MTPOutput
+from dsv3_mtp.model.overlap import overlap_sums, teachers
 from dsv3_mtp.model.targets import agreement, count_targets, document_mask, valid_targets
 
 
@@ -90,6 +91,7 @@ class DeepseekV3MTP(nn.Module):
         loss_weights: tuple[float, ...] | None = None,
         balance_loss_weight: float = 0.0,
         normalizer: Tensor | None = None,
+        overlap: bool = False,
     ) -> MTPOutput:
         """`forward` from the normed hidden states of depth 0..D and the stats of every router on.
 
@@ -98,6 +100,7 @@ class DeepseekV3MTP(nn.Module):
             loss_weights: D numbers lambda * w_k / D (eq. 25), default 1/D each.
             balance_loss_weight: alpha of eq. 17.
             normalizer: (2+D,) from `count_targets`, of the whole optimizer step if this is a part of it. Default: own.
+            overlap: compute it too; no gradient, and as many logits again as the losses need.
         """
         length = tokens.shape[1] - 1 - self.depths  # T
         if normalizer is None:
@@ -122,6 +125,7 @@ class DeepseekV3MTP(nn.Module):
             correct=((prediction == targets) & valid).sum((1, 2)),
             agreed=agreed,
             compared=compared,
+            overlap=self._overlap(hiddens, valid) if overlap else self.no_overlap(),
             balance=balance.detach(),
             load=torch.stack([routed.load for routed in stats]) if stats else nll.new_zeros((0, 1)),
             nodes=torch.stack([routed.nodes for routed in stats]) if stats else targets.new_zeros(0),
@@ -173,6 +177,26 @@ class DeepseekV3MTP(nn.Module):
         """The output head of a depth: one shared head, except in `parallel_linear`."""
         return self.mtp.heads[depth - 1] if depth and self.mtp_config.mode == "parallel_linear" else self.lm_head
 
+    @torch.no_grad()
+    def _overlap(self, hiddens: list[Tensor], valid: Tensor) -> Tensor:
+        """(4, D) of `overlap_sums`. The teachers of the last D slots lie in the row's next part, if there is one."""
+        if not self.depths:
+            return self.no_overlap()
+        first = min(self.depths, hiddens[0].shape[1])  # of each part; the row's next ones follow on each other
+        states = self.rows.gather(hiddens[0][:, :first])  # (B, parts * first, C)
+        following = states[:, (self.rows.number + 1) * first :][:, : self.depths]
+        taught = teachers(valid, following.shape[1])
+        missing = self.depths - following.shape[1]
+        following = torch.nn.functional.pad(following, (0, 0, 0, missing))
+        return overlap_sums(self.head_logits, hiddens, following, taught, self.config.vocab_size)
+
+    def head_logits(self, depth: int, hidden: Tensor) -> Tensor:
+        """(B, n, C) normed hidden states of a depth -> (B, n, V)."""
+        return self.head(depth)(hidden)
+
+    def no_overlap(self) -> Tensor:
+        return torch.zeros(4, self.depths, dtype=torch.float64, device=self.device)
+
     def _head_losses(self, hiddens: list[Tensor], targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One fused call per distinct head weight: the main head and the depths that share it are concatenated."""
         if self.mtp_config.mode == "parallel_linear" or self.mtp_config.detach == "all":
@@ -195,7 +219,7 @@ class DeepseekV3MTP(nn.Module):
         total, training = self.no_output(), self.training
         self.eval()
         for left, (tokens, documents, scored) in zip(range(len(batch), 0, -1), batch, strict=True):
-            out = self(tokens, documents, scored=scored).sums()
+            out = self(tokens, documents, scored=scored, overlap=True).sums()
             total = total + out if left > blanks else total
         self.train(training)
         return total
@@ -211,6 +235,7 @@ class DeepseekV3MTP(nn.Module):
             correct=zeros(heads),
             agreed=zeros(self.depths),
             compared=zeros(self.depths),
+            overlap=self.no_overlap(),
             balance=zeros(()),
             load=zeros(routers, self.config.n_routed_experts if routers else 1),
             nodes=zeros(routers),
