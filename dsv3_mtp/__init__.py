@@ -18,7 +18,7 @@ _HOMES = {
     "MTPOutput": "model.causal_lm",
     "Sampler": "data.sampler",
     "open_source": "data.source",
-    "Trainer": "trainer",
+    "Trainer": "train.trainer",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,8 +1,10 @@
-"""Compiles the Triton kernels for a GPU that need not be there, and prints the name of each: a process of its own,
+"""Compiles the Triton kernels for a GPU that need not be there, and prints the name of each: a
+process of its own,
 
     python tests/compile_kernels.py 90      # compute capability 9.0; TRITON_INTERPRET must not be set
 
-A kernel is compiled where it would be launched, so that the functions that launch it decide on types and sizes.
+A kernel is compiled where it would be launched, so that the functions that launch it decide on
+types and sizes.
 """
 
 import sys
@@ -12,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dsv3_mtp import triton_kernels as kernels
+from dsv3_mtp.ops import triton_kernels as kernels
 from dsv3_mtp.precision import quantise, triton_quantise
 
 

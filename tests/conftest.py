@@ -17,12 +17,17 @@ settings.load_profile("suite")
 # Read when torch and numpy are imported, here and in the processes that tests start. torch is not
 # imported here: the tests of --help and of the config do without it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # tests/gpu says otherwise to the processes that it starts
+os.environ.setdefault(
+    "DS_ACCELERATOR", "cpu"
+)  # tests/gpu says otherwise to the processes that it starts
 os.environ.setdefault("MPLBACKEND", "Agg")
 if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined: where Triton is, a CPU runs them
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when kernels are defined: where Triton is, a CPU runs them
 
-# What a killed process has written is not lost. Disks, for which only a power cut would need to wait, can take minutes.
+# What a killed process has written is not lost. Disks, for which only a power cut would need to
+# wait, can take minutes.
 os.fsync = lambda descriptor: None
 
 TINY_CONFIG: dict[str, dict[str, Any]] = {
@@ -78,18 +83,24 @@ def make_tiny_config() -> Callable[..., Any]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by relative path."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.fixture
 def tiny_config(make_tiny_config: Callable[..., Any]) -> Any:
-    """Config of a V3 model with 3 layers (1 dense), 8 experts in 4 groups, top-2, vocab 64, one MTP depth."""
+    """Config of a V3 model with 3 layers (1 dense), 8 experts in 4 groups, top-2, vocab 64, one MTP
+    depth.
+    """
     return make_tiny_config()
 
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
-    """Seed every generator before each test; put torch's settings, and what `tune` turns on, back after it."""
+    """Seed every generator before each test; put torch's settings, and what `tune` turns on, back
+    after it.
+    """
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
@@ -103,14 +114,14 @@ def reproducible() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_float32_matmul_precision("highest")
-    if "dsv3_mtp.kernels" in sys.modules:
-        sys.modules["dsv3_mtp.kernels"].disable()
+    if "dsv3_mtp.ops.kernels" in sys.modules:
+        sys.modules["dsv3_mtp.ops.kernels"].disable()
 
 
 @pytest.fixture
 def compiled(reproducible: None) -> None:
     """The C kernels are on, until `reproducible` turns them off."""
-    from dsv3_mtp import kernels
+    from dsv3_mtp.ops import kernels
 
     note = kernels.enable()
     if "not built" in note:
@@ -119,8 +130,13 @@ def compiled(reproducible: None) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests without the mark gpu run on the CPU on every machine: they fork ranks, which could not use a GPU."""
-    if any(item.path == request.path and item.get_closest_marker("gpu") for item in request.session.items):
+    """Tests without the mark gpu run on the CPU on every machine: they fork ranks, which could not
+    use a GPU.
+    """
+    if any(
+        item.path == request.path and item.get_closest_marker("gpu")
+        for item in request.session.items
+    ):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
@@ -131,8 +147,19 @@ def no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in tests/gpu needs a GPU. The files that take longest come first: two processes then end together."""
-    longest = ["trainer", "train_cli", "layouts", "checkpoint", "bench", "pipeline", "generate", "triton_kernels"]
+    """Everything in tests/gpu needs a GPU. The files that take longest come first: two processes
+    then end together.
+    """
+    longest = [
+        "trainer",
+        "train_cli",
+        "layouts",
+        "checkpoint",
+        "bench",
+        "pipeline",
+        "generate",
+        "triton_kernels",
+    ]
     place = {f"test_{name}.py": number for number, name in enumerate(longest)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
     for item in items:

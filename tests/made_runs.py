@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.data.tokenizer import train_tokenizer
-from dsv3_mtp.fragments import INDEX, Fragment, Fragments, merge_index, write_fragments
-from dsv3_mtp.loading import COMPLETE, newest_checkpoint
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.runs.fragments import INDEX, Fragment, Fragments, merge_index, write_fragments
+from dsv3_mtp.runs.loading import COMPLETE, newest_checkpoint
 
 
 def randomise(model: DeepseekV3MTP, seed: int = 0) -> DeepseekV3MTP:
@@ -35,7 +35,9 @@ def write_run(folder: Path, config, model: DeepseekV3MTP, *, step: int = 7) -> P
 
 
 def write_text_run(config: Any, root: Path) -> tuple[Path, DeepseekV3MTP]:
-    """root/runs/tiny with random weights and root/data/tiny/tokenizer.json of 260 tokens; the folder and the model."""
+    """root/runs/tiny with random weights and root/data/tiny/tokenizer.json of 260 tokens; the
+    folder and the model.
+    """
     data = root / "data/tiny"
     data.mkdir(parents=True)
     (data / "tokenizer.json").write_text(train_tokenizer(["plain text"], 260))
@@ -46,7 +48,9 @@ def write_text_run(config: Any, root: Path) -> tuple[Path, DeepseekV3MTP]:
     return write_run(root / "runs/tiny", config, model, step=4), model
 
 
-def write_checkpoint(folder: Path, model: DeepseekV3MTP, *, step: int, tokens: int = 2048, ranks: int = 1) -> None:
+def write_checkpoint(
+    folder: Path, model: DeepseekV3MTP, *, step: int, tokens: int = 2048, ranks: int = 1
+) -> None:
     checkpoint = folder / "checkpoints" / f"global_step{step}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps({"step": step, "tokens": tokens}))
@@ -54,16 +58,24 @@ def write_checkpoint(folder: Path, model: DeepseekV3MTP, *, step: int, tokens: i
 
 
 def write_state(checkpoint: Path, state: dict[str, torch.Tensor], *, ranks: int = 1) -> None:
-    """Float32 masters and router biases, a range of each tensor per rank; and the file that completes the folder."""
+    """Float32 masters and router biases, a range of each tensor per rank; and the file that
+    completes the folder.
+    """
     parts = []
     for rank in range(ranks):
         fragments = []
         for name, tensor in state.items():
             start, stop = (tensor.numel() * r // ranks for r in (rank, rank + 1))
-            fragments.append(Fragment(name, tuple(tensor.shape), start, tensor.float().flatten()[start:stop], {}, {}))
+            fragments.append(
+                Fragment(
+                    name, tuple(tensor.shape), start, tensor.float().flatten()[start:stop], {}, {}
+                )
+            )
         parts.append(write_fragments(checkpoint, rank, fragments))
     (checkpoint / INDEX).write_text(json.dumps(merge_index(parts)))
-    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != COMPLETE}
+    sizes = {
+        path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != COMPLETE
+    }
     (checkpoint / COMPLETE).write_text(json.dumps({"files": sizes}))
 
 
@@ -75,9 +87,11 @@ def read_newest(run: Path) -> dict[str, Tensor]:
 
 
 def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights and router biases, whole, whatever the layout of the run that wrote them. All of it is read.
+    """Weights and router biases, whole, whatever the layout of the run that wrote them. All of it
+    is read.
 
-    What was trained comes as its float32 master, also of a bfloat16 run: cast, it is the weight that training used.
+    What was trained comes as its float32 master, also of a bfloat16 run: cast, it is the weight
+        that training used.
 
     Raises:
         ValueError: the checkpoint is damaged or of another format.

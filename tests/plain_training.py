@@ -1,4 +1,6 @@
-"""Training steps by torch alone, to compare with: no DeepSpeed, stages, micro-batches or set-up of the package."""
+"""Training steps by torch alone, to compare with: no DeepSpeed, stages, micro-batches or set-up of
+the package.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,12 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_mtp import schedules
-from dsv3_mtp.config import Config
+from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import open_source
-from dsv3_mtp.evaluate import to_device
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
+from dsv3_mtp.train.evaluate import to_device
 
 
 class PlainStep(NamedTuple):
@@ -23,7 +24,12 @@ class PlainStep(NamedTuple):
 
 def plain_steps(model: DeepseekV3MTP, config: Config, steps: int) -> Iterator[PlainStep]:
     """Trains the model on whole batches with torch's AdamW and clipping."""
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optim.weight_decay}]
+    groups = [
+        {
+            "params": [p for p in model.parameters() if p.ndim > 1],
+            "weight_decay": config.optim.weight_decay,
+        }
+    ]
     groups += [{"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps)
     source, total = open_source(config.data.train, "train"), config.train.total_tokens  # type: ignore[arg-type]
@@ -38,7 +44,9 @@ def plain_steps(model: DeepseekV3MTP, config: Config, steps: int) -> Iterator[Pl
         (batch,) = sampler.next_batch(size)
         weights = schedules.depth_loss_weights(config.mtp, progress)
         inputs = to_device(*batch, config=config, device=torch.device("cpu"))[:2]
-        out = model(*inputs, loss_weights=weights, balance_loss_weight=config.train.balance_loss_weight)
+        out = model(
+            *inputs, loss_weights=weights, balance_loss_weight=config.train.balance_loss_weight
+        )
         optimizer.zero_grad()
         out.loss.backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]

@@ -1,4 +1,6 @@
-"""Real processes for tests, ranks and tools: forked from this one, which has imported torch and DeepSpeed already."""
+"""Real processes for tests, ranks and tools: forked from this one, which has imported torch and
+DeepSpeed already.
+"""
 
 import gc
 import multiprocessing
@@ -14,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-import dsv3_mtp.plots
-import dsv3_mtp.trainer  # for the forked processes: each would otherwise load it for seconds
+import dsv3_mtp.report.plots
+import dsv3_mtp.train.trainer  # for the forked processes: each would otherwise load it for seconds
 from dsv3_mtp.data.megatron import write_index
 from dsv3_mtp.parallel.engine import import_muon
 
@@ -25,15 +27,19 @@ import_muon()  # this too
 def run_ranks(
     function: Callable[..., Any], *args: Any, world_size: int = 1, log: Path, timeout: float = 120
 ) -> list[int]:
-    """Calls function(*args) in `world_size` processes that form one process group; returns their exit codes.
+    """Calls function(*args) in `world_size` processes that form one process group; returns their
+    exit codes.
 
-    Output and tracebacks go to log.rank{r}. As a launcher does, the first failure ends the others (exit code -9).
+    Output and tracebacks go to log.rank{r}. As a launcher does, the first failure ends the others
+    (exit code -9).
     """
     from dsv3_mtp.parallel.launch import free_port
 
     port, context = free_port(), multiprocessing.get_context("fork")
     ranks = [
-        context.Process(target=_child, args=(function, args, rank, world_size, port, f"{log}.rank{rank}"))
+        context.Process(
+            target=_child, args=(function, args, rank, world_size, port, f"{log}.rank{rank}")
+        )
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -54,9 +60,13 @@ def touch(metrics: Any, out: Path, *, title: str) -> None:
     out.touch()
 
 
-def _child(function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str) -> None:
-    gc.freeze()  # DeepSpeed collects garbage many times; all that was there before the fork would be copied each time
-    dsv3_mtp.plots.plot_run = touch
+def _child(
+    function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str
+) -> None:
+    # DeepSpeed collects garbage many times; all that was there before the fork would be copied each
+    # time
+    gc.freeze()
+    dsv3_mtp.report.plots.plot_run = touch
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -83,24 +93,34 @@ def _child(function: Callable[..., Any], args: tuple, rank: int, world_size: int
     os._exit(code)
 
 
-def run_tool(tool: Path, *arguments: str, log: Path, world_size: int = 1, cwd: Path | None = None) -> tuple[int, str]:
-    """`python tool arguments` in its own processes, without the seconds of its imports: exit code and output of rank 0.
+def run_tool(
+    tool: Path, *arguments: str, log: Path, world_size: int = 1, cwd: Path | None = None
+) -> tuple[int, str]:
+    """`python tool arguments` in its own processes, without the seconds of its imports: exit code
+    and output of rank 0.
 
     One process starts without a launcher's environment, as a user's would.
     """
     codes = run_ranks(
-        _main, tool, arguments, cwd or Path.cwd(), world_size, world_size=world_size, log=log, timeout=200
+        _main,
+        tool,
+        arguments,
+        cwd or Path.cwd(),
+        world_size,
+        world_size=world_size,
+        log=log,
+        timeout=200,
     )
     return codes[0], Path(f"{log}.rank0").read_text()
 
 
 def train_to_end(config: Any) -> None:
-    dsv3_mtp.trainer.Trainer(config, command=["test"]).run()
+    dsv3_mtp.train.trainer.Trainer(config, command=["test"]).run()
 
 
 def train_until(config: Any, step: int) -> None:
     """Gets SIGTERM while it works on `step`, as from a scheduler."""
-    trainer = dsv3_mtp.trainer.Trainer(config, command=["test"])
+    trainer = dsv3_mtp.train.trainer.Trainer(config, command=["test"])
     original = trainer.sampler.next_batch
 
     def next_batch(*args, **kwargs):
@@ -114,12 +134,21 @@ def train_until(config: Any, step: int) -> None:
 
 def timeless(records: list[dict]) -> list[dict]:
     """Records of metrics.jsonl without what differs between two runs of the same numbers."""
-    return [{k: v for k, v in r.items() if k != "time_s" and not k.startswith("perf/")} for r in records]
+    return [
+        {k: v for k, v in r.items() if k != "time_s" and not k.startswith("perf/")} for r in records
+    ]
 
 
 def _main(tool: Path, arguments: tuple[str, ...], cwd: Path, world_size: int) -> None:
     if world_size == 1:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        ):
             os.environ.pop(name)
     os.chdir(cwd)
     sys.argv = [str(tool), *arguments]
@@ -145,11 +174,15 @@ def markov_tokens(chain: np.ndarray, length: int, *, seed: int) -> np.ndarray:
     return walk
 
 
-def write_markov(prefix: Path, *, tokens: int, documents: int, states: int = 64, seed: int = 1) -> str:
+def write_markov(
+    prefix: Path, *, tokens: int, documents: int, states: int = 64, seed: int = 1
+) -> str:
     """A Megatron pair PREFIX.bin/.idx with a Markov walk cut into documents of random lengths."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     walk = markov_tokens(markov_chain(states), tokens, seed=seed)
-    cuts = np.sort(np.random.default_rng(seed).choice(np.arange(1, tokens), documents - 1, replace=False))
+    cuts = np.sort(
+        np.random.default_rng(seed).choice(np.arange(1, tokens), documents - 1, replace=False)
+    )
     walk.tofile(f"{prefix}.bin")
     write_index(Path(f"{prefix}.idx"), walk.dtype, np.diff([0, *cuts, tokens]))
     return str(prefix)

@@ -1,4 +1,6 @@
-"""tools/bench.py: that both sides of a comparison train the same thing, and what it prints and refuses."""
+"""tools/bench.py: that both sides of a comparison train the same thing, and what it prints and
+refuses.
+"""
 
 import importlib.util
 import json
@@ -57,9 +59,12 @@ def test_the_parts_of_a_step_are_all_timed(make_tiny_config):
 def test_a_shared_module_counts_as_often_as_a_step_runs_it(make_tiny_config, monkeypatch):
     monkeypatch.setattr(bench, "timed", lambda function: 1.0)
     config = make_tiny_config({"mtp.num_nextn_predict_layers": 2, "mtp.share_weights": True})
-    _, model, optimizer = bench.build({"kind": "ours", "config": config.to_dict(), "tuned": False, "compiled": False})
+    _, model, optimizer = bench.build(
+        {"kind": "ours", "config": config.to_dict(), "tuned": False, "compiled": False}
+    )
     parts = bench.parts(model, optimizer, config)
-    # Three trunk layers, the first dense, and one module twice, which has five norms; a layer has two, the end one.
+    # Three trunk layers, the first dense, and one module twice, which has five norms; a layer has
+    # two, the end one.
     counts = [parts[name] for name in ("attention", "MoE", "dense feed-forward", "norms")]
     assert counts == [5, 4, 1, 3 * 2 + 1 + 2 * 5]
 
@@ -72,14 +77,26 @@ def test_several_threads_are_timed_by_the_wall_clock_whose_seconds_do_not_add_up
 
 
 def test_a_frozen_trunk_stays_as_it_is(make_tiny_config):
-    frozen = {"train.freeze": "trunk", "train.init_from": "there", "mtp.detach": "trunk", "train.dtype": "bfloat16"}
-    spec = {"kind": "ours", "config": make_tiny_config(frozen).to_dict(), "tuned": False, "compiled": False}
+    frozen = {
+        "train.freeze": "trunk",
+        "train.init_from": "there",
+        "mtp.detach": "trunk",
+        "train.dtype": "bfloat16",
+    }
+    spec = {
+        "kind": "ours",
+        "config": make_tiny_config(frozen).to_dict(),
+        "tuned": False,
+        "compiled": False,
+    }
     step, model, _ = bench.build(spec)
     losses = [step().item() for _ in range(2)]
     assert losses[0] == losses[1] and model.lm_head.weight.grad is None
 
 
-def test_a_comparison_prints_a_table_and_writes_the_numbers_and_says_which_fp8_backend_cannot_run(tmp_path):
+def test_a_comparison_prints_a_table_and_writes_the_numbers_and_says_which_fp8_backend_cannot_run(
+    tmp_path,
+):
     code, output = run_bench(
         tmp_path,
         "--against",
@@ -99,11 +116,16 @@ def test_a_comparison_prints_a_table_and_writes_the_numbers_and_says_which_fp8_b
     lines = output.splitlines()
     assert any(line.startswith("dsv3_mtp  ") for line in lines)
     for backend in ("te", "torch"):
-        reason = f"not run: dsv3_mtp FP8 by {backend}: ValueError: fp8.backend: {backend} needs a Hopper GPU"
+        reason = (
+            f"not run: dsv3_mtp FP8 by {backend}: ValueError: "
+            f"fp8.backend: {backend} needs a Hopper GPU"
+        )
         assert any(line.startswith(reason) for line in lines)
 
 
-def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(make_tiny_config, monkeypatch):
+def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(
+    make_tiny_config, monkeypatch
+):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     variants = importlib.import_module("bench").variants
     config = make_tiny_config({"mtp.mode": "none", "train.dtype": "bfloat16"}).to_dict()
@@ -121,7 +143,10 @@ def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(make_tiny
 def test_heads_against_transformers_are_refused_with_the_remedy(tmp_path):
     code, output = run_bench(tmp_path, "--against=transformers")
     assert code == 2
-    assert output.strip() == "error: --against transformers: it trains no MTP heads; add --set mtp.mode=none"
+    assert (
+        output.strip()
+        == "error: --against transformers: it trains no MTP heads; add --set mtp.mode=none"
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +159,9 @@ def test_heads_against_transformers_are_refused_with_the_remedy(tmp_path):
         ({"model.rms_norm_eps": 1e-2}, "model.rms_norm_eps 0.01: .* with 1e-06 in transformers"),
     ],
 )
-def test_what_transformers_computes_otherwise_is_refused(make_tiny_config, monkeypatch, settings, reason):
+def test_what_transformers_computes_otherwise_is_refused(
+    make_tiny_config, monkeypatch, settings, reason
+):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     config = make_tiny_config({"mtp.mode": "none"} | settings).to_dict()
     options = SimpleNamespace(against=["transformers"], compile=False, parts=False)
@@ -144,12 +171,17 @@ def test_what_transformers_computes_otherwise_is_refused(make_tiny_config, monke
 
 def test_depths_are_compared_for_a_run_with_any_heads(make_tiny_config, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    tool, options = importlib.import_module("bench"), SimpleNamespace(against=["depths"], compile=False, parts=False)
+    tool, options = (
+        importlib.import_module("bench"),
+        SimpleNamespace(against=["depths"], compile=False, parts=False),
+    )
     own = {"share_weights": True, "detach": "trunk", "depth_weights": [1.0], "chain": "trunk"}
     config = make_tiny_config({f"mtp.{key}": value for key, value in own.items()}).to_dict()
     assert len(tool.variants(config, options)) == 7
     missing = tool.left_out(config, options)[0]
-    assert missing == "not in these steps: mtp.depth_weights, mtp.chain, mtp.share_weights, mtp.detach"
+    assert (
+        missing == "not in these steps: mtp.depth_weights, mtp.chain, mtp.share_weights, mtp.detach"
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,11 +192,16 @@ def test_depths_are_compared_for_a_run_with_any_heads(make_tiny_config, monkeypa
             "--against depths: measures something of its own; leave out --against plain",
         ),
         (["--startup", "--parts"], "--startup: measures something of its own; leave out --parts"),
-        (["--json", "missing/numbers.json"], "--json missing/numbers.json: must be a file in a folder that is there"),
+        (
+            ["--json", "missing/numbers.json"],
+            "--json missing/numbers.json: must be a file in a folder that is there",
+        ),
         (["--profile", "."], "--profile .: must be a file in a folder that is there"),
     ],
 )
-def test_options_that_would_be_ignored_or_fail_at_the_end_are_refused(monkeypatch, capsys, arguments, reason):
+def test_options_that_would_be_ignored_or_fail_at_the_end_are_refused(
+    monkeypatch, capsys, arguments, reason
+):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
     with pytest.raises(SystemExit):
@@ -173,12 +210,16 @@ def test_options_that_would_be_ignored_or_fail_at_the_end_are_refused(monkeypatc
 
 
 @pytest.mark.parametrize("task", [None, {"type": "suffix_sum", "terms": 2, "modulus": 3}])
-def test_startup_is_given_tokens_that_the_model_knows_or_the_task(make_tiny_config, monkeypatch, task):
+def test_startup_is_given_tokens_that_the_model_knows_or_the_task(
+    make_tiny_config, monkeypatch, task
+):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     tool, folders = importlib.import_module("bench_startup"), []
 
     def run(command: list[str], **_: object) -> SimpleNamespace:
-        folders.extend(item.removeprefix("data.train=") for item in command if item.startswith("data.train="))
+        folders.extend(
+            item.removeprefix("data.train=") for item in command if item.startswith("data.train=")
+        )
         assert all(np.fromfile(f"{folder}.bin", np.uint16).max() < 64 for folder in folders)
         return SimpleNamespace(stdout='MARKS [["python", 1.0]]', stderr="", returncode=0)
 
@@ -192,7 +233,9 @@ def test_a_killed_process_is_reported_by_its_exit_code(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     child = importlib.import_module("bench").Child("dsv3_mtp", {})
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child.process = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **pipes, text=True)
+    child.process = subprocess.Popen(
+        [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **pipes, text=True
+    )
     with pytest.raises(ValueError, match="dsv3_mtp: ended without a word, exit code -9"):
         child.ask("step")
 

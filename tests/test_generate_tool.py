@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dsv3_mtp.decode.decoder import compiled
-from dsv3_mtp.generate import Settings, generate
-from dsv3_mtp.hf import export_hf, load_run
+from dsv3_mtp.decode.generate import Settings, generate
+from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.runs.model import load_run
 from tests.made_runs import write_text_run
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -52,17 +53,31 @@ SHORT = ["--max-new-tokens", "6", "--ignore-eos"]
 
 def test_speculative_text_is_plain_text_and_the_summary_says_so(run_tool, folder):
     plain = run_tool("generate", "--run", folder, "--prompt", "def", *SHORT)
-    drafted = run_tool("generate", "--run", folder, "--prompt", "def", "--speculative", "--draft-depth", "2", *SHORT)
+    drafted = run_tool(
+        "generate",
+        "--run",
+        folder,
+        "--prompt",
+        "def",
+        "--speculative",
+        "--draft-depth",
+        "2",
+        *SHORT,
+    )
     assert plain[0] == drafted[0] == 0
     assert plain[1] == drafted[1] != "\n"
-    pattern = (
-        r"6 tokens, [\d.,]+ tokens/s, [\d.]+ tokens per trunk forward, acceptance by position [\d.]+ [\d.]+ joint,"
+    pattern = r"6 tokens, [\d.,]+ tokens/s, [\d.]+ tokens per trunk forward, acceptance by position [\d.]+ [\d.]+ joint,"
+    assert re.match(
+        pattern + r" [\d.]+ [\d.]+ conditional, [\d.]+x plain decoding, same tokens\n$", drafted[2]
     )
-    assert re.match(pattern + r" [\d.]+ [\d.]+ conditional, [\d.]+x plain decoding, same tokens\n$", drafted[2])
 
 
-def test_compiled_steps_generate_the_same_text_and_few_graphs_serve_all_lengths(run_tool, folder, monkeypatch):
-    """Through a counting backend: no C++ compiler and no minutes. One graph for one token, one for two."""
+def test_compiled_steps_generate_the_same_text_and_few_graphs_serve_all_lengths(
+    run_tool, folder, monkeypatch
+):
+    """Through a counting backend: no C++ compiler and no minutes. One graph for one token, one for
+    two.
+    """
     from torch._dynamo.testing import CompileCounter
 
     counters = []
@@ -85,27 +100,40 @@ def test_compiled_steps_generate_the_same_text_and_few_graphs_serve_all_lengths(
 
 
 def test_graphs_of_one_kind_of_model_are_not_run_for_another(make_tiny_config, monkeypatch):
-    """They are not checked against the weights: another configuration needs its own, other weights do not."""
+    """They are not checked against the weights: another configuration needs its own, other weights
+    do not.
+    """
 
     def compile_traced(function, *, options, **rest):
         functions.append(function)
-        return original(function, backend="eager", options={"guard_filter_fn": options["guard_filter_fn"]}, **rest)
+        return original(
+            function,
+            backend="eager",
+            options={"guard_filter_fn": options["guard_filter_fn"]},
+            **rest,
+        )
 
     original, functions = torch.compile, []
     monkeypatch.setattr(torch, "compile", compile_traced)
     compiled.cache_clear()
     for heads, seed in [(2, 0), (1, 0), (2, 1)]:
-        config = make_tiny_config({"model.num_hidden_layers": 1, "model.num_attention_heads": heads})
+        config = make_tiny_config(
+            {"model.num_hidden_layers": 1, "model.num_attention_heads": heads}
+        )
         model = DeepseekV3MTP(config.model, config.mtp).requires_grad_(False).eval()
         model.init_weights(seed)
-        plain, fast = (generate(model, [[5, 9]], Settings(max_new_tokens=4, compile=c)) for c in (False, True))
+        plain, fast = (
+            generate(model, [[5, 9]], Settings(max_new_tokens=4, compile=c)) for c in (False, True)
+        )
         assert plain == fast
     compiled.cache_clear()
     assert len(functions) == 2
 
 
 def test_accepted_drafts_are_green_in_a_terminal_and_nowhere_else(run_tool, folder, monkeypatch):
-    """On a real pseudo-terminal: colours stand around the accepted drafts, and without them the text is the same."""
+    """On a real pseudo-terminal: colours stand around the accepted drafts, and without them the
+    text is the same.
+    """
     from dsv3_mtp.decode.draft import ChainDrafter
 
     text = generate(load_run(folder).model, [[5]], Settings(max_new_tokens=6)).tokens[0]
@@ -116,7 +144,17 @@ def test_accepted_drafts_are_green_in_a_terminal_and_nowhere_else(run_tool, fold
         return drafts, None
 
     monkeypatch.setattr(ChainDrafter, "draft", know_the_text)
-    options = ["--run", folder, "--prompt-ids", "5", "--speculative", "--draft-depth", "2", "--show-drafts", *SHORT]
+    options = [
+        "--run",
+        folder,
+        "--prompt-ids",
+        "5",
+        "--speculative",
+        "--draft-depth",
+        "2",
+        "--show-drafts",
+        *SHORT,
+    ]
     _, piped, _ = run_tool("generate", *options)
     assert "\x1b" not in piped
     master, slave = pty.openpty()
@@ -127,7 +165,9 @@ def test_accepted_drafts_are_green_in_a_terminal_and_nowhere_else(run_tool, fold
     os.close(master)
     assert code == 0
     coloured = re.findall("\x1b\\[32m(.*?)\x1b\\[0m", shown, re.DOTALL)
-    assert len(coloured) == 3  # token 1 from the prefill, then 2 drafts and 1 free, then 1 draft and 1 free
+    assert (
+        len(coloured) == 3
+    )  # token 1 from the prefill, then 2 drafts and 1 free, then 1 draft and 1 free
     assert re.sub("\x1b\\[\\d+m", "", shown) == piped
 
 
@@ -144,7 +184,14 @@ def test_an_export_generates_the_text_of_its_run(run_tool, folder, tmp_path):
 def test_prompts_come_from_options_files_ids_and_stdin(run_tool, folder, tmp_path):
     (tmp_path / "prompt.txt").write_text("class")
     ids = "5 9, 3"
-    options = ["--prompt", "def", "--prompt-file", str(tmp_path / "prompt.txt"), "--prompt-ids", ids]
+    options = [
+        "--prompt",
+        "def",
+        "--prompt-file",
+        str(tmp_path / "prompt.txt"),
+        "--prompt-ids",
+        ids,
+    ]
     code, out, _ = run_tool("generate", "--run", folder, *options, *SHORT)
     assert code == 0
     assert re.findall(r"^--- (.*)$", out, re.MULTILINE) == [
@@ -160,16 +207,23 @@ def test_prompts_come_from_options_files_ids_and_stdin(run_tool, folder, tmp_pat
 def test_generation_stops_at_the_given_token(run_tool, folder):
     whole = generate(load_run(folder).model, [[5]], Settings(max_new_tokens=6)).tokens[0]
     count = whole.index(whole[2]) + 1
-    code, _, err = run_tool("generate", "--run", folder, "--prompt-ids", "5", "--stop", str(whole[2]), *SHORT)
+    code, _, err = run_tool(
+        "generate", "--run", folder, "--prompt-ids", "5", "--stop", str(whole[2]), *SHORT
+    )
     assert code == 0, err
     assert err.startswith(f"{count} tokens")
 
 
 def test_a_text_that_ends_with_the_context_says_so(run_tool, folder):
     options = ("--prompt-ids", "5 6", "--ignore-eos", "--max-new-tokens")
-    long, exact = (run_tool("generate", "--run", folder, *options, count) for count in ("500", "14"))
+    long, exact = (
+        run_tool("generate", "--run", folder, *options, count) for count in ("500", "14")
+    )
     assert long[0] == exact[0] == 0 and long[1] == exact[1]
-    assert "note: prompt ids 5 6 ends where the model does, after 16 tokens" in long[2] and "note" not in exact[2]
+    assert (
+        "note: prompt ids 5 6 ends where the model does, after 16 tokens" in long[2]
+        and "note" not in exact[2]
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +249,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run_tool, folder, arguments, 
     assert message in err
 
 
-def test_a_missing_checkpoint_and_a_model_without_heads_are_refused(run_tool, make_tiny_config, tmp_path):
+def test_a_missing_checkpoint_and_a_model_without_heads_are_refused(
+    run_tool, make_tiny_config, tmp_path
+):
     for tool in ("generate", "bench_decode"):
         code, _, err = run_tool(tool, "--run", str(tmp_path / "gone"), "--prompt", "a")
         assert (code, err.count("\n")) == (2, 1)
@@ -209,7 +265,15 @@ def test_a_missing_checkpoint_and_a_model_without_heads_are_refused(run_tool, ma
 def test_independent_heads_say_how_many_tokens_they_draft(run_tool, make_tiny_config, tmp_path):
     folder, _ = write_text_run(make_tiny_config(TINY | {"mtp.mode": "parallel"}), tmp_path)
     code, _, err = run_tool(
-        "generate", "--run", str(folder), "--prompt", "a", "--speculative", "--draft-depth", "3", *SHORT
+        "generate",
+        "--run",
+        str(folder),
+        "--prompt",
+        "a",
+        "--speculative",
+        "--draft-depth",
+        "3",
+        *SHORT,
     )
     assert code == 0
     assert "--draft-depth 3 drafts 1" in err
@@ -226,7 +290,11 @@ def test_the_benchmark_prints_its_tables(run_tool, folder):
     code, out, err = run_tool("bench_decode", "--run", folder, *options)
     assert code == 0, err
     assert "OTHER TOKENS" not in out
-    assert [line.split("  ")[0] for line in out.splitlines()[3:6]] == ["transformers generate()", "plain", "K=1"]
+    assert [line.split("  ")[0] for line in out.splitlines()[3:6]] == [
+        "transformers generate()",
+        "plain",
+        "K=1",
+    ]
     assert "T3/T1" in out
     assert "break-even K=2" in out
     code, _, err = run_tool("bench_decode", "--run", folder, *options, "--hf-mtp", f"{folder}/gone")
@@ -260,7 +328,10 @@ def test_decoding_stops_at_the_end_of_text_that_the_data_was_made_with(run_tool,
     ("options", "message"),
     [
         (["--prompt", "def \udcff"], "error: prompt 'def \\udcff': not UTF-8 text"),
-        (["--prompt", "def", "--stop", "260"], "error: --stop '260': not one token of the vocabulary, nor an id"),
+        (
+            ["--prompt", "def", "--stop", "260"],
+            "error: --stop '260': not one token of the vocabulary, nor an id",
+        ),
     ],
 )
 def test_what_is_no_text_or_no_token_is_refused(run_tool, folder, options, message):
@@ -284,4 +355,8 @@ def test_acceptance_refuses_what_would_not_be_measured_as_asked(run_tool, folder
     code, _, said = run_tool(*asked, "--new-tokens", "2")
     assert code == 2 and "--new-tokens 2: must be at least 3" in said
     code, _, said = run_tool(*asked, "--prefix-tokens", "14", "--new-tokens", "3")
-    assert code == 2 and "--prefix-tokens + --new-tokens must be <= model.max_position_embeddings = 16 (got 17)" in said
+    assert (
+        code == 2
+        and "--prefix-tokens + --new-tokens must be <= model.max_position_embeddings = 16 (got 17)"
+        in said
+    )

@@ -1,7 +1,7 @@
 """v3_tiny's model and recipe on seeded Markov data: the losses of the first 50 steps are on file.
 
-A change of these numbers is a change of what is trained. To accept one, `CC=none python -m tests.test_golden`
-rewrites it with torch's own operations; say in the commit why.
+A change of these numbers is a change of what is trained. To accept one, `CC=none python -m
+tests.test_golden` rewrites it with torch's own operations; say in the commit why.
 """
 
 import tempfile
@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 
 from dsv3_mtp.config import load_config
-from dsv3_mtp.metrics import read_metrics
+from dsv3_mtp.report.metrics import read_metrics
 from tests.ranks import run_ranks, train_to_end, write_markov
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "v3_tiny.txt"
-EXACT = 10  # steps; later the rounding of another CPU or kernel flips a choice of experts, and runs drift apart by 1e-3
-SEED = 3  # no choice of experts so close that noise of 1e-7 flips it; of seeds 1 to 4 and v3_tiny's, only this one
+# steps; later the rounding of another CPU or kernel flips a choice of experts, and runs drift apart
+# by 1e-3
+EXACT = 10
+# no choice of experts so close that noise of 1e-7 flips it; of seeds 1 to 4 and v3_tiny's, only
+# this one
+SEED = 3
 COLUMNS = ("train/loss", "train/main_loss", "train/mtp_loss/1", "optim/grad_norm")
 
 
@@ -41,16 +45,22 @@ def golden_run(folder: Path, name: str) -> list[list[float]]:
         "log.every": "1",
         "log.tensorboard": "false",
     }
-    config = load_config(ROOT / "configs" / "v3_tiny.yaml", [f"{key}={value}" for key, value in sets.items()])
+    config = load_config(
+        ROOT / "configs" / "v3_tiny.yaml", [f"{key}={value}" for key, value in sets.items()]
+    )
     assert run_ranks(train_to_end, config, log=folder / f"{name}.log") == [0]
-    records = [r for r in read_metrics(folder / "runs" / name / "metrics.jsonl") if "train/loss" in r]
+    records = [
+        r for r in read_metrics(folder / "runs" / name / "metrics.jsonl") if "train/loss" in r
+    ]
     return [[record[column] for column in COLUMNS] for record in records]
 
 
 @pytest.mark.dist
 def test_the_first_50_steps_of_v3_tiny_are_those_on_file(tmp_path):
     losses = golden_run(tmp_path, "first")
-    expected = [[float(x) for x in line.split()[1:]] for line in GOLDEN.read_text().splitlines()[1:]]
+    expected = [
+        [float(x) for x in line.split()[1:]] for line in GOLDEN.read_text().splitlines()[1:]
+    ]
     assert len(losses) == len(expected) == 50
     for step, (got, want) in enumerate(zip(losses[:EXACT], expected, strict=False), start=1):
         assert got == pytest.approx(want, rel=2e-5), f"step {step}"
@@ -63,7 +73,10 @@ def test_the_first_50_steps_of_v3_tiny_are_those_on_file(tmp_path):
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = golden_run(Path(folder), "golden")
-    lines = [f"{step:2d}  " + "  ".join(f"{x:.6f}" for x in row) for step, row in enumerate(rows, start=1)]
+    lines = [
+        f"{step:2d}  " + "  ".join(f"{x:.6f}" for x in row)
+        for step, row in enumerate(rows, start=1)
+    ]
     GOLDEN.write_text("# step  " + "  ".join(COLUMNS) + "\n" + "\n".join(lines) + "\n")
 
 

@@ -23,7 +23,9 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=120)
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, env=environment(), timeout=120
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(corpus: Path, out: Path) -> list[str | Path]:
-    return ["--input", corpus, "--out", out, "--vocab-size", "261", "--shard-tokens", "20000", "--fim-rate", "0.1"]
+    return [
+        "--input",
+        corpus,
+        "--out",
+        out,
+        "--vocab-size",
+        "261",
+        "--shard-tokens",
+        "20000",
+        "--fim-rate",
+        "0.1",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +61,23 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_killed_in_the_middle_the_same_command_goes_on_byte_identically(corpus, whole, tmp_path, sent, code):
+def test_killed_in_the_middle_the_same_command_goes_on_byte_identically(
+    corpus, whole, tmp_path, sent, code
+):
     out, progress = tmp_path / "out", tmp_path / "out.partial/progress.json"
     # A shell without job control starts background jobs with SIGINT ignored, and they hand that on.
-    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-    for _ in range(5):  # on a busy machine it may finish before this test is given a core to notice that it began
+    heed = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, "
+        "signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    for _ in range(
+        5
+    ):  # on a busy machine it may finish before this test is given a core to notice that it began
         words = [sys.executable, "-c", heed, *command(*arguments(corpus, out))]
         process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
-        while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["record"]):
+        while process.poll() is None and not (
+            progress.exists() and json.loads(progress.read_text())["record"]
+        ):
             time.sleep(0.002)
         process.send_signal(sent)
         message = process.communicate(timeout=60)[1]
@@ -63,7 +85,9 @@ def test_killed_in_the_middle_the_same_command_goes_on_byte_identically(corpus, 
             break
         shutil.rmtree(out)
     assert process.returncode == code
-    assert "Traceback" not in message and ("the same command goes on" in message) == (sent == signal.SIGINT)
+    assert "Traceback" not in message and ("the same command goes on" in message) == (
+        sent == signal.SIGINT
+    )
     assert not out.exists()
     done = json.loads(progress.read_text())["documents"]
     assert 0 < done < 12_000
@@ -73,10 +97,15 @@ def test_killed_in_the_middle_the_same_command_goes_on_byte_identically(corpus, 
 
 def test_help_loads_nothing_heavy():
     shown = subprocess.run(
-        [sys.executable, "-X", "importtime", *command("--help")[1:]], capture_output=True, text=True, env=environment()
+        [sys.executable, "-X", "importtime", *command("--help")[1:]],
+        capture_output=True,
+        text=True,
+        env=environment(),
     )
     assert shown.returncode == 0 and "--fim-rate" in shown.stdout
-    assert not any(name in shown.stderr for name in ("numpy", "tokenizers", "rich", "torch", "dsv3_mtp"))
+    assert not any(
+        name in shown.stderr for name in ("numpy", "tokenizers", "rich", "torch", "dsv3_mtp")
+    )
 
 
 def test_verify_tells_right_from_damaged(whole: Path, tmp_path: Path):
@@ -98,14 +127,22 @@ def test_verify_tells_right_from_damaged(whole: Path, tmp_path: Path):
         (b"", ["--vocab-size", "260"], "0 documents"),
     ],
 )
-def test_bad_input_is_a_message_and_exit_code_2(tmp_path: Path, content: bytes, options: list[str], message: str):
+def test_bad_input_is_a_message_and_exit_code_2(
+    tmp_path: Path, content: bytes, options: list[str], message: str
+):
     (tmp_path / "a.jsonl").write_bytes(content)
     failed = run("--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", *options)
     assert failed.returncode == 2
-    assert failed.stderr.startswith("error: ") and message in failed.stderr and "Traceback" not in failed.stderr
+    assert (
+        failed.stderr.startswith("error: ")
+        and message in failed.stderr
+        and "Traceback" not in failed.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_corpus_and_input_do_not_go_together(tmp_path: Path):
-    failed = run("--corpus", "pystdlib", "--input", "x", "--out", tmp_path / "out", "--vocab-size", "300")
+    failed = run(
+        "--corpus", "pystdlib", "--input", "x", "--out", tmp_path / "out", "--vocab-size", "300"
+    )
     assert failed.returncode == 2 and "either a corpus or inputs" in failed.stderr

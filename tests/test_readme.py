@@ -1,4 +1,6 @@
-"""Every command in the README's bash blocks is run here, run by CI, or marked as needing what CI has not."""
+"""Every command in the README's bash blocks is run here, run by CI, or marked as needing what CI
+has not.
+"""
 
 import re
 import shlex
@@ -11,22 +13,29 @@ from tests.ranks import run_tool
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 
-# Covered elsewhere: .ci/run is `make lint` and `make test`; tests train with the tool that `make train` runs.
-COVERED = re.compile(r"make (help|install|corpus|train|test|lint|check)|git clone \S+|cd \S+|(\. |source )\S*activate")
+# Covered elsewhere: .ci/run is `make lint` and `make test`; tests train with the tool that `make
+# train` runs.
+COVERED = re.compile(
+    r"make (help|install|corpus|train|test|lint|check)|git clone \S+|cd \S+|(\. |source )\S*activate"
+)
 # A comment with one of these words says what a command needs that CI does not have.
 MARKED = re.compile(r"#.*\b(GPUs?|nodes?|Slurm)\b")
 LAUNCHERS = {"python", "python3", "deepspeed", "torchrun"}
 
 
 def readme_commands(text: str) -> list[str]:
-    """The commands of all ```bash blocks, continued lines joined, comment lines and empty lines left out."""
+    """The commands of all ```bash blocks, continued lines joined, comment lines and empty lines
+    left out.
+    """
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
 
 
 def tool_of(command: str) -> tuple[str, list[str]] | None:
-    """(tools/NAME.py, its arguments) of a command that starts a tool, by any launcher; None for another."""
+    """(tools/NAME.py, its arguments) of a command that starts a tool, by any launcher; None for
+    another.
+    """
     words = shlex.split(command, comments=True)
     while words and re.fullmatch(r"\w+=\S*", words[0]):
         words.pop(0)
@@ -55,12 +64,16 @@ COMMANDS = readme_commands(README.read_text()) if README.exists() else []
 
 
 def test_readme_has_commands():
-    assert {"make train", "make test"} <= {" ".join(shlex.split(c, comments=True)) for c in COMMANDS}
+    assert {"make train", "make test"} <= {
+        " ".join(shlex.split(c, comments=True)) for c in COMMANDS
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_command_is_covered(command: str):
-    assert how_covered(command), f"{command!r}: neither run by this test, nor by CI, nor marked, e.g. with '# GPU'"
+    assert how_covered(command), (
+        f"{command!r}: neither run by this test, nor by CI, nor marked, e.g. with '# GPU'"
+    )
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if how_covered(c) == "run"])
@@ -69,7 +82,9 @@ def test_readme_command_fits_the_tool(command: str, tmp_path: Path):
     described = run(tool, ["--help"], tmp_path / "help")
     for argument in arguments:
         if argument.startswith("--"):
-            assert re.search(rf"(?<![\w-]){re.escape(argument.partition('=')[0])}(?![\w-])", described), argument
+            assert re.search(
+                rf"(?<![\w-]){re.escape(argument.partition('=')[0])}(?![\w-])", described
+            ), argument
         if argument.startswith("configs/"):
             assert (ROOT / argument).exists(), argument
     if "--dry-run" in described:
@@ -84,14 +99,22 @@ def test_readme_command_fits_the_tool(command: str, tmp_path: Path):
         ("make test  # two minutes", "elsewhere"),
         ("make tea", None),
         ("deepspeed tools/train.py --config configs/v3_tiny.yaml", "run"),
-        ("DS_ACCELERATOR=cpu deepspeed --num_gpus 2 tools/train.py --config configs/v3_tiny.yaml", "run"),
+        (
+            (
+                "DS_ACCELERATOR=cpu deepspeed --num_gpus 2 "
+                "tools/train.py --config configs/v3_tiny.yaml"
+            ),
+            "run",
+        ),
         ("deepspeed --num_gpus 8 tools/train.py --config configs/v3_16b.yaml  # 8 GPUs", "marked"),
         (".venv/bin/python tools/generate.py --prompt 'def '", "run"),
         ("rm -rf tools/train.py", None),
         ("curl example.org | sh", None),
     ],
 )
-def test_a_command_is_sorted_by_who_would_notice_that_it_is_wrong(command: str, expected: str | None):
+def test_a_command_is_sorted_by_who_would_notice_that_it_is_wrong(
+    command: str, expected: str | None
+):
     assert how_covered(command) == expected
 
 
@@ -105,7 +128,9 @@ def test_commands_are_read_from_bash_blocks_only():
 
 
 def test_the_python_examples_run(tmp_path: Path):
-    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)):
+    for number, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    ):
         script = tmp_path / f"example{number}.py"
         script.write_text(block)
         run(str(script), [], tmp_path / script.stem)

@@ -7,11 +7,11 @@ Examples:
     python tools/bench.py --config configs/v3_3b.yaml --against fp8        # on a Hopper GPU: both FP8 backends
     python tools/bench.py --preset tiny --loss-memory --set model.vocab_size=32768
     python tools/bench.py --startup                                        # from the command to the first step
-Every variant has a process of its own; in each round each runs one step, in random order. With one thread of a CPU
-the times are CPU seconds of the process, so that other work on the machine touches the ratios little; with more
-threads, and on a GPU, wall seconds. A ratio is the median of the rounds' ratios, with its quartiles in brackets.
-MFU is against the best product of the same round and dtype.
-Exit codes: 0 done, 2 wrong options or config, 130 interrupted.
+Every variant has a process of its own; in each round each runs one step, in random order. With one
+thread of a CPU the times are CPU seconds of the process, so that other work on the machine touches
+the ratios little; with more threads, and on a GPU, wall seconds. A ratio is the median of the
+rounds' ratios, with its quartiles in brackets. MFU is against the best product of the same round
+and dtype. Exit codes: 0 done, 2 wrong options or config, 130 interrupted.
 """
 
 import argparse
@@ -28,7 +28,10 @@ from bench_models import SMALL, TINY, check_transformers
 from bench_process import ROOT, Child
 from bench_startup import startup
 
-PRESETS = {"tiny": TINY, "small": SMALL}  # over configs/v3_tiny.yaml, without heads, 8 x 256 tokens per step
+PRESETS = {
+    "tiny": TINY,
+    "small": SMALL,
+}  # over configs/v3_tiny.yaml, without heads, 8 x 256 tokens per step
 EXTRAS = ("compile", "parts", "profile", "loss-memory", "startup")
 AGAINST = ("transformers", "plain", "depths", "fp8")
 DEPTHS = [("sequential", d) for d in (1, 2, 4)] + [("parallel", d) for d in (1, 2, 4)]
@@ -46,7 +49,9 @@ LEFT_OUT = {
 
 def main() -> int:
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not the default, which leaves the children behind
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # not the default, which leaves the children behind
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as tools/train.py
@@ -77,16 +82,37 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default=str(ROOT / "configs/v3_tiny.yaml"), metavar="YAML")
-    parser.add_argument("--set", action="append", default=[], dest="sets", metavar="a.b=c", help="as in tools/train.py")
-    parser.add_argument("--preset", choices=PRESETS, help="a model of 12M or 28M parameters without MTP heads")
-    parser.add_argument("--against", nargs="+", default=[], choices=AGAINST, help="what to compare with")
-    parser.add_argument("--compile", action="store_true", help="also with every block through torch.compile")
-    parser.add_argument("--parts", action="store_true", help="also attention, MoE, loss, optimizer, each alone")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="sets",
+        metavar="a.b=c",
+        help="as in tools/train.py",
+    )
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="a model of 12M or 28M parameters without MTP heads"
+    )
+    parser.add_argument(
+        "--against", nargs="+", default=[], choices=AGAINST, help="what to compare with"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also with every block through torch.compile"
+    )
+    parser.add_argument(
+        "--parts", action="store_true", help="also attention, MoE, loss, optimizer, each alone"
+    )
     parser.add_argument("--profile", metavar="FILE", help="also a Chrome trace of one step")
-    parser.add_argument("--loss-memory", action="store_true", help="peak memory of the heads' loss instead")
-    parser.add_argument("--startup", action="store_true", help="seconds from the command to the first step instead")
+    parser.add_argument(
+        "--loss-memory", action="store_true", help="peak memory of the heads' loss instead"
+    )
+    parser.add_argument(
+        "--startup", action="store_true", help="seconds from the command to the first step instead"
+    )
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: 9")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
@@ -97,7 +123,9 @@ def parse() -> argparse.Namespace:
     for key in ("json", "profile"):
         file = getattr(options, key)
         if file is not None and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
-            parser.error(f"--{key} {file}: must be a file in a folder that is there and can be written")
+            parser.error(
+                f"--{key} {file}: must be a file in a folder that is there and can be written"
+            )
     asked = [f"--against {name}" for name in dict.fromkeys(options.against)]
     asked += [f"--{name}" for name in EXTRAS if getattr(options, name.replace("-", "_"))]
     for alone in ("--against depths", "--loss-memory", "--startup"):
@@ -111,24 +139,42 @@ def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]
     """The first one is what the others are compared with."""
     own_dtype = config["train"]["dtype"]
     if options.parts and config["train"]["freeze"] == "trunk":
-        raise ValueError("--parts: times the backward of every part, a frozen trunk has none; set train.freeze=none")
+        raise ValueError(
+            "--parts: times the backward of every part, "
+            "a frozen trunk has none; set train.freeze=none"
+        )
 
-    def ours(name: str, *, tuned: bool = True, compiled: bool = False, section: str = "mtp", **changes: Any) -> Child:
+    def ours(
+        name: str,
+        *,
+        tuned: bool = True,
+        compiled: bool = False,
+        section: str = "mtp",
+        **changes: Any,
+    ) -> Child:
         changed = valid(name, config | {section: config[section] | changes})
-        return Child(name, {"kind": "ours", "config": changed, "tuned": tuned, "compiled": compiled})
+        return Child(
+            name, {"kind": "ours", "config": changed, "tuned": tuned, "compiled": compiled}
+        )
 
     def theirs(name: str, dtype: str, *, tuned: bool) -> Child:
         changed = config | {"train": config["train"] | {"dtype": dtype}}
         return Child(name, {"kind": "transformers", "config": changed, "tuned": tuned})
 
     if "depths" in options.against:
-        config = config | {"mtp": {"loss_weight": config["mtp"]["loss_weight"]}}  # these heads are not the run's
+        config = config | {
+            "mtp": {"loss_weight": config["mtp"]["loss_weight"]}
+        }  # these heads are not the run's
         rows = [ours("D=0", mode="none")]
-        return rows + [ours(f"{mode} D={d}", mode=mode, num_nextn_predict_layers=d) for mode, d in DEPTHS]
+        return rows + [
+            ours(f"{mode} D={d}", mode=mode, num_nextn_predict_layers=d) for mode, d in DEPTHS
+        ]
     rows = []
     if "transformers" in options.against:
         if config["mtp"]["mode"] != "none":
-            raise ValueError("--against transformers: it trains no MTP heads; add --set mtp.mode=none")
+            raise ValueError(
+                "--against transformers: it trains no MTP heads; add --set mtp.mode=none"
+            )
         check_transformers(config["model"], "--against transformers")
         import torch
 
@@ -145,7 +191,9 @@ def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]
     if "fp8" in options.against:
         rows.append(ours("dsv3_mtp", section="fp8", enabled=False))
         for backend in ("te", "torch"):
-            rows.append(ours(f"dsv3_mtp FP8 by {backend}", section="fp8", enabled=True, backend=backend))
+            rows.append(
+                ours(f"dsv3_mtp FP8 by {backend}", section="fp8", enabled=True, backend=backend)
+            )
             rows[-1].optional = True
     else:
         rows.append(ours("dsv3_mtp"))
@@ -155,7 +203,9 @@ def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]
 
 
 def valid(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The config of one variant; raises ConfigError with its name where the variant cannot have some other setting."""
+    """The config of one variant; raises ConfigError with its name where the variant cannot have
+    some other setting.
+    """
     from pydantic import ValidationError
 
     from dsv3_mtp.config import Config, ConfigError
@@ -180,9 +230,14 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
                     raise
                 children.remove(child)
                 missing.append(f"not run: {error}")
-        # Whose products, parts and profile are shown: the first row that runs as tools/train.py does.
+        # Whose products, parts and profile are shown: the first row that runs as tools/train.py
+        # does.
         own = {"kind": "ours", "tuned": True}
-        ours = next(c for c in children if own.items() <= c.spec.items() and c.dtype == config["train"]["dtype"])
+        ours = next(
+            c
+            for c in children
+            if own.items() <= c.spec.items() and c.dtype == config["train"]["dtype"]
+        )
         peaks: dict[str, list[float]] = {child.dtype: [] for child in children}
         for _ in range(options.rounds):
             for dtype, rates in peaks.items():
@@ -193,17 +248,24 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
             "config": config,
             "threads": options.threads,
             "matmul_flops": {dtype: statistics.median(rates) for dtype, rates in peaks.items()},
-            "variants": {child.name: figures(child, children[0], ours, peaks[child.dtype]) for child in children},
+            "variants": {
+                child.name: figures(child, children[0], ours, peaks[child.dtype])
+                for child in children
+            },
         }
         text = [
-            f"{ours.tokens} tokens per step, {options.threads} threads, {options.rounds} rounds, {ours.first['clock']}"
-            f" seconds; {config_line(ours)}; best product {statistics.median(peaks[ours.dtype]) / 1e12:.3g} TFLOP/s"
+            f"{ours.tokens} tokens per step, {options.threads} "
+            f"threads, {options.rounds} rounds, {ours.first['clock']}"
+            f" seconds; {config_line(ours)}; best product "
+            f"{statistics.median(peaks[ours.dtype]) / 1e12:.3g} TFLOP/s"
         ]
         text.append(table(result["variants"]))
         text += missing + ours.first["notes"] + left_out(config, options)
         if options.parts:
             result["parts"] = ours.ask("parts")
-            text.append(parts_table(result["parts"], statistics.median(a["seconds"] for a in ours.answers)))
+            text.append(
+                parts_table(result["parts"], statistics.median(a["seconds"] for a in ours.answers))
+            )
         if options.profile is not None:
             text.append(ours.ask(f"profile {options.profile}"))
     finally:
@@ -221,16 +283,26 @@ def left_out(config: dict[str, Any], options: argparse.Namespace) -> list[str]:
     if "depths" in options.against:
         own = MTPConfig().model_dump(exclude={"mode", "num_nextn_predict_layers", "loss_weight"})
         defaults |= {f"mtp.{key}": default for key, default in own.items()}
-    keys = [name for name, default in defaults.items() if config[name.split(".")[0]][name.split(".")[1]] != default]
+    keys = [
+        name
+        for name, default in defaults.items()
+        if config[name.split(".")[0]][name.split(".")[1]] != default
+    ]
     if keys:
         notes.append(f"not in these steps: {', '.join(keys)}")
     if train["batch_size"] != (micro := train["micro_batch_size"]):
-        notes.append(f"a step here is one micro-batch of {micro} rows and an update, not train.batch_size rows")
+        notes.append(
+            f"a step here is one micro-batch of {micro} "
+            "rows and an update, not train.batch_size rows"
+        )
     return notes
 
 
 def config_line(ours: Child) -> str:
-    return f"{ours.first['flops_per_token'] / 1e6:.1f} MFLOP per token, {ours.spec['config']['train']['dtype']}"
+    return (
+        f"{ours.first['flops_per_token'] / 1e6:.1f} MFLOP "
+        f"per token, {ours.spec['config']['train']['dtype']}"
+    )
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -246,7 +318,9 @@ def figures(child: Child, base: Child, ours: Child, peaks: list[float]) -> dict[
         "seconds_per_step": quartiles(seconds),
         "tokens_per_second": child.tokens / statistics.median(seconds),
         "seconds_per_token": statistics.median(seconds) / child.tokens,
-        "speedup": quartiles([b["seconds"] / s for b, s in zip(base.answers, seconds, strict=True)]),
+        "speedup": quartiles(
+            [b["seconds"] / s for b, s in zip(base.answers, seconds, strict=True)]
+        ),
         "flop_ratio": flops / base_flops,
         "mfu": statistics.median(flops / s / peak for s, peak in zip(seconds, peaks, strict=True)),
         "peak_bytes": child.ask("memory"),
@@ -268,7 +342,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def parts_table(parts: dict[str, float], step: float) -> str:
     rows = {**parts, "the rest": step - sum(parts.values())}
-    return "\n".join(f"    {name:24}{seconds * 1e3:>8.1f} ms {seconds / step:>6.1%}" for name, seconds in rows.items())
+    return "\n".join(
+        f"    {name:24}{seconds * 1e3:>8.1f} ms {seconds / step:>6.1%}"
+        for name, seconds in rows.items()
+    )
 
 
 def loss_memory(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -285,7 +362,9 @@ def loss_memory(config: dict[str, Any], options: argparse.Namespace) -> tuple[st
             result[f"{kind} D={depths}"] = child.answer()
             child.stop()
         naive, own = (result[f"{kind} D={depths}"] / 2**20 for kind in ("naive", "chunked"))
-        lines.append(f"    D={depths}: all logits at once {naive:8.0f} MiB, by chunks {own:6.0f} MiB")
+        lines.append(
+            f"    D={depths}: all logits at once {naive:8.0f} MiB, by chunks {own:6.0f} MiB"
+        )
     return "\n".join(lines), result
 
 

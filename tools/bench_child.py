@@ -1,8 +1,9 @@
-"""One side of a speed comparison in a process of its own, driven line by line over pipes by tools/bench.py.
+"""One side of a speed comparison in a process of its own, driven line by line over pipes by
+tools/bench.py.
 
-It reads a JSON spec, builds the model and answers each command with one JSON line. On one thread of a CPU times are CPU
-seconds of the process, so that other work on the machine counts little. They are wall seconds on a GPU, and of several
-threads, whose CPU seconds would add up, waiting included.
+It reads a JSON spec, builds the model and answers each command with one JSON line. On one thread of
+a CPU times are CPU seconds of the process, so that other work on the machine counts little. They
+are wall seconds on a GPU, and of several threads, whose CPU seconds would add up, waiting included.
 """
 
 import copy
@@ -18,16 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_mtp import tuning
 from dsv3_mtp.config import Config
 from dsv3_mtp.hf.settings import to_config_json
-from dsv3_mtp.losses import linear_cross_entropy
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import MoE
 from dsv3_mtp.model.size import model_size
-from dsv3_mtp.optim import build_optimizer
+from dsv3_mtp.ops import tuning
+from dsv3_mtp.ops.cross_entropy import linear_cross_entropy
 from dsv3_mtp.precision.convert import set_precision
+from dsv3_mtp.train.optim import build_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[], Tensor]
@@ -50,7 +51,9 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
-    """A step that returns its main loss, the model, and the optimizer. All kinds start from the same weights."""
+    """A step that returns its main loss, the model, and the optimizer. All kinds start from the
+    same weights.
+    """
     config = Config.model_validate(spec["config"])
     model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
     model.to_empty(device=DEVICE)
@@ -60,9 +63,11 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
     tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(DEVICE)
     if spec["kind"] == "transformers":
         return transformers_step(model, tokens, config, tuned=spec["tuned"])
-    # In bfloat16 on a CPU both sides keep float32 weights and compute with copies. On a GPU neither does: without them
-    # transformers' step of v3_3b fills 80 GB.
-    masters = copy.deepcopy(model) if DEVICE.type == "cpu" and config.train.dtype == "bfloat16" else model
+    # In bfloat16 on a CPU both sides keep float32 weights and compute with copies. On a GPU neither
+    # does: without them transformers' step of v3_3b fills 80 GB.
+    masters = (
+        copy.deepcopy(model) if DEVICE.type == "cpu" and config.train.dtype == "bfloat16" else model
+    )
     dtype = getattr(torch, config.train.dtype)
     for parameter in model.parameters():  # not the router biases, which stay float32
         parameter.data = parameter.data.to(dtype)
@@ -73,7 +78,9 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
                 module.compile()
     # Its states in the type of the weights that it updates, as transformers'.
     optimizer = build_optimizer(masters, config.optim.model_copy(update={"moments": "float32"}))
-    pairs = [] if masters is model else list(zip(masters.parameters(), model.parameters(), strict=True))
+    pairs = (
+        [] if masters is model else list(zip(masters.parameters(), model.parameters(), strict=True))
+    )
     pairs = [(master, parameter) for master, parameter in pairs if parameter.requires_grad]
     alpha = config.train.balance_loss_weight
 
@@ -93,9 +100,13 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
     return step, model, optimizer
 
 
-def transformers_step(ours: DeepseekV3MTP, tokens: Tensor, config: Config, *, tuned: bool) -> tuple[Step, Any, Any]:
-    """transformers' DeepseekV3ForCausalLM as it comes, or with the settings that were found best for it on a CPU:
-    its plain attention, fused AdamW, and for bfloat16 autocast over float32 weights."""
+def transformers_step(
+    ours: DeepseekV3MTP, tokens: Tensor, config: Config, *, tuned: bool
+) -> tuple[Step, Any, Any]:
+    """transformers' DeepseekV3ForCausalLM as it comes, or with the settings that were found best
+    for it on a CPU:
+    its plain attention, fused AdamW, and for bfloat16 autocast over float32 weights.
+    """
     import transformers
 
     content = to_config_json(config.model, 0, dtype="fp32", special_ids={})
@@ -105,15 +116,23 @@ def transformers_step(ours: DeepseekV3MTP, tokens: Tensor, config: Config, *, tu
     with DEVICE:
         model: Any = transformers.DeepseekV3ForCausalLM(shape)
     model.load_state_dict(
-        {name: w for name, w in ours.state_dict().items() if not name.startswith("mtp.")}, strict=True
+        {name: w for name, w in ours.state_dict().items() if not name.startswith("mtp.")},
+        strict=True,
     )
     low = config.train.dtype == "bfloat16"
     autocast = low and DEVICE.type == "cpu"
-    for parameter in model.parameters():  # not the buffers: frequencies of the rotary embedding, router biases
-        parameter.data = parameter.data.to(torch.bfloat16 if low and not autocast else torch.float32)
+    for (
+        parameter
+    ) in model.parameters():  # not the buffers: frequencies of the rotary embedding, router biases
+        parameter.data = parameter.data.to(
+            torch.bfloat16 if low and not autocast else torch.float32
+        )
     model.train()
-    groups: list[dict[str, Any]] = [  # as in dsv3_mtp/optim.py
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optim.weight_decay},
+    groups: list[dict[str, Any]] = [  # as in dsv3_mtp/train/optim.py
+        {
+            "params": [p for p in model.parameters() if p.ndim > 1],
+            "weight_decay": config.optim.weight_decay,
+        },
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     settings = config.optim.model_dump(include={"lr", "betas", "eps"})
@@ -132,8 +151,14 @@ def transformers_step(ours: DeepseekV3MTP, tokens: Tensor, config: Config, *, tu
 
 
 def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
-    """Seconds per step of each part alone, forward and backward, times the number of times that a step runs it."""
-    batch, length, width = config.train.micro_batch_size, config.data.seq_len, config.model.hidden_size
+    """Seconds per step of each part alone, forward and backward, times the number of times that a
+    step runs it.
+    """
+    batch, length, width = (
+        config.train.micro_batch_size,
+        config.data.seq_len,
+        config.model.hidden_size,
+    )
     dtype = model.lm_head.weight.dtype
     x = torch.randn(batch, length, width, device=DEVICE, dtype=dtype, requires_grad=True)
     angles = rotary_angles(config.model, torch.arange(length, device=DEVICE))
@@ -148,7 +173,9 @@ def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
             out.backward(torch.ones_like(out))
 
         times = sorted(timed(both) for _ in range(6))
-        return times[2]  # the first run, which also compiles and allocates, is never the third fastest of six
+        return times[
+            2
+        ]  # the first run, which also compiles and allocates, is never the third fastest of six
 
     stack = [model.model, *([model.mtp] if hasattr(model.mtp, "layers") else [])]
     if config.mtp.share_weights:
@@ -156,7 +183,11 @@ def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
     layers = [layer for part in stack for layer in part.layers]
     sparse: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, MoE)]
     dense: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, MLP)]
-    norms = sum(isinstance(m, RMSNorm) and m.weight.numel() == width for part in stack for m in part.modules())
+    norms = sum(
+        isinstance(m, RMSNorm) and m.weight.numel() == width
+        for part in stack
+        for m in part.modules()
+    )
     result = {"attention": len(layers) * median(lambda: layers[0].self_attn(x, angles, None))}
     if sparse:
         result["MoE"] = len(sparse) * median(lambda: sparse[0](x)[0])
@@ -171,14 +202,18 @@ def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
 
 
 def loss_memory(config: Config, *, naive: bool) -> int:
-    """Extra bytes of the heads' loss at its peak, on random hidden states: all logits at once, or by chunks."""
+    """Extra bytes of the heads' loss at its peak, on random hidden states: all logits at once, or
+    by chunks.
+    """
     heads, vocab = 1 + config.mtp.depths, config.model.vocab_size
     rows = heads * config.train.micro_batch_size * config.data.seq_len
     with DEVICE:
         hidden = torch.randn(rows, config.model.hidden_size, requires_grad=True)
         weight = (0.02 * torch.randn(vocab, config.model.hidden_size)).requires_grad_()
         targets, row_weight = torch.randint(vocab, (rows,)), torch.full((rows,), 1 / rows)
-    F.linear(hidden[:8], weight).sum().backward()  # libraries and gradients are there before the count begins
+    F.linear(
+        hidden[:8], weight
+    ).sum().backward()  # libraries and gradients are there before the count begins
     forget_peak()
     before = held()
     if naive:
@@ -234,7 +269,8 @@ def main() -> None:
     notes = tuning.tune(DEVICE) if spec["tuned"] and spec["kind"] == "ours" else []
     step, model, optimizer = build(spec)
     if spec["tuned"] and spec["kind"] == "transformers" and DEVICE.type == "cpu":
-        tuning.keep_freed_memory()  # not before: the step would find the memory of the model that the weights came from
+        # not before: the step would find the memory of the model that the weights came from
+        tuning.keep_freed_memory()
     if isinstance(model, DeepseekV3MTP):
         notes += set_precision(model, config, DEVICE)
     if DEVICE.type == "cuda":
@@ -243,7 +279,14 @@ def main() -> None:
     built = held()
     losses = [step().item() for _ in range(3)]
     size = model_size(model, config.data.seq_len) if isinstance(model, DeepseekV3MTP) else None
-    answer({"losses": losses, "notes": notes, "flops_per_token": size and size.flops_per_token, "clock": clock()})
+    answer(
+        {
+            "losses": losses,
+            "notes": notes,
+            "flops_per_token": size and size.flops_per_token,
+            "clock": clock(),
+        }
+    )
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
         if command == "step":
@@ -266,7 +309,9 @@ def main() -> None:
                     profile.step()
             profile.export_chrome_trace(argument)
             order = f"self_{DEVICE.type}_time_total"
-            answer(profile.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
+            answer(
+                profile.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50)
+            )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Decode speed at batch 1: plain and speculative for K = 1..4, against transformers' generate() on the same weights.
+"""Decode speed at batch 1: plain and speculative for K = 1..4, against transformers' generate() on
+the same weights.
 
 Examples:
     python tools/bench_decode.py                                   # a random model of 12M parameters
     python tools/bench_decode.py --run runs/v3_tiny --prompt 'def '
     python tools/bench_decode.py --compile                         # also with torch.compile (minutes to compile)
-All variants take turns in one process, round by round; times are CPU seconds of one thread, ratios are medians of the
-rounds' ratios, so that other work on the machine touches them little. Exit codes: 0 done, 2 wrong options or run.
+All variants take turns in one process, round by round; times are CPU seconds of one thread, ratios
+are medians of the rounds' ratios, so that other work on the machine touches them little. Exit
+codes: 0 done, 2 wrong options or run.
 """
 
 import argparse
@@ -34,30 +36,48 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{name}\nprompt of {len(prompt)} tokens, {options.new_tokens} new, greedy, batch 1, {options.rounds} rounds")
+    print(
+        f"{name}\nprompt of {len(prompt)} tokens, {options.new_tokens} "
+        f"new, greedy, batch 1, {options.rounds} rounds"
+    )
     seconds = measure(variants, options.rounds)
     print(report(variants, seconds, options))
     beyond = [str(k) for k in options.depths if model.depths and f"K={k}" not in variants]
     if beyond:
-        print(f"not run: K={', '.join(beyond)}; independent heads draft at most D = {model.depths} tokens")
+        print(
+            f"not run: K={', '.join(beyond)}; independent "
+            f"heads draft at most D = {model.depths} tokens"
+        )
     print(steps_report(model, prompt, options))
     return 0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", metavar="DIR", help="run folder (default: random weights, see the source)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", metavar="DIR", help="run folder (default: random weights, see the source)"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="with --run (default: 'def ')")
-    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="without --run (default: 64)")
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="without --run (default: 64)"
+    )
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
-    parser.add_argument("--depths", type=int, nargs="*", default=[1, 2, 3, 4], metavar="K", help="default: 1 2 3 4")
+    parser.add_argument(
+        "--depths", type=int, nargs="*", default=[1, 2, 3, 4], metavar="K", help="default: 1 2 3 4"
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--compile", action="store_true", help="also measure compiled steps")
-    parser.add_argument("--hf-mtp", metavar="DIR", help="exported folder: also transformers' generate(use_mtp=True)")
+    parser.add_argument(
+        "--hf-mtp", metavar="DIR", help="exported folder: also transformers' generate(use_mtp=True)"
+    )
     options = parser.parse_args()
     if options.run is None and options.prompt is not None:
-        parser.error("--prompt: no effect without --run; random weights read --prompt-tokens random tokens")
+        parser.error(
+            "--prompt: no effect without --run; random weights read --prompt-tokens random tokens"
+        )
     if options.run is not None and options.prompt_tokens is not None:
         parser.error("--prompt-tokens: no effect with --run, which reads --prompt")
     options.prompt = "def " if options.prompt is None else options.prompt
@@ -80,35 +100,52 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
 
     if options.run is None:
         model = (
-            DeepseekV3MTP(ModelConfig(**load_config(CONFIG).model.model_dump() | RANDOM_MODEL), MTPConfig())
+            DeepseekV3MTP(
+                ModelConfig(**load_config(CONFIG).model.model_dump() | RANDOM_MODEL), MTPConfig()
+            )
             .requires_grad_(False)
             .eval()
         )
         model.init_weights(0)
         generator = torch.Generator().manual_seed(0)
-        prompt = torch.randint(model.config.vocab_size, (options.prompt_tokens,), generator=generator).tolist()
+        prompt = torch.randint(
+            model.config.vocab_size, (options.prompt_tokens,), generator=generator
+        ).tolist()
         name = "random weights (nearly every draft is rejected)"
     else:
         from dsv3_mtp.data.tokenizer import recorded_encoder
-        from dsv3_mtp.hf import load_run
+        from dsv3_mtp.runs.model import load_run
 
         run = load_run(options.run)
         if run.tokenizer is None:
             raise ValueError(f"{options.run}: the run's data has no tokenizer.json here")
         model, name = run.model, str(options.run)
-        prompt = recorded_encoder(run.tokenizer).tokenizer.encode(options.prompt, add_special_tokens=False).ids
+        prompt = (
+            recorded_encoder(run.tokenizer)
+            .tokenizer.encode(options.prompt, add_special_tokens=False)
+            .ids
+        )
     room = model.config.max_position_embeddings - len(prompt)
     if room < options.new_tokens:
         raise ValueError(
-            f"prompt of {len(prompt)} tokens: the context leaves room for {room} new ones; lower --new-tokens"
+            f"prompt of {len(prompt)} tokens: the context "
+            f"leaves room for {room} new ones; lower --new-tokens"
         )
     size = model_size(model, 1)
-    return model, prompt, f"{name}: {size.total / 1e6:.2f}M parameters, MTP {model.mtp_config.mode} D={model.depths}"
+    return (
+        model,
+        prompt,
+        f"{name}: {size.total / 1e6:.2f}M parameters, MTP {model.mtp_config.mode} D={model.depths}",
+    )
 
 
-def make_variants(model: Any, prompt: list[int], options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Name -> a function that generates; those of this project return a Generation, transformers' a list of tokens."""
-    from dsv3_mtp.generate import Settings, generate
+def make_variants(
+    model: Any, prompt: list[int], options: argparse.Namespace
+) -> dict[str, Callable[[], Any]]:
+    """Name -> a function that generates; those of this project return a Generation, transformers' a
+    list of tokens.
+    """
+    from dsv3_mtp.decode.generate import Settings, generate
 
     def ours(**settings: Any) -> Callable[[], Any]:
         use = Settings(max_new_tokens=options.new_tokens, **settings)
@@ -116,12 +153,16 @@ def make_variants(model: Any, prompt: list[int], options: argparse.Namespace) ->
 
     variants = {"transformers generate()": transformers_generate(model, prompt, options.new_tokens)}
     if options.hf_mtp is not None:
-        variants["transformers use_mtp=True"] = transformers_mtp(options.hf_mtp, model, prompt, options.new_tokens)
+        variants["transformers use_mtp=True"] = transformers_mtp(
+            options.hf_mtp, model, prompt, options.new_tokens
+        )
     variants["plain"] = ours()
     if model.depths:
         from dsv3_mtp.decode.draft import draft_limit
 
-        variants |= {f"K={k}": ours(draft_depth=k) for k in options.depths if draft_limit(model, k) == k}
+        variants |= {
+            f"K={k}": ours(draft_depth=k) for k in options.depths if draft_limit(model, k) == k
+        }
     if options.compile:
         variants["plain, compiled"] = ours(compile=True)
         if model.depths:
@@ -143,13 +184,19 @@ def transformers_generate(model: Any, prompt: list[int], count: int) -> Callable
     content = to_config_json(model.config, 0, dtype="fp32", special_ids={})
     config = transformers.DeepseekV3Config.from_dict(content)
     theirs = transformers.DeepseekV3ForCausalLM(config).to(model.lm_head.weight.dtype).eval()
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")}
+    state = {
+        name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")
+    }
     theirs.load_state_dict(state, strict=True)
     return lambda: hf_generate(theirs, torch.tensor([prompt]), count)
 
 
-def transformers_mtp(folder: str, model: Any, prompt: list[int], count: int) -> Callable[[], list[int]]:
-    """transformers' own self-speculative decoding on an exported folder (tools/export_hf.py) of this model."""
+def transformers_mtp(
+    folder: str, model: Any, prompt: list[int], count: int
+) -> Callable[[], list[int]]:
+    """transformers' own self-speculative decoding on an exported folder (tools/export_hf.py) of
+    this model.
+    """
     import torch
     import transformers
 
@@ -157,16 +204,23 @@ def transformers_mtp(folder: str, model: Any, prompt: list[int], count: int) -> 
 
     settings = read_settings(Path(folder))  # a folder that is missing would be asked for on the hub
     if settings.model != model.config or not settings.modules:
-        raise ValueError(f"--hf-mtp {folder}: needs this model with its MTP modules; export it with tools/export_hf.py")
+        raise ValueError(
+            f"--hf-mtp {folder}: needs this model with its "
+            "MTP modules; export it with tools/export_hf.py"
+        )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     layers, modules = theirs.config.num_hidden_layers, theirs.config.num_nextn_predict_layers
     # transformers 5.23 finds MTP weights by a pattern that names DeepSeek-V3's layer 61.
-    theirs._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{layers + k}\..*" for k in range(modules)]
+    theirs._keys_to_ignore_on_load_unexpected = [
+        rf"model\.layers\.{layers + k}\..*" for k in range(modules)
+    ]
     return lambda: hf_generate(theirs, torch.tensor([prompt]), count, use_mtp=True)
 
 
 def hf_generate(theirs: Any, tokens: Any, count: int, **more: Any) -> list[int]:
-    out = theirs.generate(tokens, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None, **more)
+    out = theirs.generate(
+        tokens, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None, **more
+    )
     return out[0, tokens.shape[1] :].tolist()
 
 
@@ -182,7 +236,11 @@ def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
     return seconds
 
 
-def report(variants: dict[str, Callable[[], Any]], seconds: dict[str, list[float]], options: argparse.Namespace) -> str:
+def report(
+    variants: dict[str, Callable[[], Any]],
+    seconds: dict[str, list[float]],
+    options: argparse.Namespace,
+) -> str:
     names = f"{'us/token':>10}{'tokens/cpu-s':>14}{'x transformers':>16}{'x plain':>9}{'tokens/step':>13}  acceptance"
     rows = [" " * 28 + names]
     outputs = {name: run() for name, run in variants.items()}
@@ -204,7 +262,9 @@ def report(variants: dict[str, Callable[[], Any]], seconds: dict[str, list[float
 
 
 def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> str:
-    """Cost of a trunk forward on n tokens and of one draft, against one token; the acceptance where K drafts pay."""
+    """Cost of a trunk forward on n tokens and of one draft, against one token; the acceptance where
+    K drafts pay.
+    """
     import torch
 
     from dsv3_mtp.decode.cache import Slots
@@ -225,7 +285,10 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
 
     steps: dict[str, Callable[[], Any]] = {str(n): partial(forward, n) for n in range(1, most + 2)}
     if model.mtp_config.mode == "sequential":
-        hidden, own = torch.zeros(1, model.config.hidden_size, dtype=slots.dtype), slots.caches(1, 1)[0]
+        hidden, own = (
+            torch.zeros(1, model.config.hidden_size, dtype=slots.dtype),
+            slots.caches(1, 1)[0],
+        )
 
         @torch.inference_mode()
         def draft() -> None:
@@ -235,16 +298,22 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
 
         steps["draft"] = draft
     seconds = measure(steps, 4 * options.rounds)
-    cost = {n: statistics.median(a / b for a, b in zip(t, seconds["1"], strict=True)) for n, t in seconds.items()}
+    cost = {
+        n: statistics.median(a / b for a, b in zip(t, seconds["1"], strict=True))
+        for n, t in seconds.items()
+    }
     one = statistics.median(seconds["1"]) / 20
     lines = [
-        f"one trunk step {one * 1e6:.0f} us; " + ", ".join(f"T{n}/T1 {cost[str(n)]:.2f}" for n in range(2, most + 2))
+        f"one trunk step {one * 1e6:.0f} us; "
+        + ", ".join(f"T{n}/T1 {cost[str(n)]:.2f}" for n in range(2, most + 2))
     ]
     if "draft" in cost:
         lines[0] += f"; one draft Td/T1 {cost['draft']:.2f}"
         for k in range(1, most + 1):
             needed = cost[str(k + 1)] + k * cost["draft"]
-            lines.append(f"break-even K={k}: {needed:.2f} tokens per step{_equal_acceptance(needed, k)}")
+            lines.append(
+                f"break-even K={k}: {needed:.2f} tokens per step{_equal_acceptance(needed, k)}"
+            )
     return "\n".join(lines)
 
 

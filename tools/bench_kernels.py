@@ -1,10 +1,12 @@
-"""Single products and passes at the sizes of a model's layer: bfloat16, FP8, attention kernels, Triton and torch.
+"""Single products and passes at the sizes of a model's layer: bfloat16, FP8, attention kernels,
+Triton and torch.
 
     python tools/bench_kernels.py                                      # configs/v3_3b.yaml, 16384 tokens
     python tools/bench_kernels.py --config configs/v3_671b.yaml linear experts
     python tools/bench_kernels.py --config configs/v3_nano.yaml --tokens 256 linear    # on a CPU: what runs there
 
-Variants take turns; every row is the median of the rounds, forward and backward. What cannot run here says why.
+Variants take turns; every row is the median of the rounds, forward and backward. What cannot run
+here says why.
 """
 
 import argparse
@@ -24,9 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_check import backends
 
-from dsv3_mtp import Config, fused, load_config, losses
-from dsv3_mtp.model import attention, dispatch, layers
-from dsv3_mtp.precision.attention import Core, choose_attention
+from dsv3_mtp import Config, load_config
+from dsv3_mtp.model import attention, layers
+from dsv3_mtp.ops import cross_entropy as losses
+from dsv3_mtp.ops import experts as dispatch
+from dsv3_mtp.ops import fused
+from dsv3_mtp.ops.attention import Core, choose_attention
 from dsv3_mtp.precision.convert import UNSUPPORTED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,8 +39,12 @@ Variants = dict[str, Callable[[], object]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all"
+    )
     parser.add_argument("--config", default="configs/v3_3b.yaml", metavar="YAML")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="a.b=c")
     parser.add_argument("--tokens", type=int, default=16384, help="default: 16384")
@@ -51,7 +60,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.tokens < config.data.seq_len or options.tokens % config.data.seq_len:
-        parser.error(f"--tokens {options.tokens}: must be a multiple of data.seq_len = {config.data.seq_len}")
+        parser.error(
+            f"--tokens {options.tokens}: must be a multiple of data.seq_len = {config.data.seq_len}"
+        )
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {options.tokens} tokens, {options.config}")
     if DEVICE.type == "cuda":
@@ -100,12 +111,17 @@ def numbers(*shape: int) -> Tensor:
 def linear(config: Config, tokens: int):
     shape = config.model
     query = shape.num_attention_heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
-    for width, out in ((shape.q_lora_rank or shape.hidden_size, query), (shape.hidden_size, shape.intermediate_size)):
+    for width, out in (
+        (shape.q_lora_rank or shape.hidden_size, query),
+        (shape.hidden_size, shape.intermediate_size),
+    ):
         weights = nn.Linear(width, out, bias=False, device=DEVICE, dtype=torch.bfloat16)
         x, grad = numbers(tokens, width).requires_grad_(), numbers(tokens, out)
 
         def run(layer: nn.Module, x: Tensor = x, grad: Tensor = grad) -> None:
-            torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)  # backward() would add up gradients as well
+            torch.autograd.grad(
+                layer(x), (x, *layer.parameters()), grad
+            )  # backward() would add up gradients as well
 
         variants: Variants = {name: partial(run, build(weights)) for name, build, _ in backends()}
         yield f"linear {width} x {out}", 6.0 * tokens * width * out, variants
@@ -126,21 +142,31 @@ def experts(config: Config, tokens: int):
         dispatch.grouped_weight_grad(grad, x, held)
 
     def low(grouped: Callable[..., Tensor]) -> None:
-        torch.autograd.grad(grouped(x.requires_grad_(), weight.requires_grad_(), counts), (x, weight), grad)
+        torch.autograd.grad(
+            grouped(x.requires_grad_(), weight.requires_grad_(), counts), (x, weight), grad
+        )
         x.requires_grad_(False), weight.requires_grad_(False)
 
-    variants: Variants = {name: partial(low, grouped) if grouped else high for name, _, grouped in backends()}
+    variants: Variants = {
+        name: partial(low, grouped) if grouped else high for name, _, grouped in backends()
+    }
     yield f"{groups} experts, {rows} rows, {width} x {out}", 6.0 * rows * width * out, variants
 
 
 def attention_core(config: Config, tokens: int):
     shape, length = config.model, config.data.seq_len
-    heads, qk, v = shape.num_attention_heads, shape.qk_nope_head_dim + shape.qk_rope_head_dim, shape.v_head_dim
+    heads, qk, v = (
+        shape.num_attention_heads,
+        shape.qk_nope_head_dim + shape.qk_rope_head_dim,
+        shape.v_head_dim,
+    )
     sizes = [(tokens // length, length, heads, width) for width in (qk, qk, v, v)]
     query, key, value, grad = (numbers(*size).transpose(1, 2).requires_grad_() for size in sizes)
 
     def run(core: Core) -> None:
-        torch.autograd.grad(core(query, key, value, qk**-0.5, None), (query, key, value), grad.detach())
+        torch.autograd.grad(
+            core(query, key, value, qk**-0.5, None), (query, key, value), grad.detach()
+        )
 
     variants: Variants = {}
     for name in ("sdpa", "te", "fa4", "fa3", "fa2"):
@@ -153,19 +179,34 @@ def attention_core(config: Config, tokens: int):
             continue
         assert core is not None
         variants[name] = partial(run, core)
-    yield f"attention ({qk}, {v}), {heads} heads, T = {length}", 3.5 * tokens * heads * length * (qk + v), variants
+    yield (
+        f"attention ({qk}, {v}), {heads} heads, T = {length}",
+        3.5 * tokens * heads * length * (qk + v),
+        variants,
+    )
 
 
 def passes(config: Config, tokens: int):
-    """What lies between the products, forward and backward, by Triton (None: it is not used here) and by torch."""
+    """What lies between the products, forward and backward, by Triton (None: it is not used here)
+    and by torch.
+    """
     shape, length = config.model, config.data.seq_len
     rows, width = tokens * shape.num_experts_per_tok, shape.moe_intermediate_size
     gate_up, gates, grad = numbers(rows, 2 * width), numbers(rows), numbers(rows, width)
     nope, rope, v = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim
     sizes = (tokens // length, length, shape.num_attention_heads)
-    query, kv = numbers(*sizes, nope + rope).requires_grad_(), numbers(*sizes, nope + v).requires_grad_()
-    k_rope, angles = numbers(*sizes[:2], rope).requires_grad_(), torch.randn(2, length, rope // 2, device=DEVICE)
-    out, slots = numbers(rows, shape.hidden_size), torch.randperm(rows, device=DEVICE).view(tokens, -1)
+    query, kv = (
+        numbers(*sizes, nope + rope).requires_grad_(),
+        numbers(*sizes, nope + v).requires_grad_(),
+    )
+    k_rope, angles = (
+        numbers(*sizes[:2], rope).requires_grad_(),
+        torch.randn(2, length, rope // 2, device=DEVICE),
+    )
+    out, slots = (
+        numbers(rows, shape.hidden_size),
+        torch.randperm(rows, device=DEVICE).view(tokens, -1),
+    )
     gate, up = numbers(tokens, shape.intermediate_size), numbers(tokens, shape.intermediate_size)
 
     def heads() -> None:
@@ -174,7 +215,9 @@ def passes(config: Config, tokens: int):
 
     yield from both(
         {
-            "experts' SwiGLU": lambda: dispatch.swiglu_backward(grad, gate_up, dispatch.swiglu(gate_up, gates)[:, 0]),
+            "experts' SwiGLU": lambda: dispatch.swiglu_backward(
+                grad, gate_up, dispatch.swiglu(gate_up, gates)[:, 0]
+            ),
             "dense SwiGLU": lambda: layers.silu_mul_backward(layers.silu_mul(gate, up), gate, up),
             "rows of experts to tokens": lambda: dispatch.combine(out, slots),
             "rotary heads": heads,
@@ -197,7 +240,11 @@ def loss(config: Config, tokens: int):
         torch.autograd.grad(out, (hidden, weight))
 
     yield from both({"head and loss, by chunks": chunked})
-    yield "head and loss, all logits at once", 6.0 * tokens * shape.hidden_size * shape.vocab_size, {"torch": naive}
+    yield (
+        "head and loss, all logits at once",
+        6.0 * tokens * shape.hidden_size * shape.vocab_size,
+        {"torch": naive},
+    )
 
 
 def both(functions: Variants):
@@ -213,7 +260,13 @@ def both(functions: Variants):
         yield title, None, {"torch": plain} | ({"Triton": function} if fused.kernels else {})
 
 
-PARTS = {"linear": linear, "experts": experts, "attention": attention_core, "passes": passes, "loss": loss}
+PARTS = {
+    "linear": linear,
+    "experts": experts,
+    "attention": attention_core,
+    "passes": passes,
+    "loss": loss,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,6 @@
-"""The models of tools/bench.py and bench_decode.py, in configs/v3_tiny.yaml's place, and what is not compared."""
+"""The models of tools/bench.py and bench_decode.py, in configs/v3_tiny.yaml's place, and what is
+not compared.
+"""
 
 from typing import Any
 
@@ -25,12 +27,16 @@ SMALL = TINY | {
 
 
 def check_transformers(model: dict[str, Any], what: str) -> None:
-    """Raises ValueError, which begins with `what`, where transformers computes something else from these settings."""
+    """Raises ValueError, which begins with `what`, where transformers computes something else from
+    these settings.
+    """
     from dsv3_mtp.config import ModelConfig, MTPConfig
     from dsv3_mtp.hf.settings import representable
 
     try:
-        _, differences = representable(ModelConfig.model_validate(model), MTPConfig(mode="none"), trunk_only=True)
+        _, differences = representable(
+            ModelConfig.model_validate(model), MTPConfig(mode="none"), trunk_only=True
+        )
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
     if differences:

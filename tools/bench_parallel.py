@@ -1,8 +1,10 @@
-"""Tables of docs/parallelism.md: what layouts hold and send, measured against the plan, and weak scaling.
+"""Tables of docs/parallelism.md: what layouts hold and send, measured against the plan, and weak
+scaling.
 
 python tools/bench_parallel.py refusals
 python tools/bench_parallel.py activations        # long rows, over 2 ranks: torchrun --nproc_per_node 2 with
-                                                  # --set data.seq_len=2048 --set parallel.sequence_parallel_size=2
+                                                  # --set data.seq_len=2048 --set
+                                                  parallel.sequence_parallel_size=2
 torchrun --nproc_per_node 2 tools/bench_parallel.py memory
 torchrun --nproc_per_node 1 tools/bench_parallel.py scaling        # then with 2: the same work per process
 """
@@ -37,16 +39,23 @@ ZERO |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=["refusals", "activations", "memory", "scaling"])
     parser.add_argument("--config", default="configs/v3_tiny.yaml", metavar="YAML")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="a.b=c")
-    parser.add_argument("--steps", type=int, default=20, help="scaling: optimizer steps that are measured")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="scaling: optimizer steps that are measured"
+    )
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: must be at least 1")
     if args.table in ("memory", "scaling") and "RANK" not in os.environ:
-        parser.error(f"{args.table}: start it with torchrun --nproc_per_node 2 tools/bench_parallel.py {args.table}")
+        parser.error(
+            f"{args.table}: start it with torchrun --nproc_per_node "
+            f"2 tools/bench_parallel.py {args.table}"
+        )
     from dsv3_mtp.config import load_config
 
     try:
@@ -73,7 +82,8 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def composition(config: Any) -> str:
-    """A Markdown table of every pair of FEATURES: yes, or the number of the reason in the list below it.
+    """A Markdown table of every pair of FEATURES: yes, or the number of the reason in the list
+    below it.
 
     config: a Config, the rest of the run.
     """
@@ -82,9 +92,14 @@ def composition(config: Any) -> str:
     names, reasons = list(FEATURES), list[str]()
 
     def cell(row: str, column: str) -> str:
-        if (row[:4] == column[:4] == "ZeRO" and row != column) or {row, column} == {"selective", "full"}:
+        if (row[:4] == column[:4] == "ZeRO" and row != column) or {row, column} == {
+            "selective",
+            "full",
+        }:
             return "-"  # two values of one key
-        run = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_stage": 1})})
+        run = config.model_copy(
+            update={"parallel": config.parallel.model_copy(update={"zero_stage": 1})}
+        )
         for section, keys in [*FEATURES[row].items(), *FEATURES[column].items()]:
             run = run.model_copy(update={section: getattr(run, section).model_copy(update=keys)})
         refused = refusals(run)
@@ -92,29 +107,36 @@ def composition(config: Any) -> str:
         return ", ".join(str(reasons.index(reason) + 1) for reason in refused) or "yes"
 
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {row} | " + " | ".join(cell(row, column) for column in names) + " |" for row in names]
-    return "\n".join([*lines, "", *(f"{number}. `{reason}`" for number, reason in enumerate(reasons, start=1))])
+    lines += [
+        f"| {row} | " + " | ".join(cell(row, column) for column in names) + " |" for row in names
+    ]
+    return "\n".join(
+        [*lines, "", *(f"{number}. `{reason}`" for number, reason in enumerate(reasons, start=1))]
+    )
 
 
 def activations(args: argparse.Namespace, sets: list[str]) -> None:
-    """Bytes that one forward leaves for its backward, beside the weights, with attention that keeps no probabilities,
-    as a GPU's: masked, or of long rows.
+    """Bytes that one forward leaves for its backward, beside the weights, with attention that keeps
+    no probabilities, as a GPU's: masked, or of long rows.
     """
     import torch
     from meter import Meter
 
-    from dsv3_mtp import kernels
     from dsv3_mtp.config import load_config
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+    from dsv3_mtp.ops import kernels
     from dsv3_mtp.parallel.launch import start
     from dsv3_mtp.parallel.sequence import slice_rows
-    from dsv3_mtp.plan import layout, plan
+    from dsv3_mtp.plan.memory import layout, plan
 
     slices = load_config(args.config, sets).parallel.sequence_parallel_size
     world, note = start(threads=1, timeout_s=600, slices=slices), kernels.enable()
     if world.is_main:
         print(note)
-        print("| checkpointing | held after forward, MiB | planned | peak of the backward, MiB | CPU time, none = 1 |")
+        print(
+            "| checkpointing | held after forward, MiB | planned "
+            "| peak of the backward, MiB | CPU time, none = 1 |"
+        )
         print("|---|---|---|---|---|")
     base = 0.0
     for mode in ("none", "selective", "full"):
@@ -136,11 +158,18 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
             model(tokens).loss.backward()
             times.append(time.process_time() - begin)
         base = base or statistics.median(times)
-        held -= model.lm_head.weight.numel() * model.lm_head.weight.element_size()  # its gradient, made in the forward
-        planned = sum(stage.activations for stage in plan(config, model, layout(config, world.size)))
+        held -= (
+            model.lm_head.weight.numel() * model.lm_head.weight.element_size()
+        )  # its gradient, made in the forward
+        planned = sum(
+            stage.activations for stage in plan(config, model, layout(config, world.size))
+        )
         ratio = statistics.median(times) / base
         if world.is_main:
-            print(f"| {mode} | {held / 2**20:.1f} | {planned / 2**20:.1f} | {meter.peak / 2**20:.1f} | {ratio:.2f} |")
+            print(
+                f"| {mode} | {held / 2**20:.1f} | {planned / 2**20:.1f} "
+                f"| {meter.peak / 2**20:.1f} | {ratio:.2f} |"
+            )
 
 
 def memory(args: argparse.Namespace, sets: list[str]) -> None:
@@ -148,7 +177,7 @@ def memory(args: argparse.Namespace, sets: list[str]) -> None:
 
     from dsv3_mtp.config import load_config
     from dsv3_mtp.model.causal_lm import meta_model
-    from dsv3_mtp.plan import communication, layout, plan
+    from dsv3_mtp.plan.memory import communication, layout, plan
 
     main, ranks = os.environ["RANK"] == "0", int(os.environ["WORLD_SIZE"])
     if main:
@@ -156,7 +185,11 @@ def memory(args: argparse.Namespace, sets: list[str]) -> None:
         print("|---|---|---|---|---|---|")
     for dtype in ("float32", "bfloat16"):
         for name, keys in LAYOUTS.items():
-            own = [f"train.dtype={dtype}", f"run.name={name}-{dtype}", f"deepspeed.zero_optimization={ZERO}"]
+            own = [
+                f"train.dtype={dtype}",
+                f"run.name={name}-{dtype}",
+                f"deepspeed.zero_optimization={ZERO}",
+            ]
             own += [f"train.batch_size={8 * ranks}", "train.micro_batch_size=4"]
             config = load_config(args.config, [*sets, *own, *keys])
             held, sent = measure_step(config)
@@ -164,22 +197,36 @@ def memory(args: argparse.Namespace, sets: list[str]) -> None:
             shape = layout(config, ranks)
             stages = plan(config, model, shape)
             planned = stages[0].weights + stages[0].gradients + stages[0].states
-            volume = sum(value for key, value in communication(config, stages, shape).items() if key[0] != " ")
+            volume = sum(
+                value
+                for key, value in communication(config, stages, shape).items()
+                if key[0] != " "
+            )
             numbers = [value / 2**20 for value in (held, planned, sum(sent.values()), volume)]
             if main:
-                print(f"| {name} | {dtype} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |", flush=True)
+                print(
+                    f"| {name} | {dtype} | "
+                    + " | ".join(f"{number:.2f}" for number in numbers)
+                    + " |",
+                    flush=True,
+                )
 
 
 def scaling(args: argparse.Namespace, sets: list[str]) -> None:
-    """The same micro-batches per process; CPU time, because the machine may be busy with other things."""
+    """The same micro-batches per process; CPU time, because the machine may be busy with other
+    things.
+    """
     import torch
 
     from dsv3_mtp.config import load_config
-    from dsv3_mtp.trainer import Trainer
+    from dsv3_mtp.train.trainer import Trainer
 
     ranks = int(os.environ["WORLD_SIZE"])
     batch = load_config(args.config, sets).train.batch_size * ranks
-    trainer = Trainer(load_config(args.config, [*sets, f"train.batch_size={batch}", "train.threads=1"]), command=[])
+    trainer = Trainer(
+        load_config(args.config, [*sets, f"train.batch_size={batch}", "train.threads=1"]),
+        command=[],
+    )
     for _ in range(3):
         trainer.optimizer_step()
     cpu, wall = time.process_time(), time.perf_counter()
@@ -191,12 +238,25 @@ def scaling(args: argparse.Namespace, sets: list[str]) -> None:
         for _ in range(args.steps):
             trainer.optimizer_step()
         profiled = time.perf_counter() - start
-    under_way = sum(event.time_range.elapsed_us() for event in profile.events() if event.name.startswith("gloo:")) / 1e6
+    under_way = (
+        sum(
+            event.time_range.elapsed_us()
+            for event in profile.events()
+            if event.name.startswith("gloo:")
+        )
+        / 1e6
+    )
     if trainer.world.is_main:
-        print("| processes | tokens per step | CPU s per step and process | wall s per step | in collectives |")
+        print(
+            "| processes | tokens per step | CPU s per step "
+            "and process | wall s per step | in collectives |"
+        )
         print("|---|---|---|---|---|")
         tokens = batch * trainer.config.data.seq_len
-        print(f"| {ranks} | {tokens} | {cpu / args.steps:.3f} | {wall / args.steps:.3f} | {under_way / profiled:.1%} |")
+        print(
+            f"| {ranks} | {tokens} | {cpu / args.steps:.3f} | "
+            f"{wall / args.steps:.3f} | {under_way / profiled:.1%} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The process of one variant of tools/bench.py: its spec goes in as JSON, commands and answers line by line."""
+"""The process of one variant of tools/bench.py: its spec goes in as JSON, commands and answers line
+by line.
+"""
 
 import contextlib
 import json
@@ -23,7 +25,8 @@ class Child:
     tokens: int = 0
     answers: list[dict[str, float]] = field(default_factory=list)
     first: dict[str, Any] = field(default_factory=dict)
-    # What it writes to stderr: a pipe that nobody reads until the end would stop it after 64 KiB of warnings.
+    # What it writes to stderr: a pipe that nobody reads until the end would stop it after 64 KiB of
+    # warnings.
     errors: Any = field(default_factory=lambda: tempfile.TemporaryFile("w+"))  # noqa: SIM115
 
     @property
@@ -60,11 +63,14 @@ class Child:
         if not line:
             self.process.communicate()
             self.errors.seek(0)
-            raise ValueError(f"{self.name}: {last_words(self.errors.read(), self.process.returncode)}")
+            raise ValueError(
+                f"{self.name}: {last_words(self.errors.read(), self.process.returncode)}"
+            )
         return json.loads(line)
 
     def stop(self) -> None:
-        self.process.terminate()  # also in the middle of a step, or while it builds: nobody waits for that any more
+        # also in the middle of a step, or while it builds: nobody waits for that any more
+        self.process.terminate()
         self.process.communicate()
 
 

@@ -20,8 +20,8 @@ from dsv3_mtp.config import load_config
 config = load_config(sys.argv[1], sys.argv[2:]); mark("read the config")
 import torch; mark("import torch")
 import dsv3_mtp.parallel.launch; mark("import deepspeed")
-import dsv3_mtp.trainer; mark("import the rest")
-trainer = dsv3_mtp.trainer.Trainer(config, command=["bench"]); mark("process group, data, model, engine")
+import dsv3_mtp.train.trainer; mark("import the rest")
+trainer = dsv3_mtp.train.trainer.Trainer(config, command=["bench"]); mark("process group, data, model, engine")
 trainer.log.append = lambda record: None
 trainer.optimizer_step(); mark("first step")
 trainer.optimizer_step(); mark("second step")
@@ -30,8 +30,11 @@ print("MARKS", json.dumps(marks), flush=True); os._exit(0)
 """
 
 
-def startup(config: Any, sets: list[str], options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """CPU seconds of each phase, medians over the rounds, each round a fresh process on random tokens, or on the task.
+def startup(
+    config: Any, sets: list[str], options: argparse.Namespace
+) -> tuple[str, dict[str, Any]]:
+    """CPU seconds of each phase, medians over the rounds, each round a fresh process on random
+    tokens, or on the task.
 
     config: a Config, that of options.config with `sets`.
     """
@@ -46,13 +49,23 @@ def startup(config: Any, sets: list[str], options: argparse.Namespace) -> tuple[
         tokens.tofile(f"{folder}/random.bin")
         write_index(Path(f"{folder}/random.idx"), tokens.dtype, np.array([len(tokens)]))
         for number in range(options.rounds):
-            own = [f"run.dir={folder}/runs", f"run.name=r{number}", f"train.threads={options.threads}"]
+            own = [
+                f"run.dir={folder}/runs",
+                f"run.name=r{number}",
+                f"train.threads={options.threads}",
+            ]
             if config.data.task is None:
-                own += [f"data.train={folder}/random", f"data.val={folder}/random", "data.build=null"]
+                own += [
+                    f"data.train={folder}/random",
+                    f"data.val={folder}/random",
+                    "data.build=null",
+                ]
             command = [sys.executable, "-c", STARTUP, options.config, *own, *sets]
             environment = {**os.environ, "PYTHONPATH": python_path()}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            line = next((line for line in done.stdout.splitlines() if line.startswith("MARKS ")), None)
+            line = next(
+                (line for line in done.stdout.splitlines() if line.startswith("MARKS ")), None
+            )
             if line is None:
                 raise ValueError(f"--startup: {last_words(done.stderr, done.returncode)}")
             before = 0.0
@@ -62,4 +75,6 @@ def startup(config: Any, sets: list[str], options: argparse.Namespace) -> tuple[
     medians = {name: statistics.median(times) for name, times in phases.items()}
     total = sum(seconds for name, seconds in medians.items() if name != "second step")
     lines = [f"    {name:40}{seconds:>7.2f} CPU-s" for name, seconds in medians.items()]
-    return "\n".join([*lines, f"    {'command to the end of the first step':40}{total:>7.2f} CPU-s"]), medians
+    return "\n".join(
+        [*lines, f"    {'command to the end of the first step':40}{total:>7.2f} CPU-s"]
+    ), medians

@@ -4,10 +4,11 @@
     python tools/evaluate.py --hf hf/v3_tiny --data data/pystdlib-2048 data/web --batches 64
     python tools/evaluate.py --run runs/v3_tiny --lm-eval lambada_openai,hellaswag --limit 100
 
-Of a run on a generated task (data.task) also what it gets right: exact match of the generated answers.
-Per depth: loss (nats per token), top1 (argmax equals the text), agreement (argmax equals the main model's own along
-the text), bits per byte of the main head; acceptance of free-running greedy drafts. Depth 0 is the main head.
-Exit codes: 0 done, 2 the model, the data or a task cannot be used.
+Of a run on a generated task (data.task) also what it gets right: exact match of the generated
+answers. Per depth: loss (nats per token), top1 (argmax equals the text), agreement (argmax equals
+the main model's own along the text), bits per byte of the main head; acceptance of free-running
+greedy drafts. Depth 0 is the main head. Exit codes: 0 done, 2 the model, the data or a task cannot
+be used.
 """
 
 import argparse
@@ -19,14 +20,24 @@ import sys
 def main() -> int:
     options = parse()
     try:
-        from dsv3_mtp import evaluate
+        from dsv3_mtp.train import evaluate
 
         if options.lm_eval:
             here = os.path.dirname(os.path.realpath(__file__))
-            sys.path = [path for path in sys.path if path != here]  # tasks import a package named like this file
-            where = {"run": options.run, "hf": options.hf, "ema": options.ema, "include": options.lm_eval_include}
+            sys.path = [
+                path for path in sys.path if path != here
+            ]  # tasks import a package named like this file
+            where = {
+                "run": options.run,
+                "hf": options.hf,
+                "ema": options.ema,
+                "include": options.lm_eval_include,
+            }
             size = {"limit": options.limit, "batch_size": options.micro_batch_size or 1}
-            show({"lm-eval": evaluate.lm_eval(options.lm_eval.split(","), **where, **size)}, options.json)
+            show(
+                {"lm-eval": evaluate.lm_eval(options.lm_eval.split(","), **where, **size)},
+                options.json,
+            )
             return 0
         show(losses(options), options.json)
     except (ValueError, OSError) as error:
@@ -39,7 +50,9 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="RUN", help="run folder: its newest checkpoint")
     what.add_argument("--hf", metavar="DIR", help="folder with config.json and *.safetensors")
@@ -49,17 +62,28 @@ def parse() -> argparse.Namespace:
         metavar="DIR",
         help="prepared folders or Megatron prefixes (default: what the run is validated on)",
     )
-    parser.add_argument("--split", default="val", choices=["train", "val"], help="of prepared folders (default: val)")
+    parser.add_argument(
+        "--split",
+        default="val",
+        choices=["train", "val"],
+        help="of prepared folders (default: val)",
+    )
     parser.add_argument(
         "--batches",
         type=positive,
         metavar="N",
         help="micro-batches (default: the run's eval.batches, as in training; with --hf 16)",
     )
-    parser.add_argument("--micro-batch-size", type=positive, metavar="N", help="sequences per forward")
+    parser.add_argument(
+        "--micro-batch-size", type=positive, metavar="N", help="sequences per forward"
+    )
     parser.add_argument("--seq-len", type=positive, metavar="T", help="tokens per window")
     parser.add_argument(
-        "--prompts", type=int, default=8, metavar="N", help="prompts for acceptance; 0: leave it out (default: 8)"
+        "--prompts",
+        type=int,
+        default=8,
+        metavar="N",
+        help="prompts for acceptance; 0: leave it out (default: 8)",
     )
     parser.add_argument(
         "--new-tokens",
@@ -67,10 +91,18 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="behind each prompt (default: 64, or half of what the model can read)",
     )
-    parser.add_argument("--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)")
-    parser.add_argument("--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead")
-    parser.add_argument("--lm-eval-include", metavar="DIR", help="folder with task YAMLs of your own")
-    parser.add_argument("--limit", type=positive, metavar="N", help="documents per task (default: all)")
+    parser.add_argument(
+        "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
+    )
+    parser.add_argument(
+        "--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead"
+    )
+    parser.add_argument(
+        "--lm-eval-include", metavar="DIR", help="folder with task YAMLs of your own"
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="documents per task (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     losses_only = ["data", "split", "batches", "seq_len", "prompts", "new_tokens"]
@@ -81,11 +113,16 @@ def parse() -> argparse.Namespace:
     if options.prompts < 0:
         parser.error(f"--prompts {options.prompts}: must be at least 0")
     if options.new_tokens is not None and options.new_tokens < 3:
-        parser.error(f"--new-tokens {options.new_tokens}: must be at least 3: the first and the last have no draft")
+        parser.error(
+            f"--new-tokens {options.new_tokens}: must be at "
+            "least 3: the first and the last have no draft"
+        )
     if options.new_tokens is not None and not options.prompts:
         parser.error("--new-tokens: no effect with --prompts 0")
     if options.hf and not options.data and not options.lm_eval:
-        parser.error("--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on")
+        parser.error(
+            "--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on"
+        )
     if options.hf and options.ema:
         parser.error("--ema goes with --run: an exported checkpoint holds one set of weights")
     return options
@@ -106,9 +143,9 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
-    from dsv3_mtp.evaluate import acceptance, open_model, validate
-    from dsv3_mtp.loading import tokenizer_of
-    from dsv3_mtp.tuning import tune
+    from dsv3_mtp.ops.tuning import tune
+    from dsv3_mtp.runs.loading import tokenizer_of
+    from dsv3_mtp.train.evaluate import acceptance, open_model, validate
 
     model, config = open_model(
         run=options.run,
@@ -117,13 +154,26 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         micro_batch_size=options.micro_batch_size,
         ema=options.ema,
     )
-    longest, new_tokens, task = config.model.max_position_embeddings, options.new_tokens, config.data.task
+    longest, new_tokens, task = (
+        config.model.max_position_embeddings,
+        options.new_tokens,
+        config.data.task,
+    )
     if new_tokens is not None and new_tokens >= longest:
-        raise ValueError(f"--new-tokens {new_tokens}: must be < model.max_position_embeddings = {longest}")
+        raise ValueError(
+            f"--new-tokens {new_tokens}: must be < model.max_position_embeddings = {longest}"
+        )
     if new_tokens is not None and task is not None and task.type != "markov" and not options.data:
-        raise ValueError(f"--new-tokens: no effect on data.task {task.type}, whose answers have a length of their own")
+        raise ValueError(
+            f"--new-tokens: no effect on data.task {task.type}, "
+            "whose answers have a length of their own"
+        )
     sources: list = [open_source(path, options.split) for path in options.data or []]
-    tokenizer = tokenizer_of(config, Path(options.run)) if options.run else Path(options.hf, "tokenizer.json")
+    tokenizer = (
+        tokenizer_of(config, Path(options.run))
+        if options.run
+        else Path(options.hf, "tokenizer.json")
+    )
     own = (options.run or options.hf, tokenizer_sha256(tokenizer))
     for source in sources:
         check_vocab(source, config.model.vocab_size)
@@ -133,10 +183,14 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     model.to(device)
     results = {}
     for source in sources or [validation_source(config, options.split)]:
-        metrics = validate(model, source, config, batches=options.batches or config.eval.batches, device=device)
+        metrics = validate(
+            model, source, config, batches=options.batches or config.eval.batches, device=device
+        )
         if options.prompts and config.mtp.depths:
             counts = {"prompts": options.prompts, "new_tokens": new_tokens or min(64, longest // 2)}
-            metrics |= acceptance(model, source, depth=config.mtp.depths, seq_len=config.data.seq_len, **counts)
+            metrics |= acceptance(
+                model, source, depth=config.mtp.depths, seq_len=config.data.seq_len, **counts
+            )
         results[source.path] = metrics
     return results
 
@@ -147,7 +201,11 @@ def show(results: dict[str, dict[str, float]], as_json: bool) -> None:
         return
     for source, metrics in results.items():
         width = max(map(len, metrics), default=0)
-        print("\n".join([source, *(f"  {name:{width}}  {value:.4f}" for name, value in metrics.items())]))
+        print(
+            "\n".join(
+                [source, *(f"  {name:{width}}  {value:.4f}" for name, value in metrics.items())]
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python tools/export_hf.py --run runs/v3_tiny --out hf/v3_tiny
     python tools/export_hf.py --run runs/v3_tiny --out hf/v3_tiny_fp8 --dtype fp8
 
-docs/huggingface.md says how to serve the result. Exit codes: 0 done, 2 the run cannot be exported; nothing is written.
+docs/huggingface.md says how to serve the result. Exit codes: 0 done, 2 the run cannot be exported;
+nothing is written.
 """
 
 import argparse
@@ -11,8 +12,12 @@ import sys
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, metavar="RUN", help="run folder with config.yaml and checkpoints")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", required=True, metavar="RUN", help="run folder with config.yaml and checkpoints"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--dtype",
@@ -21,7 +26,9 @@ def main() -> int:
         help="fp8: E4M3 projections with 128x128 scales, the rest bf16 (default: bf16)",
     )
     parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
-    parser.add_argument("--ema", action="store_true", help="the average of the weights (train.ema_decay)")
+    parser.add_argument(
+        "--ema", action="store_true", help="the average of the weights (train.ema_decay)"
+    )
     options = parser.parse_args()
     try:
         from dsv3_mtp.hf import export_hf

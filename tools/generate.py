@@ -1,10 +1,12 @@
 """Text from a trained model, plain or by lossless self-speculative decoding with its MTP heads.
 
 Examples:
-    python tools/generate.py --run runs/v3_tiny --prompt 'def ' --speculative --show-drafts
-    python tools/generate.py --run runs/v3_tiny --prompt 'import ' --prompt 'class ' --temperature 0.8 --top-p 0.95
-    python tools/generate.py --hf hf/v3_tiny --prompt-file prompt.py --speculative --draft-depth 3
-The text goes to stdout, one line of numbers to stderr. Exit codes: 0 done, 2 wrong options, prompt or checkpoint.
+    python tools/generate.py --run runs/v3_tiny --prompt 'def ' --speculative --show-drafts python
+    tools/generate.py --run runs/v3_tiny --prompt 'import ' --prompt 'class ' --temperature 0.8
+    --top-p 0.95 python tools/generate.py --hf hf/v3_tiny --prompt-file prompt.py --speculative
+    --draft-depth 3
+The text goes to stdout, one line of numbers to stderr. Exit codes: 0 done, 2 wrong options, prompt
+or checkpoint.
 """
 
 import argparse
@@ -27,11 +29,16 @@ def main() -> int:
         model, encoder = load(options)
         names, prompts = read_prompts(options, encoder)
         settings = settings_of(options, model, encoder)
-        result, seconds = timed(model, prompts, settings, encoder=encoder, names=names, options=options)
+        result, seconds = timed(
+            model, prompts, settings, encoder=encoder, names=names, options=options
+        )
         longest = model.config.max_position_embeddings
         for name, prompt, tokens in zip(names, prompts, result.tokens, strict=True):
             if len(prompt) + len(tokens) == longest and len(tokens) < settings.max_new_tokens:
-                print(f"note: {name} ends where the model does, after {longest} tokens", file=sys.stderr)
+                print(
+                    f"note: {name} ends where the model does, after {longest} tokens",
+                    file=sys.stderr,
+                )
         print(summary(model, prompts, settings, result, seconds), file=sys.stderr)
     except BrokenPipeError:  # the reader of stdout has gone (head)
         sys.stdout = None
@@ -45,34 +52,72 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", metavar="DIR", help="run folder, like runs/v3_tiny: its newest complete checkpoint")
-    source.add_argument("--hf", metavar="DIR", help="checkpoint in DeepSeek-V3's Hugging Face layout")
-    parser.add_argument("--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)")
-    text = parser.add_argument_group("prompts (each option repeats: a batch; without any, stdin is the prompt)")
+    source.add_argument(
+        "--run", metavar="DIR", help="run folder, like runs/v3_tiny: its newest complete checkpoint"
+    )
+    source.add_argument(
+        "--hf", metavar="DIR", help="checkpoint in DeepSeek-V3's Hugging Face layout"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
+    )
+    text = parser.add_argument_group(
+        "prompts (each option repeats: a batch; without any, stdin is the prompt)"
+    )
     text.add_argument("--prompt", action="append", default=[], metavar="TEXT")
-    text.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="a whole file is one prompt")
-    text.add_argument("--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, like '5 9 3'")
+    text.add_argument(
+        "--prompt-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a whole file is one prompt",
+    )
+    text.add_argument(
+        "--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, like '5 9 3'"
+    )
     choice = parser.add_argument_group("choice of tokens")
     choice.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    choice.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy")
+    choice.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
+    )
     choice.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens")
-    choice.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the most likely tokens up to P")
+    choice.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the most likely tokens up to P"
+    )
     choice.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     choice.add_argument(
-        "--stop", action="append", default=[], metavar="TOKEN", help="stop after this token: text or id"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="stop after this token: text or id",
     )
-    choice.add_argument("--ignore-eos", action="store_true", help="go on behind the end-of-text token")
+    choice.add_argument(
+        "--ignore-eos", action="store_true", help="go on behind the end-of-text token"
+    )
     drafts = parser.add_argument_group("self-speculative decoding")
     drafts.add_argument(
-        "--speculative", action="store_true", help="draft with the MTP heads; the output stays the same"
+        "--speculative",
+        action="store_true",
+        help="draft with the MTP heads; the output stays the same",
     )
-    drafts.add_argument("--draft-depth", type=int, metavar="K", help="drafts per step (default: the model's D)")
-    drafts.add_argument("--show-drafts", action="store_true", help="accepted drafts in colour, in a terminal")
-    parser.add_argument("--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu")
+    drafts.add_argument(
+        "--draft-depth", type=int, metavar="K", help="drafts per step (default: the model's D)"
+    )
+    drafts.add_argument(
+        "--show-drafts", action="store_true", help="accepted drafts in colour, in a terminal"
+    )
+    parser.add_argument(
+        "--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute or more once, then faster")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: a minute or more once, then faster"
+    )
     options = parser.parse_args()
     if not options.speculative and (options.draft_depth is not None or options.show_drafts):
         parser.error("--draft-depth and --show-drafts go with --speculative")
@@ -92,7 +137,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     from dsv3_mtp.data.tokenizer import recorded_encoder
 
     if options.run is not None:
-        from dsv3_mtp.hf import load_run
+        from dsv3_mtp.runs.model import load_run
 
         run = load_run(options.run, ema=options.ema)
         model, tokenizer = run.model, run.tokenizer
@@ -116,14 +161,20 @@ def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], 
         try:
             texts.append((path, Path(path).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompt-file {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+            raise ValueError(
+                f"--prompt-file {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+            ) from None
     if not texts and not options.prompt_ids:
         texts = [("stdin", sys.stdin.read())]
     for name, text in texts:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python passes on bytes that are none
+        if any(
+            "\ud800" <= letter <= "\udfff" for letter in text
+        ):  # how Python passes on bytes that are none
             raise ValueError(f"{name}: not UTF-8 text")
     if texts and encoder is None:
-        raise ValueError("the checkpoint's data has no tokenizer.json here: give the prompt with --prompt-ids")
+        raise ValueError(
+            "the checkpoint's data has no tokenizer.json here: give the prompt with --prompt-ids"
+        )
     prompts = [encoder.tokenizer.encode(text, add_special_tokens=False).ids for _, text in texts]
     names = [name for name, _ in texts]
     for ids in options.prompt_ids:
@@ -137,7 +188,7 @@ def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], 
 
 def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
     from dsv3_mtp.decode.draft import draft_limit
-    from dsv3_mtp.generate import Settings
+    from dsv3_mtp.decode.generate import Settings
 
     stops = [] if options.ignore_eos or encoder is None else [encoder.eos_id]
     for name in options.stop:
@@ -152,7 +203,10 @@ def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
     if options.speculative:
         depth = options.draft_depth or max(model.depths, 1)
         if model.depths and (limit := draft_limit(model, depth)) < depth:
-            heads = f"the model has {model.depths} independent heads, which draft at most {limit} tokens"
+            heads = (
+                f"the model has {model.depths} independent "
+                f"heads, which draft at most {limit} tokens"
+            )
             print(f"note: --draft-depth {depth} drafts {limit}: {heads}", file=sys.stderr)
             depth = limit
     return Settings(
@@ -176,7 +230,9 @@ class Printer:
         self.text = ""
 
     def push(self, tokens: Sequence[int], accepted: int, *, done: bool) -> str:
-        """What to print for new tokens, of which the first `accepted` were drafts. done: nothing comes after them."""
+        """What to print for new tokens, of which the first `accepted` were drafts. done: nothing
+        comes after them.
+        """
         out = ""
         for number, token in enumerate(tokens):
             self.ids.append(token)
@@ -191,13 +247,27 @@ class Printer:
         return out
 
 
-def timed(model: Any, prompts: list[list[int]], settings: Any, *, encoder: Any, names: list[str], options: Any) -> Any:
-    """Generates and prints: a single prompt as it comes, several one after the other. Returns result and seconds."""
-    from dsv3_mtp.generate import Acceptance, Generation, stream
+def timed(
+    model: Any,
+    prompts: list[list[int]],
+    settings: Any,
+    *,
+    encoder: Any,
+    names: list[str],
+    options: Any,
+) -> Any:
+    """Generates and prints: a single prompt as it comes, several one after the other. Returns
+    result and seconds.
+    """
+    from dsv3_mtp.decode.generate import Acceptance, Generation, stream
 
     colour = options.show_drafts and sys.stdout.isatty()
     printers = [Printer(encoder, colour=colour) for _ in prompts]
-    texts, result, started = [""] * len(prompts), Generation([[] for _ in prompts], Acceptance()), None
+    texts, result, started = (
+        [""] * len(prompts),
+        Generation([[] for _ in prompts], Acceptance()),
+        None,
+    )
     for step in stream(model, prompts, settings):
         started = started or time.perf_counter()  # the first token ends the (first) prefill
         result.add(step)
@@ -214,11 +284,15 @@ def timed(model: Any, prompts: list[list[int]], settings: Any, *, encoder: Any, 
     return result, seconds
 
 
-def summary(model: Any, prompts: list[list[int]], settings: Any, result: Any, seconds: float) -> str:
-    """One line: speed, tokens per trunk forward, acceptance by position, speed-up over plain decoding."""
+def summary(
+    model: Any, prompts: list[list[int]], settings: Any, result: Any, seconds: float
+) -> str:
+    """One line: speed, tokens per trunk forward, acceptance by position, speed-up over plain
+    decoding.
+    """
     from dataclasses import replace
 
-    from dsv3_mtp.generate import generate
+    from dsv3_mtp.decode.generate import generate
 
     total, decoded = sum(map(len, result.tokens)), result.acceptance.tokens
     if not decoded:
@@ -231,7 +305,9 @@ def summary(model: Any, prompts: list[list[int]], settings: Any, result: Any, se
     if settings.draft_depth:
         acceptance = result.acceptance
         parts.append(f"{acceptance.tokens_per_step:.2f} tokens per trunk forward")
-        joint, conditional = (" ".join(f"{p:.3f}" for p in x) for x in (acceptance.joint, acceptance.conditional))
+        joint, conditional = (
+            " ".join(f"{p:.3f}" for p in x) for x in (acceptance.joint, acceptance.conditional)
+        )
         parts.append(f"acceptance by position {joint} joint, {conditional} conditional")
         plain_settings = replace(settings, draft_depth=0)
         times = {0: 0.0, settings.draft_depth: 0.0}
@@ -242,7 +318,11 @@ def summary(model: Any, prompts: list[list[int]], settings: Any, result: Any, se
             times[use.draft_depth] = (time.perf_counter() - start) / tokens
         parts.append(f"{times[0] / times[settings.draft_depth]:.2f}x plain decoding")
         if settings.temperature == 0:
-            parts.append("same tokens" if plain.tokens == result.tokens else "tokens differ: rounding at a near-tie")
+            parts.append(
+                "same tokens"
+                if plain.tokens == result.tokens
+                else "tokens differ: rounding at a near-tie"
+            )
     return ", ".join(parts)
 
 

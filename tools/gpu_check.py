@@ -1,11 +1,12 @@
-"""Checks on one Hopper GPU what no CPU can: Transformer Engine, FP8 products, attention kernels, FP8 training.
+"""Checks on one Hopper GPU what no CPU can: Transformer Engine, FP8 products, attention kernels,
+FP8 training.
 
     python tools/gpu_check.py --out gpu_check.md
     python tools/gpu_check.py --steps 0                      # without the training
     python tools/gpu_check.py --runs bf16 te --steps 200     # only these of its runs; the emulated ones take longest
 
-Writes a report; a part that fails is in it with its error, and the exit code is then 1. Exit code 2: there is no CUDA
-device.
+Writes a report; a part that fails is in it with its error, and the exit code is then 1. Exit code
+2: there is no CUDA device.
 """
 
 import argparse
@@ -30,17 +31,31 @@ RUNS = {  # backend of the training comparison -> its settings
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="gpu_check.md", metavar="FILE", help="default: gpu_check.md")
-    parser.add_argument("--config", default="configs/v3_small.yaml", metavar="YAML", help="of the training comparison")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", default="gpu_check.md", metavar="FILE", help="default: gpu_check.md"
+    )
+    parser.add_argument(
+        "--config",
+        default="configs/v3_small.yaml",
+        metavar="YAML",
+        help="of the training comparison",
+    )
     parser.add_argument("--steps", type=int, default=200, help="of the training comparison")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="of the training comparison")
+    parser.add_argument(
+        "--runs", nargs="+", choices=RUNS, default=list(RUNS), help="of the training comparison"
+    )
     args = parser.parse_args()
 
     import torch
 
     if not torch.cuda.is_available():
-        print("gpu_check: there is no CUDA device; nothing was run and nothing was written", file=sys.stderr)
+        print(
+            "gpu_check: there is no CUDA device; nothing was run and nothing was written",
+            file=sys.stderr,
+        )
         return 2
     parts: list[tuple[str, Row, Callable[[], Iterator[Row]]]] = [
         ("Environment", ["what", "value"], environment),
@@ -49,10 +64,26 @@ def main() -> int:
             ["shape", "type", "tile", "scale", "codes", "scales"],
             quantisers,
         ),
-        ("Linear layers against float64", ["backend", "tokens x in x out", "y", "dx", "dW"], linears),
-        ("Grouped experts against float64", ["backend", "rows of the experts", "y", "dx", "dW"], experts),
-        ("Attention core at (192, 128) against float32", ["kernel", "forward", "dq", "dk", "dv", "ms"], attention),
-        (f"Training, {args.steps} steps", RUN_COLUMNS, lambda: training(args.config, args.steps, args.runs)),
+        (
+            "Linear layers against float64",
+            ["backend", "tokens x in x out", "y", "dx", "dW"],
+            linears,
+        ),
+        (
+            "Grouped experts against float64",
+            ["backend", "rows of the experts", "y", "dx", "dW"],
+            experts,
+        ),
+        (
+            "Attention core at (192, 128) against float32",
+            ["kernel", "forward", "dq", "dk", "dv", "ms"],
+            attention,
+        ),
+        (
+            f"Training, {args.steps} steps",
+            RUN_COLUMNS,
+            lambda: training(args.config, args.steps, args.runs),
+        ),
     ]
     texts, failed = [], 0
     for title, columns, part in parts if args.steps else parts[:-1]:
@@ -61,8 +92,11 @@ def main() -> int:
         texts.append(f"## {title}\n\n{text}")
         print(texts[-1], flush=True)
     command = " ".join(["python", *sys.argv])
-    head = f"# GPU results\n\n{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}, `{command}`\n"
-    from dsv3_mtp.atomic import write_text
+    head = (
+        f"# GPU results\n\n{torch.cuda.get_device_name()}, "
+        f"{time.strftime('%Y-%m-%d')}, `{command}`\n"
+    )
+    from dsv3_mtp.files.atomic import write_text
 
     write_text(Path(args.out), "\n\n".join([head.rstrip(), *texts]) + "\n")
     return int(failed > 0)
@@ -73,9 +107,15 @@ def run(columns: Row, part: Callable[[], Iterator[Row]]) -> tuple[str, bool]:
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (columns, ["---"] * len(columns))]
     try:
         for row in part():
-            lines.append("| " + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row) + " |")
+            lines.append(
+                "| "
+                + " | ".join(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row)
+                + " |"
+            )
     except Exception:
-        return "\n".join(lines) + f"\n\nFAILED:\n\n```\n{traceback.format_exc().rstrip()}\n```", True
+        return "\n".join(
+            lines
+        ) + f"\n\nFAILED:\n\n```\n{traceback.format_exc().rstrip()}\n```", True
     return "\n".join(lines), False
 
 
@@ -87,7 +127,8 @@ def environment() -> Iterator[Row]:
     device = torch.device("cuda")
     yield ["device", torch.cuda.get_device_name()]
     yield ["compute capability", ".".join(map(str, torch.cuda.get_device_capability()))]
-    yield ["python, torch, CUDA, cuDNN", f"{platform.python_version()}, {torch.__version__}, {torch.version.cuda}, "
+    yield ["python, torch, CUDA, cuDNN", f"{platform.python_version()}, "
+        f"{torch.__version__}, {torch.version.cuda}, "
            f"{torch.backends.cudnn.version()}"]  # fmt: skip
     yield ["fp8.backend: te", te.unsupported(device) or "runs"]
     yield ["fp8.backend: torch", hopper.unsupported(device) or "runs"]
@@ -134,7 +175,11 @@ def backends():
     for name, product in (("emulate", Emulated()), ("torch", hopper.ScaledMM())):
         if name == "emulate" or hopper.unsupported(device) is None:
             recipe = Recipe(product)
-            yield name, lambda linear, recipe=recipe: FP8Linear(linear, recipe), recipe.grouped_linear
+            yield (
+                name,
+                lambda linear, recipe=recipe: FP8Linear(linear, recipe),
+                recipe.grouped_linear,
+            )
     if te.unsupported(device) is None:
 
         def layer(linear: nn.Linear) -> nn.Module:
@@ -153,7 +198,9 @@ def linears() -> Iterator[Row]:
 
     for tokens, width, out in ((512, 512, 512), (1000, 7168, 576), (4096, 2048, 1536)):
         linear = nn.Linear(width, out, bias=False, device="cuda", dtype=torch.bfloat16)
-        x, grad = (torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16) for n in (width, out))
+        x, grad = (
+            torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16) for n in (width, out)
+        )
         weight = linear.weight.detach().double()
         exact = x.double() @ weight.T, grad.double() @ weight, grad.double().T @ x.double()
         for name, build, _ in backends():
@@ -161,7 +208,10 @@ def linears() -> Iterator[Row]:
             linear.weight.grad = None
             y = build(linear)(a)
             y.backward(grad)
-            errors = [relative(ours, e) for ours, e in zip((y, a.grad, linear.weight.grad), exact, strict=True)]
+            errors = [
+                relative(ours, e)
+                for ours, e in zip((y, a.grad, linear.weight.grad), exact, strict=True)
+            ]
             yield [name, f"{tokens} x {width} x {out}", *errors]
 
 
@@ -171,7 +221,9 @@ def experts() -> Iterator[Row]:
     counts = [300, 0, 17, 707]
     x, grad = (torch.randn(1024, n, device="cuda", dtype=torch.bfloat16) for n in (512, 256))
     weight = torch.randn(4, 256, 512, device="cuda", dtype=torch.bfloat16)
-    parts = list(zip(x.double().split(counts), weight.double(), grad.double().split(counts), strict=True))
+    parts = list(
+        zip(x.double().split(counts), weight.double(), grad.double().split(counts), strict=True)
+    )
     exact = (
         torch.cat([rows @ w.T for rows, w, _ in parts]),
         torch.cat([g @ w for _, w, g in parts]),
@@ -182,17 +234,23 @@ def experts() -> Iterator[Row]:
             a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
             y = grouped(a, w, counts)
             y.backward(grad)
-            yield [name, counts, *(relative(o, e) for o, e in zip((y, a.grad, w.grad), exact, strict=True))]
+            yield [
+                name,
+                counts,
+                *(relative(o, e) for o, e in zip((y, a.grad, w.grad), exact, strict=True)),
+            ]
 
 
 def attention() -> Iterator[Row]:
     import torch
 
-    from dsv3_mtp.precision.attention import choose_attention, sdpa
+    from dsv3_mtp.ops.attention import choose_attention, sdpa
 
     heads, length, scale = 16, 2048, 192**-0.5
     # Numbers that bfloat16 has: the errors are those of the kernels alone.
-    wide = [torch.randn(2, heads, length, n, device="cuda").bfloat16().float() for n in (192, 192, 128)]
+    wide = [
+        torch.randn(2, heads, length, n, device="cuda").bfloat16().float() for n in (192, 192, 128)
+    ]
     grad = torch.randn(2, heads, length, 128, device="cuda").bfloat16().float()
     exact = forward_backward(sdpa, wide, grad, scale)
     for name in ("fa4", "fa3", "fa2", "te", "sdpa"):
@@ -235,26 +293,53 @@ RUN_COLUMNS: Row = [
 
 
 def training(config: str, steps: int, names: list[str]) -> Iterator[Row]:
-    """The same data and seed in every precision; V3 appendix B.1 compares losses smoothed with EMA 0.9."""
-    from dsv3_mtp.metrics import read_metrics
+    """The same data and seed in every precision; V3 appendix B.1 compares losses smoothed with EMA
+    0.9.
+    """
+    from dsv3_mtp.report.metrics import read_metrics
     from dsv3_mtp.study.measure import loss_error_metrics, smoothed
 
     runs: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            options = [f"run.name={name}", f"run.dir={folder}", "log.every=1", "eval.every=0", "attention.backend=sdpa"]
-            options += ["data.train=data/pystdlib-2048", "data.val=data/pystdlib-2048", "data.build=pystdlib"]
-            options += ["model.vocab_size=2048", f"train.total_tokens={steps * 32 * 1024}", "data.seq_len=1024"]
-            options += ["train.batch_size=32", "train.micro_batch_size=32", "train.dtype=bfloat16", *RUNS[name]]
+            options = [
+                f"run.name={name}",
+                f"run.dir={folder}",
+                "log.every=1",
+                "eval.every=0",
+                "attention.backend=sdpa",
+            ]
+            options += [
+                "data.train=data/pystdlib-2048",
+                "data.val=data/pystdlib-2048",
+                "data.build=pystdlib",
+            ]
+            options += [
+                "model.vocab_size=2048",
+                f"train.total_tokens={steps * 32 * 1024}",
+                "data.seq_len=1024",
+            ]
+            options += [
+                "train.batch_size=32",
+                "train.micro_batch_size=32",
+                "train.dtype=bfloat16",
+                *RUNS[name],
+            ]
             options += ["eval.batches=1", "log.tensorboard=false"]
             command = [sys.executable, "tools/train.py", "--config", config]
             command += [part for option in options for part in ("--set", option)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                yield [name, f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}", *[""] * 8]
+                yield [
+                    name,
+                    f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}",
+                    *[""] * 8,
+                ]
                 continue
             shutil.rmtree(Path(folder) / name / "checkpoints")  # gigabytes each
-            runs[name] = [r for r in read_metrics(Path(folder) / name / "metrics.jsonl") if "train/loss" in r]
+            runs[name] = [
+                r for r in read_metrics(Path(folder) / name / "metrics.jsonl") if "train/loss" in r
+            ]
             row: Row = [name]
             errors = loss_error_metrics(runs[name], runs.get("bf16", runs[name]))
             for key in ("train/main_loss", "train/mtp_loss/1"):

@@ -1,4 +1,6 @@
-"""What a run really holds and sends, to check a plan against. Counts every tensor; slow; for tests and tables."""
+"""What a run really holds and sends, to check a plan against. Counts every tensor; slow; for tests
+and tables.
+"""
 
 import weakref
 from collections import Counter
@@ -11,13 +13,15 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.trainer import Trainer
+from dsv3_mtp.train.trainer import Trainer
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of the tensors made inside this context that are still held, whoever holds them, and bytes sent.
+    """Bytes of the tensors made inside this context that are still held, whoever holds them, and
+    bytes sent.
 
-    Sizes of collectives are taken as a ring sends them: an all-reduce of n ranks sends 2 (n-1)/n of its tensor.
+    Sizes of collectives are taken as a ring sends them: an all-reduce of n ranks sends 2 (n-1)/n of
+        its tensor.
     """
 
     def __init__(self) -> None:
@@ -26,7 +30,9 @@ class Meter(TorchDispatchMode):
         self.sent: Counter[str] = Counter()  # collective -> bytes
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if operator.namespace == "c10d":
             self._count(operator._schema.name.removeprefix("c10d::"), args)
         given = {storage._cdata for storage in _storages((args, kwargs))}  # a view is no new memory
@@ -55,7 +61,9 @@ class Meter(TorchDispatchMode):
                 self.sent["reduce_scatter"] += sizes[1] * (ranks - 1) // ranks
             case "alltoall_base_":
                 splits = args[4] or [1] * ranks
-                self.sent["all_to_all"] += sizes[1] - sizes[1] * splits[group.rank()] // max(sum(splits), 1)
+                self.sent["all_to_all"] += sizes[1] - sizes[1] * splits[group.rank()] // max(
+                    sum(splits), 1
+                )
             case "send":
                 self.sent["send"] += sizes[0]
             case "broadcast_" | "reduce_":
@@ -67,9 +75,11 @@ class Meter(TorchDispatchMode):
 
 
 def measure_step(config: Config) -> tuple[int, dict[str, int]]:
-    """What this rank holds between two micro-batches of the second optimizer step, and sends in that step: bytes.
+    """What this rank holds between two micro-batches of the second optimizer step, and sends in
+    that step: bytes.
 
-    At that point there are weights, gradients and optimizer states, and no activations. Needs two micro-batches.
+    At that point there are weights, gradients and optimizer states, and no activations. Needs two
+    micro-batches.
     """
     with Meter() as meter:
         trainer = Trainer(config, command=[])
@@ -95,7 +105,9 @@ def _nbytes(tree: Any) -> int:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Those in an operator's arguments or results. (torch's own walk takes longer than the operator.)"""
+    """Those in an operator's arguments or results. (torch's own walk takes longer than the
+    operator.)
+    """
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, tuple | list | dict):

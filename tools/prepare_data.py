@@ -19,12 +19,16 @@ from typing import Any
 def main() -> int:
     options = parse()
     if options.workers is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # read by tokenizers at its first use
+        os.environ["RAYON_NUM_THREADS"] = str(
+            options.workers
+        )  # read by tokenizers at its first use
     from dsv3_mtp.data.prepare import Arguments, prepare
     from dsv3_mtp.data.shards import verify_folder
 
     names = Arguments.__dataclass_fields__
-    values = {key: value for key, value in vars(options).items() if key in names and value is not None}
+    values = {
+        key: value for key, value in vars(options).items() if key in names and value is not None
+    }
     try:
         if options.verify is not None:
             verify_folder(Path(options.verify))
@@ -36,19 +40,30 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from {options.out}.partial", file=sys.stderr)
+        print(
+            f"\ninterrupted; the same command goes on from {options.out}.partial", file=sys.stderr
+        )
         return 130
     for split, entry in index["splits"].items():
-        counts = f"{entry['tokens']:,} tokens in {entry['documents']:,} documents of {entry['bytes']:,} bytes"
+        counts = (
+            f"{entry['tokens']:,} tokens in {entry['documents']:,} "
+            f"documents of {entry['bytes']:,} bytes"
+        )
         print(f"{options.out} {split}: {counts}, {len(entry['shards'])} shards")
     return 0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", metavar="DIR", help="folder to make")
-    target.add_argument("--verify", metavar="DIR", help="compare the files of a prepared folder with their checksums")
+    target.add_argument(
+        "--verify",
+        metavar="DIR",
+        help="compare the files of a prepared folder with their checksums",
+    )
     text = parser.add_argument_group("text")
     text.add_argument("--corpus", choices=["pystdlib"], help="the standard library of this Python")
     text.add_argument(
@@ -56,26 +71,52 @@ def parse() -> argparse.Namespace:
         dest="inputs",
         nargs="+",
         metavar="X",
-        help="files, folders, globs: .jsonl[.gz|.zst], .parquet, folders of datasets.save_to_disk (a "
+        help="files, folders, globs: .jsonl[.gz|.zst], "
+        ".parquet, folders of datasets.save_to_disk (a "
         "document per record); any other file is one document of UTF-8 text",
     )
-    text.add_argument("--text-key", metavar="KEY", help="key or column that holds the text (default: text)")
-    text.add_argument("--val-fraction", type=float, metavar="F", help="share of val documents, by hash (default: 0.1)")
+    text.add_argument(
+        "--text-key", metavar="KEY", help="key or column that holds the text (default: text)"
+    )
+    text.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="share of val documents, by hash (default: 0.1)",
+    )
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json")
-    tokens.add_argument("--vocab-size", type=int, metavar="N", help="train a byte-level BPE with N tokens instead")
-    tokens.add_argument("--eos", metavar="TOKEN", help="end-of-text token (default: the first common one it has)")
     tokens.add_argument(
-        "--fim-rate", type=float, metavar="P", help="share of train documents made fill-in-the-middle (default: 0)"
+        "--vocab-size", type=int, metavar="N", help="train a byte-level BPE with N tokens instead"
     )
-    tokens.add_argument("--shard-tokens", type=int, metavar="N", help="tokens per shard (default: 100,000,000)")
-    tokens.add_argument("--seed", type=int, metavar="N", help="of the fill-in-the-middle cuts (default: 0)")
-    parser.add_argument("--workers", type=int, metavar="N", help="tokenizer threads (default: all cores)")
+    tokens.add_argument(
+        "--eos", metavar="TOKEN", help="end-of-text token (default: the first common one it has)"
+    )
+    tokens.add_argument(
+        "--fim-rate",
+        type=float,
+        metavar="P",
+        help="share of train documents made fill-in-the-middle (default: 0)",
+    )
+    tokens.add_argument(
+        "--shard-tokens", type=int, metavar="N", help="tokens per shard (default: 100,000,000)"
+    )
+    tokens.add_argument(
+        "--seed", type=int, metavar="N", help="of the fill-in-the-middle cuts (default: 0)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="tokenizer threads (default: all cores)"
+    )
     options = parser.parse_args()
     if options.verify is not None and (
-        unused := [key for key, value in vars(options).items() if key != "verify" and value is not None]
+        unused := [
+            key for key, value in vars(options).items() if key != "verify" and value is not None
+        ]
     ):
-        parser.error(f"--verify checks a folder as it is; it does not go with --{unused[0].replace('_', '-')}")
+        parser.error(
+            "--verify checks a folder as it is; it does "
+            f"not go with --{unused[0].replace('_', '-')}"
+        )
     if options.workers is not None and options.workers < 1:
         parser.error(f"--workers {options.workers}: must be at least 1")
     if options.inputs is not None:
@@ -85,7 +126,9 @@ def parse() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def progress_display() -> Iterator[Any]:
-    """A function (bytes done, bytes in all, tokens): a bar on a terminal, else a line every ten seconds."""
+    """A function (bytes done, bytes in all, tokens): a bar on a terminal, else a line every ten
+    seconds.
+    """
     if not sys.stderr.isatty():
         shown = time.monotonic()
 
@@ -110,7 +153,9 @@ def progress_display() -> Iterator[Any]:
     ]
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("prepare", total=None, tokens=0)
-        yield lambda done, total, tokens: bar.update(task, completed=done, total=total, tokens=tokens)
+        yield lambda done, total, tokens: bar.update(
+            task, completed=done, total=total, tokens=tokens
+        )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
     python tools/study.py --study configs/studies/lambda.yaml --report-only
     python tools/study.py --study configs/studies/lambda.yaml --set scale=gpu --set run.name=lambda_gpu
 
-Results: DIR/NAME/report.md, report.html, PNG files, and one run folder per arm and seed.
-Exit codes: 0 done, 1 some run failed (the report says which), 2 wrong study file or folder, 130 interrupted.
+Results: DIR/NAME/report.md, report.html, PNG files, and one run folder per arm and seed. Exit
+codes: 0 done, 1 some run failed (the report says which), 2 wrong study file or folder, 130
+interrupted.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import sys
 
 def main() -> int:
     options = parse()
-    # Before torch starts threads: one that spins for a core held by another process slows small machines severalfold.
+    # Before torch starts threads: one that spins for a core held by another process slows small
+    # machines severalfold.
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -59,7 +61,9 @@ def run(loaded, options: argparse.Namespace) -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--study", required=True, metavar="YAML")
     parser.add_argument(
         "--set",
@@ -69,12 +73,19 @@ def parse() -> argparse.Namespace:
         metavar="a.b=c",
         help="override a key of the study file, e.g. scale=gpu or 'seeds=[1, 2]'; repeatable",
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only runs whose name starts with one of these")
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time (default: CPU cores; on a GPU and for --dry-run 1)"
+        "--only", nargs="+", metavar="NAME", help="only runs whose name starts with one of these"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time (default: CPU cores; on a GPU and for --dry-run 1)",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="print the matrix and its cost; run nothing")
+    what.add_argument(
+        "--dry-run", action="store_true", help="print the matrix and its cost; run nothing"
+    )
     what.add_argument("--report-only", action="store_true", help="report on what has been run")
     options = parser.parse_args()
     if options.only and (options.dry_run or options.report_only):

@@ -1,11 +1,12 @@
-"""One YAML file is one run: pydantic sections, `--set` overrides, every problem in one report. No torch here.
+"""One YAML file is one run: pydantic sections, `--set` overrides, every problem in one report. No
+torch here.
 
     config = load_config("configs/v3_tiny.yaml", ["mtp.mode=parallel", "optim.lr=1e-3"])
     config.model.hidden_size, config.mtp.depths, config.optim.schedule.warmup
 
-run.py holds the whole and most sections, model.py what is trained, data.py on what, precision.py in which numbers,
-layout.py how ranks may share the work, reader.py files and reports, deepspeed.py the keys that a run may hand to
-DeepSpeed.
+run.py holds the whole and most sections, model.py what is trained, data.py on what, precision.py in
+which numbers, layout.py how ranks may share the work, reader.py files and reports, deepspeed.py the
+keys that a run may hand to DeepSpeed.
 """
 
 from dsv3_mtp.config.data import (
@@ -31,4 +32,11 @@ from dsv3_mtp.config.model import (
 )
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import ConfigError
-from dsv3_mtp.config.run import BatchSizeRamp, Config, OptimConfig, ScheduleConfig, TrainConfig, load_config
+from dsv3_mtp.config.run import (
+    BatchSizeRamp,
+    Config,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+    load_config,
+)

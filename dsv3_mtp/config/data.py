@@ -1,7 +1,8 @@
 """The `data` section: prepared text, or a generated task whose right answers are known.
 
-What the examples of a task look like is in dsv3_mtp/data/tasks.py. The last token id of every task but markov is the
-padding behind the examples of a row. `example_length` is in tokens, that of the longest example.
+What the examples of a task look like is in dsv3_mtp/tasks/examples.py. The last token id of every
+task but markov is the padding behind the examples of a row. `example_length` is in tokens, that of
+the longest example.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ Seed = Annotated[Integer, Field(ge=0, lt=2**63)]
 
 
 class MarkovTask(Section):
-    """Walks through one random chain of order 1: entropies and best acceptance in closed form (data/markov.py)."""
+    """Walks through one random chain of order 1: entropies and best acceptance in closed form
+    (data/markov.py).
+    """
 
     type: Literal["markov"]
     states: AtLeast2 = 32
@@ -39,7 +42,9 @@ class MarkovTask(Section):
 
 
 class StarTask(Section):
-    """Path-star graphs G(degree, path_length) as arXiv 2403.06963 writes them: edges / start goal = path."""
+    """Path-star graphs G(degree, path_length) as arXiv 2403.06963 writes them: edges / start goal =
+    path.
+    """
 
     type: Literal["star"]
     degree: AtLeast2 = 2
@@ -49,7 +54,9 @@ class StarTask(Section):
     nodes: AtLeast2 = 10
     """Labels that the nodes of a graph are drawn from, N."""
     reverse: bool = False
-    """Answer from the goal to the start: the paper's control, which next-token prediction solves."""
+    """Answer from the goal to the start: the paper's control, which next-token prediction
+    solves.
+    """
     loss_on: LossOn = "answer"
     """answer: the path (arXiv 2403.06963); all: the graph too."""
 
@@ -65,11 +72,19 @@ class StarTask(Section):
     def rules(self) -> Iterator[Problem]:
         needed = self.degree * (self.path_length - 1) + 1
         if self.nodes < needed:
-            yield "nodes", f"must be >= {needed}, the nodes of a graph with {self.degree} paths (got {self.nodes})"
+            yield (
+                "nodes",
+                (
+                    f"must be >= {needed}, the nodes of a graph "
+                    f"with {self.degree} paths (got {self.nodes})"
+                ),
+            )
 
 
 class InductionTask(Section):
-    """Names of two random tokens in Markov filler: the second is known once seen (after arXiv 2404.19737, 4.1)."""
+    """Names of two random tokens in Markov filler: the second is known once seen (after arXiv
+    2404.19737, 4.1).
+    """
 
     type: Literal["induction"]
     length: Annotated[Integer, Field(ge=4, le=2**20)] = 48
@@ -101,11 +116,16 @@ class InductionTask(Section):
             text = f"must be >= {2 * self.names}: the tokens of {self.names} names all differ"
             yield "name_tokens", f"{text} (got {self.name_tokens})"
         if self.length < 2 * self.mentions:
-            yield "length", f"must be >= {2 * self.mentions}, two tokens for each mention (got {self.length})"
+            yield (
+                "length",
+                f"must be >= {2 * self.mentions}, two tokens for each mention (got {self.length})",
+            )
 
 
 class SuffixSumTask(Section):
-    """x_1..x_n = y_1..y_n with y_k the sum of x_k..x_n: the first answer token needs every term, each later one two."""
+    """x_1..x_n = y_1..y_n with y_k the sum of x_k..x_n: the first answer token needs every term,
+    each later one two.
+    """
 
     type: Literal["suffix_sum"]
     terms: AtLeast2 = 4
@@ -126,7 +146,9 @@ class SuffixSumTask(Section):
 
 
 class PolynomialTask(Section):
-    """Expressions in F_p[X]/(X^degree) and their value (arXiv 2404.19737, 4.2); the notation is ours: prefix."""
+    """Expressions in F_p[X]/(X^degree) and their value (arXiv 2404.19737, 4.2); the notation is
+    ours: prefix.
+    """
 
     type: Literal["polynomial"]
     max_operations: Annotated[Integer, Field(ge=1, le=64)] = 5
@@ -148,7 +170,10 @@ class PolynomialTask(Section):
         return (self.degree + 1) * self.max_operations + 2 * self.degree + 1
 
 
-Task = Annotated[MarkovTask | StarTask | InductionTask | SuffixSumTask | PolynomialTask, Field(discriminator="type")]
+Task = Annotated[
+    MarkovTask | StarTask | InductionTask | SuffixSumTask | PolynomialTask,
+    Field(discriminator="type"),
+]
 
 
 class DataEntry(Section):
@@ -174,13 +199,17 @@ class DataConfig(Section):
         ]
         | None
     ) = None
-    """Prepared folder, Megatron prefix (PREFIX.bin, PREFIX.idx), or a list of {path, weight}; null with a task."""
+    """Prepared folder, Megatron prefix (PREFIX.bin, PREFIX.idx), or a list of {path, weight}; null
+    with a task.
+    """
     val: FilePath | None = None
     """Prepared folder (its validation split) or Megatron prefix; null with a task."""
     task: Task | None = None
     """Generated examples with known answers instead of text; null: text."""
     build: Literal["pystdlib"] | None = None
-    """Corpus to build into the folder `train` when it is missing: the running interpreter's library."""
+    """Corpus to build into the folder `train` when it is missing: the running interpreter's
+    library.
+    """
     seq_len: Annotated[Integer, Field(ge=2)]
     """Positions per sequence, T (V3 4.2: 4096). A sample holds T + 1 + D tokens."""
     mask_documents: bool = False
@@ -189,7 +218,11 @@ class DataConfig(Section):
     @property
     def entries(self) -> tuple[DataEntry, ...]:
         """`train` as a mixture: a single corpus is one entry of weight 1; none with a task."""
-        return (DataEntry(path=self.train, weight=1.0),) if isinstance(self.train, str) else self.train or ()
+        return (
+            (DataEntry(path=self.train, weight=1.0),)
+            if isinstance(self.train, str)
+            else self.train or ()
+        )
 
     def rules(self) -> Iterator[Problem]:
         if self.task is not None:
@@ -201,7 +234,10 @@ class DataConfig(Section):
         if self.train == ():
             yield "train", "must name at least one corpus (got [])"
         if self.build is not None and isinstance(self.train, tuple):
-            yield "build", f"needs one folder in data.train, not a list; set null (got {show(self.build)})"
+            yield (
+                "build",
+                f"needs one folder in data.train, not a list; set null (got {show(self.build)})",
+            )
 
     def _task_rules(self, task: Task) -> Iterator[Problem]:
         for key in ("train", "val", "build"):
@@ -209,8 +245,17 @@ class DataConfig(Section):
                 yield key, f"must be null: data.task generates the data (got {show(value)})"
         length = task.example_length
         if self.seq_len < length - 1:
-            text = f"must be >= {length - 1}: an example of {task.type} has {length} tokens, the last is only a target"
+            text = (
+                f"must be >= {length - 1}: an example of {task.type} "
+                f"has {length} tokens, the last is only a target"
+            )
             yield "seq_len", f"{text} (got {self.seq_len})"
         elif task.type != "markov" and self.seq_len + 1 >= 2 * length and not self.mask_documents:
-            text = f"must be true: seq_len = {self.seq_len} packs several examples, and none may see another"
-            yield "mask_documents", f"{text}; or set data.seq_len to {length - 1} for one (got false)"
+            text = (
+                f"must be true: seq_len = {self.seq_len} packs "
+                "several examples, and none may see another"
+            )
+            yield (
+                "mask_documents",
+                f"{text}; or set data.seq_len to {length - 1} for one (got false)",
+            )

@@ -20,7 +20,9 @@ ALLOWED = frozenset(
     }
 )
 
-_SCALE = "is fixed: losses are divided by the token counts of the whole step, so gradients are summed"
+_SCALE = (
+    "is fixed: losses are divided by the token counts of the whole step, so gradients are summed"
+)
 _LAYOUT = "is not supported: the ranks of a run are laid out by the parallel section"
 _UNUSED = "would have no effect: tokens come from the data section's own sampler"
 _STATES = "is not supported: checkpoints read weights and optimizer states from DeepSpeed's memory"
@@ -67,7 +69,9 @@ OWNED = {
     "flops_profiler": "is not supported: --dry-run prints the FLOPs per token",
     "wall_clock_breakdown": "is not supported: perf/tokens_per_s is logged",
     "comet": "is not supported: set log.tensorboard or log.wandb",
-    "autotuning": "is not supported: its launcher rewrites the batch size, which train.batch_size owns",
+    "autotuning": (
+        "is not supported: its launcher rewrites the batch size, which train.batch_size owns"
+    ),
     "hybrid_engine": "is not supported: this is not an RLHF loop",
     "weight_quantization": "is not supported: it is for DeepSpeed inference",
 }
@@ -79,7 +83,9 @@ ZERO_OWNED = {
     "cpu_offload": "set parallel.offload_optimizer instead",
     "zenflow": _STATES,
     "compute_grad_norm": "is not supported: optim/grad_norm is logged, and has to be finite",
-    "stage3_module_granularity_threshold": "is not supported: it fails on outputs that are no tensors",
+    "stage3_module_granularity_threshold": (
+        "is not supported: it fails on outputs that are no tensors"
+    ),
     "module_granularity_threshold": "is not supported: it fails on outputs that are no tensors",
     "elastic_checkpoint": _OWN_FORMAT,
     "load_from_fp32_weights": _OWN_FORMAT,
@@ -90,22 +96,32 @@ ZERO_OWNED = {
 
 
 def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
-    """Returns the block; raises KeyProblems naming every key that cannot be set there, and the remedy."""
+    """Returns the block; raises KeyProblems naming every key that cannot be set there, and the
+    remedy.
+    """
     problems: list[Problem] = []
     for key in map(str, block):
         if key in OWNED:
             problems.append((key, OWNED[key]))
         elif key not in ALLOWED:
             known = [f"deepspeed.{name}" for name in sorted({*ALLOWED, *OWNED})]
-            problems.append((key, "unknown to DeepSpeed 0.19.8" + did_you_mean(f"deepspeed.{key}", known)))
+            problems.append(
+                (key, "unknown to DeepSpeed 0.19.8" + did_you_mean(f"deepspeed.{key}", known))
+            )
     types = block.get("data_types", {})
     if not isinstance(types, dict) or types.keys() - {"grad_accum_dtype"}:
-        problems.append(("data_types", "only grad_accum_dtype can be set; train.dtype owns the others"))
+        problems.append(
+            ("data_types", "only grad_accum_dtype can be set; train.dtype owns the others")
+        )
     zero = block.get("zero_optimization", {})
     if not isinstance(zero, dict):
         problems.append(("zero_optimization", f"must be a mapping (got {zero!r})"))
     else:
-        problems += [(f"zero_optimization.{key}", remedy) for key, remedy in ZERO_OWNED.items() if key in zero]
+        problems += [
+            (f"zero_optimization.{key}", remedy)
+            for key, remedy in ZERO_OWNED.items()
+            if key in zero
+        ]
         if "nvme" in str(zero.get("offload_param")):
             problems.append(("zero_optimization.offload_param", _STATES))
     if problems:

@@ -1,7 +1,8 @@
-"""How ranks share the work: what each layout needs, and which combinations are refused, each with its reason.
+"""How ranks share the work: what each layout needs, and which combinations are refused, each with
+its reason.
 
-A rule yields (key, text), as the rules of the sections do. Rules that need no number of ranks are checked when a
-config is read; all of them when a run starts, and by `--dry-run`.
+A rule yields (key, text), as the rules of the sections do. Rules that need no number of ranks are
+checked when a config is read; all of them when a run starts, and by `--dry-run`.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ NEEDS = ("model", "mtp", "data", "train", "parallel")  # the sections that the r
 
 
 def refusals(config: Any, world_size: int | None = None) -> list[str]:
-    """Every reason why this config cannot run on `world_size` ranks, as "key: text". None: on any number of ranks.
+    """Every reason why this config cannot run on `world_size` ranks, as "key: text". None: on any
+    number of ranks.
 
     config: a Config, or anything with the sections in NEEDS.
     """
@@ -33,34 +35,81 @@ def problems(config: Any, world_size: int | None = None) -> Iterator[Problem]:
 def _zero(config: Any) -> Iterator[Problem]:
     parallel = config.parallel
     if parallel.offload_optimizer and parallel.zero_stage == 0:
-        yield "parallel.offload_optimizer", "needs parallel.zero_stage >= 1: ZeRO-0 has no optimizer shard to move"
+        yield (
+            "parallel.offload_optimizer",
+            "needs parallel.zero_stage >= 1: ZeRO-0 has no optimizer shard to move",
+        )
 
 
 def _experts(config: Any) -> Iterator[Problem]:
-    model, size, stage = config.model, config.parallel.expert_parallel_size, config.parallel.zero_stage
+    model, size, stage = (
+        config.model,
+        config.parallel.expert_parallel_size,
+        config.parallel.zero_stage,
+    )
     if size == 1:
         return
     key = "parallel.expert_parallel_size"
     if model.n_routed_experts % size:
         yield key, f"must divide model.n_routed_experts = {model.n_routed_experts} (got {size})"
     if size % model.n_group and model.n_group % size:
-        yield key, f"must divide model.n_group = {model.n_group}, whose groups are nodes, or be a multiple (got {size})"
+        yield (
+            key,
+            (
+                f"must divide model.n_group = {model.n_group}, whose "
+                f"groups are nodes, or be a multiple (got {size})"
+            ),
+        )
     if model.first_k_dense_replace == model.num_hidden_layers:
-        yield key, f"has no experts to share with model.first_k_dense_replace = {model.num_hidden_layers}; set 1"
+        yield (
+            key,
+            (
+                "has no experts to share with model.first_k_dense_replace "
+                f"= {model.num_hidden_layers}; set 1"
+            ),
+        )
     if config.train.freeze == "trunk" and config.mtp.mode == "parallel_linear":
-        yield key, "has no experts that learn with train.freeze: trunk and mtp.mode: parallel_linear; set 1"
+        yield (
+            key,
+            (
+                "has no experts that learn with train.freeze: "
+                "trunk and mtp.mode: parallel_linear; set 1"
+            ),
+        )
     if stage == 0:
-        yield key, "needs parallel.zero_stage 1 or 2: DeepSpeed's ZeRO-0 clips by each rank's own gradient norm (got 0)"
+        yield (
+            key,
+            (
+                "needs parallel.zero_stage 1 or 2: DeepSpeed's "
+                "ZeRO-0 clips by each rank's own gradient norm (got 0)"
+            ),
+        )
     if stage == 3:
-        yield key, "needs parallel.zero_stage 1 or 2: DeepSpeed's ZeRO-3 takes no expert-parallel groups (got 3)"
+        yield (
+            key,
+            (
+                "needs parallel.zero_stage 1 or 2: DeepSpeed's "
+                "ZeRO-3 takes no expert-parallel groups (got 3)"
+            ),
+        )
 
 
 def _task(config: Any) -> Iterator[Problem]:
-    """Its examples are answered by generation during training, and that needs a whole model on each rank."""
+    """Its examples are answered by generation during training, and that needs a whole model on each
+    rank.
+    """
     parallel = config.parallel
-    parts = max(parallel.expert_parallel_size, parallel.pipeline_stages, parallel.sequence_parallel_size) > 1
+    parts = (
+        max(
+            parallel.expert_parallel_size, parallel.pipeline_stages, parallel.sequence_parallel_size
+        )
+        > 1
+    )
     if config.data.task is not None and (parallel.zero_stage == 3 or parts):
-        needs = "needs parallel.zero_stage <= 2; expert_parallel_size, pipeline_stages and sequence_parallel_size 1"
+        needs = (
+            "needs parallel.zero_stage <= 2; expert_parallel_size, "
+            "pipeline_stages and sequence_parallel_size 1"
+        )
         yield "data.task", f"{needs}: every rank generates by itself"
 
 
@@ -78,29 +127,51 @@ def _pipeline(config: Any) -> Iterator[Problem]:
         text = f"must be <= {pieces}, the pieces that layers and heads can be cut into{kept}"
         yield key, f"{text} (got {parallel.pipeline_stages})"
     if parallel.zero_stage == 0:
-        yield key, "needs parallel.zero_stage 1: DeepSpeed's ZeRO-0 clips by each stage's own gradient norm (got 0)"
+        yield (
+            key,
+            (
+                "needs parallel.zero_stage 1: DeepSpeed's ZeRO-0 "
+                "clips by each stage's own gradient norm (got 0)"
+            ),
+        )
     if parallel.zero_stage in (2, 3):
-        reason = "DeepSpeed's pipeline reduces gradients once per step, ZeRO-2 and 3 in every backward"
+        reason = (
+            "DeepSpeed's pipeline reduces gradients once per step, ZeRO-2 and 3 in every backward"
+        )
         yield key, f"needs parallel.zero_stage 1: {reason} (got {parallel.zero_stage})"
     if train.freeze == "trunk":
-        yield key, "needs train.freeze none: with trunk, all stages but the last have nothing to learn"
+        yield (
+            key,
+            "needs train.freeze none: with trunk, all stages but the last have nothing to learn",
+        )
 
 
 def _sequence(config: Any) -> Iterator[Problem]:
-    size, heads, length = config.parallel.sequence_parallel_size, config.model.num_attention_heads, config.data.seq_len
+    size, heads, length = (
+        config.parallel.sequence_parallel_size,
+        config.model.num_attention_heads,
+        config.data.seq_len,
+    )
     key = "parallel.sequence_parallel_size"
     if heads % size:
-        yield key, f"must divide model.num_attention_heads = {heads}: attention is divided by heads (got {size})"
+        yield (
+            key,
+            (
+                f"must divide model.num_attention_heads = {heads}: "
+                f"attention is divided by heads (got {size})"
+            ),
+        )
     if length % size:
         yield key, f"must divide data.seq_len = {length}: slices of a row are equal (got {size})"
 
 
 def uncut(config: Any) -> tuple[int, int]:
-    """How many of the first and of the last pieces of a pipeline stay together; pieces are the trunk's layers and, as
-    the last one, all that follows. (1, 1): everything may be cut apart.
+    """How many of the first and of the last pieces of a pipeline stay together; pieces are the
+    trunk's layers and, as the last one, all that follows. (1, 1): everything may be cut apart.
 
-    Parallel heads read the input of the trunk's last layer. And with expert parallelism every stage has an MoE layer,
-    because DeepSpeed adds up the gradient norm over the stages once per kind of parameter.
+    Parallel heads read the input of the trunk's last layer. And with expert parallelism every stage
+    has an MoE layer, because DeepSpeed adds up the gradient norm over the stages once per kind of
+    parameter.
     """
     model, mtp, shared = config.model, config.mtp, config.parallel.expert_parallel_size > 1
     with_heads = mtp.mode == "parallel" or (shared and mtp.mode != "sequential")
@@ -108,15 +179,26 @@ def uncut(config: Any) -> tuple[int, int]:
 
 
 def data_size(config: Any, world_size: int) -> int:
-    """Groups of ranks that work on different sequences: the ranks of one pipeline stage, less those that share rows."""
-    return max(world_size // (config.parallel.pipeline_stages * config.parallel.sequence_parallel_size), 1)
+    """Groups of ranks that work on different sequences: the ranks of one pipeline stage, less those
+    that share rows.
+    """
+    return max(
+        world_size // (config.parallel.pipeline_stages * config.parallel.sequence_parallel_size), 1
+    )
 
 
 def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
-    train, experts, stages = config.train, config.parallel.expert_parallel_size, config.parallel.pipeline_stages
+    train, experts, stages = (
+        config.train,
+        config.parallel.expert_parallel_size,
+        config.parallel.pipeline_stages,
+    )
     slices = config.parallel.sequence_parallel_size
     if world_size % stages:
-        yield "parallel.pipeline_stages", f"must divide the number of ranks, {world_size} (got {stages})"
+        yield (
+            "parallel.pipeline_stages",
+            f"must divide the number of ranks, {world_size} (got {stages})",
+        )
         return
     replicas = world_size // stages
     of = f"the ranks of a stage, {replicas}" if stages > 1 else f"the number of ranks, {replicas}"
@@ -128,10 +210,15 @@ def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
     groups = data_size(config, world_size)
     rows = train.micro_batch_size * groups
     if train.batch_size % rows:
-        on = f"{groups} {'data-parallel ' * (stages > 1)}ranks" if slices == 1 else f"{groups} groups of {slices} ranks"
+        on = (
+            f"{groups} {'data-parallel ' * (stages > 1)}ranks"
+            if slices == 1
+            else f"{groups} groups of {slices} ranks"
+        )
         yield (
             "train.batch_size",
-            f"{train.batch_size} sequences do not divide into micro-batches of {train.micro_batch_size} on "
+            f"{train.batch_size} sequences do not divide into "
+            f"micro-batches of {train.micro_batch_size} on "
             f"{on}; use a multiple of {rows}",
         )
 
@@ -139,7 +226,9 @@ def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
 def describe(config: Any, world_size: int) -> str:
     """The layout in a few words: "2 ranks x 4 sequences, ZeRO-1"."""
     parallel = config.parallel
-    parts = [f"{world_size} rank{'s' * (world_size > 1)} x {config.train.micro_batch_size} sequences"]
+    parts = [
+        f"{world_size} rank{'s' * (world_size > 1)} x {config.train.micro_batch_size} sequences"
+    ]
     parts += [f"ZeRO-{parallel.zero_stage}{' with offload' * parallel.offload_optimizer}"]
     parts += [f"EP {parallel.expert_parallel_size}"] * (parallel.expert_parallel_size > 1)
     parts += [f"PP {parallel.pipeline_stages}"] * (parallel.pipeline_stages > 1)

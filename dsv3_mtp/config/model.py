@@ -1,6 +1,7 @@
 """What is trained: the `model` and `mtp` sections, and the base class of all sections.
 
-"V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Import these names from dsv3_mtp.config.
+"V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Import these names from
+dsv3_mtp.config.
 """
 
 import os
@@ -11,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dsv3_mtp.config.reader import KeyProblems, Problem, show
 
-V3_TOKENS = 14.8e12  # V3 4.2: the length of pre-training, against which the paper's token counts become fractions
+# V3 4.2: the length of pre-training, against which the paper's token counts become fractions
+V3_TOKENS = 14.8e12
 
 
 def _not_bool(value: Any) -> Any:
@@ -33,7 +35,9 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
-FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]  # no shell expands the ~ of a config or of --set
+FilePath = Annotated[
+    Text, AfterValidator(os.path.expanduser)
+]  # no shell expands the ~ of a config or of --set
 FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name
 
 
@@ -41,7 +45,11 @@ class Section(BaseModel):
     """A frozen group of keys. `rules` yields what is wrong between them, as (key, text)."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
     def rules(self) -> Iterator[Problem]:
@@ -80,7 +88,9 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """The trunk. Names are HF's DeepseekV3Config keys; values in brackets are DeepSeek-V3's (V3 4.2)."""
+    """The trunk. Names are HF's DeepseekV3Config keys; values in brackets are DeepSeek-V3's (V3
+    4.2).
+    """
 
     vocab_size: Annotated[Integer, Field(ge=2)]
     """Rows of the embedding and of the output head (129280)."""
@@ -133,7 +143,10 @@ class ModelConfig(Section):
 
     def rules(self) -> Iterator[Problem]:
         if self.qk_rope_head_dim % 2:
-            yield ("qk_rope_head_dim", f"must be even, rotary embedding turns pairs (got {self.qk_rope_head_dim})")
+            yield (
+                "qk_rope_head_dim",
+                f"must be even, rotary embedding turns pairs (got {self.qk_rope_head_dim})",
+            )
         if self.first_k_dense_replace > self.num_hidden_layers:
             text = f"must be <= model.num_hidden_layers = {self.num_hidden_layers}"
             yield "first_k_dense_replace", f"{text} (got {self.first_k_dense_replace})"
@@ -148,10 +161,16 @@ class ModelConfig(Section):
         per_group = self.n_routed_experts // self.n_group
         reachable = per_group * min(self.topk_group, self.n_group)
         if self.num_experts_per_tok > reachable:
-            text = f"must be <= {reachable}, the experts in {self.topk_group} groups (model.topk_group)"
+            text = (
+                f"must be <= {reachable}, the experts in "
+                f"{self.topk_group} groups (model.topk_group)"
+            )
             yield "num_experts_per_tok", f"{text} (got {self.num_experts_per_tok})"
         if self.n_group > 1 and per_group < 2:
-            text = f"must be <= {self.n_routed_experts // 2} or 1, a group is scored by its top 2 experts"
+            text = (
+                f"must be <= {self.n_routed_experts // 2} or "
+                "1, a group is scored by its top 2 experts"
+            )
             yield "n_group", f"{text} (got {self.n_group})"
 
 
@@ -174,7 +193,10 @@ class StepWeight(Section):
 
     def rules(self) -> Iterator[Problem]:
         if len(self.values) != len(self.at) + 1:
-            yield "values", f"must hold one number more than 'at' (got {len(self.values)} and {len(self.at)})"
+            yield (
+                "values",
+                f"must hold one number more than 'at' (got {len(self.values)} and {len(self.at)})",
+            )
         if list(self.at) != sorted(set(self.at)):
             yield "at", f"must increase (got {show(self.at)})"
 
@@ -220,26 +242,41 @@ def _number_is_constant(value: Any) -> Any:
 
 
 LossWeight = Annotated[
-    Annotated[ConstantWeight | StepWeight | RampWeight | WarmupWeight | PiecewiseWeight, Field(discriminator="type")],
+    Annotated[
+        ConstantWeight | StepWeight | RampWeight | WarmupWeight | PiecewiseWeight,
+        Field(discriminator="type"),
+    ],
     BeforeValidator(_number_is_constant),
 ]
 
 
 class MTPConfig(Section):
-    """The extra heads and their loss: L = L_main + lambda(progress) / D * sum_k w_k L_k (V3 eq. 24-25)."""
+    """The extra heads and their loss: L = L_main + lambda(progress) / D * sum_k w_k L_k (V3 eq.
+    24-25).
+    """
 
     mode: Literal["none", "sequential", "parallel", "parallel_linear"] = "sequential"
-    """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; parallel_linear: linear heads."""
+    """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; parallel_linear: linear
+    heads.
+    """
     num_nextn_predict_layers: Annotated[Integer, Field(ge=0)] = 1
-    """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see `depths`."""
+    """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see
+    `depths`.
+    """
     loss_weight: LossWeight = StepWeight(values=(0.3, 0.1), at=(10e12 / V3_TOKENS,))
-    """lambda over progress (V3 4.2: 0.3 for the first 10T tokens, then 0.1). A bare number is constant."""
+    """lambda over progress (V3 4.2: 0.3 for the first 10T tokens, then 0.1). A bare number is
+    constant.
+    """
     depth_weights: tuple[NotNegative, ...] | None = None
     """w_k for k = 1..D; null: all 1 (V3 eq. 25)."""
     curriculum: Literal["none", "forward", "reverse"] = "none"
-    """Active depths over equal stages: forward grows 1..D, reverse shrinks D..1 (arXiv 2505.22757)."""
+    """Active depths over equal stages: forward grows 1..D, reverse shrinks D..1 (arXiv
+    2505.22757).
+    """
     trunk_hidden: Literal["post_norm", "pre_norm"] = "post_norm"
-    """Sequential: the trunk state that module 1 reads, after or before the final norm (open in V3 2.2)."""
+    """Sequential: the trunk state that module 1 reads, after or before the final norm (open in V3
+    2.2).
+    """
     chain: Literal["hidden", "trunk"] = "hidden"
     """Sequential: module k reads h_{k-1} (V3 eq. 21), or always the trunk's state."""
     embed: bool = True
@@ -247,7 +284,9 @@ class MTPConfig(Section):
     share_weights: bool = False
     """Sequential: one module, used at every depth."""
     detach: Literal["none", "trunk", "all"] = "none"
-    """Gradient stopped: none (V3), into the trunk, or into the trunk, the embedding and the output head."""
+    """Gradient stopped: none (V3), into the trunk, or into the trunk, the embedding and the output
+    head.
+    """
 
     @property
     def depths(self) -> int:
@@ -256,19 +295,27 @@ class MTPConfig(Section):
 
     @property
     def reads_tokens(self) -> bool:
-        """The heads read the embedding of the token before their target: what data/markov.py distinguishes."""
+        """The heads read the embedding of the token before their target: what data/markov.py
+        distinguishes.
+        """
         return self.mode == "sequential" and self.embed
 
     def rules(self) -> Iterator[Problem]:
         if self.mode != "none" and self.num_nextn_predict_layers < 1:
             text = f"must be >= 1 with mode {self.mode} (got {self.num_nextn_predict_layers})"
             yield "num_nextn_predict_layers", f"{text}; mtp.mode=none turns the heads off"
-        if self.mode != "none" and self.depth_weights is not None and len(self.depth_weights) != self.depths:
+        if (
+            self.mode != "none"
+            and self.depth_weights is not None
+            and len(self.depth_weights) != self.depths
+        ):
             text = f"must hold num_nextn_predict_layers = {self.depths} numbers"
             yield "depth_weights", f"{text} (got {len(self.depth_weights)})"
         if self.mode != "sequential":
             yield from self._without_effect("trunk_hidden", "chain", "embed", "share_weights")
-        if self.mode == "none":  # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
+        if (
+            self.mode == "none"
+        ):  # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
             yield from self._without_effect("depth_weights", "curriculum", "detach")
 
     def _without_effect(self, *keys: str) -> Iterator[Problem]:
@@ -276,4 +323,10 @@ class MTPConfig(Section):
             default = type(self).model_fields[key].default
             if getattr(self, key) != default:
                 remedy = f"remove it or set {show(default)}"
-                yield key, f"has no effect with mode {self.mode}; {remedy} (got {show(getattr(self, key))})"
+                yield (
+                    key,
+                    (
+                        f"has no effect with mode {self.mode}; "
+                        f"{remedy} (got {show(getattr(self, key))})"
+                    ),
+                )

@@ -1,6 +1,8 @@
-"""From a YAML file and `--set` overrides to a plain tree, and from a faulty tree to one readable report.
+"""From a YAML file and `--set` overrides to a plain tree, and from a faulty tree to one readable
+report.
 
-Nothing here knows the keys of a run; run.py and model.py do. The report lists every problem at once:
+Nothing here knows the keys of a run; run.py and model.py do. The report lists every problem at
+once:
 
     configs/v3_tiny.yaml: 2 problems
       mtp.num_nextn_predict_layer: unknown key; did you mean 'mtp.num_nextn_predict_layers'?
@@ -20,16 +22,22 @@ Problem = tuple[str, str]  # (dotted key, what is wrong with it and what to do)
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; `str(error)` is the whole report, `error.problems` its lines."""
+    """A configuration that cannot be used; `str(error)` is the whole report, `error.problems` its
+    lines.
+    """
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         count = f"{len(problems)} problem" + "s" * (len(problems) != 1)
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {key}: {text}" for key, text in problems)]))
+        super().__init__(
+            "\n".join([f"{source}: {count}", *(f"  {key}: {text}" for key, text in problems)])
+        )
         self.problems = tuple(problems)
 
 
 class KeyProblems(ValueError):
-    """Raised by a section's validator for rules between its keys; the keys are relative to the section."""
+    """Raised by a section's validator for rules between its keys; the keys are relative to the
+    section.
+    """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("; ".join(f"{key}: {text}" for key, text in problems))
@@ -40,11 +48,15 @@ class KeyProblems(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 and 14.8e12 as numbers (YAML 1.2), where PyYAML (YAML 1.1) reads strings."""
+    """SafeLoader that reads 3e-4 and 14.8e12 as numbers (YAML 1.2), where PyYAML (YAML 1.1) reads
+    strings.
+    """
 
 
 class _Dumper(yaml.SafeDumper):
-    """Mappings as blocks, lists on one line; quotes the strings that _Loader would read as numbers."""
+    """Mappings as blocks, lists on one line; quotes the strings that _Loader would read as
+    numbers.
+    """
 
 
 _EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$")
@@ -55,15 +67,22 @@ for _side in (_Loader, _Dumper):
 def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
     """No 010, which is 8 to YAML 1.1 and 10 to its readers, and no 1:30, which is 90 or 01:30."""
     if re.match(r"[-+]?0\d|.*:", node.value):
-        text = f"{node.value} is octal or sexagesimal here; write the number in decimal, or put text in quotes"
+        text = (
+            f"{node.value} is octal or sexagesimal here; "
+            "write the number in decimal, or put text in quotes"
+        )
         raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
-    construct = loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
+    construct = (
+        loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
+    )
     return construct(node)
 
 
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
-_Dumper.add_representer(list, lambda to, items: to.represent_sequence("tag:yaml.org,2002:seq", items, True))
+_Dumper.add_representer(
+    list, lambda to, items: to.represent_sequence("tag:yaml.org,2002:seq", items, True)
+)
 
 
 def dump_tree(tree: Any) -> str:
@@ -72,9 +91,11 @@ def dump_tree(tree: Any) -> str:
 
 
 def read_tree(path: str | Path, sets: Iterable[str] = ()) -> tuple[dict[str, Any], list[Problem]]:
-    """Reads a YAML file and applies `a.b=value` overrides; returns the tree and the problems met so far.
+    """Reads a YAML file and applies `a.b=value` overrides; returns the tree and the problems met so
+    far.
 
-    Raises ConfigError when there is no tree to look at: missing file, invalid YAML, or not a mapping.
+    Raises ConfigError when there is no tree to look at: missing file, invalid YAML, or not a
+        mapping.
     """
     source = str(path)
     try:
@@ -148,7 +169,9 @@ def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
             parent = ".".join(keys[:depth])
             text = f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
             return [(f"--set {override}", text)]
-        node[key] = dict(node[key])  # its own: a YAML alias may stand for the same mapping elsewhere
+        node[key] = dict(
+            node[key]
+        )  # its own: a YAML alias may stand for the same mapping elsewhere
         node = node[key]
     node[keys[-1]] = value
     return []
@@ -175,7 +198,9 @@ _TYPES = {
 
 
 def problems_of(error: ValidationError, tree: Any, schema: type[BaseModel]) -> list[Problem]:
-    """Every problem of one pydantic error. tree: what was validated; schema: its model, for suggestions."""
+    """Every problem of one pydantic error. tree: what was validated; schema: its model, for
+    suggestions.
+    """
     problems: list[Problem] = []
     paths = key_paths(schema)
     for item in error.errors(include_url=False):
@@ -215,14 +240,18 @@ def _describe(item: Any) -> str:
 
 
 def _not_among(allowed: str, value: Any) -> str:
-    names = allowed.replace("'", "").replace(" or ", ", ").split(", ")  # pydantic: "'a', 'b' or 'c'"
+    names = (
+        allowed.replace("'", "").replace(" or ", ", ").split(", ")
+    )  # pydantic: "'a', 'b' or 'c'"
     text = f"must be {'one of ' * (len(names) > 1)}{', '.join(names)} (got {show(value)})"
     close = get_close_matches(str(value), names, n=1)
     return text + (f"; did you mean '{close[0]}'?" if close else "")
 
 
 def _dotted(location: Sequence[int | str], tree: Any, *, missing: bool) -> str:
-    """`a.b[0].c` for a pydantic location; parts that name nothing in the tree are union tags, left out."""
+    """`a.b[0].c` for a pydantic location; parts that name nothing in the tree are union tags, left
+    out.
+    """
     path = ""
     for position, part in enumerate(location):
         if isinstance(tree, dict) and (part in tree or (missing and position == len(location) - 1)):
@@ -241,12 +270,16 @@ def show(value: Any) -> str:
 
 
 def did_you_mean(key: str, paths: Iterable[str]) -> str:
-    """The known key that an unknown one most likely stands for: a close neighbour, or one elsewhere."""
+    """The known key that an unknown one most likely stands for: a close neighbour, or one
+    elsewhere.
+    """
     paths = list(paths)
     parent, _, name = key.rpartition(".")
     schema_parent = re.sub(r"\[\d+\]", "", parent)
     elsewhere = [path for path in paths if path.rpartition(".")[2] == name]
-    siblings = {path.rpartition(".")[2]: path for path in paths if path.rpartition(".")[0] == schema_parent}
+    siblings = {
+        path.rpartition(".")[2]: path for path in paths if path.rpartition(".")[0] == schema_parent
+    }
     leaves = {path.rpartition(".")[2]: path for path in paths}
     if key in paths:
         return " of this type"

@@ -1,7 +1,9 @@
-"""The whole of a run, and its sections other than model and mtp: keys, units, sources, rules between them.
+"""The whole of a run, and its sections other than model and mtp: keys, units, sources, rules
+between them.
 
-"V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Fractions are of train.total_tokens, so
-that a recipe carries over to any run length. Unknown keys and settings without effect are errors.
+"V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Fractions are of
+train.total_tokens, so that a recipe carries over to any run length. Unknown keys and settings
+without effect are errors.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,7 +49,9 @@ class RunConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over progress (V3 4.2): warm-up from 0, constant, cosine, constant, low constant."""
+    """Learning rate over progress (V3 4.2): warm-up from 0, constant, cosine, constant, low
+    constant.
+    """
 
     warmup: Fraction = 0.0084
     """End of the linear warm-up (2K of about 240K steps)."""
@@ -75,7 +79,10 @@ class OptimConfig(Section):
 
     lr: Positive = 2.2e-4
     """Peak learning rate."""
-    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.95,
+    )
     """Decay of the first and second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
@@ -84,12 +91,16 @@ class OptimConfig(Section):
     grad_clip: NotNegative = 1.0
     """Largest global gradient norm; 0: no clipping."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """How the two moments are kept between steps (V3 3.3.3: bfloat16); masters are float32 with both."""
+    """How the two moments are kept between steps (V3 3.3.3: bfloat16); masters are float32 with
+    both.
+    """
     schedule: ScheduleConfig = ScheduleConfig()
 
 
 class BatchSizeRamp(Section):
-    """Batch size grows linearly with progress from `start` at 0 to train.batch_size at `until` (V3 4.2)."""
+    """Batch size grows linearly with progress from `start` at 0 to train.batch_size at `until` (V3
+    4.2).
+    """
 
     start: Count
     """Sequences per step at the start (V3: 3072)."""
@@ -111,7 +122,9 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Weights and activations in the forward; master weights are float32 (V3 3.3)."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What backward makes again to save memory. selective: norms, MLA up-projections (V3 3.2.3); full: whole blocks."""
+    """What backward makes again to save memory. selective: norms, MLA up-projections (V3 3.2.3);
+    full: whole blocks.
+    """
     bias_update_speed: NotNegative = 0.001
     """Router bias step gamma (V3 2.1.2, 4.2)."""
     bias_update_until: Fraction = 14.3e12 / V3_TOKENS
@@ -121,11 +134,17 @@ class TrainConfig(Section):
     threads: Count | None = None
     """CPU threads per rank; null: cores over ranks of this host."""
     init_from: FilePath | None = None
-    """Folder of a DeepSeek-V3-layout checkpoint: weights and router biases at step 0; null: `initializer_range`."""
+    """Folder of a DeepSeek-V3-layout checkpoint: weights and router biases at step 0; null:
+    `initializer_range`.
+    """
     freeze: Literal["none", "trunk"] = "none"
-    """trunk: only the MTP heads learn; embedding, trunk, router biases of the trunk and output head stay."""
+    """trunk: only the MTP heads learn; embedding, trunk, router biases of the trunk and output head
+    stay.
+    """
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    """Decay per step of an average of the weights, kept in host memory and in checkpoints (V3 3.2.2); null: none."""
+    """Decay per step of an average of the weights, kept in host memory and in checkpoints (V3
+    3.2.2); null: none.
+    """
 
     def rules(self) -> Iterator[Problem]:
         of = f"must be a multiple of train.micro_batch_size = {self.micro_batch_size}"
@@ -136,18 +155,25 @@ class TrainConfig(Section):
             if start % self.micro_batch_size:
                 yield "batch_size_ramp.start", f"{of} (got {start})"
             if start > self.batch_size:
-                yield ("batch_size_ramp.start", f"must be <= train.batch_size = {self.batch_size} (got {start})")
+                yield (
+                    "batch_size_ramp.start",
+                    f"must be <= train.batch_size = {self.batch_size} (got {start})",
+                )
 
 
 class ParallelConfig(Section):
     """How ranks share the work."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also weights."""
+    """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also
+    weights.
+    """
     offload_optimizer: bool = False
     """Keep optimizer states and master weights in host memory, and update there (ZeRO 1, 2, 3)."""
     expert_parallel_size: Count = 1
-    """Ranks that share the routed experts of a layer; the groups of ranks are copies (V3 3.2: 64)."""
+    """Ranks that share the routed experts of a layer; the groups of ranks are copies (V3 3.2:
+    64).
+    """
     pipeline_stages: Count = 1
     """Stages into which the layers are cut, each on its own ranks (V3 3.2: 16)."""
     sequence_parallel_size: Count = 1
@@ -238,11 +264,17 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield "train.total_tokens", f"{text} (got {train.total_tokens})"
     if train and mtp and train.freeze == "trunk":
         if not mtp.depths:
-            yield "train.freeze", "trunk leaves nothing to train without MTP heads; set none, or mtp.mode"
+            yield (
+                "train.freeze",
+                "trunk leaves nothing to train without MTP heads; set none, or mtp.mode",
+            )
         elif mtp.detach == "none":
             yield "train.freeze", "trunk needs mtp.detach: trunk or all (got none)"
         if train.init_from is None:
-            yield "train.freeze", "trunk needs train.init_from: a trunk at random weights teaches nothing"
+            yield (
+                "train.freeze",
+                "trunk needs train.init_from: a trunk at random weights teaches nothing",
+            )
 
     if all(sections.get(name) is not None for name in layout.NEEDS):
         yield from layout.problems(SimpleNamespace(**sections))
@@ -258,7 +290,8 @@ def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:
 
 
 def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:
-    """Reads and checks a run's YAML. sets: overrides such as "mtp.mode=none", values in YAML, applied first.
+    """Reads and checks a run's YAML. sets: overrides such as "mtp.mode=none", values in YAML,
+    applied first.
 
     Raises ConfigError, whose text is a report of every problem in the file and in the overrides.
     """
@@ -267,7 +300,9 @@ def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         problems += problems_of(error, tree, Config)
-        problems += [problem for problem in _rules_between(_parsed(tree)) if problem not in problems]
+        problems += [
+            problem for problem in _rules_between(_parsed(tree)) if problem not in problems
+        ]
     if problems:
         raise ConfigError(str(path), problems)
     return config

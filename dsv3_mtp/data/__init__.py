@@ -1,4 +1,5 @@
-"""Data: text to memory-mapped token shards, or generated tasks; windows of them in a resumable order. numpy only.
+"""Data: text to memory-mapped token shards, or generated tasks; windows of them in a resumable
+order. numpy only.
 
 opening.py    what a config names, opened: the training sampler and the validation source
 sampler.py    windows of tokens, in an order that any number of ranks can resume

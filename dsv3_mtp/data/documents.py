@@ -1,6 +1,7 @@
 """User text, one document at a time: text files, JSON lines, parquet, saved Hugging Face data sets.
 
-Every reader can start at any record and names file and record in its errors, which are all ValueError.
+Every reader can start at any record and names file and record in its errors, which are all
+ValueError.
 """
 
 import codecs
@@ -47,17 +48,26 @@ Record = tuple[int, int, Any, str]
 class FileInputs:
     """The documents of files, folders and globs; `val_fraction` of them, by content hash, are val.
 
-    A text file is one document; each record of .jsonl[.gz|.zst], .parquet and a saved data set is one.
+    A text file is one document; each record of .jsonl[.gz|.zst], .parquet and a saved data set is
+    one.
     """
 
-    def __init__(self, patterns: list[str], *, text_key: str, val_fraction: float, out: Path) -> None:
+    def __init__(
+        self, patterns: list[str], *, text_key: str, val_fraction: float, out: Path
+    ) -> None:
         """out: the folder that is being made, and is no input where a pattern covers it."""
         self.text_key, self.val_fraction = text_key, val_fraction
         own = {out.resolve(), out.with_name(out.name + ".partial").resolve()}
-        self.files = [path for path in _find_files(patterns) if own.isdisjoint(path.resolve().parents)]
+        self.files = [
+            path for path in _find_files(patterns) if own.isdisjoint(path.resolve().parents)
+        ]
         self.sizes = [path.stat().st_size for path in self.files]
-        stamps = "".join(f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n" for path in self.files)
-        self.fingerprint = hashlib.sha256(stamps.encode()).hexdigest()  # of the files as they are now
+        stamps = "".join(
+            f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n" for path in self.files
+        )
+        self.fingerprint = hashlib.sha256(
+            stamps.encode()
+        ).hexdigest()  # of the files as they are now
 
     def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
         """All documents from record `record` of input file `file` on."""
@@ -65,11 +75,15 @@ class FileInputs:
             path = self.files[number]
             for following, done, text, place in _open_records(path, self.text_key, record):
                 if not isinstance(text, str):
-                    raise ValueError(f"{place}: {self.text_key!r} is {type(text).__name__}, must be a string")
+                    raise ValueError(
+                        f"{place}: {self.text_key!r} is {type(text).__name__}, must be a string"
+                    )
                 try:
                     content = text.encode("utf-8")
                 except UnicodeEncodeError as error:
-                    raise ValueError(f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})") from None
+                    raise ValueError(
+                        f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})"
+                    ) from None
                 digest = hashlib.sha256(content).digest()
                 bucket = int.from_bytes(digest, "big") % VAL_BUCKETS
                 split = "val" if bucket < self.val_fraction * VAL_BUCKETS else "train"
@@ -78,7 +92,9 @@ class FileInputs:
 
 
 def _find_files(patterns: list[str]) -> list[Path]:
-    files: dict[Path, Path] = {}  # a file that two patterns name, however they write it, is read once
+    files: dict[
+        Path, Path
+    ] = {}  # a file that two patterns name, however they write it, is read once
     missing = []
     for pattern in patterns:
         path = Path(pattern)
@@ -103,11 +119,16 @@ def _walk(folder: Path) -> list[Path]:
     """All files below `folder` except hidden ones and __pycache__, sorted by path."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(str(p) for p in folder.iterdir() if p.is_dir())
-        raise ValueError(f"{folder}: a saved DatasetDict; give the folder of one of its splits: {', '.join(splits)}")
+        raise ValueError(
+            f"{folder}: a saved DatasetDict; give the folder "
+            f"of one of its splits: {', '.join(splits)}"
+        )
     found = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
+        if path.is_file() and not any(
+            part.startswith(".") or part == "__pycache__" for part in parts
+        ):
             found.append(path)
     return found
 
@@ -116,11 +137,15 @@ def _saved_dataset(folder: Path) -> list[Path]:
     """The Arrow files of a folder written by datasets.Dataset.save_to_disk."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("_indices_data_files"):
-        raise ValueError(f"{folder}: was saved with an indices mapping; save it again with a recent `datasets`")
+        raise ValueError(
+            f"{folder}: was saved with an indices mapping; save it again with a recent `datasets`"
+        )
     files = [folder / entry["filename"] for entry in state["_data_files"]]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise ValueError(f"{folder}: state.json names files that are not there: {', '.join(missing)}")
+        raise ValueError(
+            f"{folder}: state.json names files that are not there: {', '.join(missing)}"
+        )
     return files
 
 
@@ -141,7 +166,8 @@ def _text_records(path: Path, start: int) -> Iterator[Record]:
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise ValueError(
-                f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the file, or "
+                f"{path}, line {line}: byte 0x{content[error.start]:02x} "
+                "is not UTF-8; convert the file, or "
                 f"leave it out with a glob such as '{path.parent}/**/*.txt'"
             ) from None
         yield 1, len(content), text, str(path)
@@ -176,9 +202,13 @@ def _json_text(line: bytes, key: str, place: str) -> Any:
     except (ValueError, RecursionError) as error:  # JSON or UTF-8; nested without end
         raise ValueError(f"{place}: not valid JSON ({error})") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}")
+        raise ValueError(
+            f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}"
+        )
     if key not in record:
-        raise ValueError(f"{place}: has no key {key!r}, only {sorted(record)}; name it with --text-key")
+        raise ValueError(
+            f"{place}: has no key {key!r}, only {sorted(record)}; name it with --text-key"
+        )
     return record[key]
 
 
@@ -198,7 +228,9 @@ def _table_records(path: Path, key: str, start: int) -> Iterator[Record]:
             reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
             names, batches = reader.schema.names, iter(reader)
         if key not in names:
-            raise ValueError(f"{path}: has no column {key!r}, only {sorted(names)}; name it with --text-key")
+            raise ValueError(
+                f"{path}: has no column {key!r}, only {sorted(names)}; name it with --text-key"
+            )
         for batch in batches:
             if row + batch.num_rows > start:
                 for offset, text in enumerate(batch.column(key).to_pylist()):

@@ -1,11 +1,13 @@
-"""The Megatron `.bin/.idx` pair: a flat array of token ids and the lengths of its sequences and documents.
+"""The Megatron `.bin/.idx` pair: a flat array of token ids and the lengths of its sequences and
+documents.
 
     PREFIX.bin   token ids, back to back, nothing else
     PREFIX.idx   b"MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences | u64 len(doc_idx)
                  | S x i32 tokens per sequence | S x i64 byte offset
                  | doc_idx: i64 number of the first sequence of each document, then S
 
-All numbers are little-endian. Our own shards have one sequence per document; foreign files may have several.
+All numbers are little-endian. Our own shards have one sequence per document; foreign files may have
+several.
 """
 
 import os
@@ -20,7 +22,9 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest dtype that Megatron has for ids below `vocab_size`: uint16 under 65,536, else int32."""
+    """The narrowest dtype that Megatron has for ids below `vocab_size`: uint16 under 65,536, else
+    int32.
+    """
     return np.dtype("<u2") if vocab_size < 65_536 else np.dtype("<i4")
 
 
@@ -40,23 +44,30 @@ def write_index(path: Path, dtype: np.dtype, sizes: np.ndarray) -> None:
 
 
 def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
-    """The token dtype and the tokens per document (int64, empty documents left out) of a `.idx` file.
+    """The token dtype and the tokens per document (int64, empty documents left out) of a `.idx`
+    file.
 
-    Raises ValueError naming the file and both numbers when it is not a Megatron index, is truncated, has a
-    float dtype, or contradicts itself.
+    Raises ValueError naming the file and both numbers when it is not a Megatron index, is
+    truncated, has a float dtype, or contradicts itself.
     """
     raw = np.fromfile(path, np.uint8)
     if len(raw) < HEADER.size:
         raise ValueError(f"{path}: {len(raw)} bytes, a Megatron index has at least {HEADER.size}")
     magic, version, code, sequences, borders = HEADER.unpack(raw[: HEADER.size].tobytes())
     if magic != MAGIC or version != 1:
-        raise ValueError(f"{path}: starts with {magic!r} version {version}, a Megatron index with {MAGIC!r} version 1")
+        raise ValueError(
+            f"{path}: starts with {magic!r} version {version}, "
+            f"a Megatron index with {MAGIC!r} version 1"
+        )
     if code not in DTYPES:
-        raise ValueError(f"{path}: dtype code {code} is no integer type; token ids have one of {sorted(DTYPES)}")
+        raise ValueError(
+            f"{path}: dtype code {code} is no integer type; token ids have one of {sorted(DTYPES)}"
+        )
     expected = HEADER.size + 12 * sequences + 8 * borders
     if len(raw) != expected:
         raise ValueError(
-            f"{path}: {len(raw)} bytes, but its header promises {sequences} sequences and {borders} document "
+            f"{path}: {len(raw)} bytes, but its header promises "
+            f"{sequences} sequences and {borders} document "
             f"borders, which take {expected} bytes; the file is truncated or damaged"
         )
     dtype = np.dtype(DTYPES[code])
@@ -66,28 +77,38 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     doc_idx = np.frombuffer(body, "<i8", borders, 12 * sequences)
     ends = np.concatenate([[0], np.cumsum(sizes)])  # (S + 1,) in tokens
     if (sizes < 0).any() or not np.array_equal(offsets, ends[:-1] * dtype.itemsize):
-        raise ValueError(f"{path}: its {sequences} sequences do not lie back to back; merge them into one file first")
+        raise ValueError(
+            f"{path}: its {sequences} sequences do not lie "
+            "back to back; merge them into one file first"
+        )
     if borders < 1 or doc_idx[0] != 0 or doc_idx[-1] != sequences or (np.diff(doc_idx) < 0).any():
-        raise ValueError(f"{path}: doc_idx does not run from 0 to the number of sequences, {sequences}")
+        raise ValueError(
+            f"{path}: doc_idx does not run from 0 to the number of sequences, {sequences}"
+        )
     lengths = np.diff(ends[doc_idx])
     return dtype, lengths[lengths > 0]
 
 
 def open_pair(prefix: Path | str) -> tuple[np.ndarray, np.ndarray]:
-    """Memory-map PREFIX.bin and read PREFIX.idx: (tokens (N,), tokens per document (documents,) int64).
+    """Memory-map PREFIX.bin and read PREFIX.idx: (tokens (N,), tokens per document (documents,)
+    int64).
 
-    Raises ValueError when a file is missing, when the two disagree about N, or when there are no tokens.
+    Raises ValueError when a file is missing, when the two disagree about N, or when there are no
+    tokens.
     """
     binary, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (binary, index):
         if not path.is_file():
-            raise ValueError(f"{path}: no such file; a Megatron data set is the pair PREFIX.bin and PREFIX.idx")
+            raise ValueError(
+                f"{path}: no such file; a Megatron data set is the pair PREFIX.bin and PREFIX.idx"
+            )
     dtype, lengths = read_index(index)
     expected, actual = int(lengths.sum()) * dtype.itemsize, binary.stat().st_size
     if actual != expected:
         raise ValueError(
             f"{binary}: {actual} bytes, but {index.name} describes {expected} bytes "
-            f"({expected // dtype.itemsize} tokens of {dtype.name}); one of the two is truncated or damaged"
+            f"({expected // dtype.itemsize} tokens of "
+            f"{dtype.name}); one of the two is truncated or damaged"
         )
     if expected == 0:
         raise ValueError(f"{binary}: holds no tokens")

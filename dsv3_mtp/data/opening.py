@@ -1,4 +1,6 @@
-"""The data of a run, opened as its config says: what it is trained on, and what it is validated on."""
+"""The data of a run, opened as its config says: what it is trained on, and what it is validated
+on.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,15 +8,24 @@ from typing import Any
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.sampler import Sampler
-from dsv3_mtp.data.source import Source, check_documents, check_tokenizers, check_vocab, open_source, tokenizer_sha256
-from dsv3_mtp.data.tasks import TaskSource
+from dsv3_mtp.data.source import (
+    Source,
+    check_documents,
+    check_tokenizers,
+    check_vocab,
+    open_source,
+    tokenizer_sha256,
+)
+from dsv3_mtp.tasks.examples import TaskSource
 
 
 def build_missing(config: Config) -> None:
     """Prepares the embedded corpus that `data.build` names, if it is not there."""
     folder = config.data.train
     if config.data.build == "pystdlib" and isinstance(folder, str) and not Path(folder).exists():
-        print(f"{folder}: missing, building it from the standard library of this Python", flush=True)
+        print(
+            f"{folder}: missing, building it from the standard library of this Python", flush=True
+        )
         prepare(folder, Arguments(corpus="pystdlib", vocab_size=config.model.vocab_size))
 
 
@@ -24,7 +35,11 @@ def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
     Raises:
         ValueError: the data cannot be used, or was not made with one tokenizer.
     """
-    windows: Any = {"seq_len": config.data.seq_len, "lookahead": 1 + config.mtp.depths, "seed": config.run.seed}
+    windows: Any = {
+        "seq_len": config.data.seq_len,
+        "lookahead": 1 + config.mtp.depths,
+        "seed": config.run.seed,
+    }
     val = validation_source(config)
     if isinstance(val, TaskSource):
         return Sampler([val], **windows), val
@@ -44,12 +59,16 @@ def validation_source(config: Config, split: str = "val") -> Source | TaskSource
     """What a run is validated on: data.val, or other examples of its task than it is trained on.
 
     Raises:
-        ValueError: the data cannot be used, or `split` is asked of a task, which has validation examples only.
+        ValueError: the data cannot be used, or `split` is asked of a task, which has validation
+            examples only.
     """
     if config.data.task is None:
         source = open_source(config.data.val or "", split)
         check_vocab(source, config.model.vocab_size)
         return source
     if split != "val":
-        raise ValueError(f"data.task {config.data.task.type} has no split {split!r}: its training examples are all new")
+        raise ValueError(
+            f"data.task {config.data.task.type} has no split "
+            f"{split!r}: its training examples are all new"
+        )
     return TaskSource(config.data.task)

@@ -1,8 +1,9 @@
-"""Text to token shards: split, tokenise, write. Byte-identical however often it is interrupted and resumed.
+"""Text to token shards: split, tokenise, write. Byte-identical however often it is interrupted and
+resumed.
 
-Everything is written to DIR.partial, which becomes DIR with one rename at the end. DIR.partial/progress.json
-says how far the shards on disk go; whatever was written after it is cut off and made again. A lock beside
-them, .DIR.lock, lets a second process wait for the first.
+Everything is written to DIR.partial, which becomes DIR with one rename at the end.
+DIR.partial/progress.json says how far the shards on disk go; whatever was written after it is cut
+off and made again. A lock beside them, .DIR.lock, lets a second process wait for the first.
 """
 
 import json
@@ -14,13 +15,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.atomic import lock, naming, replacing, write_json
 from dsv3_mtp.data.documents import FileInputs, Inputs
 from dsv3_mtp.data.megatron import token_dtype
-from dsv3_mtp.data.shards import FORMAT, INDEX, SPLITS, VERSION, SplitWriter, file_sha256, read_folder_index
+from dsv3_mtp.data.shards import (
+    FORMAT,
+    INDEX,
+    SPLITS,
+    VERSION,
+    SplitWriter,
+    file_sha256,
+    read_folder_index,
+)
 from dsv3_mtp.data.stdlib import StdlibInputs, stdlib_inputs
 from dsv3_mtp.data.tokenise import PROGRESS, Progress, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
+from dsv3_mtp.files.atomic import lock, naming, replacing, write_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
 TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is trained on
@@ -56,11 +65,16 @@ class Arguments:
         if self.corpus not in (None, "pystdlib"):
             problems.append(f"corpus {self.corpus!r}: the only one is 'pystdlib'")
         if (self.tokenizer is None) == (self.vocab_size is None):
-            problems.append("give either a tokenizer.json or a vocab_size to train one (--tokenizer or --vocab-size)")
+            problems.append(
+                "give either a tokenizer.json or a vocab_size "
+                "to train one (--tokenizer or --vocab-size)"
+            )
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction {self.val_fraction}: must be in [0, 1)")
         if self.corpus == "pystdlib" and self.val_fraction != 0.1:
-            problems.append(f"val_fraction {self.val_fraction}: the split of pystdlib is fixed; leave it at 0.1")
+            problems.append(
+                f"val_fraction {self.val_fraction}: the split of pystdlib is fixed; leave it at 0.1"
+            )
         if not 0 <= self.fim_rate <= 1:
             problems.append(f"fim_rate {self.fim_rate}: must be in [0, 1]")
         if self.shard_tokens < 1:
@@ -69,11 +83,14 @@ class Arguments:
             raise ValueError("\n".join(problems))
 
 
-def prepare(out_dir: str | Path, arguments: Arguments, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Make the prepared folder `out_dir`, or go on where an interrupted call with the same arguments stopped.
+def prepare(
+    out_dir: str | Path, arguments: Arguments, *, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Make the prepared folder `out_dir`, or go on where an interrupted call with the same
+    arguments stopped.
 
-    Returns the contents of its index.json. Raises ValueError for bad input, naming file and record, and when
-    `out_dir` or `out_dir`.partial were made with other arguments.
+    Returns the contents of its index.json. Raises ValueError for bad input, naming file and record,
+    and when `out_dir` or `out_dir`.partial were made with other arguments.
     """
     out = Path(out_dir)
     if not out.name:
@@ -102,16 +119,22 @@ def _open_inputs(arguments: Arguments, out: Path) -> Inputs:
     if arguments.corpus is not None:
         return stdlib_inputs()
     share = arguments.val_fraction
-    return FileInputs(list(arguments.inputs), text_key=arguments.text_key, val_fraction=share, out=out)
+    return FileInputs(
+        list(arguments.inputs), text_key=arguments.text_key, val_fraction=share, out=out
+    )
 
 
 def _recorded(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
-    """The arguments as index.json keeps them: the tokenizer by its hash, the inputs by name and size."""
+    """The arguments as index.json keeps them: the tokenizer by its hash, the inputs by name and
+    size.
+    """
     recorded = asdict(arguments) | {"inputs": list(arguments.inputs)}
     if arguments.tokenizer is not None and Path(arguments.tokenizer).is_file():
         recorded["tokenizer"] = file_sha256(Path(arguments.tokenizer))
     if isinstance(inputs, FileInputs):
-        recorded["files"] = [[str(path), size] for path, size in zip(inputs.files, inputs.sizes, strict=True)]
+        recorded["files"] = [
+            [str(path), size] for path, size in zip(inputs.files, inputs.sizes, strict=True)
+        ]
     else:
         recorded["files"] = inputs.fingerprint
     return recorded
@@ -126,44 +149,78 @@ def _compare(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     for key, value in now.items():
         if there.get(key) != value:
             long = key == "files" or (key == "tokenizer" and None not in (there.get(key), value))
-            differences.append(f"{key}: other contents" if long else f"{key}: {there.get(key)} there, {value} now")
+            differences.append(
+                f"{key}: other contents" if long else f"{key}: {there.get(key)} there, {value} now"
+            )
     if differences:
         raise ValueError(
-            f"{folder} was made with other arguments; repeat those, choose another --out, or delete it:\n  "
+            (
+                f"{folder} was made with other arguments; repeat "
+                "those, choose another --out, or delete it:\n  "
+            )
             + "\n  ".join(differences)
         )
 
 
 def _build(
-    partial: Path, arguments: Arguments, recorded: dict[str, Any], inputs: Inputs, progress: Progress | None
+    partial: Path,
+    arguments: Arguments,
+    recorded: dict[str, Any],
+    inputs: Inputs,
+    progress: Progress | None,
 ) -> None:
     state = _saved_state(partial, recorded, inputs)
     if state is None:
         encoder = _make_tokenizer(partial, arguments, inputs)
-        state = {"file": 0, "record": 0, "documents": 0, "empty": 0, "manifest_hash": "", "splits": {}}
-        state |= {"arguments": recorded, "inputs": inputs.fingerprint, "tokenizer_sha256": encoder.sha256}
+        state = {
+            "file": 0,
+            "record": 0,
+            "documents": 0,
+            "empty": 0,
+            "manifest_hash": "",
+            "splits": {},
+        }
+        state |= {
+            "arguments": recorded,
+            "inputs": inputs.fingerprint,
+            "tokenizer_sha256": encoder.sha256,
+        }
     else:
         encoder = load_encoder(partial / TOKENIZER, eos=arguments.eos)
     if arguments.fim_rate > 0 and encoder.fim_ids is None:
         raise ValueError(
-            f"fim_rate {arguments.fim_rate}: {arguments.tokenizer} has no fill-in-the-middle tokens such as "
+            f"fim_rate {arguments.fim_rate}: {arguments.tokenizer} "
+            "has no fill-in-the-middle tokens such as "
             "<|fim_begin|> <|fim_hole|> <|fim_end|>; use a tokenizer that has them, or --fim-rate 0"
         )
     dtype = token_dtype(encoder.vocab_size)
     writers = {
         split: SplitWriter(
-            partial, split, dtype=dtype, shard_tokens=arguments.shard_tokens, state=state["splits"].get(split)
+            partial,
+            split,
+            dtype=dtype,
+            shard_tokens=arguments.shard_tokens,
+            state=state["splits"].get(split),
         )
         for split in SPLITS
     }
     Tokenising(
-        partial, inputs, encoder, writers, state, fim_rate=arguments.fim_rate, seed=arguments.seed, progress=progress
+        partial,
+        inputs,
+        encoder,
+        writers,
+        state,
+        fim_rate=arguments.fim_rate,
+        seed=arguments.seed,
+        progress=progress,
     ).run()
     _finish(partial, arguments, inputs, encoder, writers, state)
 
 
 def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
-    """progress.json of an interrupted run, checked against this one; without it None, and all is deleted."""
+    """progress.json of an interrupted run, checked against this one; without it None, and all is
+    deleted.
+    """
     path = partial / PROGRESS
     if not path.is_file():
         for left in partial.iterdir():
@@ -172,15 +229,25 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
     state = json.loads(path.read_text(encoding="utf-8"))
     _compare(partial, state["arguments"], recorded)
     if state["inputs"] != inputs.fingerprint:
-        raise ValueError(f"{partial}: the input files changed since it was interrupted; delete it and start again")
-    if not (partial / TOKENIZER).is_file() or file_sha256(partial / TOKENIZER) != state["tokenizer_sha256"]:
-        raise ValueError(f"{partial / TOKENIZER}: is missing or was changed; delete {partial} and start again")
+        raise ValueError(
+            f"{partial}: the input files changed since it "
+            "was interrupted; delete it and start again"
+        )
+    if (
+        not (partial / TOKENIZER).is_file()
+        or file_sha256(partial / TOKENIZER) != state["tokenizer_sha256"]
+    ):
+        raise ValueError(
+            f"{partial / TOKENIZER}: is missing or was changed; delete {partial} and start again"
+        )
     return state
 
 
 def _make_tokenizer(partial: Path, arguments: Arguments, inputs: Inputs) -> DocumentEncoder:
     if arguments.tokenizer is not None:
-        load_encoder(Path(arguments.tokenizer), eos=arguments.eos)  # so that errors name the user's file
+        load_encoder(
+            Path(arguments.tokenizer), eos=arguments.eos
+        )  # so that errors name the user's file
         content = Path(arguments.tokenizer).read_bytes()
     else:
         assert arguments.vocab_size is not None
@@ -216,7 +283,8 @@ def _finish(
     if documents["train"] == 0 or (documents["val"] == 0 and arguments.val_fraction > 0):
         shutil.rmtree(partial)  # nothing in it fits other text or another fraction
         raise ValueError(
-            f"{state['documents']} documents ({state['empty']} empty) gave {documents['train']} for train "
+            f"{state['documents']} documents ({state['empty']} "
+            f"empty) gave {documents['train']} for train "
             f"and {documents['val']} for val; give more text, or another --val-fraction (0: no val)"
         )
     index = {
@@ -235,8 +303,14 @@ def _finish(
     if isinstance(inputs, StdlibInputs):
         index |= {"manifest_hash": inputs.fingerprint}
         index["source"] = {"corpus": "pystdlib", "python": sys.version.split()[0]}
-        files = [{"path": path, "sha256": sha256, "split": split} for path, sha256, split in inputs.manifest]
-        write_json(partial / MANIFEST, {"manifest_hash": inputs.fingerprint, **index["source"], "files": files})
+        files = [
+            {"path": path, "sha256": sha256, "split": split}
+            for path, sha256, split in inputs.manifest
+        ]
+        write_json(
+            partial / MANIFEST,
+            {"manifest_hash": inputs.fingerprint, **index["source"], "files": files},
+        )
     write_json(partial / INDEX, index)
     for left in [partial / PROGRESS, *partial.glob("*.sizes"), *partial.glob(".*.tmp")]:
         left.unlink(missing_ok=True)

@@ -1,11 +1,12 @@
-"""Windows of T + lookahead tokens from one or several sources, endless, resumable, the same for any ranks.
+"""Windows of T + lookahead tokens from one or several sources, endless, resumable, the same for any
+ranks.
 
-Per source, epoch e is a seeded permutation of the documents, and the epochs run on as one endless token
-stream. Window w covers stream[w * T : w * T + T + lookahead]; the inputs of consecutive windows touch and
-never overlap, so that each token is a main input once per epoch and (the stream's very first token apart) a
-main target once per epoch. The windows that start in an epoch are visited in a second permutation, so that a
-batch is not one file. Reading sample j of a source needs no history: the state of the whole sampler is a few
-integers.
+Per source, epoch e is a seeded permutation of the documents, and the epochs run on as one endless
+token stream. Window w covers stream[w * T : w * T + T + lookahead]; the inputs of consecutive
+windows touch and never overlap, so that each token is a main input once per epoch and (the stream's
+very first token apart) a main target once per epoch. The windows that start in an epoch are visited
+in a second permutation, so that a batch is not one file. Reading sample j of a source needs no
+history: the state of the whole sampler is a few integers.
 """
 
 import functools
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from dsv3_mtp.data.source import Source
-from dsv3_mtp.data.tasks import TaskSource, TaskStream
+from dsv3_mtp.tasks.examples import TaskSource, TaskStream
 
-# tokens and documents (b, T + lookahead) int64; of a task also (b, T + lookahead) bool: which tokens are targets
+# tokens and documents (b, T + lookahead) int64; of a task also (b, T + lookahead) bool: which
+# tokens are targets
 Batch = tuple[np.ndarray, ...]
 
 DOCUMENTS, WINDOWS = 0, 1  # which of the two permutations of an epoch
@@ -42,25 +44,37 @@ class Sampler:
     ) -> None:
         weights = [1.0] * len(sources) if weights is None else list(weights)
         if not sources or len(sources) != len(weights) or min(weights) <= 0:
-            raise ValueError(f"one weight > 0 per source is needed: {len(sources)} sources, weights {weights}")
+            raise ValueError(
+                f"one weight > 0 per source is needed: {len(sources)} sources, weights {weights}"
+            )
         if seq_len < 1 or lookahead < 0:
-            raise ValueError(f"seq_len must be >= 1 and lookahead >= 0, got {seq_len} and {lookahead}")
+            raise ValueError(
+                f"seq_len must be >= 1 and lookahead >= 0, got {seq_len} and {lookahead}"
+            )
         self.sources = list(sources)
         self.weights = [weight / sum(weights) for weight in weights]
         self.seq_len, self.lookahead, self.seed = seq_len, lookahead, seed
         self.samples = 0
         self.counts = [0] * len(sources)
         self._prepared: tuple[list[tuple[int, int]], int, list[Batch]] | None = None
-        self._streams = [_open_stream(source, seq_len, (seed, i)) for i, source in enumerate(sources)]
+        self._streams = [
+            _open_stream(source, seq_len, (seed, i)) for i, source in enumerate(sources)
+        ]
 
     def next_batch(
-        self, batch_size: int, *, rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None
+        self,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_size: int | None = None,
     ) -> list[Batch]:
         """This rank's micro-batches of the next global batch of `batch_size` samples.
 
-        Rank r gets the r-th of `world_size` equal slices, cut into micro-batches of `micro_batch_size` rows
-        (None: one). `documents` starts at 0 in each row and rises by 1 at each document border. Every rank's
-        counters advance by the whole global batch. Raises ValueError when the batch does not divide.
+        Rank r gets the r-th of `world_size` equal slices, cut into micro-batches of
+        `micro_batch_size` rows (None: one). `documents` starts at 0 in each row and rises by 1 at
+        each document border. Every rank's counters advance by the whole global batch. Raises
+        ValueError when the batch does not divide.
         """
         picks, micro = self._share(batch_size, rank, world_size, micro_batch_size)
         prepared, self._prepared = self._prepared, None
@@ -69,7 +83,12 @@ class Sampler:
         return self._read(picks, micro)
 
     def prepare(
-        self, batch_size: int, *, rank: int = 0, world_size: int = 1, micro_batch_size: int | None = None
+        self,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_size: int | None = None,
     ) -> None:
         """Reads what `next_batch` of the same arguments will return, and stays where it is."""
         position = self.samples, list(self.counts)
@@ -79,15 +98,25 @@ class Sampler:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able. Independent of the number of ranks and of `lookahead`."""
-        return {"version": 1, "samples": self.samples, "counts": list(self.counts), **self._identity()}
+        return {
+            "version": 1,
+            "samples": self.samples,
+            "counts": list(self.counts),
+            **self._identity(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; ValueError with every difference when it is of another stream."""
+        """Continue where `state` was taken; ValueError with every difference when it is of another
+        stream.
+        """
         now = self._identity()
-        differences = [f"{key}: saved {state[key]}, now {now[key]}" for key in now if state[key] != now[key]]
+        differences = [
+            f"{key}: saved {state[key]}, now {now[key]}" for key in now if state[key] != now[key]
+        ]
         if differences:
             raise ValueError(
-                "the saved data position belongs to another token stream; restore these settings, or start a "
+                "the saved data position belongs to another "
+                "token stream; restore these settings, or start a "
                 "new run under another run.name:\n  " + "\n  ".join(differences)
             )
         self.samples = int(state["samples"])
@@ -96,7 +125,9 @@ class Sampler:
     def _share(
         self, batch_size: int, rank: int, world_size: int, micro_batch_size: int | None
     ) -> tuple[list[tuple[int, int]], int]:
-        """(source, index within it) of this rank's samples of the next batch, and rows of its micro-batches."""
+        """(source, index within it) of this rank's samples of the next batch, and rows of its
+        micro-batches.
+        """
         rows = _divide(batch_size, world_size, micro_batch_size)
         picks = [self._pick() for _ in range(batch_size)]
         return picks[rank * rows : (rank + 1) * rows], micro_batch_size or rows
@@ -109,16 +140,25 @@ class Sampler:
     def _pick(self) -> tuple[int, int]:
         """(source, index within it) of the next sample: the source that lags its share most."""
         self.samples += 1
-        lag = [weight * self.samples - count for weight, count in zip(self.weights, self.counts, strict=True)]
+        lag = [
+            weight * self.samples - count
+            for weight, count in zip(self.weights, self.counts, strict=True)
+        ]
         source = lag.index(max(lag))
         self.counts[source] += 1
         return source, self.counts[source] - 1
 
     def _identity(self) -> dict[str, Any]:
         sources = [
-            {"manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents} for s in self.sources
+            {"manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents}
+            for s in self.sources
         ]
-        return {"seq_len": self.seq_len, "seed": self.seed, "weights": self.weights, "sources": sources}
+        return {
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "weights": self.weights,
+            "sources": sources,
+        }
 
 
 def sequential_windows(
@@ -131,16 +171,20 @@ def sequential_windows(
     world_size: int = 1,
     micro_batch_size: int | None = None,
 ) -> list[Batch]:
-    """Exactly `count` fixed windows for validation, evenly spread over `source` in its natural order.
+    """Exactly `count` fixed windows for validation, evenly spread over `source` in its natural
+    order.
 
-    The windows are the same for every number of ranks and start at the same tokens for every `lookahead`.
-    Windows repeat when the source has fewer than `count`; past the last document the first follows (as
-    another document). A task has no end: these are its first validation rows. Micro-batches of
-    `micro_batch_size` rows (None: one slice per rank) are dealt to the ranks in turn, see `deal`.
+    The windows are the same for every number of ranks and start at the same tokens for every
+    `lookahead`. Windows repeat when the source has fewer than `count`; past the last document the
+    first follows (as another document). A task has no end: these are its first validation rows.
+    Micro-batches of `micro_batch_size` rows (None: one slice per rank) are dealt to the ranks in
+    turn, see `deal`.
     """
     stream = _open_stream(source, seq_len, None)
     batches = deal(count, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
-    return [_stack([stream.spread(row, count, seq_len + lookahead) for row in rows]) for rows in batches]
+    return [
+        _stack([stream.spread(row, count, seq_len + lookahead) for row in rows]) for rows in batches
+    ]
 
 
 def deal(count: int, *, rank: int, world_size: int, micro_batch_size: int | None) -> list[range]:
@@ -149,7 +193,9 @@ def deal(count: int, *, rank: int, world_size: int, micro_batch_size: int | None
     return [range(i, min(i + micro, count)) for i in range(0, count, micro)][rank::world_size]
 
 
-def _open_stream(source: Source | TaskSource, seq_len: int, key: tuple[int, int] | None) -> "_Stream | TaskStream":
+def _open_stream(
+    source: Source | TaskSource, seq_len: int, key: tuple[int, int] | None
+) -> "_Stream | TaskStream":
     if isinstance(source, TaskSource):
         return TaskStream(source, seq_len, key)
     return _Stream(source, seq_len, key)
@@ -164,7 +210,8 @@ class _Stream:
     def __init__(self, source: Source, seq_len: int, key: tuple[int, int] | None) -> None:
         self.source, self.seq_len, self.key = source, seq_len, key
         self.lengths = np.diff(source.document_starts)
-        # A window touches its epoch and the next, and a batch may lie on both sides of an epoch border.
+        # A window touches its epoch and the next, and a batch may lie on both sides of an epoch
+        # border.
         self._documents = functools.lru_cache(maxsize=3)(self._document_order)
         self._windows = functools.lru_cache(maxsize=2)(self._window_order)
 
@@ -199,17 +246,22 @@ class _Stream:
         return -(-epoch * self.source.tokens // self.seq_len)
 
     def _document_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in the order of this epoch, token offset in the epoch at which each of them ends)."""
+        """(documents in the order of this epoch, token offset in the epoch at which each of them
+        ends).
+        """
         order = self._permutation(epoch, DOCUMENTS, len(self.lengths))
         return order, np.cumsum(self.lengths[order])
 
     def _window_order(self, epoch: int) -> np.ndarray:
-        return self._permutation(epoch, WINDOWS, self._first_window(epoch + 1) - self._first_window(epoch))
+        return self._permutation(
+            epoch, WINDOWS, self._first_window(epoch + 1) - self._first_window(epoch)
+        )
 
     def _permutation(self, epoch: int, kind: int, n: int) -> np.ndarray:
         if self.key is None:
             return np.arange(n)
-        # numpy fixes the raw output of a generator for ever, but not what Generator.permutation makes of it.
+        # numpy fixes the raw output of a generator for ever, but not what Generator.permutation
+        # makes of it.
         generator = np.random.PCG64(np.random.SeedSequence([*self.key, epoch, kind]))
         return np.argsort(generator.random_raw(n), kind="stable")
 
@@ -219,7 +271,8 @@ def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> i
     rows = batch_size // world_size
     if rows * world_size != batch_size or rows % (micro_batch_size or rows or 1) or rows == 0:
         raise ValueError(
-            f"a batch of {batch_size} sequences does not divide into {world_size} ranks x micro-batches of "
+            f"a batch of {batch_size} sequences does not "
+            f"divide into {world_size} ranks x micro-batches of "
             f"{micro_batch_size or 'any'} sequences; make it a multiple of "
             f"{world_size * (micro_batch_size or 1)}"
         )

@@ -22,17 +22,25 @@ SPLITS = ("train", "val")
 
 
 def read_folder_index(folder: Path) -> dict[str, Any]:
-    """index.json of a prepared folder. Raises ValueError when it is missing or of another format."""
+    """index.json of a prepared folder. Raises ValueError when it is missing or of another
+    format.
+    """
     path = folder / INDEX
     if not path.is_file():
-        raise ValueError(f"{folder}: has no {INDEX}, so it is no prepared folder; make one with tools/prepare_data.py")
+        raise ValueError(
+            f"{folder}: has no {INDEX}, so it is no prepared "
+            "folder; make one with tools/prepare_data.py"
+        )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); prepare the folder again") from None
     found = (index.get("format"), index.get("version")) if isinstance(index, dict) else None
     if found != (FORMAT, VERSION):
-        raise ValueError(f"{path}: format {found}, this program reads {(FORMAT, VERSION)}; prepare the folder again")
+        raise ValueError(
+            f"{path}: format {found}, this program reads "
+            f"{(FORMAT, VERSION)}; prepare the folder again"
+        )
     return index
 
 
@@ -42,7 +50,9 @@ def file_sha256(path: Path) -> str:
 
 
 def verify_folder(folder: Path) -> None:
-    """Compare every file of a prepared folder with its sha256. Raises ValueError naming all that differ."""
+    """Compare every file of a prepared folder with its sha256. Raises ValueError naming all that
+    differ.
+    """
     index = read_folder_index(folder)
     expected = {"tokenizer.json": index["tokenizer_sha256"]}
     for split in index["splits"].values():
@@ -51,7 +61,9 @@ def verify_folder(folder: Path) -> None:
                 expected[f"{shard['file']}.{suffix}"] = digest
     problems = _differences(folder, expected)
     if problems:
-        raise ValueError("\n".join([*problems, f"{folder} is damaged: delete it and prepare it again"]))
+        raise ValueError(
+            "\n".join([*problems, f"{folder} is damaged: delete it and prepare it again"])
+        )
 
 
 def _differences(folder: Path, expected: dict[str, str]) -> list[str]:
@@ -64,14 +76,21 @@ def _differences(folder: Path, expected: dict[str, str]) -> list[str]:
 
 
 class SplitWriter:
-    """Appends the documents of one split to shards; can go on from any earlier `state()` after a crash.
+    """Appends the documents of one split to shards; can go on from any earlier `state()` after a
+    crash.
 
-    A shard is closed with the document that brings it to `shard_tokens` tokens. While it is open, the lengths
-    of its documents are in NAME.sizes; its .idx is written when it is closed.
+    A shard is closed with the document that brings it to `shard_tokens` tokens. While it is open,
+    the lengths of its documents are in NAME.sizes; its .idx is written when it is closed.
     """
 
     def __init__(
-        self, folder: Path, split: str, *, dtype: np.dtype, shard_tokens: int, state: dict[str, Any] | None = None
+        self,
+        folder: Path,
+        split: str,
+        *,
+        dtype: np.dtype,
+        shard_tokens: int,
+        state: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
         self.shards: list[dict[str, Any]] = []
@@ -83,7 +102,9 @@ class SplitWriter:
             self._restore(state)
 
     def append(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """Add one document: its token ids, end of text included, and the UTF-8 bytes of its text."""
+        """Add one document: its token ids, end of text included, and the UTF-8 bytes of its
+        text.
+        """
         binary, sizes = self._files or self._open("wb")
         raw = tokens.astype(self.dtype).tobytes()
         binary.write(raw)
@@ -105,7 +126,12 @@ class SplitWriter:
             file.close()
         write_index(self._path("idx"), self.dtype, np.fromfile(self._path("sizes"), np.int32))
         sha256 = {"bin": digest, "idx": file_sha256(self._path("idx"))}
-        shard = {"file": self._name(), "tokens": self.tokens, "documents": self.documents, "sha256": sha256}
+        shard = {
+            "file": self._name(),
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "sha256": sha256,
+        }
         self.shards.append(shard)
         self.tokens = self.documents = 0
         self._files = None
@@ -118,7 +144,11 @@ class SplitWriter:
 
     def state(self) -> dict[str, Any]:
         """What is on disk after `flush`, JSON-able."""
-        open_shard = {"tokens": self.tokens, "documents": self.documents, "sha256": self._hash.hexdigest()}
+        open_shard = {
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "sha256": self._hash.hexdigest(),
+        }
         return {"shards": list(self.shards), "bytes": self.bytes, "open": open_shard}
 
     @property
@@ -136,12 +166,17 @@ class SplitWriter:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Check the finished shards and cut the open one back to what `state` describes."""
-        expected = {f"{s['file']}.{suffix}": d for s in state["shards"] for suffix, d in s["sha256"].items()}
+        expected = {
+            f"{s['file']}.{suffix}": d for s in state["shards"] for suffix, d in s["sha256"].items()
+        }
         problems = _differences(self.folder, expected)
         self.shards, self.bytes = list(state["shards"]), state["bytes"]
         self.tokens, self.documents = state["open"]["tokens"], state["open"]["documents"]
         if self.documents:
-            for suffix, size in (("bin", self.tokens * self.dtype.itemsize), ("sizes", self.documents * 4)):
+            for suffix, size in (
+                ("bin", self.tokens * self.dtype.itemsize),
+                ("sizes", self.documents * 4),
+            ):
                 path = self._path(suffix)
                 actual = path.stat().st_size if path.is_file() else 0
                 if actual < size:
@@ -149,9 +184,15 @@ class SplitWriter:
                 else:
                     os.truncate(path, size)
             if not problems:
-                problems = _differences(self.folder, {self._path("bin").name: state["open"]["sha256"]})
+                problems = _differences(
+                    self.folder, {self._path("bin").name: state["open"]["sha256"]}
+                )
         if problems:
-            raise ValueError("\n".join([*problems, f"cannot go on from {self.folder}: delete it and start again"]))
+            raise ValueError(
+                "\n".join(
+                    [*problems, f"cannot go on from {self.folder}: delete it and start again"]
+                )
+            )
         if self.documents:
             self._hash.update(self._path("bin").read_bytes())
             self._open("ab")

@@ -1,22 +1,23 @@
-"""sitelib, a corpus of some hundred megabytes that every environment brings along: the *.py files of its
-site-packages and of the standard library.
+"""sitelib, a corpus of some hundred megabytes that every environment brings along: the *.py files
+of its site-packages and of the standard library.
 
-Nothing is downloaded or vendored. The text depends on what is installed, so `manifest_hash` says which
-corpus it was: numbers of two corpora are not compared. Three splits, all decided by hashes:
+Nothing is downloaded or vendored. The text depends on what is installed, so `manifest_hash` says
+which corpus it was: numbers of two corpora are not compared. Three splits, all decided by hashes:
 
     train   files of the training packages
     val     `iid`: other files of the training packages
     shift   whole packages of which no file is in the others
 
-A package is a distribution with its version (one wheel: torch and torchgen), the standard library is one,
-named python, and always a training package. A file that occurs twice is taken once, from a training package if
-it is in one.
+A package is a distribution with its version (one wheel: torch and torchgen), the standard library
+is one, named python, and always a training package. A file that occurs twice is taken once, from a
+training package if it is in one.
 """
 
 import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,17 +83,32 @@ class SitelibInputs:
             yield Document(text, digest.digest(), listed.split, number, 1, listed.size)
 
     def manifest(self) -> dict[str, Any]:
-        """What manifest.json says: versions, split, files and bytes per package, and every file with its hash."""
+        """What manifest.json says: versions, split, files and bytes per package, and every file
+        with its hash.
+        """
         packages: dict[str, dict[str, Any]] = {}
         for file in self.files:
             entry = packages.setdefault(
                 file.package,
-                {"version": self.versions[file.package], "shift": file.split == "shift", "files": 0, "bytes": 0},
+                {
+                    "version": self.versions[file.package],
+                    "shift": file.split == "shift",
+                    "files": 0,
+                    "bytes": 0,
+                },
             )
             entry["files"] += 1
             entry["bytes"] += file.size
-        files = [{"package": f.package, "path": f.name, "sha256": f.sha256, "split": f.split} for f in self.files]
-        return {"corpus": "sitelib", "python": platform.python_version(), "packages": packages, "files": files}
+        files = [
+            {"package": f.package, "path": f.name, "sha256": f.sha256, "split": f.split}
+            for f in self.files
+        ]
+        return {
+            "corpus": "sitelib",
+            "python": platform.python_version(),
+            "packages": packages,
+            "files": files,
+        }
 
 
 def sitelib_inputs(site: Path | None = None, library: Path | None = None) -> SitelibInputs:
@@ -105,28 +121,32 @@ def sitelib_inputs(site: Path | None = None, library: Path | None = None) -> Sit
     library = Path(sysconfig.get_path("stdlib")) if library is None else library
     owners, versions = _distributions(site)
     versions[STANDARD_LIBRARY] = platform.python_version()
-    found = [(STANDARD_LIBRARY, name, library / name) for name in _source_files(library, skip_site=True)]
+    found = [
+        (STANDARD_LIBRARY, name, library / name) for name in _source_files(library, skip_site=True)
+    ]
     for name in _source_files(site, skip_site=False):
         top = name.partition("/")[0].removesuffix(".py")
         package = owners.get(top, top)
         if package != OWN:
             found.append((package, name, site / name))
-    # Training packages first, so that of two equal files theirs is kept; the order of documents comes after.
+    # Training packages first, so that of two equal files theirs is kept.
     found.sort(key=lambda item: (is_shift(item[0]), item[0], item[1]))
     files = _distinct(found)
     total = sum(file.size for file in files)
     if total < MIN_BYTES:
         raise ValueError(
-            f"{site} and {library}: have {total / 1e6:.1f} MB of Python files, at least {MIN_BYTES / 1e6:.0f} are needed "
-            "(data.build: sitelib). Install this project's dependencies into this environment, use pystdlib, "
-            "or prepare other text with tools/prepare_data.py --input"
+            f"{site} and {library}: have {total / 1e6:.1f} MB of Python files, sitelib needs at "
+            f"least {MIN_BYTES / 1e6:.0f}. Install this project's dependencies into this "
+            "environment, use pystdlib, or prepare other text with tools/prepare_data.py --input"
         )
     names = {file.package for file in files}
-    return SitelibInputs(tuple(files), {name: versions.get(name, "unknown") for name in sorted(names)})
+    return SitelibInputs(
+        tuple(files), {name: versions.get(name, "unknown") for name in sorted(names)}
+    )
 
 
 def is_shift(package: str) -> bool:
-    """The package is held out whole: decided by its name, so that a new version does not move it."""
+    """The package is held out whole: decided by its name, whatever its version."""
     return package != STANDARD_LIBRARY and _bucket(f"shift {package}") < SHIFT_PER_MILLE
 
 
@@ -159,13 +179,15 @@ def _is_utf8(content: bytes) -> bool:
 
 
 def _distributions(site: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Of every top-level module in `site` the distribution that brought it, and the version of each of these."""
+    """Of every top-level module in `site` the distribution that brought it, and the version of each
+    of these.
+    """
     owners, versions = {}, {}
     for distribution in importlib.metadata.distributions(path=[str(site)]):
         name = distribution.metadata["Name"]
         if name is None:  # left behind by an interrupted installation
             continue
-        normal = name.lower().replace("_", "-").replace(".", "-")
+        normal = re.sub(r"[-_.]+", "-", name).lower()
         versions[normal] = distribution.version
         for file in distribution.files or ():
             if file.suffix == ".py" and file.parts[0] != "..":

@@ -1,4 +1,6 @@
-"""A split of tokenised documents, opened for reading: a prepared folder or any Megatron `.bin/.idx` pair."""
+"""A split of tokenised documents, opened for reading: a prepared folder or any Megatron `.bin/.idx`
+pair.
+"""
 
 import hashlib
 from collections.abc import Iterable
@@ -19,8 +21,8 @@ VOCAB_SCAN_TOKENS = 1 << 24  # tokens looked at by check_vocab when the vocabula
 class Source:
     """N tokens in documents, as one virtual array over memory-mapped shards.
 
-    `vocab_size`, `tokenizer_sha256` and `bytes` (UTF-8 bytes of the text) are None for a plain Megatron pair, which
-    does not record them.
+    `vocab_size`, `tokenizer_sha256` and `bytes` (UTF-8 bytes of the text) are None for a plain
+    Megatron pair, which does not record them.
     """
 
     path: str
@@ -54,10 +56,11 @@ class Source:
 
 
 def open_source(path: str | Path, split: str) -> Source:
-    """Open the `split` ("train" or "val") of a prepared folder, or a Megatron prefix (which has no splits).
+    """Open the `split` ("train" or "val") of a prepared folder, or a Megatron prefix (which has no
+    splits).
 
-    Raises ValueError when there is nothing to open at `path`, when the preparation was not finished, when the
-    split is empty, or when a file is damaged (see `megatron.open_pair`).
+    Raises ValueError when there is nothing to open at `path`, when the preparation was not
+    finished, when the split is empty, or when a file is damaged (see `megatron.open_pair`).
     """
     path = Path(path)
     if path.is_dir():
@@ -65,15 +68,27 @@ def open_source(path: str | Path, split: str) -> Source:
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if Path(f"{prefix}.idx").is_file() or Path(f"{prefix}.bin").is_file():
         tokens, lengths = open_pair(prefix)
-        return _source(path, _pair_hash(Path(f"{prefix}.idx"), tokens), {}, None, [tokens], [lengths])
-    hint = f"prepare it with: python tools/prepare_data.py --out {path} --corpus pystdlib --vocab-size 2048"
+        return _source(
+            path, _pair_hash(Path(f"{prefix}.idx"), tokens), {}, None, [tokens], [lengths]
+        )
+    hint = (
+        "prepare it with: python tools/prepare_data.py "
+        f"--out {path} --corpus pystdlib --vocab-size 2048"
+    )
     if Path(f"{path}.partial").is_dir():
-        hint = f"{path}.partial is unfinished: run its tools/prepare_data.py command again to finish it"
-    raise ValueError(f"{path}: neither a prepared folder nor a Megatron prefix ({path}.bin, {path}.idx); {hint}")
+        hint = (
+            f"{path}.partial is unfinished: run its "
+            "tools/prepare_data.py command again to finish it"
+        )
+    raise ValueError(
+        f"{path}: neither a prepared folder nor a Megatron prefix ({path}.bin, {path}.idx); {hint}"
+    )
 
 
 def _pair_hash(index: Path, tokens: np.ndarray) -> str:
-    """sha256 of the .idx file and of 64 blocks spread over the tokens: reading all of a large .bin would take hours."""
+    """sha256 of the .idx file and of 64 blocks spread over the tokens: reading all of a large .bin
+    would take hours.
+    """
     digest = hashlib.sha256(index.read_bytes())
     for start in np.linspace(0, max(len(tokens) - HASH_BLOCK_TOKENS, 0), 64).astype(np.int64):
         digest.update(tokens[start : start + HASH_BLOCK_TOKENS].tobytes())
@@ -83,13 +98,16 @@ def _pair_hash(index: Path, tokens: np.ndarray) -> str:
 def check_vocab(source: Source, vocab_size: int) -> None:
     """Raise ValueError when `source` has token ids that a model with `vocab_size` embeddings lacks.
 
-    A plain Megatron pair does not record its vocabulary: evenly spread tokens are looked at instead.
+    A plain Megatron pair does not record its vocabulary: evenly spread tokens are looked at
+        instead.
     """
     if source.vocab_size is not None:
         if source.vocab_size > vocab_size:
             raise ValueError(
-                f"{source.path} was tokenised with vocab_size {source.vocab_size}, but model.vocab_size is "
-                f"{vocab_size}; set that to at least {source.vocab_size}, or prepare the data with a smaller "
+                f"{source.path} was tokenised with vocab_size "
+                f"{source.vocab_size}, but model.vocab_size is "
+                f"{vocab_size}; set that to at least "
+                f"{source.vocab_size}, or prepare the data with a smaller "
                 "tokenizer"
             )
         return
@@ -101,18 +119,24 @@ def check_vocab(source: Source, vocab_size: int) -> None:
         low, high = min(low, int(ids.min())), max(high, int(ids.max()))
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"{source.path} holds token id {low if low < 0 else high}, but model.vocab_size is {vocab_size} "
-            f"(ids 0 .. {vocab_size - 1}); set model.vocab_size to that of the tokenizer that made this data"
+            f"{source.path} holds token id {low if low < 0 else high}, "
+            f"but model.vocab_size is {vocab_size} "
+            f"(ids 0 .. {vocab_size - 1}); set model.vocab_size "
+            "to that of the tokenizer that made this data"
         )
 
 
 def check_documents(source: Source, depths: int) -> None:
-    """Raise ValueError when masked documents leave the deepest of `depths` heads without a single target."""
+    """Raise ValueError when masked documents leave the deepest of `depths` heads without a single
+    target.
+    """
     longest = int(np.diff(source.document_starts).max())
     if longest < 2 + depths:
         raise ValueError(
-            f"{source.path}: its longest document has {longest} tokens, so that with data.mask_documents: true depth "
-            f"{depths} never has a target; set false, lower mtp.num_nextn_predict_layers, or take longer documents"
+            f"{source.path}: its longest document has {longest} "
+            "tokens, so that with data.mask_documents: true depth "
+            f"{depths} never has a target; set false, lower "
+            "mtp.num_nextn_predict_layers, or take longer documents"
         )
 
 
@@ -122,31 +146,40 @@ def tokenizer_sha256(path: Path | None) -> str | None:
 
 
 def check_tokenizers(made: Iterable[tuple[str, str | None]]) -> None:
-    """Raise ValueError when data and models, as (path, sha256 of its tokenizer or None), have different tokenizers."""
+    """Raise ValueError when data and models, as (path, sha256 of its tokenizer or None), have
+    different tokenizers.
+    """
     paths: dict[str, str] = {}
     for path, sha256 in made:
         if sha256 is not None:
             paths.setdefault(sha256, path)
     if len(paths) > 1:
         raise ValueError(
-            f"{' and '.join(paths.values())} have different tokenizers, so that the same id is different "
-            "text; prepare all data with the same tokenizer.json (tools/prepare_data.py --tokenizer)"
+            f"{' and '.join(paths.values())} have different "
+            "tokenizers, so that the same id is different "
+            "text; prepare all data with the same "
+            "tokenizer.json (tools/prepare_data.py --tokenizer)"
         )
 
 
 def _open_folder(folder: Path, split: str) -> Source:
     index = read_folder_index(folder)
     if split not in index["splits"]:
-        raise ValueError(f"{folder / INDEX}: no split {split!r}, there are {sorted(index['splits'])}")
+        raise ValueError(
+            f"{folder / INDEX}: no split {split!r}, there are {sorted(index['splits'])}"
+        )
     entry = index["splits"][split]
     if not entry["shards"]:
-        raise ValueError(f"{folder}: the split {split!r} is empty; prepare it again with another --val-fraction")
+        raise ValueError(
+            f"{folder}: the split {split!r} is empty; prepare it again with another --val-fraction"
+        )
     tokens, lengths = [], []
     for shard in entry["shards"]:
         array, sizes = open_pair(folder / shard["file"])
         if (len(array), len(sizes)) != (shard["tokens"], shard["documents"]):
             raise ValueError(
-                f"{folder / shard['file']}.bin: {len(array)} tokens in {len(sizes)} documents, but {INDEX} "
+                f"{folder / shard['file']}.bin: {len(array)} "
+                f"tokens in {len(sizes)} documents, but {INDEX} "
                 f"promises {shard['tokens']} in {shard['documents']}; prepare the folder again"
             )
         tokens.append(array)

@@ -1,6 +1,7 @@
 """pystdlib, the corpus that every Python brings along: the *.py files of its own standard library.
 
-Nothing is vendored, so the text differs between Python versions; `manifest_hash` says which one it was.
+Nothing is vendored, so the text differs between Python versions; `manifest_hash` says which one it
+was.
 """
 
 import hashlib
@@ -14,7 +15,16 @@ from dsv3_mtp.data.documents import Document
 
 EXCLUDED_FOLDERS = frozenset(
     ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"]
-    + ["pydoc_data", "idlelib", "lib2to3", "distutils", "tkinter", "turtledemo", "ensurepip", "msilib"]
+    + [
+        "pydoc_data",
+        "idlelib",
+        "lib2to3",
+        "distutils",
+        "tkinter",
+        "turtledemo",
+        "ensurepip",
+        "msilib",
+    ]
 )
 MIN_FILE_BYTES = 64
 MIN_FILES = 100  # a complete standard library has 360 to 410
@@ -23,10 +33,14 @@ VAL_PER_MILLE = 100
 
 @dataclass(frozen=True)
 class StdlibInputs:
-    """The standard library as documents, split by the hash of the path: stable when files come or go."""
+    """The standard library as documents, split by the hash of the path: stable when files come or
+    go.
+    """
 
     texts: tuple[tuple[str, str], ...]  # (path relative to the library, text), sorted by path
-    manifest: tuple[tuple[str, str, str], ...]  # (path, sha256, "train" | "val" | "skipped"), sorted
+    manifest: tuple[
+        tuple[str, str, str], ...
+    ]  # (path, sha256, "train" | "val" | "skipped"), sorted
     fingerprint: str  # the manifest hash: sha256 over the sorted (path, sha256, split)
     sizes: list[int]
 
@@ -57,8 +71,10 @@ def stdlib_inputs(root: Path | None = None) -> StdlibInputs:
         manifest.append((name, hashlib.sha256(content).hexdigest(), split))
     if len(texts) < MIN_FILES:
         raise ValueError(
-            f"{root}: has {len(texts)} standard library .py files, at least {MIN_FILES} are needed: this "
-            "Python comes without its sources. Install a full one (Debian: apt install libpython3-stdlib; or "
+            f"{root}: has {len(texts)} standard library .py "
+            f"files, at least {MIN_FILES} are needed: this "
+            "Python comes without its sources. Install a full "
+            "one (Debian: apt install libpython3-stdlib; or "
             "uv python install), or prepare other text with tools/prepare_data.py --input"
         )
     listing = "".join(f"{name} {sha} {split}\n" for name, sha, split in manifest)
@@ -69,14 +85,20 @@ def stdlib_inputs(root: Path | None = None) -> StdlibInputs:
 
 def path_split(path: str) -> str:
     """The split of a standard-library file: a tenth is val."""
-    return "val" if int(hashlib.sha256(path.encode()).hexdigest(), 16) % 1000 < VAL_PER_MILLE else "train"
+    return (
+        "val"
+        if int(hashlib.sha256(path.encode()).hexdigest(), 16) % 1000 < VAL_PER_MILLE
+        else "train"
+    )
 
 
 def _source_files(root: Path) -> list[str]:
     """Paths of the .py files below `root` that belong to the corpus, relative to it, sorted."""
     found = []
     for folder, folders, files in os.walk(root):  # walks into what is left in `folders`
-        folders[:] = [f for f in folders if f not in EXCLUDED_FOLDERS and not f.startswith("config-")]
+        folders[:] = [
+            f for f in folders if f not in EXCLUDED_FOLDERS and not f.startswith("config-")
+        ]
         for file in files:
             path = Path(folder, file)
             if file.endswith(".py") and not file.startswith("_sysconfigdata") and path.is_file():

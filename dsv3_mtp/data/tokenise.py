@@ -1,4 +1,6 @@
-"""The main loop of a preparation: read documents, encode them in other threads, write them in order."""
+"""The main loop of a preparation: read documents, encode them in other threads, write them in
+order.
+"""
 
 import hashlib
 import time
@@ -11,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_mtp.atomic import write_json
 from dsv3_mtp.data.documents import Document, Inputs
 from dsv3_mtp.data.shards import SplitWriter
 from dsv3_mtp.data.tokenizer import DocumentEncoder, fim_split
+from dsv3_mtp.files.atomic import write_json
 
 PROGRESS = "progress.json"
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2_000_000, 2_000
@@ -25,10 +27,11 @@ Progress = Callable[[int, int, int], None]  # input bytes done, input bytes in a
 
 @dataclass
 class Tokenising:
-    """Turns `inputs` from the position in `state` on into tokens in `writers`; `state` goes to progress.json.
+    """Turns `inputs` from the position in `state` on into tokens in `writers`; `state` goes to
+    progress.json.
 
-    `state` is saved whenever a shard is closed and every SAVE_SECONDS. It describes what is safely on disk,
-    so that neither the batches nor the moments of saving show in the result.
+    `state` is saved whenever a shard is closed and every SAVE_SECONDS. It describes what is safely
+    on disk, so that neither the batches nor the moments of saving show in the result.
     """
 
     partial: Path

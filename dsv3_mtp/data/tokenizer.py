@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 END_OF_TEXT = "<|endoftext|>"
-# (begin, hole, end) = (before the prefix, before the suffix, before the middle); the second to fourth are
-# those of DeepSeek, Qwen and StarCoder.
+# (begin, hole, end) = (before the prefix, before the suffix, before the middle); the second to
+# fourth are those of DeepSeek, Qwen and StarCoder.
 FIM_NAMES = (
     ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
     ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
@@ -32,15 +32,16 @@ EOS_NAMES = (
 )
 SPECIAL_TOKENS = (END_OF_TEXT, *FIM_NAMES[0])
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
-# The trainer takes time with the square of a word's length: a megabyte of base64 would keep it busy for an hour.
+# The trainer takes time with the square of a word's length: a megabyte of base64 would keep it busy
+# for an hour.
 ENDLESS_WORD = re.compile(r"(\S{1000}|\s{1000})")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     """A byte-level BPE with exactly `vocab_size` tokens as the text of a tokenizer.json.
 
-    `<|endoftext|>` has id 0, the three fill-in-the-middle tokens follow. Words are learned from in pieces of at most
-    1000 characters. Deterministic.
+    `<|endoftext|>` has id 0, the three fill-in-the-middle tokens follow. Words are learned from in
+    pieces of at most 1000 characters. Deterministic.
 
     Raises ValueError when `vocab_size` is below 260 or above what the texts can fill.
     """
@@ -48,7 +49,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
 
     if vocab_size < MIN_VOCAB:
         raise ValueError(
-            f"vocab_size {vocab_size}: at least {MIN_VOCAB} (256 bytes, {len(SPECIAL_TOKENS)} special tokens)"
+            f"vocab_size {vocab_size}: at least {MIN_VOCAB} "
+            f"(256 bytes, {len(SPECIAL_TOKENS)} special tokens)"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,7 +72,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Documents to token ids. Text that looks like a special token is encoded as plain characters."""
+    """Documents to token ids. Text that looks like a special token is encoded as plain
+    characters.
+    """
 
     tokenizer: Any  # tokenizers.Tokenizer
     vocab_size: int  # largest id + 1
@@ -79,7 +83,8 @@ class DocumentEncoder:
     sha256: str  # of the tokenizer.json
 
     def encode(self, documents: list[tuple[str, ...]]) -> list[np.ndarray]:
-        """Token ids (n,) int64 per document, EOS last; a document is (text,) or (prefix, middle, suffix).
+        """Token ids (n,) int64 per document, EOS last; a document is (text,) or (prefix, middle,
+        suffix).
 
         FIM order is PSM: begin prefix hole suffix end middle EOS (arXiv 2412.19437, section 4.1).
         """
@@ -97,23 +102,30 @@ class DocumentEncoder:
 
 
 def recorded_eos(path: Path) -> int | None:
-    """The end-of-text id that the prepared folder or the checkpoint around a tokenizer.json was made with."""
+    """The end-of-text id that the prepared folder or the checkpoint around a tokenizer.json was
+    made with.
+    """
     for name, key in (("index.json", "eos_id"), ("config.json", "eos_token_id")):
         if (beside := path.with_name(name)).is_file():
             recorded = json.loads(beside.read_text(encoding="utf-8")).get(key)
-            return recorded if isinstance(recorded, int) else None  # a checkpoint may name none, or several
+            return (
+                recorded if isinstance(recorded, int) else None
+            )  # a checkpoint may name none, or several
     return None
 
 
 def load_encoder(path: Path, *, eos: str | int | None = None) -> DocumentEncoder:
-    """Read a tokenizer.json. `eos` is its end-of-text token, by name or id (None: the first common name that it has).
+    """Read a tokenizer.json. `eos` is its end-of-text token, by name or id (None: the first common
+    name that it has).
 
     Raises ValueError when the file is no tokenizer or has no such token.
     """
     from tokenizers import Tokenizer
 
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; a tokenizer.json of Hugging Face tokenizers is needed")
+        raise ValueError(
+            f"{path}: no such file; a tokenizer.json of Hugging Face tokenizers is needed"
+        )
     content = path.read_bytes()
     try:
         tokenizer = Tokenizer.from_buffer(content)
@@ -128,7 +140,9 @@ def load_encoder(path: Path, *, eos: str | int | None = None) -> DocumentEncoder
         name = next((name for name in EOS_NAMES if name in vocab), None)
     if name is None or name not in vocab:
         looked = " ".join(ascii(n)[1:-1] for n in EOS_NAMES) if eos is None else repr(eos)
-        raise ValueError(f"{path}: has no end-of-text token {looked}; name the one it has with --eos")
+        raise ValueError(
+            f"{path}: has no end-of-text token {looked}; name the one it has with --eos"
+        )
     fim = next((names for names in FIM_NAMES if all(name in vocab for name in names)), None)
     fim_ids = None if fim is None else (vocab[fim[0]], vocab[fim[1]], vocab[fim[2]])
     digest = hashlib.sha256(content).hexdigest()
@@ -136,12 +150,16 @@ def load_encoder(path: Path, *, eos: str | int | None = None) -> DocumentEncoder
 
 
 def recorded_encoder(path: Path) -> DocumentEncoder:
-    """`load_encoder` with the end-of-text token that the data or weights beside this tokenizer.json were made with."""
+    """`load_encoder` with the end-of-text token that the data or weights beside this tokenizer.json
+    were made with.
+    """
     return load_encoder(path, eos=recorded_eos(path))
 
 
 def fim_split(text: str, *, rate: float, seed: int, document: int) -> tuple[str, ...]:
-    """(prefix, middle, suffix) with probability `rate`, else (text,); a pure function of the arguments."""
+    """(prefix, middle, suffix) with probability `rate`, else (text,); a pure function of the
+    arguments.
+    """
     digest = hashlib.sha256(f"fim {seed} {document}".encode()).digest()
     draws = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16)]
     if draws[0] / 2**64 >= rate:

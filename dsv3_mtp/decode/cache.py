@@ -11,10 +11,12 @@ from dsv3_mtp.model.layers import rotary_angles
 
 
 class Window(NamedTuple):
-    """The slots that one cached forward computes, the same for all layers. Slot and position are one number.
+    """The slots that one cached forward computes, the same for all layers. Slot and position are
+    one number.
 
-    A row's window is T consecutive slots; rows may start at different ones. What lies behind a window in the cache is
-    masked, so that forgetting slots (a rejected draft) is no more than writing over them.
+    A row's window is T consecutive slots; rows may start at different ones. What lies behind a
+    window in the cache is masked, so that forgetting slots (a rejected draft) is no more than
+    writing over them.
     """
 
     shape: tuple[int, int]  # (B, T)
@@ -25,22 +27,28 @@ class Window(NamedTuple):
 
 
 class Slots:
-    """Makes the windows of a model: where each row's new slots lie, their rotary angles, what they may see."""
+    """Makes the windows of a model: where each row's new slots lie, their rotary angles, what they
+    may see.
+    """
 
     def __init__(self, model: DeepseekV3MTP, slots: int):
         """slots: size S of every cache, at least the highest slot of any window + 1."""
         weight = model.lm_head.weight
         self.slots, self.heads, self.device = slots, model.config.num_attention_heads, weight.device
         self.dtype = weight.dtype
-        cos, sin = rotary_angles(model.config, torch.arange(slots, device=self.device))  # (S, P/2) each
+        cos, sin = rotary_angles(
+            model.config, torch.arange(slots, device=self.device)
+        )  # (S, P/2) each
         self.rotation = torch.stack([cos, sin], dim=-1).unsqueeze(1)  # (S, 1, P/2, 2)
         self.width = model.config.kv_lora_rank + model.config.qk_rope_head_dim  # R+P
         self.arange = torch.arange(slots, device=self.device)
 
     def caches(self, layers: int, rows: int) -> list[Tensor]:
-        """(B, S, R+P) for each layer, zero: a slot that was never written must not be NaN where it is masked.
+        """(B, S, R+P) for each layer, zero: a slot that was never written must not be NaN where it
+        is masked.
 
-        Not one tensor for all of them: compiled code would copy it whole for every layer that writes to it.
+        Not one tensor for all of them: compiled code would copy it whole for every layer that
+            writes to it.
         """
         shape = rows, self.slots, self.width
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
@@ -63,7 +71,9 @@ class Slots:
         mask = None
         if length > 1 or positions.ndim == 2:
             hidden = self.arange[:end] > positions[..., None]  # (T, end) or (B, T, end)
-            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(
+                hidden, float("-inf")
+            )
             mask = mask.repeat_interleave(self.heads, dim=-2).view(-1, 1, length * self.heads, end)
         return Window((rows, length), write, end, rotation, mask)
 
@@ -79,13 +89,16 @@ def span(ids: Tensor, starts: Sequence[int], length: int) -> Tensor:
 class Ring:
     """Hidden states of each row's last W slots. Writing slot i forgets slot i - W.
 
-    A drafting module runs a few slots behind the trunk (it needs tokens that are not known yet), so the states that it
-    reads have to wait here; a full-length buffer would cost more than the latent cache.
+    A drafting module runs a few slots behind the trunk (it needs tokens that are not known yet), so
+    the states that it reads have to wait here; a full-length buffer would cost more than the latent
+    cache.
     """
 
     def __init__(self, rows: int, width: int, like: Tensor):
         """like: (C, .) a weight of the model."""
-        self.states = torch.zeros(rows, width, like.shape[-1], dtype=like.dtype, device=like.device)  # (B, W, C)
+        self.states = torch.zeros(
+            rows, width, like.shape[-1], dtype=like.dtype, device=like.device
+        )  # (B, W, C)
 
     def read(self, starts: Sequence[int], length: int) -> Tensor:
         """(B, length, C): slots starts[b]..starts[b]+length-1."""
@@ -100,5 +113,7 @@ class Ring:
         if min(starts) == max(starts) and starts[0] % width + length <= width:
             start = starts[0] % width
             return slice(None), slice(start, start + length)
-        slots = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)  # (B, T)
+        slots = torch.tensor(starts, device=device)[:, None] + torch.arange(
+            length, device=device
+        )  # (B, T)
         return torch.arange(len(starts), device=device)[:, None], slots % width

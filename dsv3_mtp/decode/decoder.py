@@ -11,20 +11,25 @@ from torch import Tensor
 
 from dsv3_mtp.decode.cache import Window
 from dsv3_mtp.decode.layers import Layer, Norm
+from dsv3_mtp.heads.heads import MTPModule, ParallelHead, TrunkStates
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.mtp import MTPModule, ParallelHead, TrunkStates
 
 DYNAMIC = r"L\['(window|caches?|tokens|hidden|x)'\].*"  # arguments whose sizes differ between calls
 
 
 class Decoder:
-    """The weights of one `generate`, under torch.inference_mode; made anew each time, so that they are never stale."""
+    """The weights of one `generate`, under torch.inference_mode; made anew each time, so that they
+    are never stale.
+    """
 
     def __init__(self, model: DeepseekV3MTP, *, compile_up_to: int = 0):
         """compile_up_to: windows of at most so many slots run compiled (torch.compile)."""
         self.model, self.compile_up_to = model, compile_up_to
         if compile_up_to:
-            weights = tuple((weight.shape, weight.dtype, weight.device) for weight in model.state_dict().values())
+            weights = tuple(
+                (weight.shape, weight.dtype, weight.device)
+                for weight in model.state_dict().values()
+            )
             self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
         self.layers = Trunk(model)
         self.output = model.lm_head.weight.t()
@@ -35,7 +40,9 @@ class Decoder:
             self.heads = [Head(head) for head in model.mtp.layers]
 
     def trunk(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
-        """tokens: (B, T) of the window's slots; caches: (B, S, R+P) of each layer -> states, each (B*T, C)."""
+        """tokens: (B, T) of the window's slots; caches: (B, S, R+P) of each layer -> states, each
+        (B*T, C).
+        """
         return self._run(Trunk.forward, self.layers, tokens, caches, window=window)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -45,7 +52,9 @@ class Decoder:
     def module(
         self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window
     ) -> tuple[Tensor, Tensor]:
-        """Sequential module of `depth`, the last one beyond: states (N, C) and tokens (N,) -> state, normed state."""
+        """Sequential module of `depth`, the last one beyond: states (N, C) and tokens (N,) ->
+        state, normed state.
+        """
         head = self.heads[min(depth, len(self.heads)) - 1]
         return self._run(Module.forward, head, hidden, tokens, cache, window=window)
 
@@ -61,10 +70,11 @@ class Decoder:
 
 @cache
 def compiled(function: Any, device: str, kind: tuple) -> Callable:
-    """One compiled function for all models of a kind: of the same configuration, with weights of the same layout.
+    """One compiled function for all models of a kind: of the same configuration, with weights of
+    the same layout.
 
-    Torch compiles it for one token and for several, not as the cache grows. What it finds in `self` is the same for all
-    models of the kind, and need not be checked on every call.
+    Torch compiles it for one token and for several, not as the cache grows. What it finds in `self`
+    is the same for all models of the kind, and need not be checked on every call.
     """
     # Torch keeps graphs by code object, so that every kind needs its own.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
@@ -113,9 +123,13 @@ class Module:
         self.merge = (module.eh_proj.weight * gain).to(module.eh_proj.weight.dtype).t()
         self.normed = model.mtp_config.trunk_hidden == "post_norm"
 
-    def forward(self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window
+    ) -> tuple[Tensor, Tensor]:
         inputs = [hidden] if len(self.norms) == 1 else [F.embedding(tokens, self.table), hidden]
-        merged = torch.cat([norm.direction(x) for norm, x in zip(self.norms, inputs, strict=True)], dim=-1)
+        merged = torch.cat(
+            [norm.direction(x) for norm, x in zip(self.norms, inputs, strict=True)], dim=-1
+        )
         out = self.layer(torch.mm(merged, self.merge), cache, window)
         normed = self.out_norm(out)
         return (normed if self.normed else out), normed

@@ -1,8 +1,10 @@
-"""Drafters: from the trunk's states and the known tokens to K guesses per row, for every kind of head.
+"""Drafters: from the trunk's states and the known tokens to K guesses per row, for every kind of
+head.
 
-A drafter is told the trunk's states of new slots (`observe`) and asked for drafts (`draft`). It owns the caches of its
-modules. All of them follow training exactly: slot i of depth k sees what the teacher-forced forward would show it if
-the drafts were the text. Slots of depth k whose token t_{i+k} is still a draft are computed again once it is known.
+A drafter is told the trunk's states of new slots (`observe`) and asked for drafts (`draft`). It
+owns the caches of its modules. All of them follow training exactly: slot i of depth k sees what the
+teacher-forced forward would show it if the drafts were the text. Slots of depth k whose token
+t_{i+k} is still a draft are computed again once it is known.
 """
 
 from collections.abc import Sequence
@@ -14,12 +16,14 @@ from torch import Tensor
 from dsv3_mtp.decode.cache import Ring, Slots, span
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.heads.heads import TrunkStates
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.mtp import TrunkStates
 
 
 class Drafter:
-    """What all kinds share: a ring of the trunk's states, caches of `depths` modules, rows of a batch."""
+    """What all kinds share: a ring of the trunk's states, caches of `depths` modules, rows of a
+    batch.
+    """
 
     def __init__(self, decoder: Decoder, slots: Slots, *, rows: int, depth: int, chunk: int):
         """depth: most drafts per step; chunk: most slots that one `observe` brings."""
@@ -27,7 +31,9 @@ class Drafter:
         self.decoder, self.model, self.slots, self.depth = decoder, model, slots, depth
         self.modules = min(depth, model.depths)
         width = max(chunk, depth + 1) + 2 * (self.modules + 1)
-        self.rings = [Ring(rows, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())]
+        self.rings = [
+            Ring(rows, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())
+        ]
         self.caches = slots.caches(self.caches_needed(), rows)  # (B, S, R+P) per module
         # [module][row]: slots whose inputs were all known
         self.filled = [[0] * rows for _ in range(self.caches_needed())]
@@ -42,17 +48,26 @@ class Drafter:
         """The trunk state that the heads read."""
         raise NotImplementedError
 
-    def observe(self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0) -> None:
+    def observe(
+        self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0
+    ) -> None:
         """The trunk has computed slots starts[b].. of each row. states: (B*T, C).
 
-        ids: (B, >S) tokens of the rows; known: in a prefill, how many of them are known, the same for all rows.
+        ids: (B, >S) tokens of the rows; known: in a prefill, how many of them are known, the same
+            for all rows.
         """
-        self.rings[0].write(starts, self.source(states).view(len(starts), -1, self.rings[0].states.shape[-1]))
+        self.rings[0].write(
+            starts, self.source(states).view(len(starts), -1, self.rings[0].states.shape[-1])
+        )
 
-    def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler) -> tuple[Tensor, Tensor | None]:
-        """`count` drafts t_{m+1}.. for each row, m = last[b]: (B, count), and for sampling their probabilities.
+    def draft(
+        self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler
+    ) -> tuple[Tensor, Tensor | None]:
+        """`count` drafts t_{m+1}.. for each row, m = last[b]: (B, count), and for sampling their
+        probabilities.
 
-        ids: (B, >S) with the drafts written into it on return; probabilities: (B, count, V) or None when greedy.
+        ids: (B, >S) with the drafts written into it on return; probabilities: (B, count, V) or None
+            when greedy.
         """
         raise NotImplementedError
 
@@ -60,7 +75,10 @@ class Drafter:
         """Appends the rows of drafters of the same shape."""
         for ring, *more in zip(self.rings, *(other.rings for other in others), strict=True):
             ring.states = torch.cat([ring.states, *(r.states for r in more)])
-        self.caches = [torch.cat(same) for same in zip(self.caches, *(other.caches for other in others), strict=True)]
+        self.caches = [
+            torch.cat(same)
+            for same in zip(self.caches, *(other.caches for other in others), strict=True)
+        ]
         for module, filled in enumerate(self.filled):
             filled.extend(row for other in others for row in other.filled[module])
 
@@ -73,33 +91,45 @@ class Drafter:
 
 
 class ChainDrafter(Drafter):
-    """Sequential modules: depth k reads the state of depth k-1 and the embedding of the token k ahead.
+    """Sequential modules: depth k reads the state of depth k-1 and the embedding of the token k
+    ahead.
 
-    Beyond the trained depths the last module goes on, one slot further per draft, as serving engines recycle it: its
-    own state stands in for the trunk state of a slot that the trunk has not seen.
+    Beyond the trained depths the last module goes on, one slot further per draft, as serving
+    engines recycle it: its own state stands in for the trunk state of a slot that the trunk has not
+    seen.
 
-    Two modules, three drafts; t_m is the last known token, so that the trunk has states of slots 0..m-1:
+    Two modules, three drafts; t_m is the last known token, so that the trunk has states of slots
+    0..m-1:
 
         module 1, slot m-1   reads the trunk's state of m-1      and t_m       drafts t_{m+1}
         module 2, slot m-1   reads module 1's state of m-1       and t_{m+1}   drafts t_{m+2}
         module 2, slot m     reads its own state of m-1          and t_{m+2}   drafts t_{m+3}
 
-    If t_{m+1} stands and t_{m+2} is replaced, m grows by 2. Module 1 then computes slots m and m+1 (old m). Module 2
-    begins at m-1 again: the token it read there was a draft. `filled` holds where each module begins.
+    If t_{m+1} stands and t_{m+2} is replaced, m grows by 2. Module 1 then computes slots m and m+1
+    (old m). Module 2 begins at m-1 again: the token it read there was a draft. `filled` holds where
+    each module begins.
     """
 
     def rings_needed(self) -> int:
         return self.modules if self.model.mtp_config.chain == "hidden" else 1
 
     def source(self, states: TrunkStates) -> Tensor:
-        return states.post_norm if self.model.mtp_config.trunk_hidden == "post_norm" else states.pre_norm
+        return (
+            states.post_norm
+            if self.model.mtp_config.trunk_hidden == "post_norm"
+            else states.pre_norm
+        )
 
-    def observe(self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0) -> None:
+    def observe(
+        self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0
+    ) -> None:
         super().observe(states, starts, ids, known)
         length = states.post_norm.shape[0] // len(starts)
         if length <= self.depth + 1:  # a decode step: `draft` comes next and catches up
             return
-        for depth in range(1, 1 + self.modules):  # prefill: slots whose token k ahead is in the prompt
+        for depth in range(
+            1, 1 + self.modules
+        ):  # prefill: slots whose token k ahead is in the prompt
             first = self.filled[depth - 1]
             stop = min(starts[0] + length, known - depth)
             if stop > first[0]:
@@ -114,11 +144,15 @@ class ChainDrafter(Drafter):
                 starts = self.filled[depth - 1]
                 counts = [m - start for m, start in zip(last, starts, strict=True)]
                 out, normed = self._run(depth, starts, max(counts), ids)  # (B, T, C)
-                self.filled[depth - 1] = [max(s, m - depth + 1) for s, m in zip(starts, last, strict=True)]
+                self.filled[depth - 1] = [
+                    max(s, m - depth + 1) for s, m in zip(starts, last, strict=True)
+                ]
                 pick: Any = slice(None), slice(-1, None)  # the last slot of each row
                 if min(counts) != max(counts):
                     pick = rows, torch.tensor(counts, device=ids.device) - 1
-                hidden, normed = (state[pick].view(len(last), -1) for state in (out, normed))  # (B, C)
+                hidden, normed = (
+                    state[pick].view(len(last), -1) for state in (out, normed)
+                )  # (B, C)
             else:
                 starts = [m - 1 + depth - self.modules for m in last]
                 if self.model.mtp_config.chain == "trunk":
@@ -128,11 +162,18 @@ class ChainDrafter(Drafter):
             ids[rows, torch.tensor(last, device=ids.device) + depth] = drawn[-1][0]
         return _stacked(drawn)
 
-    def _run(self, depth: int, starts: Sequence[int], length: int, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Depth's chained and normed states of `length` slots from starts[b]; the next depth's ring gets them."""
+    def _run(
+        self, depth: int, starts: Sequence[int], length: int, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Depth's chained and normed states of `length` slots from starts[b]; the next depth's ring
+        gets them.
+        """
         chained = self.model.mtp_config.chain == "hidden"
         hidden = self.rings[depth - 1 if chained else 0].read(starts, length).flatten(0, 1)
-        out, normed = (x.view(len(starts), length, -1) for x in self._module(depth, hidden, starts, length, ids))
+        out, normed = (
+            x.view(len(starts), length, -1)
+            for x in self._module(depth, hidden, starts, length, ids)
+        )
         if chained and depth < self.modules:
             self.rings[depth].write(starts, out)
         return out, normed
@@ -145,15 +186,21 @@ class ChainDrafter(Drafter):
 
 
 class ParallelDrafter(Drafter):
-    """Meta's heads: each a layer beside the trunk's last one, reading that layer's input. No tokens are read."""
+    """Meta's heads: each a layer beside the trunk's last one, reading that layer's input. No tokens
+    are read.
+    """
 
     def source(self, states: TrunkStates) -> Tensor:
         return states.last_input
 
-    def observe(self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0) -> None:
+    def observe(
+        self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0
+    ) -> None:
         super().observe(states, starts, ids, known)
         length = states.post_norm.shape[0] // len(starts)
-        if length > self.depth + 1:  # prefill; the last slot is left to `draft`, which needs its state
+        if (
+            length > self.depth + 1
+        ):  # prefill; the last slot is left to `draft`, which needs its state
             for head in range(self.modules):
                 self._run(head, [s + length - 1 for s in starts])
 
@@ -162,7 +209,9 @@ class ParallelDrafter(Drafter):
         return _write_drafts(ids, last, drawn)
 
     def _run(self, head: int, stops: Sequence[int]) -> Tensor:
-        """Brings head's cache up to slot stops[b] - 1 and returns that slot's normed state, (B, C)."""
+        """Brings head's cache up to slot stops[b] - 1 and returns that slot's normed state, (B,
+        C).
+        """
         starts = self.filled[head]
         counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
         x = self.rings[0].read(starts, max(counts))  # (B, T, C)
@@ -184,20 +233,28 @@ class LinearDrafter(Drafter):
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
         hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)  # (B, C)
-        return _write_drafts(ids, last, [sampler.draw(head(hidden)) for head in self.model.mtp.heads[:count]])
+        return _write_drafts(
+            ids, last, [sampler.draw(head(hidden)) for head in self.model.mtp.heads[:count]]
+        )
 
 
 def _write_drafts(ids: Tensor, last: Sequence[int], drawn: list[tuple[Tensor, Tensor | None]]):
     drafts, probabilities = _stacked(drawn)
     rows, first = torch.arange(len(last), device=ids.device), torch.tensor(last, device=ids.device)
-    ids[rows[:, None], first[:, None] + torch.arange(1, 1 + drafts.shape[1], device=ids.device)] = drafts
+    ids[rows[:, None], first[:, None] + torch.arange(1, 1 + drafts.shape[1], device=ids.device)] = (
+        drafts
+    )
     return drafts, probabilities
 
 
 def _stacked(drawn: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """(B,) tokens and (B, V) probabilities of each depth -> (B, K) and (B, K, V), None when greedy."""
+    """(B,) tokens and (B, V) probabilities of each depth -> (B, K) and (B, K, V), None when
+    greedy.
+    """
     probabilities = [probability for _, probability in drawn if probability is not None]
-    return torch.stack([tokens for tokens, _ in drawn], 1), torch.stack(probabilities, 1) if probabilities else None
+    return torch.stack([tokens for tokens, _ in drawn], 1), torch.stack(
+        probabilities, 1
+    ) if probabilities else None
 
 
 KINDS = {"sequential": ChainDrafter, "parallel": ParallelDrafter, "parallel_linear": LinearDrafter}

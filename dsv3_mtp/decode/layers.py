@@ -1,10 +1,11 @@
 """Layers as decoding runs them: training's functions, arranged for a few tokens at a time.
 
-For one token the number of operations counts, and the bytes of weights that are read; arithmetic is free. So norms give
-their weights to the product that follows, products with a common input become one, the softmax scale and, where that
-costs little more reading, W_UK go into the query's projection, and the views of experts are made beforehand. Each
-`generate` derives these weights from the model's own: they cannot go stale, and training never sees them. Copied are
-the attention's down-projections, W_UQ, W_UKV and the shared experts' gate and up; the rest are views.
+For one token the number of operations counts, and the bytes of weights that are read; arithmetic is
+free. So norms give their weights to the product that follows, products with a common input become
+one, the softmax scale and, where that costs little more reading, W_UK go into the query's
+projection, and the views of experts are made beforehand. Each `generate` derives these weights from
+the model's own: they cannot go stale, and training never sees them. Copied are the attention's
+down-projections, W_UQ, W_UKV and the shared experts' gate and up; the rest are views.
 """
 
 import math
@@ -46,8 +47,9 @@ class Norm:
 class Attention:
     """x + MLA(norm(x)) in the absorbed form (V3 section 2.1.1; DeepSeek-V2 section 2.1.2).
 
-    W_UK goes into the query and W_UV into the output, so that all heads attend to one shared key, the cache row itself,
-    and no past key is ever expanded. The row holds the latent without its norm's weight: both matrices have taken it.
+    W_UK goes into the query and W_UV into the output, so that all heads attend to one shared key,
+    the cache row itself, and no past key is ever expanded. The row holds the latent without its
+    norm's weight: both matrices have taken it.
     """
 
     def __init__(self, norm: RMSNorm, mla: MLA):
@@ -67,18 +69,27 @@ class Attention:
         )  # (H, nope, R), (H, v, R)
         self.w_uk: Tensor | None = w_uk.to(norm.weight.dtype)
         rows = up.unflatten(0, (self.heads, -1))  # (H, nope + P, q)
-        if self.heads * (self.rank + mla.rope) * up.shape[1] <= ABSORB * (up.numel() + w_uk.numel()):
-            rows = torch.cat([w_uk.transpose(1, 2) @ rows[:, : mla.nope], rows[:, mla.nope :]], dim=1)
+        if self.heads * (self.rank + mla.rope) * up.shape[1] <= ABSORB * (
+            up.numel() + w_uk.numel()
+        ):
+            rows = torch.cat(
+                [w_uk.transpose(1, 2) @ rows[:, : mla.nope], rows[:, mla.nope :]], dim=1
+            )
             self.w_uk = None
         self.nope = rows.shape[1] - mla.rope
-        self.paired = self.norm.gain.dtype == norm.weight.dtype and self.nope % 2 == (self.q_rank + self.rank) % 2 == 0
+        self.paired = (
+            self.norm.gain.dtype == norm.weight.dtype
+            and self.nope % 2 == (self.q_rank + self.rank) % 2 == 0
+        )
         self.down = torch.cat(down).to(norm.weight.dtype).t()  # (C, q + R + P)
         self.up = rows.flatten(0, 1).to(norm.weight.dtype).t()  # (q, H (R+P)), or (q, H (nope+P))
         self.w_uv = w_uv.transpose(1, 2).to(norm.weight.dtype).contiguous()  # (H, R, v)
         self.out = mla.o_proj.weight.t()  # (H v, C)
 
     def __call__(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
-        """x: (N, C), N = B*T; cache: (B, S, R+P), where the window's slots are written -> (N, C)."""
+        """x: (N, C), N = B*T; cache: (B, S, R+P), where the window's slots are written -> (N,
+        C).
+        """
         (rows, length), heads, rank = window.shape, self.heads, self.rank
         hidden = self.norm.direction(x)
         low = torch.mm(hidden, self.down)
@@ -94,27 +105,40 @@ class Attention:
             absorbed = torch.bmm(absorbed.transpose(0, 1), self.w_uk).transpose(0, 1)
         turned = rotate(turned, window.rotation, paired=self.paired)
         query = torch.cat([absorbed, turned], dim=-1).view(rows, 1, length * heads, -1)
-        past = cache[:, : window.end].unsqueeze(1)  # (B, 1, end, R+P): the key, and in its first R columns the value
+        past = cache[:, : window.end].unsqueeze(
+            1
+        )  # (B, 1, end, R+P): the key, and in its first R columns the value
         if torch.compiler.is_compiling():  # a window of a few slots
             scores = query @ past.transpose(2, 3)  # (B, 1, T*H, end)
-            mixed = (scores if window.mask is None else scores + window.mask).softmax(-1) @ past[..., :rank]
+            mixed = (scores if window.mask is None else scores + window.mask).softmax(-1) @ past[
+                ..., :rank
+            ]
         else:
-            mixed = F.scaled_dot_product_attention(query, past, past, attn_mask=window.mask, scale=1.0)[..., :rank]
+            mixed = F.scaled_dot_product_attention(
+                query, past, past, attn_mask=window.mask, scale=1.0
+            )[..., :rank]
         mixed = torch.bmm(mixed.reshape(-1, heads, rank).transpose(0, 1), self.w_uv)  # (H, N, v)
         return torch.addmm(x, mixed.transpose(0, 1).flatten(1), self.out)
 
 
 def rotate(x: Tensor, rotation: Tensor, *, paired: bool) -> Tensor:
-    """`model.layers.rotate`, possibly in place. x: (N, H, P); rotation: (N, 1, P/2, 2) cosines and sines.
+    """`model.layers.rotate`, possibly in place. x: (N, H, P); rotation: (N, 1, P/2, 2) cosines and
+    sines.
 
     paired: x can be viewed as complex numbers, and then it is one operation.
     """
     pairs = x.view(*x.shape[:-1], -1, 2)
-    if paired and not torch.compiler.is_compiling():  # compilers generate no code for complex numbers
+    if (
+        paired and not torch.compiler.is_compiling()
+    ):  # compilers generate no code for complex numbers
         torch.view_as_complex(pairs).mul_(torch.view_as_complex(rotation))
         return x
     (even, odd), (cos, sin) = pairs.to(rotation.dtype).unbind(-1), rotation.unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    return (
+        torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        .flatten(-2)
+        .to(x.dtype)
+    )
 
 
 class Dense:
@@ -122,16 +146,22 @@ class Dense:
 
     def __init__(self, norm: RMSNorm, mlp: MLP):
         self.norm = Norm(norm)
-        self.gate, self.up, self.down = (part.weight.t() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.gate, self.up, self.down = (
+            part.weight.t() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
         hidden = self.norm(x)
-        return torch.addmm(x, F.silu(torch.mm(hidden, self.gate)).mul_(torch.mm(hidden, self.up)), self.down)
+        return torch.addmm(
+            x, F.silu(torch.mm(hidden, self.gate)).mul_(torch.mm(hidden, self.up)), self.down
+        )
 
 
 class Mixture:
-    """x + MoE(norm(x)). The shared expert is as many experts of the common width, taken always and with gate 1."""
+    """x + MoE(norm(x)). The shared expert is as many experts of the common width, taken always and
+    with gate 1.
+    """
 
     def __init__(self, norm: RMSNorm, moe: MoE):
         self.norm, self.moe = Norm(norm), moe
@@ -141,15 +171,22 @@ class Mixture:
         self.up, self.down = [[weight.t() for weight in stack.unbind()] for stack in (up, down)]
         if moe.shared_experts is not None:
             count = moe.shared_experts.down_proj.weight.shape[1] // self.width
-            halves = [part.weight.chunk(count) for part in (moe.shared_experts.gate_proj, moe.shared_experts.up_proj)]
+            halves = [
+                part.weight.chunk(count)
+                for part in (moe.shared_experts.gate_proj, moe.shared_experts.up_proj)
+            ]
             self.up += [torch.cat(pair).t() for pair in zip(*halves, strict=True)]
-            self.down += [weight.t() for weight in moe.shared_experts.down_proj.weight.chunk(count, dim=1)]
+            self.down += [
+                weight.t() for weight in moe.shared_experts.down_proj.weight.chunk(count, dim=1)
+            ]
             self.shared = list(range(len(up), len(up) + count))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
         hidden = self.norm(x)
-        scores = torch.mm(hidden.to(self.router.dtype), self.router).sigmoid()  # (N, E), in high precision as in V3
+        scores = torch.mm(
+            hidden.to(self.router.dtype), self.router
+        ).sigmoid()  # (N, E), in high precision as in V3
         chosen = self.moe.gate.choose(scores)  # (N, K)
         gates = self.moe.gate.weigh(scores, chosen)  # (N, K)
         if torch.compiler.is_compiling():
@@ -161,9 +198,11 @@ class Mixture:
         return y if self.moe.shared_experts is None else y + self.moe.shared_experts(hidden)
 
     def one_by_one(self, x: Tensor, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """Few tokens on a CPU: each expert that any of them chose runs on all of them, with gate 0 for the others.
+        """Few tokens on a CPU: each expert that any of them chose runs on all of them, with gate 0
+        for the others.
 
-        At this size a product costs what reading its weights costs, whatever the number of rows; sorting costs more.
+        At this size a product costs what reading its weights costs, whatever the number of rows;
+        sorting costs more.
         """
         if len(x) == 1:
             experts, factors = chosen[0].tolist(), gates[0].tolist()
@@ -184,9 +223,13 @@ class Mixture:
         return y
 
     def gathered(self, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """The routed experts for a compiler: static shapes, no loop. Inductor reads the picked weights in place."""
+        """The routed experts for a compiler: static shapes, no loop. Inductor reads the picked
+        weights in place.
+        """
         experts = self.moe.experts
-        gate, up = (experts.gate_up_proj[chosen] * hidden[:, None, None, :]).sum(-1).chunk(2, dim=-1)  # (N, K, F) each
+        gate, up = (
+            (experts.gate_up_proj[chosen] * hidden[:, None, None, :]).sum(-1).chunk(2, dim=-1)
+        )  # (N, K, F) each
         inner = F.silu(gate) * up * gates.unsqueeze(-1)
         return (experts.down_proj[chosen] * inner.unsqueeze(2)).sum((1, 3))
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the next token is chosen from logits. Temperature 0 is greedy; truncation comes after the temperature."""
+    """How the next token is chosen from logits. Temperature 0 is greedy; truncation comes after the
+    temperature.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -20,10 +22,11 @@ class Sampler:
         return self.temperature == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """(..., V) logits -> float32 probabilities after temperature, top-k, then top-p, renormalised.
+        """(..., V) logits -> float32 probabilities after temperature, top-k, then top-p,
+        renormalised.
 
-        top-k keeps the k largest (and what ties with the k-th); top-p the smallest set of most likely tokens whose
-        probability reaches p.
+        top-k keeps the k largest (and what ties with the k-th); top-p the smallest set of most
+        likely tokens whose probability reaches p.
         """
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         if self.top_k is not None and self.top_k < scaled.shape[-1]:
@@ -32,13 +35,19 @@ class Sampler:
         probability = scaled.softmax(-1)
         if self.top_p < 1:
             ordered, order = probability.sort(dim=-1, descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= self.top_p  # the tokens before it reach p already
-            probability = torch.zeros_like(probability).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+            beyond = (
+                ordered.cumsum(-1) - ordered >= self.top_p
+            )  # the tokens before it reach p already
+            probability = torch.zeros_like(probability).scatter(
+                -1, order, ordered.masked_fill(beyond, 0.0)
+            )
             probability = probability / probability.sum(-1, keepdim=True)
         return probability
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, V) logits -> tokens (B,), and when sampling the probabilities (B, V) that they were drawn from."""
+        """(B, V) logits -> tokens (B,), and when sampling the probabilities (B, V) that they were
+        drawn from.
+        """
         if self.greedy:
             return logits.argmax(-1), None
         probability = self.probabilities(logits)
@@ -48,12 +57,15 @@ class Sampler:
         """(B, V), not necessarily normalised -> (B,) drawn tokens."""
         return torch.multinomial(probability, 1, generator=self.generator).squeeze(1)
 
-    def verify(self, logits: Tensor, drafts: Tensor, draft_probability: Tensor | None) -> tuple[Tensor, Tensor]:
+    def verify(
+        self, logits: Tensor, drafts: Tensor, draft_probability: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """How many drafts of each row stand, and the token after them.
 
-        Greedy: the longest prefix that equals the main model's argmax. Sampling: draft d stands with probability
-        min(1, p(d)/q(d)); the first that falls is replaced by a draw from (p - q)+ (arXiv 2211.17192, 2302.01318). Both
-        give exactly the main model's own distribution, whatever the drafts.
+        Greedy: the longest prefix that equals the main model's argmax. Sampling: draft d stands
+        with probability min(1, p(d)/q(d)); the first that falls is replaced by a draw from (p - q)+
+        (arXiv 2211.17192, 2302.01318). Both give exactly the main model's own distribution,
+        whatever the drafts.
 
         Args:
             logits: (B, K+1, V) of the main model at the last known token and the K drafts.
@@ -70,10 +82,16 @@ class Sampler:
         rows = torch.arange(len(p), device=p.device)
         accepted = torch.zeros(len(p), dtype=torch.long, device=p.device)
         if draft_probability is not None and count:
-            p_draft, q_draft = (x.gather(2, drafts[..., None]).squeeze(2) for x in (p[:, :count], draft_probability))
-            coin = torch.rand(drafts.shape, generator=self.generator, device=p.device, dtype=p.dtype)
+            p_draft, q_draft = (
+                x.gather(2, drafts[..., None]).squeeze(2) for x in (p[:, :count], draft_probability)
+            )
+            coin = torch.rand(
+                drafts.shape, generator=self.generator, device=p.device, dtype=p.dtype
+            )
             accepted = (coin * q_draft < p_draft).cumprod(1).sum(1)
-            q = torch.cat([draft_probability, torch.zeros_like(p[:, :1])], dim=1)  # after K accepted: a draw from p
+            q = torch.cat(
+                [draft_probability, torch.zeros_like(p[:, :1])], dim=1
+            )  # after K accepted: a draw from p
             residual = (p - q)[rows, accepted].clamp(min=0)  # (B, V)
             empty = residual.sum(-1, keepdim=True) == 0  # p and q differ by rounding only
             return accepted, self.pick(torch.where(empty, p[rows, accepted], residual))

@@ -11,18 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_mtp import schedules
-from dsv3_mtp.atomic import lock, write_json
-from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.config import Config, load_config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
+from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
-from dsv3_mtp.hf.settings import SPECIAL_IDS, TYPES, read_settings, representable, to_config_json, write_settings
-from dsv3_mtp.loading import IMPORTED, newest_weights, tokenizer_of
+from dsv3_mtp.hf.settings import (
+    SPECIAL_IDS,
+    TYPES,
+    read_settings,
+    representable,
+    to_config_json,
+    write_settings,
+)
 from dsv3_mtp.model.causal_lm import meta_model
-from dsv3_mtp.tensorfile import Entry
+from dsv3_mtp.runs.loading import IMPORTED, newest_weights, tokenizer_of
 
 Read = Callable[[Slot], Tensor]
 TOKENIZER_FILES = (
@@ -40,7 +46,8 @@ def export_hf(
     ema: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
-    """Writes the newest checkpoint of a run to the new folder `out`. Returns what the user should know.
+    """Writes the newest checkpoint of a run to the new folder `out`. Returns what the user should
+    know.
 
     Args:
         dtype: bf16; fp8 (E4M3 in 128 x 128 blocks, see `keys.QUANTISED`, the rest bf16); fp32.
@@ -48,26 +55,39 @@ def export_hf(
         ema: the moving average of the weights instead of the weights.
 
     Raises:
-        ValueError: `out` exists, there is no checkpoint or no average in it, the layout cannot represent the run,
-            tensors are missing, unused, of a wrong shape or not finite; all reasons at once, and nothing is written.
+        ValueError: `out` exists, there is no checkpoint or no average in it, the layout cannot
+            represent the run, tensors are missing, unused, of a wrong shape or not finite; all
+            reasons at once, and nothing is written.
     """
     run, out = Path(run), Path(out)
     config = load_config(run / "config.yaml")
     modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
     expected = list(slots(config.model, modules))
     read, origin, more = _open_run(run, config, expected, modules, ema)
-    notes = [f"{'average of the weights' if ema else 'weights'} from {origin}", *dict.fromkeys([*notes, *more])]
+    notes = [
+        f"{'average of the weights' if ema else 'weights'} from {origin}",
+        *dict.fromkeys([*notes, *more]),
+    ]
     if dtype != "bf16" and config.train.dtype == "bfloat16" and origin != run / IMPORTED:
-        notes.append(f"{dtype}: of the float32 masters; training computed with these weights rounded to bfloat16")
+        notes.append(
+            f"{dtype}: of the float32 masters; training "
+            "computed with these weights rounded to bfloat16"
+        )
     bad: list[str] = []
     with new_folder(out) as temporary:
         ids, found = _copy_tokenizer(run, config, temporary)
         notes += found
         entries = [entry for slot in expected for entry in entries_of(slot, dtype)]
-        write_checkpoint(temporary, entries, _converted(expected, read, dtype, bad), shard_bytes=shard_bytes)
-        write_settings(temporary, to_config_json(config.model, modules, dtype=dtype, special_ids=ids))
+        write_checkpoint(
+            temporary, entries, _converted(expected, read, dtype, bad), shard_bytes=shard_bytes
+        )
+        write_settings(
+            temporary, to_config_json(config.model, modules, dtype=dtype, special_ids=ids)
+        )
         if bad:
-            raise ValueError("\n".join([f"{origin}: {len(bad)} tensor(s) hold nan or infinity:", *bad]))
+            raise ValueError(
+                "\n".join([f"{origin}: {len(bad)} tensor(s) hold nan or infinity:", *bad])
+            )
         open_checkpoint(temporary)  # the key contract, on the files as a reader finds them
     return notes
 
@@ -81,7 +101,9 @@ def entries_of(slot: Slot, dtype: str) -> list[Entry]:
 
 
 def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> Iterator[Tensor]:
-    """The tensors of `entries_of` all slots; names of tensors with non-finite values are added to `bad`."""
+    """The tensors of `entries_of` all slots; names of tensors with non-finite values are added to
+    `bad`.
+    """
     for slot in expected:
         tensor = read(slot)
         if not is_finite(tensor):
@@ -93,22 +115,38 @@ def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> 
             yield tensor.to(torch.float32 if slot.is_float32 else TYPES[dtype])
 
 
-def _open_run(run: Path, config: Config, expected: list[Slot], modules: int, ema: bool) -> tuple[Read, Path, list[str]]:
-    """(function from a slot to its tensor, where they come from, notes) of a run's newest weights."""
+def _open_run(
+    run: Path, config: Config, expected: list[Slot], modules: int, ema: bool
+) -> tuple[Read, Path, list[str]]:
+    """(function from a slot to its tensor, where they come from, notes) of a run's newest
+    weights.
+    """
     stored = newest_weights(run, ema=ema)
     if stored is None and (run / IMPORTED).is_dir():
         return _open_imported(run, expected, modules)
     if stored is None:
-        raise ValueError(f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first")
+        raise ValueError(
+            f"{run}: no complete checkpoint in {run / 'checkpoints'}; train the run first"
+        )
     newest = stored.folder
     state = meta_model(config.model, config.mtp).state_dict()
     problems = summarise(misfits(stored.shapes, state))
-    progress = min(json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0)
-    deepest = f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
-    if deepest in stored.shapes and bool((stored.read(deepest) == 1).all()):  # else an earlier start had other weights
+    progress = min(
+        json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0
+    )
+    deepest = (
+        f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
+    )
+    if deepest in stored.shapes and bool(
+        (stored.read(deepest) == 1).all()
+    ):  # else an earlier start had other weights
         problems += _untrained(config, modules, progress)
     if problems:
-        raise ValueError("\n".join([f"{newest}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]))
+        raise ValueError(
+            "\n".join(
+                [f"{newest}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]
+            )
+        )
 
     def read(slot: Slot) -> Tensor:  # only its own range: an expert, not the stack of all experts
         part = state[slot.key][slot.index]
@@ -123,7 +161,10 @@ def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read,
     checkpoint, settings, stored = open_checkpoint(run / IMPORTED)
     names = {(slot.key, str(slot.index)): slot for slot in stored if not slot.alias}
     if any((slot.key, str(slot.index)) not in names for slot in expected):
-        raise ValueError(f"{run}: its {modules} MTP module(s) were never trained; train, or export with --trunk-only")
+        raise ValueError(
+            f"{run}: its {modules} MTP module(s) were never "
+            "trained; train, or export with --trunk-only"
+        )
 
     def read(slot: Slot) -> Tensor:
         return read_slot(checkpoint, names[slot.key, str(slot.index)], settings.block)
@@ -132,14 +173,21 @@ def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read,
 
 
 def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
-    """MTP modules that are as they were initialised: no loss reached them, theirs or, by the chain, a deeper one."""
+    """MTP modules that are as they were initialised: no loss reached them, theirs or, by the chain,
+    a deeper one.
+    """
     source = Path(config.train.init_from or "")
-    brought = read_settings(source).modules if (source / "config.json").is_file() else 0  # trained before this run
+    brought = (
+        read_settings(source).modules if (source / "config.json").is_file() else 0
+    )  # trained before this run
     reached = [progress * step / 100 for step in range(101)]
     for module in range(brought, modules):
-        if not any(any(schedules.depth_loss_weights(config.mtp, point)[module:]) for point in reached):
+        if not any(
+            any(schedules.depth_loss_weights(config.mtp, point)[module:]) for point in reached
+        ):
             yield (
-                f"MTP module {module + 1} is as it was initialised: its loss weight was 0 so far (mtp.loss_weight, "
+                f"MTP module {module + 1} is as it was initialised: "
+                "its loss weight was 0 so far (mtp.loss_weight, "
                 "mtp.depth_weights, mtp.curriculum); train on, or export with --trunk-only"
             )
 
@@ -156,24 +204,38 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
     tokenizer = tokenizer_of(config, run)
     if tokenizer is None:
         if config.data.task is not None:
-            return {}, [f"no tokenizer: data.task {config.data.task.type} generates token ids, not text"]
+            return {}, [
+                f"no tokenizer: data.task {config.data.task.type} generates token ids, not text"
+            ]
         where = ", ".join(entry.path for entry in config.data.entries)
-        return {}, [f"no tokenizer: no tokenizer.json in {where}; put its files beside the weights to use text"]
+        return {}, [
+            (
+                f"no tokenizer: no tokenizer.json in {where}; "
+                "put its files beside the weights to use text"
+            )
+        ]
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     encoder = recorded_encoder(tokenizer)
     eos_id = encoder.eos_id
     eos = encoder.tokenizer.id_to_token(eos_id)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos, "pad_token": eos}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eos,
+        "eos_token": eos,
+        "pad_token": eos,
+    }
     settings |= {"add_bos_token": False, "model_max_length": config.model.max_position_embeddings}
     settings |= {"clean_up_tokenization_spaces": False}
     write_json(folder / "tokenizer_config.json", settings)
-    # A training document is followed by the end-of-text token of its predecessor: that token begins a text as well.
+    # A training document is followed by the end-of-text token of its predecessor: that token begins
+    # a text as well.
     return {"bos_token_id": eos_id, "eos_token_id": eos_id}, []
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` on success and disappears on failure, of a killed process at the next call.
+    """A temporary folder that becomes `out` on success and disappears on failure, of a killed
+    process at the next call.
 
     Raises:
         ValueError: `out` exists, or another process is making it.
@@ -184,7 +246,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     temporary, locked = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "lock"))
     descriptor = lock(locked, f"{out}: another process is making it; choose another folder")
     try:
-        if out.exists():  # now: another process may have finished just before this one took the lock
+        if (
+            out.exists()
+        ):  # now: another process may have finished just before this one took the lock
             raise exists
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()

@@ -6,22 +6,26 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsv3_mtp.atomic import write_json
-from dsv3_mtp.tensorfile import Entry, Place, place_of, read_header, write_file
+from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.files.tensorfile import Entry, Place, place_of, read_header, write_file
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
 
 class Checkpoint:
-    """The tensors of a folder. `problems` lists what is wrong with its files; only then is reading a tensor safe."""
+    """The tensors of a folder. `problems` lists what is wrong with its files; only then is reading
+    a tensor safe.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.places: dict[str, Place] = {}
         self.problems: list[tuple[str, str]] = []
         weight_map = self._index()
-        files = sorted(set(weight_map.values())) or sorted(path.name for path in folder.glob("*.safetensors"))
+        files = sorted(set(weight_map.values())) or sorted(
+            path.name for path in folder.glob("*.safetensors")
+        )
         if not files:
             self.problems.append((str(folder), f"holds neither {INDEX} nor *.safetensors"))
         for name in files:
@@ -32,7 +36,9 @@ class Checkpoint:
                 self.problems.append((tensor, f"{INDEX} puts it into {file}, which lacks it"))
         if weight_map:
             for tensor in self.places.keys() - weight_map.keys():
-                self.problems.append((tensor, f"in {self.places[tensor].file.name}, but not in {INDEX}"))
+                self.problems.append(
+                    (tensor, f"in {self.places[tensor].file.name}, but not in {INDEX}")
+                )
 
     def read(self, name: str) -> Tensor:
         return self.places[name].read()
@@ -45,7 +51,9 @@ class Checkpoint:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             return {str(key): Path(value).name for key, value in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self.problems.append((INDEX, f"not an index of safetensors files ({type(error).__name__}: {error})"))
+            self.problems.append(
+                (INDEX, f"not an index of safetensors files ({type(error).__name__}: {error})")
+            )
             return {}
 
     def _add(self, path: Path) -> None:
@@ -61,17 +69,24 @@ class Checkpoint:
                 self.problems.append((name, f"bad entry in the header of {path.name} ({error})"))
                 continue
             if name in self.places:
-                self.problems.append((name, f"in {self.places[name].file.name} and again in {path.name}"))
+                self.problems.append(
+                    (name, f"in {self.places[name].file.name} and again in {path.name}")
+                )
             elif found.stop > size:
-                self.problems.append((name, f"cut off: {path.name} has {size:,} bytes, it ends at {found.stop:,}"))
+                self.problems.append(
+                    (name, f"cut off: {path.name} has {size:,} bytes, it ends at {found.stop:,}")
+                )
             self.places.setdefault(name, found)
 
 
-def write_checkpoint(folder: Path, entries: list[Entry], tensors: Iterable[Tensor], *, shard_bytes: int) -> None:
-    """Writes model-0000i-of-0000n.safetensors and the index. The bytes depend on the arguments alone.
+def write_checkpoint(
+    folder: Path, entries: list[Entry], tensors: Iterable[Tensor], *, shard_bytes: int
+) -> None:
+    """Writes model-0000i-of-0000n.safetensors and the index. The bytes depend on the arguments
+    alone.
 
-    `tensors` yields the tensors of `entries`, in that order; a shard closes before the entry that would take it over
-    `shard_bytes`.
+    `tensors` yields the tensors of `entries`, in that order; a shard closes before the entry that
+    would take it over `shard_bytes`.
     """
     shards: list[list[Entry]] = [[]]
     for entry in entries:
@@ -84,5 +99,8 @@ def write_checkpoint(folder: Path, entries: list[Entry], tensors: Iterable[Tenso
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {entry.name: name for entry in shard}
         write_file(folder / name, shard, stream)
-    index = {"metadata": {"total_size": sum(entry.size for entry in entries)}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(entry.size for entry in entries)},
+        "weight_map": weight_map,
+    }
     write_json(folder / INDEX, index)

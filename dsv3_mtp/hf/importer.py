@@ -14,16 +14,21 @@ from torch import Tensor
 
 from dsv3_mtp.config import Config, ConfigError, load_config
 from dsv3_mtp.config.reader import dump_tree, read_tree
+from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, slots
 from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot
 from dsv3_mtp.hf.settings import TYPES, Settings, to_config_json, write_settings
-from dsv3_mtp.loading import IMPORTED
-from dsv3_mtp.tensorfile import Entry
+from dsv3_mtp.runs.loading import IMPORTED
 
 # How a stored type is kept: FP8 codes times a power of two are bfloat16 numbers.
-KEPT = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}
+KEPT = {
+    "F32": torch.float32,
+    "F16": torch.float32,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.bfloat16,
+}
 SEQ_LEN = 4096  # V3 4.2; shorter for a checkpoint made for less
 
 
@@ -41,15 +46,17 @@ def import_hf(
     """Writes the new run folder `out`. Returns what the user should know.
 
     Args:
-        base: YAML of a run whose sections other than `model` are taken over; None: defaults, and the checkpoint's D.
+        base: YAML of a run whose sections other than `model` are taken over; None: defaults, and
+            the checkpoint's D.
         sets: overrides such as "train.freeze=trunk", applied last.
         data: prepared folder for data.train and data.val.
         dtype: bf16 or fp32 for all weights; None: as stored, bf16 for FP8.
         trunk_only: leave the checkpoint's MTP modules out.
 
     Raises:
-        ValueError: `out` exists; the checkpoint is damaged, incomplete or of another architecture; tensors are not
-            finite; the config has problems. All reasons of a kind at once, and nothing is written.
+        ValueError: `out` exists; the checkpoint is damaged, incomplete or of another architecture;
+            tensors are not finite; the config has problems. All reasons of a kind at once, and
+            nothing is written.
     """
     source, out = Path(source), Path(out)
     checkpoint, settings, stored = open_checkpoint(source, trunk_only=trunk_only)
@@ -58,7 +65,9 @@ def import_hf(
     wide = keep["model.embed_tokens.weight"] == torch.float32
     notes = list(settings.notes)
     with new_folder(out) as temporary:
-        tree = _tree(out, settings, modules, base=base, data=data, dtype="float32" if wide else "bfloat16")
+        tree = _tree(
+            out, settings, modules, base=base, data=data, dtype="float32" if wide else "bfloat16"
+        )
         config = _resolve(tree, temporary / "config.yaml", sets)
         notes += fit(settings, modules, config.model, config.mtp, folder=source)[1]
         weights = temporary / IMPORTED
@@ -71,18 +80,26 @@ def import_hf(
         entries = [Entry(slot.name, keep[slot.key], slot.shape) for slot in expected]
         write_checkpoint(weights, entries, reader.tensors(expected), shard_bytes=shard_bytes)
         if reader.problems:
-            raise ValueError("\n".join([f"{source}: {len(reader.problems)} problem(s)", *reader.problems]))
+            raise ValueError(
+                "\n".join([f"{source}: {len(reader.problems)} problem(s)", *reader.problems])
+            )
         content = to_config_json(
-            settings.model, modules, dtype="fp32" if wide else "bf16", special_ids=settings.special_ids
+            settings.model,
+            modules,
+            dtype="fp32" if wide else "bf16",
+            special_ids=settings.special_ids,
         )
         write_settings(weights, content)
         open_checkpoint(weights)  # the key contract, on the files as the trainer finds them
     notes += reader.notes
     if not (source / "tokenizer.json").is_file():
-        notes.append(f"{source} has no tokenizer.json: only data that is tokenised already can be used")
+        notes.append(
+            f"{source} has no tokenizer.json: only data that is tokenised already can be used"
+        )
     elif not Path(config.data.train if isinstance(config.data.train, str) else "").exists():
         notes.append(
-            f"next: python tools/prepare_data.py --tokenizer {out / IMPORTED / 'tokenizer.json'} --input ... "
+            "next: python tools/prepare_data.py --tokenizer "
+            f"{out / IMPORTED / 'tokenizer.json'} --input ... "
             f"--out {config.data.train}"
         )
     return notes
@@ -97,7 +114,13 @@ def _kept(checkpoint: Checkpoint, slot: Slot, dtype: str | None) -> torch.dtype:
 class _Reader:
     """The tensors of a run, one at a time, and what was wrong with them."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, stored: list[Slot], keep: dict[str, torch.dtype]):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        stored: list[Slot],
+        keep: dict[str, torch.dtype],
+    ):
         self.checkpoint, self.block, self.keep = checkpoint, settings.block, keep
         self.own = {slot.key: slot for slot in stored if not slot.alias}
         self.problems: list[str] = []
@@ -112,9 +135,13 @@ class _Reader:
             if slot.alias and slot.name in self.checkpoint.places:
                 copy = read_slot(self.checkpoint, slot, self.block)
                 if not torch.equal(copy.float(), tensor.float()):
-                    self.problems.append(f"  {slot.name}: differs from {own.name}, which this model shares")
+                    self.problems.append(
+                        f"  {slot.name}: differs from {own.name}, which this model shares"
+                    )
             kept = tensor.to(self.keep[slot.key])
-            if self.checkpoint.places[own.name].dtype == "F8_E4M3" and not torch.equal(kept.float(), tensor):
+            if self.checkpoint.places[own.name].dtype == "F8_E4M3" and not torch.equal(
+                kept.float(), tensor
+            ):
                 self.rounded += 1
             yield kept
 
@@ -122,11 +149,22 @@ class _Reader:
     def notes(self) -> list[str]:
         if not self.rounded:
             return []
-        return [f"{self.rounded} FP8 tensors have scales that bfloat16 rounds; keep them exact with --dtype fp32"]
+        return [
+            (
+                f"{self.rounded} FP8 tensors have scales that "
+                "bfloat16 rounds; keep them exact with --dtype fp32"
+            )
+        ]
 
 
 def _tree(
-    out: Path, settings: Settings, modules: int, *, base: str | Path | None, data: str | None, dtype: str
+    out: Path,
+    settings: Settings,
+    modules: int,
+    *,
+    base: str | Path | None,
+    data: str | None,
+    dtype: str,
 ) -> dict[str, Any]:
     """The run's config before overrides."""
     if base is not None:
@@ -138,7 +176,12 @@ def _tree(
         tree = {
             "mtp": {"mode": mode, "num_nextn_predict_layers": modules},
             "data": {"train": f"data/{out.name}", "val": f"data/{out.name}"},
-            "train": {"total_tokens": 10**9, "batch_size": 64, "micro_batch_size": 1, "dtype": dtype},
+            "train": {
+                "total_tokens": 10**9,
+                "batch_size": 64,
+                "micro_batch_size": 1,
+                "dtype": dtype,
+            },
         }
         tree["data"]["seq_len"] = min(SEQ_LEN, settings.model.max_position_embeddings)
     tree["model"] = settings.model.model_dump(mode="json")

@@ -1,8 +1,9 @@
 """The key contract: every tensor of a DeepSeek-V3 checkpoint, and where it lives in memory.
 
-Tensors have the same names on disk as in memory, except that layers 0..L-1 are the trunk and `model.layers.{L+k-1}` is
-MTP module k, with two aliases, embed_tokens and shared_head.head, that repeat the shared embedding and output head
-(DeepSeek-V3, README_WEIGHTS.md); and that experts are one tensor each on disk, stacked in memory.
+Tensors have the same names on disk as in memory, except that layers 0..L-1 are the trunk and
+`model.layers.{L+k-1}` is MTP module k, with two aliases, embed_tokens and shared_head.head, that
+repeat the shared embedding and output head (DeepSeek-V3, README_WEIGHTS.md); and that experts are
+one tensor each on disk, stacked in memory.
 """
 
 import re
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.heads.heads import MTPModule
 from dsv3_mtp.model.causal_lm import meta_model
-from dsv3_mtp.model.mtp import MTPModule
 
 BIAS = "mlp.gate.e_score_correction_bias"
 SCALE = "_scale_inv"
-# What an FP8 checkpoint quantises, as the released weights do: the projections of attention and feed-forward.
-# Embedding, output head, norms, router, eh_proj and e_score_correction_bias (float32) stay in high precision.
+# What an FP8 checkpoint quantises, as the released weights do: the projections of attention and
+# feed-forward. Embedding, output head, norms, router, eh_proj and e_score_correction_bias (float32)
+# stay in high precision.
 QUANTISED = re.compile(r"\.(self_attn|mlp)\..*_proj\w*\.weight$")
 
 
@@ -48,12 +50,17 @@ def slots(config: ModelConfig, modules: int) -> Iterator[Slot]:
     trunk = meta_model(config, MTPConfig(mode="none")).state_dict()
     with torch.device("meta"):
         # The layout's modules are MoE, whatever the trunk's last layer is.
-        module = MTPModule(config.model_copy(update={"first_k_dense_replace": 0}), MTPConfig()).state_dict()
+        module = MTPModule(
+            config.model_copy(update={"first_k_dense_replace": 0}), MTPConfig()
+        ).state_dict()
     for name, tensor in trunk.items():
         yield from _slots_of(name, name, tuple(tensor.shape))
     for number in range(modules):
         disk, memory = f"model.layers.{config.num_hidden_layers + number}.", f"mtp.layers.{number}."
-        for alias, key in (("embed_tokens", "model.embed_tokens.weight"), ("shared_head.head", "lm_head.weight")):
+        for alias, key in (
+            ("embed_tokens", "model.embed_tokens.weight"),
+            ("shared_head.head", "lm_head.weight"),
+        ):
             yield Slot(f"{disk}{alias}.weight", tuple(trunk[key].shape), key, alias=True)
         for name, tensor in module.items():
             yield from _slots_of(disk + name, memory + name, tuple(tensor.shape))
@@ -74,7 +81,9 @@ def _slots_of(name: str, key: str, shape: tuple[int, ...]) -> Iterator[Slot]:
 
 
 def summarise(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """(tensor, what is wrong) -> lines; the experts of one layer that share a problem share a line."""
+    """(tensor, what is wrong) -> lines; the experts of one layer that share a problem share a
+    line.
+    """
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, text in problems:
         before, marker, after = name.partition(".mlp.experts.")

@@ -11,45 +11,65 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.files.tensorfile import DTYPES
 from dsv3_mtp.hf.blockfp8 import dequantise, scale_shape
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
-from dsv3_mtp.tensorfile import DTYPES
 
 # Keys of the model section that leave what given weights compute as it is.
 NO_EFFECT = {"initializer_range", "max_position_embeddings"}
 
 
-def open_checkpoint(folder: Path, *, trunk_only: bool = False) -> tuple[Checkpoint, Settings, list[Slot]]:
-    """The files and settings of a complete checkpoint and the slots it fills, aliases it lacks left out.
+def open_checkpoint(
+    folder: Path, *, trunk_only: bool = False
+) -> tuple[Checkpoint, Settings, list[Slot]]:
+    """The files and settings of a complete checkpoint and the slots it fills, aliases it lacks left
+    out.
 
     Raises:
-        ValueError: truncated or missing files, missing or unused tensors, wrong shapes or types; all of them listed.
+        ValueError: truncated or missing files, missing or unused tensors, wrong shapes or types;
+            all of them listed.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     settings = read_settings(folder)
     checkpoint = Checkpoint(folder)
-    first, stop = settings.model.num_hidden_layers, settings.model.num_hidden_layers + settings.modules
+    first, stop = (
+        settings.model.num_hidden_layers,
+        settings.model.num_hidden_layers + settings.modules,
+    )
     module_names = tuple(f"model.layers.{layer}." for layer in range(first, stop))
     modules = 0 if trunk_only else settings.modules
     ignored = {name for name in checkpoint.places if trunk_only and name.startswith(module_names)}
     expected = list(slots(settings.model, modules))
-    lines = summarise(checkpoint.problems + key_problems(checkpoint, expected, settings.block, ignored))
+    lines = summarise(
+        checkpoint.problems + key_problems(checkpoint, expected, settings.block, ignored)
+    )
     if lines:
         if modules and not any(name.startswith(module_names) for name in checkpoint.places):
-            lines.append("config.json promises MTP modules that are not there: take the trunk with --trunk-only")
-        raise ValueError("\n".join([f"{folder}: {len(lines)} problem(s)", *(f"  {line}" for line in lines)]))
-    return checkpoint, settings, [slot for slot in expected if not slot.alias or slot.name in checkpoint.places]
+            lines.append(
+                "config.json promises MTP modules that are "
+                "not there: take the trunk with --trunk-only"
+            )
+        raise ValueError(
+            "\n".join([f"{folder}: {len(lines)} problem(s)", *(f"  {line}" for line in lines)])
+        )
+    return (
+        checkpoint,
+        settings,
+        [slot for slot in expected if not slot.alias or slot.name in checkpoint.places],
+    )
 
 
 def key_problems(
     checkpoint: Checkpoint, expected: list[Slot], block: tuple[int, int] | None, ignored: set[str]
 ) -> list[tuple[str, str]]:
-    """The key contract: what is missing, of a wrong shape or type, or not used. (tensor, what is wrong)."""
+    """The key contract: what is missing, of a wrong shape or type, or not used. (tensor, what is
+    wrong).
+    """
     problems = []
     unused = checkpoint.places.keys() - ignored
     for slot in expected:
@@ -60,17 +80,28 @@ def key_problems(
             continue
         unused.discard(slot.name)
         if place.shape != slot.shape:
-            problems.append((slot.name, f"has shape {list(place.shape)}, config.json asks for {list(slot.shape)}"))
+            problems.append(
+                (
+                    slot.name,
+                    f"has shape {list(place.shape)}, config.json asks for {list(slot.shape)}",
+                )
+            )
         elif place.dtype not in DTYPES:
-            problems.append((slot.name, f"has type {place.dtype}; supported are {', '.join(DTYPES)}"))
+            problems.append(
+                (slot.name, f"has type {place.dtype}; supported are {', '.join(DTYPES)}")
+            )
         elif place.dtype == "F8_E4M3":
             unused.discard(slot.name + SCALE)
             problems += _scale_problems(checkpoint, slot, block)
-    unused -= {name for name in unused if name.endswith("rotary_emb.inv_freq")}  # what rope_theta already says
+    unused -= {
+        name for name in unused if name.endswith("rotary_emb.inv_freq")
+    }  # what rope_theta already says
     return problems + [(name, "not used by this architecture") for name in sorted(unused)]
 
 
-def _scale_problems(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None) -> list[tuple[str, str]]:
+def _scale_problems(
+    checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None
+) -> list[tuple[str, str]]:
     if block is None:
         return [(slot.name, "is FP8, but config.json has no quantization_config")]
     if len(slot.shape) != 2:
@@ -92,31 +123,43 @@ def read_slot(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No nan, no infinity: both survive min and max. torch.isfinite takes twenty times as long on bfloat16."""
+    """No nan, no infinity: both survive min and max. torch.isfinite takes twenty times as long on
+    bfloat16.
+    """
     return all(math.isfinite(value) for value in torch.aminmax(tensor))
 
 
 def load_weights(
-    model: DeepseekV3MTP, folder: Path, *, writable: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
+    model: DeepseekV3MTP,
+    folder: Path,
+    *,
+    writable: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext,
 ) -> list[str]:
     """Copies weights and router biases of a checkpoint into the model, one tensor at a time.
 
-    MTP modules are taken as far as the model has them; others keep the values they have. Returns what the user should
-    know: modules left as they were, modules not used.
+    MTP modules are taken as far as the model has them; others keep the values they have. Returns
+    what the user should know: modules left as they were, modules not used.
 
     Args:
         writable: context in which a tensor can be written, for parameters that are kept in parts.
 
     Raises:
-        ValueError: the checkpoint is damaged or does not fit the model; every reason is listed, nothing was copied.
+        ValueError: the checkpoint is damaged or does not fit the model; every reason is listed,
+            nothing was copied.
     """
     checkpoint, settings, _ = open_checkpoint(folder)
     modules, notes = fit(settings, settings.modules, model.config, model.mtp_config, folder=folder)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     first = {
-        f"{name}.{p}": m.first for name, m in model.named_modules() if isinstance(m, Experts) for p in m._parameters
+        f"{name}.{p}": m.first
+        for name, m in model.named_modules()
+        if isinstance(m, Experts)
+        for p in m._parameters
     }
-    wanted = sorted((slot for slot in slots(settings.model, modules) if not slot.alias), key=lambda slot: slot.key)
+    wanted = sorted(
+        (slot for slot in slots(settings.model, modules) if not slot.alias),
+        key=lambda slot: slot.key,
+    )
     for key, group in itertools.groupby(wanted, key=lambda slot: slot.key):
         if tensors[key].is_meta:  # on another pipeline stage
             continue
@@ -132,32 +175,45 @@ def load_weights(
     return [f"weights from {folder}", *settings.notes, *notes]
 
 
-def fit(settings: Settings, stored: int, config: ModelConfig, mtp: MTPConfig, *, folder: Path) -> tuple[int, list[str]]:
-    """How many of the `stored` MTP modules a model with these sections takes, and what becomes of the others.
+def fit(
+    settings: Settings, stored: int, config: ModelConfig, mtp: MTPConfig, *, folder: Path
+) -> tuple[int, list[str]]:
+    """How many of the `stored` MTP modules a model with these sections takes, and what becomes of
+    the others.
 
     Raises:
-        ValueError: the sections make another computation of the weights; every difference is listed.
+        ValueError: the sections make another computation of the weights; every difference is
+            listed.
     """
     problems = _differences(settings.model, config)
     own = mtp.depths if mtp.mode == "sequential" else 0
     own = min(own, 1) if mtp.share_weights else own
     modules = min(own, stored)
     if modules:
-        usual = {"trunk_hidden": "post_norm", "embed": True} | ({"chain": "hidden"} if own > 1 else {})
+        usual = {"trunk_hidden": "post_norm", "embed": True} | (
+            {"chain": "hidden"} if own > 1 else {}
+        )
         problems += [
             f"mtp.{key}: {getattr(mtp, key)}, the checkpoint's MTP modules have {value}"
             for key, value in usual.items()
             if getattr(mtp, key) != value
         ]
     if modules and config.first_k_dense_replace == config.num_hidden_layers:
-        problems.append("model.first_k_dense_replace: all layers are dense here, the checkpoint's MTP modules are MoE")
+        problems.append(
+            "model.first_k_dense_replace: all layers are "
+            "dense here, the checkpoint's MTP modules are MoE"
+        )
     if problems:
-        raise ValueError("\n".join([f"{folder} does not fit this config:", *(f"  {text}" for text in problems)]))
+        raise ValueError(
+            "\n".join([f"{folder} does not fit this config:", *(f"  {text}" for text in problems)])
+        )
     notes = []
     if modules < stored:
         notes.append(f"not used: MTP module(s) {modules + 1}..{stored} of {folder}")
     if mtp.depths and modules < max(own, 1):
-        fresh = f"MTP module(s) {modules + 1}..{own}" if own else f"the {mtp.depths} {mtp.mode} head(s)"
+        fresh = (
+            f"MTP module(s) {modules + 1}..{own}" if own else f"the {mtp.depths} {mtp.mode} head(s)"
+        )
         notes.append(f"not in {folder}, at their random start: {fresh}")
     return modules, notes
 
@@ -172,7 +228,8 @@ def _differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
 
 
 def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, Path | None]:
-    """A checkpoint in DeepSeek-V3's layout as a model in eval mode on the CPU, ready for evaluation and decoding.
+    """A checkpoint in DeepSeek-V3's layout as a model in eval mode on the CPU, ready for evaluation
+    and decoding.
 
     Weights are as stored, bfloat16 for FP8 and float32 for float16; router biases are float32.
 
@@ -183,8 +240,12 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, Path | None]:
     """
     folder = Path(folder)
     settings = read_settings(folder)
-    mtp = MTPConfig(mode="sequential" if settings.modules else "none", num_nextn_predict_layers=settings.modules)
-    stored = Checkpoint(folder).places.get("model.embed_tokens.weight")  # not config.json's word for it
+    mtp = MTPConfig(
+        mode="sequential" if settings.modules else "none", num_nextn_predict_layers=settings.modules
+    )
+    stored = Checkpoint(folder).places.get(
+        "model.embed_tokens.weight"
+    )  # not config.json's word for it
     dtype = torch.bfloat16 if stored is None or stored.dtype == "BF16" else torch.float32
     model = empty_model(settings.model, mtp, dtype)
     load_weights(model, folder)
@@ -193,19 +254,27 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, Path | None]:
 
 
 def misfits(stored: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """How the shapes in a run's checkpoint differ from those of its config's model. (tensor, what is wrong)."""
+    """How the shapes in a run's checkpoint differ from those of its config's model. (tensor, what
+    is wrong).
+    """
     problems = [(name, "missing") for name in state if name not in stored]
     for name, shape in stored.items():
         if name not in state:
             problems.append((name, "not used by the model"))
         elif shape != state[name].shape:
-            problems.append((name, f"has shape {list(shape)}, config.yaml asks for {list(state[name].shape)}"))
+            problems.append(
+                (name, f"has shape {list(shape)}, config.yaml asks for {list(state[name].shape)}")
+            )
     return problems
 
 
 def empty_model(config: ModelConfig, mtp: MTPConfig, dtype: torch.dtype) -> DeepseekV3MTP:
-    """A model on the CPU whose values are not set yet: weights of `dtype`, router biases float32."""
+    """A model on the CPU whose values are not set yet: weights of `dtype`, router biases
+    float32.
+    """
     model = meta_model(config, mtp)
-    for parameter in model.parameters():  # not model.to(dtype): that would convert the router biases too
+    for (
+        parameter
+    ) in model.parameters():  # not model.to(dtype): that would convert the router biases too
         parameter.data = parameter.data.to(dtype)
     return model.to_empty(device="cpu")

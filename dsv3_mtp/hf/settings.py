@@ -1,4 +1,6 @@
-"""config.json of a DeepSeek-V3 checkpoint, to and from the `model` and `mtp` sections of a run; what is refused."""
+"""config.json of a DeepSeek-V3 checkpoint, to and from the `model` and `mtp` sections of a run;
+what is refused.
+"""
 
 import json
 from collections.abc import Iterator
@@ -9,8 +11,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from dsv3_mtp.atomic import write_json
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.files.atomic import write_json
 from dsv3_mtp.hf.blockfp8 import BLOCK
 
 # Of a tensor that is not quantised, by the `dtype` of an export or import.
@@ -34,13 +36,43 @@ FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
 READ_ONLY = {"rope_interleave": (True, None), "mtp_hidden_states_first": (False, None)}
 # Without influence on what the weights compute.
 UNUSED = {
-    *("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache", "_name_or_path"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "pretraining_tp", "ep_size", "head_dim"),
-    *("aux_loss_alpha", "seq_aux", "qk_head_dim", "output_router_logits", "num_key_value_heads", "quantization_config"),
-    *("num_nextn_predict_layers", "num_mtp_layers", "rope_parameters", "return_dict", "output_hidden_states"),
+    *(
+        "architectures",
+        "auto_map",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "use_cache",
+        "_name_or_path",
+    ),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "attention_dropout",
+        "pretraining_tp",
+        "ep_size",
+        "head_dim",
+    ),
+    *(
+        "aux_loss_alpha",
+        "seq_aux",
+        "qk_head_dim",
+        "output_router_logits",
+        "num_key_value_heads",
+        "quantization_config",
+    ),
+    *(
+        "num_nextn_predict_layers",
+        "num_mtp_layers",
+        "rope_parameters",
+        "return_dict",
+        "output_hidden_states",
+    ),
 }
 YARN_PROBLEM = (
-    "rope_scaling: mscale {mscale} with mscale_all_dim {mscale_all_dim} means different things to different readers; "
+    "rope_scaling: mscale {mscale} with mscale_all_dim "
+    "{mscale_all_dim} means different things to different readers; "
     "both must be > 0, or 1 and 0"
 )
 LATENT_EPS = 1e-6
@@ -62,13 +94,18 @@ def representable(model: ModelConfig, mtp: MTPConfig, *, trunk_only: bool) -> tu
     """MTP modules that an export of this run holds, and what the user should know about it.
 
     Raises:
-        ValueError: DeepSeek-V3's layout has no place for something of this run; every reason is listed.
+        ValueError: DeepSeek-V3's layout has no place for something of this run; every reason is
+            listed.
     """
     problems, notes = [], _latent_notes(model)
     if not model.n_shared_experts:
-        problems.append("model.n_shared_experts: 0: the layout has no MoE layer without shared experts")
+        problems.append(
+            "model.n_shared_experts: 0: the layout has no MoE layer without shared experts"
+        )
     if model.n_routed_experts == 1 and model.first_k_dense_replace < model.num_hidden_layers:
-        problems.append("model.n_routed_experts: 1: transformers scores a group of experts by its best two")
+        problems.append(
+            "model.n_routed_experts: 1: transformers scores a group of experts by its best two"
+        )
     yarn = model.rope_scaling
     if yarn is not None and not _same_yarn(yarn.mscale, yarn.mscale_all_dim):
         problems.append("model." + YARN_PROBLEM.format(**yarn.model_dump()))
@@ -76,11 +113,14 @@ def representable(model: ModelConfig, mtp: MTPConfig, *, trunk_only: bool) -> tu
     if sequential and not trunk_only:
         problems += _sequential_problems(model, mtp)
     if problems:
-        raise ValueError("\n".join(["this run cannot be written in DeepSeek-V3's layout:", *problems]))
+        raise ValueError(
+            "\n".join(["this run cannot be written in DeepSeek-V3's layout:", *problems])
+        )
     if mtp.depths and (trunk_only or not sequential):
         why = "as asked" if trunk_only else "the layout has no place for them"
         notes.append(
-            f"not exported: the {mtp.depths} {mtp.mode} MTP head(s), {why}; the trunk is complete without them"
+            f"not exported: the {mtp.depths} {mtp.mode} MTP "
+            f"head(s), {why}; the trunk is complete without them"
         )
     if not sequential or trunk_only:
         return 0, notes
@@ -92,33 +132,53 @@ def representable(model: ModelConfig, mtp: MTPConfig, *, trunk_only: bool) -> tu
 def _latent_notes(model: ModelConfig) -> list[str]:
     if model.rms_norm_eps == LATENT_EPS:
         return []
-    how = f"the latents are normed with it here, in vLLM and SGLang, and with {LATENT_EPS:g} in transformers"
+    how = (
+        "the latents are normed with it here, in vLLM and "
+        f"SGLang, and with {LATENT_EPS:g} in transformers"
+    )
     return [f"rms_norm_eps {model.rms_norm_eps:g}: {how}, whose results differ"]
 
 
 def _sequential_problems(model: ModelConfig, mtp: MTPConfig) -> Iterator[str]:
     remedy = "; export the trunk alone with --trunk-only"
     if mtp.trunk_hidden == "pre_norm":
-        yield f"mtp.trunk_hidden: pre_norm: every reader of the layout feeds the trunk's normed output{remedy}"
+        yield (
+            "mtp.trunk_hidden: pre_norm: every reader of the "
+            f"layout feeds the trunk's normed output{remedy}"
+        )
     if mtp.chain == "trunk" and mtp.depths > 1:
-        yield f"mtp.chain: trunk with {mtp.depths} depths: readers chain the modules' hidden states{remedy}"
+        yield (
+            f"mtp.chain: trunk with {mtp.depths} depths: "
+            f"readers chain the modules' hidden states{remedy}"
+        )
     if not mtp.embed:
         yield f"mtp.embed: false: the layout's eh_proj reads the token embedding{remedy}"
     if model.first_k_dense_replace == model.num_hidden_layers:
-        text = "model.first_k_dense_replace: all layers are dense, so the MTP modules are; the layout's are MoE"
+        text = (
+            "model.first_k_dense_replace: all layers are "
+            "dense, so the MTP modules are; the layout's are MoE"
+        )
         yield f"{text}{remedy}"
 
 
-def to_config_json(model: ModelConfig, modules: int, *, dtype: str, special_ids: dict[str, Any]) -> dict[str, Any]:
+def to_config_json(
+    model: ModelConfig, modules: int, *, dtype: str, special_ids: dict[str, Any]
+) -> dict[str, Any]:
     """The content of config.json with DeepSeek-V3's own keys. dtype: bf16, fp8 or fp32."""
     content: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"]}
     content |= {key: written for key, (written, _) in FIXED.items()}
     content |= model.model_dump(mode="json")
     content["num_key_value_heads"] = model.num_attention_heads
     content["num_nextn_predict_layers"] = modules
-    content |= {"attention_dropout": 0.0, "use_cache": True, "torch_dtype": str(TYPES[dtype]).removeprefix("torch.")}
+    content |= {
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "torch_dtype": str(TYPES[dtype]).removeprefix("torch."),
+    }
     content |= {key: special_ids.get(key) for key in SPECIAL_IDS[:2]}
-    content |= {key: special_ids[key] for key in SPECIAL_IDS[2:] if special_ids.get(key) is not None}
+    content |= {
+        key: special_ids[key] for key in SPECIAL_IDS[2:] if special_ids.get(key) is not None
+    }
     if dtype == "fp8":
         content["quantization_config"] = QUANTIZATION
     return dict(sorted(content.items()))
@@ -137,13 +197,16 @@ def read_settings(folder: Path) -> Settings:
     """Reads config.json.
 
     Raises:
-        ValueError: it is missing, or describes something that this code does not compute; all reasons are listed.
+        ValueError: it is missing, or describes something that this code does not compute; all
+            reasons are listed.
     """
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a mapping")
     problems = list(_fixed_problems(content))
@@ -163,8 +226,12 @@ def read_settings(folder: Path) -> Settings:
     if not isinstance(modules, int) or modules < 0:
         problems.append(f"num_nextn_predict_layers: must be a number >= 0 (got {modules!r})")
     if problems:
-        raise ValueError("\n".join([f"{path}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]))
-    unknown = sorted(content.keys() - ModelConfig.model_fields.keys() - FIXED.keys() - READ_ONLY.keys() - UNUSED)
+        raise ValueError(
+            "\n".join([f"{path}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)])
+        )
+    unknown = sorted(
+        content.keys() - ModelConfig.model_fields.keys() - FIXED.keys() - READ_ONLY.keys() - UNUSED
+    )
     notes = [f"{path}: not used: {', '.join(unknown)}"] if unknown else []
     ids = {key: content[key] for key in SPECIAL_IDS if key in content}
     return Settings(model, modules, block, ids, notes + _latent_notes(model))
@@ -180,7 +247,10 @@ def _fixed_problems(content: dict[str, Any]) -> Iterator[str]:
         yield "model_type: missing; it must be 'deepseek_v3'"
     heads = content.get("num_attention_heads")
     if (groups := content.get("num_key_value_heads")) not in (None, heads):
-        yield f"num_key_value_heads: {groups} is not num_attention_heads = {heads}; latent attention has no groups"
+        yield (
+            f"num_key_value_heads: {groups} is not num_attention_heads "
+            f"= {heads}; latent attention has no groups"
+        )
 
 
 def _block(quantization: Any) -> tuple[tuple[int, int] | None, list[str]]:
@@ -188,13 +258,21 @@ def _block(quantization: Any) -> tuple[tuple[int, int] | None, list[str]]:
     if quantization is None:
         return None, []
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
         return None, [f"quantization_config: quant_method {method!r} is not supported, only 'fp8'"]
     block = quantization.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+    if not (
+        isinstance(block, list)
+        and len(block) == 2
+        and all(isinstance(n, int) and n > 0 for n in block)
+    ):
         return None, [f"quantization_config: weight_block_size must hold two sizes (got {block!r})"]
     if quantization.get("fmt", "e4m3") != "e4m3":
-        return None, [f"quantization_config: fmt {quantization['fmt']!r} is not supported, only 'e4m3'"]
+        return None, [
+            f"quantization_config: fmt {quantization['fmt']!r} is not supported, only 'e4m3'"
+        ]
     return (block[0], block[1]), []
 
 
@@ -209,12 +287,16 @@ def _rope(content: dict[str, Any]) -> dict[str, Any]:
     if kind != "yarn":
         raise ValueError(f"rope_scaling: type {kind!r} is not supported, only 'yarn'")
     # Readers take 0.1 ln(s) + 1 on the rotary part alone when the two are not given.
-    scaling = {"mscale": 1.0, "mscale_all_dim": 0.0} | {k: v for k, v in scaling.items() if v is not None}
+    scaling = {"mscale": 1.0, "mscale_all_dim": 0.0} | {
+        k: v for k, v in scaling.items() if v is not None
+    }
     if not _same_yarn(scaling["mscale"], scaling["mscale_all_dim"]):
         raise ValueError(YARN_PROBLEM.format(**scaling))
     return {"rope_theta": theta, "rope_scaling": {"type": "yarn", **scaling}}
 
 
 def _same_yarn(mscale: float, mscale_all_dim: float) -> bool:
-    """Readers replace both by a default when one is 0; only mscale 1 with mscale_all_dim 0 is that default."""
+    """Readers replace both by a default when one is 0; only mscale 1 with mscale_all_dim 0 is that
+    default.
+    """
     return bool(mscale and mscale_all_dim) or (mscale == 1 and mscale_all_dim == 0)

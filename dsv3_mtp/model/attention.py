@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from dsv3_mtp import fused, kernels
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model.causal import causal_attention, evenly
 from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
-from dsv3_mtp.model.recompute import again
-from dsv3_mtp.precision.attention import Core, sdpa
+from dsv3_mtp.ops import fused, kernels
+from dsv3_mtp.ops.attention import Core, sdpa
+from dsv3_mtp.ops.causal import causal_attention, evenly
+from dsv3_mtp.ops.recompute import again
 
 
 class MLA(nn.Module):
-    """Keys and values come from one compressed latent per token (R numbers) and one shared rotary key (P numbers).
+    """Keys and values come from one compressed latent per token (R numbers) and one shared rotary
+    key (P numbers).
 
     Queries are compressed as well when `q_lora_rank` is set. RMSNorm sits on both latents.
     """
@@ -22,7 +23,11 @@ class MLA(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.nope, self.rope, self.value = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
         self.kv_rank = config.kv_lora_rank
         hidden, query = config.hidden_size, self.heads * (self.nope + self.rope)
         self.q_compressed = config.q_lora_rank is not None
@@ -37,13 +42,21 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
         self.scale = (self.nope + self.rope) ** -0.5
-        if config.rope_scaling is not None:  # YaRN's temperature multiplies the logits: q and k each by mscale
-            self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+        if (
+            config.rope_scaling is not None
+        ):  # YaRN's temperature multiplies the logits: q and k each by mscale
+            self.scale *= (
+                yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+            )
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> Tensor:
-        """x: (B, T, C); angles: (2, T, P/2) cos and sin; mask: bool (B, 1, T, T) True = attend, None = causal."""
+        """x: (B, T, C); angles: (2, T, P/2) cos and sin; mask: bool (B, 1, T, T) True = attend,
+        None = causal.
+        """
         query, latent, k_rope = self.project(x)  # (B, T, H, nope+P), (B, T, R), (B, T, P)
-        kv = again(self.kv_b_proj, again(self.kv_a_layernorm, latent)).unflatten(-1, (self.heads, -1))  # (.., nope+v)
+        kv = again(self.kv_b_proj, again(self.kv_a_layernorm, latent)).unflatten(
+            -1, (self.heads, -1)
+        )  # (.., nope+v)
         if self.core is None and mask is None and kernels.usable(x):
             return self.o_proj(causal_attention(query, kv, k_rope, angles, self.scale))
         query, key, value = again(to_heads, query, kv, k_rope, angles)
@@ -51,7 +64,9 @@ class MLA(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (B, T, C) -> queries (B, T, H, nope+P), latents (B, T, R) without norm, keys (B, T, P) not yet rotated."""
+        """x: (B, T, C) -> queries (B, T, H, nope+P), latents (B, T, R) without norm, keys (B, T, P)
+        not yet rotated.
+        """
         if self.q_compressed:
             query = again(self.q_b_proj, again(self.q_a_layernorm, self.q_a_proj(x)))
         else:
@@ -68,11 +83,17 @@ class _ToHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return *fused.kernels.to_heads_backward(*(grad.contiguous() for grad in grads), *ctx.saved_tensors), None
+        return *fused.kernels.to_heads_backward(
+            *(grad.contiguous() for grad in grads), *ctx.saved_tensors
+        ), None
 
 
-def to_heads(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotates. (B, T, H, nope+P), (B, T, H, nope+v), (B, T, P) -> query, key (B, H, T, nope+P), value (.., v)."""
+def to_heads(
+    query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotates. (B, T, H, nope+P), (B, T, H, nope+v), (B, T, P) -> query, key (B, H, T, nope+P),
+    value (.., v).
+    """
     if fused.usable(query):
         q, k, v = _ToHeads.apply(query.contiguous(), kv.contiguous(), evenly(k_rope), angles)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -81,5 +102,8 @@ def to_heads(query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor) -> tuple
     q_nope, q_rope = query.split([nope, rope], dim=-1)
     k_nope, value = kv.split([nope, kv.shape[-1] - nope], dim=-1)
     k_rope = rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, query.shape[2], -1)
-    query, key = torch.cat([q_nope, rotate(q_rope, angles)], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
+    query, key = (
+        torch.cat([q_nope, rotate(q_rope, angles)], dim=-1),
+        torch.cat([k_nope, k_rope], dim=-1),
+    )
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -8,15 +8,17 @@ from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, RouterStats
-from dsv3_mtp.model.recompute import again, forgetting
+from dsv3_mtp.ops.recompute import again, forgetting
 
 
 class DecoderLayer(nn.Module):
-    """The feed-forward is dense in the first `first_k_dense_replace` layers, a mixture of experts afterwards.
+    """The feed-forward is dense in the first `first_k_dense_replace` layers, a mixture of experts
+    afterwards.
 
-    `activation_checkpointing`: none keeps what backward needs; selective makes the norms, MLA's up-projections and
-    SwiGLU again (V3 sections 3.2.3, 3.3.3); full the whole block, from its input. The router's stats are those that the
-    first computation returned, so that nothing is counted twice.
+    `activation_checkpointing`: none keeps what backward needs; selective makes the norms, MLA's
+    up-projections and SwiGLU again (V3 sections 3.2.3, 3.3.3); full the whole block, from its
+    input. The router's stats are those that the first computation returned, so that nothing is
+    counted twice.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -25,19 +27,27 @@ class DecoderLayer(nn.Module):
         self.self_attn = MLA(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace
-        self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.mlp: MLP | MoE = (
+            MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        )
         self.activation_checkpointing = "none"
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> tuple[Tensor, RouterStats | None]:
+    def forward(
+        self, x: Tensor, angles: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, RouterStats | None]:
         """x: (B, T, C) -> (B, T, C) and the router's stats, None for a dense layer."""
         if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(x, angles, mask)
         if self.activation_checkpointing == "full":
-            return checkpoint(self.compute, x, angles, mask, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(
+                self.compute, x, angles, mask, use_reentrant=False, preserve_rng_state=False
+            )
         with forgetting():
             return self.compute(x, angles, mask)
 
-    def compute(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> tuple[Tensor, RouterStats | None]:
+    def compute(
+        self, x: Tensor, angles: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, RouterStats | None]:
         x = x + self.self_attn(again(self.input_layernorm, x), angles, mask)
         out = self.mlp(again(self.post_attention_layernorm, x))
         y, stats = out if isinstance(self.mlp, MoE) else (out, None)

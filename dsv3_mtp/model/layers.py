@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_mtp import fused, kernels
 from dsv3_mtp.config import ModelConfig, RopeScaling
-from dsv3_mtp.model.recompute import again
+from dsv3_mtp.ops import fused, kernels
+from dsv3_mtp.ops.recompute import again
 
 
 class RMSNorm(nn.Module):
@@ -54,7 +54,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, weight, scale = ctx.saved_tensors
-        grad_x, grad_weight = kernels.rms_norm_backward(grad.contiguous().view(rows.shape), rows, weight, scale)
+        grad_x, grad_weight = kernels.rms_norm_backward(
+            grad.contiguous().view(rows.shape), rows, weight, scale
+        )
         return grad_x.view(grad.shape), grad_weight, None
 
 
@@ -92,17 +94,23 @@ def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
 
 
 class Rows:
-    """Which slots of the rows of a batch this process has: all. In parallel/sequence.py: slice `number` of `count`."""
+    """Which slots of the rows of a batch this process has: all. In parallel/sequence.py: slice
+    `number` of `count`.
+    """
 
     number, count = 0, 1
 
     def cut(self, x: Tensor, ahead: int) -> Tensor:
-        """Whole rows (B, T + ahead) -> the slots of this slice and the tokens ahead of them, (B, T/count + ahead)."""
+        """Whole rows (B, T + ahead) -> the slots of this slice and the tokens ahead of them, (B,
+        T/count + ahead).
+        """
         length = (x.shape[1] - ahead) // self.count
         return x[:, self.number * length : (self.number + 1) * length + ahead].contiguous()
 
     def gather(self, x: Tensor) -> Tensor:
-        """(B, T, ..) of this slice -> (B, count * T, ..) of all slices in their order, without gradient."""
+        """(B, T, ..) of this slice -> (B, count * T, ..) of all slices in their order, without
+        gradient.
+        """
         return x
 
 
@@ -112,7 +120,8 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
     Args:
         positions: (T,) or (B, T) integer positions.
     Returns:
-        float32 (2, ..., P/2), times YaRN's attention factor, which is 1 for DeepSeek-V3 (mscale == mscale_all_dim).
+        float32 (2, ..., P/2), times YaRN's attention factor, which is 1 for DeepSeek-V3 (mscale ==
+        mscale_all_dim).
     """
     dim, scaling = config.qk_rope_head_dim, config.rope_scaling
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
@@ -120,16 +129,22 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
     magnitude = 1.0
     if scaling is not None:
         frequency = _yarn_frequency(frequency, config, scaling)
-        magnitude = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+        magnitude = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(
+            scaling.factor, scaling.mscale_all_dim
+        )
     angle = positions[..., None].float() * frequency
     return torch.stack([angle.cos(), angle.sin()]) * magnitude
 
 
 def _yarn_frequency(frequency: Tensor, config: ModelConfig, scaling: RopeScaling) -> Tensor:
-    """YaRN (arXiv 2309.00071; V3 section 4.3): slow pairs interpolated by `factor`, fast ones kept, a ramp between."""
+    """YaRN (arXiv 2309.00071; V3 section 4.3): slow pairs interpolated by `factor`, fast ones kept,
+    a ramp between.
+    """
     dim = config.qk_rope_head_dim
 
-    def pair_with(rotations: float) -> float:  # index of the pair that turns `rotations` times in the original context
+    def pair_with(
+        rotations: float,
+    ) -> float:  # index of the pair that turns `rotations` times in the original context
         turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(config.rope_theta))
 
@@ -141,7 +156,9 @@ def _yarn_frequency(frequency: Tensor, config: ModelConfig, scaling: RopeScaling
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1 (V3 section 4.3: sqrt(t) = 0.1 ln s + 1)."""
+    """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1 (V3 section 4.3: sqrt(t) = 0.1 ln
+    s + 1).
+    """
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -153,4 +170,8 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """
     cos, sin = angles.unsqueeze(-2)  # (.., T, 1, P/2) each
     even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    return (
+        torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        .flatten(-2)
+        .to(x.dtype)
+    )

@@ -1,4 +1,6 @@
-"""DeepSeekMoE with bias-based, auxiliary-loss-free load balancing (DeepSeek-V3 section 2.1.2, eqs. 12-20)."""
+"""DeepSeekMoE with bias-based, auxiliary-loss-free load balancing (DeepSeek-V3 section 2.1.2, eqs.
+12-20).
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,32 +10,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model.dispatch import from_experts, gated_swiglu, routed, sort_by_expert, to_experts
 from dsv3_mtp.model.layers import MLP, Rows
-from dsv3_mtp.model.recompute import again
+from dsv3_mtp.ops.experts import from_experts, gated_swiglu, routed, sort_by_expert, to_experts
+from dsv3_mtp.ops.recompute import again
 
-# Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), E counts -> (rows, out).
+# Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), E counts
+# -> (rows, out).
 GroupedLinear = Callable[[Tensor, Tensor, list[int]], Tensor]
 
 
 class RouterStats(NamedTuple):
-    """What one router did in one forward. Returned, not stored, so that recomputation cannot count it twice."""
+    """What one router did in one forward. Returned, not stored, so that recomputation cannot count
+    it twice.
+    """
 
     load: Tensor  # (E,) float32: tokens sent to each expert, no gradient
-    balance: Tensor  # scalar: sum over the B sequences of sum_i f_i P_i (eq. 17 before alpha), with gradient
-    nodes: Tensor  # scalar int64: sum over tokens of the groups (V3: nodes) that the token's experts lie in
+    # scalar: sum over the B sequences of sum_i f_i P_i (eq. 17 before alpha), with gradient
+    balance: Tensor
+    # scalar int64: sum over tokens of the groups (V3: nodes) that the token's experts lie in
+    nodes: Tensor
 
     def __add__(self, other):
         return RouterStats(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def count(chosen: Tensor, experts: int) -> Tensor:
-    """(N, K) -> (E,) int64: how many pairs chose each expert. Not bincount: on CUDA the host would wait for it."""
-    return chosen.new_zeros(experts).scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())
+    """(N, K) -> (E,) int64: how many pairs chose each expert. Not bincount: on CUDA the host would
+    wait for it.
+    """
+    return chosen.new_zeros(experts).scatter_add(
+        0, chosen.flatten(), torch.ones_like(chosen).flatten()
+    )
 
 
 class Gate(nn.Module):
-    """Sigmoid router: experts are chosen by score + bias within the best groups, gated by the score alone."""
+    """Sigmoid router: experts are chosen by score + bias within the best groups, gated by the score
+    alone.
+    """
 
     rows = Rows()
 
@@ -42,7 +55,9 @@ class Gate(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor  # float32 and no gradient: moved by `update_bias`
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.register_buffer(
+            "e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
         """x: (B, T, C) -> chosen experts (N, K) int64, gates (N, K) float32, stats."""
@@ -51,73 +66,108 @@ class Gate(nn.Module):
         scores = F.linear(again(Tensor.to, x, wide), self.weight.to(wide)).sigmoid()  # (B, T, E)
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
-        stats = RouterStats(count(chosen, flat.shape[1]).float(), self.balance_loss(scores), self.count_nodes(chosen))
+        stats = RouterStats(
+            count(chosen, flat.shape[1]).float(),
+            self.balance_loss(scores),
+            self.count_nodes(chosen),
+        )
         return chosen, self.weigh(flat, chosen), stats
 
     def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
-        """scores: (N, E); chosen: (N, K) -> gates (N, K): the chosen scores, normalised and scaled."""
+        """scores: (N, E); chosen: (N, K) -> gates (N, K): the chosen scores, normalised and
+        scaled.
+        """
         gates = scores.gather(1, chosen)
         if self.config.norm_topk_prob:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         return gates * self.config.routed_scaling_factor
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Top-K of score + bias, restricted to the `topk_group` groups whose two best biased scores sum highest."""
+        """Top-K of score + bias, restricted to the `topk_group` groups whose two best biased scores
+        sum highest.
+        """
         config = self.config
         biased = scores + self.e_score_correction_bias  # (N, E)
         if config.n_group > 1:
             groups = biased.unflatten(1, (config.n_group, -1))  # (N, G, E/G)
-            best = groups.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices  # (N, topk_group)
+            best = (
+                groups.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
+            )  # (N, topk_group)
             allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
             biased = groups.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
         return biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
     def count_nodes(self, chosen: Tensor) -> Tensor:
-        """Messages between nodes that the tokens cost: groups are nodes, `topk_group` of them at most (V3 2.1.2)."""
+        """Messages between nodes that the tokens cost: groups are nodes, `topk_group` of them at
+        most (V3 2.1.2).
+        """
         groups = self.config.n_group
         used = chosen.new_zeros(chosen.shape[0], groups)
         return used.scatter_(1, chosen // (self.config.n_routed_experts // groups), 1).sum()
 
     def balance_loss(self, scores: Tensor) -> Tensor:
-        """Sequence-wise balance (eqs. 17-20) summed over the batch; f from the unbiased top-K, as printed.
+        """Sequence-wise balance (eqs. 17-20) summed over the batch; f from the unbiased top-K, as
+        printed.
 
-        Of rows in slices: f of the whole row, P this slice's part of the row's mean, so that slices add up.
+        Of rows in slices: f of the whole row, P this slice's part of the row's mean, so that slices
+            add up.
         """
         top = scores.detach().topk(self.config.num_experts_per_tok, dim=-1).indices  # (B, T, K)
         hits = torch.zeros_like(scores).scatter_(2, top, 1.0)  # (B, T, E)
         hits = self.rows.gather(hits.mean(1, keepdim=True)).mean(1)  # (B, E)
-        frequency = hits * (scores.shape[2] / self.config.num_experts_per_tok)  # (B, E), 1 when balanced
+        frequency = hits * (
+            scores.shape[2] / self.config.num_experts_per_tok
+        )  # (B, E), 1 when balanced
         share = (scores / scores.sum(-1, keepdim=True)).mean(1)  # (B, E)
         return (frequency * share).sum() / self.rows.count
 
     @torch.no_grad()
     def update_bias(self, load: Tensor, speed: float) -> None:
-        """b_i += speed * sign(mean load - load_i), once per optimizer step on the load of the whole global batch.
+        """b_i += speed * sign(mean load - load_i), once per optimizer step on the load of the whole
+        global batch.
 
         load: (E,) summed over micro-batches and ranks (V3 section 2.1.2; arXiv 2408.15664).
         """
-        self.e_score_correction_bias += speed * torch.sign(load.mean() - load).to(self.e_score_correction_bias)
+        self.e_score_correction_bias += speed * torch.sign(load.mean() - load).to(
+            self.e_score_correction_bias
+        )
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts, stacked in memory (per expert on disk). Each runs in every step, on zero rows if need be."""
+    """E SwiGLU experts, stacked in memory (per expert on disk). Each runs in every step, on zero
+    rows if need be.
+    """
 
-    linear: tuple[GroupedLinear, GroupedLinear] | None = None  # of gate_up and down; precision/ puts FP8 here
+    linear: tuple[GroupedLinear, GroupedLinear] | None = (
+        None  # of gate_up and down; precision/ puts FP8 here
+    )
     multiple = 1  # rows of an expert that these want, padded with zeros
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.first = 0  # number of the first expert here; parallel/experts.py keeps a part of the layer's
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))  # (E, 2F, C), gate rows first
+        experts, hidden, width = (
+            config.n_routed_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
+        )
+        self.first = (
+            0  # number of the first expert here; parallel/experts.py keeps a part of the layer's
+        )
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(experts, 2 * width, hidden)
+        )  # (E, 2F, C), gate rows first
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # (E, C, F)
 
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
-        """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K); counts: (E,)."""
+        """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K);
+        counts: (E,).
+        """
         if self.linear is None:
             return routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
         gate_up_linear, down_linear = self.linear
-        rows = [-(-n // self.multiple) * self.multiple for n in counts.tolist()]  # the one time that the host waits
+        rows = [
+            -(-n // self.multiple) * self.multiple for n in counts.tolist()
+        ]  # the one time that the host waits
         layout = sort_by_expert(chosen, gates.to(x.dtype), counts, self.multiple, sum(rows))
         inner = gate_up_linear(to_experts(x, layout), self.gate_up_proj, rows)  # (rows, 2F)
         y = down_linear(gated_swiglu(inner, layout.gates), self.down_proj, rows)  # (rows, C)

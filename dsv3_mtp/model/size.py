@@ -1,4 +1,6 @@
-"""What a model costs: parameters, those that a token uses, and training FLOPs. The model may be on the meta device."""
+"""What a model costs: parameters, those that a token uses, and training FLOPs. The model may be on
+the meta device.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -12,21 +14,26 @@ from dsv3_mtp.model.moe import Experts
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameter counts and training cost. Checked against the paper's numbers in tests/model/test_causal_lm.py."""
+    """Parameter counts and training cost. Checked against the paper's numbers in
+    tests/model/test_causal_lm.py.
+    """
 
     total: int  # trunk, embedding, output head
     active: int  # of these, used per token: K of E routed experts
     embedding: int  # a lookup: no matmul FLOPs
     mtp_total: int  # unique to the MTP heads: shared embedding and output head not counted
     mtp_active: int
-    flops_per_token: float  # forward + backward of one training token with all depths, causal attention
+    flops_per_token: (
+        float  # forward + backward of one training token with all depths, causal attention
+    )
 
 
 def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
     """6 FLOPs per active matmul weight and token, plus causal attention 6 H (qk + v) T/2 per layer.
 
-    A third of it for a frozen trunk, which has no backward. An output projection of the heads has half of a backward
-    where its weight, or what it reads, gets no gradient: with a frozen trunk, and by mtp.detach.
+    A third of it for a frozen trunk, which has no backward. An output projection of the heads has
+    half of a backward where its weight, or what it reads, gets no gradient: with a frozen trunk,
+    and by mtp.detach.
     """
     config, mtp = model.config, model.mtp_config
     count = partial(_total_and_active, config)
@@ -35,10 +42,14 @@ def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
     mtp_total, mtp_active = count(heads)
     total, active = count(nn.ModuleList([model.model, model.lm_head]))
     embedding = model.model.embed_tokens.weight.numel()
-    # A recycled module is computed at every depth; the shared output head is applied once per depth.
+    # A recycled module is computed at every depth; the shared output head is applied once per
+    # depth.
     mtp_matmul = mtp_active * (mtp.depths if mtp.share_weights else 1)
     learns = model.lm_head.weight.requires_grad
-    flops, blocks = (6 if learns else 2) * (active - embedding), config.num_hidden_layers / (1 if learns else 3)
+    flops, blocks = (
+        (6 if learns else 2) * (active - embedding),
+        config.num_hidden_layers / (1 if learns else 3),
+    )
     if mtp.mode in ("sequential", "parallel"):
         half = mtp.detach == "all" or not learns  # the shared head is a constant
         flops += 6 * mtp_matmul + (4 if half else 6) * mtp.depths * model.lm_head.weight.numel()
@@ -50,17 +61,25 @@ def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
 
 
 def layer_flops(model: DeepseekV3MTP, seq_len: int) -> list[float]:
-    """`ModelSize.flops_per_token` by place: every trunk layer, and last all that follows: heads of depth 0..D."""
+    """`ModelSize.flops_per_token` by place: every trunk layer, and last all that follows: heads of
+    depth 0..D.
+    """
     attention = _attention_flops(model.config, seq_len)
-    trunk = [6 * _total_and_active(model.config, layer)[1] + attention for layer in model.model.layers]
+    trunk = [
+        6 * _total_and_active(model.config, layer)[1] + attention for layer in model.model.layers
+    ]
     return [*trunk, model_size(model, seq_len).flops_per_token - sum(trunk)]
 
 
 def _total_and_active(config: ModelConfig, part: nn.Module) -> tuple[int, int]:
     """Parameters of a part of the model: all, and those used per token."""
     total = sum(p.numel() for p in part.parameters())
-    experts = sum(p.numel() for m in part.modules() if isinstance(m, Experts) for p in m.parameters())
-    return total, total - round(experts * (1 - config.num_experts_per_tok / config.n_routed_experts))
+    experts = sum(
+        p.numel() for m in part.modules() if isinstance(m, Experts) for p in m.parameters()
+    )
+    return total, total - round(
+        experts * (1 - config.num_experts_per_tok / config.n_routed_experts)
+    )
 
 
 def _attention_flops(config: ModelConfig, seq_len: int) -> float:

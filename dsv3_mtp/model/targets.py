@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 
-def valid_targets(tokens: Tensor, documents: Tensor | None, depths: int, scored: Tensor | None = None) -> Tensor:
-    """(1+D, B, T) bool: the target of slot i at depth k is scored and in slot i's own document (without them: always).
+def valid_targets(
+    tokens: Tensor, documents: Tensor | None, depths: int, scored: Tensor | None = None
+) -> Tensor:
+    """(1+D, B, T) bool: the target of slot i at depth k is scored and in slot i's own document
+    (without them: always).
 
-    What decides is the target, not the slot: deep heads are trained on an answer from slots of its prompt as well.
+    What decides is the target, not the slot: deep heads are trained on an answer from slots of its
+        prompt as well.
     """
     length = tokens.shape[1] - 1 - depths
     ahead = [slice(k + 1, k + 1 + length) for k in range(1 + depths)]
@@ -22,14 +26,20 @@ def valid_targets(tokens: Tensor, documents: Tensor | None, depths: int, scored:
     return valid
 
 
-def count_targets(tokens: Tensor, documents: Tensor | None, depths: int, scored: Tensor | None = None) -> Tensor:
-    """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over batches and ranks."""
+def count_targets(
+    tokens: Tensor, documents: Tensor | None, depths: int, scored: Tensor | None = None
+) -> Tensor:
+    """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over
+    batches and ranks.
+    """
     targets = valid_targets(tokens, documents, depths, scored).sum((1, 2))
     return torch.cat([targets, targets.new_full((1,), tokens.shape[0])]).double()
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """(B, T) document numbers -> (B, 1, T, T) bool, True where slot i may attend to slot j <= i of its document."""
+    """(B, T) document numbers -> (B, 1, T, T) bool, True where slot i may attend to slot j <= i of
+    its document.
+    """
     length = documents.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
     return (causal & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)
@@ -38,10 +48,10 @@ def document_mask(documents: Tensor) -> Tensor:
 def agreement(prediction: Tensor, valid: Tensor, main: Tensor) -> tuple[Tensor, Tensor]:
     """Joint agreement with the main model's own next-token argmax along real text (teacher-forced).
 
-    Depth k at slot i and the main head at slot i+k both predict t_{i+k+1}. prediction, valid: (1+D, B, T); main: the
-    main head's predictions from slot 0 on, (B, T), or more where the row goes on in another process.
-    Returns agreed, compared: (D,) counts; a slot is compared at depth k if depths 1..k have targets there, and agrees
-    if all of them do.
+    Depth k at slot i and the main head at slot i+k both predict t_{i+k+1}. prediction, valid: (1+D,
+    B, T); main: the main head's predictions from slot 0 on, (B, T), or more where the row goes on
+    in another process. Returns agreed, compared: (D,) counts; a slot is compared at depth k if
+    depths 1..k have targets there, and agrees if all of them do.
     """
     depths, length = prediction.shape[0] - 1, prediction.shape[2]
     agreed = prediction.new_zeros(depths)

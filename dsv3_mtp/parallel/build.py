@@ -1,5 +1,5 @@
-"""From a config to this rank's part of the model (all, a stage, its share of the experts, or shards of each weight) and
-to the engine that trains it.
+"""From a config to this rank's part of the model (all, a stage, its share of the experts, or shards
+of each weight) and to the engine that trains it.
 """
 
 import importlib.util
@@ -31,7 +31,9 @@ def build_model(config: Config, ds_config: dict[str, Any], world: World) -> Deep
         with torch.device("meta"):
             model = DeepseekV3MTP(config.model, config.mtp)
             if config.parallel.expert_parallel_size > 1:
-                share_experts(model, size=config.parallel.expert_parallel_size, pipeline_stages=world.stages)
+                share_experts(
+                    model, size=config.parallel.expert_parallel_size, pipeline_stages=world.stages
+                )
         for part in stage_parts(config, model, world) if world.stages > 1 else [model]:
             part.to_empty(device=world.device)
         for module in model.modules():
@@ -45,13 +47,23 @@ def build_model(config: Config, ds_config: dict[str, Any], world: World) -> Deep
 def check_monitors(config: Config) -> None:
     """A missing package would otherwise fail on rank 0 alone and leave the other ranks waiting."""
     wanted = {"tensorboard": config.log.tensorboard, "wandb": config.log.wandb is not None}
-    missing = [name for name, wants in wanted.items() if wants and importlib.util.find_spec(name) is None]
+    missing = [
+        name for name, wants in wanted.items() if wants and importlib.util.find_spec(name) is None
+    ]
     if missing:
-        raise ValueError("\n".join(f"log.{name}: the package is not installed; pip install {name}" for name in missing))
+        raise ValueError(
+            "\n".join(
+                f"log.{name}: the package is not installed; pip install {name}" for name in missing
+            )
+        )
 
 
-def start_engine(model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: World, config: Config) -> Engine:
-    """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names the section."""
+def start_engine(
+    model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: World, config: Config
+) -> Engine:
+    """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names
+    the section.
+    """
     try:
         if world.stages > 1:
             return PipelineEngine(model, optimizer, ds_config=ds_config, world=world, config=config)
@@ -63,5 +75,7 @@ def start_engine(model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: W
 
 
 def writable(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A context in which the whole tensor is there to be written, the same by all ranks; for ZeRO-3's shards."""
+    """A context in which the whole tensor is there to be written, the same by all ranks; for
+    ZeRO-3's shards.
+    """
     return deepspeed.zero.GatheredParameters(tensor, modifier_rank=0)

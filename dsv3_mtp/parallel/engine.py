@@ -1,4 +1,6 @@
-"""The DeepSpeed engine: its JSON generated from the config, one optimizer step, reductions over ranks."""
+"""The DeepSpeed engine: its JSON generated from the config, one optimizer step, reductions over
+ranks.
+"""
 
 import contextlib
 import importlib
@@ -22,7 +24,8 @@ from dsv3_mtp.parallel.sequence import slice_rows
 
 
 def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str, Any]:
-    """The complete DeepSpeed JSON. The config's `deepspeed:` section is merged over it; keys we own were refused there.
+    """The complete DeepSpeed JSON. The config's `deepspeed:` section is merged over it; keys we own
+    were refused there.
 
     Raises:
         ValueError: this many ranks cannot be laid out as the config says.
@@ -32,22 +35,29 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         raise ValueError("\n".join(refused))
     rows = train.micro_batch_size * data_size(config, world_size)
     generated: dict[str, Any] = {
-        "train_batch_size": train.batch_size * config.parallel.sequence_parallel_size,  # it knows data parallelism only
+        "train_batch_size": train.batch_size
+        * config.parallel.sequence_parallel_size,  # it knows data parallelism only
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.batch_size // rows,
         "gradient_clipping": config.optim.grad_clip,
         "steps_per_print": None,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice in every micro-batch
+        "timers": {
+            "throughput": {"enabled": False}
+        },  # it waits for the GPU twice in every micro-batch
         "zero_optimization": _zero(config),
         "bf16": {"enabled": train.dtype == "bfloat16"},
         "data_types": {"keep_in_fp32_modules": ["e_score_correction_bias"]},
-        "zero_allow_untested_optimizer": config.optim.moments == "bfloat16",  # which it does not know (optim.py)
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the host too, with nothing to build
+        "zero_allow_untested_optimizer": config.optim.moments
+        == "bfloat16",  # which it does not know (optim.py)
+        # torch's fused AdamW runs on the host too, with nothing to build
+        "zero_force_ds_cpu_optimizer": False,
         "tensorboard": {"enabled": log.tensorboard, "output_path": run_dir, "job_name": "tb"},
     }
     if log.wandb is not None:
         wandb = {"project": log.wandb.project, "team": log.wandb.entity, "group": log.wandb.group}
-        generated["wandb"] = {"enabled": True} | {key: value for key, value in wandb.items() if value is not None}
+        generated["wandb"] = {"enabled": True} | {
+            key: value for key, value in wandb.items() if value is not None
+        }
     return _merge(generated, config.deepspeed)
 
 
@@ -69,7 +79,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def import_muon() -> None:
     """DeepSpeed imports its Muon optimizer on every start, to find that this run uses another one.
 
-    That hands three functions to torch.compile, which loads inductor for one to two seconds; this way they stay plain.
+    That hands three functions to torch.compile, which loads inductor for one to two seconds; this
+    way they stay plain.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -94,15 +105,23 @@ class Engine:
         module: torch.nn.Module | None = None,
     ):
         """module: what runs, made of the model's parts; None: the model itself."""
-        # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no weights of its own.
+        # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no
+        # weights of its own.
         deepspeed.runtime.zero.utils.warned = True
         import_muon()
         slice_rows(model, world)
-        for group in optimizer.param_groups:  # `step` gives the rate; ZeRO-0 in bfloat16 steps once by itself, below
+        for group in (
+            optimizer.param_groups
+        ):  # `step` gives the rate; ZeRO-0 in bfloat16 steps once by itself, below
             group["lr"] = 0.0
-        with contextlib.redirect_stdout(None):  # memory lines by plain print; errors go to stderr or are raised
+        with contextlib.redirect_stdout(
+            None
+        ):  # memory lines by plain print; errors go to stderr or are raised
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=module or model, optimizer=optimizer, config=ds_config, dist_init_required=False
+                model=module or model,
+                optimizer=optimizer,
+                config=ds_config,
+                dist_init_required=False,
             )
         # What DeepSpeed writes by itself, Train/Samples/lr, has another x axis than `write_events`.
         self.monitor, self.engine.monitor = self.engine.monitor, SimpleNamespace(enabled=False)
@@ -115,14 +134,18 @@ class Engine:
         return self.engine.module
 
     def own(self, batch: Batch) -> Batch:
-        """What this rank computes of a batch of whole rows: all of it, or its slice of every row."""
+        """What this rank computes of a batch of whole rows: all of it, or its slice of every
+        row.
+        """
         rows, ahead = self.model.rows, 1 + self.model.depths
         return [tuple(None if x is None else rows.cut(x, ahead) for x in piece) for piece in batch]  # type: ignore[misc]
 
     def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
-        """Forward and backward of this rank's micro-batches of one optimizer step; the gradients are then averaged.
+        """Forward and backward of this rank's micro-batches of one optimizer step; the gradients
+        are then averaged.
 
-        settings: keywords of the model's forward, normalized over the whole step. Returns the sums of the outputs.
+        settings: keywords of the model's forward, normalized over the whole step. Returns the sums
+            of the outputs.
         """
         total = self.model.no_output()
         for number, (tokens, documents, scored) in enumerate(self.own(batch), start=1):
@@ -132,17 +155,23 @@ class Engine:
         return total
 
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
-        """The model's `evaluate`: the sums of the outputs for this rank's micro-batches but the last `blanks`."""
+        """The model's `evaluate`: the sums of the outputs for this rank's micro-batches but the
+        last `blanks`.
+        """
         return self.model.evaluate(self.own(batch), blanks=blanks)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulates the gradient; on the `last` micro-batch of the step the ranks' gradients are averaged.
+        """Accumulates the gradient; on the `last` micro-batch of the step the ranks' gradients are
+        averaged.
 
-        The loss arrives normalized over the whole optimizer step, so DeepSpeed must not divide by the accumulation
-        count; and as the batch-size ramp changes that count, the boundary is given rather than counted.
+        The loss arrives normalized over the whole optimizer step, so DeepSpeed must not divide by
+        the accumulation count; and as the batch-size ramp changes that count, the boundary is given
+        rather than counted.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        if isinstance(self.optimizer, BF16_Optimizer):  # it has added the last micro-batch's to its float32 gradients
+        if isinstance(
+            self.optimizer, BF16_Optimizer
+        ):  # it has added the last micro-batch's to its float32 gradients
             self.optimizer.clear_lp_grads()
         self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
@@ -162,9 +191,15 @@ class Engine:
         self.engine.step()
 
     def _replicated_norm(self) -> float:
-        """ZeRO-0 in float32 reports no norm, in bfloat16 a rounded one. Every rank has the whole gradient."""
+        """ZeRO-0 in float32 reports no norm, in bfloat16 a rounded one. Every rank has the whole
+        gradient.
+        """
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return float(torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm())
+        return float(
+            torch.stack(
+                [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+            ).norm()
+        )
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""

@@ -20,7 +20,8 @@ from deepspeed.accelerator import get_accelerator
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. Ranks are ordered by pipeline stage: stage 0 has the first `replicas` of them.
+    """This process among its peers. Ranks are ordered by pipeline stage: stage 0 has the first
+    `replicas` of them.
 
     Within a stage `slices` ranks that follow each other share the rows of a batch.
     """
@@ -56,10 +57,12 @@ class World:
 
 
 def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int = 1) -> World:
-    """Joins the process group: nccl on CUDA, gloo on CPU. Without a launcher this process is a world of one.
+    """Joins the process group: nccl on CUDA, gloo on CPU. Without a launcher this process is a
+    world of one.
 
     Args:
-        threads: CPU threads of this process; None shares the cores this process may use among the ranks of the host.
+        threads: CPU threads of this process; None shares the cores this process may use among the
+            ranks of the host.
         timeout_s: after this long a collective whose peer hangs raises instead of waiting for ever.
         stages: of the pipeline.
         slices: of each row, on as many ranks.
@@ -67,11 +70,14 @@ def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
-    local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))  # deepspeed's, torchrun's
+    local_size = int(
+        os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    )  # deepspeed's, torchrun's
     cuda = get_accelerator().device_name() == "cuda"  # as DS_ACCELERATOR says, if it is set
     if not cuda or threads is not None:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    # DeepSpeed's sub-groups take torch's module default whatever timeout is passed: that default has to be set.
+    # DeepSpeed's sub-groups take torch's module default whatever timeout is passed: that default
+    # has to be set.
     timeout = timedelta(seconds=timeout_s)
     c10d = torch.distributed.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
@@ -81,7 +87,9 @@ def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int
         torch.cuda.set_device(device)
     with contextlib.redirect_stdout(None):
         deepspeed.init_distributed(verbose=False, timeout=timeout, auto_mpi_discovery=False)
-    return World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device, stages, slices)
+    return World(
+        int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device, stages, slices
+    )
 
 
 def free_port() -> int:
@@ -91,7 +99,8 @@ def free_port() -> int:
 
 
 def on_main(world: World, function: Callable[[], Any]) -> Any:
-    """Calls `function` on rank 0 while the others wait; returns its result everywhere, or raises everywhere.
+    """Calls `function` on rank 0 while the others wait; returns its result everywhere, or raises
+    everywhere.
 
     Raises:
         ValueError: with the message of the ValueError or OSError that rank 0 met.
@@ -102,7 +111,8 @@ def on_main(world: World, function: Callable[[], Any]) -> Any:
 
 
 def on_all(world: World, function: Callable[[], Any]) -> Any:
-    """Calls `function`, which waits for no other rank, on every rank; returns its result, or raises everywhere.
+    """Calls `function`, which waits for no other rank, on every rank; returns its result, or raises
+    everywhere.
 
     Raises:
         ValueError: with the message of the first rank that met a ValueError or OSError.
@@ -120,7 +130,9 @@ def on_all(world: World, function: Callable[[], Any]) -> Any:
 
 
 def finish() -> None:
-    """Ends the process after success. gloo's worker threads abort a few percent of normal interpreter exits."""
+    """Ends the process after success. gloo's worker threads abort a few percent of normal
+    interpreter exits.
+    """
     torch.distributed.barrier()
     gloo = torch.distributed.get_backend() == "gloo"
     if not gloo:
@@ -135,8 +147,8 @@ def finish() -> None:
 class StopRequest:
     """True once this process should save and stop: SIGTERM, SIGINT, or its launcher is gone.
 
-    Killing `deepspeed` leaves its launch.py and the ranks running as orphans, `kill -9` of torchrun its ranks; a rank
-    therefore watches its ancestors. A second SIGINT interrupts at once.
+    Killing `deepspeed` leaves its launch.py and the ranks running as orphans, `kill -9` of torchrun
+    its ranks; a rank therefore watches its ancestors. A second SIGINT interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -157,7 +169,9 @@ class StopRequest:
 
     @staticmethod
     def _find_ancestors() -> tuple[int, int] | None:
-        """(pid of deepspeed's launch.py, pid of its parent), or (pid of torchrun, 0), if that started this process."""
+        """(pid of deepspeed's launch.py, pid of its parent), or (pid of torchrun, 0), if that
+        started this process.
+        """
         with contextlib.suppress(psutil.Error):
             launcher = psutil.Process(os.getppid())
             if "deepspeed.launcher.launch" in launcher.cmdline():

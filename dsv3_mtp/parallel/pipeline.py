@@ -1,16 +1,17 @@
-"""Pipeline parallelism with DeepSpeed's PipelineModule: stages of balanced cost; heads and losses are on the last one.
+"""Pipeline parallelism with DeepSpeed's PipelineModule: stages of balanced cost; heads and losses
+are on the last one.
 
-Every rank holds the whole DeepseekV3MTP as a description, of which only its own stage has storage; the rest lies on
-the meta device. Names, counts, initial weights and the order of the routers are therefore those of the model without
-a pipeline, and a parameter is this rank's if it is not meta.
+Every rank holds the whole DeepseekV3MTP as a description, of which only its own stage has storage;
+the rest lies on the meta device. Names, counts, initial weights and the order of the routers are
+therefore those of the model without a pipeline, and a parameter is this rank's if it is not meta.
 
     stage 0       embedding, trunk layers
     stage s       trunk layers
     last stage    trunk layers, final norm, all MTP depths, output head, losses; and the embedding again, if the MTP
                   modules read it: tied, its gradients summed over both copies before every update
 
-Between stages travel the hidden states, the balance loss of every router so far (with gradient), the routers' loads,
-and the tokens.
+Between stages travel the hidden states, the balance loss of every router so far (with gradient),
+the routers' loads, and the tokens.
 """
 
 import contextlib
@@ -26,21 +27,24 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import uncut
+from dsv3_mtp.heads.heads import TrunkStates
 from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, meta_model, run_layers
 from dsv3_mtp.model.moe import RouterStats
-from dsv3_mtp.model.mtp import TrunkStates
 from dsv3_mtp.model.size import layer_flops
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:
-    """Bounds of `parts` contiguous, non-empty parts: the dearest part is as cheap as can be, and of all such cuts the
-    one with the smallest sum of squares. `parts` + 1 numbers; part i is costs[bounds[i] : bounds[i+1]].
+    """Bounds of `parts` contiguous, non-empty parts: the dearest part is as cheap as can be, and of
+    all such cuts the one with the smallest sum of squares. `parts` + 1 numbers; part i is
+    costs[bounds[i] : bounds[i+1]].
     """
     sums = [0.0, *itertools.accumulate(costs)]
 
-    def cut(weigh: Callable[[float], float], join: Callable[[float, float], float]) -> tuple[float, list[int]]:
+    def cut(
+        weigh: Callable[[float], float], join: Callable[[float, float], float]
+    ) -> tuple[float, list[int]]:
         best = {0: (0.0, [0])}  # end of the parts so far -> value, bounds
         for part in range(1, parts + 1):
             ends = range(part, len(costs) - (parts - part) + 1)
@@ -60,8 +64,8 @@ def balanced(costs: Sequence[float], parts: int) -> list[int]:
 
 
 def stage_layers(config: Config) -> list[range]:
-    """The trunk layers of each stage: FLOPs balanced over the pieces that may be cut apart (config.layout.uncut), of
-    which what follows the trunk is the last.
+    """The trunk layers of each stage: FLOPs balanced over the pieces that may be cut apart
+    (config.layout.uncut), of which what follows the trunk is the last.
     """
     costs = layer_flops(meta_model(config.model, config.mtp), config.data.seq_len)
     layers, (head, tail) = len(costs) - 1, uncut(config)
@@ -73,7 +77,9 @@ def stage_layers(config: Config) -> list[range]:
 
 def stage_parts(config: Config, model: DeepseekV3MTP, world: World) -> list[nn.Module]:
     """What of the model this rank's stage holds."""
-    parts: list[nn.Module] = [model.model.layers[layer] for layer in stage_layers(config)[world.stage]]
+    parts: list[nn.Module] = [
+        model.model.layers[layer] for layer in stage_layers(config)[world.stage]
+    ]
     last = world.stage == world.stages - 1
     if world.stage == 0 or (last and model.mtp_config.reads_tokens):
         parts.append(model.model.embed_tokens)
@@ -85,8 +91,8 @@ def stage_parts(config: Config, model: DeepseekV3MTP, world: World) -> list[nn.M
 class Stage(nn.Module):
     """Consecutive trunk layers. Takes and gives (x, balance, load, tokens[, documents]):
 
-    x (B, T, C); balance (1+r,) and counts (1+r, E+1) int64, load and nodes, of nothing and of the r routers so far (an
-    empty tensor cannot be sent); tokens and documents (B, T+1+D).
+    x (B, T, C); balance (1+r,) and counts (1+r, E+1) int64, load and nodes, of nothing and of the r
+    routers so far (an empty tensor cannot be sent); tokens and documents (B, T+1+D).
     """
 
     def __init__(self, model: DeepseekV3MTP, layers: range):
@@ -98,18 +104,27 @@ class Stage(nn.Module):
         x, balance, counts, tokens, *documents = carried
         _, x, stats = run_layers(self.layers, x, *self.positions(tokens, *documents))
         balance = torch.cat([balance, *(s.balance.view(1) for s in stats)])
-        counts = torch.stack([*counts, *(torch.cat([s.load.long(), s.nodes.view(1)]) for s in stats)])
+        counts = torch.stack(
+            [*counts, *(torch.cat([s.load.long(), s.nodes.view(1)]) for s in stats)]
+        )
         return x, balance, counts, tokens, *documents
 
 
 class LastStage(Stage):
-    """The last trunk layers and all that follows. Also takes the embeddings (B, T-1+D, C) of the tokens ahead."""
+    """The last trunk layers and all that follows. Also takes the embeddings (B, T-1+D, C) of the
+    tokens ahead.
+    """
 
     def __init__(self, model: DeepseekV3MTP, layers: range):
         super().__init__(model, layers)
         self.norm, self.mtp, self.lm_head = model.model.norm, model.mtp, model.lm_head
-        self.head_states, self.losses = model.head_states, model.losses  # of the model: they use the three above
-        self.settings: dict[str, Any] = {}  # keywords of `losses`, the same for all micro-batches of a step
+        self.head_states, self.losses = (
+            model.head_states,
+            model.losses,
+        )  # of the model: they use the three above
+        self.settings: dict[
+            str, Any
+        ] = {}  # keywords of `losses`, the same for all micro-batches of a step
 
     def forward(self, carried: tuple[Tensor, ...]) -> MTPOutput:
         x, balance, counts, tokens, *documents, ahead = carried
@@ -117,12 +132,17 @@ class LastStage(Stage):
         last_input, x, own = run_layers(self.layers, x, angles, mask)
         trunk = TrunkStates(last_input, x, self.norm(x))
         hiddens, of_heads = self.head_states(trunk, ahead, angles, mask, *documents)
-        earlier = [RouterStats(c[:-1].float(), b, c[-1]) for c, b in zip(counts[1:], balance[1:], strict=True)]
+        earlier = [
+            RouterStats(c[:-1].float(), b, c[-1])
+            for c, b in zip(counts[1:], balance[1:], strict=True)
+        ]
         return self.losses(hiddens, earlier + own + of_heads, tokens, *documents, **self.settings)
 
 
 class SharedEmbedding(TiedLayerSpec):
-    """The model's own embedding as a layer of the first stage, and again of the last one where the heads read it."""
+    """The model's own embedding as a layer of the first stage, and again of the last one where the
+    heads read it.
+    """
 
     def __init__(self, model: DeepseekV3MTP, forward: Callable[[nn.Module, Any], Any]):
         super().__init__("embed_tokens", nn.Embedding, forward_fn=forward)
@@ -135,13 +155,21 @@ class SharedEmbedding(TiedLayerSpec):
 class Stages(PipelineModule):
     """The model as DeepSpeed's pipeline: `stage_layers` decides which layer is on which stage."""
 
-    def __init__(self, model: DeepseekV3MTP, layers: list[range], loss: Callable[[MTPOutput, Any], Tensor]):
+    def __init__(
+        self, model: DeepseekV3MTP, layers: list[range], loss: Callable[[MTPOutput, Any], Tensor]
+    ):
         depths, experts = model.depths, model.config.n_routed_experts
 
         def embed(embedding: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             tokens, *documents = inputs
             x = embedding(tokens[:, : -1 - depths])
-            return x, x.new_zeros(1, dtype=torch.float32), tokens.new_zeros(1, experts + 1), tokens, *documents
+            return (
+                x,
+                x.new_zeros(1, dtype=torch.float32),
+                tokens.new_zeros(1, experts + 1),
+                tokens,
+                *documents,
+            )
 
         def look_ahead(embedding: nn.Module, carried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return *carried, embedding(carried[3][:, 1:-1])
@@ -188,8 +216,14 @@ def backward_pass(engine: Any, buffer_id: int) -> None:
     if engine.is_last_stage():
         DeepSpeedEngine.backward(engine, engine.loss, scale_wrt_gas=False)
     else:
-        outputs = [output for output in engine.pipe_buffers["outputs"][buffer_id] if output.is_floating_point()]
-        pairs = [pair for pair in zip(outputs, engine.grad_layer, strict=True) if pair[0].requires_grad]
+        outputs = [
+            output
+            for output in engine.pipe_buffers["outputs"][buffer_id]
+            if output.is_floating_point()
+        ]
+        pairs = [
+            pair for pair in zip(outputs, engine.grad_layer, strict=True) if pair[0].requires_grad
+        ]
         engine._running_engine_backward = True
         torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
         engine._running_engine_backward = False
@@ -202,9 +236,18 @@ def backward_pass(engine: Any, buffer_id: int) -> None:
 
 
 class PipelineEngine(Engine):
-    """`Engine` for one stage of a pipeline. Only the last stage's outputs count; other ranks return sums of zero."""
+    """`Engine` for one stage of a pipeline. Only the last stage's outputs count; other ranks return
+    sums of zero.
+    """
 
-    def __init__(self, model: DeepseekV3MTP, optimizer: torch.optim.Optimizer, *, config: Config, **start: Any):
+    def __init__(
+        self,
+        model: DeepseekV3MTP,
+        optimizer: torch.optim.Optimizer,
+        *,
+        config: Config,
+        **start: Any,
+    ):
         self.stages = Stages(model, stage_layers(config), self.add)
         super().__init__(model, optimizer, module=self.stages, **start)
         instructions = {**self.engine._INSTRUCTION_MAP, schedule.BackwardPass: backward_pass}
@@ -213,7 +256,9 @@ class PipelineEngine(Engine):
 
     def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
         for weight, _ in self.stages.get_tied_weights_and_groups():
-            if weight.requires_grad and weight.grad is None:  # detached on the last stage: its zeros are waited for
+            if (
+                weight.requires_grad and weight.grad is None
+            ):  # detached on the last stage: its zeros are waited for
                 weight.grad = torch.zeros_like(weight)
         return self.run(Accumulation, batch, settings)
 
@@ -225,13 +270,19 @@ class PipelineEngine(Engine):
         return total
 
     def run(
-        self, kind: type[schedule.PipeSchedule], batch: Batch, settings: dict[str, Any], blanks: int = 0
+        self,
+        kind: type[schedule.PipeSchedule],
+        batch: Batch,
+        settings: dict[str, Any],
+        blanks: int = 0,
     ) -> MTPOutput:
         """All micro-batches through all stages."""
         self.total, self.counted = self.model.no_output(), len(batch) - blanks
         if self.world.stage == self.world.stages - 1:
             self.stages.forward_funcs[-1].settings = settings
-        pieces = [(t,) if documents is None else (t, documents) for t, documents, _ in self.own(batch)]  # no tasks here
+        pieces = [
+            (t,) if documents is None else (t, documents) for t, documents, _ in self.own(batch)
+        ]  # no tasks here
         self.engine.set_dataiterator(iter([(piece, ()) for piece in pieces]))
         self.engine._exec_schedule(kind(len(batch), self.world.stages, self.world.stage))
         return self.total

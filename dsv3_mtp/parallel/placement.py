@@ -1,9 +1,11 @@
-"""Which ranges of which tensors this rank holds: the layout of a run, in terms that no layout shares.
+"""Which ranges of which tensors this rank holds: the layout of a run, in terms that no layout
+shares.
 
-A tensor's canonical name and shape are those of an unsharded DeepseekV3MTP. Every layout keeps the names: a pipeline
-stage has storage for some of the tensors, expert parallelism for a range of a layer's experts. ZeRO splits the rest;
-what its optimizers hold is read here in the terms of DeepSpeed 0.19.8. DeepSpeed's own view of that,
-`param._hp_mapping`, does not know ZeRO 0 and 3, and is wrong under round_robin_gradients.
+A tensor's canonical name and shape are those of an unsharded DeepseekV3MTP. Every layout keeps the
+names: a pipeline stage has storage for some of the tensors, expert parallelism for a range of a
+layer's experts. ZeRO splits the rest; what its optimizers hold is read here in the terms of
+DeepSpeed 0.19.8. DeepSpeed's own view of that, `param._hp_mapping`, does not know ZeRO 0 and 3, and
+is wrong under round_robin_gradients.
 """
 
 import math
@@ -23,19 +25,26 @@ from torch import Tensor
 from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.parallel.engine import Engine
 
-SHARE = 1 << 16  # elements below which a tensor that several ranks hold is written by the first of them alone
+SHARE = (
+    1 << 16
+)  # elements below which a tensor that several ranks hold is written by the first of them alone
 
 
 class Held(NamedTuple):
-    """The range [start, start + numel) of a flattened canonical tensor, which this rank holds in `flat[at:]`."""
+    """The range [start, start + numel) of a flattened canonical tensor, which this rank holds in
+    `flat[at:]`.
+    """
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor
     start: int
     numel: int
-    flat: Tensor  # what the optimizer steps on (float32); of frozen parameters and buffers: their own values
+    # what the optimizer steps on (float32); of frozen parameters and buffers: their own values
+    flat: Tensor
     at: int
-    share: tuple[int, int]  # first and last + 1 element of the range that this rank writes: others hold it as well
+    share: tuple[
+        int, int
+    ]  # first and last + 1 element of the range that this rank writes: others hold it as well
 
     def of(self, flat: Tensor) -> Tensor:
         """The range in `flat`, or in a tensor that the optimizer keeps beside it."""
@@ -52,7 +61,9 @@ class _Range(NamedTuple):
 
 
 def held(engine: Engine) -> Iterator[Held]:
-    """All that this rank holds of the model: masters of what it updates, frozen parameters, buffers."""
+    """All that this rank holds of the model: masters of what it updates, frozen parameters,
+    buffers.
+    """
     model, optimizer = engine.model, engine.engine.optimizer
     masters = dict(_masters(optimizer))
     layers = [part for part in model.modules() if isinstance(part, Experts)]
@@ -71,7 +82,9 @@ def held(engine: Engine) -> Iterator[Held]:
         if id(tensor) in first:
             start += first[id(tensor)] * math.prod(shape[1:])
             shape = (model.config.n_routed_experts, *shape[1:])
-        share = (0, found.numel) if sharded else _share(found.numel, _replicas(engine.engine, tensor))
+        share = (
+            (0, found.numel) if sharded else _share(found.numel, _replicas(engine.engine, tensor))
+        )
         if getattr(tensor, "ds_pipe_replicated", False):
             share = (0, 0)  # the first stage that has this tied parameter writes it
         yield Held(name, shape, start, found.numel, found.flat, found.at, share)
@@ -80,13 +93,23 @@ def held(engine: Engine) -> Iterator[Held]:
 def _masters(optimizer: Any) -> Iterator[tuple[int, _Range]]:
     """(id of a parameter, the range of it that this rank updates)."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        flats = (optimizer.bit16_groups, optimizer.bit16_groups_flat, optimizer.single_partition_of_fp32_groups)
+        flats = (
+            optimizer.bit16_groups,
+            optimizer.bit16_groups_flat,
+            optimizer.single_partition_of_fp32_groups,
+        )
         yield from _flattened(*flats, optimizer.real_dp_process_group)
     elif isinstance(optimizer, BF16_Optimizer):
-        flats = (optimizer.bf16_groups, optimizer.bf16_groups_flat, optimizer.fp32_groups_flat_partition)
+        flats = (
+            optimizer.bf16_groups,
+            optimizer.bf16_groups_flat,
+            optimizer.fp32_groups_flat_partition,
+        )
         yield from _flattened(*flats, optimizer.real_dp_process_group)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        for parameters, flat in zip(
+            optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True
+        ):
             at = 0
             for parameter in parameters:
                 start, numel = _zero3_range(parameter)
@@ -97,19 +120,28 @@ def _masters(optimizer: Any) -> Iterator[tuple[int, _Range]]:
             for parameter, flat in zip(parameters, flats, strict=True):
                 yield id(parameter), _Range(flat, 0, 0, flat.numel())
     elif isinstance(optimizer, torch.optim.Optimizer):  # ZeRO-0 in float32
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        for parameter in (
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ):
             yield id(parameter), _Range(parameter, 0, 0, parameter.numel())
     else:
         raise TypeError(f"checkpoints do not know DeepSpeed's {type(optimizer).__name__}")
 
 
-def _flattened(parameters: list, flats: list, partitions: list, ranks: list) -> Iterator[tuple[int, _Range]]:
-    """ZeRO 1 and 2: per parameter group, all parameters in one flat tensor, an equal part of it on each rank."""
+def _flattened(
+    parameters: list, flats: list, partitions: list, ranks: list
+) -> Iterator[tuple[int, _Range]]:
+    """ZeRO 1 and 2: per parameter group, all parameters in one flat tensor, an equal part of it on
+    each rank.
+    """
     for group, flat, partition, peers in zip(parameters, flats, partitions, ranks, strict=True):
         first = dist.get_rank(group=peers) * partition.numel()
         for parameter in group:
             begin = parameter.data.storage_offset() - flat.storage_offset()
-            start, stop = max(begin, first), min(begin + parameter.numel(), first + partition.numel())
+            start, stop = (
+                max(begin, first),
+                min(begin + parameter.numel(), first + partition.numel()),
+            )
             if start < stop:
                 yield id(parameter), _Range(partition, start - first, start - begin, stop - start)
 
@@ -142,14 +174,18 @@ def _share(numel: int, peers: Any) -> tuple[int, int]:
 
 @contextmanager
 def restoring(engine: Engine) -> Iterator[None]:
-    """Around writing into what is `held`: afterwards the weights of forward and backward follow their masters."""
+    """Around writing into what is `held`: afterwards the weights of forward and backward follow
+    their masters.
+    """
     optimizer = engine.engine.optimizer
     zero3 = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
     if zero3:
         optimizer.checkpoint_event_prologue()  # no parameter stays gathered
     yield
     if zero3:
-        for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        for parameters, flat in zip(
+            optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True
+        ):
             masters = flat.detach().split([parameter.partition_numel() for parameter in parameters])
             for parameter, master in zip(parameters, masters, strict=True):
                 parameter.ds_tensor.data.copy_(master)

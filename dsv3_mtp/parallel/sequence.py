@@ -1,16 +1,19 @@
-"""Sequence parallelism after DeepSpeed-Ulysses (arXiv 2309.14509): the slots of a row divided over a group of ranks.
+"""Sequence parallelism after DeepSpeed-Ulysses (arXiv 2309.14509): the slots of a row divided over
+a group of ranks.
 
-With parallel.sequence_parallel_size = S, each S ranks that follow each other are given the same rows, of T slots, and
-rank s keeps slots [s*T/S, (s+1)*T/S) with the 1+D tokens ahead of them: depth k of its last slot then finds its input
-and its target there, and needs nothing of a neighbour. All but four things look at one slot at a time:
+With parallel.sequence_parallel_size = S, each S ranks that follow each other are given the same
+rows, of T slots, and rank s keeps slots [s*T/S, (s+1)*T/S) with the 1+D tokens ahead of them: depth
+k of its last slot then finds its input and its target there, and needs nothing of a neighbour. All
+but four things look at one slot at a time:
 
     attention       between two all-to-alls a rank has all slots of H/S heads
     document mask   of whole rows, from the document numbers of all slices
     balance loss    f of the whole row; P, which has the gradient, as a sum over slices (model/moe.py)
     agreement       depth k of a slot against the main head k slots on, which may be in a later slice
 
-DeepSpeed is told nothing. It sees data parallelism over all ranks of a stage and averages their gradients; each loss is
-normalized for that, and ZeRO, expert parallelism and checkpoints work as without slices.
+DeepSpeed is told nothing. It sees data parallelism over all ranks of a stage and averages their
+gradients; each loss is normalized for that, and ZeRO, expert parallelism and checkpoints work as
+without slices.
 """
 
 from typing import Any
@@ -24,8 +27,8 @@ from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import Rows
 from dsv3_mtp.model.moe import Gate
+from dsv3_mtp.ops.attention import Core, sdpa
 from dsv3_mtp.parallel.launch import World
-from dsv3_mtp.precision.attention import Core, sdpa
 
 
 class Slices(Rows):
@@ -42,14 +45,22 @@ class Slices(Rows):
         return torch.cat(parts, dim=1)
 
     def attention(self, core: Core) -> Core:
-        """An attention core for this slice's slots and all heads, around one for all slots and H/S heads."""
+        """An attention core for this slice's slots and all heads, around one for all slots and H/S
+        heads.
+        """
 
-        def whole_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-            return core(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, mask).transpose(1, 2)
+        def whole_rows(
+            query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+        ) -> Tensor:
+            return core(
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, mask
+            ).transpose(1, 2)
 
         exchange = DistributedAttention(whole_rows, self.group, scatter_idx=2, gather_idx=1)  # H, T
 
-        def sliced(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        def sliced(
+            query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+        ) -> Tensor:
             parts = [x.transpose(1, 2) for x in (query, key, value)]  # (B, T/S, H, width)
             return exchange(*parts, 0, None, scale, mask).transpose(1, 2)  # 0 is B; rotated already
 
@@ -57,7 +68,9 @@ class Slices(Rows):
 
 
 def slice_rows(model: DeepseekV3MTP, world: World) -> None:
-    """From now on the model is given this rank's slice of every row (`Rows.cut`), and all ranks call it together."""
+    """From now on the model is given this rank's slice of every row (`Rows.cut`), and all ranks
+    call it together.
+    """
     count = world.slices
     if count == 1:
         return

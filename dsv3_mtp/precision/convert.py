@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dsv3_mtp.config import Config, FP8Config
+from dsv3_mtp.ops.attention import choose_attention
 from dsv3_mtp.precision import hopper, te
-from dsv3_mtp.precision.attention import choose_attention
 from dsv3_mtp.precision.emulate import Emulated
 from dsv3_mtp.precision.linear import FP8Linear, Recipe
 from dsv3_mtp.precision.quantise import BLOCK, ROW
@@ -29,7 +29,8 @@ UNSUPPORTED: dict[str, Callable[[torch.device], str | None]] = {
 
 
 def set_precision(model: nn.Module, config: Config, device: torch.device) -> list[str]:
-    """Puts a run's model into the numbers and on the attention kernel of its config; one line on each.
+    """Puts a run's model into the numbers and on the attention kernel of its config; one line on
+    each.
 
     Raises:
         ValueError: what the config names cannot run here, or not with this model.
@@ -53,7 +54,8 @@ def choose_backend(fp8: FP8Config, device: torch.device) -> tuple[str | None, st
     """The backend that runs here (None: high precision) and a line that says why.
 
     Raises:
-        ValueError: the backend that the config names, or FP8 itself where it is `true`, cannot run here.
+        ValueError: the backend that the config names, or FP8 itself where it is `true`, cannot run
+            here.
     """
     if fp8.enabled is False:
         return None, "fp8: off (fp8.enabled: false)"
@@ -63,7 +65,10 @@ def choose_backend(fp8: FP8Config, device: torch.device) -> tuple[str | None, st
         if reason is None:
             return fp8.backend, f"fp8: {fp8.backend} (fp8.backend)"
         if fp8.enabled is True:
-            raise ValueError(f"fp8.backend: {fp8.backend} {reason}; choose another fp8.backend, or fp8.enabled: auto")
+            raise ValueError(
+                f"fp8.backend: {fp8.backend} {reason}; choose "
+                "another fp8.backend, or fp8.enabled: auto"
+            )
         return None, f"fp8: off ({fp8.backend} {reason})"
     why = "; ".join(f"{name} {reason}" for name, reason in reasons.items() if reason is not None)
     if fp8.enabled == "auto" and reasons["te"] and reasons["torch"]:
@@ -76,14 +81,18 @@ def fp8_layers(model: nn.Module, fp8: FP8Config) -> dict[str, nn.Module]:
     """The layers that the config puts into FP8, by name."""
     wanted = re.compile("|".join(KINDS[kind] for kind in fp8.modules))
     layers = {name: module for name, module in model.named_modules() if wanted.search(name)}
-    return {name: module for name, module in layers.items() if fp8.mtp or not name.startswith("mtp.")}
+    return {
+        name: module for name, module in layers.items() if fp8.mtp or not name.startswith("mtp.")
+    }
 
 
 def convert(model: nn.Module, fp8: FP8Config, device: torch.device, dtype: torch.dtype) -> str:
-    """Replaces the chosen layers in place; parameters keep their names and values. Returns what was done and why.
+    """Replaces the chosen layers in place; parameters keep their names and values. Returns what was
+    done and why.
 
     Args:
-        dtype: in which the model will compute. Its weights may still be float32, which DeepSpeed turns into it later.
+        dtype: in which the model will compute. Its weights may still be float32, which DeepSpeed
+            turns into it later.
 
     Raises:
         ValueError: the backend cannot run here, or not with these layers.
@@ -101,7 +110,9 @@ def convert(model: nn.Module, fp8: FP8Config, device: torch.device, dtype: torch
     recipe = Recipe(emulated if backend == "emulate" else hopper.ScaledMM(fp8.scale), tile)
     for name, module in layers.items():
         if isinstance(module, nn.Linear):
-            replacement = te.TELinear(module, fp8.scale) if backend == "te" else FP8Linear(module, recipe)
+            replacement = (
+                te.TELinear(module, fp8.scale) if backend == "te" else FP8Linear(module, recipe)
+            )
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement)
         elif backend == "te":
@@ -109,24 +120,42 @@ def convert(model: nn.Module, fp8: FP8Config, device: torch.device, dtype: torch
         else:
             module.linear = recipe.grouped_linear, recipe.grouped_linear  # type: ignore[assignment]
             module.multiple = recipe.product.multiple  # type: ignore[assignment]
-    return f"{note}: {len(layers)} layers ({', '.join(fp8.modules)}{'' if fp8.mtp else ', MTP blocks not'})"
+    return (
+        f"{note}: {len(layers)} layers "
+        f"({', '.join(fp8.modules)}{'' if fp8.mtp else ', MTP blocks not'})"
+    )
 
 
-def unsuited(layers: dict[str, nn.Module], fp8: FP8Config, backend: str, dtype: torch.dtype) -> str | None:
-    """What this backend does not multiply of these layers, and what to do about it; None if it takes all."""
+def unsuited(
+    layers: dict[str, nn.Module], fp8: FP8Config, backend: str, dtype: torch.dtype
+) -> str | None:
+    """What this backend does not multiply of these layers, and what to do about it; None if it
+    takes all.
+    """
     if not layers:
-        return f"fp8.modules: the model has no layer of {', '.join(fp8.modules)}; set fp8.enabled: false"
+        return (
+            "fp8.modules: the model has no layer of "
+            f"{', '.join(fp8.modules)}; set fp8.enabled: false"
+        )
     if backend == "emulate":
         return None
     if dtype != torch.bfloat16:
         return f"fp8.backend: {backend} needs train.dtype: bfloat16 (got {str(dtype)[6:]})"
     shapes = {  # ZeRO-3 keeps the whole shape in ds_shape
-        name: getattr(p, "ds_shape", p.shape) for name, layer in layers.items() for p in layer.parameters()
+        name: getattr(p, "ds_shape", p.shape)
+        for name, layer in layers.items()
+        for p in layer.parameters()
     }
-    odd = [f"{name} {list(shape)}" for name, shape in shapes.items() if any(n % hopper.ALIGN for n in shape[-2:])]
+    odd = [
+        f"{name} {list(shape)}"
+        for name, shape in shapes.items()
+        if any(n % hopper.ALIGN for n in shape[-2:])
+    ]
     if odd:
         return (
-            f"fp8.backend: {backend} needs weights whose sides are multiples of {hopper.ALIGN}; not so: "
-            f"{', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}; change the model, or fp8.modules"
+            f"fp8.backend: {backend} needs weights whose "
+            f"sides are multiples of {hopper.ALIGN}; not so: "
+            f"{', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''}; "
+            "change the model, or fp8.modules"
         )
     return None

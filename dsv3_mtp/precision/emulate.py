@@ -1,7 +1,8 @@
-"""FP8 products on any device: both operands go through the quantiser, the product itself is computed in high precision.
+"""FP8 products on any device: both operands go through the quantiser, the product itself is
+computed in high precision.
 
-What tensor cores compute differs from this by the order of a float32 sum, about 1e-7, and by the precision of their
-accumulator, which `accumulation` can imitate (V3 section 3.3.2).
+What tensor cores compute differs from this by the order of a float32 sum, about 1e-7, and by the
+precision of their accumulator, which `accumulation` can imitate (V3 section 3.3.2).
 """
 
 from dataclasses import dataclass
@@ -36,15 +37,18 @@ class Emulated(Product):
 
 
 def accumulate(a: Tensor, b: Tensor, accumulation: Accumulation) -> Tensor:
-    """a b^T with an accumulator of 14 significant bits, cut off after every 32 columns; `fp22_promote128` moves the
-    sum into float32 every 128 columns, as V3 does. a: (M, K), b: (N, K), float32.
+    """a b^T with an accumulator of 14 significant bits, cut off after every 32 columns;
+    `fp22_promote128` moves the sum into float32 every 128 columns, as V3 does. a: (M, K), b: (N,
+    K), float32.
     """
     total = a.new_zeros(a.shape[0], b.shape[0])
     partial = torch.zeros_like(total)
     for start in range(0, a.shape[1], STEP):
         columns = slice(start, start + STEP)
         partial = (partial + a[:, columns] @ b[:, columns].T).contiguous()
-        partial = (partial.view(torch.int32) & ~0x3FF).view(torch.float32)  # 13 of the 23 fraction bits
+        partial = (partial.view(torch.int32) & ~0x3FF).view(
+            torch.float32
+        )  # 13 of the 23 fraction bits
         if accumulation == "fp22_promote128" and (start + STEP) % PROMOTE == 0:
             total += partial
             partial = torch.zeros_like(total)

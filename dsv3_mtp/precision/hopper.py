@@ -1,4 +1,6 @@
-"""Real FP8 products by torch alone: cuBLAS block scaling through torch.nn.functional.scaled_mm. Hopper only."""
+"""Real FP8 products by torch alone: cuBLAS block scaling through torch.nn.functional.scaled_mm.
+Hopper only.
+"""
 
 from dataclasses import dataclass
 
@@ -14,17 +16,20 @@ ALIGN = 16  # cuBLAS wants every dimension to be a multiple of this
 
 @dataclass(frozen=True)
 class ScaledMM(Product):
-    """product(a, b) = a b^T on FP8 tensor cores, accumulated in float32. Same numbers as `emulate.Emulated`.
+    """product(a, b) = a b^T on FP8 tensor cores, accumulated in float32. Same numbers as
+    `emulate.Emulated`.
 
-    Groups share one call of the quantiser per operand; their products write into parts of one result. The sides of
-    their weights are multiples of 16.
+    Groups share one call of the quantiser per operand; their products write into parts of one
+    result. The sides of their weights are multiples of 16.
     """
 
     scale: Scale = "pow2"
     multiple = EDGE
 
     def __call__(self, a: Tensor, a_tile: Tile, b: Tensor, b_tile: Tile) -> Tensor:
-        """a: (M, K) in 1 x 128 tiles, b: (N, K) in either, quantised along K -> (M, N) in the type of `a`."""
+        """a: (M, K) in 1 x 128 tiles, b: (N, K) in either, quantised along K -> (M, N) in the type
+        of `a`.
+        """
         rows, columns = a.shape[0], b.shape[0]
         if 0 in (rows, columns, a.shape[1]):
             return a.new_zeros(rows, columns)
@@ -46,7 +51,9 @@ class ScaledMM(Product):
             return out
         codes, scale_inv = _quantise(x, ROW, self.scale)  # (M, K), (M, K/128)
         tiles = scale_inv.shape[1]
-        scales = _by_group(scale_inv, *_groups_of_blocks(rows, x.device)).split([n * tiles for n in rows])
+        scales = _by_group(scale_inv, *_groups_of_blocks(rows, x.device)).split(
+            [n * tiles for n in rows]
+        )
         matrices = _quantise_matrices(weight, self.scale)
         for target, part, inverse, (matrix, blocks) in zip(
             out.split(rows), codes.split(rows), scales, matrices, strict=True
@@ -61,8 +68,13 @@ class ScaledMM(Product):
             return out.zero_()
         parts: list[tuple[Tensor, ...]] = []
         for x in (a, b):
-            codes, scale_inv = _quantise(x.t(), ROW, self.scale)  # (N, M), (N, M/128): each group is a part of columns
-            parts += [codes.split(rows, 1), _layout(scale_inv, ROW).split([n // EDGE for n in rows], 1)]
+            codes, scale_inv = _quantise(
+                x.t(), ROW, self.scale
+            )  # (N, M), (N, M/128): each group is a part of columns
+            parts += [
+                codes.split(rows, 1),
+                _layout(scale_inv, ROW).split([n // EDGE for n in rows], 1),
+            ]
         for target, left, left_inv, right, right_inv in zip(out, *parts, strict=True):
             if left.shape[1]:
                 _multiply(left, left_inv, right, right_inv, ROW, out=target)
@@ -71,10 +83,16 @@ class ScaledMM(Product):
         return out
 
 
-def _multiply(a: Tensor, a_inv: Tensor, b: Tensor, b_inv: Tensor, b_tile: Tile, *, out: Tensor) -> None:
-    """out (M, N) = a b^T of codes a (M, K) in 1 x 128 tiles and b (N, K). F.scaled_mm is the same without `out`."""
+def _multiply(
+    a: Tensor, a_inv: Tensor, b: Tensor, b_inv: Tensor, b_tile: Tile, *, out: Tensor
+) -> None:
+    """out (M, N) = a b^T of codes a (M, K) in 1 x 128 tiles and b (N, K). F.scaled_mm is the same
+    without `out`.
+    """
     a_recipe, b_recipe = [_recipe(ROW).value], [_recipe(b_tile).value]
-    torch._scaled_mm_v2(a, b.t(), [a_inv], a_recipe, [], [b_inv], b_recipe, [], None, out.dtype, out=out)
+    torch._scaled_mm_v2(
+        a, b.t(), [a_inv], a_recipe, [], [b_inv], b_recipe, [], None, out.dtype, out=out
+    )
 
 
 def _quantise(x: Tensor, tile: Tile, scale: Scale) -> tuple[Tensor, Tensor]:
@@ -84,18 +102,33 @@ def _quantise(x: Tensor, tile: Tile, scale: Scale) -> tuple[Tensor, Tensor]:
 
 
 def _quantise_matrices(weight: Tensor, scale: Scale) -> list[tuple[Tensor, Tensor]]:
-    """Codes (N, K) and laid-out scales of each matrix of weight (E, N, K), in one call if no block is in two."""
+    """Codes (N, K) and laid-out scales of each matrix of weight (E, N, K), in one call if no block
+    is in two.
+    """
     groups, rows, columns = weight.shape
     parts: list[Tensor] | tuple[Tensor, ...]
     if weight.is_contiguous() and rows % EDGE == 0:
         codes, scale_inv = _quantise(weight.flatten(0, 1), BLOCK, scale)  # (E*N, K)
-        parts, scale_inv = codes.split(rows), scale_inv.unflatten(0, (groups, -1))  # (E, N/128, K/128)
-    elif weight.transpose(1, 2).is_contiguous() and columns % EDGE == 0:  # the transposed weights of dx = dy W
-        codes, scale_inv = _quantise(weight.transpose(1, 2).flatten(0, 1).t(), BLOCK, scale)  # (N, E*K)
-        parts, scale_inv = codes.split(columns, 1), scale_inv.unflatten(1, (groups, -1)).transpose(0, 1)
+        parts, scale_inv = (
+            codes.split(rows),
+            scale_inv.unflatten(0, (groups, -1)),
+        )  # (E, N/128, K/128)
+    elif (
+        weight.transpose(1, 2).is_contiguous() and columns % EDGE == 0
+    ):  # the transposed weights of dx = dy W
+        codes, scale_inv = _quantise(
+            weight.transpose(1, 2).flatten(0, 1).t(), BLOCK, scale
+        )  # (N, E*K)
+        parts, scale_inv = (
+            codes.split(columns, 1),
+            scale_inv.unflatten(1, (groups, -1)).transpose(0, 1),
+        )
     else:
         each = [_quantise(matrix, BLOCK, scale) for matrix in weight]
-        parts, scale_inv = [codes for codes, _ in each], torch.stack([inverse for _, inverse in each])
+        parts, scale_inv = (
+            [codes for codes, _ in each],
+            torch.stack([inverse for _, inverse in each]),
+        )
     return list(zip(parts, _layout(scale_inv, BLOCK), strict=True))
 
 
@@ -122,7 +155,9 @@ def _by_group(scale_inv: Tensor, first: Tensor, size: Tensor) -> Tensor:
 
 def _aligned(x: Tensor) -> Tensor:
     missing = [-size % ALIGN for size in x.shape]
-    return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x  # a pad of nothing would be a copy
+    return (
+        F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
+    )  # a pad of nothing would be a copy
 
 
 def _recipe(tile: Tile) -> F.ScalingType:
@@ -130,7 +165,9 @@ def _recipe(tile: Tile) -> F.ScalingType:
 
 
 def _layout(scale_inv: Tensor, tile: Tile) -> Tensor:
-    """As cuBLAS wants it, column-major: (M, K/128) of tiles, (.., K/128 padded to 4, N/128) of blocks (.., N, K)."""
+    """As cuBLAS wants it, column-major: (M, K/128) of tiles, (.., K/128 padded to 4, N/128) of
+    blocks (.., N, K).
+    """
     if tile == ROW:
         return scale_inv.t().contiguous().t()
     return F.pad(scale_inv, (0, -scale_inv.shape[-1] % 4)).contiguous().transpose(-2, -1)
@@ -142,11 +179,19 @@ def unsupported(device: torch.device) -> str | None:
         return "needs a Hopper GPU; there is no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability[0] != 9:
-        return f"needs a Hopper GPU (compute capability 9.x); this one has {capability[0]}.{capability[1]}"
+        return (
+            "needs a Hopper GPU (compute capability 9.x); "
+            f"this one has {capability[0]}.{capability[1]}"
+        )
     cuda = tuple(int(part) for part in str(torch.version.cuda).split(".")[:2])
     if cuda < (12, 9) or not hasattr(F, "scaled_mm"):
         return (
-            f"needs torch >= 2.11 built for CUDA >= 12.9; this is torch {torch.__version__}, CUDA {torch.version.cuda}"
+            "needs torch >= 2.11 built for CUDA >= 12.9; this is "
+            f"torch {torch.__version__}, CUDA {torch.version.cuda}"
         )
     reason = no_kernel()
-    return None if reason is None else f"needs Triton for its quantiser, which does not run here ({reason})"
+    return (
+        None
+        if reason is None
+        else f"needs Triton for its quantiser, which does not run here ({reason})"
+    )

@@ -1,7 +1,9 @@
-"""Linear layers whose three products run in FP8 (V3 section 3.3, Fig. 6): y = x W^T, dx = dy W, dW = dy^T x.
+"""Linear layers whose three products run in FP8 (V3 section 3.3, Fig. 6): y = x W^T, dx = dy W, dW
+= dy^T x.
 
-Each operand is quantised from high precision along the dimension that its product contracts: x and dy by 1 x 128 tiles
-(in dW along the tokens), W by 128 x 128 blocks. Parameters stay what they are in high precision: `weight`.
+Each operand is quantised from high precision along the dimension that its product contracts: x and
+dy by 1 x 128 tiles (in dW along the tokens), W by 128 x 128 blocks. Parameters stay what they are
+in high precision: `weight`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from dsv3_mtp.precision.quantise import BLOCK, ROW, Tile
 
 
 class Product:
-    """product(a, tile of a, b, tile of b) = a b^T in FP8. Of groups one by one: a tile never holds rows of two."""
+    """product(a, tile of a, b, tile of b) = a b^T in FP8. Of groups one by one: a tile never holds
+    rows of two.
+    """
 
     multiple = 1  # what the rows of every group have to be a multiple of
 
@@ -22,12 +26,16 @@ class Product:
         raise NotImplementedError
 
     def grouped(self, x: Tensor, tile: Tile, weight: Tensor, rows: list[int]) -> Tensor:
-        """Rows of group e times weight[e]^T, the weight in blocks. x: (M, K), weight: (E, N, K) -> (M, N)."""
+        """Rows of group e times weight[e]^T, the weight in blocks. x: (M, K), weight: (E, N, K) ->
+        (M, N).
+        """
         parts = zip(x.split(rows), weight, strict=True)
         return torch.cat([self(part, tile, matrix, BLOCK) for part, matrix in parts])
 
     def grouped_over_rows(self, a: Tensor, b: Tensor, rows: list[int]) -> Tensor:
-        """Of each group a^T b over its rows, in tiles along them. a: (M, N), b: (M, K) -> (E, N, K)."""
+        """Of each group a^T b over its rows, in tiles along them. a: (M, N), b: (M, K) -> (E, N,
+        K).
+        """
         parts = zip(a.split(rows), b.split(rows), strict=True)
         return torch.stack([self(left.t(), ROW, right.t(), ROW) for left, right in parts])
 
@@ -37,16 +45,19 @@ class Recipe:
     """What the three products of a layer are."""
 
     product: Product
-    gradient: Tile = ROW  # of dy in dx = dy W; BLOCK is the setting with which V3 saw a run diverge (appendix B.2)
+    # of dy in dx = dy W; BLOCK is the setting with which V3 saw a run diverge (appendix B.2)
+    gradient: Tile = ROW
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x: (..., in), weight: (out, in) -> (..., out)."""
         return _Linear.apply(x.flatten(0, -2), weight, self).unflatten(0, x.shape[:-1])
 
     def grouped_linear(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        """Rows of group e times weight[e]^T. x: (rows, in), weight: (E, out, in), E counts -> (rows, out).
+        """Rows of group e times weight[e]^T. x: (rows, in), weight: (E, out, in), E counts ->
+        (rows, out).
 
-        Fastest with counts that are multiples of product.multiple: others are padded with rows of zeros.
+        Fastest with counts that are multiples of product.multiple: others are padded with rows of
+        zeros.
         """
         multiple = self.product.multiple
         padded = [-(-n // multiple) * multiple for n in counts]

@@ -1,9 +1,11 @@
 """Block quantisation to FP8 (E4M3), bit for bit as Transformer Engine's Float8BlockScaling does it.
 
-    activations and gradients: one scale per 1 x 128 tile, along the dimension that is contracted (V3 section 3.3.2)
+    activations and gradients: one scale per 1 x 128 tile, along the dimension that is contracted
+        (V3 section 3.3.2)
     weights:                   one scale per 128 x 128 tile
 
-codes = round(x * scale), x ~ codes * scale_inv. A partial tile at the edge is a tile like the others.
+codes = round(x * scale), x ~ codes * scale_inv. A partial tile at the edge is a tile like the
+others.
 """
 
 import functools
@@ -22,7 +24,9 @@ LARGEST = 448.0  # of E4M3
 
 
 def quantise(x: Tensor, tile: Tile, scale: Scale = "pow2") -> tuple[Tensor, Tensor]:
-    """(M, K) -> codes (M, K) float8_e4m3fn and scale_inv (M / tile rows, K / tile columns) float32, rounded up."""
+    """(M, K) -> codes (M, K) float8_e4m3fn and scale_inv (M / tile rows, K / tile columns) float32,
+    rounded up.
+    """
     if x.device.type == "cuda" and not torch.compiler.is_compiling() and no_kernel() is None:
         from dsv3_mtp.precision import triton_quantise
 
@@ -37,7 +41,9 @@ def no_kernel() -> str | None:
         from dsv3_mtp.precision import triton_quantise
 
         triton_quantise.quantise(torch.zeros(1, 1, device="cuda"), ROW, "pow2")
-    except Exception as error:  # no Triton, no C compiler for its launchers, or a GPU that has no E4M3
+    except (
+        Exception
+    ) as error:  # no Triton, no C compiler for its launchers, or a GPU that has no E4M3
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     return None
 
@@ -46,24 +52,31 @@ def by_operations(x: Tensor, tile: Tile, scale: Scale) -> tuple[Tensor, Tensor]:
     """`quantise` on any device."""
     tiles = _tiled(x, tile)  # (M/a, a, K/128, 128)
     factor = scales(tiles.abs().amax((1, 3)), x.dtype, scale)  # (M/a, K/128)
-    codes = (tiles.float() * factor[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    codes = (
+        (tiles.float() * factor[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    )
     return codes.flatten(0, 1).flatten(1)[: x.shape[0], : x.shape[1]], factor.reciprocal()
 
 
-def dequantise(codes: Tensor, scale_inv: Tensor, tile: Tile, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantise(
+    codes: Tensor, scale_inv: Tensor, tile: Tile, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """codes * scale_inv, (M, K). With scales that are powers of two it is exact in bfloat16 too."""
     tiles = _tiled(codes.float(), tile) * scale_inv[:, None, :, None]
     return tiles.flatten(0, 1).flatten(1)[: codes.shape[0], : codes.shape[1]].to(dtype)
 
 
 def scales(amax: Tensor, dtype: torch.dtype, scale: Scale) -> Tensor:
-    """448 / amax. `pow2` cuts the mantissa off, which leaves the largest power of two that is not above it.
+    """448 / amax. `pow2` cuts the mantissa off, which leaves the largest power of two that is not
+    above it.
 
-    A tile of zeros, or with an infinity or a nan in it, has scale 1. Where 448 / amax overflows, the largest number of
-    `dtype` (that of the tensor to quantise) takes its place.
+    A tile of zeros, or with an infinity or a nan in it, has scale 1. Where 448 / amax overflows,
+    the largest number of `dtype` (that of the tensor to quantise) takes its place.
     """
     amax = amax.float()
-    factor = torch.full_like(amax, LARGEST) / amax  # `448.0 / amax` would multiply with the reciprocal: 1 ulp off
+    factor = (
+        torch.full_like(amax, LARGEST) / amax
+    )  # `448.0 / amax` would multiply with the reciprocal: 1 ulp off
     factor = torch.where(factor.isinf(), torch.finfo(dtype).max, factor)
     if scale == "pow2":
         factor = (factor.view(torch.int32) & -0x800000).view(torch.float32)

@@ -1,7 +1,9 @@
-"""Transformer Engine, and its only importer: te.Linear and te.GroupedLinear under the Float8BlockScaling recipe.
+"""Transformer Engine, and its only importer: te.Linear and te.GroupedLinear under the
+Float8BlockScaling recipe.
 
-Parameters stay ours: the TE modules are handed the layer's own `weight`, and are themselves not part of the model, so
-that checkpoints and optimizers see the same names and tensors with every backend.
+Parameters stay ours: the TE modules are handed the layer's own `weight`, and are themselves not
+part of the model, so that checkpoints and optimizers see the same names and tensors with every
+backend.
 """
 
 import ctypes
@@ -21,20 +23,28 @@ ALIGN = 16  # tokens of a product, and dimensions of a weight
 
 @functools.cache
 def load() -> tuple[Any, str]:
-    """(transformer_engine.pytorch, "") or (None, why not). It fails in more ways than ImportError."""
+    """(transformer_engine.pytorch, "") or (None, why not). It fails in more ways than
+    ImportError.
+    """
     try:
         load_cudnn()
         import transformer_engine.pytorch as te
 
         available, reason = te.is_fp8_block_scaling_available(return_reason=True)
     except Exception as error:
-        return None, f"cannot be imported ({type(error).__name__}: {error}); pip install -e '.[te]' after torch"
+        return (
+            None,
+            (
+                f"cannot be imported ({type(error).__name__}: "
+                f"{error}); pip install -e '.[te]' after torch"
+            ),
+        )
     return (te, "") if available else (None, f"has no FP8 block scaling here: {reason}")
 
 
 def load_cudnn() -> None:
-    """All of the cuDNN that pip installed for torch. TE would take the system's for what torch has not loaded yet, and
-    two versions in one process break each other.
+    """All of the cuDNN that pip installed for torch. TE would take the system's for what torch has
+    not loaded yet, and two versions in one process break each other.
     """
     folder = Path(torch.__file__).parents[1] / "nvidia" / "cudnn"
     if folder.exists():
@@ -56,7 +66,8 @@ def recipe(scale: Scale) -> Any:
 
     made = Float8BlockScaling()
     parameters = QParams(power_2_scale=scale == "pow2", amax_epsilon=0.0)
-    # No dataclass fields, for want of annotations: as arguments of the constructor they would be dropped silently.
+    # No dataclass fields, for want of annotations: as arguments of the constructor they would be
+    # dropped silently.
     made.fp8_quant_fwd_inp = made.fp8_quant_fwd_weight = made.fp8_quant_bwd_grad = parameters
     return made
 
@@ -76,14 +87,18 @@ class TELinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGN))
-        self.inner[0]._parameters["weight"] = self.weight  # at each call: loading may have put another one here
+        self.inner[0]._parameters["weight"] = (
+            self.weight
+        )  # at each call: loading may have put another one here
         with load()[0].autocast(enabled=True, recipe=self.recipe):
             y = self.inner[0](padded)
         return y[: rows.shape[0]].unflatten(0, x.shape[:-1])
 
 
 class TEGroupedLinear:
-    """grouped_linear(x, weight, counts) by te.GroupedLinear; the stacked `weight` lends its slices."""
+    """grouped_linear(x, weight, counts) by te.GroupedLinear; the stacked `weight` lends its
+    slices.
+    """
 
     def __init__(self, scale: Scale):
         self.recipe = recipe(scale)
@@ -96,9 +111,13 @@ class TEGroupedLinear:
         if not len(x):  # single groups may be empty, but TE cannot quantise no rows at all
             return x @ weight[0].T  # (0, out), and zeros for the gradient of every group
         if self.inner is None:
-            self.inner = te.GroupedLinear(groups, width, out, bias=False, params_dtype=weight.dtype, device="meta")
+            self.inner = te.GroupedLinear(
+                groups, width, out, bias=False, params_dtype=weight.dtype, device="meta"
+            )
             self.pad, self.unpad = te.Fp8Padding(groups, ALIGN), te.Fp8Unpadding(groups, ALIGN)
-            for group in range(groups):  # torch refuses to set a registered name to what is no Parameter
+            for group in range(
+                groups
+            ):  # torch refuses to set a registered name to what is no Parameter
                 del self.inner._parameters[f"weight{group}"]
         for group, matrix in enumerate(weight.unbind()):
             setattr(self.inner, f"weight{group}", matrix)
@@ -109,7 +128,9 @@ class TEGroupedLinear:
 
 
 def quantise(x: Tensor, tile: tuple[int, int], scale: Scale) -> tuple[Tensor, Tensor]:
-    """What TE's own quantiser makes of x (M, K): codes (M, K) uint8 and scale_inv in rows and columns of tiles."""
+    """What TE's own quantiser makes of x (M, K): codes (M, K) uint8 and scale_inv in rows and
+    columns of tiles.
+    """
     import transformer_engine_torch as tex
     from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
 

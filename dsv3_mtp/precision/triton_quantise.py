@@ -1,4 +1,6 @@
-"""The quantiser of quantise.py as one Triton kernel: each number is read once, in row-major or transposed order."""
+"""The quantiser of quantise.py as one Triton kernel: each number is read once, in row-major or
+transposed order.
+"""
 
 import torch
 import triton
@@ -11,17 +13,32 @@ WARPS = 8  # 64 numbers of a tile in each thread
 
 
 def quantise(x: Tensor, tile: Tile, scale: Scale) -> tuple[Tensor, Tensor]:
-    """(M, K) of any strides -> codes (M, K) row-major and scale_inv, of 1 x 128 tiles column-major: cuBLAS's order."""
+    """(M, K) of any strides -> codes (M, K) row-major and scale_inv, of 1 x 128 tiles column-major:
+    cuBLAS's order.
+    """
     rows, columns = x.shape
     grid = triton.cdiv(columns, EDGE), triton.cdiv(rows, EDGE)
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     if tile == ROW:
-        scale_inv = torch.empty(grid[0], rows, dtype=torch.float32, device=x.device).t()  # (M, K/128)
+        scale_inv = torch.empty(
+            grid[0], rows, dtype=torch.float32, device=x.device
+        ).t()  # (M, K/128)
     else:
-        scale_inv = torch.empty(grid[1], grid[0], dtype=torch.float32, device=x.device)  # (M/128, K/128)
+        scale_inv = torch.empty(
+            grid[1], grid[0], dtype=torch.float32, device=x.device
+        )  # (M/128, K/128)
     if x.numel():
         _quantise[grid](
-            *(x, codes, scale_inv, rows, columns, *x.stride(), *scale_inv.stride(), torch.finfo(x.dtype).max),
+            *(
+                x,
+                codes,
+                scale_inv,
+                rows,
+                columns,
+                *x.stride(),
+                *scale_inv.stride(),
+                torch.finfo(x.dtype).max,
+            ),
             BY_ROW=tile == ROW,
             POW2=scale == "pow2",
             EDGE=EDGE,
@@ -51,26 +68,36 @@ def _quantise(
     column = tl.program_id(0) * EDGE + tl.arange(0, EDGE)
     inside = (row < rows)[:, None] & (column < columns)[None, :]  # (EDGE, EDGE)
     wide_row, wide_column = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
-    numbers = tl.load(x + wide_row * x_row + wide_column * x_column, mask=inside, other=0.0).to(tl.float32)
+    numbers = tl.load(x + wide_row * x_row + wide_column * x_column, mask=inside, other=0.0).to(
+        tl.float32
+    )
     # |x| as bits has the order of |x|, with infinity and then nan on top, which a maximum of floats may lose.
     amax = tl.max(numbers.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # (EDGE,)
     if BY_ROW:
         factor, inverse = _scales(amax, largest, POW2)
         scaled = numbers * factor[:, None]
-        tl.store(scale_inv + row * scale_row + tl.program_id(0) * scale_column, inverse, mask=row < rows)
+        tl.store(
+            scale_inv + row * scale_row + tl.program_id(0) * scale_column, inverse, mask=row < rows
+        )
     else:
         factor, inverse = _scales(tl.max(amax, 0), largest, POW2)
         scaled = numbers * factor
-        tl.store(scale_inv + tl.program_id(1) * scale_row + tl.program_id(0) * scale_column, inverse)
+        tl.store(
+            scale_inv + tl.program_id(1) * scale_row + tl.program_id(0) * scale_column, inverse
+        )
     # Not tl.clamp, which may turn nan into a number.
     scaled = tl.where(scaled > 448.0, 448.0, scaled)
     scaled = tl.where(scaled < -448.0, -448.0, scaled)
-    tl.store(codes + wide_row * columns + wide_column, scaled.to(codes.dtype.element_ty), mask=inside)
+    tl.store(
+        codes + wide_row * columns + wide_column, scaled.to(codes.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
 def _scales(amax, largest, POW2: tl.constexpr):
-    """quantise.scales from the bits of amax, and their reciprocals; float64 because float32 divisions are inexact."""
+    """quantise.scales from the bits of amax, and their reciprocals; float64 because float32
+    divisions are inexact.
+    """
     factor = (448.0 / amax.to(tl.float32, bitcast=True).to(tl.float64)).to(tl.float32)
     factor = tl.where(factor == float("inf"), largest, factor)
     if POW2:

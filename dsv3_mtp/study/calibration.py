@@ -3,29 +3,45 @@
 from collections.abc import Mapping
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.grade import reference
 from dsv3_mtp.study.findings import Table, values_of
 from dsv3_mtp.study.page import Block, Heading, Paragraph, Rows
+from dsv3_mtp.tasks.grade import reference
 
 
 def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Block]:
-    """Losses above the true source's on the same tokens, and acceptance beside the best possible."""
-    known = {arm: c for arm, c in configs.items() if c.data.task is not None and c.data.task.type == "markov"}
+    """Losses above the true source's on the same tokens, and acceptance beside the best
+    possible.
+    """
+    known = {
+        arm: c
+        for arm, c in configs.items()
+        if c.data.task is not None and c.data.task.type == "markov"
+    }
     if not known:
         return []
     width = max(1 + config.mtp.depths for config in known.values())
     rows = []
     for arm, config in known.items():
         depths = config.mtp.depths
-        excess = [list(values_of(table, arm, f"task/excess_loss/{k}").values()) for k in range(1 + depths)]
+        excess = [
+            list(values_of(table, arm, f"task/excess_loss/{k}").values()) for k in range(1 + depths)
+        ]
         cells = [format(sum(v) / len(v), "+.4f") if v else "-" for v in excess]
         rows.append([arm, *cells, *["-"] * (width - len(cells)), acceptances(table, arm, config)])
-    header = ["arm", *[f"excess loss, depth {k}" for k in range(width)], "acceptance at T = 1 (best possible)"]
+    header = [
+        "arm",
+        *[f"excess loss, depth {k}" for k in range(width)],
+        "acceptance at T = 1 (best possible)",
+    ]
     note = (
-        "Loss above that of the true source on the same tokens, in nats: 0 is perfect. A sequential module sees the "
-        "token before its target and can reach the entropy rate; a head that does not is left with the entropy of "
-        "k + 1 steps and is measured against that. The best acceptance is that of the first step behind a real prefix; "
-        "later steps start behind the model's own text, so that the measured one may lie a little above it."
+        "Loss above that of the true source on the same tokens, "
+        "in nats: 0 is perfect. A sequential module sees the "
+        "token before its target and can reach the entropy "
+        "rate; a head that does not is left with the entropy of "
+        "k + 1 steps and is measured against that. The best "
+        "acceptance is that of the first step behind a real prefix; "
+        "later steps start behind the model's own text, so "
+        "that the measured one may lie a little above it."
     )
     return [Heading("Against the known source"), Rows(header, rows), Paragraph(note)]
 
@@ -43,7 +59,9 @@ def acceptances(table: Table, arm: str, config: Config) -> str:
 
 
 def worst_excess(table: Table) -> str | None:
-    """The largest distance of any run's loss, at any depth, from what is known; None without a Markov source."""
+    """The largest distance of any run's loss, at any depth, from what is known; None without a
+    Markov source.
+    """
     found = [
         (abs(value), f"{metric.removeprefix('task/')} of {arm}, seed {seed}")
         for arm, seeds in table.items()
@@ -54,4 +72,7 @@ def worst_excess(table: Table) -> str | None:
     if not found:
         return None
     value, where = max(found)
-    return f"every loss at every depth lies within {value:.3f} nats of the known one (furthest: {where})."
+    return (
+        f"every loss at every depth lies within {value:.3f} "
+        f"nats of the known one (furthest: {where})."
+    )

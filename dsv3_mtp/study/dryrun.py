@@ -1,14 +1,16 @@
 """What a study would run and what it would cost, without running it."""
 
-from dsv3_mtp.progress import duration, quantity
+from dsv3_mtp.report.progress import duration, quantity
 from dsv3_mtp.study.expand import Run, expand, size_of, tokens_of, training_flops
 from dsv3_mtp.study.matrix import LoadedStudy
 
 
 def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
-    """The matrix of arms, their sizes and budgets, and an estimate of FLOPs and time, each forked prefix counted once.
+    """The matrix of arms, their sizes and budgets, and an estimate of FLOPs and time, each forked
+    prefix counted once.
 
-    An arm with the measured time of another has no budget yet: it is counted with the time of that arm.
+    An arm with the measured time of another has no budget yet: it is counted with the time of that
+        arm.
     """
     study, speed = loaded.study, loaded.study.scales[loaded.study.scale].flops_per_s
     runs = {run.name: run for run in expand(loaded, budgets={})}
@@ -20,12 +22,21 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
         flops = cost(run) if run else _matched_cost(loaded, name)
         total += flops * len(study.seeds)
         tokens = tokens_of(loaded, name, {})
-        parent = f"{run.parent.rpartition('-')[0]} at step {run.fork_step}" if run and run.parent else "-"
+        parent = (
+            f"{run.parent.rpartition('-')[0]} at step {run.fork_step}"
+            if run and run.parent
+            else "-"
+        )
         budget = quantity(tokens) if tokens else f"time of {arm.match.arm if arm.match else ''}"
         count = quantity(size.total + size.mtp_total)
-        rows.append((name, count, quantity(size.mtp_total), budget, f"{flops:.2e}", parent, arm.about))
+        rows.append(
+            (name, count, quantity(size.mtp_total), budget, f"{flops:.2e}", parent, arm.about)
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    table = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]]) for row in rows]
+    table = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]])
+        for row in rows
+    ]
     workers = jobs or 1
     return "\n".join(
         [
@@ -33,7 +44,10 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
             "",
             *table,
             "",
-            f"{len(study.arms)} arms x {len(study.seeds)} seeds = {len(study.arms) * len(study.seeds)} runs",
+            (
+                f"{len(study.arms)} arms x {len(study.seeds)} "
+                f"seeds = {len(study.arms) * len(study.seeds)} runs"
+            ),
             f"training FLOPs: {total:.3e}",
             f"time: about {duration(total / speed / workers)} in {workers} process(es) at a time, "
             f"at {speed:.1e} FLOP/s each (scales.{study.scale}.flops_per_s)",

@@ -1,6 +1,7 @@
 """The runs that a study stands for: their budgets, and which of them share a prefix.
 
-for run in expand(load_study("configs/studies/lambda.yaml"), budgets={}): print(run.name, run.parent, run.fork_step)
+for run in expand(load_study("configs/studies/lambda.yaml"), budgets={}): print(run.name,
+run.parent, run.fork_step)
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,14 +9,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from dsv3_mtp import schedules
-from dsv3_mtp.config import Config, ModelConfig, MTPConfig
+from dsv3_mtp.config import Config, ModelConfig, MTPConfig, schedules
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
-from dsv3_mtp.runs import differences
+from dsv3_mtp.runs.folder import differences
 from dsv3_mtp.study.matrix import LoadedStudy
 
-# A run is a pure function of what these are at each step: arms that differ in nothing else may share a prefix.
+# A run is a pure function of what these are at each step: arms that differ in nothing else may
+# share a prefix.
 SCHEDULED = (
     "mtp.loss_weight",
     "mtp.depth_weights",
@@ -47,7 +48,8 @@ class Run:
 def expand(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
     """The runs, seed by seed, parents before the runs that fork from them.
 
-    budgets: total_tokens of the arms that match another's measured time; such an arm is left out until it is known.
+    budgets: total_tokens of the arms that match another's measured time; such an arm is left out
+        until it is known.
     """
     study = loaded.study
     configs: dict[str, Config] = {}
@@ -62,9 +64,12 @@ def expand(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
     runs = []
     for seed in study.seeds:
         for name, config in configs.items():
-            # A run that others fork from keeps every checkpoint until all of them have taken theirs.
+            # A run that others fork from keeps every checkpoint until all of them have taken
+            # theirs.
             keep = 2 + steps_of(config) if name in forked else config.checkpoint.keep
-            own = _replace(config, run={"name": f"{name}-seed{seed}", "seed": seed}, checkpoint={"keep": keep})
+            own = _replace(
+                config, run={"name": f"{name}-seed{seed}", "seed": seed}, checkpoint={"keep": keep}
+            )
             parent, step = parents[name]
             runs.append(Run(name, seed, own, f"{parent}-seed{seed}" if parent else None, step))
     return runs
@@ -122,7 +127,9 @@ def training_flops(config: Config) -> float:
 
 
 def _best_parent(config: Config, others: Mapping[str, Config]) -> tuple[str | None, int]:
-    """The arm that shares the longest prefix with `config`, and the last checkpoint of it that lies in the prefix."""
+    """The arm that shares the longest prefix with `config`, and the last checkpoint of it that lies
+    in the prefix.
+    """
     parent, best = None, 0
     for name, other in others.items():
         shared, every = shared_steps(config, other), other.checkpoint.every
@@ -133,7 +140,9 @@ def _best_parent(config: Config, others: Mapping[str, Config]) -> tuple[str | No
 
 
 def shared_steps(a: Config, b: Config) -> int:
-    """How many of the first steps of two runs are the same, number for number. Both train in one process."""
+    """How many of the first steps of two runs are the same, number for number. Both train in one
+    process.
+    """
     free = ("run.name", "run.dir", "log", "checkpoint", "train.threads")
     if differences(a.to_dict(), b.to_dict(), ignoring=(*SCHEDULED, *free)):
         return 0

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsv3_mtp.metrics import LEAK_RATIO
+from dsv3_mtp.report.metrics import LEAK_RATIO
 from dsv3_mtp.study import stats
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import describe_metric
@@ -44,7 +44,11 @@ def effects_of(study: Study, table: Table) -> list[Effect]:
     effects.sort(key=lambda effect: not is_primary(study, effect))
     adjusted: dict[str, float] = {}
     for primary in (True, False):
-        family = {str(n): e.p for n, e in enumerate(effects) if is_primary(study, e) == primary and e.interval}
+        family = {
+            str(n): e.p
+            for n, e in enumerate(effects)
+            if is_primary(study, e) == primary and e.interval
+        }
         adjusted |= stats.holm(family)
     return [replace(e, adjusted_p=adjusted.get(str(n), 1.0)) for n, e in enumerate(effects)]
 
@@ -53,19 +57,36 @@ def is_primary(study: Study, effect: Effect) -> bool:
     return (effect.comparison, effect.metric) == (study.primary.comparison, study.primary.metric)
 
 
-def _effect(study: Study, table: Table, comparison: str, arm: str, against: str, metric: str) -> Effect:
+def _effect(
+    study: Study, table: Table, comparison: str, arm: str, against: str, metric: str
+) -> Effect:
     left, right = values_of(table, arm, metric), values_of(table, against, metric)
     seeds = [seed for seed in study.seeds if seed in left and seed in right]
     differences = [left[seed] - right[seed] for seed in seeds]
     interval = stats.t_interval(differences) if differences else None
     p = interval.p if interval else 1.0
     if metric == "task/solved":
-        p = stats.fisher(*((int(sum(side.values())), len(side)) for side in (left, right))) if left and right else 1.0
+        p = (
+            stats.fisher(*((int(sum(side.values())), len(side)) for side in (left, right)))
+            if left and right
+            else 1.0
+        )
     decides = metric == study.primary.metric and differences
     tost = stats.equivalence(differences, study.primary.margin) if decides else None
     spread = [stats.t_interval(list(side.values())).sd for side in (left, right) if len(side) > 1]
     unpaired = math.hypot(*spread) if spread else math.nan
-    return Effect(comparison, arm, against, metric, interval, p, 1.0, tost, len(study.seeds) - len(seeds), unpaired)
+    return Effect(
+        comparison,
+        arm,
+        against,
+        metric,
+        interval,
+        p,
+        1.0,
+        tost,
+        len(study.seeds) - len(seeds),
+        unpaired,
+    )
 
 
 def values_of(table: Table, arm: str, metric: str) -> dict[int, float]:
@@ -79,9 +100,16 @@ def values_of(table: Table, arm: str, metric: str) -> dict[int, float]:
 
 
 def references(study: Study, curves: Mapping[str, Mapping[int, Any]]) -> list[tuple[str, int, Any]]:
-    """(arm, seed, curves of the arm that its losses are measured against) of every run that has them."""
+    """(arm, seed, curves of the arm that its losses are measured against) of every run that has
+    them.
+    """
     others = curves.get(study.loss_error_against or "", {})
-    return [(arm, seed, others[seed]) for arm, seeds in curves.items() for seed in seeds if seed in others]
+    return [
+        (arm, seed, others[seed])
+        for arm, seeds in curves.items()
+        for seed in seeds
+        if seed in others
+    ]
 
 
 def stands_out(effect: Effect) -> bool:
@@ -92,7 +120,9 @@ def stands_out(effect: Effect) -> bool:
 
 
 def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -> str:
-    """One effect in plain words; never more than the interval says. lost_runs: those that diverged."""
+    """One effect in plain words; never more than the interval says. lost_runs: those that
+    diverged.
+    """
     words, better = describe_metric(effect.metric)
     subject = f"{effect.arm} against {effect.against}, {words}:"
     if effect.interval is None:
@@ -100,23 +130,37 @@ def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -
     i = effect.interval
     if i.n < 2:
         return f"{subject} {i.mean:+.4g} with one seed: no conclusion."
-    tail = f" Left out, which counts against their arm: {', '.join(lost_runs)}." if lost_runs else ""
+    tail = (
+        f" Left out, which counts against their arm: {', '.join(lost_runs)}." if lost_runs else ""
+    )
     if effect.metric == "task/solved":
         found = "a difference" if effect.adjusted_p < ALPHA else "a hint only"
         found = found if stands_out(effect) else "no detectable difference"
-        return f"{subject} {found}, {i.mean:+.2f} (Fisher p = {effect.p:.3g}, Holm p = {effect.adjusted_p:.3g}).{tail}"
+        return (
+            f"{subject} {found}, {i.mean:+.2f} (Fisher p = "
+            f"{effect.p:.3g}, Holm p = {effect.adjusted_p:.3g}).{tail}"
+        )
     size = f"{i.mean:+.4g} [{i.low:+.4g}, {i.high:+.4g}], n = {i.n}"
     same = ""
     if margin is not None and effect.equivalence_p is not None:
         within = effect.equivalence_p < ALPHA
-        same = f"{'' if within else 'not '}shown to be within +-{margin:g} (TOST p = {effect.equivalence_p:.2g})"
+        same = (
+            f"{'' if within else 'not '}shown to be within "
+            f"+-{margin:g} (TOST p = {effect.equivalence_p:.2g})"
+        )
     if not stands_out(effect):
         return f"{subject} no detectable difference, {size}{f'; {same}' if same else ''}.{tail}"
     direction = "higher" if i.mean > 0 else "lower"
     good = f", which is {'better' if direction == better else 'worse'}" if better else ""
     if effect.adjusted_p >= ALPHA:
-        return f"{subject} a hint only: {direction}, {size}, Holm p = {effect.adjusted_p:.2g}.{tail}"
-    small = f", but {same}" if same and effect.equivalence_p is not None and effect.equivalence_p < ALPHA else ""
+        return (
+            f"{subject} a hint only: {direction}, {size}, Holm p = {effect.adjusted_p:.2g}.{tail}"
+        )
+    small = (
+        f", but {same}"
+        if same and effect.equivalence_p is not None and effect.equivalence_p < ALPHA
+        else ""
+    )
     return f"{subject} {direction}, {size}, Holm p = {effect.adjusted_p:.2g}{good}{small}.{tail}"
 
 
@@ -127,19 +171,32 @@ def leaks(table: Table) -> list[str]:
         for seed, results in seeds.items():
             metrics = results.get("metrics", {})
             main = metrics.get("val/main_loss", math.nan)
-            low = [key for key in metrics if key.startswith("val/mtp_loss/") and metrics[key] < LEAK_RATIO * main]
-            alarms += [f"{arm}, seed {seed}: {key} {metrics[key]:.3f} against main {main:.3f}" for key in low]
+            low = [
+                key
+                for key in metrics
+                if key.startswith("val/mtp_loss/") and metrics[key] < LEAK_RATIO * main
+            ]
+            alarms += [
+                f"{arm}, seed {seed}: {key} {metrics[key]:.3f} against main {main:.3f}"
+                for key in low
+            ]
     return alarms
 
 
 def lost(table: Table, arms: Sequence[str]) -> list[str]:
     """The runs of `arms` that came to no result by their own fault."""
-    runs = [(arm, seed, results["status"]) for arm in arms for seed, results in table.get(arm, {}).items()]
+    runs = [
+        (arm, seed, results["status"])
+        for arm in arms
+        for seed, results in table.get(arm, {}).items()
+    ]
     return [f"{arm} seed {seed} {status}" for arm, seed, status in runs if status != "finished"]
 
 
 def not_run(study: Study, table: Table) -> list[str]:
-    """Per arm the seeds that have not been run or measured as asked, or failed for a reason that is not training's."""
+    """Per arm the seeds that have not been run or measured as asked, or failed for a reason that is
+    not training's.
+    """
     found = []
     for arm in study.arms:
         seeds = [str(seed) for seed in study.seeds if seed not in table.get(arm, {})]

@@ -1,9 +1,11 @@
-"""A study file: one base run, arms that change settings of it, seeds, and what is compared with what.
+"""A study file: one base run, arms that change settings of it, seeds, and what is compared with
+what.
 
     loaded = load_study("configs/studies/lambda.yaml", ["seeds=[1, 2]"])
     loaded.study.arms, loaded.configs["v3_step"].mtp.loss_weight
 
-The file says beforehand what is asked, what is expected and which one metric decides; everything else is exploratory.
+The file says beforehand what is asked, what is expected and which one metric decides; everything
+else is exploratory.
 """
 
 import json
@@ -16,7 +18,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from dsv3_mtp.config import Config, ConfigError, layout, load_config
-from dsv3_mtp.config.model import Count, FilePath, FolderName, Fraction, Integer, Positive, Section, Text
+from dsv3_mtp.config.model import (
+    Count,
+    FilePath,
+    FolderName,
+    Fraction,
+    Integer,
+    Positive,
+    Section,
+    Text,
+)
 from dsv3_mtp.config.reader import Problem, problems_of, read_tree, show
 from dsv3_mtp.study.metric_names import METRICS, NEEDS, family
 
@@ -37,7 +48,9 @@ class Match(Section):
     arm: Text
     """The arm whose cost is matched."""
     by: Literal["flops", "cpu_time"]
-    """flops: training FLOPs, by count; cpu_time: seconds of computing, as measured in the finished runs of `arm`."""
+    """flops: training FLOPs, by count; cpu_time: seconds of computing, as measured in the finished
+    runs of `arm`.
+    """
     pace: Text | None = None
     """With cpu_time: the arm whose measured tokens per second this arm has."""
 
@@ -74,8 +87,9 @@ class Comparison(Section):
         "same trunk",
         "same model",
     ]
-    """What makes it fair: heads on top (V3), heads instead of trunk layers (Meta), equal cost, other heads on the same
-    trunk, or other settings of the same model."""
+    """What makes it fair: heads on top (V3), heads instead of trunk layers (Meta), equal cost,
+    other heads on the same trunk, or other settings of the same model.
+    """
 
 
 class Primary(Section):
@@ -84,16 +98,22 @@ class Primary(Section):
     metric: Text
     comparison: Text
     margin: Positive
-    """Differences within +-margin would not matter: the equivalence test's bound, in units of the metric."""
+    """Differences within +-margin would not matter: the equivalence test's bound, in units of the
+    metric.
+    """
 
 
 class Acceptance(Section):
-    """Free-running drafts on prefixes of real validation text, after training, at temperature 0 and 1."""
+    """Free-running drafts on prefixes of real validation text, after training, at temperature 0 and
+    1.
+    """
 
     prefixes: Count = 64
     prefix_tokens: Count = 64
     new_tokens: Annotated[Integer, Field(ge=3)] = 16
-    """The first comes with the prompt, and the last of a step from the main model: two have nothing to draft."""
+    """The first comes with the prompt, and the last of a step from the main model: two have nothing
+    to draft.
+    """
 
 
 class Scale(Section):
@@ -126,9 +146,13 @@ class Study(Section):
     acceptance: Acceptance | None = None
     """null: not measured."""
     loss_error_against: Text | None = None
-    """Arm whose training losses are the reference of train/main_loss_error and its like (V3 B.1); null: not asked."""
+    """Arm whose training losses are the reference of train/main_loss_error and its like (V3 B.1);
+    null: not asked.
+    """
     solve_threshold: Fraction | None = None
-    """A run has solved its task at the first validation whose task/exact_match reaches this; null: not asked."""
+    """A run has solved its task at the first validation whose task/exact_match reaches this; null:
+    not asked.
+    """
 
     def rules(self) -> Iterator[Problem]:
         if self.scale not in self.scales:
@@ -137,13 +161,22 @@ class Study(Section):
             yield "seeds", f"must differ (got {show(self.seeds)})"
         if self.primary.comparison not in self.comparisons:
             names = ", ".join(self.comparisons)
-            yield "primary.comparison", f"must be one of {names} (got {show(self.primary.comparison)})"
+            yield (
+                "primary.comparison",
+                f"must be one of {names} (got {show(self.primary.comparison)})",
+            )
         if self.loss_error_against not in (None, *self.arms):
-            yield "loss_error_against", f"must be one of {', '.join(self.arms)} (got {show(self.loss_error_against)})"
+            yield (
+                "loss_error_against",
+                f"must be one of {', '.join(self.arms)} (got {show(self.loss_error_against)})",
+            )
         for place, overrides in self.overrides():
             for key in overrides:
                 if key in OWNED:
-                    yield f"{place}.{key}", "is given by the study: use run, seeds and the names of the arms"
+                    yield (
+                        f"{place}.{key}",
+                        "is given by the study: use run, seeds and the names of the arms",
+                    )
                 elif key in Config.model_fields and key != "deepspeed":
                     text = "is a whole section, whose other keys would no longer be the base's"
                     yield f"{place}.{key}", f"{text}; give dotted keys, '{key}.KEY: VALUE'"
@@ -155,9 +188,15 @@ class Study(Section):
         for name, arm in self.arms.items():
             if not name.replace("_", "").replace(".", "").isalnum():
                 yield f"arms.{name}", "names are letters, digits, dots and underscores"
-            for role, other in (("arm", arm.match and arm.match.arm), ("pace", arm.match and arm.match.pace)):
+            for role, other in (
+                ("arm", arm.match and arm.match.arm),
+                ("pace", arm.match and arm.match.pace),
+            ):
                 if other is not None and other not in earlier:
-                    yield f"arms.{name}.match.{role}", f"must be an arm above it (got {show(other)})"
+                    yield (
+                        f"arms.{name}.match.{role}",
+                        f"must be an arm above it (got {show(other)})",
+                    )
             earlier.append(name)
         for name, comparison in self.comparisons.items():
             for arm_name in (comparison.against, *comparison.arms):
@@ -171,10 +210,17 @@ class Study(Section):
     def _metric_rules(self) -> Iterator[Problem]:
         listed = [(f"metrics[{number}]", metric) for number, metric in enumerate(self.metrics)]
         for place, metric in [("primary.metric", self.primary.metric), *listed]:
-            name, key = family(metric), next((key for prefix, key in NEEDS.items() if metric.startswith(prefix)), None)
+            name, key = (
+                family(metric),
+                next((key for prefix, key in NEEDS.items() if metric.startswith(prefix)), None),
+            )
             if name not in METRICS:
                 close = get_close_matches(name, METRICS, n=1)
-                hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(METRICS)}"
+                hint = (
+                    f"; did you mean '{close[0]}'?"
+                    if close
+                    else f"; there are {', '.join(METRICS)}"
+                )
                 yield place, f"no run is measured by it (got {show(metric)}){hint}"
             elif key and getattr(self, key) is None:
                 yield place, f"is measured only with {key}; set that too (got {show(metric)})"
@@ -192,7 +238,9 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class LoadedStudy:
-    """A valid study and the config of each arm, for the first seed and before budgets are matched."""
+    """A valid study and the config of each arm, for the first seed and before budgets are
+    matched.
+    """
 
     study: Study
     path: Path
@@ -203,11 +251,14 @@ class LoadedStudy:
 def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     """Reads and checks a study file and every arm's config.
 
-    sets: overrides of the file, such as "scale=gpu", or of the run that all arms start from, such as "optim.lr=1e-3".
-    Raises ConfigError, whose text reports every problem of the study and of its arms.
+    sets: overrides of the file, such as "scale=gpu", or of the run that all arms start from, such
+    as "optim.lr=1e-3". Raises ConfigError, whose text reports every problem of the study and of its
+    arms.
     """
     path, sets = Path(path), tuple(sets)
-    sections = set(Config.model_fields) - set(Study.model_fields)  # of a run, that are not keys of a study file too
+    sections = set(Config.model_fields) - set(
+        Study.model_fields
+    )  # of a run, that are not keys of a study file too
     of_runs = [item for item in sets if item.partition("=")[0].partition(".")[0] in sections]
     tree, problems = read_tree(path, [item for item in sets if item not in of_runs])
     try:
@@ -220,7 +271,9 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     for name in study.arms:
         try:
             configs[name] = load_config(base, list(_settings(study, name, of_runs)))
-            refused = list(layout.problems(configs[name], world_size=1))  # a run of a study is one process
+            refused = list(
+                layout.problems(configs[name], world_size=1)
+            )  # a run of a study is one process
         except ConfigError as error:
             refused = list(error.problems)
         for problem in refused:
@@ -238,26 +291,48 @@ def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator
     """What the study asks to be measured, and runs of these configs could not be."""
     coarse = [name for name, config in configs.items() if config.log.every > 1]
     if study.loss_error_against is not None and coarse:
-        yield f"arms.{', '.join(coarse)}: log.every", "must be 1 with loss_error_against: it is smoothed by step"
-    texts = [name for name, config in configs.items() if config.data.task is None or config.data.task.type == "markov"]
+        yield (
+            f"arms.{', '.join(coarse)}: log.every",
+            "must be 1 with loss_error_against: it is smoothed by step",
+        )
+    texts = [
+        name
+        for name, config in configs.items()
+        if config.data.task is None or config.data.task.type == "markov"
+    ]
     if study.solve_threshold is not None and texts:
-        yield "solve_threshold", f"needs a data.task with answers, which arms.{', '.join(texts)} have not; set null"
+        yield (
+            "solve_threshold",
+            f"needs a data.task with answers, which arms.{', '.join(texts)} have not; set null",
+        )
     if study.acceptance is not None:
         needed = study.acceptance.prefix_tokens + study.acceptance.new_tokens
         for name in texts:
             longest = configs[name].model.max_position_embeddings
             if configs[name].mtp.depths and needed > longest:
-                text = f"prefix_tokens + new_tokens must be <= model.max_position_embeddings = {longest} of arms.{name}"
+                text = (
+                    "prefix_tokens + new_tokens must be <= "
+                    f"model.max_position_embeddings = {longest} of arms.{name}"
+                )
                 yield "acceptance", f"{text} (got {needed})"
 
 
 def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:
     """What load_config is to override in the base for an arm's first seed: later ones win."""
 
-    def items(overrides: Overrides) -> Iterator[str]:  # default: a date, which no key takes, is refused as text
-        yield from (f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in overrides.items())
+    def items(
+        overrides: Overrides,
+    ) -> Iterator[str]:  # default: a date, which no key takes, is refused as text
+        yield from (
+            f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
+            for key, value in overrides.items()
+        )
 
-    own = {"run.name": f"{name}-seed{study.seeds[0]}", "run.dir": str(study.folder), "run.seed": study.seeds[0]}
+    own = {
+        "run.name": f"{name}-seed{study.seeds[0]}",
+        "run.dir": str(study.folder),
+        "run.seed": study.seeds[0],
+    }
     for overrides in (study.scales[study.scale].set, study.set):
         yield from items(overrides)
     yield from of_runs

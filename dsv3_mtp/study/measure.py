@@ -1,8 +1,10 @@
-"""What is measured once a run is trained, and the file that says so: results.json in the run folder.
+"""What is measured once a run is trained, and the file that says so: results.json in the run
+folder.
 
-A run with results.json is finished. Metric names: `val/...` and `task/...` of the last validation, `acceptance/T0/...`
-(greedy) and `acceptance/T1/...` of free-running drafts, `train/max_violation` over the last quarter of training. The
-report adds `train/main_loss_error` and its like, which need the runs of another arm.
+A run with results.json is finished. Metric names: `val/...` and `task/...` of the last validation,
+`acceptance/T0/...` (greedy) and `acceptance/T1/...` of free-running drafts, `train/max_violation`
+over the last quarter of training. The report adds `train/main_loss_error` and its like, which need
+the runs of another arm.
 """
 
 import json
@@ -12,14 +14,14 @@ from typing import Any
 
 import torch
 
-from dsv3_mtp.atomic import write_json
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.opening import validation_source
-from dsv3_mtp.evaluate import acceptance
-from dsv3_mtp.hf import load_run
-from dsv3_mtp.metrics import Record, read_metrics
+from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.report.metrics import Record, read_metrics
+from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
 from dsv3_mtp.study.matrix import Acceptance
+from dsv3_mtp.train.evaluate import acceptance
 
 RESULTS = "results.json"
 SOLVED = "task/exact_match"
@@ -38,7 +40,9 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); delete this file, and it is measured again") from None
+        raise ValueError(
+            f"{path}: damaged ({error}); delete this file, and it is measured again"
+        ) from None
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
@@ -52,7 +56,11 @@ def describe(run: Run, *, settings: dict[str, Any]) -> dict[str, Any]:
         "arm": run.arm,
         "seed": run.seed,
         "settings": settings,
-        "parameters": {"training": size.total + size.mtp_total, "inference": size.total, "active": size.active},
+        "parameters": {
+            "training": size.total + size.mtp_total,
+            "inference": size.total,
+            "active": size.active,
+        },
         "flops_per_token": size.flops_per_token,
         "flops": training_flops(run.config),
         "tokens": consumed(run.config),
@@ -60,8 +68,12 @@ def describe(run: Run, *, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, config: Config, *, drafts: Acceptance | None, threshold: float | None) -> dict[str, Any]:
-    """Metrics of a trained run, and when it solved its task (tokens; None: not within its budget)."""
+def measure(
+    folder: Path, config: Config, *, drafts: Acceptance | None, threshold: float | None
+) -> dict[str, Any]:
+    """Metrics of a trained run, and when it solved its task (tokens; None: not within its
+    budget).
+    """
     records = read_metrics(folder / "metrics.jsonl")
     last = [record for record in records if "val/main_loss" in record][-1]
     metrics = {key: value for key, value in last.items() if key.startswith(("val/", "task/"))}
@@ -89,14 +101,19 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return means
 
 
-def loss_errors(records: Sequence[Record], reference: Sequence[Record]) -> dict[str, dict[int, float]]:
-    """V3's relative loss error: key of a training loss -> tokens -> smoothed loss relative to the reference's, in %.
+def loss_errors(
+    records: Sequence[Record], reference: Sequence[Record]
+) -> dict[str, dict[int, float]]:
+    """V3's relative loss error: key of a training loss -> tokens -> smoothed loss relative to the
+    reference's, in %.
 
     Both runs log every step; of a run that diverged there are its first steps.
     """
     errors: dict[str, dict[int, float]] = {}
     for key in {key for record in records for key in record if key.startswith(LOSSES)}:
-        ours, theirs = ({r["tokens"]: r[key] for r in side if key in r} for side in (records, reference))
+        ours, theirs = (
+            {r["tokens"]: r[key] for r in side if key in r} for side in (records, reference)
+        )
         tokens = [t for t in ours if t in theirs]
         means = (smoothed([side[t] for t in tokens]) for side in (ours, theirs))
         errors[key] = {t: 100 * (a / b - 1) for t, a, b in zip(tokens, *means, strict=True)}
@@ -104,10 +121,11 @@ def loss_errors(records: Sequence[Record], reference: Sequence[Record]) -> dict[
 
 
 def loss_error_metrics(records: Sequence[Record], reference: Sequence[Record]) -> dict[str, float]:
-    """train/main_loss_error: mean over the last quarter of training; train/main_loss_error_max: largest size.
+    """train/main_loss_error: mean over the last quarter of training; train/main_loss_error_max:
+    largest size.
 
-    And train/mtp_loss_error/k, train/mtp_loss_error_max/k. The reference itself has no largest sizes: against its zeros
-    every size would be an effect.
+    And train/mtp_loss_error/k, train/mtp_loss_error_max/k. The reference itself has no largest
+    sizes: against its zeros every size would be an effect.
     """
     late = {record["tokens"] for record in records if record["progress"] >= 0.75}
     metrics: dict[str, float] = {}
@@ -122,7 +140,9 @@ def loss_error_metrics(records: Sequence[Record], reference: Sequence[Record]) -
 
 def solved_at(records: Sequence[Record], threshold: float) -> int | None:
     """Tokens at the first validation with task/exact_match >= threshold."""
-    return next((record["tokens"] for record in records if record.get(SOLVED, -1.0) >= threshold), None)
+    return next(
+        (record["tokens"] for record in records if record.get(SOLVED, -1.0) >= threshold), None
+    )
 
 
 def free_running(folder: Path, config: Config, drafts: Acceptance) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""The metrics that a study can ask for: what each is called, which way is better, and what it needs; k is a number."""
+"""The metrics that a study can ask for: what each is called, which way is better, and what it
+needs; k is a number.
+"""
 
 import re
 
@@ -11,21 +13,39 @@ METRICS: dict[str, tuple[str, str | None]] = {
     "val/agreement/k": ("agreement of depths 1..{} (teacher-forced, with the main head)", "higher"),
     "task/exact_match": ("exact match by generation", "higher"),
     "task/exact_match/k": ("task/exact_match/{}", None),
-    "task/excess_loss/k": ("loss of depth {} above that of the true source, nats per token", "lower"),
+    "task/excess_loss/k": (
+        "loss of depth {} above that of the true source, nats per token",
+        "lower",
+    ),
     "task/first_node": ("first node of the path, by generation", "higher"),
     "task/first_sum": ("first sum, by generation", "higher"),
     "task/second_token": ("second token of a known name, by generation", "higher"),
     "train/max_violation": ("MaxVio of the trunk's routers, last quarter of training", "lower"),
-    "train/mtp_max_violation/1": ("MaxVio of the first MTP router, last quarter of training", "lower"),
+    "train/mtp_max_violation/1": (
+        "MaxVio of the first MTP router, last quarter of training",
+        "lower",
+    ),
     "acceptance/T0/tokens_per_step": ("tokens per step, greedy, free-running", "higher"),
     "acceptance/T0/distinct": ("share of distinct tokens in the greedy text", None),
     "acceptance/T0/joint/k": ("acceptance of drafts 1..{}, greedy, free-running", "higher"),
     "acceptance/T1/tokens_per_step": ("tokens per step at temperature 1, free-running", "higher"),
     "acceptance/T1/distinct": ("acceptance/T1/distinct", None),
-    "acceptance/T1/joint/k": ("acceptance of drafts 1..{} at temperature 1, free-running", "higher"),
-    "train/main_loss_error": ("relative error of the main training loss (EMA 0.9), mean of the last quarter, %", None),
-    "train/main_loss_error_max": ("relative error of the main training loss (EMA 0.9), largest size, %", "lower"),
-    "train/mtp_loss_error/k": ("relative error of the training loss of depth {} (EMA 0.9), last quarter, %", None),
+    "acceptance/T1/joint/k": (
+        "acceptance of drafts 1..{} at temperature 1, free-running",
+        "higher",
+    ),
+    "train/main_loss_error": (
+        "relative error of the main training loss (EMA 0.9), mean of the last quarter, %",
+        None,
+    ),
+    "train/main_loss_error_max": (
+        "relative error of the main training loss (EMA 0.9), largest size, %",
+        "lower",
+    ),
+    "train/mtp_loss_error/k": (
+        "relative error of the training loss of depth {} (EMA 0.9), last quarter, %",
+        None,
+    ),
     "train/mtp_loss_error_max/k": (
         "relative error of the training loss of depth {} (EMA 0.9), largest size, %",
         "lower",

@@ -81,8 +81,10 @@ def to_html(blocks: Sequence[Block], *, title: str, folder: Path) -> str:
     """The page; pictures are read from `folder` and put into it."""
     body = "\n".join(_html(block, folder) for block in blocks)
     return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
+        '<!doctype html>\n<html lang="en">\n<head><meta '
+        f'charset="utf-8"><title>{html.escape(title)}</title>'
+        '<link rel="icon" '
+        f'href="data:,"><style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
     )
 
 
@@ -93,7 +95,9 @@ def _html(block: Block, folder: Path) -> str:
         case Paragraph():
             return f"<p>{html.escape(block.text)}</p>"
         case Items():
-            return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in block.texts) + "</ul>"
+            return (
+                "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in block.texts) + "</ul>"
+            )
         case Code():
             return f"<pre>{html.escape(block.text)}</pre>"
         case Picture():
@@ -103,7 +107,10 @@ def _html(block: Block, folder: Path) -> str:
             return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
     rows = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in block.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return (
+        "<div "
+        f'class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
 
 
 def _cell(text: str) -> str:

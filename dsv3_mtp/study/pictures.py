@@ -1,4 +1,6 @@
-"""The figures of a study's report. Each arm keeps its colour; lines are means over seeds, bands their range."""
+"""The figures of a study's report. Each arm keeps its colour; lines are means over seeds, bands
+their range.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dsv3_mtp import plots
 from dsv3_mtp.config import Config
-from dsv3_mtp.metrics import Record, depths_of
-from dsv3_mtp.plots import STYLE, save_figure, short_number
-from dsv3_mtp.schedules import depth_loss_weights, mtp_loss_weight
+from dsv3_mtp.config.schedules import depth_loss_weights, mtp_loss_weight
+from dsv3_mtp.report import plots
+from dsv3_mtp.report.metrics import Record, depths_of
+from dsv3_mtp.report.plots import STYLE, save_figure, short_number
 from dsv3_mtp.study.findings import Effect, Table, is_primary, references, values_of
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import loss_errors
@@ -43,7 +45,8 @@ class Data:
 
 
 def draw_all(data: Data) -> list[tuple[str, str]]:
-    """Writes the PNG files that the data allow into the study's folder, and removes old ones that they do not allow.
+    """Writes the PNG files that the data allow into the study's folder, and removes old ones that
+    they do not allow.
 
     Returns [(file, caption)].
     """
@@ -51,13 +54,16 @@ def draw_all(data: Data) -> list[tuple[str, str]]:
     figures = {
         "loss.png": (
             draw_losses,
-            "Main loss of every arm on the same validation windows: mean over seeds, band from the lowest to the "
+            "Main loss of every arm on the same validation "
+            "windows: mean over seeds, band from the lowest to the "
             "highest seed. Left the whole run, right the last half.",
         ),
         "effects.png": (
             draw_effects,
-            "Paired differences with 95 % t intervals over seeds, the primary comparison in black. An interval that "
-            "covers 0 is no detectable difference. Solve rates have no interval here: Fisher's test, in the table, "
+            "Paired differences with 95 % t intervals over seeds, "
+            "the primary comparison in black. An interval that "
+            "covers 0 is no detectable difference. Solve rates "
+            "have no interval here: Fisher's test, in the table, "
             "decides.",
         ),
         "depths.png": (
@@ -68,26 +74,36 @@ def draw_all(data: Data) -> list[tuple[str, str]]:
         ),
         "tradeoff.png": (
             draw_tradeoff,
-            "Quality against drafting: main loss and tokens per step, free-running; small marks are seeds, large ones "
+            "Quality against drafting: main loss and tokens per "
+            "step, free-running; small marks are seeds, large ones "
             "means.",
         ),
         "lambda.png": (
             draw_lambda,
-            "Weight of the extra losses over training (logarithmic above 0.1): lambda, and each depth's share of it.",
+            (
+                "Weight of the extra losses over training (logarithmic "
+                "above 0.1): lambda, and each depth's share of it."
+            ),
         ),
         "balance.png": (
             draw_balance,
-            "MaxVio, the relative overload of the busiest expert: mean of the trunk's routers, and of the first MTP "
+            "MaxVio, the relative overload of the busiest expert: "
+            "mean of the trunk's routers, and of the first MTP "
             "router; smoothed.",
         ),
         "loss_error.png": (
             draw_loss_errors,
-            f"Training losses relative to those of {study.loss_error_against}, smoothed with EMA 0.9 (V3 B.1): mean "
-            "over seeds, band from the lowest to the highest seed; the grey band is +-0.25 %, V3's bound.",
+            "Training losses relative to those of "
+            f"{study.loss_error_against}, smoothed with EMA 0.9 (V3 B.1): mean "
+            "over seeds, band from the lowest to the highest "
+            "seed; the grey band is +-0.25 %, V3's bound.",
         ),
         "solved.png": (
             draw_solved,
-            "Share of seeds that have not solved the task yet (Kaplan and Meier); runs that end unsolved are censored.",
+            (
+                "Share of seeds that have not solved the task yet "
+                "(Kaplan and Meier); runs that end unsolved are censored."
+            ),
         ),
     }
     drawn = []
@@ -131,7 +147,9 @@ def draw_effects(data: Data) -> Figure | None:
     for ax, (metric, group) in zip(axes, groups.items(), strict=True):
         for y, effect in enumerate(reversed(group)):
             i, color = effect.interval, "#1a1a1a" if is_primary(data.study, effect) else "#0072b2"
-            if metric != "task/solved":  # whose t interval may leave out 0 where Fisher's test finds nothing
+            if (
+                metric != "task/solved"
+            ):  # whose t interval may leave out 0 where Fisher's test finds nothing
                 ax.plot([i.low, i.high], [y, y], color=color, lw=2)  # type: ignore[union-attr]
             ax.plot([i.mean], [y], "o", color=color)  # type: ignore[union-attr]
         ax.axvline(0, color="#8c8c8c", lw=1)
@@ -151,8 +169,15 @@ def draw_depths(data: Data) -> Figure | None:
         "acceptance/T0/joint": "drafts 1..k accepted, greedy",
         "acceptance/T1/joint": "drafts 1..k accepted, T = 1",
     }
-    runs = [r["metrics"] for arm in data.colors for r in data.table.get(arm, {}).values() if r.get("metrics")]
-    shown = {family: set[int]().union(*(depths_of(run, family) for run in runs)) for family in families}
+    runs = [
+        r["metrics"]
+        for arm in data.colors
+        for r in data.table.get(arm, {}).values()
+        if r.get("metrics")
+    ]
+    shown = {
+        family: set[int]().union(*(depths_of(run, family) for run in runs)) for family in families
+    }
     families = {family: title for family, title in families.items() if shown[family]}
     if not families:
         return None
@@ -166,7 +191,9 @@ def draw_depths(data: Data) -> Figure | None:
             if values and all(values):
                 at = np.array(depths) + 0.03 * (n - len(data.colors) / 2)
                 half = [t_interval(v).high - np.mean(v) if len(v) > 1 else 0.0 for v in values]
-                ax.errorbar(at, [np.mean(v) for v in values], half, color=color, marker="o", ms=4, label=arm)
+                ax.errorbar(
+                    at, [np.mean(v) for v in values], half, color=color, marker="o", ms=4, label=arm
+                )
         ax.set_title(title)
         ax.set_xlabel("depth k")
         ax.set_xticks(sorted(shown[family]))
@@ -180,8 +207,13 @@ def draw_tradeoff(data: Data) -> Figure | None:
     for ax, temperature in zip(figure.subplots(1, 2), (0, 1), strict=True):
         metric = f"acceptance/T{temperature}/tokens_per_step"
         for arm, color in data.colors.items():
-            loss, drafts = values_of(data.table, arm, "val/main_loss"), values_of(data.table, arm, metric)
-            points = np.array([(drafts[seed], loss[seed]) for seed in drafts if seed in loss]).reshape(-1, 2)
+            loss, drafts = (
+                values_of(data.table, arm, "val/main_loss"),
+                values_of(data.table, arm, metric),
+            )
+            points = np.array(
+                [(drafts[seed], loss[seed]) for seed in drafts if seed in loss]
+            ).reshape(-1, 2)
             if len(points):
                 ax.plot(*points.T, ".", color=color, alpha=0.5)
                 ax.plot(*points.mean(0), "o", color=color, ms=9, label=arm)
@@ -207,7 +239,9 @@ def draw_lambda(data: Data) -> Figure | None:
             axes[0].plot(progress, values, color=color, label=arm)
             for column in weights.T if several else []:
                 axes[1].plot(progress, column, color=color, alpha=0.7)
-    for ax, title in zip(axes, ("lambda", "factor of each depth's loss, lambda / D * w_k"), strict=False):
+    for ax, title in zip(
+        axes, ("lambda", "factor of each depth's loss, lambda / D * w_k"), strict=False
+    ):
         ax.set_title(title)
         ax.set_xlabel("fraction of the training tokens")
         ax.set_yscale("symlog", linthresh=0.1)
@@ -266,17 +300,36 @@ def draw_solved(data: Data) -> Figure | None:
     return figure if ax.lines else None
 
 
-def _curves_of(data: Data, curves: Curves, key: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Of every arm that has any: tokens (n,) that all of its seeds have logged, and values (seeds, n)."""
+def _curves_of(
+    data: Data, curves: Curves, key: str
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Of every arm that has any: tokens (n,) that all of its seeds have logged, and values (seeds,
+    n).
+    """
     for arm in data.colors:
-        series = [{r["tokens"]: r[key] for r in records if key in r} for records in curves.get(arm, {}).values()]
+        series = [
+            {r["tokens"]: r[key] for r in records if key in r}
+            for records in curves.get(arm, {}).values()
+        ]
         series = [values for values in series if values]
         common = sorted(set.intersection(*(set(values) for values in series))) if series else []
         if common:
-            yield arm, np.array(common), np.array([[values[t] for t in common] for values in series])
+            yield (
+                arm,
+                np.array(common),
+                np.array([[values[t] for t in common] for values in series]),
+            )
 
 
-def _mean_and_band(data: Data, ax: Axes, arm: str, tokens: np.ndarray, values: np.ndarray, alpha: float, **style: Any):
+def _mean_and_band(
+    data: Data,
+    ax: Axes,
+    arm: str,
+    tokens: np.ndarray,
+    values: np.ndarray,
+    alpha: float,
+    **style: Any,
+):
     """values: (seeds, n)."""
     color = data.colors[arm]
     ax.plot(tokens, values.mean(0), color=color, label=arm, **style)
@@ -286,7 +339,11 @@ def _mean_and_band(data: Data, ax: Axes, arm: str, tokens: np.ndarray, values: n
 def _with_legend(data: Data, figure: Figure, **style: Any) -> Figure | None:
     """The figure with a legend of the arms in it; None if there is none."""
     shown = {label for ax in figure.axes for label in ax.get_legend_handles_labels()[1]}
-    handles = [Line2D([], [], color=color, label=arm, **style) for arm, color in data.colors.items() if arm in shown]
+    handles = [
+        Line2D([], [], color=color, label=arm, **style)
+        for arm, color in data.colors.items()
+        if arm in shown
+    ]
     figure.legend(handles=handles, loc="outside right upper")
     return figure if shown else None
 

@@ -1,8 +1,9 @@
-"""The report of a study: report.md, report.html (no network), PNG files and summary.json in the study's folder.
+"""The report of a study: report.md, report.html (no network), PNG files and summary.json in the
+study's folder.
 
-Honesty rules built in: the question and expectation come from the file, written before the runs; one primary metric;
-runs that diverged, failed or have not been run are listed; one seed concludes nothing; acceptance is free-running and
-never mixed with top1 or agreement; the scale is stated.
+Honesty rules built in: the question and expectation come from the file, written before the runs;
+one primary metric; runs that diverged, failed or have not been run are listed; one seed concludes
+nothing; acceptance is free-running and never mixed with top1 or agreement; the scale is stated.
 """
 
 import json
@@ -11,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.atomic import write_json, write_text
-from dsv3_mtp.metrics import read_metrics
-from dsv3_mtp.progress import quantity
+from dsv3_mtp.files.atomic import write_json, write_text
+from dsv3_mtp.report.metrics import read_metrics
+from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
 from dsv3_mtp.study.expand import expand
@@ -21,7 +22,17 @@ from dsv3_mtp.study.findings import Effect, Table, is_primary, values_of, verdic
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import loss_error_metrics, read_results
 from dsv3_mtp.study.metric_names import describe_metric
-from dsv3_mtp.study.page import Block, Code, Heading, Items, Paragraph, Picture, Rows, to_html, to_markdown
+from dsv3_mtp.study.page import (
+    Block,
+    Code,
+    Heading,
+    Items,
+    Paragraph,
+    Picture,
+    Rows,
+    to_html,
+    to_markdown,
+)
 from dsv3_mtp.study.pictures import Data, draw_all
 from dsv3_mtp.study.run import check_folders, read_budgets, settings_of
 
@@ -33,7 +44,8 @@ def write_report(loaded: LoadedStudy) -> Path:
     """Writes the report on whatever has been run; returns the path of report.md.
 
     Raises:
-        ValueError: nothing has been run, runs have other settings than the study's, or a results.json is damaged.
+        ValueError: nothing has been run, runs have other settings than the study's, or a
+            results.json is damaged.
     """
     study, folder = loaded.study, loaded.study.folder
     runs = {run.name: run for run in expand(loaded, read_budgets(folder))}
@@ -43,13 +55,18 @@ def write_report(loaded: LoadedStudy) -> Path:
     starts = []
     for run in runs.values():
         results = read_results(folder / run.name)
-        if results is not None and results["settings"] == settings_of(study):  # or it was measured in another way
+        if results is not None and results["settings"] == settings_of(
+            study
+        ):  # or it was measured in another way
             table[run.arm][run.seed] = results
             curves[run.arm][run.seed] = read_metrics(folder / run.name / "metrics.jsonl")
-            starts.append(json.loads((folder / run.name / "manifest.json").read_text())["starts"][-1])
+            starts.append(
+                json.loads((folder / run.name / "manifest.json").read_text())["starts"][-1]
+            )
     if not starts:
         raise ValueError(
-            f"{folder}: no run is finished and measured as this study asks, so that there is nothing to report"
+            f"{folder}: no run is finished and measured as this "
+            "study asks, so that there is nothing to report"
         )
     for arm, seed, reference in findings.references(study, curves):
         if table[arm][seed]["status"] == "finished":
@@ -81,7 +98,8 @@ def opening(study: Study, table: Table, lines: Sequence[str]) -> list[Block]:
         Paragraph(f"Expected, written before the runs: {study.expectation.strip()}"),
         Heading("Outcome"),
         Paragraph(
-            f"{finished} runs finished of {len(study.arms)} arms x {len(study.seeds)} seeds. Primary metric, declared "
+            f"{finished} runs finished of {len(study.arms)} arms "
+            f"x {len(study.seeds)} seeds. Primary metric, declared "
             f"before the runs: {describe_metric(study.primary.metric)[0]}, in the comparison "
             f'"{study.primary.comparison}". Everything else is exploratory.'
         ),
@@ -96,7 +114,9 @@ def calibration_line(study: Study) -> str:
         return "Calibration: this study measures against known answers; the other reports quote it."
     path = Path(study.run.dir) / CALIBRATION / "summary.json"
     if not path.exists():
-        return f"Calibration: configs/studies/{CALIBRATION}.yaml has not been run beside this study."
+        return (
+            f"Calibration: configs/studies/{CALIBRATION}.yaml has not been run beside this study."
+        )
     found = json.loads(path.read_text())
     return f"Calibration against a source with known entropy: {found['calibration']}"
 
@@ -107,11 +127,16 @@ def scale_line(table: Table) -> str:
     size = f"Scale: up to {quantity(max(sizes))} parameters and {quantity(tokens)} tokens."
     if max(sizes) >= SMALL:
         return size
-    return f"{size} This is far below the scale of the papers; signs and sizes of effects can be others there."
+    return (
+        f"{size} This is far below the scale of the papers; "
+        "signs and sizes of effects can be others there."
+    )
 
 
 def verdicts(study: Study, table: Table, effects: Sequence[Effect]) -> list[str]:
-    """The primary effects one by one, then the exploratory ones that are more than a hint, then how many are not."""
+    """The primary effects one by one, then the exploratory ones that are more than a hint, then how
+    many are not.
+    """
     primary = [e for e in effects if is_primary(study, e)]
     rest = [e for e in effects if not is_primary(study, e) and e.interval is not None]
     lines = []
@@ -121,13 +146,20 @@ def verdicts(study: Study, table: Table, effects: Sequence[Effect]) -> list[str]
     clear = [e for e in rest if findings.stands_out(e)]
     for effect in clear:
         lost = findings.lost(table, [effect.arm, effect.against])
-        lines.append(f"Exploratory ({effect.comparison}): " + verdict(effect, margin=None, lost_runs=lost))
+        lines.append(
+            f"Exploratory ({effect.comparison}): " + verdict(effect, margin=None, lost_runs=lost)
+        )
     single = [e for e in rest if e.interval is not None and e.interval.n < 2]
     nulls = [e for e in rest if e not in clear and e not in single]
-    for found, group in (("No detectable difference", nulls), ("One seed, so no conclusion,", single)):
+    for found, group in (
+        ("No detectable difference", nulls),
+        ("One seed, so no conclusion,", single),
+    ):
         if group:
             names = "; ".join(f"{e.arm} - {e.against}, {e.metric}" for e in group)
-            lines.append(f"{found} in {len(group)} of {len(rest)} exploratory comparisons: {names}.")
+            lines.append(
+                f"{found} in {len(group)} of {len(rest)} exploratory comparisons: {names}."
+            )
     return lines
 
 
@@ -138,7 +170,10 @@ def result_tables(study: Study, table: Table, effects: Sequence[Effect]) -> list
     rows = [[arm, *(interval_cell(table, arm, m) for m in measured)] for arm in study.arms]
     found: list[Block] = [
         Heading("Results"),
-        Paragraph("Mean over seeds and its 95 % t interval; solve rates with Clopper and Pearson's exact interval."),
+        Paragraph(
+            "Mean over seeds and its 95 % t interval; solve "
+            "rates with Clopper and Pearson's exact interval."
+        ),
         Rows(["arm", *(f"{describe_metric(m)[0]} (n)" for m in measured)], rows),
     ]
     for name, comparison in study.comparisons.items():
@@ -146,20 +181,35 @@ def result_tables(study: Study, table: Table, effects: Sequence[Effect]) -> list
         if group:
             found += [
                 Heading(f"{name}: against {comparison.against}", 3),
-                Paragraph(f"Fairness: {comparison.rule}. Paired by seed; p is Holm's, within its family."),
+                Paragraph(
+                    f"Fairness: {comparison.rule}. Paired by seed; p is Holm's, within its family."
+                ),
                 Rows(EFFECT_HEADER, [effect_row(study, e) for e in group]),
             ]
     return found
 
 
-EFFECT_HEADER = ["arm", "metric", "difference", "95 % interval", "n", "p (Holm)", "sd paired / unpaired", "TOST p"]
+EFFECT_HEADER = [
+    "arm",
+    "metric",
+    "difference",
+    "95 % interval",
+    "n",
+    "p (Holm)",
+    "sd paired / unpaired",
+    "TOST p",
+]
 
 
 def effect_row(study: Study, effect: Effect) -> list[str]:
     i = effect.interval
     assert i is not None
     mark = " (primary)" if is_primary(study, effect) else ""
-    tost = "-" if effect.equivalence_p is None else f"{effect.equivalence_p:.2g} (+-{study.primary.margin:g})"
+    tost = (
+        "-"
+        if effect.equivalence_p is None
+        else f"{effect.equivalence_p:.2g} (+-{study.primary.margin:g})"
+    )
     spread = f"{i.sd:.4f} / {effect.unpaired_sd:.4f}"
     limits = f"[{i.low:+.4f}, {i.high:+.4f}]"
     if i.n < 2:
@@ -185,15 +235,22 @@ def health(study: Study, table: Table) -> list[Block]:
     """What did not go well, and the leak alarm."""
     missing = findings.lost(table, list(study.arms)) + findings.not_run(study, table)
     blocks: list[Block] = [Heading("Runs that do not count, and alarms")]
-    blocks.append(Items(missing) if missing else Paragraph("Every run of the matrix finished; none diverged."))
+    blocks.append(
+        Items(missing) if missing else Paragraph("Every run of the matrix finished; none diverged.")
+    )
     alarms = findings.leaks(table)
     if not alarms:
         return [*blocks, Paragraph("Leak alarm (a depth's loss below 0.8 of the main loss): none.")]
     reading = (
-        "Leak alarm: the loss of a depth lies below 0.8 of the main loss. On text that means a leaked target; in "
+        "Leak alarm: the loss of a depth lies below 0.8 of "
+        "the main loss. On text that means a leaked target; in "
         "a task whose later answer tokens are easier than the first it is what the task asks for."
     )
-    return [*blocks, Paragraph(reading), Items(alarms[:20] + [f"... {len(alarms)} in all"] * (len(alarms) > 20))]
+    return [
+        *blocks,
+        Paragraph(reading),
+        Items(alarms[:20] + [f"... {len(alarms)} in all"] * (len(alarms) > 20)),
+    ]
 
 
 def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]) -> list[Block]:
@@ -202,7 +259,10 @@ def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]
     for arm, spec in study.arms.items():
         results = list(table[arm].values())
         if results:
-            one, paces = results[0], [r["seconds_per_token"] for r in results if "seconds_per_token" in r]
+            one, paces = (
+                results[0],
+                [r["seconds_per_token"] for r in results if "seconds_per_token" in r],
+            )
             seconds = f"{sum(paces) / len(paces) * one['tokens']:.0f}" if paces else "-"
             origin = one["forked_from"]
             fork = f"{origin['run'].rpartition('-')[0]} at step {origin['step']}" if origin else "-"
@@ -217,11 +277,16 @@ def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]
         Heading("Setup"),
         Rows(header, rows),
         Paragraph(
-            "Inference parameters leave out the heads, which a plain decoder drops. FLOPs are counted (6 per active "
-            "weight and token, attention, every depth). Seconds are of one process computing a whole run, validations "
+            "Inference parameters leave out the heads, which a "
+            "plain decoder drops. FLOPs are counted (6 per active "
+            "weight and token, attention, every depth). Seconds "
+            "are of one process computing a whole run, validations "
             "included. A forked run shares the first steps with its parent, bit for bit."
         ),
-        Code(f"base: {scale.base}, scale: {study.scale}, seeds: {list(study.seeds)}, --set: {list(loaded.sets)}"),
+        Code(
+            f"base: {scale.base}, scale: {study.scale}, seeds: "
+            f"{list(study.seeds)}, --set: {list(loaded.sets)}"
+        ),
         Code("\n".join(settings_lines(common))),
         Paragraph(drafts_line(loaded)),
         Items(environment(starts)),
@@ -234,13 +299,20 @@ def settings_lines(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def drafts_line(loaded: LoadedStudy) -> str:
-    drafts, tasks = loaded.study.acceptance, [config.data.task for config in loaded.configs.values()]
+    drafts, tasks = (
+        loaded.study.acceptance,
+        [config.data.task for config in loaded.configs.values()],
+    )
     if drafts is None:
         return "Drafts: not measured."
     if all(task is not None and task.type != "markov" for task in tasks):
-        return f"Drafts: free-running, the last answer of each of {drafts.prefixes} validation examples."
+        return (
+            "Drafts: free-running, the last answer of "
+            f"each of {drafts.prefixes} validation examples."
+        )
     return (
-        f"Drafts: free-running, {drafts.new_tokens} new tokens behind each of {drafts.prefixes} prefixes of "
+        f"Drafts: free-running, {drafts.new_tokens} new "
+        f"tokens behind each of {drafts.prefixes} prefixes of "
         f"{drafts.prefix_tokens} tokens of the validation data, the same for every run."
     )
 
@@ -251,22 +323,43 @@ def environment(starts: Sequence[Mapping[str, Any]]) -> list[str]:
     def all_of(values: Sequence[Any]) -> str:
         return ", ".join(sorted({str(value) for value in values}))
 
-    data = {f"{role} {d['path']} {d['manifest_hash'][:12]}" for s in starts for role, d in s["data"].items()}
+    data = {
+        f"{role} {d['path']} {d['manifest_hash'][:12]}"
+        for s in starts
+        for role, d in s["data"].items()
+    }
     return [
-        f"commit {all_of([s['git'] for s in starts])}; uncommitted changes: {all_of([s['git_dirty'] for s in starts])}",
+        (
+            f"commit {all_of([s['git'] for s in starts])}; uncommitted "
+            f"changes: {all_of([s['git_dirty'] for s in starts])}"
+        ),
         f"data: {all_of(list(data))}",
         f"torch {all_of([s['versions']['torch'] for s in starts])}, deepspeed "
-        f"{all_of([s['versions']['deepspeed'] for s in starts])}, python {all_of([s['python'] for s in starts])}",
-        f"{all_of([s['device'] for s in starts])}, threads per run: {all_of([s['threads'] for s in starts])}",
+        f"{all_of([s['versions']['deepspeed'] for s in starts])}, "
+        f"python {all_of([s['python'] for s in starts])}",
+        (
+            f"{all_of([s['device'] for s in starts])}, threads "
+            f"per run: {all_of([s['threads'] for s in starts])}"
+        ),
     ]
 
 
-def summary(study: Study, table: Table, effects: Sequence[Effect], lines: Sequence[str]) -> dict[str, Any]:
+def summary(
+    study: Study, table: Table, effects: Sequence[Effect], lines: Sequence[str]
+) -> dict[str, Any]:
     """For other programs, and for the reports that quote the calibration."""
     rows = [
-        {**{k: v for k, v in vars(e).items() if k != "interval"}, **(vars(e.interval) if e.interval else {})}
+        {
+            **{k: v for k, v in vars(e).items() if k != "interval"},
+            **(vars(e.interval) if e.interval else {}),
+        }
         for e in effects
     ]
     for row in rows:
         row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    return {"study": study.run.name, "calibration": worst_excess(table), "verdicts": list(lines), "effects": rows}
+    return {
+        "study": study.run.name,
+        "calibration": worst_excess(table),
+        "verdicts": list(lines),
+        "effects": rows,
+    }

@@ -1,7 +1,9 @@
-"""Runs a study: one process per run, as many at a time as asked; what is finished is never repeated.
+"""Runs a study: one process per run, as many at a time as asked; what is finished is never
+repeated.
 
-Each process is forked from this one, which has imported everything once (on a GPU it is started afresh: CUDA does not
-survive a fork). A kill of a run, or of all, loses at most the steps since its last checkpoint.
+Each process is forked from this one, which has imported everything once (on a GPU it is started
+afresh: CUDA does not survive a fork). A kill of a run, or of all, loses at most the steps since its
+last checkpoint.
 """
 
 import json
@@ -20,18 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # an import of seconds that training makes: once here, not in every forked process
 
-from dsv3_mtp.atomic import write_json
+# an import of seconds that training makes: once here, not in every forked process
+import torch._dynamo
+
 from dsv3_mtp.config import load_config
-from dsv3_mtp.loading import checkpoints, is_complete, newest_checkpoint
-from dsv3_mtp.metrics import MetricsLog, read_metrics
-from dsv3_mtp.progress import duration
-from dsv3_mtp.runs import FREE, differences, lock_folder
+from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.report.metrics import MetricsLog, read_metrics
+from dsv3_mtp.report.progress import duration
+from dsv3_mtp.runs.folder import FREE, differences, lock_folder
+from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
 from dsv3_mtp.study.expand import Run, expand, whole_steps
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import describe, measure, read_results, write_results
-from dsv3_mtp.trainer import NonFiniteError, Trainer
+from dsv3_mtp.train.trainer import NonFiniteError, Trainer
 
 BUDGETS = "budgets.json"
 TIME = "time.json"  # in a run folder
@@ -41,15 +45,19 @@ CLOSED = ("finished", "diverged")  # of results.json's status: such a run is not
 
 
 def run_study(
-    loaded: LoadedStudy, *, only: Callable[[Run], bool], jobs: int, say: Callable[[str], None] = print
+    loaded: LoadedStudy,
+    *,
+    only: Callable[[Run], bool],
+    jobs: int,
+    say: Callable[[str], None] = print,
 ) -> list[str]:
     """Trains and measures every run that `only` chooses; returns the names of those that failed.
 
     Arms with another's measured time follow when that arm's runs are finished.
 
     Raises:
-        ValueError: another process works on this study, a run folder holds a run of other settings, or `only` chooses
-            nothing.
+        ValueError: another process works on this study, a run folder holds a run of other settings,
+            or `only` chooses nothing.
     """
     study = loaded.study
     failed: list[str] = []
@@ -62,7 +70,8 @@ def run_study(
             if not any(map(only, runs)):
                 names = ", ".join(dict.fromkeys(run.arm for run in runs))
                 raise ValueError(
-                    f"--only: none of the runs that can be planned now is called so; their arms are {names}"
+                    "--only: none of the runs that can be planned "
+                    f"now is called so; their arms are {names}"
                 )
             chosen = [run for run in runs if only(run) and run.name not in failed]
             failed += _execute(study, runs, chosen, jobs, say)
@@ -74,20 +83,26 @@ def run_study(
 
 
 def read_budgets(folder: Path) -> dict[str, int]:
-    """total_tokens of the arms that match another's measured time: fixed once, so that every seed has the same."""
+    """total_tokens of the arms that match another's measured time: fixed once, so that every seed
+    has the same.
+    """
     path = folder / BUDGETS
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def new_budgets(loaded: LoadedStudy, budgets: Mapping[str, int]) -> dict[str, int]:
-    """Budgets that can be fixed now: all seeds of both arms that they depend on are closed; finished ones count."""
+    """Budgets that can be fixed now: all seeds of both arms that they depend on are closed;
+    finished ones count.
+    """
     study = loaded.study
     found: dict[str, int] = {}
     for name, arm in study.arms.items():
         if arm.match is None or arm.match.by != "cpu_time" or name in budgets:
             continue
         closed = [_closed(study, other) for other in (arm.match.arm, str(arm.match.pace))]
-        sides = [[results for results in side if results["status"] == "finished"] for side in closed]
+        sides = [
+            [results for results in side if results["status"] == "finished"] for side in closed
+        ]
         if all(len(side) == len(study.seeds) for side in closed) and all(sides):
             seconds = _mean([r["seconds_per_token"] * r["tokens"] for r in sides[0]])
             pace = _mean([r["seconds_per_token"] for r in sides[1]])
@@ -107,7 +122,11 @@ def _mean(values: list[float]) -> float:
 def is_closed(study: Study, run: Run) -> bool:
     """The run is trained, or diverged, and was measured as the study asks."""
     results = read_results(study.folder / run.name)
-    return results is not None and results["status"] in CLOSED and results["settings"] == settings_of(study)
+    return (
+        results is not None
+        and results["status"] in CLOSED
+        and results["settings"] == settings_of(study)
+    )
 
 
 def settings_of(study: Study) -> dict[str, Any]:
@@ -122,7 +141,9 @@ def check_folders(study: Study, runs: list[Run]) -> None:
         path = study.folder / run.name / "config.yaml"
         if path.exists():
             other = differences(load_config(path).to_dict(), run.config.to_dict(), ignoring=IGNORED)
-            problems += [f"{path}: {key} is {old}, the study says {new}" for key, (old, new) in other.items()]
+            problems += [
+                f"{path}: {key} is {old}, the study says {new}" for key, (old, new) in other.items()
+            ]
     if problems:
         raise ValueError(
             "run folders of other settings; delete them, or give the study another run.name:\n  "
@@ -130,7 +151,9 @@ def check_folders(study: Study, runs: list[Run]) -> None:
         )
 
 
-def _execute(study: Study, runs: list[Run], chosen: list[Run], jobs: int, say: Callable[[str], None]) -> list[str]:
+def _execute(
+    study: Study, runs: list[Run], chosen: list[Run], jobs: int, say: Callable[[str], None]
+) -> list[str]:
     """Works through the chosen ones of all runs; a run waits for the one that it forks from."""
     waiting = [run for run in chosen if not is_closed(study, run)]
     total, failed = len(waiting), []
@@ -149,7 +172,10 @@ def _execute(study: Study, runs: list[Run], chosen: list[Run], jobs: int, say: C
                 text, good = _outcome(study, run, process.exitcode)
                 failed += [] if good else [run.name]
                 number = total - len(waiting) - len(active)
-                say(f"[{number}/{total}] {run.name}: {text} ({duration(time.monotonic() - started)})")
+                say(
+                    f"[{number}/{total}] {run.name}: {text} "
+                    f"({duration(time.monotonic() - started)})"
+                )
                 _prune(study, run, runs)
     finally:
         for process, _, _ in active.values():
@@ -217,10 +243,17 @@ def _end_with_parent() -> None:
 
 
 def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
-    """Trains the run to its end and writes results.json; returns the exit code, 3 when it was asked to stop."""
+    """Trains the run to its end and writes results.json; returns the exit code, 3 when it was asked
+    to stop.
+    """
     folder, settings = study.folder / run.name, settings_of(study)
     if run.parent is not None:
-        fork(study.folder / run.parent, folder, run.fork_step, total_tokens=run.config.train.total_tokens)
+        fork(
+            study.folder / run.parent,
+            folder,
+            run.fork_step,
+            total_tokens=run.config.train.total_tokens,
+        )
     results = describe(run, settings=settings)
     try:
         trainer = Trainer(run.config, command=command)
@@ -245,7 +278,8 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
 def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
     """What training has cost in all starts of a run: (seconds, tokens), kept in time.json.
 
-    A start that trains nothing adds nothing: a run that was interrupted while it was measured, or is measured anew.
+    A start that trains nothing adds nothing: a run that was interrupted while it was measured, or
+        is measured anew.
     """
     path = folder / TIME
     if path.exists():
@@ -257,17 +291,24 @@ def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
 
 
 def _seconds(trainer: Any) -> float:
-    """Time that training costs: of this process on a CPU, which other processes do not lengthen much; else elapsed."""
+    """Time that training costs: of this process on a CPU, which other processes do not lengthen
+    much; else elapsed.
+    """
     return time.process_time() if trainer.world.device.type == "cpu" else trainer.clock.seconds
 
 
 def fork(parent: Path, child: Path, step: int, *, total_tokens: int) -> None:
-    """Makes `child` a run at `step` with the parent's state and log: it goes on as it would have trained so far.
+    """Makes `child` a run at `step` with the parent's state and log: it goes on as it would have
+    trained so far.
 
-    total_tokens: of the child, whose progress at these steps is another than the parent's if its length is another.
-    Without that checkpoint (the parent was pruned) it trains from the start, which gives the same numbers.
+    total_tokens: of the child, whose progress at these steps is another than the parent's if its
+    length is another. Without that checkpoint (the parent was pruned) it trains from the start,
+    which gives the same numbers.
     """
-    source, target = parent / "checkpoints" / f"global_step{step}", child / "checkpoints" / f"global_step{step}"
+    source, target = (
+        parent / "checkpoints" / f"global_step{step}",
+        child / "checkpoints" / f"global_step{step}",
+    )
     if newest_checkpoint(child / "checkpoints") is not None:
         return
     if not is_complete(source):

@@ -1,4 +1,6 @@
-"""A prepared pystdlib, and Megatron files made from the format's description, not by the package's writer."""
+"""A prepared pystdlib, and Megatron files made from the format's description, not by the package's
+writer.
+"""
 
 import itertools
 import struct
@@ -15,7 +17,9 @@ from dsv3_mtp.data.stdlib import stdlib_inputs
 
 @pytest.fixture(scope="session")
 def small_stdlib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library folder with the 120 smallest files of the real one, since building from all takes seconds."""
+    """A library folder with the 120 smallest files of the real one, since building from all takes
+    seconds.
+    """
     inputs, root = stdlib_inputs(), tmp_path_factory.mktemp("lib")
     for name, text in sorted(inputs.texts, key=lambda entry: len(entry[1]))[:120]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,9 @@ def write_megatron(prefix: Path, documents: list[list[list[int]]], *, code: int 
     sizes = struct.pack(f"<{len(sequences)}i", *map(len, sequences))
     pointers = struct.pack(f"<{len(sequences)}q", *offsets)
     Path(f"{prefix}.bin").write_bytes(binary)
-    Path(f"{prefix}.idx").write_bytes(header + sizes + pointers + struct.pack(f"<{len(doc_idx)}q", *doc_idx))
+    Path(f"{prefix}.idx").write_bytes(
+        header + sizes + pointers + struct.pack(f"<{len(doc_idx)}q", *doc_idx)
+    )
     return prefix
 
 
@@ -67,6 +73,8 @@ def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[int]
     def make(lengths: list[int]) -> Source:
         ends = np.cumsum([0, *lengths])
         documents = [[list(range(a, b))] for a, b in itertools.pairwise(ends)]
-        return open_source(write_megatron(tmp_path_factory.mktemp("source") / "tokens", documents), "train")
+        return open_source(
+            write_megatron(tmp_path_factory.mktemp("source") / "tokens", documents), "train"
+        )
 
     return make

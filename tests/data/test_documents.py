@@ -23,9 +23,16 @@ def saved_dataset(folder: Path, texts: list[str]) -> Path:
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     for name, part in zip(names, (texts[:7], texts[7:]), strict=True):
         table = pa.table({"text": part})
-        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        with (
+            pa.OSFile(str(folder / name), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as writer,
+        ):
             writer.write_table(table, max_chunksize=4)
-    state = {"_data_files": [{"filename": name} for name in names], "_split": None, "_fingerprint": "0"}
+    state = {
+        "_data_files": [{"filename": name} for name in names],
+        "_split": None,
+        "_fingerprint": "0",
+    }
     (folder / "state.json").write_text(json.dumps(state))
     (folder / "dataset_info.json").write_text("{}")
     return folder
@@ -54,7 +61,8 @@ def write(kind: str, folder: Path) -> Path:
 
 def inputs(*patterns: Path | str, **options) -> FileInputs:
     return FileInputs(
-        [str(p) for p in patterns], **{"text_key": "text", "val_fraction": 0.3, "out": Path("none")} | options
+        [str(p) for p in patterns],
+        **{"text_key": "text", "val_fraction": 0.3, "out": Path("none")} | options,
     )
 
 
@@ -76,7 +84,9 @@ def test_folders_are_sorted_hidden_files_left_out_and_globs_and_repeats_understo
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     assert [d.text for d in inputs(tmp_path).read()] == ["a.py", "b/1.txt", "b/2.md"]
-    found = inputs(tmp_path / "a.py", f"{tmp_path}/**/*.txt", tmp_path / "a.py", tmp_path / "b/../a.py")
+    found = inputs(
+        tmp_path / "a.py", f"{tmp_path}/**/*.txt", tmp_path / "a.py", tmp_path / "b/../a.py"
+    )
     assert [d.text for d in found.read()] == ["a.py", "b/1.txt"]
 
 
@@ -106,7 +116,9 @@ def test_folders_are_sorted_hidden_files_left_out_and_globs_and_repeats_understo
         ("a.arrow", b"nothing at all", r"a\.arrow, after row 0: cannot be read"),
     ],
 )
-def test_bad_input_is_one_error_with_file_and_line(tmp_path: Path, name: str, content: bytes, message: str):
+def test_bad_input_is_one_error_with_file_and_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(inputs(tmp_path / name).read())
@@ -127,7 +139,9 @@ def test_a_bad_column_is_one_error_with_file_and_row(tmp_path: Path, table, mess
 
 
 def test_nothing_found_a_dataset_dict_and_a_torn_dataset_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"none\.txt: no file is there or matches it\n'': no file is there"):
+    with pytest.raises(
+        ValueError, match=r"none\.txt: no file is there or matches it\n'': no file is there"
+    ):
         inputs(tmp_path / "none.txt", "")
     saved_dataset(tmp_path / "train", TEXTS)
     (tmp_path / "dataset_dict.json").write_text("{}")

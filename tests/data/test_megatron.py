@@ -19,7 +19,10 @@ def parse(prefix: Path) -> tuple[int, list[list[int]], list[int]]:
     offsets = struct.unpack_from(f"<{count}q", raw, 34 + 4 * count)
     doc_idx = struct.unpack_from(f"<{borders}q", raw, 34 + 12 * count)
     assert len(raw) == 34 + 12 * count + 8 * borders
-    sequences = [list(struct.unpack_from(f"<{n}{letter}", binary, at)) for n, at in zip(sizes, offsets, strict=True)]
+    sequences = [
+        list(struct.unpack_from(f"<{n}{letter}", binary, at))
+        for n, at in zip(sizes, offsets, strict=True)
+    ]
     assert len(binary) == width * sum(sizes)
     return code, sequences, list(doc_idx)
 
@@ -37,7 +40,10 @@ def test_a_prepared_shard_is_megatron_with_the_end_of_text_in_every_document(pys
     index = json.loads((pystdlib / "index.json").read_text())
     code, sequences, doc_idx = parse(pystdlib / "val-00000")
     assert code == 8
-    assert all(sequence[-1] == index["eos_id"] and index["eos_id"] not in sequence[:-1] for sequence in sequences)
+    assert all(
+        sequence[-1] == index["eos_id"] and index["eos_id"] not in sequence[:-1]
+        for sequence in sequences
+    )
     assert doc_idx == list(range(index["splits"]["val"]["documents"] + 1))
 
 
@@ -65,11 +71,15 @@ def damaged(prefix: Path, suffix: str, at: int, content: bytes) -> Path:
 def test_a_truncated_bin_is_named_with_both_sizes(megatron):
     prefix = megatron([[[1, 2, 3]]])
     Path(f"{prefix}.bin").write_bytes(b"\0" * 8)
-    with pytest.raises(ValueError, match=r"tokens\.bin: 8 bytes, but tokens\.idx describes 12 bytes"):
+    with pytest.raises(
+        ValueError, match=r"tokens\.bin: 8 bytes, but tokens\.idx describes 12 bytes"
+    ):
         open_pair(prefix)
 
 
-@pytest.mark.parametrize(("size", "message"), [(20, "20 bytes.* at least 34"), (60, "60 bytes.* take 62 bytes")])
+@pytest.mark.parametrize(
+    ("size", "message"), [(20, "20 bytes.* at least 34"), (60, "60 bytes.* take 62 bytes")]
+)
 def test_a_truncated_idx_is_named_with_both_sizes(megatron, size: int, message: str):
     prefix = megatron([[[1, 2, 3]]])
     index = Path(f"{prefix}.idx")

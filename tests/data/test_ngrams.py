@@ -1,12 +1,21 @@
-"""The floors against counts by hand, against probabilities that sum to one, and against a source of known entropy."""
+"""The floors against counts by hand, and against a source of known entropy."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from dsv3_mtp.data.markov import step_entropy, transition_matrix
-from dsv3_mtp.data.ngrams import HELD_EVERY, ORDERS, Counts, Events, NGrams, early_training, em, floor_metrics
+from dsv3_mtp.data.ngrams import (
+    HELD_EVERY,
+    ORDERS,
+    Counts,
+    Events,
+    NGrams,
+    early_training,
+    em,
+    floor_metrics,
+)
+from dsv3_mtp.tasks.markov import step_entropy, transition_matrix
 
 VOCAB = 7
 
@@ -19,12 +28,14 @@ def rows_of(seed: int, rows: int = 120, slots: int = 12) -> tuple[np.ndarray, np
 
 
 def contexts_by_hand(tokens, documents, length):
-    """Of every target in order: its context of `length` tokens, None where row or document cut it off."""
+    """Of every target in order: its context of `length` tokens, None where it is cut off."""
     for row, document in zip(tokens.tolist(), documents.tolist(), strict=True):
         for i in range(len(row) - 1):
             if document[i + 1] != document[i]:
                 continue
-            inside = i + 1 >= length and all(d == document[i] for d in document[i + 1 - length : i + 1])
+            inside = i + 1 >= length and all(
+                d == document[i] for d in document[i + 1 - length : i + 1]
+            )
             yield (tuple(row[i + 1 - length : i + 1]) if inside else None), row[i + 1]
 
 

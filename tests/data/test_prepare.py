@@ -52,8 +52,12 @@ def test_a_prepared_folder_holds_its_files_and_nothing_else(whole: Path):
 
 
 @pytest.mark.parametrize("moments", [[0], [3], [1, 1, 1], [20], [2, 9, 4]])
-def test_interrupted_anywhere_the_result_is_byte_identical(files, whole, tmp_path, monkeypatch, moments):
-    monkeypatch.setattr(tokenise, "BATCH_DOCUMENTS", 10)  # saved every few batches, when a shard is full
+def test_interrupted_anywhere_the_result_is_byte_identical(
+    files, whole, tmp_path, monkeypatch, moments
+):
+    monkeypatch.setattr(
+        tokenise, "BATCH_DOCUMENTS", 10
+    )  # saved every few batches, when a shard is full
     out = tmp_path / "out"
     for moment in moments:
         calls = iter(range(moment, -1, -1))
@@ -107,7 +111,9 @@ def test_a_lost_open_shard_is_refused(files, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_arguments_on_an_existing_folder_are_refused(files, whole, tmp_path, monkeypatch, finished):
+def test_other_arguments_on_an_existing_folder_are_refused(
+    files, whole, tmp_path, monkeypatch, finished
+):
     out = whole if finished else interrupted(tmp_path / "out", files, monkeypatch).with_name("out")
     before = contents(out if finished else tmp_path / "out.partial")
     with pytest.raises(ValueError, match=r"made with other arguments.*(\n.*)*seed: 0 there, 1 now"):
@@ -128,7 +134,9 @@ def test_inputs_that_changed_since_the_interruption_are_refused(files, tmp_path,
 
 def test_a_finished_folder_is_left_alone_and_a_foreign_one_refused(files, whole, tmp_path):
     before = (whole / "index.json").stat().st_mtime_ns
-    assert prepare(whole, Arguments(inputs=files, **OPTIONS)) == json.loads((whole / "index.json").read_text())
+    assert prepare(whole, Arguments(inputs=files, **OPTIONS)) == json.loads(
+        (whole / "index.json").read_text()
+    )
     assert (whole / "index.json").stat().st_mtime_ns == before
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="no prepared folder"):
@@ -145,7 +153,9 @@ def test_formats_agree(files, tmp_path):
     pq.write_table(pa.table({"text": all_texts}), tmp_path / "a.parquet")
     results = []
     for name in ("folder", "a.jsonl", "a.parquet"):
-        index = prepare(tmp_path / f"out-{name}", Arguments(inputs=(str(tmp_path / name),), **OPTIONS))
+        index = prepare(
+            tmp_path / f"out-{name}", Arguments(inputs=(str(tmp_path / name),), **OPTIONS)
+        )
         results.append((index["splits"], index["manifest_hash"], index["tokenizer_sha256"]))
     assert results[0] == results[1] == results[2]
 
@@ -164,10 +174,19 @@ def test_fim_without_its_tokens_and_splits_without_documents_are_refused(files, 
     plain = train_tokenizer(texts(50), 270).replace("<|fim_hole|>", "<|other|>")
     (tmp_path / "t.json").write_text(plain)
     with pytest.raises(ValueError, match=r"t\.json has no fill-in-the-middle tokens"):
-        prepare(tmp_path / "a", Arguments(inputs=files, tokenizer=str(tmp_path / "t.json"), fim_rate=0.1))
+        prepare(
+            tmp_path / "a",
+            Arguments(inputs=files, tokenizer=str(tmp_path / "t.json"), fim_rate=0.1),
+        )
     with pytest.raises(ValueError, match=r"1 documents .* gave 1 for train and 0 for val"):
-        prepare(tmp_path / "b", Arguments(inputs=files[1:2], tokenizer=str(tmp_path / "t.json"), val_fraction=1e-6))
-    prepare(tmp_path / "c", Arguments(inputs=files[1:2], tokenizer=str(tmp_path / "t.json"), val_fraction=0))
+        prepare(
+            tmp_path / "b",
+            Arguments(inputs=files[1:2], tokenizer=str(tmp_path / "t.json"), val_fraction=1e-6),
+        )
+    prepare(
+        tmp_path / "c",
+        Arguments(inputs=files[1:2], tokenizer=str(tmp_path / "t.json"), val_fraction=0),
+    )
     with pytest.raises(ValueError, match="the split 'val' is empty"):
         open_source(tmp_path / "c", "val")
 
@@ -175,7 +194,13 @@ def test_fim_without_its_tokens_and_splits_without_documents_are_refused(files, 
 def test_all_wrong_arguments_are_named_at_once():
     with pytest.raises(ValueError) as caught:
         Arguments(val_fraction=1.0, fim_rate=-1, shard_tokens=0)
-    for name in ("--corpus or --input", "--tokenizer or --vocab-size", "val_fraction 1.0", "fim_rate", "shard_tokens"):
+    for name in (
+        "--corpus or --input",
+        "--tokenizer or --vocab-size",
+        "val_fraction 1.0",
+        "fim_rate",
+        "shard_tokens",
+    ):
         assert name in str(caught.value)
     with pytest.raises(ValueError, match="split of pystdlib is fixed"):
         Arguments(corpus="pystdlib", vocab_size=300, val_fraction=0.2)
@@ -187,16 +212,24 @@ def test_verify_names_every_damaged_file(whole, tmp_path):
     verify_folder(tmp_path)
     (tmp_path / "val-00000.bin").write_bytes(b"")
     (tmp_path / "train-00001.idx").unlink()
-    with pytest.raises(ValueError, match=r"train-00001\.idx: sha256 is missing(.|\n)*val-00000\.bin"):
+    with pytest.raises(
+        ValueError, match=r"train-00001\.idx: sha256 is missing(.|\n)*val-00000\.bin"
+    ):
         verify_folder(tmp_path)
 
 
-def test_building_pystdlib_again_gives_the_same_bytes_and_its_manifest(pystdlib, small_stdlib, tmp_path, monkeypatch):
+def test_building_pystdlib_again_gives_the_same_bytes_and_its_manifest(
+    pystdlib, small_stdlib, tmp_path, monkeypatch
+):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(small_stdlib))
     index = prepare(tmp_path / "again", Arguments(corpus="pystdlib", vocab_size=512))
     assert contents(tmp_path / "again") == contents(pystdlib)
     manifest = json.loads((pystdlib / "manifest.json").read_text())
-    assert manifest["manifest_hash"] == index["manifest_hash"] == open_source(pystdlib, "train").manifest_hash
+    assert (
+        manifest["manifest_hash"]
+        == index["manifest_hash"]
+        == open_source(pystdlib, "train").manifest_hash
+    )
     assert len(manifest["files"]) == 120
     with pytest.raises(ValueError, match="vocab_size: 512 there, 513 now"):
         prepare(tmp_path / "again", Arguments(corpus="pystdlib", vocab_size=513))
@@ -210,7 +243,9 @@ def build(out: Path, files: tuple[str, ...], start) -> None:
 def test_concurrent_builders_make_one_right_folder(files, whole, tmp_path):
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(3)
-    builders = [context.Process(target=build, args=(tmp_path / "out", files, start)) for _ in range(3)]
+    builders = [
+        context.Process(target=build, args=(tmp_path / "out", files, start)) for _ in range(3)
+    ]
     for builder in builders:
         builder.start()
     for builder in builders:

@@ -10,7 +10,9 @@ from dsv3_mtp.data.sampler import Sampler, sequential_windows
 from dsv3_mtp.data.source import open_source
 
 lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=12)
-fast = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fast = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def rows(batches):
@@ -19,8 +21,15 @@ def rows(batches):
 
 
 @fast
-@given(lengths=lengths_strategy, seq_len=st.integers(1, 50), lookahead=st.integers(1, 4), seed=st.integers(0, 9))
-def test_an_epoch_is_every_token_once_in_touching_windows(make_source, lengths, seq_len, lookahead, seed):
+@given(
+    lengths=lengths_strategy,
+    seq_len=st.integers(1, 50),
+    lookahead=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
+def test_an_epoch_is_every_token_once_in_touching_windows(
+    make_source, lengths, seq_len, lookahead, seed
+):
     source = make_source(lengths)  # token ids 0 .. N-1, each once
     n, epochs = source.tokens, 3
     sampler = Sampler([source], seq_len=seq_len, lookahead=lookahead, seed=seed)
@@ -29,9 +38,14 @@ def test_an_epoch_is_every_token_once_in_touching_windows(make_source, lengths, 
         assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
     end = 0
     for epoch in range(epochs):
-        begin, end = end, math.ceil((epoch + 1) * n / seq_len)  # the windows that start in this epoch
+        begin, end = (
+            end,
+            math.ceil((epoch + 1) * n / seq_len),
+        )  # the windows that start in this epoch
         delivered = [tuple(sampler.next_batch(1)[0][0][0]) for _ in range(begin, end)]
-        expected = [tuple(stream[w * seq_len : (w + 1) * seq_len + lookahead]) for w in range(begin, end)]
+        expected = [
+            tuple(stream[w * seq_len : (w + 1) * seq_len + lookahead]) for w in range(begin, end)
+        ]
         assert sorted(delivered) == sorted(expected)
 
 
@@ -44,14 +58,19 @@ def test_every_token_is_a_main_input_equally_often_and_a_target_too(make_source,
     rows = np.stack([sampler.next_batch(1)[0][0][0] for _ in range(source.tokens)])
     inputs, targets = np.bincount(rows[:, :-1].ravel()), np.bincount(rows[:, 1:].ravel())
     assert (inputs == seq_len).all()
-    # As targets, the stream's very first token is missing and the first one of the next epoch is there.
+    # As targets, the stream's very first token is missing and the first one of the next epoch is
+    # there.
     assert np.abs(targets - inputs).sum() in (0, 2)
 
 
-@pytest.mark.parametrize("then", [{"batch_size": 6}, {"batch_size": 9}, {"batch_size": 6, "micro_batch_size": 2}])
+@pytest.mark.parametrize(
+    "then", [{"batch_size": 6}, {"batch_size": 9}, {"batch_size": 6, "micro_batch_size": 2}]
+)
 def test_a_prepared_batch_changes_neither_the_position_nor_what_comes_next(make_source, then):
     plain, ahead = (
-        Sampler([make_source([7] * 30), make_source([9] * 20)], [2, 1], seq_len=5, lookahead=2, seed=1)
+        Sampler(
+            [make_source([7] * 30), make_source([9] * 20)], [2, 1], seq_len=5, lookahead=2, seed=1
+        )
         for _ in range(2)
     )
     share = {"rank": 1, "world_size": 3}
@@ -61,7 +80,9 @@ def test_a_prepared_batch_changes_neither_the_position_nor_what_comes_next(make_
     ahead.prepare(6, **share)
     assert ahead.state_dict() == state == plain.state_dict()
     for arguments in ({**share, **then}, {"batch_size": 4}):
-        for ours, theirs in zip(ahead.next_batch(**arguments), plain.next_batch(**arguments), strict=True):
+        for ours, theirs in zip(
+            ahead.next_batch(**arguments), plain.next_batch(**arguments), strict=True
+        ):
             assert all(map(np.array_equal, ours, theirs))
     assert ahead.state_dict() == plain.state_dict()
 
@@ -100,9 +121,14 @@ def test_the_global_batch_does_not_depend_on_ranks_or_micro_batches(make_source,
     alone, ranks = sampler(), [sampler() for _ in range(world_size)]
     for _ in range(4):
         whole = rows(alone.next_batch(24))
-        parts = [ranks[r].next_batch(24, rank=r, world_size=world_size, micro_batch_size=2) for r in range(world_size)]
+        parts = [
+            ranks[r].next_batch(24, rank=r, world_size=world_size, micro_batch_size=2)
+            for r in range(world_size)
+        ]
         assert all(len(part) == 24 // world_size // 2 for part in parts)
-        for got, expected in zip(rows([batch for part in parts for batch in part]), whole, strict=True):
+        for got, expected in zip(
+            rows([batch for part in parts for batch in part]), whole, strict=True
+        ):
             assert np.array_equal(got, expected)
     assert all(rank.state_dict() == alone.state_dict() for rank in ranks)
 
@@ -157,11 +183,18 @@ def test_weights_hold_at_every_moment(make_source, weights):
     for samples in range(1, 200):
         sampler._pick()
         assert sum(sampler.counts) == samples
-        assert np.abs(np.array(sampler.counts) - share * samples).max() <= 1 + math.log(len(weights))
+        assert np.abs(np.array(sampler.counts) - share * samples).max() <= 1 + math.log(
+            len(weights)
+        )
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"batch_size": 6, "world_size": 4}, {"batch_size": 6, "micro_batch_size": 4}, {"batch_size": 0}]
+    "arguments",
+    [
+        {"batch_size": 6, "world_size": 4},
+        {"batch_size": 6, "micro_batch_size": 4},
+        {"batch_size": 0},
+    ],
 )
 def test_a_batch_that_does_not_divide_is_refused(make_source, arguments):
     sampler = Sampler([make_source([9])], seq_len=2, lookahead=1, seed=0)
@@ -190,7 +223,11 @@ def test_validation_windows_are_fixed_spread_and_in_order(make_source):
     assert np.array_equal(tokens, tokens[:, :1] + np.arange(12))
     assert documents[1].tolist() == [0] * 10 + [1] * 2
     ((last, marks),) = sequential_windows(source, seq_len=10, lookahead=3, count=10)
-    assert last[-1].tolist() == [*range(90, 101), 0, 1]  # the lookahead runs on into the first document
+    assert last[-1].tolist() == [
+        *range(90, 101),
+        0,
+        1,
+    ]  # the lookahead runs on into the first document
     assert marks[-1].tolist() == [0] * 10 + [1, 2, 2]
 
 
@@ -217,6 +254,10 @@ def test_validation_works_on_less_than_a_window(make_source):
 def test_a_prepared_folder_is_sampled_whole(pystdlib):
     source = open_source(pystdlib, "val")
     sampler = Sampler([source], seq_len=512, lookahead=1, seed=0)
-    inputs = np.concatenate([rows(sampler.next_batch(1))[0][0, :512] for _ in range(math.ceil(source.tokens / 512))])
+    inputs = np.concatenate(
+        [rows(sampler.next_batch(1))[0][0, :512] for _ in range(math.ceil(source.tokens / 512))]
+    )
     corpus = source.read(0, source.tokens)
-    assert np.abs(np.bincount(inputs, minlength=512) - np.bincount(corpus, minlength=512)).sum() < 512
+    assert (
+        np.abs(np.bincount(inputs, minlength=512) - np.bincount(corpus, minlength=512)).sum() < 512
+    )

@@ -15,7 +15,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("prepared")
     lines = [json.dumps({"text": f"document {i} " * (1 + i % 5)}) for i in range(200)]
     (root / "in.jsonl").write_text("\n".join(lines))
-    arguments = Arguments(inputs=(str(root / "in.jsonl"),), vocab_size=270, shard_tokens=500, val_fraction=0.2)
+    arguments = Arguments(
+        inputs=(str(root / "in.jsonl"),), vocab_size=270, shard_tokens=500, val_fraction=0.2
+    )
     prepare(root / "out", arguments)
     return root / "out"
 
@@ -34,18 +36,26 @@ def test_shards_are_one_array(folder: Path):
     assert (ends == index["eos_id"]).all()
 
 
-def test_a_plain_pair_opens_with_and_without_suffix_and_is_known_by_its_documents_and_tokens(megatron):
+def test_a_plain_pair_opens_with_and_without_suffix_and_is_known_by_its_documents_and_tokens(
+    megatron,
+):
     prefix = megatron([[[1, 2]], [[3]]])
     sources = [open_source(path, "train") for path in (prefix, f"{prefix}.bin", f"{prefix}.idx")]
     for source in sources:
-        assert (source.manifest_hash, source.tokens, source.documents) == (sources[0].manifest_hash, 3, 2)
+        assert (source.manifest_hash, source.tokens, source.documents) == (
+            sources[0].manifest_hash,
+            3,
+            2,
+        )
         assert (source.vocab_size, source.bytes) == (None, None)
     same_index = open_source(megatron([[[2, 1]], [[3]]]), "train")
     assert same_index.manifest_hash != sources[0].manifest_hash
 
 
 def test_nothing_to_open_says_how_to_prepare_or_finish(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"neither a prepared folder nor a Megatron prefix.*prepare_data"):
+    with pytest.raises(
+        ValueError, match=r"neither a prepared folder nor a Megatron prefix.*prepare_data"
+    ):
         open_source(tmp_path / "none", "train")
     (tmp_path / "some.partial").mkdir()
     with pytest.raises(ValueError, match=r"some\.partial is unfinished"):
@@ -57,7 +67,11 @@ def test_nothing_to_open_says_how_to_prepare_or_finish(tmp_path: Path):
 def test_a_folder_that_is_not_ours_or_lacks_the_split_is_refused(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="no split 'test', there are"):
         open_source(folder, "test")
-    for content, message in [("{", "not valid JSON"), ('{"format": "x"}', "format"), ("[]", "format")]:
+    for content, message in [
+        ("{", "not valid JSON"),
+        ('{"format": "x"}', "format"),
+        ("[]", "format"),
+    ]:
         (tmp_path / "index.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             open_source(tmp_path, "train")
@@ -67,7 +81,9 @@ def test_a_shard_that_the_index_does_not_describe_is_refused(folder: Path, tmp_p
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for suffix in ("bin", "idx"):
-        (tmp_path / f"train-00000.{suffix}").write_bytes((folder / f"val-00000.{suffix}").read_bytes())
+        (tmp_path / f"train-00000.{suffix}").write_bytes(
+            (folder / f"val-00000.{suffix}").read_bytes()
+        )
     with pytest.raises(ValueError, match=r"train-00000\.bin: \d+ tokens in .* promises"):
         open_source(tmp_path, "train")
 
@@ -88,12 +104,19 @@ def test_masked_documents_too_short_for_a_depth_are_refused(megatron):
     """All losses would be 0 where there is no target."""
     source = open_source(megatron([[[1, 2, 3]], [[4]]]), "train")
     check_documents(source, 1)
-    with pytest.raises(ValueError, match=r"longest document has 3 tokens, .* depth 2 never has a target"):
+    with pytest.raises(
+        ValueError, match=r"longest document has 3 tokens, .* depth 2 never has a target"
+    ):
         check_documents(source, 2)
 
 
 def test_data_of_different_tokenizers_is_refused_where_it_says_of_which(folder: Path, megatron):
-    (path, mine), plain = (folder, open_source(folder, "train")), open_source(megatron([[[1, 2]]]), "train")
-    check_tokenizers((source.path, source.tokenizer_sha256) for source in (mine, plain, open_source(path, "val")))
+    (path, mine), plain = (
+        (folder, open_source(folder, "train")),
+        open_source(megatron([[[1, 2]]]), "train"),
+    )
+    check_tokenizers(
+        (source.path, source.tokenizer_sha256) for source in (mine, plain, open_source(path, "val"))
+    )
     with pytest.raises(ValueError, match="first and third have different tokenizers"):
         check_tokenizers([("first", "a"), ("second", None), ("third", "b"), ("fourth", "a")])

@@ -18,11 +18,21 @@ def library(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def test_tests_packages_and_tiny_files_are_left_out(tmp_path: Path):
-    out = ["test/a.py", "json/tests/a.py", "idlelib/a.py", "site-packages/x/a.py", "config-3.11/a.py"]
+    out = [
+        "test/a.py",
+        "json/tests/a.py",
+        "idlelib/a.py",
+        "site-packages/x/a.py",
+        "config-3.11/a.py",
+    ]
     out += ["_sysconfigdata__linux.py", "encodings/a.py", "a/__pycache__/a.py", "a/a.txt"]
-    files = {name: BODY.encode() for name in [*out, "json/decoder.py", "contest.py"]} | {"tiny.py": b"x = 1\n"}
+    files = {name: BODY.encode() for name in [*out, "json/decoder.py", "contest.py"]} | {
+        "tiny.py": b"x = 1\n"
+    }
     names = [name for name, _ in stdlib_inputs(library(tmp_path, files)).texts]
-    assert set(names) == {"json/decoder.py", "contest.py"} | {f"module{i:03d}.py" for i in range(MIN_FILES)}
+    assert set(names) == {"json/decoder.py", "contest.py"} | {
+        f"module{i:03d}.py" for i in range(MIN_FILES)
+    }
     assert names == sorted(names)
 
 

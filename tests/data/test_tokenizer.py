@@ -6,7 +6,14 @@ import pytest
 
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.data.stdlib import stdlib_inputs
-from dsv3_mtp.data.tokenizer import EOS_NAMES, SPECIAL_TOKENS, fim_split, load_encoder, recorded_eos, train_tokenizer
+from dsv3_mtp.data.tokenizer import (
+    EOS_NAMES,
+    SPECIAL_TOKENS,
+    fim_split,
+    load_encoder,
+    recorded_eos,
+    train_tokenizer,
+)
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}  # caf\u00e9 \U0001f600\n" for i in range(50)]
 
@@ -27,7 +34,9 @@ def renamed(path: Path, folder: Path, names: dict[str, str]) -> Path:
     return folder / "renamed.json"
 
 
-@pytest.mark.parametrize("text", ["", " a  b\r\n\t", "\x00\x7f", "caf\u00e9 \U0001f600", "<|endoftext|> <|fim_begin|>"])
+@pytest.mark.parametrize(
+    "text", ["", " a  b\r\n\t", "\x00\x7f", "caf\u00e9 \U0001f600", "<|endoftext|> <|fim_begin|>"]
+)
 def test_any_text_round_trips_and_is_never_taken_for_a_special_token(trained: Path, text: str):
     encoder = load_encoder(trained)
     (ids,) = encoder.encode([(text,)])
@@ -49,7 +58,9 @@ def test_an_impossible_vocabulary_size_is_refused(size: int, message: str):
 
 
 @pytest.mark.parametrize("name", EOS_NAMES)
-def test_the_end_of_text_token_is_found_by_its_common_names(trained: Path, tmp_path: Path, name: str):
+def test_the_end_of_text_token_is_found_by_its_common_names(
+    trained: Path, tmp_path: Path, name: str
+):
     assert load_encoder(renamed(trained, tmp_path, {"<|endoftext|>": name})).eos_id == 0
 
 
@@ -62,8 +73,12 @@ def test_another_end_of_text_token_must_be_named(trained: Path, tmp_path: Path):
     assert load_encoder(path, eos="<stop>").eos_id == 0
 
 
-@pytest.mark.parametrize("beside", [("index.json", '{"eos_id": 3}'), ("config.json", '{"eos_token_id": 3}')])
-def test_the_end_of_text_token_is_the_one_that_the_data_or_the_checkpoint_was_made_with(trained, tmp_path, beside):
+@pytest.mark.parametrize(
+    "beside", [("index.json", '{"eos_id": 3}'), ("config.json", '{"eos_token_id": 3}')]
+)
+def test_the_end_of_text_token_is_the_one_that_the_data_or_the_checkpoint_was_made_with(
+    trained, tmp_path, beside
+):
     path = renamed(trained, tmp_path, {"<|endoftext|>": "<stop>"})
     (tmp_path / beside[0]).write_text(beside[1])
     assert load_encoder(path, eos=recorded_eos(path)).eos_id == 3
@@ -80,7 +95,9 @@ def test_truncation_and_padding_in_the_file_do_not_cut_documents(trained: Path, 
     tokenizer.save(str(tmp_path / "cut.json"))
     documents = [("abcdefgh" * 20,), ("a",)]
     for cut, whole in zip(
-        load_encoder(tmp_path / "cut.json").encode(documents), load_encoder(trained).encode(documents), strict=True
+        load_encoder(tmp_path / "cut.json").encode(documents),
+        load_encoder(trained).encode(documents),
+        strict=True,
     ):
         assert np.array_equal(cut, whole)
 
@@ -110,7 +127,9 @@ def test_fim_is_prefix_suffix_middle_and_can_be_undone(trained: Path):
 def test_the_fim_rate_holds_and_depends_on_seed_and_document_alone():
     chosen = [len(fim_split("some text", rate=0.1, seed=0, document=i)) == 3 for i in range(10_000)]
     assert 880 < sum(chosen) < 1120  # 4 standard deviations
-    assert chosen != [len(fim_split("some text", rate=0.1, seed=1, document=i)) == 3 for i in range(10_000)]
+    assert chosen != [
+        len(fim_split("some text", rate=0.1, seed=1, document=i)) == 3 for i in range(10_000)
+    ]
     cuts = {fim_split("abcdef", rate=1.0, seed=0, document=i) for i in range(2000)}
     assert len(cuts) == 7 * 8 // 2  # every pair of positions
     assert fim_split("abc", rate=0.0, seed=0, document=0) == ("abc",)
@@ -126,7 +145,9 @@ def test_a_prepared_folder_decodes_to_its_text(pystdlib: Path, small_stdlib: Pat
 
 
 def test_a_word_without_end_is_learned_from_in_pieces():
-    """At once it would take the trainer the square of its length, and give tokens that are half of it."""
+    """At once it would take the trainer the square of its length, and give tokens that are half of
+    it.
+    """
     blob = [letter * 20_000 for letter in "x "]
     learned = json.loads(train_tokenizer(blob, 284))["model"]["vocab"]
     assert max(map(len, learned)) <= 1000

@@ -16,15 +16,20 @@ def made() -> dict:
 
 @pytest.fixture
 def make_model(make_tiny_config, made: dict) -> Callable[..., DeepseekV3MTP]:
-    """make_model(heads, trained=False, **overrides): random weights, or a few steps on a noisy cycle, cached.
+    """make_model(heads, trained=False, **overrides): random weights, or a few steps on a noisy
+    cycle, cached.
 
     A trained one accepts some drafts and rejects others; a random one rejects nearly all.
     """
 
-    def make(heads: str = "one_module", *, trained: bool = False, overrides: dict | None = None) -> DeepseekV3MTP:
+    def make(
+        heads: str = "one_module", *, trained: bool = False, overrides: dict | None = None
+    ) -> DeepseekV3MTP:
         key = (heads, trained, str(overrides))
         if key not in made:
-            config = make_tiny_config({"model.max_position_embeddings": 32, **HEADS[heads], **(overrides or {})})
+            config = make_tiny_config(
+                {"model.max_position_embeddings": 32, **HEADS[heads], **(overrides or {})}
+            )
             model = randomise(DeepseekV3MTP(config.model, config.mtp))
             if trained:
                 train_on_cycle(model)

@@ -15,7 +15,25 @@ HEADS = {
     "parallel": {"mtp.num_nextn_predict_layers": 2, "mtp.mode": "parallel"},
     "parallel_linear": {"mtp.num_nextn_predict_layers": 2, "mtp.mode": "parallel_linear"},
 }
-CYCLE = [3, 17, 5, 5, 9, 41, 9, 2, 60, 17, 8, 33, 3, 3, 21, 50, 7]  # ambiguous after one token, mostly clear after two
+CYCLE = [
+    3,
+    17,
+    5,
+    5,
+    9,
+    41,
+    9,
+    2,
+    60,
+    17,
+    8,
+    33,
+    3,
+    3,
+    21,
+    50,
+    7,
+]  # ambiguous after one token, mostly clear after two
 
 
 def train_on_cycle(model: DeepseekV3MTP, steps: int = 25) -> None:
@@ -35,11 +53,15 @@ def train_on_cycle(model: DeepseekV3MTP, steps: int = 25) -> None:
 def plain_logits(model: DeepseekV3MTP, tokens: list[int]) -> torch.Tensor:
     """(1+D, L, V) logits of the training forward at every slot, without any cache."""
     with torch.no_grad():
-        return model.logits(torch.tensor([[*tokens, *[0] * (1 + model.depths)]]))[:, 0, : len(tokens)]
+        return model.logits(torch.tensor([[*tokens, *[0] * (1 + model.depths)]]))[
+            :, 0, : len(tokens)
+        ]
 
 
 def plain_greedy(model: DeepseekV3MTP, prompt: list[int], count: int) -> list[int]:
-    """Greedy continuation up to the context limit, by the training forward of the trunk alone; remembered."""
+    """Greedy continuation up to the context limit, by the training forward of the trunk alone;
+    remembered.
+    """
     known = _GREEDY.setdefault((id(model), tuple(prompt)), list(prompt))
     limit = min(len(prompt) + count, model.config.max_position_embeddings)
     while len(known) < limit:
@@ -50,4 +72,6 @@ def plain_greedy(model: DeepseekV3MTP, prompt: list[int], count: int) -> list[in
     return known[len(prompt) : limit]
 
 
-_GREEDY: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # models live as long as the session, see conftest.py
+_GREEDY: dict[
+    tuple[int, tuple[int, ...]], list[int]
+] = {}  # models live as long as the session, see conftest.py

@@ -5,9 +5,9 @@ import torch
 
 from dsv3_mtp.decode.cache import Ring, Slots
 from dsv3_mtp.decode.decoder import Decoder
+from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.decode.layers import Mixture
 from dsv3_mtp.decode.sample import Sampler
-from dsv3_mtp.generate import Settings, generate
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 CASES = {
@@ -18,7 +18,11 @@ CASES = {
     "unnormalised": {"model.norm_topk_prob": False},
     "yarn": {"model.rope_scaling": YARN},
 }
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 6e-2}  # float64: rotary angles are float32
+TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 2e-5,
+    torch.bfloat16: 6e-2,
+}  # float64: rotary angles are float32
 
 
 def cached_states(model, tokens, chunks):
@@ -36,7 +40,9 @@ def cached_states(model, tokens, chunks):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunks", [[20], [1] * 20, [7, 1, 3, 9]], ids=["whole", "one_by_one", "mixed"])
+@pytest.mark.parametrize(
+    "chunks", [[20], [1] * 20, [7, 1, 3, 9]], ids=["whole", "one_by_one", "mixed"]
+)
 def test_cached_trunk_equals_the_training_forward(make_model, case, chunks):
     model = make_model(overrides=CASES[case])
     tokens = torch.randint(64, (2, 20))
@@ -73,7 +79,10 @@ def test_a_window_writes_over_rejected_slots(make_model):
         decoder.trunk(tokens[:, :8], clean, slots.window([0], 8))
         decoder.trunk(tokens[:, :8], dirty, slots.window([0], 8))
         decoder.trunk(torch.randint(64, (1, 6)), dirty, slots.window([8], 6))  # rejected drafts
-        after = [decoder.trunk(tokens[:, 8:], cache, slots.window([8], 4)).post_norm for cache in (clean, dirty)]
+        after = [
+            decoder.trunk(tokens[:, 8:], cache, slots.window([8], 4)).post_norm
+            for cache in (clean, dirty)
+        ]
     assert torch.equal(*after)
     assert all(torch.equal(a[:, :12], b[:, :12]) for a, b in zip(clean, dirty, strict=True))
 
@@ -88,7 +97,9 @@ def test_rows_at_different_slots_equal_rows_alone(make_model):
         decoder = Decoder(model)
         for row, start in enumerate(starts):
             decoder.trunk(
-                tokens[row : row + 1, :start], [cache[row : row + 1] for cache in caches], slots.window([0], start)
+                tokens[row : row + 1, :start],
+                [cache[row : row + 1] for cache in caches],
+                slots.window([0], start),
             )
         new = torch.stack([tokens[row, start : start + 4] for row, start in enumerate(starts)])
         states = decoder.trunk(new, caches, slots.window(starts, 4)).post_norm.view(3, 4, -1)
@@ -104,7 +115,9 @@ def test_the_cache_holds_the_latent_and_the_rotary_key_of_each_token_and_layer(m
 
 
 def test_no_tensor_of_a_long_prefill_grows_with_the_square_of_the_prompt(make_model):
-    """Largest tensor made in the prefill of 256 and of 512 tokens: at most twice as large, a T x T mask four times."""
+    """Largest tensor made in the prefill of 256 and of 512 tokens: at most twice as large, a T x T
+    mask four times.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):

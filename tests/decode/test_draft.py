@@ -1,10 +1,12 @@
-"""Drafts are what the teacher-forced heads say, at every step of a decode and for every kind of head."""
+"""Drafts are what the teacher-forced heads say, at every step of a decode and for every kind of
+head.
+"""
 
 import pytest
 import torch
 
 from dsv3_mtp.decode.draft import draft_limit
-from dsv3_mtp.generate import Settings, generate, stream
+from dsv3_mtp.decode.generate import Settings, generate, stream
 from tests.decode.plain import CYCLE, HEADS, plain_logits
 
 
@@ -41,8 +43,12 @@ def recorded(monkeypatch):
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("prompts", [[[5]], [CYCLE[:6]], [CYCLE[:9], [5], CYCLE[4:7]]], ids=["short", "one", "batch"])
-def test_draft_logits_equal_the_training_forward_with_the_drafts_as_text(make_model, recorded, heads, prompts):
+@pytest.mark.parametrize(
+    "prompts", [[[5]], [CYCLE[:6]], [CYCLE[:9], [5], CYCLE[4:7]]], ids=["short", "one", "batch"]
+)
+def test_draft_logits_equal_the_training_forward_with_the_drafts_as_text(
+    make_model, recorded, heads, prompts
+):
     """Caches after any number of rejections equal those of a fresh prefill, lag slots included."""
     model = make_model(heads, trained=True)
     generate(model, prompts, Settings(max_new_tokens=24, draft_depth=model.depths))
@@ -50,8 +56,12 @@ def test_draft_logits_equal_the_training_forward_with_the_drafts_as_text(make_mo
     for known, drafts, logits in recorded:
         for row, tokens in enumerate(known):
             expected = plain_logits(model, tokens + drafts[row])
-            for k, drawn in enumerate(logits, start=1):  # depth k at slot m-1, m the last known token
-                torch.testing.assert_close(drawn[row], expected[k, len(tokens) - 2], rtol=1e-4, atol=1e-4)
+            for k, drawn in enumerate(
+                logits, start=1
+            ):  # depth k at slot m-1, m the last known token
+                torch.testing.assert_close(
+                    drawn[row], expected[k, len(tokens) - 2], rtol=1e-4, atol=1e-4
+                )
 
 
 def test_beyond_its_depths_a_chain_goes_on_drafting(make_model, recorded):

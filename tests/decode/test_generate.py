@@ -1,4 +1,6 @@
-"""Generation loses nothing: speculative equals plain, batches equal single prompts, limits and stops are kept."""
+"""Generation loses nothing: speculative equals plain, batches equal single prompts, limits and
+stops are kept.
+"""
 
 import copy
 
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_mtp.decode import draft as draft_module
-from dsv3_mtp.generate import Acceptance, Settings, Step, generate, stream
+from dsv3_mtp.decode.generate import Acceptance, Settings, Step, generate, stream
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.conftest import tiny
 from tests.decode.plain import CYCLE, HEADS, plain_greedy
@@ -25,10 +27,14 @@ def test_greedy_speculative_output_is_plain_greedy_output(make_model, heads, tra
         expected = plain_greedy(model, prompt, 100)  # to the context limit
         assert len(prompt) + len(expected) == model.config.max_position_embeddings
         for depth in range(5) if trained else (0, 2, 4):
-            assert generate(model, [prompt], Settings(draft_depth=depth)).tokens == [expected], depth
+            assert generate(model, [prompt], Settings(draft_depth=depth)).tokens == [expected], (
+                depth
+            )
 
 
-@pytest.mark.parametrize("heads", ["two_modules", "shared_weights", "chain_trunk", "parallel", "parallel_linear"])
+@pytest.mark.parametrize(
+    "heads", ["two_modules", "shared_weights", "chain_trunk", "parallel", "parallel_linear"]
+)
 def test_a_batch_of_different_lengths_equals_each_prompt_alone(make_model, heads):
     model = make_model(heads, trained=True)
     prompts = [*PROMPTS, CYCLE[2:5], CYCLE + CYCLE[:9]]
@@ -46,7 +52,9 @@ def test_max_new_tokens_is_kept_whatever_the_drafts(make_model, heads, depth):
     model = make_model(heads, trained=True)
     expected = plain_greedy(model, CYCLE[:7], 30)
     for count in (1, 2, 3, 4, 5, 6, 30):
-        got = generate(model, [CYCLE[:7]], Settings(max_new_tokens=count, draft_depth=depth)).tokens[0]
+        got = generate(
+            model, [CYCLE[:7]], Settings(max_new_tokens=count, draft_depth=depth)
+        ).tokens[0]
         assert got == expected[:count]
 
 
@@ -62,7 +70,12 @@ def test_decoding_ends_at_a_stop_token_wherever_it_falls_in_a_step(make_model):
             assert tokens == whole[: whole.index(stop) + 1]
             assert [step.done for step in steps] == [False] * (len(steps) - 1) + [True]
             places.add((len(steps[-1].tokens), steps[-1].accepted))
-    assert {(1, 0), (1, 1), (2, 2), (3, 2)} <= places  # after the prefill or a rejection, as draft 1, 2, as bonus
+    assert {
+        (1, 0),
+        (1, 1),
+        (2, 2),
+        (3, 2),
+    } <= places  # after the prefill or a rejection, as draft 1, 2, as bonus
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -97,7 +110,11 @@ def test_output_is_plain_when_the_drafts_fail_at_any_position(make_model, monkey
     dense=st.integers(0, 3),
 )
 def test_lossless_for_any_weights(seed, scale, heads, depth, prompt, dense):
-    sizes = {"max_position_embeddings": 24, "initializer_range": scale, "first_k_dense_replace": dense}
+    sizes = {
+        "max_position_embeddings": 24,
+        "initializer_range": scale,
+        "first_k_dense_replace": dense,
+    }
     config = tiny({f"model.{key}": value for key, value in sizes.items()} | HEADS[heads])
     model = DeepseekV3MTP(config.model, config.mtp).requires_grad_(False)
     model.init_weights(seed)
@@ -108,11 +125,18 @@ def test_lossless_for_any_weights(seed, scale, heads, depth, prompt, dense):
 
 @pytest.mark.parametrize(
     ("heads", "truncation"),
-    [("two_modules", {}), ("two_modules", {"top_p": 0.8}), ("parallel", {"top_k": 4}), ("parallel_linear", {})],
+    [
+        ("two_modules", {}),
+        ("two_modules", {"top_p": 0.8}),
+        ("parallel", {"top_k": 4}),
+        ("parallel_linear", {}),
+    ],
     ids=str,
 )
 def test_sampled_speculative_output_has_the_plain_distribution(make_model, heads, truncation):
-    """Chi-square of the second and third sampled tokens of real decodes against the exact probabilities."""
+    """Chi-square of the second and third sampled tokens of real decodes against the exact
+    probabilities.
+    """
     from dsv3_mtp.decode.sample import Sampler
     from tests.decode.plain import plain_logits
 
@@ -144,13 +168,22 @@ def test_weights_changed_between_two_calls_are_seen(make_model):
 
 def test_sampling_repeats_with_its_seed_only(make_model):
     model = make_model()
-    runs = [generate(model, [[5]], Settings(max_new_tokens=20, temperature=1.0, seed=s)).tokens for s in (0, 0, 1)]
+    runs = [
+        generate(model, [[5]], Settings(max_new_tokens=20, temperature=1.0, seed=s)).tokens
+        for s in (0, 0, 1)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_acceptance_counts_by_hand():
     acceptance = Acceptance()
-    for tokens, accepted, drafted in [([1, 2, 3], 2, 2), ([1], 0, 2), ([1, 2], 1, 2), ([1, 2], 1, 1), ([1], 0, 0)]:
+    for tokens, accepted, drafted in [
+        ([1, 2, 3], 2, 2),
+        ([1], 0, 2),
+        ([1, 2], 1, 2),
+        ([1, 2], 1, 1),
+        ([1], 0, 0),
+    ]:
         acceptance.add(Step(0, tokens, accepted, drafted, False))
     assert acceptance.joint == [3 / 4, 1 / 3]
     assert acceptance.conditional == [3 / 4, 1 / 2]

@@ -1,9 +1,11 @@
-"""Acceptance in one teacher-forced pass equals counting by brute force and equals what decoding reports."""
+"""Acceptance in one teacher-forced pass equals counting by brute force and equals what decoding
+reports.
+"""
 
 import pytest
 
+from dsv3_mtp.decode.generate import Acceptance, Settings, Step, generate
 from dsv3_mtp.decode.offline import accepted_prefixes, offline_acceptance
-from dsv3_mtp.generate import Acceptance, Settings, Step, generate
 from tests.decode.plain import CYCLE, HEADS, plain_greedy, plain_logits
 
 PROMPT = CYCLE[:4]
@@ -19,7 +21,9 @@ def brute_force(model, text: list[int], m: int) -> int:
 
 
 def replay(prefixes: list[int], length: int, start: int, depths: int) -> Acceptance:
-    """The steps that decoding takes through text of which every place's accepted drafts are known."""
+    """The steps that decoding takes through text of which every place's accepted drafts are
+    known.
+    """
     acceptance, m = Acceptance(), start
     while m < length - 1:
         count = min(depths, length - 2 - m)

@@ -1,4 +1,6 @@
-"""Truncation, and the verifier: greedy prefixes, and speculative sampling that keeps the main model's distribution."""
+"""Truncation, and the verifier: greedy prefixes, and speculative sampling that keeps the main
+model's distribution.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,9 @@ from dsv3_mtp.decode.sample import Sampler
 
 
 def chi_square_p(counts: torch.Tensor, probability: torch.Tensor) -> float:
-    """p-value of Pearson's test; cells expected fewer than 5 times are merged; impossible cells must be empty."""
+    """p-value of Pearson's test; cells expected fewer than 5 times are merged; impossible cells
+    must be empty.
+    """
     assert counts[probability == 0].sum() == 0
     expected = probability.double() * counts.sum()
     order = expected.argsort(descending=True)
@@ -25,7 +29,9 @@ def seeded(**settings) -> Sampler:
     return Sampler(generator=torch.Generator().manual_seed(0), **{"temperature": 1.0, **settings})
 
 
-@pytest.mark.parametrize(("accepted", "drafts"), [(0, [9, 2, 3]), (1, [1, 9, 3]), (2, [1, 2, 9]), (3, [1, 2, 3])])
+@pytest.mark.parametrize(
+    ("accepted", "drafts"), [(0, [9, 2, 3]), (1, [1, 9, 3]), (2, [1, 2, 9]), (3, [1, 2, 3])]
+)
 def test_greedy_keeps_the_longest_agreeing_prefix_and_the_token_after_it(accepted, drafts):
     logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 4]]), 10).float()
     got, following = Sampler().verify(logits, torch.tensor([drafts]), None)
@@ -46,20 +52,32 @@ def test_truncation_by_hand():
     close(seeded(top_p=0.65).probabilities(logits), torch.tensor([0, 4 / 7, 0, 3 / 7]))
     close(seeded(top_p=0.75).probabilities(logits), torch.tensor([0, 4 / 9, 2 / 9, 3 / 9]))
     close(seeded(top_p=1e-6).probabilities(logits), torch.tensor([0.0, 1.0, 0, 0]))
-    close(seeded(temperature=0.5).probabilities(logits), torch.tensor([0.01, 0.16, 0.04, 0.09]) / 0.3)
+    close(
+        seeded(temperature=0.5).probabilities(logits), torch.tensor([0.01, 0.16, 0.04, 0.09]) / 0.3
+    )
     close(seeded(top_k=3, top_p=0.5).probabilities(logits), torch.tensor([0, 4 / 7, 0, 3 / 7]))
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 5, "top_p": 0.9}],
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 3},
+        {"top_p": 0.8},
+        {"temperature": 1.5, "top_k": 5, "top_p": 0.9},
+    ],
     ids=str,
 )
 def test_speculative_sampling_has_the_main_models_distribution(settings):
-    """Chi-square of each token that two drafts and the token after them can give, in every context of earlier ones."""
+    """Chi-square of each token that two drafts and the token after them can give, in every context
+    of earlier ones.
+    """
     sampler, rows, vocab = seeded(**settings), 60_000, 6
     generator = torch.Generator().manual_seed(1)
-    p_logits = [torch.randn(*[vocab] * k, vocab, generator=generator) * 1.5 for k in range(3)]  # by earlier tokens
+    p_logits = [
+        torch.randn(*[vocab] * k, vocab, generator=generator) * 1.5 for k in range(3)
+    ]  # by earlier tokens
     q_logits = [torch.randn(*[vocab] * k, vocab, generator=generator) * 1.5 for k in range(2)]
     drafts, q = [], []
     for k in range(2):
@@ -70,12 +88,17 @@ def test_speculative_sampling_has_the_main_models_distribution(settings):
     accepted, following = sampler.verify(target, torch.stack(drafts, 1), torch.stack(q, 1))
     assert set(accepted.tolist()) == {0, 1, 2}
     p = [sampler.probabilities(logits) for logits in p_logits]
-    tokens = [drafts[0].where(accepted > 0, following), drafts[1].where(accepted > 1, following), following]
+    tokens = [
+        drafts[0].where(accepted > 0, following),
+        drafts[1].where(accepted > 1, following),
+        following,
+    ]
     for first in (1, 2, 3):  # the token that is tested, given those before it
         rows_with = accepted >= first - 1  # rows that emitted token `first`
         index = sum(tokens[k][rows_with] * vocab ** (first - 1 - k) for k in range(first))
         counts = torch.bincount(index, minlength=vocab**first)
-        # Given the earlier tokens, whether a row gets this far does not depend on what it emits next.
+        # Given the earlier tokens, whether a row gets this far does not depend on what it emits
+        # next.
         previous = counts.view(-1, vocab).sum(1)
         for context, total in enumerate(previous.tolist()):
             if total > 200:

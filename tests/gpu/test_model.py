@@ -1,4 +1,6 @@
-"""The model on a GPU: the numbers of the CPU in float32, those of float64 within rounding in bfloat16, no waiting."""
+"""The model on a GPU: the numbers of the CPU in float32, those of float64 within rounding in
+bfloat16, no waiting.
+"""
 
 import pytest
 import torch
@@ -6,13 +8,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.generate import Settings, generate
+from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.dispatch import grouped_kernel, routed
 from dsv3_mtp.model.targets import count_targets
-from dsv3_mtp.precision.attention import sdpa
+from dsv3_mtp.ops.attention import sdpa
+from dsv3_mtp.ops.experts import grouped_kernel, routed
 from tests.decode.plain import CYCLE, HEADS, train_on_cycle
-from tests.model.test_recompute import build
+from tests.ops.test_recompute import build
 
 CUDA = torch.device("cuda")
 # Widths that every kernel takes, FP8 and fused attention included.
@@ -47,7 +49,9 @@ def on(model: DeepseekV3MTP, device: torch.device, dtype: torch.dtype) -> Deepse
     """The router biases stay float32, as in training."""
     model = model.to(device, dtype)
     for gate in model.gates():
-        gate.e_score_correction_bias = gate.e_score_correction_bias.to(torch.promote_types(dtype, torch.float32))
+        gate.e_score_correction_bias = gate.e_score_correction_bias.to(
+            torch.promote_types(dtype, torch.float32)
+        )
     return model
 
 
@@ -56,7 +60,9 @@ def losses_and_gradients(
 ) -> dict[str, torch.Tensor]:
     model, tokens, documents = build(config, "none")
     model = on(model, device, dtype)
-    out = model(tokens.to(device), documents.to(device) if masked else None, balance_loss_weight=0.1)
+    out = model(
+        tokens.to(device), documents.to(device) if masked else None, balance_loss_weight=0.1
+    )
     out.loss.backward()
     found = {"loss": out.loss.detach(), "nll": out.nll_sum, "load": out.load}
     return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -71,11 +77,17 @@ def test_float32_gives_the_losses_and_gradients_of_the_cpu(make_tiny_config, mod
         found = losses_and_gradients(config, device, torch.float32, masked)
         assert found.keys() == exact.keys()
         errors = {name: relative(found[name], value) for name, value in exact.items()}
-        assert max(errors.values()) < 1e-5, (device, max(errors, key=lambda name: errors[name]), errors)
+        assert max(errors.values()) < 1e-5, (
+            device,
+            max(errors, key=lambda name: errors[name]),
+            errors,
+        )
 
 
 def test_bfloat16_stays_within_its_rounding_of_float64(make_tiny_config):
-    """One rounding is 2^-9 = 2e-3, and the loss averages over tokens; on a CPU the same comparison gives 7e-4."""
+    """One rounding is 2^-9 = 2e-3, and the loss averages over tokens; on a CPU the same comparison
+    gives 7e-4.
+    """
     config, losses = make_tiny_config({**WIDE, "mtp.num_nextn_predict_layers": 2}), []
     for device, dtype in ((torch.device("cpu"), torch.float64), (CUDA, torch.bfloat16)):
         model, tokens, _ = build(config, "none")
@@ -88,7 +100,9 @@ def test_experts_by_one_grouped_kernel_equal_float64_products_of_each(make_tiny_
     experts, hidden, width, tokens = 8, 64, 32, 300
     x, gate_up = torch.randn(tokens, hidden), torch.randn(experts, 2 * width, hidden)
     down, gates = torch.randn(experts, hidden, width), torch.rand(tokens, 2)
-    chosen = torch.stack([torch.randperm(experts - 1)[:2] for _ in range(tokens)])  # the last expert gets no row
+    chosen = torch.stack(
+        [torch.randperm(experts - 1)[:2] for _ in range(tokens)]
+    )  # the last expert gets no row
     x, gate_up, down = (t.bfloat16().to(CUDA).requires_grad_() for t in (x, gate_up, down))
     gates, chosen = gates.to(CUDA).requires_grad_(), chosen.to(CUDA)
     assert grouped_kernel(x, gate_up, down)
@@ -101,9 +115,13 @@ def test_experts_by_one_grouped_kernel_equal_float64_products_of_each(make_tiny_
     for expert in range(experts):
         row, slot = (chosen == expert).nonzero(as_tuple=True)
         gate, up = (a[row] @ u[expert].T).chunk(2, dim=1)
-        exact = exact.index_add(0, row, (F.silu(gate) * up) @ d[expert].T * g[row, slot].unsqueeze(1))
+        exact = exact.index_add(
+            0, row, (F.silu(gate) * up) @ d[expert].T * g[row, slot].unsqueeze(1)
+        )
     wanted = [exact, *torch.autograd.grad(exact, (a, g, u, d), grad.double())]
-    for name, ours, theirs in zip(("y", "dx", "dgates", "dgate_up", "ddown"), found, wanted, strict=True):
+    for name, ours, theirs in zip(
+        ("y", "dx", "dgates", "dgate_up", "ddown"), found, wanted, strict=True
+    ):
         assert relative(ours, theirs) < 1e-2, name
     assert not found[3][-1].any() and not found[4][-1].any()
 
@@ -113,8 +131,14 @@ def test_the_host_never_waits_within_forward_and_backward(make_tiny_config, mask
     model, _, _ = build(make_tiny_config(WIDE), "none")
     model = on(model, CUDA, torch.bfloat16)
     tokens = torch.randint(64, (2, 128 + 1 + model.depths), device=CUDA)
-    documents = torch.arange(tokens.shape[1], device=CUDA).div(50, rounding_mode="floor").expand_as(tokens)
-    settings = {"documents": documents if masked else None, "loss_weights": (0.3,), "balance_loss_weight": 1e-4}
+    documents = (
+        torch.arange(tokens.shape[1], device=CUDA).div(50, rounding_mode="floor").expand_as(tokens)
+    )
+    settings = {
+        "documents": documents if masked else None,
+        "loss_weights": (0.3,),
+        "balance_loss_weight": 1e-4,
+    }
     settings["normalizer"] = count_targets(tokens, settings["documents"], model.depths)
     for mode in ("default", "default", "error"):  # the first calls load kernels and make workspaces
         torch.cuda.synchronize()
@@ -128,7 +152,9 @@ def test_the_host_never_waits_within_forward_and_backward(make_tiny_config, mask
 def deterministic(query, key, value, scale, mask):
     """Fused kernels add up the gradient of queries in any order."""
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,7 +162,9 @@ def deterministic(query, key, value, scale, mask):
 def test_checkpointing_activations_changes_no_bit(make_tiny_config, mode, dtype):
     results = []
     for used in ("none", mode):
-        model, tokens, documents = build(make_tiny_config({"mtp.num_nextn_predict_layers": 2}), used)
+        model, tokens, documents = build(
+            make_tiny_config({"mtp.num_nextn_predict_layers": 2}), used
+        )
         model = on(model, CUDA, dtype)
         for module in model.modules():
             if hasattr(module, "core"):
@@ -166,12 +194,15 @@ def test_no_depth_sees_a_token_beyond_its_horizon(make_tiny_config):
 
 
 def test_sdpa_holds_no_square_of_the_sequence():
-    """Torch takes its math path in silence where no other kernel fits: (T, T) scores of every head."""
+    """Torch takes its math path in silence where no other kernel fits: (T, T) scores of every
+    head.
+    """
     length, heads = 2048, 8
     for qk, v in ((192, 128), (96, 64)):
         for dtype in (torch.bfloat16, torch.float32):
             query, key, value = (
-                torch.randn(1, heads, length, n, device=CUDA, dtype=dtype, requires_grad=True) for n in (qk, qk, v)
+                torch.randn(1, heads, length, n, device=CUDA, dtype=dtype, requires_grad=True)
+                for n in (qk, qk, v)
             )
             out = sdpa(query, key, value, qk**-0.5, None)  # loads the kernel
             torch.cuda.synchronize()
@@ -179,7 +210,11 @@ def test_sdpa_holds_no_square_of_the_sequence():
             before = torch.cuda.memory_allocated()
             out = sdpa(query, key, value, qk**-0.5, None)
             out.backward(torch.ones_like(out))
-            assert torch.cuda.max_memory_allocated() - before < heads * length * length * 2, (qk, v, dtype)
+            assert torch.cuda.max_memory_allocated() - before < heads * length * length * 2, (
+                qk,
+                v,
+                dtype,
+            )
 
 
 def test_speculative_decoding_is_greedy_decoding(make_tiny_config):

@@ -4,21 +4,22 @@ import pytest
 import torch
 
 from dsv3_mtp.config import FP8Config
+from dsv3_mtp.ops.attention import choose_attention, sdpa
 from dsv3_mtp.precision import te
-from dsv3_mtp.precision.attention import choose_attention, sdpa
 from dsv3_mtp.precision.convert import UNSUPPORTED, convert
 from dsv3_mtp.precision.emulate import Emulated
 from dsv3_mtp.precision.hopper import ScaledMM
 from dsv3_mtp.precision.linear import FP8Linear, Recipe
 from dsv3_mtp.precision.quantise import BLOCK, ROW, quantise
 from tests.gpu.test_model import CUDA, WIDE, deterministic, on, relative
-from tests.model.test_recompute import build
+from tests.ops.test_recompute import build
 from tests.precision.test_linear import rounded
 from tests.precision.test_quantise import samples
 
 PRODUCTS = {"torch": ScaledMM, "emulate": Emulated}
 BACKENDS = ["te", "torch", "emulate"]
-# An output in bfloat16 is off by 2^-9 at most, 1.2e-3 in the mean; tensor cores that keep 14 bits add 1e-4.
+# An output in bfloat16 is off by 2^-9 at most, 1.2e-3 in the mean; tensor cores that keep 14 bits
+# add 1e-4.
 ROUNDING = 2.5e-3
 
 
@@ -37,7 +38,9 @@ def test_codes_and_scales_are_those_of_transformer_engine_bit_for_bit(kind, dtyp
         x = samples(kind, shape, dtype).to(CUDA)
         codes, scale_inv = quantise(x, tile, scale)
         their_codes, their_scale = te.quantise(x, tile, scale)
-        assert torch.equal(scale_inv, their_scale[: scale_inv.shape[0], : scale_inv.shape[1]]), shape
+        assert torch.equal(scale_inv, their_scale[: scale_inv.shape[0], : scale_inv.shape[1]]), (
+            shape
+        )
         assert torch.equal(codes.view(torch.uint8), their_codes), shape
 
 
@@ -49,7 +52,11 @@ def test_a_layer_computes_the_products_of_the_rounded_operands(backend, scale):
         linear = torch.nn.Linear(inputs, outputs, bias=False, device=CUDA, dtype=torch.bfloat16)
         x = torch.randn(tokens, inputs, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(tokens, outputs, device=CUDA, dtype=torch.bfloat16)
-        layer = te.TELinear(linear, scale) if backend == "te" else FP8Linear(linear, Recipe(PRODUCTS[backend](scale)))
+        layer = (
+            te.TELinear(linear, scale)
+            if backend == "te"
+            else FP8Linear(linear, Recipe(PRODUCTS[backend](scale)))
+        )
         assert [name for name, _ in layer.named_parameters()] == ["weight"]
         y = layer(x.view(2, tokens // 2, inputs)).view(tokens, outputs)
         y.backward(grad)
@@ -57,12 +64,16 @@ def test_a_layer_computes_the_products_of_the_rounded_operands(backend, scale):
             weight = rounded(linear.weight, BLOCK, scale).double()
             assert relative(y, rounded(x, ROW, scale).double() @ weight.T) < ROUNDING
             assert relative(x.grad, rounded(grad, ROW, scale).double() @ weight) < ROUNDING
-            along_tokens = rounded(grad.T, ROW, scale).double() @ rounded(x.T, ROW, scale).double().T
+            along_tokens = (
+                rounded(grad.T, ROW, scale).double() @ rounded(x.T, ROW, scale).double().T
+            )
             assert relative(linear.weight.grad, along_tokens) < ROUNDING
             assert torch.equal(layer(x), y)  # as in evaluation
 
 
-@pytest.mark.parametrize("counts", [[300, 0, 17, 195], [0, 0, 0, 512], [128, 128, 128, 128], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize(
+    "counts", [[300, 0, 17, 195], [0, 0, 0, 512], [128, 128, 128, 128], [0, 0, 0, 0]], ids=str
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_grouped_experts_compute_the_products_of_each_ones_rounded_operands(backend, counts):
     needs(backend)
@@ -70,13 +81,23 @@ def test_grouped_experts_compute_the_products_of_each_ones_rounded_operands(back
     x = torch.randn(rows, 256, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(4, 160, 256, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(rows, 160, device=CUDA, dtype=torch.bfloat16)
-    grouped = te.TEGroupedLinear("pow2") if backend == "te" else Recipe(PRODUCTS[backend]()).grouped_linear
+    grouped = (
+        te.TEGroupedLinear("pow2")
+        if backend == "te"
+        else Recipe(PRODUCTS[backend]()).grouped_linear
+    )
     for step in range(2):  # gradients add up over micro-batches
         y = grouped(x, weight, counts)
         y.backward(grad)
         assert y.shape == (rows, 160)
         with torch.no_grad():
-            parts = zip(x.split(counts), grad.split(counts), x.grad.split(counts), y.split(counts), strict=True)
+            parts = zip(
+                x.split(counts),
+                grad.split(counts),
+                x.grad.split(counts),
+                y.split(counts),
+                strict=True,
+            )
             for expert, (a, g, grad_a, out) in enumerate(parts):
                 if not len(a):
                     assert not weight.grad[expert].any()
@@ -95,7 +116,9 @@ def test_checkpointing_activations_of_an_fp8_model_changes_no_bit(make_tiny_conf
     results = []
     for used in ("none", mode):
         model, tokens, _ = build(make_tiny_config(WIDE), used)
-        note = convert(model, FP8Config(enabled=True, backend=backend), CUDA, torch.bfloat16)  # as the trainer:
+        note = convert(
+            model, FP8Config(enabled=True, backend=backend), CUDA, torch.bfloat16
+        )  # as the trainer:
         model = on(model, CUDA, torch.bfloat16)  # DeepSpeed casts afterwards
         assert backend in note and "layers" in note
         for module in model.modules():
@@ -114,11 +137,15 @@ def test_checkpointing_activations_of_an_fp8_model_changes_no_bit(make_tiny_conf
 def test_an_attention_kernel_is_within_bfloat16_of_float32(name, widths):
     heads, length, scale = 4, 1000, widths[0] ** -0.5
     try:
-        core, _ = choose_attention(name, heads=heads, widths=widths, dtype=torch.bfloat16, device=CUDA, masked=False)
+        core, _ = choose_attention(
+            name, heads=heads, widths=widths, dtype=torch.bfloat16, device=CUDA, masked=False
+        )
     except ValueError as error:
         assert "does not run here" not in str(error)  # installed, and broken
         pytest.skip(str(error).splitlines()[0])
-    inputs = [torch.randn(2, heads, length, n, device=CUDA).bfloat16() for n in (widths[0], *widths)]
+    inputs = [
+        torch.randn(2, heads, length, n, device=CUDA).bfloat16() for n in (widths[0], *widths)
+    ]
     grad = torch.randn(2, heads, length, widths[1], device=CUDA).bfloat16()
     results = []
     for function, dtype in ((deterministic, torch.float32), (core, torch.bfloat16)):

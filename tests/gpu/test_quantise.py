@@ -24,18 +24,21 @@ def test_the_triton_quantiser_is_bit_for_bit_that_of_the_cpu(tile, scale):
                     codes, scale_inv = quantise(turned.cuda(), tile, scale)
                     want, want_scale = quantise(turned, tile, scale)
                     assert codes.is_contiguous()
-                    assert torch.equal(codes.cpu().view(torch.uint8), want.contiguous().view(torch.uint8)), (
-                        kind,
-                        dtype,
-                    )
+                    assert torch.equal(
+                        codes.cpu().view(torch.uint8), want.contiguous().view(torch.uint8)
+                    ), (kind, dtype)
                     assert torch.equal(scale_inv.cpu(), want_scale), (kind, dtype, turned.shape)
                     values = dequantise(codes, scale_inv, tile)
-                    assert torch.equal(values.cpu().isnan(), dequantise(want, want_scale, tile).isnan())
+                    assert torch.equal(
+                        values.cpu().isnan(), dequantise(want, want_scale, tile).isnan()
+                    )
 
 
 def test_the_scales_of_groups_are_laid_out_as_on_the_cpu():
     for rows in ([256, 0, 128, 384], [128, 1280]):
         scale_inv = torch.rand(sum(rows), 5)
         want = hopper._by_group(scale_inv, *hopper._groups_of_blocks(rows, scale_inv.device))
-        got = hopper._by_group(scale_inv.cuda(), *hopper._groups_of_blocks(rows, torch.device("cuda")))
+        got = hopper._by_group(
+            scale_inv.cuda(), *hopper._groups_of_blocks(rows, torch.device("cuda"))
+        )
         assert torch.equal(got.cpu(), want)

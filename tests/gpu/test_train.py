@@ -1,4 +1,6 @@
-"""Whole runs on a GPU: tools/train.py in several settings, their resumption, and the tools that take a run."""
+"""Whole runs on a GPU: tools/train.py in several settings, their resumption, and the tools that
+take a run.
+"""
 
 import json
 import math
@@ -12,8 +14,8 @@ import pytest
 import torch
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.metrics import read_metrics
 from dsv3_mtp.precision.convert import UNSUPPORTED
+from dsv3_mtp.report.metrics import read_metrics
 from tests.conftest import TINY_CONFIG
 from tests.ranks import timeless, write_markov
 
@@ -24,15 +26,23 @@ RUNS = {
     "bf16": [],
     "te": ["fp8.enabled=true", "fp8.backend=te"],
     "torch": ["fp8.enabled=true", "fp8.backend=torch"],
-    "moments": ["optim.moments=bfloat16", "train.ema_decay=0.9", "train.activation_checkpointing=selective"],
+    "moments": [
+        "optim.moments=bfloat16",
+        "train.ema_decay=0.9",
+        "train.activation_checkpointing=selective",
+    ],
     "offload": ["parallel.zero_stage=2", "parallel.offload_optimizer=true"],
     "zero3": ["parallel.zero_stage=3", "train.activation_checkpointing=full"],
     # q_b_proj is 33 x 29: what comes after it in ZeRO's buffer begins at odd places.
-    "unaligned": ["model.q_lora_rank=33", "model.num_attention_heads=1", "model.qk_nope_head_dim=13"],
+    "unaligned": [
+        "model.q_lora_rank=33",
+        "model.num_attention_heads=1",
+        "model.qk_nope_head_dim=13",
+    ],
     "float32": ["parallel.zero_stage=0", "train.dtype=float32"],
 }
-# Sides of weights are multiples of 16 for FP8. Head widths (28, 12) are none of 8: no fused attention takes them, whose
-# backward adds up in any order.
+# Sides of weights are multiples of 16 for FP8. Head widths (28, 12) are none of 8: no fused
+# attention takes them, whose backward adds up in any order.
 MODEL = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -48,7 +58,9 @@ MODEL = {
 
 def start(config: Path, name: str, log: Path) -> subprocess.Popen:
     sets = [f"run.name={name}", *RUNS[name.partition("_")[0]]]
-    return start_tool("train", "--config", str(config), *(f"--set={text}" for text in sets), log=log)
+    return start_tool(
+        "train", "--config", str(config), *(f"--set={text}" for text in sets), log=log
+    )
 
 
 def start_tool(tool: str, *arguments: str, log: Path) -> subprocess.Popen:
@@ -65,9 +77,11 @@ def missing(name: str) -> str | None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The folder of the finished runs, and of the same ones resumed in their middle: NAME and NAME_resumed.
+    """The folder of the finished runs, and of the same ones resumed in their middle: NAME and
+    NAME_resumed.
 
-    They run side by side, because each spends most of its time on imports. (A fork could not use CUDA.)
+    They run side by side, because each spends most of its time on imports. (A fork could not use
+    CUDA.)
     """
     folder = tmp_path_factory.mktemp("gpu")
     data = write_markov(folder / "markov", tokens=20000, documents=40)
@@ -75,7 +89,11 @@ def trained(tmp_path_factory) -> Path:
     sections["model"] |= MODEL
     sections["run"]["dir"] = str(folder / "runs")
     sections["data"] |= {"train": data, "val": data}
-    sections["train"] |= {"total_tokens": STEPS * BATCH * LENGTH, "batch_size": BATCH, "micro_batch_size": BATCH // 2}
+    sections["train"] |= {
+        "total_tokens": STEPS * BATCH * LENGTH,
+        "batch_size": BATCH,
+        "micro_batch_size": BATCH // 2,
+    }
     sections["train"] |= {"dtype": "bfloat16"}
     sections["fp8"] = {"enabled": False}
     sections["checkpoint"] = {"every": STEPS // 2, "keep": 2}
@@ -134,14 +152,27 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(trained, name):
 
 def test_the_tools_evaluate_decode_and_export_a_run(trained):
     run, exported = trained / "runs" / "bf16", trained / "exported"
-    generate = ("generate", "--run", str(run), "--prompt-ids=5 9", "--prompt-ids=7 1 3 2", "--max-new-tokens=8")
+    generate = (
+        "generate",
+        "--run",
+        str(run),
+        "--prompt-ids=5 9",
+        "--prompt-ids=7 1 3 2",
+        "--max-new-tokens=8",
+    )
     evaluate = ("evaluate", "--run", str(run), "--json", "--batches=1", "--new-tokens=8")
     processes = {
         "evaluate": start_tool(*evaluate, log=trained / "evaluate.log"),
         "plain": start_tool(*generate, log=trained / "plain.log"),
-        "drafts": start_tool(*generate, "--speculative", "--draft-depth=2", log=trained / "drafts.log"),
-        "sampled": start_tool(*generate, "--speculative", "--temperature=1", log=trained / "sampled.log"),
-        "export": start_tool("export_hf", "--run", str(run), "--out", str(exported), log=trained / "export.log"),
+        "drafts": start_tool(
+            *generate, "--speculative", "--draft-depth=2", log=trained / "drafts.log"
+        ),
+        "sampled": start_tool(
+            *generate, "--speculative", "--temperature=1", log=trained / "sampled.log"
+        ),
+        "export": start_tool(
+            "export_hf", "--run", str(run), "--out", str(exported), log=trained / "export.log"
+        ),
     }
     finish(trained, processes)
     text = (trained / "evaluate.log").read_text()
@@ -156,10 +187,25 @@ def test_the_tools_evaluate_decode_and_export_a_run(trained):
 def test_the_benchmark_compares_profiles_and_counts_memory(tmp_path):
     """Of variants that cannot run here it says so."""
     model = [f"--set=model.{key}={value}" for key, value in (TINY_CONFIG["model"] | MODEL).items()]
-    sets = [*model, "--set=data.seq_len=16", "--set=train.micro_batch_size=2", "--set=train.batch_size=2"]
+    sets = [
+        *model,
+        "--set=data.seq_len=16",
+        "--set=train.micro_batch_size=2",
+        "--set=train.batch_size=2",
+    ]
     sets += ["--set=mtp.mode=none", "--set=train.dtype=bfloat16"]
     numbers, trace = tmp_path / "numbers.json", tmp_path / "trace.json"
-    compared = ("bench", *sets, "--against", "fp8", "--parts", "--profile", str(trace), "--rounds=2", "--json")
+    compared = (
+        "bench",
+        *sets,
+        "--against",
+        "fp8",
+        "--parts",
+        "--profile",
+        str(trace),
+        "--rounds=2",
+        "--json",
+    )
     processes = {
         "compare": start_tool(*compared, str(numbers), log=tmp_path / "compare.log"),
         "loss": start_tool("bench", *sets, "--loss-memory", log=tmp_path / "loss.log"),
@@ -167,6 +213,8 @@ def test_the_benchmark_compares_profiles_and_counts_memory(tmp_path):
     finish(tmp_path, processes)
     found = json.loads(numbers.read_text())
     own = found["variants"]["dsv3_mtp"]
-    assert 0 < own["mfu"] < 1 and 0 < own["peak_bytes"] < 2**28  # not that of the products it is compared with
+    assert (
+        0 < own["mfu"] < 1 and 0 < own["peak_bytes"] < 2**28
+    )  # not that of the products it is compared with
     assert min(found["parts"].values()) > 0 and trace.stat().st_size
     assert "D=4: all logits at once" in (tmp_path / "loss.log").read_text()

@@ -12,7 +12,9 @@ def make_run(tmp_path, make_tiny_config):
 
     def make(name="run", *, step=7, **overrides):
         settings = {"run.name": name, "run.dir": str(tmp_path / "runs"), "train.dtype": "float32"}
-        config = make_tiny_config(settings | {key.replace("__", "."): value for key, value in overrides.items()})
+        config = make_tiny_config(
+            settings | {key.replace("__", "."): value for key, value in overrides.items()}
+        )
         model = randomise(DeepseekV3MTP(config.model, config.mtp))
         return write_run(tmp_path / "runs" / name, config, model, step=step), model
 

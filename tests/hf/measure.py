@@ -1,7 +1,8 @@
-"""Time and peak memory of export and import on a checkpoint made up for that: python -m tests.hf.measure DIR [LAYERS].
+"""Time and peak memory of export and import on a checkpoint made up for that: python -m
+tests.hf.measure DIR [LAYERS].
 
-Every tool runs in its own process. `peak` is the highest resident memory above what the imports take; `anonymous` is
-the part of it that is not pages of mapped files.
+Every tool runs in its own process. `peak` is the highest resident memory above what the imports
+take; `anonymous` is the part of it that is not pages of mapped files.
 """
 
 import argparse
@@ -23,11 +24,20 @@ STEPS = {
 
 
 def measure(
-    folder: Path, *, layers: int, hidden: int = 1024, experts: int = 32, dtypes: tuple[str, ...] = ("bf16", "fp8")
+    folder: Path,
+    *,
+    layers: int,
+    hidden: int = 1024,
+    experts: int = 32,
+    dtypes: tuple[str, ...] = ("bf16", "fp8"),
 ) -> dict[str, dict[str, float]]:
-    """Seconds of CPU and megabytes of every step; the size of the model in bfloat16 under "model"."""
+    """Seconds of CPU and megabytes of every step; the size of the model in bfloat16 under
+    "model".
+    """
     work(folder, f"make({layers}, {hidden}, {experts})")
-    masters = sum(path.stat().st_size for path in folder.glob("run/checkpoints/*/*.safetensors")) / 2**20
+    masters = (
+        sum(path.stat().st_size for path in folder.glob("run/checkpoints/*/*.safetensors")) / 2**20
+    )
     return {"model": {"MiB": masters / 2}} | {
         name: work(folder, code) for name, code in STEPS.items() if name.endswith(dtypes)
     }
@@ -54,8 +64,14 @@ def make(layers: int, hidden: int, experts: int) -> None:
     from tests.made_runs import randomise, write_run
 
     model = {"num_hidden_layers": layers, "hidden_size": hidden, "n_routed_experts": experts}
-    model |= {"moe_intermediate_size": hidden // 2, "intermediate_size": 4 * hidden, "vocab_size": 16 * hidden}
-    config = tiny({f"model.{key}": value for key, value in model.items()} | {"train.dtype": "bfloat16"})
+    model |= {
+        "moe_intermediate_size": hidden // 2,
+        "intermediate_size": 4 * hidden,
+        "vocab_size": 16 * hidden,
+    }
+    config = tiny(
+        {f"model.{key}": value for key, value in model.items()} | {"train.dtype": "bfloat16"}
+    )
     write_run(Path("run"), config, randomise(empty_model(config.model, config.mtp, torch.bfloat16)))
 
 
@@ -80,8 +96,12 @@ def call(folder: Path, code: str, sender: Connection) -> None:
     done.set()
     watcher.join()
     del result
-    peak = status("VmHWM") - before  # not getrusage: its maximum is inherited from the process that started this one
-    sender.send({"s": wall, "cpu_s": cpu, "peak_MiB": peak, "anonymous_MiB": max(anonymous) - anonymous[0]})
+    peak = (
+        status("VmHWM") - before
+    )  # not getrusage: its maximum is inherited from the process that started this one
+    sender.send(
+        {"s": wall, "cpu_s": cpu, "peak_MiB": peak, "anonymous_MiB": max(anonymous) - anonymous[0]}
+    )
 
 
 def status(key: str) -> float:
@@ -96,4 +116,8 @@ if __name__ == "__main__":
     parser.add_argument("layers", type=int, nargs="?", default=12)
     options = parser.parse_args()
     for name, values in measure(options.folder, layers=options.layers).items():
-        print(f"{name:12}", "  ".join(f"{key} {value:9.1f}" for key, value in values.items()), flush=True)
+        print(
+            f"{name:12}",
+            "  ".join(f"{key} {value:9.1f}" for key, value in values.items()),
+            flush=True,
+        )

@@ -28,7 +28,9 @@ def test_quantising_what_was_dequantised_gives_the_same_codes_and_scales(shape, 
     assert torch.equal(scale_again, scale)
 
 
-@pytest.mark.parametrize("amax", [448.0, 448.1, 463.9, 464.0, 464.1, 224.0, 231.9, 232.0, 232.1, 240.0, 1e-3, 3e4])
+@pytest.mark.parametrize(
+    "amax", [448.0, 448.1, 463.9, 464.0, 464.1, 224.0, 231.9, 232.0, 232.1, 240.0, 1e-3, 3e4]
+)
 def test_that_holds_for_every_largest_value_around_the_borders(amax):
     weight = torch.tensor([[amax, -amax / 2, amax / 3, 0.0, amax * 2**-9, amax * 2**-14]])
     codes, scale = quantise(weight)
@@ -44,7 +46,8 @@ def test_scales_are_powers_of_two_one_per_block_and_the_error_is_half_a_step():
     assert (mantissa == 0.5).all()
     error = (dequantise(codes, scale) - weight).abs()
     block_scale = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
-    # 3 mantissa bits: half a step is 2^-4 of the value, below the smallest normal number 2^-6 it is 2^-10 of the scale.
+    # 3 mantissa bits: half a step is 2^-4 of the value, below the smallest normal number 2^-6 it is
+    # 2^-10 of the scale.
     assert (error <= torch.maximum(weight.abs() * 2**-4, block_scale * 2**-10)).all()
 
 
@@ -56,5 +59,7 @@ def test_a_block_of_zeros_has_scale_one():
 def test_any_scales_and_block_sizes_are_dequantised():
     codes = torch.randn(70, 50).to(torch.float8_e4m3fn)
     scale = torch.rand(scale_shape((70, 50), (32, 16))) + 0.1
-    expected = torch.stack([codes.float()[r] * scale[r // 32, torch.arange(50) // 16] for r in range(70)])
+    expected = torch.stack(
+        [codes.float()[r] * scale[r // 32, torch.arange(50) // 16] for r in range(70)]
+    )
     assert torch.equal(dequantise(codes, scale, block=(32, 16)), expected)

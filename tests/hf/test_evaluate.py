@@ -1,4 +1,6 @@
-"""tools/evaluate.py: the numbers of training again, of a run and of its export; tasks of lm-evaluation-harness."""
+"""tools/evaluate.py: the numbers of training again, of a run and of its export; tasks of
+lm-evaluation-harness.
+"""
 
 import json
 import shutil
@@ -12,8 +14,8 @@ from dsv3_mtp.config import ConfigError, load_config
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import open_source
-from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf
+from dsv3_mtp.train.evaluate import open_model, validate
 from tools import evaluate as tool
 
 CPU = torch.device("cpu")
@@ -27,14 +29,19 @@ def corpus(tmp_path_factory) -> Path:
     lines = [f"def f{i}(x):\n    return x * {i} + {i % 7}\n\n" for i in range(400)]
     for number in range(20):
         (folder / f"{number}.txt").write_text("".join(lines[number * 20 : number * 20 + 20]))
-    prepare(folder / "data", Arguments(inputs=(str(folder / "*.txt"),), vocab_size=VOCAB, val_fraction=0.3))
+    prepare(
+        folder / "data",
+        Arguments(inputs=(str(folder / "*.txt"),), vocab_size=VOCAB, val_fraction=0.3),
+    )
     return folder / "data"
 
 
 @pytest.fixture
 def run(make_run, corpus) -> Path:
     sizes = {"model__vocab_size": VOCAB, "model__max_position_embeddings": 64}
-    return make_run(data__train=str(corpus), data__val=str(corpus), mtp__num_nextn_predict_layers=2, **sizes)[0]
+    return make_run(
+        data__train=str(corpus), data__val=str(corpus), mtp__num_nextn_predict_layers=2, **sizes
+    )[0]
 
 
 def call(monkeypatch, capsys, *arguments: str) -> dict:
@@ -45,17 +52,33 @@ def call(monkeypatch, capsys, *arguments: str) -> dict:
     return json.loads(captured.out)
 
 
-def test_a_run_and_its_float32_export_have_the_same_losses(run, corpus, tmp_path, monkeypatch, capsys):
+def test_a_run_and_its_float32_export_have_the_same_losses(
+    run, corpus, tmp_path, monkeypatch, capsys
+):
     export_hf(run, tmp_path / "hf", dtype="fp32")
     sizes = ("--batches", "3", "--prompts", "0", "--micro-batch-size", "2")
     (of_run,) = call(monkeypatch, capsys, "--run", str(run), *sizes).values()
-    assert load_config(run / "config.yaml").eval.batches == 2  # what a run is validated on, and evaluated by default
-    default, two = (call(monkeypatch, capsys, "--run", str(run), *n, *sizes[2:]) for n in ([], ["--batches", "2"]))
+    assert (
+        load_config(run / "config.yaml").eval.batches == 2
+    )  # what a run is validated on, and evaluated by default
+    default, two = (
+        call(monkeypatch, capsys, "--run", str(run), *n, *sizes[2:])
+        for n in ([], ["--batches", "2"])
+    )
     assert default == two != {str(corpus): of_run}
     data = ("--data", str(corpus), "--seq-len", "16")
     (of_export,) = call(monkeypatch, capsys, "--hf", str(tmp_path / "hf"), *data, *sizes).values()
     assert of_run == of_export
-    names = ["main_loss", "mtp_loss/1", "mtp_loss/2", "top1/0", "top1/1", "top1/2", "agreement/1", "agreement/2"]
+    names = [
+        "main_loss",
+        "mtp_loss/1",
+        "mtp_loss/2",
+        "top1/0",
+        "top1/1",
+        "top1/2",
+        "agreement/1",
+        "agreement/2",
+    ]
     assert set(of_run) == {f"val/{name}" for name in [*names, "bits_per_byte"]}
     assert of_run["val/main_loss"] == pytest.approx(5.7, abs=0.3)  # ln 300: random weights
     source = open_source(corpus, "val")
@@ -69,12 +92,19 @@ def test_data_of_another_tokenizer_is_refused(run, corpus, tmp_path, monkeypatch
     (tmp_path / "other/index.json").write_text(json.dumps(index))
     export_hf(run, tmp_path / "hf")
     for model in (("--run", str(run)), ("--hf", str(tmp_path / "hf"), "--seq-len", "16")):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *model, "--data", str(corpus), str(tmp_path / "other")])
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate.py", *model, "--data", str(corpus), str(tmp_path / "other")]
+        )
         assert tool.main() == 2
-        assert f"{model[1]} and {tmp_path / 'other'} have different tokenizers" in capsys.readouterr().err
+        assert (
+            f"{model[1]} and {tmp_path / 'other'} have different tokenizers"
+            in capsys.readouterr().err
+        )
 
 
-def test_a_run_is_not_trained_on_data_of_another_tokenizer_than_it_is_validated_on(corpus, tmp_path, make_tiny_config):
+def test_a_run_is_not_trained_on_data_of_another_tokenizer_than_it_is_validated_on(
+    corpus, tmp_path, make_tiny_config
+):
     shutil.copytree(corpus, tmp_path / "other")
     index = json.loads((corpus / "index.json").read_text()) | {"tokenizer_sha256": "0"}
     (tmp_path / "other/index.json").write_text(json.dumps(index))
@@ -84,7 +114,9 @@ def test_a_run_is_not_trained_on_data_of_another_tokenizer_than_it_is_validated_
         open_sources(make_tiny_config(keys | {"data.train": str(tmp_path / "other")}))
     (tmp_path / "other/tokenizer.json").write_text("{}")
     keys |= {"data.train": str(corpus), "train.init_from": str(tmp_path / "other")}
-    with pytest.raises(ValueError, match=f"{corpus} and {tmp_path / 'other'} have different tokenizers"):
+    with pytest.raises(
+        ValueError, match=f"{corpus} and {tmp_path / 'other'} have different tokenizers"
+    ):
         open_sources(make_tiny_config(keys))
 
 
@@ -105,17 +137,35 @@ def test_validation_is_that_of_the_trainer_in_any_number_of_shares(run, corpus):
             all_reduce=lambda sums: parts.append(sums) or sums,
         )
     both = validate(
-        model, source, config, batches=4, device=CPU, rank=0, world_size=2, all_reduce=lambda _: parts[0] + parts[1]
+        model,
+        source,
+        config,
+        batches=4,
+        device=CPU,
+        rank=0,
+        world_size=2,
+        all_reduce=lambda _: parts[0] + parts[1],
     )
     assert both == pytest.approx(alone)
 
 
-def test_an_imported_run_is_evaluated_before_it_is_trained(run, corpus, tmp_path, monkeypatch, capsys):
+def test_an_imported_run_is_evaluated_before_it_is_trained(
+    run, corpus, tmp_path, monkeypatch, capsys
+):
     export_hf(run, tmp_path / "hf", dtype="fp32")
-    fresh = ["mtp.mode=sequential", "mtp.num_nextn_predict_layers=1", "mtp.detach=trunk", "train.freeze=trunk"]
-    import_hf(tmp_path / "hf", tmp_path / "runs" / "head", data=str(corpus), sets=fresh, trunk_only=True)
+    fresh = [
+        "mtp.mode=sequential",
+        "mtp.num_nextn_predict_layers=1",
+        "mtp.detach=trunk",
+        "train.freeze=trunk",
+    ]
+    import_hf(
+        tmp_path / "hf", tmp_path / "runs" / "head", data=str(corpus), sets=fresh, trunk_only=True
+    )
     sizes = ("--batches", "2", "--prompts", "0", "--seq-len", "16", "--micro-batch-size", "2")
-    (fresh_head,) = call(monkeypatch, capsys, "--run", str(tmp_path / "runs" / "head"), *sizes).values()
+    (fresh_head,) = call(
+        monkeypatch, capsys, "--run", str(tmp_path / "runs" / "head"), *sizes
+    ).values()
     (whole,) = call(monkeypatch, capsys, "--run", str(run), *sizes).values()
     assert fresh_head["val/main_loss"] == pytest.approx(whole["val/main_loss"], abs=1e-6)
     assert "val/mtp_loss/1" in fresh_head and "val/mtp_loss/2" not in fresh_head
@@ -128,8 +178,12 @@ def test_acceptance_is_measured_by_decoding(run, monkeypatch, capsys):
     assert 1 <= metrics["val/tokens_per_step"] <= 3
 
 
-def test_acceptance_of_a_short_model_is_measured_without_being_told_how(make_run, corpus, monkeypatch, capsys):
-    short, _ = make_run(data__train=str(corpus), data__val=str(corpus), model__vocab_size=VOCAB)  # 16 positions
+def test_acceptance_of_a_short_model_is_measured_without_being_told_how(
+    make_run, corpus, monkeypatch, capsys
+):
+    short, _ = make_run(
+        data__train=str(corpus), data__val=str(corpus), model__vocab_size=VOCAB
+    )  # 16 positions
     (metrics,) = call(monkeypatch, capsys, "--run", str(short), "--batches", "1").values()
     assert "val/acceptance/1" in metrics
 
@@ -150,9 +204,14 @@ def test_user_errors_have_exit_code_2(run, monkeypatch, capsys, arguments, messa
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--new-tokens", "2"), "must be at least 3"), (("--new-tokens", "8", "--prompts", "0"), "no effect")],
+    [
+        (("--new-tokens", "2"), "must be at least 3"),
+        (("--new-tokens", "8", "--prompts", "0"), "no effect"),
+    ],
 )
-def test_options_that_would_measure_no_acceptance_are_refused(monkeypatch, capsys, arguments, message):
+def test_options_that_would_measure_no_acceptance_are_refused(
+    monkeypatch, capsys, arguments, message
+):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", "run", *arguments])
     with pytest.raises(SystemExit, match="2"):
         tool.main()
@@ -160,23 +219,44 @@ def test_options_that_would_measure_no_acceptance_are_refused(monkeypatch, capsy
 
 
 def test_how_a_run_was_trained_sets_no_bounds_to_the_windows(make_run):
-    sizes = {"train__total_tokens": 4 * 16, "parallel__sequence_parallel_size": 2, "model__max_position_embeddings": 64}
+    sizes = {
+        "train__total_tokens": 4 * 16,
+        "parallel__sequence_parallel_size": 2,
+        "model__max_position_embeddings": 64,
+    }
     run, _ = make_run(**sizes)
     _, config = open_model(run=str(run), hf=None, seq_len=63, micro_batch_size=None)
     assert (config.data.seq_len, config.train.micro_batch_size) == (63, 4)
 
 
 def test_windows_that_hold_no_example_of_a_task_are_refused_in_a_sentence(make_run):
-    data = {"data__task": {"type": "suffix_sum", "terms": 5}, "data__train": None, "data__val": None}
+    data = {
+        "data__task": {"type": "suffix_sum", "terms": 5},
+        "data__train": None,
+        "data__val": None,
+    }
     run, _ = make_run(**data)
-    with pytest.raises(ConfigError, match=r"evaluation of .*: 1 problem\n  data.seq_len: must be >= 10"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation of .*: 1 problem\n  data.seq_len: must be >= 10"
+    ):
         open_model(run=str(run), hf=None, seq_len=4, micro_batch_size=None)
 
 
-def test_a_number_of_new_tokens_is_refused_where_a_task_gives_the_answers(make_run, monkeypatch, capsys):
-    data = {"data__task": {"type": "suffix_sum", "terms": 5}, "data__train": None, "data__val": None}
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(make_run(**data)[0]), "--new-tokens", "8"])
-    assert tool.main() == 2 and "--new-tokens: no effect on data.task suffix_sum" in capsys.readouterr().err
+def test_a_number_of_new_tokens_is_refused_where_a_task_gives_the_answers(
+    make_run, monkeypatch, capsys
+):
+    data = {
+        "data__task": {"type": "suffix_sum", "terms": 5},
+        "data__train": None,
+        "data__val": None,
+    }
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", "--run", str(make_run(**data)[0]), "--new-tokens", "8"]
+    )
+    assert (
+        tool.main() == 2
+        and "--new-tokens: no effect on data.task suffix_sum" in capsys.readouterr().err
+    )
 
 
 TASK = """
@@ -202,17 +282,30 @@ def task(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "task"
     folder.mkdir()
-    documents = [{"text": f"def f{i}(x):\n    return", "choices": [" x", " y"], "label": i % 2} for i in range(6)]
-    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    documents = [
+        {"text": f"def f{i}(x):\n    return", "choices": [" x", " y"], "label": i % 2}
+        for i in range(6)
+    ]
+    (folder / "documents.jsonl").write_text(
+        "".join(json.dumps(document) + "\n" for document in documents)
+    )
     (folder / "code_choice.yaml").write_text(TASK.replace("FILE", str(folder / "documents.jsonl")))
     return folder
 
 
-def test_tasks_of_lm_evaluation_harness_run_on_a_run_and_on_its_export(run, tmp_path, task, monkeypatch, capsys):
-    from dsv3_mtp.evaluate import lm_eval
+def test_tasks_of_lm_evaluation_harness_run_on_a_run_and_on_its_export(
+    run, tmp_path, task, monkeypatch, capsys
+):
+    from dsv3_mtp.train.evaluate import lm_eval
 
     export_hf(run, tmp_path / "hf", dtype="fp32")
     where = ("--lm-eval", "code_choice", "--lm-eval-include", str(task))
     of_export = call(monkeypatch, capsys, "--hf", str(tmp_path / "hf"), *where)["lm-eval"]
-    assert set(of_export) == {"code_choice/acc"} and of_export["code_choice/acc"] in (0.5, 1 / 6, 2 / 6, 4 / 6, 5 / 6)
+    assert set(of_export) == {"code_choice/acc"} and of_export["code_choice/acc"] in (
+        0.5,
+        1 / 6,
+        2 / 6,
+        4 / 6,
+        5 / 6,
+    )
     assert lm_eval(["code_choice"], run=str(run), hf=None, include=str(task)) == of_export

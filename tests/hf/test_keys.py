@@ -6,7 +6,8 @@ import torch
 from dsv3_mtp.hf.keys import slots, summarise
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
-# The tensors of one layer in the released index (README_WEIGHTS.md, model.safetensors.index.json); FP8 ones starred.
+# The tensors of one layer in the released index (README_WEIGHTS.md, model.safetensors.index.json);
+# FP8 ones starred.
 ATTENTION = [
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
@@ -41,7 +42,9 @@ def released(layers: int, dense: int, experts: int, modules: int) -> list[str]:
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     for layer in range(layers + modules):
         own = ATTENTION + (DENSE if layer < dense else MOE) + (MTP if layer >= layers else [])
-        own += [f"mlp.experts.{e}.{name}" for e in range(experts) for name in EXPERT if layer >= dense]
+        own += [
+            f"mlp.experts.{e}.{name}" for e in range(experts) for name in EXPERT if layer >= dense
+        ]
         names += [f"model.layers.{layer}.{name}" for name in own]
     return names
 
@@ -53,7 +56,9 @@ def test_names_and_the_fp8_ones_are_those_of_the_released_index(tiny_config, mod
 
 
 def test_only_the_router_bias_is_float32(tiny_config):
-    wide = {slot.name.partition("mlp.")[2] for slot in slots(tiny_config.model, 1) if slot.is_float32}
+    wide = {
+        slot.name.partition("mlp.")[2] for slot in slots(tiny_config.model, 1) if slot.is_float32
+    }
     assert wide == {"gate.e_score_correction_bias"}
 
 
@@ -95,7 +100,10 @@ def test_aliases_repeat_the_shared_embedding_and_head(tiny_config):
 def test_experts_with_the_same_problem_share_a_line():
     names = [f"model.layers.1.mlp.experts.{e}.up_proj.weight" for e in (0, 1, 2, 5)]
     problems = [(name, "missing") for name in names]
-    problems += [("lm_head.weight", "missing"), ("model.layers.2.mlp.experts.7.up_proj.weight", "missing")]
+    problems += [
+        ("lm_head.weight", "missing"),
+        ("model.layers.2.mlp.experts.7.up_proj.weight", "missing"),
+    ]
     assert summarise(problems) == [
         "model.layers.1.mlp.experts.[0-2, 5].up_proj.weight: missing",
         "lm_head.weight: missing",

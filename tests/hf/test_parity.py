@@ -1,7 +1,9 @@
-"""Our export, loaded by transformers' own code: trunk, router, gradients, MTP modules and generation agree.
+"""Our export, loaded by transformers' own code: trunk, router, gradients, MTP modules and
+generation agree.
 
-Everything is float32 on the CPU. The tolerances are a few rounding errors of float32 (1.2e-7 relative) on values of
-size one, gathered over the layers; `pytest -rP` shows the largest differences found.
+Everything is float32 on the CPU. The tolerances are a few rounding errors of float32 (1.2e-7
+relative) on values of size one, gathered over the layers; `pytest -rP` shows the largest
+differences found.
 """
 
 import pytest
@@ -37,8 +39,12 @@ CASES = {
 }
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    """Largest difference over the largest value of the tensor (at least 1) is within the tolerance."""
+def close(
+    ours: torch.Tensor, theirs: torch.Tensor, what: str, tolerance: float = TOLERANCE
+) -> None:
+    """Largest difference over the largest value of the tensor (at least 1) is within the
+    tolerance.
+    """
     difference = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
     print(f"{what}: {difference:.1e}")
     assert difference <= tolerance, what
@@ -48,9 +54,12 @@ def read_by_transformers(folder, modules: int):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
-    # transformers 5.23 finds MTP weights by a pattern that names layer 61 alone: name this model's layers.
+    # transformers 5.23 finds MTP weights by a pattern that names layer 61 alone: name this model's
+    # layers.
     first = model.config.num_hidden_layers
-    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{first + k}\..*" for k in range(modules)]
+    model._keys_to_ignore_on_load_unexpected = [
+        rf"model\.layers\.{first + k}\..*" for k in range(modules)
+    ]
     return model.eval()
 
 
@@ -85,7 +94,9 @@ def test_routers_choose_the_same_experts_with_the_same_weights(pair):
     for gate in ours.gates():
         gate.register_forward_hook(lambda module, args, out: chosen["ours"].append(out[:2]))
     for layer in theirs.model.layers[ours.config.first_k_dense_replace :]:
-        layer.mlp.experts.register_forward_pre_hook(lambda module, args: chosen["theirs"].append(args[1:3]))
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda module, args: chosen["theirs"].append(args[1:3])
+        )
     theirs(tokens)
     ours.logits(torch.cat([tokens, tokens[:, :3]], 1))
     assert isinstance(ours.gates()[0], Gate) and len(chosen["theirs"]) == 2
@@ -94,7 +105,11 @@ def test_routers_choose_the_same_experts_with_the_same_weights(pair):
     ):
         order, their_order = experts.argsort(-1), their_experts.argsort(-1)
         assert torch.equal(experts.gather(-1, order), their_experts.gather(-1, their_order))
-        close(weights.gather(-1, order), their_weights.gather(-1, their_order), f"router {number} weights")
+        close(
+            weights.gather(-1, order),
+            their_weights.gather(-1, their_order),
+            f"router {number} weights",
+        )
 
 
 def mtp_model(theirs, folder):
@@ -106,7 +121,9 @@ def mtp_model(theirs, folder):
 
 
 def their_hidden_states(theirs, module, cache, tokens, length):
-    """Trunk and MTP hidden states by transformers' inference code; its positions move on by one per depth."""
+    """Trunk and MTP hidden states by transformers' inference code; its positions move on by one per
+    depth.
+    """
     hidden = [theirs.model(tokens[:, :length]).last_hidden_state]
     for depth in range(1, 1 + module.num_mtp_layers):
         positions = torch.arange(depth, depth + length)[None]
@@ -134,7 +151,9 @@ def test_gradients_of_one_training_step_agree_main_loss_and_mtp(pair, tmp_path):
     loss = torch.zeros(())
     for depth, state in enumerate(their_hidden_states(theirs, module, cache, tokens, length)):
         target = tokens[:, depth + 1 : depth + 1 + length]
-        part = torch.nn.functional.cross_entropy(theirs.lm_head(state).flatten(0, 1), target.flatten())
+        part = torch.nn.functional.cross_entropy(
+            theirs.lm_head(state).flatten(0, 1), target.flatten()
+        )
         loss = loss + (1.0, *weights)[depth] * part
     loss.backward()
     close(out.loss, loss, "loss")
@@ -154,7 +173,9 @@ def test_gradients_of_one_training_step_agree_main_loss_and_mtp(pair, tmp_path):
 @pytest.mark.parametrize("depths", [1, 2])
 def test_generate_with_mtp_equals_plain_greedy_and_our_own_greedy(make_run, tmp_path, depths):
     run, ours = make_run(
-        mtp__num_nextn_predict_layers=depths, model__max_position_embeddings=64, model__initializer_range=0.3
+        mtp__num_nextn_predict_layers=depths,
+        model__max_position_embeddings=64,
+        model__initializer_range=0.3,
     )
     export_hf(run, tmp_path / "hf", dtype="fp32")
     theirs = read_by_transformers(tmp_path / "hf", depths)

@@ -24,18 +24,36 @@ def left_behind(folder: Path) -> list[str]:
 
 # --- export -------------------------------------------------------------------------------------------------
 
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.0}
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.0,
+}
 UNREPRESENTABLE = {
-    "mtp__trunk_hidden=pre_norm": ({"mtp__trunk_hidden": "pre_norm"}, "every reader of the layout feeds the trunk's"),
-    "mtp__chain=trunk": ({"mtp__chain": "trunk", "mtp__num_nextn_predict_layers": 2}, "readers chain the modules'"),
+    "mtp__trunk_hidden=pre_norm": (
+        {"mtp__trunk_hidden": "pre_norm"},
+        "every reader of the layout feeds the trunk's",
+    ),
+    "mtp__chain=trunk": (
+        {"mtp__chain": "trunk", "mtp__num_nextn_predict_layers": 2},
+        "readers chain the modules'",
+    ),
     "mtp__embed=false": ({"mtp__embed": False}, "eh_proj reads the token embedding"),
     "dense": ({"model__first_k_dense_replace": 3}, "all layers are dense"),
     "one expert": (
-        {f"model__{key}": 1 for key in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")},
+        {
+            f"model__{key}": 1
+            for key in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+        },
         "n_routed_experts: 1: transformers scores",
     ),
     "no shared experts": ({"model__n_shared_experts": 0}, "no MoE layer without shared experts"),
-    "yarn": ({"model__rope_scaling": YARN}, "mscale 0.7 with mscale_all_dim 0.0 means different things"),
+    "yarn": (
+        {"model__rope_scaling": YARN},
+        "mscale 0.7 with mscale_all_dim 0.0 means different things",
+    ),
 }
 
 
@@ -68,7 +86,10 @@ def test_one_depth_chained_to_the_trunk_is_the_ordinary_module(make_run, tmp_pat
     ("overrides", "module"),
     [
         ({"mtp__loss_weight": 0.0}, 1),
-        ({"mtp__loss_weight": {"type": "linear", "start": 0.0, "end": 0.3, "begin": 0.6}}, 1),  # the run is at 0.5
+        (
+            {"mtp__loss_weight": {"type": "linear", "start": 0.0, "end": 0.3, "begin": 0.6}},
+            1,
+        ),  # the run is at 0.5
         ({"mtp__curriculum": "forward"}, 3),
         ({"mtp__depth_weights": [1.0, 1.0, 0.0]}, 3),
     ],
@@ -83,7 +104,9 @@ def test_modules_that_no_loss_has_reached_are_refused(make_run, tmp_path, overri
     assert left_behind(tmp_path) == ["runs"]
 
 
-def test_modules_that_an_earlier_start_trained_are_exported_though_their_loss_weight_is_0_now(make_run, tmp_path):
+def test_modules_that_an_earlier_start_trained_are_exported_though_their_loss_weight_is_0_now(
+    make_run, tmp_path
+):
     run, _ = make_run(mtp__num_nextn_predict_layers=2, mtp__loss_weight=0.0)
     export_hf(run, tmp_path / "hf")
 
@@ -115,7 +138,10 @@ def test_missing_unused_misshapen_and_not_finite_tensors_of_a_run(make_run, tmp_
         export_hf(run, tmp_path / "hf")
     text = str(error.value)
     assert "4 problem(s)" in text and "mtp.layers.0.enorm.weight: missing" in text
-    assert "extra: not used by the model" in text and "model.norm.weight: has shape [3], config.yaml" in text
+    assert (
+        "extra: not used by the model" in text
+        and "model.norm.weight: has shape [3], config.yaml" in text
+    )
     assert "experts.down_proj: has shape [8, 16, 32], config.yaml asks for [8, 32, 16]" in text
 
     state["lm_head.weight"][0, 0] = float("nan")
@@ -124,7 +150,11 @@ def test_missing_unused_misshapen_and_not_finite_tensors_of_a_run(make_run, tmp_
     for dtype in ("bf16", "fp8"):
         with pytest.raises(ValueError, match="hold nan or infinity") as error:
             export_hf(run, tmp_path / "hf", dtype=dtype)
-        for name in ("lm_head.weight", "shared_head.head.weight", "model.layers.1.mlp.experts.5.down_proj.weight"):
+        for name in (
+            "lm_head.weight",
+            "shared_head.head.weight",
+            "model.layers.1.mlp.experts.5.down_proj.weight",
+        ):
             assert name in str(error.value)
     assert left_behind(tmp_path) == ["runs"]
 
@@ -201,7 +231,9 @@ def test_a_missing_shard_an_index_that_lies_and_a_tensor_given_twice(make_run, t
     save_file(second | {name: first[name] for name in list(first)[:1]}, files[1])
     text = refused(folder)
     assert f"{files[-1].name}: No such file or directory" in text
-    assert f"{lost}: model.safetensors.index.json puts it into {files[1].name}, which lacks it" in text
+    assert (
+        f"{lost}: model.safetensors.index.json puts it into {files[1].name}, which lacks it" in text
+    )
     assert f"{next(iter(first))}: in {files[0].name} and again in {files[1].name}" in text
 
 
@@ -235,7 +267,9 @@ def test_fp8_without_its_scales_or_its_config(make_run, tmp_path):
 
 def test_promised_modules_that_are_missing_name_the_way_out(exported, tmp_path):
     folder, tensors, write = exported
-    write({name: value for name, value in tensors.items() if not name.startswith("model.layers.3.")})
+    write(
+        {name: value for name, value in tensors.items() if not name.startswith("model.layers.3.")}
+    )
     assert "take the trunk with --trunk-only" in refused(folder)
     import_hf(folder, tmp_path / "trunk", trunk_only=True)
 
@@ -252,7 +286,10 @@ SETTINGS = {
     "mtp_hidden_states_first": (True, "mtp_hidden_states_first"),
     "num_key_value_heads": (1, "latent attention has no groups"),
     "num_nextn_predict_layers": (-1, "num_nextn_predict_layers: must be a number >= 0"),
-    "rope_scaling": ({"type": "linear", "factor": 2.0}, "type 'linear' is not supported, only 'yarn'"),
+    "rope_scaling": (
+        {"type": "linear", "factor": 2.0},
+        "type 'linear' is not supported, only 'yarn'",
+    ),
     "quantization_config": ({"quant_method": "gptq"}, "quant_method 'gptq' is not supported"),
     "qk_rope_head_dim": (3, "qk_rope_head_dim"),
     "hidden_size": (None, "hidden_size"),
@@ -265,7 +302,9 @@ def test_every_setting_that_this_code_does_not_compute_is_listed(exported):
     for key, (value, reason) in SETTINGS.items():
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
         assert reason in refused(folder), key
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu", "scoring_func": "softmax"}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"hidden_act": "gelu", "scoring_func": "softmax"})
+    )
     assert "2 problem(s)" in refused(folder)
 
 
@@ -273,7 +312,9 @@ def test_the_runs_own_config_is_checked_and_must_fit(exported):
     folder, _, _ = exported
     text = refused(folder, sets=["optm.lr=1", "train.freeze=trunk"])
     assert "optm: unknown key; did you mean 'optim'?" in text
-    text = refused(folder, sets=["mtp.trunk_hidden=pre_norm", "mtp.embed=false", "model.rms_norm_eps=1e-5"])
+    text = refused(
+        folder, sets=["mtp.trunk_hidden=pre_norm", "mtp.embed=false", "model.rms_norm_eps=1e-5"]
+    )
     for reason in ("mtp.trunk_hidden: pre_norm", "mtp.embed: False", "model.rms_norm_eps: 1e-05"):
         assert reason in text
 
@@ -323,8 +364,8 @@ def test_a_user_error_is_one_report_with_exit_code_2(tmp_path, name, arguments, 
     [
         ("export_hf", "dsv3_mtp.hf.export_hf", ["--run", "x", "--out", "y"]),
         ("import_hf", "dsv3_mtp.hf.import_hf", ["--from", "x", "--out", "y"]),
-        ("evaluate", "dsv3_mtp.evaluate.open_model", ["--run", "x"]),
-        ("acceptance", "dsv3_mtp.hf.load_run", ["--run", "x"]),
+        ("evaluate", "dsv3_mtp.train.evaluate.open_model", ["--run", "x"]),
+        ("acceptance", "dsv3_mtp.runs.model.load_run", ["--run", "x"]),
     ],
 )
 def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys, name, patched, arguments):

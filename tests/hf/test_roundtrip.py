@@ -1,19 +1,25 @@
-"""Export and import: the same bytes again, the same model again, whatever the type and the number of shards."""
+"""Export and import: the same bytes again, the same model again, whatever the type and the number
+of shards.
+"""
 
 import json
 
 import pytest
 import torch
 
-from dsv3_mtp.atomic import lock
-from dsv3_mtp.hf import export_hf, import_hf, load_hf, load_run
+from dsv3_mtp.files.atomic import lock
+from dsv3_mtp.hf import export_hf, import_hf, load_hf
 from dsv3_mtp.hf.blockfp8 import dequantise
 from dsv3_mtp.hf.export import new_folder
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import slots
+from dsv3_mtp.runs.model import load_run
 from tests.conftest import contents
 
-WIDE = {"model__hidden_size": 144, "model__moe_intermediate_size": 136}  # neither a multiple of the 128 of a block
+WIDE = {
+    "model__hidden_size": 144,
+    "model__moe_intermediate_size": 136,
+}  # neither a multiple of the 128 of a block
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8", "fp32"])
@@ -36,7 +42,9 @@ def test_safetensors_own_library_reads_every_tensor(make_run, tmp_path):
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     state, total = model.state_dict(), 0
     for slot in slots(model.config, 1):
-        with safetensors.safe_open(tmp_path / "hf" / index["weight_map"].pop(slot.name), framework="pt") as file:
+        with safetensors.safe_open(
+            tmp_path / "hf" / index["weight_map"].pop(slot.name), framework="pt"
+        ) as file:
             assert file.metadata() == {"format": "pt"}
             tensor = file.get_tensor(slot.name)
         total += tensor.numel() * tensor.itemsize
@@ -49,7 +57,12 @@ def test_a_float32_export_is_the_model_bit_for_bit(make_run, tmp_path):
     run, model = make_run(mtp__num_nextn_predict_layers=2)
     export_hf(run, tmp_path / "hf", dtype="fp32")
     loaded, tokenizer = load_hf(tmp_path / "hf")
-    assert (loaded.config, loaded.mtp_config.mode, loaded.depths, tokenizer) == (model.config, "sequential", 2, None)
+    assert (loaded.config, loaded.mtp_config.mode, loaded.depths, tokenizer) == (
+        model.config,
+        "sequential",
+        2,
+        None,
+    )
     assert_same(loaded.state_dict(), model.state_dict())
     again, run_config, _ = load_run(run)
     assert run_config.model == loaded.config
@@ -66,7 +79,12 @@ def test_fp8_is_exact_on_the_block_grid_and_leaves_the_rest_alone(make_run, tmp_
     run, model = make_run(**WIDE)
     export_hf(run, tmp_path / "hf", dtype="fp8")
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]
-    expected = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    expected = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
     assert settings == expected
     import_hf(tmp_path / "hf", tmp_path / "imported")
     loaded, *_ = load_run(tmp_path / "imported")
@@ -84,7 +102,9 @@ def test_fp8_is_exact_on_the_block_grid_and_leaves_the_rest_alone(make_run, tmp_
     assert names == {slot.name + "_scale_inv" for slot in slots(model.config, 1) if slot.quantised}
 
 
-def test_foreign_fp8_scales_are_kept_exact_in_float32_and_their_rounding_is_reported(make_run, tmp_path):
+def test_foreign_fp8_scales_are_kept_exact_in_float32_and_their_rounding_is_reported(
+    make_run, tmp_path
+):
     run, _ = make_run()
     export_hf(run, tmp_path / "hf", dtype="fp8")
     file = next((tmp_path / "hf").glob("*.safetensors"))
@@ -102,13 +122,18 @@ def test_foreign_fp8_scales_are_kept_exact_in_float32_and_their_rounding_is_repo
     wide, config, _ = load_run(tmp_path / "exact")
     assert config.train.dtype == "float32"
     name = "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(wide.state_dict()[name], dequantise(tensors[name], tensors[name + "_scale_inv"]))
+    assert torch.equal(
+        wide.state_dict()[name], dequantise(tensors[name], tensors[name + "_scale_inv"])
+    )
 
 
 def test_an_epsilon_that_readers_take_differently_is_reported(make_run, tmp_path):
     notes = export_hf(make_run(model__rms_norm_eps=1e-3)[0], tmp_path / "hf")
     notes += import_hf(tmp_path / "hf", tmp_path / "run")
-    assert sum("rms_norm_eps 0.001: the latents are normed with it here" in note for note in notes) == 2
+    assert (
+        sum("rms_norm_eps 0.001: the latents are normed with it here" in note for note in notes)
+        == 2
+    )
     again = export_hf(tmp_path / "run", tmp_path / "again")
     assert sum("rms_norm_eps" in note for note in again) == 1
 
@@ -129,7 +154,9 @@ def test_parallel_heads_export_as_a_plain_trunk_and_say_so(make_run, tmp_path, m
     assert any(f"not exported: the 2 {mode} MTP head(s)" in note for note in notes)
     loaded, _ = load_hf(tmp_path / "hf")
     assert loaded.depths == 0
-    trunk = {name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")}
+    trunk = {
+        name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")
+    }
     assert_same(loaded.state_dict(), trunk)
 
 
@@ -169,7 +196,10 @@ def test_what_a_killed_export_left_is_deleted_by_the_next_and_two_at_once_are_re
     with new_folder(tmp_path / "hf") as folder:
         assert list(folder.iterdir()) == []
         (folder / "whole").touch()
-        with pytest.raises(ValueError, match="hf: another process is making it"), new_folder(tmp_path / "hf"):
+        with (
+            pytest.raises(ValueError, match="hf: another process is making it"),
+            new_folder(tmp_path / "hf"),
+        ):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["whole"]

@@ -1,4 +1,6 @@
-"""Training that starts from a checkpoint: `train.init_from`, and `train.freeze: trunk` in real processes."""
+"""Training that starts from a checkpoint: `train.init_from`, and `train.freeze: trunk` in real
+processes.
+"""
 
 from pathlib import Path
 
@@ -6,10 +8,10 @@ import pytest
 import torch
 
 from dsv3_mtp.data.source import open_source
-from dsv3_mtp.evaluate import open_model, validate
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
-from dsv3_mtp.metrics import read_metrics
-from dsv3_mtp.tuning import tune_cpu
+from dsv3_mtp.ops.tuning import tune_cpu
+from dsv3_mtp.report.metrics import read_metrics
+from dsv3_mtp.train.evaluate import open_model, validate
 from tests.made_runs import read_newest
 from tests.ranks import run_ranks, train_to_end, write_markov
 
@@ -24,11 +26,22 @@ def train(tmp_path, make_tiny_config):
 
     def make(name, *, world_size=1, expect=0, **overrides):
         base = {
-            **{"run.name": name, "run.dir": str(tmp_path / "runs"), "data.train": data, "data.val": data},
-            **{"train.dtype": "float32", "train.total_tokens": STEPS * 8 * 16, "train.batch_size": 8},
+            **{
+                "run.name": name,
+                "run.dir": str(tmp_path / "runs"),
+                "data.train": data,
+                "data.val": data,
+            },
+            **{
+                "train.dtype": "float32",
+                "train.total_tokens": STEPS * 8 * 16,
+                "train.batch_size": 8,
+            },
             "optim.schedule": {"warmup": 0.0},
         }
-        config = make_tiny_config(base | {key.replace("__", "."): value for key, value in overrides.items()})
+        config = make_tiny_config(
+            base | {key.replace("__", "."): value for key, value in overrides.items()}
+        )
         log = tmp_path / f"{name}.log"
         codes = run_ranks(train_to_end, config, world_size=world_size, log=log)
         text = Path(f"{log}.rank0").read_text()
@@ -44,14 +57,18 @@ def test_a_run_starts_from_the_weights_of_an_export(tmp_path, train):
     first, metrics, _ = train("first")
     export_hf(first, tmp_path / "hf", dtype="fp32")
     # Measured before any update moves the weights: a learning rate of nothing.
-    _, again, log = train("again", train__init_from=str(tmp_path / "hf"), optim__lr=1e-30, train__bias_update_speed=0)
+    _, again, log = train(
+        "again", train__init_from=str(tmp_path / "hf"), optim__lr=1e-30, train__bias_update_speed=0
+    )
     assert "weights from" in log
     last = metrics[-1]
     model, config = open_model(run=str(first), hf=None, seq_len=None, micro_batch_size=None)
     source, cpu = open_source(config.data.val, "val"), torch.device("cpu")
     tune_cpu()  # as training does
     found = validate(model, source, config, batches=config.eval.batches, device=cpu)
-    assert found == {key: value for key, value in last.items() if key.startswith("val/")}  # bit for bit
+    assert found == {
+        key: value for key, value in last.items() if key.startswith("val/")
+    }  # bit for bit
     for key in ("val/main_loss", "val/mtp_loss/1", "val/top1/0", "val/agreement/1"):
         assert again[-1][key] == pytest.approx(last[key], abs=1e-6), key
 

@@ -1,4 +1,6 @@
-"""The whole model: alignment, leaks, sharing, recombination, the plain language model inside, sizes of the paper."""
+"""The whole model: alignment, leaks, sharing, recombination, the plain language model inside, sizes
+of the paper.
+"""
 
 import copy
 from pathlib import Path
@@ -64,7 +66,9 @@ def test_alignment_is_the_closed_form_on_arange_tokens(build, depths):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_leak_from_future_tokens(build, variant):
-    """Perturbing t_{i+k+1} or later never changes depth k at slot i; t_{i+k} does, where the head reads it."""
+    """Perturbing t_{i+k+1} or later never changes depth k at slot i; t_{i+k} does, where the head
+    reads it.
+    """
     model = build(3, torch.float64, **VARIANTS[variant])
     tokens = tokens_for(model, rows=1)
     base = model.logits(tokens)  # (1+D, 1, T, V)
@@ -82,7 +86,9 @@ def test_no_leak_from_future_tokens(build, variant):
 
 
 def reference_losses(model, tokens, weights, copies=None):
-    """Eqs. 21-25 written out for sequential modules, float64; `copies` = separate (embedding, head) per depth."""
+    """Eqs. 21-25 written out for sequential modules, float64; `copies` = separate (embedding, head)
+    per depth.
+    """
     depths = model.depths
     copies = copies or [(model.model.embed_tokens.weight, model.lm_head.weight)] * (1 + depths)
     angles = rotary_angles(model.config, torch.arange(T))
@@ -106,7 +112,9 @@ def test_losses_and_gradients_equal_the_equations_written_out(build):
     out = model(tokens, loss_weights=weights)
     expected, parts = reference_losses(model, tokens, weights)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert (out.nll_sum / out.targets).tolist() == pytest.approx([p.item() for p in parts], rel=1e-12)
+    assert (out.nll_sum / out.targets).tolist() == pytest.approx(
+        [p.item() for p in parts], rel=1e-12
+    )
     parameters = list(model.parameters())
     got = torch.autograd.grad(out.loss, parameters)
     want = torch.autograd.grad(expected, parameters)
@@ -155,7 +163,10 @@ def test_mode_none_is_the_plain_language_model_bit_for_bit(build):
     logits = plain.lm_head(plain.hidden_states(tokens[:, : T + 1])[0][0])
     assert torch.equal(mtp.logits(tokens)[0], logits)
     torch.testing.assert_close(
-        out.loss, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1 : T + 1].flatten()), rtol=1e-6, atol=1e-6
+        out.loss,
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1 : T + 1].flatten()),
+        rtol=1e-6,
+        atol=1e-6,
     )
     assert out.agreed.numel() == 0 and out.nll_sum.shape == (1,)
     weighted = mtp(tokens, loss_weights=(0.0, 0.0))
@@ -177,7 +188,9 @@ def test_the_trunk_starts_the_same_whatever_the_heads(build, make_tiny_config):
 
 
 def test_init_is_normal_with_the_configured_range_and_norms_are_one(make_tiny_config):
-    config = make_tiny_config({"model.initializer_range": 0.006, "model.hidden_size": 64, "model.vocab_size": 512})
+    config = make_tiny_config(
+        {"model.initializer_range": 0.006, "model.hidden_size": 64, "model.vocab_size": 512}
+    )
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
     for name, parameter in model.named_parameters():
@@ -197,12 +210,20 @@ def test_detach_stops_exactly_the_gradients_it_names(build, mode, detach):
     model(tokens, loss_weights=(1.0, 1.0)).loss.backward()
     before(tokens, loss_weights=(0.0, 0.0)).loss.backward()
     trunk_moved = not torch.allclose(
-        model.model.layers[0].mlp.up_proj.weight.grad, before.model.layers[0].mlp.up_proj.weight.grad, atol=1e-9
+        model.model.layers[0].mlp.up_proj.weight.grad,
+        before.model.layers[0].mlp.up_proj.weight.grad,
+        atol=1e-9,
     )
-    head_moved = not torch.allclose(model.lm_head.weight.grad, before.lm_head.weight.grad, atol=1e-9)
+    head_moved = not torch.allclose(
+        model.lm_head.weight.grad, before.lm_head.weight.grad, atol=1e-9
+    )
     assert trunk_moved == (detach == "none")
     assert head_moved == (detach != "all" and mode != "parallel_linear")
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.mtp.named_parameters() if p.ndim == 2)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for n, p in model.mtp.named_parameters()
+        if p.ndim == 2
+    )
 
 
 def test_the_chain_carries_gradient_from_depth_two_to_module_one(build):
@@ -227,7 +248,8 @@ def test_parallel_heads_read_the_input_of_the_trunks_last_layer(build):
     model = build(2, **{"mtp.mode": "parallel"})
     head = model.mtp.layers[0]
     head.load_state_dict(
-        model.model.layers[-1].state_dict() | {"shared_head.norm.weight": model.model.norm.weight}, strict=True
+        model.model.layers[-1].state_dict() | {"shared_head.norm.weight": model.model.norm.weight},
+        strict=True,
     )
     logits = model.logits(tokens_for(model))
     assert torch.equal(logits[1], logits[0])  # with the last layer's weights, head 2 is head 1
@@ -271,11 +293,17 @@ def test_masked_documents_give_the_losses_of_each_document_alone(build):
     for start, length in zip([0, 5, 6, 10], lengths, strict=True):
         own = tokens[:, start : start + length]
         for depth in range(3):
-            slots = min(length - 1 - depth, T - start)  # of depth k in a document of n tokens: n-1-k
+            slots = min(
+                length - 1 - depth, T - start
+            )  # of depth k in a document of n tokens: n-1-k
             if slots > 0:
-                padded = torch.cat([own, own.new_zeros(1, 2)], 1)  # lookahead that no counted slot reads
+                padded = torch.cat(
+                    [own, own.new_zeros(1, 2)], 1
+                )  # lookahead that no counted slot reads
                 logits = model.logits(padded)[depth, 0, :slots]
-                nll[depth] += F.cross_entropy(logits, own[0, depth + 1 : depth + 1 + slots], reduction="sum")
+                nll[depth] += F.cross_entropy(
+                    logits, own[0, depth + 1 : depth + 1 + slots], reduction="sum"
+                )
                 count[depth] += slots
     assert out.targets.tolist() == count.tolist()
     torch.testing.assert_close(out.nll_sum, nll, rtol=1e-10, atol=1e-10)
@@ -306,7 +334,9 @@ def test_one_batch_equals_its_micro_batches_with_uneven_valid_counts(build, mask
     tokens = tokens_for(model, rows=4)
     documents = None
     if masked:  # rows with 1, 2, 3 and 4 documents
-        documents = torch.stack([torch.arange(tokens.shape[1]) * n // tokens.shape[1] for n in (1, 2, 3, 4)])
+        documents = torch.stack(
+            [torch.arange(tokens.shape[1]) * n // tokens.shape[1] for n in (1, 2, 3, 4)]
+        )
     rows = [slice(0, 1), slice(1, 2), slice(2, 4)]
     part = (lambda s: None) if documents is None else (lambda s: documents[s])
     whole = model(tokens, documents, loss_weights=(0.3, 0.1), balance_loss_weight=0.01)
@@ -314,7 +344,13 @@ def test_one_batch_equals_its_micro_batches_with_uneven_valid_counts(build, mask
     want = torch.autograd.grad(whole.loss, parameters)
     normalizer = sum(count_targets(tokens[s], part(s), 2) for s in rows)
     outs = [
-        model(tokens[s], part(s), loss_weights=(0.3, 0.1), balance_loss_weight=0.01, normalizer=normalizer)
+        model(
+            tokens[s],
+            part(s),
+            loss_weights=(0.3, 0.1),
+            balance_loss_weight=0.01,
+            normalizer=normalizer,
+        )
         for s in rows
     ]
     got = torch.autograd.grad(sum(out.loss for out in outs), parameters)
@@ -328,12 +364,17 @@ def test_one_batch_equals_its_micro_batches_with_uneven_valid_counts(build, mask
 
 def test_agreement_by_hand():
     #        slots:           0  1  2  3
-    prediction = torch.tensor([[[5, 6, 7, 8]], [[6, 7, 9, 0]], [[7, 8, 0, 0]]])  # main, depth 1, depth 2
+    prediction = torch.tensor(
+        [[[5, 6, 7, 8]], [[6, 7, 9, 0]], [[7, 8, 0, 0]]]
+    )  # main, depth 1, depth 2
     agreed, compared = agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool), prediction[0])
-    # depth 1: slot i against main i+1: 6=6, 7=7, 9!=8 -> 2 of 3; depth 2 jointly: 7=7, 8=8 -> 2 of 2
+    # depth 1: slot i against main i+1: 6=6, 7=7, 9!=8 -> 2 of 3; depth 2 jointly: 7=7, 8=8 -> 2 of
+    # 2
     assert (agreed.tolist(), compared.tolist()) == ([2, 2], [3, 2])
     prediction[1, 0, 0] = 1  # depth 1 wrong at slot 0: depth 2 no longer counts there
-    assert agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool), prediction[0])[0].tolist() == [1, 1]
+    assert agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool), prediction[0])[
+        0
+    ].tolist() == [1, 1]
 
 
 def test_a_model_that_is_right_everywhere_agrees_everywhere_also_where_few_tokens_are_scored():
@@ -341,7 +382,9 @@ def test_a_model_that_is_right_everywhere_agrees_everywhere_also_where_few_token
     scored = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool()
     right = torch.stack([tokens[:, k + 1 : k + 7] for k in range(3)])
     agreed, compared = agreement(right, valid_targets(tokens, None, 2, scored), right[0])
-    assert agreed.tolist() == compared.tolist() == [3, 2]  # no slot has t_4 at depth 1 and t_3 ahead of it as a target
+    assert (
+        agreed.tolist() == compared.tolist() == [3, 2]
+    )  # no slot has t_4 at depth 1 and t_3 ahead of it as a target
 
 
 def test_top1_counts_argmax_hits_per_depth(build):
@@ -368,7 +411,9 @@ def test_v3_671b_has_the_papers_parameter_counts_and_flops():
     assert size.active / 1e9 == pytest.approx(37.55, abs=0.005)
     assert (size.active - size.embedding) / 1e9 == pytest.approx(36.63, abs=0.01)
     assert size.mtp_total / 1e9 == pytest.approx(11.61, abs=0.005)
-    assert size.flops_per_token / 1e9 == pytest.approx(260.6, abs=0.2)  # 250.4 without the MTP module
+    assert size.flops_per_token / 1e9 == pytest.approx(
+        260.6, abs=0.2
+    )  # 250.4 without the MTP module
 
 
 def test_v3_16b_has_v2_lites_parameter_counts():
@@ -394,22 +439,29 @@ def test_a_depth_with_fewer_targets_than_ranks_weighs_as_on_one_rank(build):
     counts = count_targets(tokens, documents, 2)
     assert counts[1:].tolist() == [1, 0, 4]
     whole = model(tokens, documents).loss
-    parts = [model(*rows, normalizer=counts / 4).loss for rows in zip(tokens.split(1), documents.split(1), strict=True)]
+    parts = [
+        model(*rows, normalizer=counts / 4).loss
+        for rows in zip(tokens.split(1), documents.split(1), strict=True)
+    ]
     assert sum(parts).item() / 4 == pytest.approx(whole.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("frozen", "detach"), [(False, "none"), (False, "trunk"), (False, "all"), (True, "trunk"), (True, "all")]
+    ("frozen", "detach"),
+    [(False, "none"), (False, "trunk"), (False, "all"), (True, "trunk"), (True, "all")],
 )
 @pytest.mark.parametrize("variant", ["sequential", "shared", "parallel", "parallel_linear"])
 def test_flops_are_those_that_torch_counts(build, variant, frozen, detach):
-    # With a frozen trunk the gradient of the main head's rows is computed beside that of the others, and not used.
+    # With a frozen trunk the gradient of the main head's rows is computed beside that of the
+    # others, and not used.
     sizes = {"model.hidden_size": 128, "model.vocab_size": 64 if frozen else 256}
     model = build(2, **VARIANTS[variant], **{"mtp.detach": detach}, **sizes)
     if frozen:
         model.freeze_trunk()
     tokens = tokens_for(model)
-    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # torch counts addmm alone
+    in_place = {
+        torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]
+    }  # torch counts addmm alone
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         model(tokens).loss.backward()
     planned = model_size(model, 0).flops_per_token  # 0: it has no entry for attention on a CPU
@@ -431,7 +483,8 @@ def test_scored_tokens_are_the_targets_of_every_depth_by_hand():
 
 
 def test_scored_tokens_count_only_inside_their_own_document_by_hand():
-    # two examples of 3 tokens and padding, T = 6, D = 1; the last two tokens of each example are scored
+    # two examples of 3 tokens and padding, T = 6, D = 1; the last two tokens of each example are
+    # scored
     tokens = torch.tensor([[5, 6, 7, 5, 6, 7, 9, 9]])
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]])
     scored = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0]]).bool()
@@ -455,7 +508,9 @@ def test_tokens_that_are_not_scored_change_neither_loss_nor_gradient_as_targets(
     logits = model.logits(tokens)  # (1+D, B, T, V)
     want = torch.zeros(())
     for depth in range(3):
-        rows = logits[depth, :, 5 - depth - 1 : 8 - depth - 1]  # the slots whose target is token 5, 6 or 7
+        rows = logits[
+            depth, :, 5 - depth - 1 : 8 - depth - 1
+        ]  # the slots whose target is token 5, 6 or 7
         loss = F.cross_entropy(rows.flatten(0, 1), tokens[:, 5:8].flatten())
         assert out.nll_sum[depth].item() == pytest.approx(6 * loss.item(), rel=1e-5)
         want = want + (loss if depth == 0 else loss / 2)

@@ -10,9 +10,15 @@ from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.layers import RMSNorm, rotary_angles, rotate, yarn_mscale
 from dsv3_mtp.model.targets import document_mask
-from dsv3_mtp.precision.attention import sdpa
+from dsv3_mtp.ops.attention import sdpa
 
-YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+YARN = {
+    "type": "yarn",
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
 
 
 def model_config(make_tiny_config, **model) -> ModelConfig:
@@ -53,7 +59,8 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
     plain = config.model_copy(update={"rope_scaling": None})
     one = torch.tensor([1])
     ratio = (
-        torch.atan2(*rotary_angles(config, one).flip(0)) / torch.atan2(*rotary_angles(plain, one).flip(0))
+        torch.atan2(*rotary_angles(config, one).flip(0))
+        / torch.atan2(*rotary_angles(plain, one).flip(0))
     ).flatten()
     assert ratio[0] == pytest.approx(1.0) and ratio[-1] == pytest.approx(1 / 40, rel=1e-5)
     assert (ratio.diff() <= 1e-6).all()

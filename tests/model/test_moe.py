@@ -1,4 +1,6 @@
-"""Routing by hand (V3 eqs. 12-20), the balance loss in closed form, dispatch against a loop over experts."""
+"""Routing by hand (V3 eqs. 12-20), the balance loss in closed form, dispatch against a loop over
+experts.
+"""
 
 import pytest
 import torch
@@ -21,8 +23,12 @@ def gate_with_scores(config, scores):
     return gate, x.unsqueeze(0)  # (1, tokens, C)
 
 
-def test_groups_are_ranked_by_their_two_best_and_experts_come_from_those_groups_only(make_tiny_config):
-    config = config_of(make_tiny_config, n_group=4, topk_group=2, num_experts_per_tok=2, routed_scaling_factor=2.5)
+def test_groups_are_ranked_by_their_two_best_and_experts_come_from_those_groups_only(
+    make_tiny_config,
+):
+    config = config_of(
+        make_tiny_config, n_group=4, topk_group=2, num_experts_per_tok=2, routed_scaling_factor=2.5
+    )
     #        group 0      group 1      group 2      group 3     sums: 0.91, 1.0, 0.9, 0.95 -> groups 1 and 3
     scores = [0.90, 0.01, 0.50, 0.50, 0.45, 0.45, 0.60, 0.35]
     gate, x = gate_with_scores(config, [scores])
@@ -34,13 +40,18 @@ def test_groups_are_ranked_by_their_two_best_and_experts_come_from_those_groups_
 
 def test_nodes_are_the_groups_that_a_tokens_experts_lie_in(make_tiny_config):
     gate = Gate(config_of(make_tiny_config, n_group=4))
-    assert gate.count_nodes(torch.tensor([[0, 1], [0, 2], [6, 7], [7, 0], [3, 4]])) == 1 + 2 + 1 + 2 + 2
+    assert (
+        gate.count_nodes(torch.tensor([[0, 1], [0, 2], [6, 7], [7, 0], [3, 4]]))
+        == 1 + 2 + 1 + 2 + 2
+    )
     everywhere = Gate(config_of(make_tiny_config, n_group=1, topk_group=1))
     assert everywhere.count_nodes(torch.tensor([[0, 1], [0, 2]])) == 2
 
 
 def test_bias_changes_the_choice_and_not_the_gates(make_tiny_config):
-    config = config_of(make_tiny_config, n_group=1, topk_group=1, num_experts_per_tok=2, routed_scaling_factor=1.0)
+    config = config_of(
+        make_tiny_config, n_group=1, topk_group=1, num_experts_per_tok=2, routed_scaling_factor=1.0
+    )
     gate, x = gate_with_scores(config, [[0.9, 0.8, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1]])
     assert set(gate(x)[0][0].tolist()) == {0, 1}
     gate.e_score_correction_bias[2] = 1.0
@@ -58,7 +69,9 @@ def test_a_strongly_negative_bias_never_lets_a_masked_group_in(make_tiny_config)
 
 
 def test_norm_topk_prob_false_keeps_the_raw_scores(make_tiny_config):
-    config = config_of(make_tiny_config, n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=3.0)
+    config = config_of(
+        make_tiny_config, n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=3.0
+    )
     gate, x = gate_with_scores(config, [[0.9, 0.8, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1]])
     torch.testing.assert_close(gate(x)[1].sort().values, torch.tensor([[2.4, 2.7]]))
 
@@ -135,7 +148,9 @@ def test_dispatch_equals_a_loop_over_tokens_and_experts_with_gradients(make_tiny
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 7, 32, dtype=dtype, requires_grad=True)
     weights = torch.randn(2, 7, 32, dtype=dtype)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-6  # gates are float32 by design only for float32 and below
+    tolerance = (
+        1e-5 if dtype == torch.float32 else 1e-6
+    )  # gates are float32 by design only for float32 and below
     inputs = [x, *moe.parameters()]
     got = torch.autograd.grad((moe(x)[0] * weights).sum(), inputs)
     want = torch.autograd.grad((loop_over_experts(moe, x) * weights).sum(), inputs)

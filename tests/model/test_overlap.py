@@ -1,4 +1,6 @@
-"""Overlap against float64 sums over the vocabulary, against drafts that are drawn and verified, and where it is known."""
+"""Overlap against float64 sums over the vocabulary, against drafts that are drawn and verified, and
+where it is known.
+"""
 
 import math
 
@@ -8,7 +10,7 @@ import torch
 from dsv3_mtp.decode.sample import Sampler
 from dsv3_mtp.model import overlap as module
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.overlap import DraftStatistics, TableDrafters, overlap_means, overlap_sums, pairs, teachers
+from dsv3_mtp.model.overlap import overlap_means, overlap_sums, pairs, teachers
 from dsv3_mtp.model.targets import valid_targets
 
 T, MODES = 12, ("sequential", "parallel", "parallel_linear")
@@ -60,7 +62,8 @@ def by_hand(model, tokens, documents, scored):
                 value = float(torch.minimum(*both).sum()) if both else 0.0
                 all_have_one, product = all_have_one and has_one, product * value
                 sums[:, k - 1] += torch.tensor(
-                    [value * has_one, has_one, product if all_have_one else 0, all_have_one], dtype=torch.float64
+                    [value * has_one, has_one, product if all_have_one else 0, all_have_one],
+                    dtype=torch.float64,
                 )
     return sums
 
@@ -69,7 +72,9 @@ def by_hand(model, tokens, documents, scored):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_overlap_is_the_sum_over_the_vocabulary_in_float64(build, monkeypatch, mode, masked, elements):
+def test_overlap_is_the_sum_over_the_vocabulary_in_float64(
+    build, monkeypatch, mode, masked, elements
+):
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
     model = build(mode, dtype=torch.float64)
     rows = rows_for(model, masked=masked)
@@ -97,7 +102,10 @@ def test_a_row_in_two_parts_has_the_overlap_of_the_whole_row(build):
     whole = overlap_sums(head_logits(model), hiddens, nothing, taught, model.config.vocab_size)
     valid, cut = valid_targets(rows[0], None, 2, rows[2]), T // 2
     total = torch.zeros_like(whole)
-    for slots, following, count in ((slice(0, cut), hiddens[0][:, cut : cut + 2], 2), (slice(cut, T), nothing, 0)):
+    for slots, following, count in (
+        (slice(0, cut), hiddens[0][:, cut : cut + 2], 2),
+        (slice(cut, T), nothing, 0),
+    ):
         own = [hidden[:, slots] for hidden in hiddens]
         has_one = teachers(valid[:, :, slots], count)
         total += overlap_sums(head_logits(model), own, following, has_one, model.config.vocab_size)
@@ -134,66 +142,7 @@ def test_equal_distributions_overlap_wholly_and_disjoint_ones_not_at_all():
     assert overlap_means(same.tolist()) == {"overlap/1": 1.0, "overlap/tokens_per_step": 2.0}
     turned = torch.tensor([[[0.0, -200.0]] * 3])
     none = overlap_sums(lambda _, x: x, [hidden, turned], nothing, taught, 2)
-    assert overlap_means(none.tolist())["overlap/1"] < 1e-80 or overlap_means(none.tolist())["overlap/1"] == 0
-
-
-@torch.no_grad()
-def test_draft_statistics_are_those_by_hand(build):
-    model = build("sequential", depths=2, dtype=torch.float64)
-    rows = rows_for(model, masked=True)
-    hiddens, _, taught = parts(model, *rows)
-    vocab = model.config.vocab_size
-    statistics = DraftStatistics(2, vocab, temperature=0.7, device=torch.device("cpu"))
-    statistics.add(head_logits(model), hiddens, rows[0], taught)
-    found = statistics.metrics()
-    probability = (model.logits(*rows[:2]) / 0.7).softmax(-1)
-    for k in (1, 2):
-        slots = [(b, i) for b in range(3) for i in range(T - k) if taught[k - 1, b, i]]
-        p = torch.stack([probability[0, b, i + k] for b, i in slots])
-        q = torch.stack([probability[k, b, i] for b, i in slots])
-        label = torch.tensor([int(rows[0][b, i + k + 1]) for b, i in slots])
-        overlap, top = torch.minimum(p, q).sum(-1), q.max(-1).values
-        assert found[f"drafts/kl/{k}"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()))
-        assert found[f"drafts/overlap/{k}"] == pytest.approx(float(overlap.mean()))
-        rank = (q > q.gather(1, p.argmax(-1, keepdim=True))).sum(-1)
-        assert found[f"drafts/coverage_4/{k}"] == pytest.approx(float((rank < 4).double().mean()))
-        for threshold in (0.0, 0.2, 0.4):
-            kept = top >= threshold
-            if kept.any():
-                assert found[f"drafts/kept_{threshold}/{k}"] == pytest.approx(float(kept.double().mean()))
-                assert found[f"drafts/accepted_{threshold}/{k}"] == pytest.approx(float(overlap[kept].mean()))
-        for name, hit in (("label", q.argmax(-1) == label), ("main", q.argmax(-1) == p.argmax(-1))):
-            gaps = 0.0
-            for number in range(10):
-                chosen = (top >= number / 10) & (top < (number + 1) / 10)
-                gaps += abs(float((top[chosen] - hit[chosen].double()).sum()))
-            assert found[f"drafts/ece_{name}/{k}"] == pytest.approx(gaps / len(slots))
-
-
-@pytest.mark.parametrize("reads_tokens", [True, False])
-def test_a_table_drafter_is_perfect_where_the_main_model_is_that_table(reads_tokens):
-    """A main model that looks at its last token alone: a table of t_{i+k} has all of it; a table of t_i has what two steps
-    of the chain leave.
-    """
-    vocab, torch_rows = 5, torch.Generator().manual_seed(2)
-    chain = torch.rand(vocab, vocab, generator=torch_rows).mul(3).softmax(-1)
-    tokens = torch.zeros(400, 33, dtype=torch.long)
-    for i in range(32):
-        tokens[:, i + 1] = torch.multinomial(chain[tokens[:, i]], 1, generator=torch_rows)[:, 0]
-    tokens, length = tokens[:, 1:], 30
-    hidden = torch.nn.functional.one_hot(tokens[:, :length], vocab).float()
-
-    def logits(_depth, x):
-        return (x @ chain).log()
-
-    tables = TableDrafters(1, vocab, reads_tokens=reads_tokens, device=torch.device("cpu"))
-    tables.fit(logits, hidden[:300], tokens[:300])
-    taught = teachers(torch.ones(2, 100, length, dtype=torch.bool), 0)
-    sums = tables.sums_of(logits, hidden[300:], tokens[300:], taught)
-    found = {name: overlap_means(part.tolist())["overlap/1"] for name, part in sums.items()}
-    pi = torch.linalg.matrix_power(chain, 60)[0]
-    constant = (pi[:, None] * torch.minimum(chain, pi[None] @ chain)).sum()
-    two_steps = chain @ chain
-    skip = (pi[:, None, None] * chain[:, :, None] * torch.minimum(chain[None], two_steps[:, None])).sum()
-    assert found["constant"] == pytest.approx(float(constant), abs=0.02)
-    assert found["table"] == pytest.approx(1.0 if reads_tokens else float(skip), abs=0.02)
+    assert (
+        overlap_means(none.tolist())["overlap/1"] < 1e-80
+        or overlap_means(none.tolist())["overlap/1"] == 0
+    )

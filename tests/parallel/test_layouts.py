@@ -1,4 +1,5 @@
-"""Every layout of the ranks computes what one rank computes: losses, gradients, weights, in real processes.
+"""Every layout of the ranks computes what one rank computes: losses, gradients, weights, in real
+processes.
 
 pytest tests/parallel/test_layouts.py -s        prints the largest differences
 """
@@ -12,12 +13,12 @@ import torch
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import refusals
-from dsv3_mtp.evaluate import evaluate
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.parallel.build import build_model
 from dsv3_mtp.parallel.launch import World
-from dsv3_mtp.trainer import Trainer
+from dsv3_mtp.train.evaluate import evaluate
+from dsv3_mtp.train.trainer import Trainer
 from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
 from tests.ranks import run_ranks, write_markov
@@ -26,18 +27,36 @@ pytestmark = pytest.mark.dist
 STEPS = 2
 EXPERTS = ".mlp.experts."
 
-# Models and data: what is trained. One rank trains each of them once; then every layout below is compared with it.
+# Models and data: what is trained. One rank trains each of them once; then every layout below is
+# compared with it.
 D1: dict[str, Any] = {}
-D2 = {"mtp.num_nextn_predict_layers": 2, "data.mask_documents": True, "train.activation_checkpointing": "full"}
+D2 = {
+    "mtp.num_nextn_predict_layers": 2,
+    "data.mask_documents": True,
+    "train.activation_checkpointing": "full",
+}
 NONE = {"mtp.mode": "none"}
 PARALLEL = {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2}
-BF16 = {"train.dtype": "bfloat16", "optim.eps": 0.01}  # with a tiny eps, Adam makes whole steps of rounding errors
-# `skew` sends every token of one router to rank 0's experts, and none of another's to two of its experts.
+BF16 = {
+    "train.dtype": "bfloat16",
+    "optim.eps": 0.01,
+}  # with a tiny eps, Adam makes whole steps of rounding errors
+# `skew` sends every token of one router to rank 0's experts, and none of another's to two of its
+# experts.
 SKEWED = {"mtp.num_nextn_predict_layers": 2, "mtp.share_weights": True}
 FROZEN = {"train.init_from": "hf", "train.freeze": "trunk", "mtp.detach": "trunk"}
-MODELS = {"D1": D1, "D2": D2, "none": NONE, "parallel": PARALLEL, "bf16": BF16, "skewed": SKEWED, "frozen": FROZEN}
+MODELS = {
+    "D1": D1,
+    "D2": D2,
+    "none": NONE,
+    "parallel": PARALLEL,
+    "bf16": BF16,
+    "skewed": SKEWED,
+    "frozen": FROZEN,
+}
 
-# Layouts: model, ranks, ranks that share the experts, ZeRO stage, offload. ZeRO-3 last: it replaces F.linear for good.
+# Layouts: model, ranks, ranks that share the experts, ZeRO stage, offload. ZeRO-3 last: it replaces
+# F.linear for good.
 LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
     "ZeRO-0": ("D1", 2, 1, 0, False),
     "ZeRO-1": ("D1", 2, 1, 1, False),
@@ -59,7 +78,11 @@ LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
 }
 # Settings of some of them beyond these.
 MORE: dict[str, dict[str, Any]] = {
-    **{name: {"train.activation_checkpointing": "selective"} for name in LAYOUTS if "selective" in name},
+    **{
+        name: {"train.activation_checkpointing": "selective"}
+        for name in LAYOUTS
+        if "selective" in name
+    },
     **{name: {"parallel.sequence_parallel_size": 2} for name in LAYOUTS if "SP=2" in name},
 }
 
@@ -96,7 +119,9 @@ def make_config(
 
 
 def skew(trainer: Trainer) -> None:
-    """Of 8 experts, the first router takes only 0..3, which are rank 0's, and the second never takes 4 and 5."""
+    """Of 8 experts, the first router takes only 0..3, which are rank 0's, and the second never
+    takes 4 and 5.
+    """
     first, second = [gate.e_score_correction_bias for gate in trainer.model.gates()[:2]]
     first[:4] += 10
     second[4:6] -= 10
@@ -111,12 +136,19 @@ def train(jobs: list[tuple[str, Config, str]]) -> None:
         sharded = config.parallel.zero_stage > 0
         if model == "skewed":
             skew(trainer)
-        named, grads, loads = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}, {}, []
+        named, grads, loads = (
+            {n: p for n, p in trainer.model.named_parameters() if p.requires_grad},
+            {},
+            [],
+        )
         step, update = trainer.engine.step, trainer.model.update_router_bias
 
         def step_and_look(lr, *, step=step, named=named, grads=grads, sharded=sharded):
             if not grads:
-                grads |= {n: (safe_get_full_grad(p) if sharded else p.grad).clone() for n, p in named.items()}
+                grads |= {
+                    n: (safe_get_full_grad(p) if sharded else p.grad).clone()
+                    for n, p in named.items()
+                }
             return step(lr)
 
         def update_and_look(load, speed, *, update=update, loads=loads):
@@ -125,16 +157,29 @@ def train(jobs: list[tuple[str, Config, str]]) -> None:
 
         trainer.engine.step, trainer.model.update_router_bias = step_and_look, update_and_look
         records = [trainer.optimizer_step()[0] for _ in range(STEPS)]
-        values = {n: safe_get_full_fp32_param(p) if sharded else p.detach().float() for n, p in named.items()}
+        values = {
+            n: safe_get_full_fp32_param(p) if sharded else p.detach().float()
+            for n, p in named.items()
+        }
         biases = [gate.e_score_correction_bias for gate in trainer.model.gates()]
-        seen = {"records": records, "val": evaluate(trainer.engine, trainer.val, config), "grads": grads}
-        seen |= {"params": {n: value.clone() for n, value in values.items()}, "biases": biases, "loads": loads}
+        seen = {
+            "records": records,
+            "val": evaluate(trainer.engine, trainer.val, config),
+            "grads": grads,
+        }
+        seen |= {
+            "params": {n: value.clone() for n, value in values.items()},
+            "biases": biases,
+            "loads": loads,
+        }
         torch.save(seen, f"{file}.{os.environ['RANK']}")
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
-    """What every rank saw of every layout and, under the names of MODELS, of one rank without any."""
+    """What every rank saw of every layout and, under the names of MODELS, of one rank without
+    any.
+    """
     folder = tmp_path_factory.mktemp("layouts")
     data = write_markov(folder / "data" / "markov", tokens=3000, documents=40)
     trunk = make_config(folder, data, "none")
@@ -160,26 +205,38 @@ def seen(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
 
 
 def whole(ranks: list[dict[str, Any]], what: str, layout: str) -> dict[str, torch.Tensor]:
-    """The full tensors: experts put together from the ranks of the first group, all others from rank 0."""
+    """The full tensors: experts put together from the ranks of the first group, all others from
+    rank 0.
+    """
     experts = LAYOUTS[layout][2]
     parts = [rank[what] for rank in ranks[:experts]]
-    return {n: torch.cat([part[n] for part in parts]) if EXPERTS in n else value for n, value in parts[0].items()}
+    return {
+        n: torch.cat([part[n] for part in parts]) if EXPERTS in n else value
+        for n, value in parts[0].items()
+    }
 
 
 def differences(seen: dict[str, list[dict[str, Any]]], layout: str) -> dict[str, float]:
-    """Largest absolute difference from one rank: losses and norms of every step, gradients of the first, weights."""
+    """Largest absolute difference from one rank: losses and norms of every step, gradients of the
+    first, weights.
+    """
     one, ranks = seen[LAYOUTS[layout][0]][0], seen[layout]
     found = {}
     for what, key in (("loss", "train/loss"), ("norm", "optim/grad_norm")):
         pairs = zip(one["records"], ranks[0]["records"], strict=True)
         found[what] = max(abs(a[key] - b[key]) for a, b in pairs)
     losses = [key for key in one["val"] if "loss" in key or "overlap" in key]
-    assert one["val"].keys() == ranks[0]["val"].keys() and one["records"][0].keys() == ranks[0]["records"][0].keys()
+    assert (
+        one["val"].keys() == ranks[0]["val"].keys()
+        and one["records"][0].keys() == ranks[0]["records"][0].keys()
+    )
     found["validation"] = max(abs(one["val"][key] - ranks[0]["val"][key]) for key in losses)
     for what in ("grads", "params"):
         other = whole(ranks, what, layout)
         assert other.keys() == one[what].keys()
-        found[what] = max((other[n] - value.float()).abs().max().item() for n, value in one[what].items())
+        found[what] = max(
+            (other[n] - value.float()).abs().max().item() for n, value in one[what].items()
+        )
     return found
 
 
@@ -188,11 +245,15 @@ def test_a_layout_equals_one_rank(seen, layout):
     found, low = differences(seen, layout), LAYOUTS[layout][0] == "bf16"
     print(f"\n{layout:40}", *(f"{what} {value:8.1e}" for what, value in found.items()))
     limits = {"loss": 2e-6, "norm": 2e-6, "validation": 2e-6, "grads": 2e-7, "params": 4e-5}
-    if low:  # another order of bfloat16 sums turns a choice of experts now and then: 2^-8 of the values, about 5 and 2
+    # another order of bfloat16 sums turns a choice of experts now and then: 2^-8 of the values,
+    # about 5 and 2
+    if low:
         limits = {"loss": 2e-2, "norm": 2e-2, "validation": 2e-2, "grads": 2e-2, "params": 4e-3}
     assert all(found[what] <= limit for what, limit in limits.items()), found
     one, ranks = seen[LAYOUTS[layout][0]][0], seen[layout]
-    for rank in ranks:  # the router biases and the balance statistics are those of all tokens, on every rank
+    for rank in (
+        ranks
+    ):  # the router biases and the balance statistics are those of all tokens, on every rank
         if not low:
             assert all(torch.equal(a, b) for a, b in zip(one["loads"], rank["loads"], strict=True))
         for a, b in zip(ranks[0]["biases"], rank["biases"], strict=True):
@@ -204,7 +265,9 @@ def test_a_layout_equals_one_rank(seen, layout):
     assert 1 <= last["moe/nodes_per_token"] <= 2  # topk_group
 
 
-@pytest.mark.parametrize("layout", [name for name, (model, *_) in LAYOUTS.items() if model == "skewed"])
+@pytest.mark.parametrize(
+    "layout", [name for name, (model, *_) in LAYOUTS.items() if model == "skewed"]
+)
 def test_an_idle_rank_and_an_idle_expert_have_zero_gradients(seen, layout):
     grads = whole(seen[layout], "grads", layout)
     first, second = [grads[f"model.layers.{layer}{EXPERTS}down_proj"] for layer in (1, 2)]
@@ -212,7 +275,9 @@ def test_an_idle_rank_and_an_idle_expert_have_zero_gradients(seen, layout):
     assert not second[4:6].any() and second[[0, 1, 2, 3, 6, 7]].abs().amax((1, 2)).gt(0).all()
 
 
-@pytest.mark.parametrize("layout", [name for name, (_, _, experts, *_) in LAYOUTS.items() if experts > 1])
+@pytest.mark.parametrize(
+    "layout", [name for name, (_, _, experts, *_) in LAYOUTS.items() if experts > 1]
+)
 def test_a_rank_holds_only_its_experts_and_copies_stay_equal(seen, layout):
     _, count, experts, *_ = LAYOUTS[layout]
     for rank, found in enumerate(seen[layout]):
@@ -228,7 +293,9 @@ def test_layouts_that_do_not_fit_the_ranks_are_refused_all_at_once(tmp_path):
     assert refusals(config) == refusals(config, 4) == []
     first, second = refusals(config, 6)
     assert first == "parallel.expert_parallel_size: must divide the number of ranks, 6 (got 4)"
-    assert second.startswith("train.batch_size: 8 sequences do not divide into micro-batches of 2 on 6 ranks")
+    assert second.startswith(
+        "train.batch_size: 8 sequences do not divide into micro-batches of 2 on 6 ranks"
+    )
 
 
 def test_a_built_model_is_the_plain_model_of_that_seed(tmp_path):
@@ -237,5 +304,7 @@ def test_a_built_model_is_the_plain_model_of_that_seed(tmp_path):
     plain = DeepseekV3MTP(config.model, config.mtp)
     plain.init_weights(config.run.seed)
     assert list(dict(built.named_buffers())) == list(dict(plain.named_buffers()))
-    for (name, a), (_, b) in zip(built.state_dict().items(), plain.state_dict().items(), strict=True):
+    for (name, a), (_, b) in zip(
+        built.state_dict().items(), plain.state_dict().items(), strict=True
+    ):
         assert torch.equal(a, b), name

@@ -1,4 +1,5 @@
-"""A pipeline trains what a plain torch loop trains; its stages are the cheapest cut; a stage does not outlive another.
+"""A pipeline trains what a plain torch loop trains; its stages are the cheapest cut; a stage does
+not outlive another.
 
 pytest tests/parallel/test_pipeline.py -s        prints the table of the largest differences
 """
@@ -18,7 +19,6 @@ import torch
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.config.layout import refusals, uncut
 from dsv3_mtp.data.source import open_source
-from dsv3_mtp.evaluate import evaluate, metric_means, metric_sums, validate
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.hf.load import load_weights
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
@@ -27,7 +27,8 @@ from dsv3_mtp.parallel.build import build_model
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, free_port
 from dsv3_mtp.parallel.pipeline import balanced, stage_layers
-from dsv3_mtp.trainer import Trainer
+from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, validate
+from dsv3_mtp.train.trainer import Trainer
 from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
 from tests.plain_training import plain_steps
@@ -47,7 +48,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "detach all": {"mtp.detach": "all"},
     "parallel D=2": {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2},
     "parallel_linear D=2": {"mtp.mode": "parallel_linear", "mtp.num_nextn_predict_layers": 2},
-    "dense": {"model.first_k_dense_replace": 3, **D2},  # no router before the last stage, or anywhere
+    "dense": {
+        "model.first_k_dense_replace": 3,
+        **D2,
+    },  # no router before the last stage, or anywhere
     "recomputed": {"train.activation_checkpointing": "full", **D2},
     "batch ramp": {"train.batch_size_ramp": {"start": 4, "until": 0.1}},
 }
@@ -67,7 +71,8 @@ def make_config(folder: Path, data: str, overrides: dict[str, Any]) -> Config:
         "data.train": data,
         "data.val": data,
         "optim.grad_clip": 0.3,  # far below the norm: every step is clipped
-        "optim.eps": 1e-5,  # Adam divides by the gradient: with less, it makes whole steps of rounding errors
+        # Adam divides by the gradient: with less, it makes whole steps of rounding errors
+        "optim.eps": 1e-5,
         "train.dtype": "float32",
         "train.total_tokens": 20 * 8 * 16,
         "train.batch_size": 8,
@@ -82,7 +87,10 @@ def plain(config: Config) -> dict[str, Any]:
     """The run without DeepSpeed and stages."""
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(config.run.seed)
-    seen: dict[str, Any] = {"start": {n: p.clone() for n, p in model.state_dict().items()}, "records": []}
+    seen: dict[str, Any] = {
+        "start": {n: p.clone() for n, p in model.state_dict().items()},
+        "records": [],
+    }
     for step in plain_steps(model, config, STEPS):
         seen.setdefault("grads", step.grads)
         means = metric_means(metric_sums(step.out).tolist(), config.mtp.depths)
@@ -91,7 +99,9 @@ def plain(config: Config) -> dict[str, Any]:
         balance = config.train.balance_loss_weight * step.out.balance.item() / step.size
         seen["records"].append(record | {"train/balance_loss": balance})
     val = open_source(config.data.val, "val")
-    seen["val"] = validate(model, val, config, batches=config.eval.batches, device=torch.device("cpu"))
+    seen["val"] = validate(
+        model, val, config, batches=config.eval.batches, device=torch.device("cpu")
+    )
     return seen | {"state": model.state_dict()}
 
 
@@ -101,18 +111,28 @@ def train(jobs: list[tuple[Config, str]]) -> None:
         trainer = Trainer(config, command=["test"])
         own = {n: t for n, t in trainer.model.state_dict().items() if not t.is_meta}
         parameters = {n: p for n, p in trainer.model.named_parameters() if n in own}
-        seen: dict[str, Any] = {"start": {n: t.clone() for n, t in own.items()}, "stage": trainer.world.stage}
+        seen: dict[str, Any] = {
+            "start": {n: t.clone() for n, t in own.items()},
+            "stage": trainer.world.stage,
+        }
         update = trainer.engine.update
 
         def look_and_update(seen=seen, parameters=parameters, update=update):
-            zeros = {n: torch.zeros_like(p) for n, p in parameters.items()}  # detached on this stage: none
-            seen.setdefault("grads", {n: zeros[n] if p.grad is None else p.grad.clone() for n, p in parameters.items()})
+            zeros = {
+                n: torch.zeros_like(p) for n, p in parameters.items()
+            }  # detached on this stage: none
+            seen.setdefault(
+                "grads",
+                {n: zeros[n] if p.grad is None else p.grad.clone() for n, p in parameters.items()},
+            )
             update()
 
         trainer.engine.update = look_and_update
         seen["records"] = [trainer.optimizer_step()[0] for _ in range(STEPS)]
         seen["val"] = evaluate(trainer.engine, trainer.val, config)
-        first = {n: getattr(trainer.model.get_submodule(n.rpartition(".")[0]), "first", 0) for n in own}
+        first = {
+            n: getattr(trainer.model.get_submodule(n.rpartition(".")[0]), "first", 0) for n in own
+        }
         torch.save(seen | {"state": own, "first": first}, f"{file}.{os.environ['RANK']}")
 
 
@@ -124,7 +144,9 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def expected(data, tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("plain")
-    return {model: plain(make_config(folder, data, overrides)) for model, overrides in MODELS.items()}
+    return {
+        model: plain(make_config(folder, data, overrides)) for model, overrides in MODELS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -149,15 +171,21 @@ def found(data, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def assembled(ranks: list[dict[str, Any]], what: str, like: dict[str, torch.Tensor], *, add: bool) -> dict[str, Any]:
-    """The tensors of all ranks in their places: copies are added up, or have to be the same bits."""
+def assembled(
+    ranks: list[dict[str, Any]], what: str, like: dict[str, torch.Tensor], *, add: bool
+) -> dict[str, Any]:
+    """The tensors of all ranks in their places: copies are added up, or have to be the same
+    bits.
+    """
     whole = {}
     for name, shape in ((name, tensor.shape) for name, tensor in like.items()):
         for rank in ranks:
             if name not in rank[what]:
                 continue
             part, first = rank[what][name], rank["first"][name]
-            into = whole.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))[first : first + len(part)]
+            into = whole.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))[
+                first : first + len(part)
+            ]
             fresh = into.isnan()
             assert add or bool((fresh | (into == part)).all()), f"{what} {name}: copies differ"
             into.copy_(torch.where(fresh, part, into + part if add else part))
@@ -173,18 +201,27 @@ def test_a_pipeline_is_the_plain_training_loop(name: str, expected, found):
     start = assembled(ranks, "start", want["start"], add=False)
     assert all(torch.equal(start[key], value) for key, value in want["start"].items())
 
-    # DeepSpeed averages over the data-parallel ranks; a tied weight's gradient is the sum over its stages.
+    # DeepSpeed averages over the data-parallel ranks; a tied weight's gradient is the sum over its
+    # stages.
     grads = assembled(ranks, "grads", want["grads"], add=True)
-    state = assembled(ranks, "state", want["state"], add=False)  # copies of the embedding too: the same bits
+    state = assembled(
+        ranks, "state", want["state"], add=False
+    )  # copies of the embedding too: the same bits
     worst = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "weight": 0.0}
     for key, value in want["grads"].items():
         got = grads[key] / (size // stages)
-        torch.testing.assert_close(got, value, rtol=1e-4, atol=2e-7, msg=lambda m, key=key: f"grad {key}: {m}")
+        torch.testing.assert_close(
+            got, value, rtol=1e-4, atol=2e-7, msg=lambda m, key=key: f"grad {key}: {m}"
+        )
         worst["grad"] = max(worst["grad"], (got - value).abs().max().item())
     for key, value in want["state"].items():
-        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            state[key], value, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+        )
         worst["weight"] = max(worst["weight"], (state[key] - value).abs().max().item())
-    assert all(rank["records"] == ranks[0]["records"] and rank["val"] == ranks[0]["val"] for rank in ranks)
+    assert all(
+        rank["records"] == ranks[0]["records"] and rank["val"] == ranks[0]["val"] for rank in ranks
+    )
     for got, record in zip(ranks[0]["records"], want["records"], strict=True):
         assert {key: got[key] for key in record} == pytest.approx(record, rel=2e-5, abs=1e-7)
         worst["loss"] = max(worst["loss"], abs(got["train/loss"] - record["train/loss"]))
@@ -199,13 +236,17 @@ def test_stages_are_the_cheapest_cut():
     for _ in range(300):
         costs = [numbers.choice([0.0, 1.0, 2.0, 2.5, 7.0]) for _ in range(numbers.randint(1, 9))]
         parts = numbers.randint(1, min(4, len(costs)))
-        cuts = [[0, *cut, len(costs)] for cut in itertools.combinations(range(1, len(costs)), parts - 1)]
+        cuts = [
+            [0, *cut, len(costs)] for cut in itertools.combinations(range(1, len(costs)), parts - 1)
+        ]
 
         def weight(bounds: list[int], costs=costs) -> tuple[float, float]:
             sums = [sum(costs[a:b]) for a, b in itertools.pairwise(bounds)]
             return max(sums), sum(cost**2 for cost in sums)
 
-        assert weight(balanced(costs, parts)) == pytest.approx(min(weight(bounds) for bounds in cuts))
+        assert weight(balanced(costs, parts)) == pytest.approx(
+            min(weight(bounds) for bounds in cuts)
+        )
 
 
 def test_layers_cost_what_the_model_costs():
@@ -233,13 +274,25 @@ def test_v3_in_16_stages_is_cut_evenly(experts: int, stages: int):
 
 
 def test_what_may_not_be_cut_apart_is_on_one_stage(make_tiny_config):
-    shared = {"model.num_hidden_layers": 6, "model.first_k_dense_replace": 3, "parallel.pipeline_stages": 3}
+    shared = {
+        "model.num_hidden_layers": 6,
+        "model.first_k_dense_replace": 3,
+        "parallel.pipeline_stages": 3,
+    }
     config = make_tiny_config(shared | {"parallel.expert_parallel_size": 2, "mtp.mode": "none"})
-    assert uncut(config) == (4, 2) and stage_layers(config) == [range(0, 4), range(4, 5), range(5, 6)]
+    assert uncut(config) == (4, 2) and stage_layers(config) == [
+        range(0, 4),
+        range(4, 5),
+        range(5, 6),
+    ]
     config = make_tiny_config(
         {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 4, "parallel.pipeline_stages": 3}
     )
-    assert uncut(config) == (1, 2) and stage_layers(config) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert uncut(config) == (1, 2) and stage_layers(config) == [
+        range(0, 1),
+        range(1, 2),
+        range(2, 3),
+    ]
 
 
 def test_a_stage_holds_only_its_part_and_loads_only_that(data, tmp_path, make_tiny_config):
@@ -263,7 +316,14 @@ def test_a_stage_holds_only_its_part_and_loads_only_that(data, tmp_path, make_ti
     ("ranks", "overrides", "problem"),
     [
         (3, {}, "parallel.pipeline_stages: must divide the number of ranks, 3 (got 2)"),
-        (8, {}, "train.batch_size: 6 sequences do not divide into micro-batches of 2 on 4 data-parallel ranks; use a "),
+        (
+            8,
+            {},
+            (
+                "train.batch_size: 6 sequences do not divide into "
+                "micro-batches of 2 on 4 data-parallel ranks; use a "
+            ),
+        ),
         (
             4,
             {"parallel.expert_parallel_size": 4},
@@ -273,7 +333,9 @@ def test_a_stage_holds_only_its_part_and_loads_only_that(data, tmp_path, make_ti
 )
 def test_what_does_not_fit_the_number_of_ranks_is_said(data, tmp_path, ranks, overrides, problem):
     settings = {"parallel.pipeline_stages": 2, "train.batch_size": 6, **overrides}
-    assert any(text.startswith(problem) for text in refusals(make_config(tmp_path, data, settings), ranks))
+    assert any(
+        text.startswith(problem) for text in refusals(make_config(tmp_path, data, settings), ranks)
+    )
 
 
 def test_deepspeed_is_told_the_data_parallel_batch(data, tmp_path):
@@ -298,7 +360,10 @@ def killed_in_the_middle(config: Config) -> None:
 def test_every_stage_ends_soon_after_another_was_killed(data, tmp_path):
     config = make_config(tmp_path, data, {"parallel.pipeline_stages": 3})
     port, context, begin = free_port(), multiprocessing.get_context("fork"), time.monotonic()
-    arguments = [(killed_in_the_middle, (config,), rank, 3, port, f"{tmp_path}/log{rank}") for rank in range(3)]
+    arguments = [
+        (killed_in_the_middle, (config,), rank, 3, port, f"{tmp_path}/log{rank}")
+        for rank in range(3)
+    ]
     stages = [context.Process(target=_child, args=given) for given in arguments]
     for stage in stages:
         stage.start()

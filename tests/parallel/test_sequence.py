@@ -1,4 +1,6 @@
-"""Rows in slices compute what whole rows compute: the model in float64, without DeepSpeed. With it: test_layouts."""
+"""Rows in slices compute what whole rows compute: the model in float64, without DeepSpeed. With it:
+test_layouts.
+"""
 
 import os
 from dataclasses import replace
@@ -11,27 +13,37 @@ import torch.distributed as dist
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe, refusals
-from dsv3_mtp.dryrun import dry_run
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, start
 from dsv3_mtp.parallel.sequence import slice_rows
-from dsv3_mtp.plan import communication, layout, plan
+from dsv3_mtp.plan.dryrun import dry_run
+from dsv3_mtp.plan.memory import communication, layout, plan
 from tests.conftest import tiny
 from tests.ranks import run_ranks
 from tools.meter import Meter
 
 RANKS, ROWS, LENGTH, DOCUMENTS = 4, 4, 16, torch.tensor([0] * 3 + [1] * 8 + [2] * 20)
-SETTINGS: dict[str, dict[str, Any]] = {  # S = 4: slices of 4 slots, so that depth 5 reaches over a whole slice
+SETTINGS: dict[
+    str, dict[str, Any]
+] = {  # S = 4: slices of 4 slots, so that depth 5 reaches over a whole slice
     "S=2, D=2, masked, selective": {
         "mtp.num_nextn_predict_layers": 2,
         "masked": True,
         "mode": "selective",
         "slices": 2,
     },
-    "S=4, D=5, recycled, masked": {"mtp.num_nextn_predict_layers": 5, "mtp.share_weights": True, "masked": True},
-    "S=4, parallel D=2, full": {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2, "mode": "full"},
+    "S=4, D=5, recycled, masked": {
+        "mtp.num_nextn_predict_layers": 5,
+        "mtp.share_weights": True,
+        "masked": True,
+    },
+    "S=4, parallel D=2, full": {
+        "mtp.mode": "parallel",
+        "mtp.num_nextn_predict_layers": 2,
+        "mode": "full",
+    },
     "S=4, frozen trunk": {"mtp.detach": "trunk", "freeze": True},
     "S=4, no MTP, dense, no query latent": {
         "mtp.mode": "none",
@@ -43,7 +55,11 @@ SETTINGS: dict[str, dict[str, Any]] = {  # S = 4: slices of 4 slots, so that dep
 
 def configure(settings: dict[str, Any]) -> Config:
     slices = settings.get("slices", 4)
-    base = {"model.num_attention_heads": 4, "parallel.sequence_parallel_size": slices, "train.micro_batch_size": slices}
+    base = {
+        "model.num_attention_heads": 4,
+        "parallel.sequence_parallel_size": slices,
+        "train.micro_batch_size": slices,
+    }
     base["train.activation_checkpointing"] = settings.get("mode", "none")
     return tiny(base | {key: value for key, value in settings.items() if "." in key})
 
@@ -58,7 +74,9 @@ def make(settings: dict[str, Any]) -> DeepseekV3MTP:
     return model
 
 
-def learn(model: DeepseekV3MTP, inputs: list[Any], counts: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def learn(
+    model: DeepseekV3MTP, inputs: list[Any], counts: torch.Tensor
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the model returns, and its gradients."""
     weights = tuple(0.3 + depth for depth in range(model.depths))
     out = model(*inputs, loss_weights=weights, balance_loss_weight=0.5, normalizer=counts, overlap=True)
@@ -69,7 +87,9 @@ def learn(model: DeepseekV3MTP, inputs: list[Any], counts: torch.Tensor) -> tupl
 
 
 def compare(folder: Path) -> None:
-    """Writes what this rank got of whole rows and, summed over ranks, of slices; and what it sees of other tokens."""
+    """Writes what this rank got of whole rows and, summed over ranks, of slices; and what it sees
+    of other tokens.
+    """
     found, process = {}, start(threads=1, timeout_s=60)
     for name, settings in SETTINGS.items():
         model, slices = make(settings), settings.get("slices", 4)
@@ -82,14 +102,20 @@ def compare(folder: Path) -> None:
         want = learn(model, [tokens, documents], counts) if world.is_main else None
 
         slice_rows(model, world)
-        mine = slice(world.data_rank * slices, (world.data_rank + 1) * slices)  # of 4 rows, S on each group of S ranks
-        inputs = [None if x is None else model.rows.cut(x[mine], ahead) for x in (tokens, documents)]
+        mine = slice(
+            world.data_rank * slices, (world.data_rank + 1) * slices
+        )  # of 4 rows, S on each group of S ranks
+        inputs = [
+            None if x is None else model.rows.cut(x[mine], ahead) for x in (tokens, documents)
+        ]
         with Meter() as meter:
             out, grads = learn(model, inputs, counts / world.replicas)
         values = [*out.values(), *grads.values()]
         total = torch.cat([value.double().flatten() for value in values])
         dist.all_reduce(total)
-        for value, part in zip(values, total.split([value.numel() for value in values]), strict=True):
+        for value, part in zip(
+            values, total.split([value.numel() for value in values]), strict=True
+        ):
             value.copy_(part.view_as(value))
         for value in (out["loss"], *grads.values()):  # what DeepSpeed averages
             value /= world.replicas
@@ -101,7 +127,9 @@ def compare(folder: Path) -> None:
 
 
 def changes(model: DeepseekV3MTP, tokens: torch.Tensor) -> torch.Tensor:
-    """(places, 1+D) bool: does any state of this slice, at that depth, change with the token at that place?"""
+    """(places, 1+D) bool: does any state of this slice, at that depth, change with the token at
+    that place?
+    """
     rows = torch.stack([tokens, *(tokens + torch.eye(len(tokens), dtype=torch.int64))]) % 64
     with torch.no_grad():
         states, _ = model.hidden_states(model.rows.cut(rows, 1 + model.depths))
@@ -123,20 +151,28 @@ def test_slices_of_rows_add_up_to_whole_rows(found, name):
     (want, want_grads), (got, grads) = found[0][name]
     assert got.keys() == want.keys()
     for field, value in want.items():
-        torch.testing.assert_close(got[field], value, rtol=1e-12, atol=1e-12, msg=lambda m, f=field: f"{f}: {m}")
+        torch.testing.assert_close(
+            got[field], value, rtol=1e-12, atol=1e-12, msg=lambda m, f=field: f"{f}: {m}"
+        )
     assert grads.keys() == want_grads.keys() and any(grad.any() for grad in grads.values())
     for key, grad in want_grads.items():
-        torch.testing.assert_close(grads[key], grad, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            grads[key], grad, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", [name for name, settings in SETTINGS.items() if "freeze" not in settings])
+@pytest.mark.parametrize(
+    "name", [name for name, settings in SETTINGS.items() if "freeze" not in settings]
+)
 def test_the_plan_knows_what_a_slice_sends(found, name):
     config = configure(SETTINGS[name])
     with torch.device("meta"):
         model = DeepseekV3MTP(config.model, config.mtp)
     shape = layout(config, RANKS)
-    planned = communication(config, plan(config, model, shape), shape)["slices of rows, all-to-all around attention"]
+    planned = communication(config, plan(config, model, shape), shape)[
+        "slices of rows, all-to-all around attention"
+    ]
     assert found[0]["sent", name] == 4 * planned, "the model is float64, its config bfloat16"
 
 
@@ -156,7 +192,11 @@ def test_a_slice_sees_all_that_is_before_it_and_nothing_that_is_not(found):
             None,
             "must divide model.num_attention_heads = 2: attention is divided",
         ),
-        ({"data.seq_len": 15}, None, "must divide data.seq_len = 15: slices of a row are equal (got 2)"),
+        (
+            {"data.seq_len": 15},
+            None,
+            "must divide data.seq_len = 15: slices of a row are equal (got 2)",
+        ),
         ({}, 3, "must divide the number of ranks, 3 (got 2)"),
         ({"parallel.pipeline_stages": 2}, 2, "must divide the ranks of a stage, 1 (got 2)"),
     ],
@@ -164,10 +204,18 @@ def test_a_slice_sees_all_that_is_before_it_and_nothing_that_is_not(found):
 def test_rows_that_cannot_be_sliced_are_refused(make_tiny_config, overrides, ranks, problem):
     config = make_tiny_config()
     settings = {"parallel.sequence_parallel_size": 2} | overrides
-    for key, value in settings.items():  # a Config would refuse by itself what needs no number of ranks
+    for (
+        key,
+        value,
+    ) in settings.items():  # a Config would refuse by itself what needs no number of ranks
         section, _, name = key.partition(".")
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
-    assert any(text.startswith(f"parallel.sequence_parallel_size: {problem}") for text in refusals(config, ranks))
+        config = config.model_copy(
+            update={section: getattr(config, section).model_copy(update={name: value})}
+        )
+    assert any(
+        text.startswith(f"parallel.sequence_parallel_size: {problem}")
+        for text in refusals(config, ranks)
+    )
 
 
 def test_deepspeed_and_the_sampler_are_told_their_own_numbers_of_ranks(make_tiny_config):
@@ -176,7 +224,9 @@ def test_deepspeed_and_the_sampler_are_told_their_own_numbers_of_ranks(make_tiny
     assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (8, 1)
     assert given["gradient_accumulation_steps"] == 1
     (problem,) = refusals(config, 16)
-    assert problem.endswith("do not divide into micro-batches of 1 on 8 groups of 2 ranks; use a multiple of 8")
+    assert problem.endswith(
+        "do not divide into micro-batches of 1 on 8 groups of 2 ranks; use a multiple of 8"
+    )
     worlds = [World(rank, 8, rank, torch.device("cpu"), stages=2, slices=2) for rank in range(8)]
     assert [world.stage for world in worlds] == [0] * 4 + [1] * 4
     assert [world.data_rank for world in worlds] == [0, 0, 1, 1] * 2 and worlds[0].data_size == 2

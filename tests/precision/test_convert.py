@@ -5,8 +5,14 @@ import torch
 
 from dsv3_mtp.config import FP8Config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.precision.attention import choose_attention, sdpa
-from dsv3_mtp.precision.convert import UNSUPPORTED, choose_backend, convert, fp8_layers, set_precision
+from dsv3_mtp.ops.attention import choose_attention, sdpa
+from dsv3_mtp.precision.convert import (
+    UNSUPPORTED,
+    choose_backend,
+    convert,
+    fp8_layers,
+    set_precision,
+)
 from dsv3_mtp.precision.linear import FP8Linear
 
 CPU = torch.device("cpu")
@@ -40,7 +46,10 @@ def test_mtp_blocks_and_kinds_of_layers_can_be_left_out(make_model):
     model = make_model()
     assert not [n for n in fp8_layers(model, FP8Config(mtp=False)) if n.startswith("mtp.")]
     assert set(fp8_layers(model, FP8Config(modules=["eh_proj"]))) == {"mtp.layers.0.eh_proj"}
-    assert all(name.endswith(".mlp.experts") for name in fp8_layers(model, FP8Config(modules=["routed_experts"])))
+    assert all(
+        name.endswith(".mlp.experts")
+        for name in fp8_layers(model, FP8Config(modules=["routed_experts"]))
+    )
 
 
 @pytest.mark.parametrize("mode", ["sequential", "parallel", "none"])
@@ -49,7 +58,10 @@ def test_parameters_keep_their_names_and_values_and_losses_stay_close(make_model
     note = convert(low, FP8Config(**EMULATE), CPU, torch.float32)
     assert "emulate" in note and "layers" in note
     assert [n for n, _ in low.named_parameters()] == [n for n, _ in high.named_parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(low.state_dict().values(), high.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(low.state_dict().values(), high.state_dict().values(), strict=True)
+    )
     tokens = torch.randint(64, (2, 17 + low.depths))
     losses = [model(tokens).loss for model in (high, low)]
     assert 0 < abs((losses[0] - losses[1]).item()) < 0.01 * losses[0].item()
@@ -83,7 +95,9 @@ def test_a_named_backend_runs_or_is_refused(backend):
 
 def test_a_model_without_such_layers_is_refused(make_model):
     with pytest.raises(ValueError, match="no layer of eh_proj"):
-        convert(make_model(mode="none"), FP8Config(**EMULATE, modules=["eh_proj"]), CPU, torch.float32)
+        convert(
+            make_model(mode="none"), FP8Config(**EMULATE, modules=["eh_proj"]), CPU, torch.float32
+        )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +123,13 @@ def test_layers_that_a_backend_cannot_multiply_stay_as_they_are_or_are_refused(
 
 @pytest.mark.parametrize("name", ["fa4", "fa3", "fa2", "te"])
 def test_a_named_attention_kernel_is_refused_on_a_cpu(name):
-    arguments = {"heads": 2, "widths": (12, 8), "dtype": torch.bfloat16, "device": CPU, "masked": False}
+    arguments = {
+        "heads": 2,
+        "widths": (12, 8),
+        "dtype": torch.bfloat16,
+        "device": CPU,
+        "masked": False,
+    }
     with pytest.raises(ValueError, match=f"attention.backend: {name} needs a CUDA device"):
         choose_attention(name, **arguments)
     assert choose_attention("sdpa", **arguments) == (sdpa, "attention: sdpa (attention.backend)")
@@ -122,7 +142,9 @@ def test_another_core_takes_the_place_of_the_models_own(make_model, make_tiny_co
 
     def core(query, key, value, scale, mask):
         seen.append((query.shape, value.shape, scale))
-        scores = (query @ key.transpose(-1, -2) * scale).masked_fill(torch.ones(16, 16).triu(1).bool(), float("-inf"))
+        scores = (query @ key.transpose(-1, -2) * scale).masked_fill(
+            torch.ones(16, 16).triu(1).bool(), float("-inf")
+        )
         return scores.softmax(-1) @ value
 
     tokens = torch.randint(64, (2, 18))

@@ -19,18 +19,24 @@ def cublas(monkeypatch):
     monkeypatch.setattr(torch, "_scaled_mm_v2", scaled_mm)
 
 
-def scaled_mm(a, b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, dtype, *rest, out=None):
+def scaled_mm(
+    a, b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, dtype, *rest, out=None
+):
     """torch's checks of block scaling on Hopper, then the product in float32."""
     (scale_a,), (scale_b,) = scale_a, scale_b
     (rows, inner), columns = a.shape, b.shape[1]
     assert swizzle_a == swizzle_b == [] and bias is None and not any(rest)
     assert a.dtype == b.dtype == torch.float8_e4m3fn and dtype in (torch.bfloat16, torch.float32)
-    assert inner % 16 == 0 and columns % 16 == 0 and rows % 16 == 0  # rows: the leading dimension of 1 x 128 scales
+    assert (
+        inner % 16 == 0 and columns % 16 == 0 and rows % 16 == 0
+    )  # rows: the leading dimension of 1 x 128 scales
     for step, one, codes in ((*a.stride(), a), (*b.stride()[::-1], b)):
         assert one == 1 and step >= inner and step % 16 == 0 and codes.data_ptr() % 16 == 0
     tiles = -(-inner // 128)
     assert recipe_a == [F.ScalingType.BlockWise1x128.value] and scale_a.shape == (rows, tiles)
-    assert scale_a.stride(0) == 1 and (scale_a.stride(1) == rows or (tiles, scale_a.stride(1)) == (1, 1))
+    assert scale_a.stride(0) == 1 and (
+        scale_a.stride(1) == rows or (tiles, scale_a.stride(1)) == (1, 1)
+    )
     if recipe_b == [F.ScalingType.BlockWise1x128.value]:
         tile, shape = ROW, (columns, tiles)
     else:
@@ -44,22 +50,31 @@ def scaled_mm(a, b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, 
     product = (dequantise(a, scale_a, ROW) @ dequantise(b.t(), inverse_b, tile).T).to(dtype)
     if out is None:
         return product
-    assert out.shape == product.shape and out.dtype == dtype and out.is_contiguous() and out.data_ptr() % 16 == 0
+    assert (
+        out.shape == product.shape
+        and out.dtype == dtype
+        and out.is_contiguous()
+        and out.data_ptr() % 16 == 0
+    )
     return out.copy_(product)
 
 
 def close(ours, emulated, dtype):
     assert ours.shape == emulated.shape and ours.dtype == emulated.dtype == dtype
-    torch.testing.assert_close(ours, emulated, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        ours, emulated, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("tokens", "inputs", "outputs"), [(256, 512, 384), (37, 576, 160), (1, 16, 16), (130, 128, 7168), (8, 1024, 64)]
+    ("tokens", "inputs", "outputs"),
+    [(256, 512, 384), (37, 576, 160), (1, 16, 16), (130, 128, 7168), (8, 1024, 64)],
 )
 def test_operands_and_scales_are_laid_out_as_cublas_wants_them(dtype, tokens, inputs, outputs):
     x, weight, grad = (
-        torch.randn(shape).to(dtype) for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+        torch.randn(shape).to(dtype)
+        for shape in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
     )
     results = []
     for product in (hopper.ScaledMM(), Emulated()):
@@ -75,11 +90,15 @@ COUNTS = [[53, 0, 17], [0, 300, 0], [128, 256, 128], [1, 130, 255], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("inputs", "outputs"), [(128, 256), (640, 128), (64, 32), (16, 128), (256, 48)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(128, 256), (640, 128), (64, 32), (16, 128), (256, 48)]
+)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_groups_are_multiplied_as_one_by_one(counts, inputs, outputs, dtype):
     rows = sum(counts)
-    x, weight, grad = (torch.randn(s).to(dtype) for s in ((rows, inputs), (3, outputs, inputs), (rows, outputs)))
+    x, weight, grad = (
+        torch.randn(s).to(dtype) for s in ((rows, inputs), (3, outputs, inputs), (rows, outputs))
+    )
     results = []
     for product in (hopper.ScaledMM(), Emulated()):
         a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -101,12 +120,19 @@ def test_the_scales_of_each_group_are_those_of_its_rows():
     assert torch.equal(flat, expected)
 
 
-@pytest.mark.parametrize(("outputs", "inputs", "weights"), [(256, 128, 1), (48, 128, 4), (128, 48, 1)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "weights"), [(256, 128, 1), (48, 128, 4), (128, 48, 1)]
+)
 def test_all_groups_share_one_call_of_the_quantiser(monkeypatch, outputs, inputs, weights):
     """Weights take one call each where their blocks would hold rows of two of them."""
     shapes = []
-    monkeypatch.setattr(hopper, "quantise", lambda x, *rest: (shapes.append(x.shape), quantise(x, *rest))[1])
-    x, weight = torch.randn(512, inputs, requires_grad=True), torch.randn(4, outputs, inputs, requires_grad=True)
+    monkeypatch.setattr(
+        hopper, "quantise", lambda x, *rest: (shapes.append(x.shape), quantise(x, *rest))[1]
+    )
+    x, weight = (
+        torch.randn(512, inputs, requires_grad=True),
+        torch.randn(4, outputs, inputs, requires_grad=True),
+    )
     y = Recipe(hopper.ScaledMM()).grouped_linear(x, weight, [128, 0, 256, 128])
     assert len(shapes) == 1 + weights
     y.sum().backward()
@@ -114,7 +140,9 @@ def test_all_groups_share_one_call_of_the_quantiser(monkeypatch, outputs, inputs
 
 
 @pytest.mark.parametrize("tokens", [77, 0])
-def test_a_layer_of_experts_computes_what_the_emulated_one_does(make_tiny_config, monkeypatch, tokens):
+def test_a_layer_of_experts_computes_what_the_emulated_one_does(
+    make_tiny_config, monkeypatch, tokens
+):
     monkeypatch.setitem(UNSUPPORTED, "torch", lambda device: None)
     x = torch.randn(1, tokens, 32)
     results = []
@@ -125,7 +153,12 @@ def test_a_layer_of_experts_computes_what_the_emulated_one_does(make_tiny_config
             torch.nn.init.normal_(parameter, std=0.3)
         moe.gate.e_score_correction_bias[5] = -100.0  # an expert without rows
         fp8 = FP8Config(enabled=True, backend=backend, modules=["routed_experts"])
-        convert(torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"mlp": moe})}), fp8, x.device, torch.bfloat16)
+        convert(
+            torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"mlp": moe})}),
+            fp8,
+            x.device,
+            torch.bfloat16,
+        )
         assert moe.experts.linear is not None
         a = x.clone().requires_grad_()
         y, _ = moe(a)
@@ -133,4 +166,6 @@ def test_a_layer_of_experts_computes_what_the_emulated_one_does(make_tiny_config
         results.append([y, a.grad, *(p.grad for p in moe.parameters() if p.grad is not None)])
     for ours, emulated in zip(*results, strict=True):
         assert ours.shape == emulated.shape
-        assert (ours - emulated).norm() <= 1e-3 * emulated.norm()  # a code on the other side of a rounding, at most
+        assert (
+            ours - emulated
+        ).norm() <= 1e-3 * emulated.norm()  # a code on the other side of a rounding, at most

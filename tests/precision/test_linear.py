@@ -17,7 +17,9 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("scale", ["pow2", "fp32"])
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(256, 128, 384), (37, 200, 72), (1, 16, 8)])
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"), [(256, 128, 384), (37, 200, 72), (1, 16, 8)]
+)
 def test_the_three_products_are_those_of_the_rounded_operands(scale, tokens, inputs, outputs):
     x = torch.randn(tokens, inputs, requires_grad=True)
     layer = FP8Linear(torch.nn.Linear(inputs, outputs, bias=False), Recipe(Emulated(scale)))
@@ -33,7 +35,11 @@ def test_the_three_products_are_those_of_the_rounded_operands(scale, tokens, inp
 
 
 def test_block_tiles_of_gradients_change_the_input_gradient_only():
-    x, weight, grad = torch.randn(256, 128), torch.randn(128, 128), torch.exp(2 * torch.randn(256, 128))
+    x, weight, grad = (
+        torch.randn(256, 128),
+        torch.randn(128, 128),
+        torch.exp(2 * torch.randn(256, 128)),
+    )
     results = []
     for tile in (ROW, BLOCK):
         a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -48,11 +54,16 @@ def test_block_tiles_of_gradients_change_the_input_gradient_only():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_experts_equal_one_layer_per_expert(dtype):
     counts = [130, 0, 1, 69]
-    x, weight = torch.randn(200, 96).to(dtype).requires_grad_(), torch.randn(4, 48, 96).to(dtype).requires_grad_()
+    x, weight = (
+        torch.randn(200, 96).to(dtype).requires_grad_(),
+        torch.randn(4, 48, 96).to(dtype).requires_grad_(),
+    )
     grad, recipe = torch.randn(200, 48).to(dtype), Recipe(Emulated())
     y = recipe.grouped_linear(x, weight, counts)
     y.backward(grad)
-    for expert, (rows, part) in enumerate(zip(x.detach().split(counts), grad.split(counts), strict=True)):
+    for expert, (rows, part) in enumerate(
+        zip(x.detach().split(counts), grad.split(counts), strict=True)
+    ):
         at = slice(sum(counts[:expert]), sum(counts[: expert + 1]))
         a, w = rows.clone().requires_grad_(), weight[expert].detach().clone().requires_grad_()
         out = recipe.linear(a, w)
@@ -71,7 +82,9 @@ def test_bfloat16_products_equal_those_in_float32_up_to_the_rounding_of_the_outp
 
 
 def test_the_error_of_a_layer_is_that_of_e4m3_and_tiles_confine_outliers():
-    """Relative error of y, dx, dW: 2^-4 / sqrt(3) per operand at worst; measured 3.7e-2 for Gaussian tensors."""
+    """Relative error of y, dx, dW: 2^-4 / sqrt(3) per operand at worst; measured 3.7e-2 for
+    Gaussian tensors.
+    """
     x, weight = torch.randn(512, 256), torch.randn(256, 256)
     y = Emulated()(x, ROW, weight, BLOCK)
     assert 0.03 < relative(y, x.double() @ weight.double().T) < 0.045
@@ -83,7 +96,10 @@ def test_the_error_of_a_layer_is_that_of_e4m3_and_tiles_confine_outliers():
 
 
 def test_a_narrow_accumulator_loses_bits_with_the_length_and_promotion_wins_them_back():
-    a, b = torch.rand(32, 4096), torch.rand(32, 4096)  # positive: the sum grows and swallows its terms
+    a, b = (
+        torch.rand(32, 4096),
+        torch.rand(32, 4096),
+    )  # positive: the sum grows and swallows its terms
     exact = a.double() @ b.double().T
     error = {mode: relative(accumulate(a, b, mode), exact) for mode in ("fp22", "fp22_promote128")}
     assert error["fp22"] > 1e-3

@@ -1,4 +1,6 @@
-"""Quantisation against Transformer Engine's semantics, written out here once more, element by element, in numpy."""
+"""Quantisation against Transformer Engine's semantics, written out here once more, element by
+element, in numpy.
+"""
 
 import itertools
 import math
@@ -10,7 +12,11 @@ import torch
 from dsv3_mtp.precision.quantise import BLOCK, LARGEST, ROW, dequantise, quantise, scales
 
 SHAPES = [(1, 1), (7, 130), (128, 128), (129, 257), (3, 1000), (256, 64)]
-LARGEST_OF = {torch.float32: 3.4028234663852886e38, torch.bfloat16: 3.3895313892515355e38, torch.float16: 65504.0}
+LARGEST_OF = {
+    torch.float32: 3.4028234663852886e38,
+    torch.bfloat16: 3.3895313892515355e38,
+    torch.float16: 65504.0,
+}
 
 
 def samples(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -30,7 +36,9 @@ def samples(kind: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tens
 
 
 def expected(x: torch.Tensor, tile: tuple[int, int], scale: str) -> tuple[np.ndarray, np.ndarray]:
-    """The formulae of the kernel, tile by tile: values in float32, rounding to E4M3 by the list of its 256 numbers."""
+    """The formulae of the kernel, tile by tile: values in float32, rounding to E4M3 by the list of
+    its 256 numbers.
+    """
     rows, columns = (math.ceil(size / edge) for size, edge in zip(x.shape, tile, strict=True))
     wide = x.float().numpy()
     codes, scale_inv = np.zeros(wide.shape, np.float32), np.zeros((rows, columns), np.float32)
@@ -62,7 +70,9 @@ def nearest(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("scale", ["pow2", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_codes_and_scales_are_those_of_the_formulae_bit_for_bit(tile, scale, dtype):
-    for shape, kind in itertools.product(SHAPES, ["normal", "zeros", "outliers", "tiny", "wide", "infinite"]):
+    for shape, kind in itertools.product(
+        SHAPES, ["normal", "zeros", "outliers", "tiny", "wide", "infinite"]
+    ):
         x = samples(kind, shape, dtype)
         codes, scale_inv = quantise(x, tile, scale)
         want_codes, want_scale = expected(x, tile, scale)
@@ -95,7 +105,9 @@ def test_the_error_is_that_of_three_mantissa_bits(tile):
     x = torch.randn(300, 500)
     codes, scale_inv = quantise(x, tile, "fp32")
     error = (dequantise(codes, scale_inv, tile) - x).abs()
-    step = torch.clamp(x.abs() / 16, min=float(scale_inv.max() * 2.0**-10))  # half a step: 2^-4 of the value
+    step = torch.clamp(
+        x.abs() / 16, min=float(scale_inv.max() * 2.0**-10)
+    )  # half a step: 2^-4 of the value
     assert bool((error <= step * 1.0001).all())
 
 
@@ -104,4 +116,6 @@ def test_with_pow2_scales_dequantising_is_exact_in_bfloat16_and_quantising_along
     values = dequantise(*quantise(x, ROW), ROW)
     assert torch.equal(values, dequantise(*quantise(x, ROW), ROW, torch.bfloat16).float())
     blocks = dequantise(*quantise(x, BLOCK), BLOCK)
-    assert torch.equal(blocks.T, dequantise(*quantise(x.T, BLOCK), BLOCK))  # a block's codes serve W and W^T
+    assert torch.equal(
+        blocks.T, dequantise(*quantise(x.T, BLOCK), BLOCK)
+    )  # a block's codes serve W and W^T

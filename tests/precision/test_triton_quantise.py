@@ -1,4 +1,6 @@
-"""The Triton kernel in Triton's interpreter, where Triton is and no GPU; on one tests/gpu/test_quantise.py runs it."""
+"""The Triton kernel in Triton's interpreter, where Triton is and no GPU; on one
+tests/gpu/test_quantise.py runs it.
+"""
 
 import math
 import os
@@ -11,7 +13,9 @@ from dsv3_mtp.precision.quantise import BLOCK, ROW, by_operations
 from tests.precision.test_quantise import SHAPES, samples
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +39,10 @@ def conversions_of_gpus(monkeypatch):
 def same(x, tile, scale):
     from dsv3_mtp.precision import triton_quantise
 
-    (codes, scale_inv), (want, want_scale) = triton_quantise.quantise(x, tile, scale), by_operations(x, tile, scale)
+    (codes, scale_inv), (want, want_scale) = (
+        triton_quantise.quantise(x, tile, scale),
+        by_operations(x, tile, scale),
+    )
     assert codes.shape == want.shape and codes.is_contiguous()
     assert torch.equal(scale_inv, want_scale)
     assert torch.equal(codes.view(torch.uint8), want.contiguous().view(torch.uint8))
@@ -46,7 +53,9 @@ def same(x, tile, scale):
 @pytest.mark.parametrize("scale", ["pow2", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_codes_and_scales_are_those_of_torchs_operations_bit_for_bit(tile, scale, dtype):
-    kinds = [(kind, (7, 130)) for kind in ("normal", "zeros", "outliers", "tiny", "infinite", "nan")]
+    kinds = [
+        (kind, (7, 130)) for kind in ("normal", "zeros", "outliers", "tiny", "infinite", "nan")
+    ]
     for kind, shape in kinds + [("wide", shape) for shape in SHAPES]:
         x = samples(kind, shape, dtype)
         if kind == "nan":

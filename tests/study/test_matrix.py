@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_mtp import schedules
-from dsv3_mtp.config import ConfigError
+from dsv3_mtp.config import ConfigError, schedules
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.study.dryrun import dry_run
@@ -32,7 +31,9 @@ def test_the_matrix_is_every_arm_with_every_seed(tmp_path):
 def test_arms_differ_from_the_base_in_their_own_settings_only(tmp_path):
     loaded = load_toy(tmp_path)
     constant, none = loaded.configs["constant"], loaded.configs["none"]
-    assert constant.model == none.model and constant.optim == none.optim and constant.data == none.data
+    assert (
+        constant.model == none.model and constant.optim == none.optim and constant.data == none.data
+    )
     assert none.mtp.mode == "none" and constant.mtp.loss_weight.value == 0.3
 
 
@@ -89,8 +90,14 @@ def test_what_would_not_be_measured_or_not_be_heeded_is_refused_before_the_runs(
         load_toy(tmp_path, lambda tree: (break_it(tree), tree.update(seeds=[1])))
     for part in (
         "6 problems",
-        "arms.none.set.optim: is a whole section, whose other keys would no longer be the base's; give dotted keys",
-        "primary.metric: no run is measured by it (got 'val/main_los'); did you mean 'val/main_loss'?",
+        (
+            "arms.none.set.optim: is a whole section, whose other "
+            "keys would no longer be the base's; give dotted keys"
+        ),
+        (
+            "primary.metric: no run is measured by it (got "
+            "'val/main_los'); did you mean 'val/main_loss'?"
+        ),
         "metrics[1]: is measured only with acceptance; set that too",
         "metrics[2]: is measured only with solve_threshold",
         "arms.none.set.run: is given by the study",
@@ -105,15 +112,24 @@ def test_what_the_arms_models_and_data_do_not_allow_to_measure_is_refused(tmp_pa
         tree["solve_threshold"] = 0.5
         tree["set"] = {"train.micro_batch_size": 1, "parallel.zero_stage": 1}
         tree["arms"]["step"]["set"]["parallel.pipeline_stages"] = 2
-        tree["arms"]["none"]["set"]["mtp.mode"] = datetime.date(2024, 1, 1)  # what YAML reads 2024-01-01 as
+        tree["arms"]["none"]["set"]["mtp.mode"] = datetime.date(
+            2024, 1, 1
+        )  # what YAML reads 2024-01-01 as
 
     with pytest.raises(ConfigError) as error:
         load_toy(tmp_path, ask)
     for part in (
-        "acceptance: prefix_tokens + new_tokens must be <= model.max_position_embeddings = 16 of arms.step (got 17)",
+        (
+            "acceptance: prefix_tokens + new_tokens must be <= "
+            "model.max_position_embeddings = 16 of arms.step (got 17)"
+        ),
         "solve_threshold: needs a data.task with answers, which arms.constant, step have not",
-        "arms.step: parallel.pipeline_stages: must divide the number of ranks, 1 (got 2)",  # a run is one process
-        "arms.none: mtp.mode: must be one of none, sequential, parallel, parallel_linear (got '2024-01-01')",
+        # a run is one process
+        "arms.step: parallel.pipeline_stages: must divide the number of ranks, 1 (got 2)",
+        (
+            "arms.none: mtp.mode: must be one of none, sequential, "
+            "parallel, parallel_linear (got '2024-01-01')"
+        ),
     ):
         assert part in str(error.value)
 
@@ -149,8 +165,16 @@ def test_shared_prefix_ends_with_the_first_step_whose_schedule_differs(tmp_path)
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("optim.weight_decay", 0.0), ("train.balance_loss_weight", 0.01), ("mtp.detach", "trunk"), ("data.seq_len", 8)]
-    + [("train.micro_batch_size", 2), ("eval.batches", 3)],  # other roundings, other validation windows
+    [
+        ("optim.weight_decay", 0.0),
+        ("train.balance_loss_weight", 0.01),
+        ("mtp.detach", "trunk"),
+        ("data.seq_len", 8),
+    ]
+    + [
+        ("train.micro_batch_size", 2),
+        ("eval.batches", 3),
+    ],  # other roundings, other validation windows
 )
 def test_arms_that_differ_in_more_than_a_schedule_share_nothing(tmp_path, setting, value):
     loaded = load_toy(tmp_path, lambda tree: tree["arms"]["step"]["set"].update({setting: value}))
@@ -169,14 +193,20 @@ def test_matched_flops_give_the_plain_model_more_tokens(tmp_path):
     loaded = load_toy(tmp_path, add)
     runs = {run.arm: run.config for run in expand(loaded, budgets={})}
     one_step = training_flops(runs["none"]) / steps_of(runs["none"])
-    assert training_flops(runs["none_flops"]) == pytest.approx(training_flops(runs["constant"]), abs=one_step / 2)
+    assert training_flops(runs["none_flops"]) == pytest.approx(
+        training_flops(runs["constant"]), abs=one_step / 2
+    )
     size = model_size(DeepseekV3MTP(runs["none"].model, runs["none"].mtp), 16)
     assert training_flops(runs["none"]) == size.flops_per_token * STEPS * 4 * 16
 
 
 def test_a_frozen_trunk_costs_what_the_trainer_counts(tmp_path):
     def freeze(tree):
-        tree["arms"]["step"]["set"] |= {"train.init_from": "x", "train.freeze": "trunk", "mtp.detach": "trunk"}
+        tree["arms"]["step"]["set"] |= {
+            "train.init_from": "x",
+            "train.freeze": "trunk",
+            "mtp.detach": "trunk",
+        }
 
     configs = load_toy(tmp_path, freeze).configs
     model = DeepseekV3MTP(configs["step"].model, configs["step"].mtp)
@@ -190,7 +220,11 @@ def test_an_arm_with_a_measured_time_waits_for_the_measurement(tmp_path):
     arm = {"about": "x", "set": {"mtp.mode": "none"}, "match": match}
     loaded = load_toy(tmp_path, lambda tree: tree["arms"].update(timed=arm))
     assert "timed" not in {run.arm for run in expand(loaded, budgets={})}
-    (timed,) = {run.config.train.total_tokens for run in expand(loaded, budgets={"timed": 640}) if run.arm == "timed"}
+    (timed,) = {
+        run.config.train.total_tokens
+        for run in expand(loaded, budgets={"timed": 640})
+        if run.arm == "timed"
+    }
     assert timed == 640
 
 
@@ -217,4 +251,9 @@ def test_every_shipped_study_is_valid_at_every_scale(path):
 def test_heads_are_compared_under_every_rule_of_fairness():
     study = load_study(ROOT / "configs" / "studies" / "heads.yaml").study
     rules = {comparison.rule for comparison in study.comparisons.values()}
-    assert rules >= {"added parameters", "matched parameters", "matched training FLOPs", "matched CPU time"}
+    assert rules >= {
+        "added parameters",
+        "matched parameters",
+        "matched training FLOPs",
+        "matched CPU time",
+    }

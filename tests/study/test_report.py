@@ -1,4 +1,6 @@
-"""The report says what the results are and no more: made from results written by hand, looked at in a browser."""
+"""The report says what the results are and no more: made from results written by hand, looked at in
+a browser.
+"""
 
 import json
 import re
@@ -29,16 +31,26 @@ START = {
 def five_seeds(tree):
     tree["seeds"] = [1, 2, 3, 4, 5]
     tree["metrics"] = ["acceptance/T1/tokens_per_step"]
-    tree["comparisons"]["drafting"] = {"against": "constant", "arms": ["step"], "rule": "same model"}
+    tree["comparisons"]["drafting"] = {
+        "against": "constant",
+        "arms": ["step"],
+        "rule": "same model",
+    }
 
 
 def write_run(loaded, run, metrics, **more) -> None:
     folder = loaded.study.folder / run.name
     folder.mkdir(parents=True)
-    results = describe(run, settings=settings_of(loaded.study)) | {"status": "finished", "metrics": metrics}
+    results = describe(run, settings=settings_of(loaded.study)) | {
+        "status": "finished",
+        "metrics": metrics,
+    }
     write_results(folder, results | {"seconds_per_token": 1e-3} | more)
     (folder / "manifest.json").write_text(json.dumps({"starts": [START]}))
-    lines = [{"step": n, "tokens": 100 * n, "progress": n / 5, "val/main_loss": 5 - n / 10} for n in range(1, 6)]
+    lines = [
+        {"step": n, "tokens": 100 * n, "progress": n / 5, "val/main_loss": 5 - n / 10}
+        for n in range(1, 6)
+    ]
     lines = [line | {"moe/max_violation": 1.0} for line in lines]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -55,8 +67,14 @@ def write_runs(loaded, losses, *, drafts=1.5) -> None:
             value = losses[run.arm] + NOISE[n] + (JITTER[n] if run.arm != "none" else 0.0)
             metrics = {"val/main_loss": value}
             if run.arm != "none":
-                loss = {"val/mtp_loss/1": value + 0.1, "acceptance/T0/joint/1": 0.5, "acceptance/T1/joint/1": 0.6}
-                metrics |= loss | {f"acceptance/T{t}/tokens_per_step": drafts + NOISE[n] for t in (0, 1)}
+                loss = {
+                    "val/mtp_loss/1": value + 0.1,
+                    "acceptance/T0/joint/1": 0.5,
+                    "acceptance/T1/joint/1": 0.6,
+                }
+                metrics |= loss | {
+                    f"acceptance/T{t}/tokens_per_step": drafts + NOISE[n] for t in (0, 1)
+                }
             write_run(loaded, run, metrics)
 
 
@@ -77,14 +95,20 @@ def report(tmp_path, monkeypatch):
 def test_an_interval_without_zero_is_a_difference_with_its_direction(report):
     text = report({"none": 4.0, "constant": 4.1, "step": 4.1})
     line = next(line for line in text.splitlines() if line.startswith("- Primary"))
-    assert "constant against none" in line and "higher, +0.1006" in line and "which is worse" in line
+    assert (
+        "constant against none" in line and "higher, +0.1006" in line and "which is worse" in line
+    )
     assert "n = 5" in line
 
 
 def test_an_interval_that_covers_zero_is_no_detectable_difference(report):
     text = report({"none": 4.0, "constant": 3.9997, "step": 4.1})
     line = next(line for line in text.splitlines() if line.startswith("- Primary"))
-    assert "no detectable difference" in line and "shown to be within +-0.01" in line and "not shown" not in line
+    assert (
+        "no detectable difference" in line
+        and "shown to be within +-0.01" in line
+        and "not shown" not in line
+    )
 
 
 def test_a_wide_interval_is_not_called_equal(report):
@@ -94,14 +118,20 @@ def test_a_wide_interval_is_not_called_equal(report):
                 shutil.rmtree(loaded.study.folder / run.name)
                 write_run(loaded, run, {"val/main_loss": 4.0 + (run.seed - 3) * 0.1})
 
-    line = next(x for x in report({"none": 4.0, "constant": 4.0}, after=wide).splitlines() if x.startswith("- Primary"))
+    line = next(
+        x
+        for x in report({"none": 4.0, "constant": 4.0}, after=wide).splitlines()
+        if x.startswith("- Primary")
+    )
     assert "no detectable difference" in line and "not shown to be within +-0.01" in line
 
 
 def test_runs_of_other_settings_are_not_reported_as_the_studys(report):
     def change(loaded):
         run = expand(loaded, {})[0]
-        other = run.config.model_copy(update={"optim": run.config.optim.model_copy(update={"lr": 0.5})})
+        other = run.config.model_copy(
+            update={"optim": run.config.optim.model_copy(update={"lr": 0.5})}
+        )
         (loaded.study.folder / run.name / "config.yaml").write_text(other.to_yaml())
 
     with pytest.raises(ValueError, match=r"config\.yaml: optim\.lr is 0\.5, the study says"):
@@ -133,7 +163,9 @@ def test_one_seed_concludes_nothing(report):
 
 @pytest.mark.parametrize("arm", ["constant", "none"])
 def test_diverged_runs_are_listed_and_count_and_missing_ones_are_listed(report, arm):
-    """A run of the arm that is compared against counts against that one, not against its challenger."""
+    """A run of the arm that is compared against counts against that one, not against its
+    challenger.
+    """
 
     def diverge(loaded):
         for run in expand(loaded, {}):
@@ -143,8 +175,13 @@ def test_diverged_runs_are_listed_and_count_and_missing_ones_are_listed(report, 
 
     text = report({"none": 4.0, "constant": 4.1}, after=diverge)
     line = next(line for line in text.splitlines() if line.startswith("- Primary"))
-    assert "n = 4" in line and f"Left out, which counts against their arm: {arm} seed 2 diverged." in line
-    assert f"- {arm} seed 2 diverged" in text and "- step: no result with seed 1, 2, 3, 4, 5" in text
+    assert (
+        "n = 4" in line
+        and f"Left out, which counts against their arm: {arm} seed 2 diverged." in line
+    )
+    assert (
+        f"- {arm} seed 2 diverged" in text and "- step: no result with seed 1, 2, 3, 4, 5" in text
+    )
     assert "9 runs finished of 3 arms x 5 seeds" in text
 
 
@@ -153,12 +190,16 @@ def test_exploratory_effects_are_corrected_together_and_primary_ones_apart(tmp_p
     write_runs(loaded, {"none": 4.0, "constant": 4.1, "step": 4.2})
     table = {arm: {} for arm in loaded.study.arms}
     for run in expand(loaded, {}):
-        table[run.arm][run.seed] = json.loads((loaded.study.folder / run.name / "results.json").read_text())
+        table[run.arm][run.seed] = json.loads(
+            (loaded.study.folder / run.name / "results.json").read_text()
+        )
     effects = effects_of(loaded.study, table)
     primary = [e for e in effects if (e.comparison, e.metric) == ("heads", "val/main_loss")]
     rest = [e for e in effects if e not in primary and e.interval is not None]
     assert len(primary) == 1 and primary[0].adjusted_p == primary[0].p
-    assert len(rest) >= 3 and min(e.adjusted_p for e in rest) == pytest.approx(len(rest) * min(e.p for e in rest))
+    assert len(rest) >= 3 and min(e.adjusted_p for e in rest) == pytest.approx(
+        len(rest) * min(e.p for e in rest)
+    )
     assert "Holm" in verdict(rest[0], margin=None, lost_runs=[]) or rest[0].interval.covers_zero
 
 
@@ -174,7 +215,11 @@ def test_solve_rates_have_exact_intervals_and_fishers_test(report):
     def ask(tree):
         five_seeds(tree)
         tree["primary"]["metric"] = "task/solved"
-        tree["set"] = {"data.task": {"type": "suffix_sum", "terms": 6}, "data.train": None, "data.val": None}
+        tree["set"] = {
+            "data.task": {"type": "suffix_sum", "terms": 6},
+            "data.train": None,
+            "data.val": None,
+        }
         tree["solve_threshold"] = 0.9
 
     text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, ask, after=solve)
@@ -211,7 +256,9 @@ def test_report_has_the_setup_and_what_honesty_asks_for(report):
 
 
 def test_a_cell_of_several_lines_is_one_line_of_its_table():
-    assert to_markdown([Rows(["a", "b"], [["x | y\nz", "1"]])]).splitlines()[-1] == "| x \\| y z | 1 |"
+    assert (
+        to_markdown([Rows(["a", "b"], [["x | y\nz", "1"]])]).splitlines()[-1] == "| x \\| y z | 1 |"
+    )
 
 
 @pytest.mark.parametrize(("metric", "lines"), [("task/solved", 0), ("task/first_sum", 1)])
@@ -220,11 +267,20 @@ def test_no_t_interval_is_drawn_of_a_solve_rate(metric, lines):
     effect = Effect("heads", "a", "b", metric, t_interval([1.0, 1.0, 1.0]), 0.1, 0.1, None, 0, 0.0)
     study: Any = SimpleNamespace(primary=Primary(metric="x", comparison="heads", margin=0.1))
     figure = draw_effects(Data(study, {}, {}, {}, [effect]))
-    assert sum(len(line.get_xdata()) == 2 and line.get_linewidth() == 2 for line in figure.axes[0].lines) == lines
+    assert (
+        sum(
+            len(line.get_xdata()) == 2 and line.get_linewidth() == 2
+            for line in figure.axes[0].lines
+        )
+        == lines
+    )
 
 
 def test_depths_are_whole_numbers_and_what_was_not_measured_has_no_panel():
-    table: Any = {arm: {1: {"status": "finished", "metrics": {"val/mtp_loss/1": 4.0}}} for arm in ("a", "b", "c")}
+    table: Any = {
+        arm: {1: {"status": "finished", "metrics": {"val/mtp_loss/1": 4.0}}}
+        for arm in ("a", "b", "c")
+    }
     figure = draw_depths(Data(SimpleNamespace(arms=table), {}, table, {}, []))  # type: ignore[arg-type]
     assert [ax.get_xticks().tolist() for ax in figure.axes] == [[1]]
 
@@ -232,10 +288,19 @@ def test_depths_are_whole_numbers_and_what_was_not_measured_has_no_panel():
 def test_every_override_is_in_the_report_at_its_full_length(tmp_path, monkeypatch):
     monkeypatch.setattr("dsv3_mtp.study.report.draw_all", lambda *_: [])
     points = {"type": "piecewise", "points": [[n / 20, n / 10] for n in range(20)]}
-    path = write_toy(tmp_path, lambda tree: tree["arms"]["step"]["set"].update({"mtp.loss_weight": points}))
-    sets = ["optim.lr=0.0012345", "optim.weight_decay=0.0123456", "optim.grad_clip=0.5", "train.bias_update_speed=0.01"]
+    path = write_toy(
+        tmp_path, lambda tree: tree["arms"]["step"]["set"].update({"mtp.loss_weight": points})
+    )
+    sets = [
+        "optim.lr=0.0012345",
+        "optim.weight_decay=0.0123456",
+        "optim.grad_clip=0.5",
+        "train.bias_update_speed=0.01",
+    ]
     loaded = load_study(path, sets)
-    write_run(loaded, next(run for run in expand(loaded, {}) if run.arm == "step"), {"val/main_loss": 4.0})
+    write_run(
+        loaded, next(run for run in expand(loaded, {}) if run.arm == "step"), {"val/main_loss": 4.0}
+    )
     text = write_report(loaded).read_text()
     assert all(part in text for part in [*sets, json.dumps(points)])
 
@@ -271,7 +336,9 @@ def test_losses_are_smoothed_with_the_weights_written_out():
         [50, 45, 100 * (0.81 * 3 + 0.09 * 2 + 0.5) / 2 - 100, 50 * last - 100]
     )
     metrics = loss_error_metrics(*sides)
-    assert metrics == pytest.approx({"train/mtp_loss_error/1": 50 * last - 100, "train/mtp_loss_error_max/1": 55.5})
+    assert metrics == pytest.approx(
+        {"train/mtp_loss_error/1": 50 * last - 100, "train/mtp_loss_error_max/1": 55.5}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +351,10 @@ def folder(tmp_path_factory):
     return write_report(loaded).parent
 
 
-PICTURES = {f"{name}.png" for name in ("loss", "effects", "depths", "tradeoff", "lambda", "balance", "solved")}
+PICTURES = {
+    f"{name}.png"
+    for name in ("loss", "effects", "depths", "tradeoff", "lambda", "balance", "solved")
+}
 
 
 def test_pictures_are_drawn_for_the_data_that_there_are(folder):
@@ -307,16 +377,31 @@ addEventListener('load', () => {
 </script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium installed (the package chromium of the distribution)")
+@pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium installed (the package chromium of the distribution)"
+)
 def test_the_page_is_whole_in_a_real_browser(folder, tmp_path):
     page = (folder / "report.html").read_text()
     looked = tmp_path / "looked.html"
     looked.write_text(page.replace("</body>", LOOK + "</body>"))
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    done = subprocess.run([*command, f"file://{looked}"], capture_output=True, text=True, timeout=120)
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        [*command, f"file://{looked}"], capture_output=True, text=True, timeout=120
+    )
     assert "CONSOLE" not in done.stderr
     found = json.loads(re.search(r'data-found="([^"]*)"', done.stdout)[1].replace("&quot;", '"'))
-    assert found["images"] == [True] * len(PICTURES) and len(found["tables"]) >= 3 and all(found["tables"])
+    assert (
+        found["images"] == [True] * len(PICTURES)
+        and len(found["tables"]) >= 3
+        and all(found["tables"])
+    )
     assert not found["wide"] and found["outside"] == 0
 
 

@@ -9,13 +9,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsv3_mtp.loading import newest_checkpoint
-from dsv3_mtp.metrics import MetricsLog, read_metrics
+from dsv3_mtp.report.metrics import MetricsLog, read_metrics
+from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.study.expand import expand
 from dsv3_mtp.study.matrix import load_study
 from dsv3_mtp.study.measure import read_results, write_results
 from dsv3_mtp.study.report import write_report
-from dsv3_mtp.study.run import check_folders, fork, new_budgets, read_budgets, run_study, train_and_measure
+from dsv3_mtp.study.run import (
+    check_folders,
+    fork,
+    new_budgets,
+    read_budgets,
+    run_study,
+    train_and_measure,
+)
 from tests.made_runs import read_newest
 from tests.ranks import run_tool, timeless, touch
 from tests.study.toy import STEPS, load_toy, write_toy
@@ -27,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True, scope="module")
 def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dsv3_mtp.plots.plot_run", touch)
+        patch.setattr("dsv3_mtp.report.plots.plot_run", touch)
         yield
 
 
@@ -41,14 +48,24 @@ def records(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """(study, what was said, names of failed runs): the toy, with an arm that diverges and one that cannot start."""
+    """(study, what was said, names of failed runs): the toy, with an arm that diverges and one that
+    cannot start.
+    """
 
     def add(tree):
         tree["arms"]["wild"] = {"about": "far too fast", "set": {"optim.lr": 1e30}}
         tree["arms"]["absent"] = {"about": "no data", "set": {"data.val": "nowhere"}}
         match = {"arm": "constant", "by": "cpu_time", "pace": "none"}
-        tree["arms"]["timed"] = {"about": "as long as constant", "set": {"mtp.mode": "none"}, "match": match}
-        tree["comparisons"]["speed"] = {"against": "none", "arms": ["wild", "timed"], "rule": "same model"}
+        tree["arms"]["timed"] = {
+            "about": "as long as constant",
+            "set": {"mtp.mode": "none"},
+            "match": match,
+        }
+        tree["comparisons"]["speed"] = {
+            "against": "none",
+            "arms": ["wild", "timed"],
+            "rule": "same model",
+        }
 
     loaded = load_toy(tmp_path_factory.mktemp("toy"), add)
     said: list[str] = []
@@ -60,13 +77,25 @@ def test_each_run_is_an_ordinary_run_folder_with_results(finished):
     loaded, _, _ = finished
     for name in ("constant-seed1", "step-seed2", "none-seed1"):
         folder = loaded.study.folder / name
-        assert {"config.yaml", "manifest.json", "metrics.jsonl", "curves.png", "checkpoints"} <= set(os.listdir(folder))
+        assert {
+            "config.yaml",
+            "manifest.json",
+            "metrics.jsonl",
+            "curves.png",
+            "checkpoints",
+        } <= set(os.listdir(folder))
         results = read_results(folder)
         assert results["status"] == "finished" and results["seconds_per_token"] > 0
         assert results["metrics"]["val/main_loss"] == records(folder)[-1]["val/main_loss"]
     drafts = read_results(loaded.study.folder / "constant-seed1")["metrics"]
-    assert 1 <= drafts["acceptance/T0/tokens_per_step"] <= 2 and 0 <= drafts["acceptance/T1/joint/1"] <= 1
-    assert "acceptance/T0/tokens_per_step" not in read_results(loaded.study.folder / "none-seed1")["metrics"]
+    assert (
+        1 <= drafts["acceptance/T0/tokens_per_step"] <= 2
+        and 0 <= drafts["acceptance/T1/joint/1"] <= 1
+    )
+    assert (
+        "acceptance/T0/tokens_per_step"
+        not in read_results(loaded.study.folder / "none-seed1")["metrics"]
+    )
 
 
 def test_a_forked_run_equals_the_same_run_from_the_start_bitwise(finished, tmp_path):
@@ -77,7 +106,9 @@ def test_a_forked_run_equals_the_same_run_from_the_start_bitwise(finished, tmp_p
 
     def alone(tree):
         tree["arms"] = {"step": tree["arms"]["step"], "none": tree["arms"]["none"]}
-        tree["comparisons"] = {"heads": {"against": "none", "arms": ["step"], "rule": "added parameters"}}
+        tree["comparisons"] = {
+            "heads": {"against": "none", "arms": ["step"], "rule": "added parameters"}
+        }
 
     whole = load_toy(tmp_path, alone)
     run_study(whole, only=lambda run: run.name == "step-seed1", jobs=1, say=lambda text: None)
@@ -88,13 +119,18 @@ def test_a_forked_run_equals_the_same_run_from_the_start_bitwise(finished, tmp_p
         newest = newest_checkpoint(run / "checkpoints")
         assert newest is not None and newest.name == f"global_step{STEPS}"
     expected, got = read_newest(folder), read_newest(forked)
-    assert expected.keys() == got.keys() and all(torch.equal(value, got[key]) for key, value in expected.items())
+    assert expected.keys() == got.keys() and all(
+        torch.equal(value, got[key]) for key, value in expected.items()
+    )
     assert read_results(folder)["metrics"] == read_results(forked)["metrics"]
 
 
 def test_a_parents_checkpoints_are_deleted_once_its_children_are_done(finished):
     loaded, _, _ = finished
-    names = [path.name for path in (loaded.study.folder / "constant-seed1" / "checkpoints").glob("global_step*")]
+    names = [
+        path.name
+        for path in (loaded.study.folder / "constant-seed1" / "checkpoints").glob("global_step*")
+    ]
     assert names == [f"global_step{STEPS}"]
 
 
@@ -118,7 +154,9 @@ def test_the_arm_with_anothers_time_gets_its_tokens_from_the_measurement(finishe
 
     step = 4 * 16
     assert tokens % step == 0
-    assert tokens == pytest.approx(STEPS * step * seconds("constant") / seconds("none"), abs=step / 2)
+    assert tokens == pytest.approx(
+        STEPS * step * seconds("constant") / seconds("none"), abs=step / 2
+    )
     assert read_results(loaded.study.folder / "timed-seed1")["tokens"] == tokens
 
 
@@ -143,12 +181,16 @@ def test_a_seed_that_diverged_does_not_hold_up_the_arm_with_anothers_time(tmp_pa
 
 
 def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path, monkeypatch):
-    """Interrupted, then killed while it was measured: the last start trains nothing, and takes a second."""
+    """Interrupted, then killed while it was measured: the last start trains nothing, and takes a
+    second.
+    """
     loaded = load_toy(tmp_path)
     run = next(run for run in expand(loaded, {}) if run.arm == "none")
     folder = loaded.study.folder / run.name
     folder.mkdir(parents=True)
-    starts = iter([(0, 192, 6.0), (192, 512, 10.0), (512, 512, 1.0)])  # tokens before and after, seconds
+    starts = iter(
+        [(0, 192, 6.0), (192, 512, 10.0), (512, 512, 1.0)]
+    )  # tokens before and after, seconds
 
     class Start(SimpleNamespace):
         def __init__(self, config, *, command):
@@ -178,7 +220,10 @@ def test_a_forked_run_of_another_length_has_its_own_progress(tmp_path):
         record = {"step": step, "tokens": 10 * step, "progress": step / 4}
         MetricsLog(parent / "metrics.jsonl").append(record)
     fork(parent, child, 2, total_tokens=80)
-    assert [(r["step"], r["progress"]) for r in read_metrics(child / "metrics.jsonl")] == [(1, 0.125), (2, 0.25)]
+    assert [(r["step"], r["progress"]) for r in read_metrics(child / "metrics.jsonl")] == [
+        (1, 0.125),
+        (2, 0.25),
+    ]
 
 
 def test_a_finished_study_is_not_run_again(finished):
@@ -187,18 +232,24 @@ def test_a_finished_study_is_not_run_again(finished):
     said: list[str] = []
     run_study(loaded, only=lambda run: run.arm != "absent", jobs=2, say=said.append)
     assert said == []
-    assert {path: path.stat().st_mtime_ns for path in loaded.study.folder.glob("*/results.json")} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in loaded.study.folder.glob("*/results.json")
+    } == before
 
 
 def test_choosing_no_run_is_an_error_that_names_the_arms(finished):
     loaded, _, _ = finished
-    with pytest.raises(ValueError, match=r"--only: none of the runs .* constant, step, none, wild, absent, timed"):
+    with pytest.raises(
+        ValueError, match=r"--only: none of the runs .* constant, step, none, wild, absent, timed"
+    ):
         run_study(loaded, only=lambda run: False, jobs=1)
 
 
 def test_run_folders_of_other_settings_are_refused(finished):
     loaded, _, _ = finished
-    other = load_study(loaded.path, ["optim.grad_clip=0.5", "eval.batches=3"])  # the second: other windows
+    other = load_study(
+        loaded.path, ["optim.grad_clip=0.5", "eval.batches=3"]
+    )  # the second: other windows
     with pytest.raises(ValueError, match="other settings") as error:
         check_folders(other.study, expand(other, {}))
     assert "optim.grad_clip is 1.0, the study says 0.5" in str(error.value)
@@ -222,7 +273,10 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
             os._exit(1)
     metrics = folder / "constant-seed1" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+    while (
+        not (metrics.exists() and metrics.read_text().count("\n") >= 3)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -237,12 +291,16 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
             time.sleep(0.1)
     assert read_results(folder / "constant-seed1")["status"] == "finished"
     assert (folder / "none-seed1" / "results.json").stat().st_mtime_ns == first
-    assert [r["step"] for r in records(folder / "constant-seed1") if "train/loss" in r] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records(folder / "constant-seed1") if "train/loss" in r] == list(
+        range(1, STEPS + 1)
+    )
 
 
 def test_the_tool_reports_a_wrong_file_without_a_traceback(tmp_path):
     path = write_toy(tmp_path, lambda tree: tree.update(seeds=[]))
-    code, output = run_tool(ROOT / "tools" / "study.py", "--study", str(path), "--dry-run", log=tmp_path / "log")
+    code, output = run_tool(
+        ROOT / "tools" / "study.py", "--study", str(path), "--dry-run", log=tmp_path / "log"
+    )
     assert code == 2 and "Traceback" not in output and "seeds" in output and str(path) in output
 
 

@@ -1,4 +1,6 @@
-"""The statistics against closed forms, tables and scipy's own routes, and their coverage by simulation."""
+"""The statistics against closed forms, tables and scipy's own routes, and their coverage by
+simulation.
+"""
 
 import math
 
@@ -80,7 +82,9 @@ def test_exact_interval_is_clopper_and_pearsons():
 
 def test_fishers_exact_p_of_solve_rates():
     # 3 of 4 against 0 of 3: both tables at least as extreme, by counting
-    assert fisher((3, 4), (0, 3)) == pytest.approx((math.comb(4, 3) + 1) / math.comb(7, 3), rel=1e-9)
+    assert fisher((3, 4), (0, 3)) == pytest.approx(
+        (math.comb(4, 3) + 1) / math.comb(7, 3), rel=1e-9
+    )
     assert fisher((2, 5), (2, 5)) == 1.0
 
 

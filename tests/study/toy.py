@@ -39,8 +39,18 @@ TOY: dict[str, Any] = {
 def write_toy(folder: Path, change=lambda tree: None) -> Path:
     """study.yaml, its base and its data in `folder`; `change` edits the study's tree first."""
     data = write_markov(folder / "data" / "markov", tokens=3000, documents=40)
-    base = {"data.train": data, "data.val": data, "train.total_tokens": STEPS * 4 * 16, "train.dtype": "float32"}
-    base |= {"checkpoint.every": 2, "checkpoint.keep": 1, "eval.batches": 1, "parallel.zero_stage": 0}
+    base = {
+        "data.train": data,
+        "data.val": data,
+        "train.total_tokens": STEPS * 4 * 16,
+        "train.dtype": "float32",
+    }
+    base |= {
+        "checkpoint.every": 2,
+        "checkpoint.keep": 1,
+        "eval.batches": 1,
+        "parallel.zero_stage": 0,
+    }
     (folder / "base.yaml").write_text(tiny(base).to_yaml())
     tree = copy.deepcopy(TOY)
     tree["run"]["dir"] = str(folder / "runs")

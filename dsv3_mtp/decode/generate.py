@@ -1,0 +1,348 @@
+"""Generation: plain and self-speculative, greedy and sampled, one prompt or a batch of different
+lengths.
+
+    tokens = generate(model, [prompt_ids], Settings(max_new_tokens=64, draft_depth=2)).tokens[0]
+
+One speculative step (any heads): K drafts -> one trunk forward on the last token and the drafts ->
+the longest prefix that stands, plus one token of the main model. Plain decoding is the same step
+with K = 0. The output is what the main model says: greedy is equal token for token, samples have
+the same distribution. Rejected drafts need no clean-up, the next step writes over their slots.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dsv3_mtp.decode.cache import Slots, span
+from dsv3_mtp.decode.decoder import Decoder
+from dsv3_mtp.decode.draft import KINDS, Drafter, draft_limit
+from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+
+PREFILL_CHUNK = 128  # slots per forward of a prompt: bounds memory, whatever its length
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate. `draft_depth` 0 is plain decoding; parallel heads draft D tokens at most,
+    whatever it says.
+
+    Temperature 0 is greedy.
+    """
+
+    max_new_tokens: int = 128
+    draft_depth: int = 0
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+    seed: int = 0
+    prefill_chunk: int = PREFILL_CHUNK
+    compile: bool = (
+        False  # torch.compile of decoding and drafting steps: a minute or more once, then faster
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.max_new_tokens < 1:
+            yield f"max_new_tokens must be >= 1 (got {self.max_new_tokens})"
+        if self.draft_depth < 0:
+            yield f"draft_depth must be >= 0 (got {self.draft_depth})"
+        if not (self.temperature == 0 or self.temperature >= 1e-3):
+            yield f"temperature must be 0, which is greedy, or >= 0.001 (got {self.temperature})"
+        if self.top_k is not None and self.top_k < 1:
+            yield f"top_k must be >= 1 (got {self.top_k})"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p must be in (0, 1] (got {self.top_p})"
+        if not 0 <= self.seed < 2**63:
+            yield f"seed must be >= 0 and < 2^63 (got {self.seed})"
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
+            yield "top_k and top_p have no effect at temperature 0; set a temperature or drop them"
+        if self.prefill_chunk < 1:
+            yield f"prefill_chunk must be >= 1 (got {self.prefill_chunk})"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one row got from one trunk forward."""
+
+    row: int
+    tokens: list[int]  # new tokens, at least one; a stop token is the last one
+    accepted: int  # the first `accepted` of them were drafts
+    # drafts that were put to the test: behind a stop token or the limit there is nothing to test
+    drafted: int
+    done: bool
+
+
+@dataclass
+class Acceptance:
+    """Counts over decode steps, by draft position 1..K."""
+
+    tried: list[int] = field(default_factory=list)  # steps in which position k was put to the test
+    kept: list[int] = field(default_factory=list)  # ... and drafts 1..k all stood
+    reached: list[int] = field(default_factory=list)  # ... and drafts 1..k-1 all stood
+    steps: int = 0  # trunk forwards per row, without the prefill
+    tokens: int = 0  # tokens from them
+
+    def add(self, step: Step) -> None:
+        while len(self.tried) < step.drafted:
+            for counts in (self.tried, self.kept, self.reached):
+                counts.append(0)
+        for k in range(step.drafted):
+            self.tried[k] += 1
+            self.reached[k] += step.accepted >= k
+            self.kept[k] += step.accepted > k
+        self.steps += 1
+        self.tokens += len(step.tokens)
+
+    @property
+    def joint(self) -> list[float]:
+        """P(drafts 1..k all accepted) for k = 1..K."""
+        return [kept / max(tried, 1) for kept, tried in zip(self.kept, self.tried, strict=True)]
+
+    @property
+    def conditional(self) -> list[float]:
+        """P(draft k accepted | drafts 1..k-1 accepted)."""
+        return [
+            kept / max(reached, 1) for kept, reached in zip(self.kept, self.reached, strict=True)
+        ]
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1 + accepted, the convention of FastMTP, Nemotron and Meta's tables."""
+        return self.tokens / max(self.steps, 1)
+
+
+@dataclass
+class Generation:
+    """Result of `generate`."""
+
+    tokens: list[list[int]]  # new tokens of each prompt
+    acceptance: Acceptance
+
+    @property
+    def distinct(self) -> float:
+        """Share of distinct tokens in a text, mean over the texts: one that repeats itself accepts
+        every draft.
+        """
+        return sum(len(set(row)) / len(row) for row in self.tokens) / len(self.tokens)
+
+    def add(self, step: Step) -> None:
+        if self.tokens[step.row]:  # the first token of a row comes from its prefill
+            self.acceptance.add(step)
+        self.tokens[step.row] += step.tokens
+
+
+def generate(
+    model: DeepseekV3MTP, prompts: Sequence[Sequence[int]], settings: Settings | None = None
+) -> Generation:
+    """New tokens of each prompt. Raises what `stream` raises."""
+    result = Generation([[] for _ in prompts], Acceptance())
+    for step in stream(model, prompts, settings):
+        result.add(step)
+    return result
+
+
+def stream(
+    model: DeepseekV3MTP, prompts: Sequence[Sequence[int]], settings: Settings | None = None
+) -> Iterator[Step]:
+    """Yields each row's new tokens as they are decided; rows end at a stop token, max_new_tokens or
+    the context limit.
+
+    Args:
+        prompts: token ids, B prompts of any lengths >= 1.
+
+    Raises:
+        ValueError: a setting or prompt that cannot be used, one sentence for each.
+    """
+    settings = settings or Settings()
+    problems = [*settings.problems(), *prompt_problems(model, prompts)]
+    if settings.draft_depth and not model.depths:
+        problems.append(
+            "the model has no MTP heads to draft with (mtp.mode: none); decode without speculation"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+    return _stream(model, [list(prompt) for prompt in prompts], settings)
+
+
+def prompt_problems(model: DeepseekV3MTP, prompts: Sequence[Sequence[int]]) -> Iterator[str]:
+    """What is wrong with prompts, one sentence each."""
+    limit, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    if not prompts:
+        yield "no prompt was given"
+    for number, prompt in enumerate(prompts, start=1):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {number}"
+        if not prompt:
+            yield f"{name} is empty: at least one token is needed to predict the next one"
+        elif len(prompt) >= limit:
+            room = (
+                f"max_position_embeddings = {limit} leaves "
+                f"room for at most {limit - 1} and one new token"
+            )
+            yield f"{name} has {len(prompt)} tokens, but {room}"
+        if unknown := sorted({token for token in prompt if not 0 <= token < vocab}):
+            yield (
+                f"{name} has token ids outside the vocabulary "
+                f"of {vocab}: {', '.join(map(str, unknown[:5]))}"
+            )
+
+
+class _Batch:
+    """Rows in decoding: their tokens, the trunk's cache, the drafter. Grows by `join`, shrinks by
+    `keep`.
+    """
+
+    def __init__(
+        self, decoder: Decoder, slots: Slots, prompts: list[list[int]], settings: Settings
+    ):
+        """prompts: of one length."""
+        self.decoder, self.slots, model = decoder, slots, decoder.model
+        depth = draft_limit(model, settings.draft_depth)
+        self.chunk = max(
+            settings.prefill_chunk, depth + 2
+        )  # drafters take shorter forwards for decoding steps
+        self.drafter: Drafter | None = None
+        if depth:
+            kind = KINDS[model.mtp_config.mode]
+            self.drafter = kind(decoder, slots, rows=len(prompts), depth=depth, chunk=self.chunk)
+        self.caches = slots.caches(
+            model.config.num_hidden_layers, len(prompts)
+        )  # (B, S, R+P) per layer
+        self.ids = torch.zeros(
+            len(prompts), slots.slots + 2 * (depth + 1), dtype=torch.long, device=slots.device
+        )
+        self.ids[:, : len(prompts[0])] = torch.tensor(prompts)
+        self.last = [len(prompts[0]) - 1] * len(prompts)  # m: index of each row's last known token
+
+    def prefill(self, sampler: Sampler) -> list[int]:
+        """Runs the prompts, chunk by chunk; the first new token of each row."""
+        rows, length = len(self.last), self.last[0] + 1
+        for start in range(0, length, self.chunk):
+            states = self._forward([start] * rows, min(self.chunk, length - start))
+            if self.drafter is not None:
+                self.drafter.observe(states, [start] * rows, self.ids, length)
+        final = states.post_norm.unflatten(0, (rows, -1))[:, -1]  # (B, C)
+        return sampler.draw(self.decoder.logits(final))[0].tolist()
+
+    def step(self, count: int, sampler: Sampler) -> tuple[list[int], list[list[int]]]:
+        """Drafts and verifies: how many of `count` drafts stand in each row, and these drafts plus
+        the next token.
+        """
+        drafts, probability = self.ids[:, :0], None
+        if count and self.drafter is not None:
+            drafts, probability = self.drafter.draft(self.ids, self.last, count, sampler)
+        states = self._forward(self.last, 1 + count)
+        if self.drafter is not None:
+            self.drafter.observe(states, self.last, self.ids)
+        logits = self.decoder.logits(states.post_norm).view(len(self.last), 1 + count, -1)
+        accepted, following = sampler.verify(logits, drafts, probability)
+        new = torch.cat(
+            [drafts, following[:, None], accepted[:, None]], dim=1
+        ).tolist()  # one transfer per step
+        return [row[-1] for row in new], [row[: row[-1]] + [row[-2]] for row in new]
+
+    def append(self, new: list[list[int]]) -> None:
+        """Makes the given tokens of each row known."""
+        for row, tokens in enumerate(new):
+            start = self.last[row] + 1
+            self.ids[row, start : start + len(tokens)] = torch.tensor(tokens)
+            self.last[row] += len(tokens)
+
+    def join(self, others: "list[_Batch]") -> None:
+        if not others:
+            return
+        self.caches = [
+            torch.cat(same)
+            for same in zip(self.caches, *(other.caches for other in others), strict=True)
+        ]
+        self.ids = torch.cat([self.ids, *(other.ids for other in others)])
+        self.last += [m for other in others for m in other.last]
+        if self.drafter is not None:
+            self.drafter.join([other.drafter for other in others if other.drafter is not None])
+
+    def keep(self, rows: list[int]) -> None:
+        if len(rows) == len(self.last):
+            return
+        self.caches = [cache[rows] for cache in self.caches]
+        self.ids, self.last = self.ids[rows], [self.last[row] for row in rows]
+        if self.drafter is not None:
+            self.drafter.keep(rows)
+
+    def _forward(self, starts: list[int], length: int):
+        """The trunk on slots starts[b]..starts[b]+length-1 of each row."""
+        window = self.slots.window(starts, length)
+        return self.decoder.trunk(span(self.ids, starts, length), self.caches, window)
+
+
+def _cut(
+    row: int, tokens: list[int], *, accepted: int, drafted: int, room: int, stops: frozenset[int]
+) -> Step:
+    """A row's step: its tokens up to a stop token and to the `room` that is left, and the counts
+    that this leaves.
+    """
+    tokens, drafted = tokens[:room], min(drafted, room - 1)
+    stop = next((number for number, token in enumerate(tokens, start=1) if token in stops), None)
+    if stop is not None:
+        tokens, drafted = tokens[:stop], min(drafted, stop)
+    done = stop is not None or len(tokens) == room
+    return Step(row, tokens, min(accepted, drafted, len(tokens)), drafted, done)
+
+
+@torch.inference_mode()
+def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) -> Iterator[Step]:
+    limit = min(
+        model.config.max_position_embeddings, max(map(len, prompts)) + settings.max_new_tokens
+    )
+    depth = draft_limit(model, settings.draft_depth)
+    slots = Slots(
+        model, limit + 2 * (depth + 1)
+    )  # windows of ragged rows reach past the last slot that is used
+    decoder = Decoder(model, compile_up_to=depth + 1 if settings.compile else 0)
+    generator = torch.Generator(slots.device).manual_seed(settings.seed)
+    sampler = Sampler(settings.temperature, settings.top_k, settings.top_p, generator)
+    ends = [
+        min(model.config.max_position_embeddings, len(prompt) + settings.max_new_tokens)
+        for prompt in prompts
+    ]
+    stops = frozenset(settings.stop_tokens)
+    by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(row)
+    batches, rows = [], []  # rows: the prompt's number of each row that goes on
+    for numbers in by_length.values():
+        batch = _Batch(decoder, slots, [prompts[row] for row in numbers], settings)
+        first = batch.prefill(sampler)
+        batch.append([[token] for token in first])
+        steps = [
+            _cut(
+                row, [token], accepted=0, drafted=0, room=ends[row] - len(prompts[row]), stops=stops
+            )
+            for row, token in zip(numbers, first, strict=True)
+        ]
+        yield from steps
+        if going := [i for i, step in enumerate(steps) if not step.done]:
+            batch.keep(going)
+            batches.append(batch)
+            rows += [numbers[i] for i in going]
+    if not rows:
+        return
+    batch = batches[0]
+    batch.join(batches[1:])
+    del batches
+    while rows:
+        room = [
+            ends[row] - 1 - m for row, m in zip(rows, batch.last, strict=True)
+        ]  # tokens that still fit, >= 1
+        count = min(depth, max(room) - 1)
+        accepted, new = batch.step(count, sampler)
+        steps = [
+            _cut(row, new[i], accepted=accepted[i], drafted=count, room=room[i], stops=stops)
+            for i, row in enumerate(rows)
+        ]
+        batch.append([step.tokens for step in steps])
+        going = [i for i, step in enumerate(steps) if not step.done]
+        rows = [rows[i] for i in going]
+        if rows:
+            batch.keep(going)
+        yield from steps

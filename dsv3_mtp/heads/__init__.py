@@ -1,0 +1,1 @@
+"""The extra prediction heads."""

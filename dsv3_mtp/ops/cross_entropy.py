@@ -1,0 +1,111 @@
+"""Cross-entropy of all 1+D heads without ever holding the logits.
+
+Shapes: M rows (tokens of any number of heads), C hidden_size, V vocab.
+"""
+
+import torch
+from torch import Tensor
+
+from dsv3_mtp.ops import fused, kernels
+
+CHUNK_ELEMENTS = (
+    2**24
+)  # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
+CHUNKS_ON_GPU = (
+    8  # that many at a time, of 2 bytes each: its products want more than a few hundred rows
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are computed in forward, chunk by chunk, so that each chunk's logits live only
+    once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor):
+        elements = CHUNK_ELEMENTS * (CHUNKS_ON_GPU if hidden.is_cuda else 1)
+        rows = max(1, elements // weight.shape[0])
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        targets, row_weight = targets.contiguous(), row_weight.to(wide).contiguous()
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (M, C)
+        grad_weight = (
+            torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        )  # (V, C)
+        nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)  # (M,)
+        prediction = torch.empty_like(targets)  # (M,)
+        for start in range(0, hidden.shape[0], rows):
+            chunk = slice(start, start + rows)
+            logits = hidden[chunk] @ weight.T  # (rows, V)
+            grad_logits, nll[chunk], prediction[chunk] = _cross_entropy(
+                logits, targets[chunk], row_weight[chunk]
+            )
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                if grad_weight.dtype == hidden.dtype:
+                    grad_weight.addmm_(grad_logits.T, hidden[chunk])
+                else:
+                    grad_weight.add_(grad_logits.T @ hidden[chunk])
+            del logits, grad_logits  # or two chunks are held while the next is made
+        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.mark_non_differentiable(nll, prediction)
+        return torch.dot(nll, row_weight), nll, prediction
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, _nll, _prediction):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_cross_entropy: its gradients were used up by the first backward"
+            )
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None  # they are scaled in place below
+        for gradient in (grad_hidden, grad_weight):
+            if gradient is not None:
+                gradient.mul_(grad_loss)
+        return grad_hidden, grad_weight, None, None
+
+
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, row_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d loss / d logits = row_weight * (softmax - onehot), nll and prediction of each row. `logits`
+    are used up.
+    """
+    if fused.usable(logits):
+        return logits, *fused.kernels.cross_entropy_(logits, targets, row_weight)
+    if kernels.usable(logits):
+        return logits, *kernels.cross_entropy_(logits, targets, row_weight)
+    dtype, logits = logits.dtype, logits.to(row_weight.dtype)
+    prediction = logits.argmax(-1)
+    logits.sub_(logits.logsumexp(-1, keepdim=True))  # now log-probabilities
+    nll = -logits.gather(1, targets[:, None]).squeeze(1)
+    logits.exp_().scatter_add_(
+        1, targets[:, None], logits.new_full((), -1.0).expand(logits.shape[0], 1)
+    )
+    logits.mul_(row_weight[:, None])
+    return logits.to(dtype), nll, prediction
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax cross-entropy of `hidden @ weight.T` with one weight per row (V3 eq. 24-25: 1/n for
+    the main head, lambda w_k / (D n_k) for depth k, 0 for a slot that has no valid target).
+
+    Args:
+        hidden: (M, C) normed hidden states of one or several heads, concatenated.
+        weight: (V, C) output head, the same Parameter for all rows.
+        targets: (M,) int64 in [0, V).
+        row_weight: (M,) any float.
+
+    Returns:
+        loss: scalar `sum(row_weight * nll)`, differentiable in `hidden` and `weight`, once.
+        nll: (M,) float32 (float64 for float64 input), no gradient.
+        prediction: (M,) int64 argmax of the logits.
+
+    Peak extra memory is one chunk of logits plus the two gradients, independent of M and of the
+    number of depths.
+    """
+    if not torch.is_grad_enabled():  # or forward would compute the gradients all the same
+        hidden, weight = hidden.detach(), weight.detach()
+    return _LinearCrossEntropy.apply(hidden, weight, targets, row_weight)

@@ -1,0 +1,286 @@
+"""The routed experts of one layer: sort by expert, products of each expert, weigh, and back to the
+tokens.
+
+One autograd function with its own backward, so that no step of it keeps more than it needs or
+scatters gradients. The gates weigh the hidden layer, F numbers per row, which is the same as
+weighing the output, C numbers. For FP8 products, which have a backward of their own, the other
+steps are there one by one too. Shapes: rows = N*K token-expert pairs, sorted by expert (plus
+padding, see `Layout`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3_mtp.ops import fused, kernels
+
+# rows of an expert under oneDNN, which compiles a kernel per shape: 0.5 ms for each count not seen
+# yet
+MULTIPLE = 64
+
+
+class Layout(NamedTuple):
+    """Where each token-expert pair sits among the sorted rows."""
+
+    source: Tensor  # (rows,) int64: the token of each row; 0 for padding
+    slots: Tensor  # (N, K) int64: the row of each pair
+    # (rows,): the gate of each row; 0 for padding, which therefore neither adds nor learns
+    gates: Tensor
+    counts: Tensor  # (E,) int64: rows of each expert
+
+
+def padding(x: Tensor) -> int:
+    """What each expert's rows are padded to a multiple of."""
+    by_onednn = x.dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest"
+    return MULTIPLE if x.device.type == "cpu" and by_onednn else 1
+
+
+def sort_by_expert(
+    chosen: Tensor, gates: Tensor, counts: Tensor, multiple: int, padded_rows: int | None = None
+) -> Layout:
+    """chosen, gates: (N, K), counts: (E,). `padded_rows` of all experts, where the caller knows it:
+    nobody waits.
+    """
+    order = chosen.flatten().argsort(stable=True)  # (N*K,) pairs grouped by expert
+    place, rows = torch.arange(order.numel(), device=order.device), order.numel()
+    if multiple > 1:
+        padded = (counts + multiple - 1) // multiple * multiple
+        shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)  # (E,)
+        place = place + shift[chosen.flatten()[order]]
+        counts, rows = padded, int(padded.sum()) if padded_rows is None else padded_rows
+    source = order.new_zeros(rows).index_copy_(0, place, order // chosen.shape[1])
+    row_gates = gates.new_zeros(rows).index_copy_(0, place, gates.flatten()[order])
+    return Layout(
+        source,
+        torch.empty_like(order).index_copy_(0, order, place).view_as(chosen),
+        row_gates,
+        counts,
+    )
+
+
+class _Routed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor
+    ):
+        layout = sort_by_expert(chosen, gates.to(x.dtype), counts, padding(x))
+        rows = layout.counts if grouped_kernel(x, gate_up, down) else layout.counts.tolist()
+        inner = grouped(x.index_select(0, layout.source), gate_up, rows)  # (rows, 2F)
+        out = grouped(swiglu(inner, layout.gates), down, rows)  # (rows, C)
+        ctx.save_for_backward(x, gate_up, down, inner, layout.source, layout.slots, layout.gates)
+        ctx.rows, ctx.gates_dtype = rows, gates.dtype
+        return combine(out, layout.slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, gate_up, down, inner, source, slots, row_gates = ctx.saved_tensors
+        grad_out = grad.index_select(0, source)  # (rows, C), as if no gate came after it
+        grad_hidden = grouped_input_grad(grad_out, down, ctx.rows)
+        grad_inner, grad_gates, hidden = swiglu_backward(grad_hidden, inner, row_gates)
+        grad_down = (
+            grouped_weight_grad(grad_out, hidden, ctx.rows) if ctx.needs_input_grad[3] else None
+        )
+        rows = torch.index_select(x, 0, source, out=grad_out)  # gathered again rather than kept
+        grad_gate_up = (
+            grouped_weight_grad(grad_inner, rows, ctx.rows) if ctx.needs_input_grad[2] else None
+        )
+        grad_x = combine(grouped_input_grad(grad_inner, gate_up, ctx.rows), slots)
+        return grad_x, grad_gates[slots].to(ctx.gates_dtype), grad_gate_up, grad_down, None, None
+
+
+class _RoutedByKernel(torch.autograd.Function):
+    """The same on a CPU, in C: the rows of an expert never leave the cache between its products."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor
+    ):
+        layout = sort_by_expert(chosen, gates.float(), counts, 1)
+        rows = kernels.Rows(layout.source, F.pad(counts.cumsum(0), (1, 0)), layout.gates)
+        out, inner = kernels.experts(x, gate_up, down, rows)
+        ctx.save_for_backward(x, gate_up, down, inner, layout.slots, *rows)
+        ctx.gates_dtype = gates.dtype
+        return kernels.sum_rows(out, layout.slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, gate_up, down, inner, slots, *rows = ctx.saved_tensors
+        inputs = (grad.contiguous(), x, gate_up, down, inner, kernels.Rows(*rows))
+        grad_rows, grad_gates, *grads = kernels.experts_backward(*inputs, ctx.needs_input_grad[2:4])
+        return (
+            kernels.sum_rows(grad_rows, slots),
+            grad_gates[slots].to(ctx.gates_dtype),
+            *grads,
+            None,
+            None,
+        )
+
+
+def routed(
+    x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor
+) -> Tensor:
+    """Sum over the K chosen experts of gate * down(silu(gate_proj(x)) * up_proj(x)).
+
+    Args:
+        x: (N, C); chosen, gates: (N, K); counts: (E,) int64, how many pairs chose each expert.
+        gate_up: (E, 2F, C), gate rows first; down: (E, C, F).
+    Returns:
+        (N, C)
+    """
+    function = _RoutedByKernel if kernels.experts_usable(x, gate_up, down) else _Routed
+    return function.apply(x.contiguous(), gates, gate_up, down, chosen, counts)
+
+
+# --- the products -----------------------------------------------------------------------------------------------
+# `rows`: rows of each expert, an int64 tensor (E,) where one kernel does all experts, else a list
+# of E numbers.
+
+
+def grouped_kernel(x: Tensor, *weights: Tensor) -> bool:
+    """Whether F.grouped_mm does it, for which the host never waits: bfloat16 on a GPU, rows of
+    whole 16 bytes.
+
+    And matrices that begin at such: under ZeRO all lie in one buffer, where one of odd sides shifts
+        the next.
+    """
+    numbers = [
+        number for weight in weights for number in (*weight.shape[1:], weight.storage_offset())
+    ]
+    return (
+        x.device.type == "cuda"
+        and x.dtype == torch.bfloat16
+        and all(number % 8 == 0 for number in numbers)
+    )
+
+
+def grouped(x: Tensor, weight: Tensor, rows: list[int] | Tensor) -> Tensor:
+    """Rows of expert e times weight[e].T. x: (rows, in), weight: (E, out, in) -> (rows, out)."""
+    if isinstance(rows, Tensor):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.cumsum(0, dtype=torch.int32))
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    for part, matrix, target in zip(x.split(rows), weight, out.split(rows), strict=True):
+        torch.mm(part, matrix.T, out=target)
+    return out
+
+
+def grouped_input_grad(grad: Tensor, weight: Tensor, rows: list[int] | Tensor) -> Tensor:
+    """Rows of expert e times weight[e]. grad: (rows, out), weight: (E, out, in) -> (rows, in)."""
+    return grouped(grad, weight.transpose(1, 2), rows)
+
+
+def grouped_weight_grad(grad: Tensor, x: Tensor, rows: list[int] | Tensor) -> Tensor:
+    """Of each expert grad.T @ x over its rows, zero where it has none. (rows, out), (rows, in) ->
+    (E, out, in).
+    """
+    if isinstance(rows, Tensor):
+        return F.grouped_mm(grad.T, x, offs=rows.cumsum(0, dtype=torch.int32))
+    out = x.new_empty(len(rows), grad.shape[1], x.shape[1])
+    for left, right, target in zip(grad.split(rows), x.split(rows), out, strict=True):
+        torch.mm(left.T, right, out=target)
+    return out
+
+
+def combine(rows: Tensor, slots: Tensor) -> Tensor:
+    """Sum of the K rows of each token. rows: (rows, C), slots: (N, K) -> (N, C)."""
+    if fused.usable(rows):
+        return fused.kernels.gather_sum(rows, slots)
+    return F.embedding_bag(slots, rows, mode="sum")
+
+
+# --- the other steps one by one ---------------------------------------------------------------------------------
+
+
+def to_experts(x: Tensor, layout: Layout) -> Tensor:
+    """The rows of the experts from those of the tokens, (N, C) -> (rows, C). Padding is zeros:
+    FP8's tiles see it.
+    """
+    return _ToExperts.apply(x, layout.source, layout.slots)
+
+
+def from_experts(rows: Tensor, layout: Layout) -> Tensor:
+    """The sum of each token's rows, (rows, C) -> (N, C)."""
+    return _FromExperts.apply(rows, layout.source, layout.slots)
+
+
+def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
+    """silu(gate) * up * gates, which keeps its two inputs. gate_up: (rows, 2F), gates: (rows,) ->
+    (rows, F).
+    """
+    return _GatedSwiGLU.apply(gate_up, gates)
+
+
+class _ToExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, source: Tensor, slots: Tensor):
+        ctx.save_for_backward(slots)
+        return scatter(x, source, slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return combine(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+class _FromExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, source: Tensor, slots: Tensor):
+        ctx.save_for_backward(source, slots)
+        return combine(rows, slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return scatter(grad, *ctx.saved_tensors), None, None
+
+
+class _GatedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, gates: Tensor):
+        ctx.save_for_backward(gate_up, gates)
+        return swiglu(gate_up, gates)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad = grad if fused.usable(grad) else grad.clone()  # which is not ours to overwrite
+        return swiglu_backward(grad, *ctx.saved_tensors)[:2]
+
+
+def scatter(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
+    """x: (N, C), source: (rows,), slots: (N, K) -> (rows, C): the rows that `combine` sums, zeros
+    in those it skips.
+    """
+    if source.numel() == slots.numel():
+        return x.index_select(0, source)
+    real = torch.zeros_like(source, dtype=torch.bool).index_fill_(0, slots.flatten(), True)
+    return torch.where(real.unsqueeze(1), x[source], 0)
+
+
+# --- silu(gate) * up ---------------------------------------------------------------------------------------------
+
+
+def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
+    """silu(gate) * up * gates. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
+    if fused.usable(gate_up):
+        return fused.kernels.swiglu(gate_up, gates)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).mul_(gates.unsqueeze(1))
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad: (rows, F), overwritten -> gradient of gate_up, gradient of gates, and the forward's
+    result again.
+    """
+    if fused.usable(gate_up):
+        return fused.kernels.swiglu_backward(grad, gate_up, gates)
+    gate, up = gate_up.chunk(2, dim=-1)
+    sigmoid, factor = gate.sigmoid(), gates.unsqueeze(1)
+    silu = gate * sigmoid
+    plain = silu * up  # before the gate
+    grad_gates = torch.linalg.vecdot(grad, plain)
+    grad.mul_(factor)
+    slope = (1 - sigmoid).mul_(silu).add_(sigmoid)
+    return (
+        torch.cat([slope.mul_(up).mul_(grad), silu.mul_(grad)], dim=1),
+        grad_gates,
+        plain.mul_(factor),
+    )

@@ -1,0 +1,121 @@
+"""Activation checkpointing: what the backward makes again instead of keeping it (V3 section 3.2.3).
+
+    with forgetting():
+        hidden = again(norm, x)    # not kept: whatever later saves `hidden` for its backward gets norm(x), made again
+        y = linear(hidden)
+
+`torch.utils.checkpoint` repeats a whole region; here the results of single cheap functions are
+dropped, however expensive the operations are that read them. Each is made once per backward and
+gives the same bits.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+@dataclass
+class _Call:
+    """One call of `again`."""
+
+    function: Callable[..., Any]
+    arguments: list[Any]
+    uses: int = 0  # times that something saved a part of the result
+    left: int = 0  # of these, still to be asked for in this backward
+    made: list[Tensor] = field(default_factory=list)
+
+    def use(self) -> None:
+        self.uses += 1
+        if self.uses == 1:
+            for argument in self.arguments:
+                if isinstance(argument, _Forgotten):
+                    argument.call.use()
+
+    def result(self, index: int) -> Tensor:
+        if not self.made:
+            self.left = self.uses
+            with torch.no_grad():
+                self.made = _tensors(self.function(*map(_unpack, self.arguments)))
+        result = self.made[index]
+        self.left -= 1
+        if not self.left:
+            self.made = []
+        return result
+
+
+@dataclass
+class _Forgotten:
+    """In place of a saved tensor: how to make it, and which view of the result it was."""
+
+    call: _Call
+    index: int
+    view: tuple[torch.Size, tuple[int, ...], int]  # size, stride, offset
+
+
+_Scope = dict[
+    int, tuple[_Call, int, Tensor]
+]  # storage -> what made it; the tensor, so that it stays alive
+_scopes: list[_Scope] = []
+
+
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Inside, `again` drops what it makes."""
+    scope: _Scope = {}
+    _scopes.append(scope)
+    try:
+        with saved_tensors_hooks(lambda tensor: _pack(tensor, scope), _unpack):
+            yield
+    finally:
+        _scopes.pop()
+        scope.clear()
+
+
+def again(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args). Inside `forgetting`, the tensors it returns are dropped as described above.
+
+    `function` must be pure and may itself save nothing but its arguments, or that is kept.
+    """
+    result = function(*args)
+    if _scopes:
+        scope = _scopes[-1]
+        call = _Call(
+            function,
+            [_known(arg.detach(), scope) if isinstance(arg, Tensor) else arg for arg in args],
+        )
+        for index, tensor in enumerate(_tensors(result)):
+            scope[tensor.untyped_storage()._cdata] = call, index, tensor
+    return result
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _known(tensor: Tensor, scope: _Scope) -> Tensor | _Forgotten:
+    """The tensor itself, or how to make it."""
+    made = scope.get(tensor.untyped_storage()._cdata)
+    if made is None:
+        return tensor
+    call, index, _ = made
+    return _Forgotten(call, index, (tensor.size(), tensor.stride(), int(tensor.storage_offset())))
+
+
+def _pack(tensor: Tensor, scope: _Scope) -> Tensor | _Forgotten:
+    saved = _known(tensor, scope)
+    if isinstance(saved, _Forgotten):
+        saved.call.use()
+    return saved
+
+
+def _unpack(saved: Any) -> Any:
+    return (
+        saved.call.result(saved.index).as_strided(*saved.view)
+        if isinstance(saved, _Forgotten)
+        else saved
+    )

@@ -1,0 +1,359 @@
+"""Triton kernels for the passes between the matrix products of a training step on a GPU: the
+counterpart of kernels.c.
+
+Each reads its inputs once (the loss twice) and computes in float32. fused.py says when they are
+used. Every function wants tensors that are contiguous unless it says otherwise.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDE = 1024  # numbers of a row that a program takes at a time
+HEADS = 16  # heads that a program takes at a time
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of any shape."""
+    out = torch.empty_like(gate)
+    _silu_mul[_blocks(gate)](gate, up, out, gate.numel(), BLOCK=WIDE)
+    return out
+
+
+def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """-> gradients of gate and up."""
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    _silu_mul_backward[_blocks(gate)](grad, gate, up, grad_gate, grad_up, gate.numel(), BLOCK=WIDE)
+    return grad_gate, grad_up
+
+
+def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
+    """silu(gate) * up * gates. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    if rows:
+        _swiglu[rows,](gate_up, gates, out, width, BLOCK=_block(width))
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad: (rows, F) -> gradients of gate_up and of gates, and the forward's result again."""
+    rows, width = grad.shape
+    grad_gate_up, grad_gates, out = (
+        torch.empty_like(gate_up),
+        torch.empty_like(gates),
+        torch.empty_like(grad),
+    )
+    if rows:
+        tensors = grad, gate_up, gates, grad_gate_up, grad_gates, out
+        _swiglu_backward[rows,](*tensors, width, BLOCK=_block(width))
+    return grad_gate_up, grad_gates, out
+
+
+def gather_sum(rows: Tensor, slots: Tensor) -> Tensor:
+    """Sum of the K rows of each token. rows: (rows, C), slots: (N, K) -> (N, C)."""
+    (tokens, experts), width = slots.shape, rows.shape[1]
+    out = rows.new_empty(tokens, width)
+    if tokens:
+        block = _block(width)
+        _gather_sum[tokens, triton.cdiv(width, block)](
+            rows, slots, out, width, K=experts, BLOCK=block
+        )
+    return out
+
+
+def to_heads(
+    query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotates and sorts into heads.
+
+    Args:
+        query: (B, T, H, nope+P); kv: (B, T, H, nope+v); k_rope: (B, T, P), whose rows need only be
+            equally far apart.
+        angles: (2, T, P/2) cos and sin, float32.
+    Returns:
+        query and key (B, T, H, nope+P), value (B, T, H, v)
+    """
+    sizes = _head_sizes(query, kv, k_rope)
+    q, k, v = (
+        torch.empty_like(query),
+        torch.empty_like(query),
+        query.new_empty(*query.shape[:3], sizes["VALUE"]),
+    )
+    tokens = query.shape[0] * query.shape[1]
+    _to_heads[tokens,](
+        query,
+        kv,
+        k_rope,
+        k_rope.stride(1),
+        angles,
+        q,
+        k,
+        v,
+        query.shape[1],
+        query.shape[2],
+        **sizes,
+    )
+    return q, k, v
+
+
+def to_heads_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, angles: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `to_heads`' results, in their shapes -> those of query, kv and k_rope."""
+    batch, length, heads, width = grad_q.shape
+    rope, value = 2 * angles.shape[-1], grad_v.shape[-1]
+    query, kv = (
+        torch.empty_like(grad_q),
+        grad_q.new_empty(batch, length, heads, width - rope + value),
+    )
+    k_rope = grad_q.new_empty(batch, length, rope)
+    sizes = _head_sizes(query, kv, k_rope)
+    tensors = grad_q, grad_k, grad_v, angles, query, kv, k_rope
+    _to_heads_backward[batch * length,](*tensors, length, heads, **sizes)
+    return query, kv, k_rope
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (rows, V) become row_weight * (softmax - onehot); returns nll and prediction, (rows,)
+    each.
+    """
+    nll, prediction = torch.empty_like(row_weight), torch.empty_like(targets)
+    if len(logits):
+        tensors = logits, targets, row_weight, nll, prediction
+        _cross_entropy[len(logits),](
+            *tensors, logits.shape[1], BLOCK=min(4096, _power(logits.shape[1])), num_warps=8
+        )
+    return nll, prediction
+
+
+def _power(size: int) -> int:
+    return triton.next_power_of_2(size)
+
+
+def _block(width: int) -> int:
+    return min(WIDE, _power(width))
+
+
+def _blocks(x: Tensor) -> tuple[int]:
+    return (max(triton.cdiv(x.numel(), WIDE), 1),)
+
+
+def _head_sizes(query: Tensor, kv: Tensor, k_rope: Tensor) -> dict[str, Any]:
+    rope = k_rope.shape[-1]
+    nope = query.shape[-1] - rope
+    value = kv.shape[-1] - nope
+    return {
+        "NOPE": nope,
+        "ROPE": rope,
+        "VALUE": value,
+        "NOPE_BLOCK": _power(nope),
+        "ROPE_BLOCK": _power(rope),
+        "VALUE_BLOCK": _power(value),
+        "HEADS": min(HEADS, _power(query.shape[2])),
+    }
+
+
+@triton.jit
+def _silu_mul(gate, up, out, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(gate + at, at < count).to(tl.float32)
+    b = tl.load(up + at, at < count).to(tl.float32)
+    tl.store(out + at, a * tl.sigmoid(a) * b, at < count)
+
+
+@triton.jit
+def _silu_mul_backward(grad, gate, up, grad_gate, grad_up, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(grad + at, at < count).to(tl.float32)
+    a = tl.load(gate + at, at < count).to(tl.float32)
+    b = tl.load(up + at, at < count).to(tl.float32)
+    sigmoid = tl.sigmoid(a)
+    silu = a * sigmoid
+    tl.store(grad_gate + at, g * b * (sigmoid + silu * (1 - sigmoid)), at < count)
+    tl.store(grad_up + at, g * silu, at < count)
+
+
+@triton.jit
+def _swiglu(gate_up, gates, out, width: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(gates + row).to(tl.float32)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        a = tl.load(gate_up + row * 2 * width + c, c < width).to(tl.float32)
+        b = tl.load(gate_up + row * 2 * width + width + c, c < width).to(tl.float32)
+        tl.store(out + row * width + c, a * tl.sigmoid(a) * b * factor, c < width)
+
+
+@triton.jit
+def _swiglu_backward(
+    grad, gate_up, gates, grad_gate_up, grad_gates, out, width: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(gates + row).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        g = tl.load(grad + row * width + c, c < width, other=0.0).to(tl.float32)
+        a = tl.load(gate_up + row * 2 * width + c, c < width, other=0.0).to(tl.float32)
+        b = tl.load(gate_up + row * 2 * width + width + c, c < width, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(a)
+        silu = a * sigmoid
+        total += g * silu * b
+        tl.store(
+            grad_gate_up + row * 2 * width + c,
+            g * factor * b * (sigmoid + silu * (1 - sigmoid)),
+            c < width,
+        )
+        tl.store(grad_gate_up + row * 2 * width + width + c, g * factor * silu, c < width)
+        tl.store(out + row * width + c, silu * b * factor, c < width)
+    tl.store(grad_gates + row, tl.sum(total, 0))
+
+
+@triton.jit
+def _gather_sum(rows, slots, out, width: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(slots + token * K + k)
+        total += tl.load(rows + row * width + c, c < width, other=0.0).to(tl.float32)
+    tl.store(out + token * width + c, total, c < width)
+
+
+@triton.jit
+def _angles(angles, slot, length, ROPE: tl.constexpr, ROPE_BLOCK: tl.constexpr):
+    """Cosines and sines of a slot's pairs, (ROPE_BLOCK / 2,) each."""
+    pair = tl.arange(0, ROPE_BLOCK // 2)
+    place = slot * (ROPE // 2) + pair
+    cos = tl.load(angles + place, pair < ROPE // 2)
+    sin = tl.load(angles + length * (ROPE // 2) + place, pair < ROPE // 2)
+    return cos, sin
+
+
+@triton.jit
+def _turn(x, cos, sin):
+    """Pairs (x_0, x_1), (x_2, x_3), ... of the last dimension, (rows, 2 n), turned by n angles."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    cos, sin = cos[None, :], sin[None, :]
+    return tl.reshape(
+        tl.join(even * cos - odd * sin, even * sin + odd * cos), [x.shape[0], x.shape[1]]
+    )
+
+
+@triton.jit
+def _to_heads(
+    query, kv, k_rope, k_rope_stride, angles, q, k, v, length, heads: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """One program takes one token."""
+    token = tl.program_id(0).to(tl.int64)
+    n, r, u = (
+        tl.arange(0, NOPE_BLOCK)[None, :],
+        tl.arange(0, ROPE_BLOCK)[None, :],
+        tl.arange(0, VALUE_BLOCK)[None, :],
+    )
+    cos, sin = _angles(angles, token % length, length, ROPE, ROPE_BLOCK)
+    shared = _turn(
+        tl.load(k_rope + token * k_rope_stride + r, r < ROPE).to(tl.float32), cos, sin
+    )  # (1, ROPE_BLOCK)
+    for first in range(0, heads, HEADS):
+        head = first + tl.arange(0, HEADS)[:, None]
+        there = head < heads
+        row = token * heads + head
+        wide, narrow = row * (NOPE + ROPE), row * (NOPE + VALUE)
+        tl.store(q + wide + n, tl.load(query + wide + n, there & (n < NOPE)), there & (n < NOPE))
+        turned = _turn(
+            tl.load(query + wide + NOPE + r, there & (r < ROPE)).to(tl.float32), cos, sin
+        )
+        tl.store(q + wide + NOPE + r, turned, there & (r < ROPE))
+        tl.store(k + wide + n, tl.load(kv + narrow + n, there & (n < NOPE)), there & (n < NOPE))
+        tl.store(
+            k + wide + NOPE + r, tl.broadcast_to(shared, [HEADS, ROPE_BLOCK]), there & (r < ROPE)
+        )
+        tl.store(
+            v + row * VALUE + u,
+            tl.load(kv + narrow + NOPE + u, there & (u < VALUE)),
+            there & (u < VALUE),
+        )
+
+
+@triton.jit
+def _to_heads_backward(
+    grad_q, grad_k, grad_v, angles, query, kv, k_rope, length, heads: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    n, r, u = (
+        tl.arange(0, NOPE_BLOCK)[None, :],
+        tl.arange(0, ROPE_BLOCK)[None, :],
+        tl.arange(0, VALUE_BLOCK)[None, :],
+    )
+    cos, sin = _angles(angles, token % length, length, ROPE, ROPE_BLOCK)
+    sin = -sin  # back
+    shared = tl.zeros([HEADS, ROPE_BLOCK], tl.float32)
+    for first in range(0, heads, HEADS):
+        head = first + tl.arange(0, HEADS)[:, None]
+        there = head < heads
+        row = token * heads + head
+        wide, narrow = row * (NOPE + ROPE), row * (NOPE + VALUE)
+        tl.store(
+            query + wide + n, tl.load(grad_q + wide + n, there & (n < NOPE)), there & (n < NOPE)
+        )
+        turned = _turn(
+            tl.load(grad_q + wide + NOPE + r, there & (r < ROPE)).to(tl.float32), cos, sin
+        )
+        tl.store(query + wide + NOPE + r, turned, there & (r < ROPE))
+        tl.store(
+            kv + narrow + n, tl.load(grad_k + wide + n, there & (n < NOPE)), there & (n < NOPE)
+        )
+        shared += tl.load(grad_k + wide + NOPE + r, there & (r < ROPE), other=0.0).to(tl.float32)
+        tl.store(
+            kv + narrow + NOPE + u,
+            tl.load(grad_v + row * VALUE + u, there & (u < VALUE)),
+            there & (u < VALUE),
+        )
+    total = _turn(tl.sum(shared, 0)[None, :], cos, sin)
+    tl.store(k_rope + token * ROPE + r, total, r < ROPE)
+
+
+@triton.jit
+def _cross_entropy(
+    logits, targets, row_weight, nll, prediction, width: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Every lane first keeps the maximum, its place and the sum of exponentials of the numbers that
+    it meets.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    lowest = -3.0e38  # not infinity, whose difference to itself is nan
+    best = tl.full([BLOCK], lowest, tl.float32)
+    place = tl.zeros([BLOCK], tl.int32)
+    total, own = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * width + c, c < width, other=lowest).to(tl.float32)
+        higher = tl.maximum(best, x)
+        total = total * tl.exp(best - higher) + tl.exp(x - higher)
+        place = tl.where(x > best, c, place)
+        own += tl.where(c == target, x, 0.0)
+        best = higher
+    top = tl.max(best, 0)
+    total = tl.sum(total * tl.exp(best - top), 0)
+    known = (target >= 0) & (target < width)  # a token outside the vocabulary has no loss: nan
+    tl.store(nll + row, tl.where(known, tl.log(total) + top - tl.sum(own, 0), float("nan")))
+    tl.store(prediction + row, tl.min(tl.where(best == top, place, width - 1), 0).to(tl.int64))
+    factor = tl.load(row_weight + row)
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * width + c, c < width, other=lowest).to(tl.float32)
+        tl.store(
+            logits + row * width + c,
+            (tl.exp(x - top) / total - tl.where(c == target, 1.0, 0.0)) * factor,
+            c < width,
+        )

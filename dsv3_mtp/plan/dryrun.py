@@ -1,0 +1,195 @@
+"""What a run would be, without running it: resolved config, sizes, memory, cost, DeepSpeed JSON."""
+
+import json
+from typing import Any
+
+from dsv3_mtp.config import Config, MarkovTask, schedules
+from dsv3_mtp.model.causal_lm import meta_model
+from dsv3_mtp.model.size import ModelSize, model_size
+from dsv3_mtp.parallel.engine import deepspeed_config
+from dsv3_mtp.plan.memory import Layout, Stage, bubbles, communication, layout, plan
+from dsv3_mtp.report.plots import plot_schedules
+from dsv3_mtp.runs.folder import run_folder
+from dsv3_mtp.tasks.examples import TaskSource, TaskStream
+from dsv3_mtp.tasks.grade import reference
+
+DEVICES = (
+    8,
+    12,
+    16,
+    24,
+    32,
+    40,
+    48,
+    80,
+    96,
+    141,
+    192,
+    288,
+)  # GiB on the accelerators that are sold
+
+
+def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
+    """The report that `tools/train.py --dry-run` prints. With `plot`, draws schedules.png into the
+    run folder.
+
+    Raises:
+        ValueError: `world_size` ranks cannot be laid out as the config says.
+    """
+    folder = run_folder(config)
+    ds_config = deepspeed_config(config, world_size, str(folder))
+    model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
+    size, shape = model_size(model, config.data.seq_len), layout(config, world_size)
+    stages = plan(config, model, shape)
+    parts = [
+        "# resolved config\n" + config.to_yaml().rstrip(),
+        "# size and cost\n"
+        + _rows({**size_rows(config, size), **cost_rows(config, size, shape), **task_rows(config)}),
+        f"# memory of one rank, {_describe(config, shape, world_size)}\n"
+        + memory_table(config, stages),
+        "# sent by one rank in one step, busiest stage\n"
+        + _rows(
+            {name: _bytes(sent) for name, sent in communication(config, stages, shape).items()}
+        ),
+        "# DeepSpeed JSON\n" + json.dumps(ds_config, indent=2),
+    ]
+    if shape.stages > 1:
+        idle = bubbles(shape, recompute=config.train.activation_checkpointing == "full")
+        rows = _rows({name: f"{share:.1%}" for name, share in idle.items()})
+        parts.insert(-1, "# pipeline bubble, share of a step\n" + rows)
+    if plot:
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_schedules(config, folder / "schedules.png")
+        parts.append(f"schedules: {folder / 'schedules.png'}")
+    return "\n\n".join(parts)
+
+
+def size_rows(config: Config, size: ModelSize) -> dict[str, Any]:
+    return {
+        "parameters, main model": f"{size.total:,}",
+        "  active per token": (
+            f"{size.active:,} ({size.active - size.embedding:,} without the embedding)"
+        ),
+        (
+            f"parameters, MTP ({config.mtp.mode}, D={config.mtp.depths})"
+        ): f"{size.mtp_total:,} (embedding, head shared)",
+        "  active per token ": f"{size.mtp_active:,}",
+        "training FLOPs per token": (
+            f"{size.flops_per_token / 1e9:,.3f} GFLOP (6N + causal attention, all depths)"
+        ),
+    }
+
+
+def memory_table(config: Config, stages: list[Stage]) -> str:
+    """One line for each pipeline stage, then what the largest fits into."""
+    head = [
+        "stage",
+        "parts",
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "buffers",
+        "sum",
+    ]
+    lines = [head]
+    for number, stage in enumerate(stages):
+        flight = f" ({stage.in_flight} in flight)" if len(stages) > 1 else ""
+        sizes = [
+            stage.weights,
+            stage.gradients,
+            stage.states,
+            stage.activations,
+            stage.buffers,
+            stage.total,
+        ]
+        cells = [_bytes(value) for value in sizes]
+        cells[3] += flight
+        lines.append([str(number), _span(stage.names), f"{stage.dense + stage.experts:,}", *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = [
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]
+    largest = max(stage.total for stage in stages)
+    fitting = next((f"{size} GiB" for size in DEVICES if largest <= size * 2**30), "no device")
+    text.append(
+        f"largest: {_bytes(largest)}, fits in {fitting} "
+        "(allocator and driver come on top: leave 10 %)"
+    )
+    if host := max(stage.host for stage in stages):
+        kinds = {
+            "optimizer states": config.parallel.offload_optimizer,
+            "average": config.train.ema_decay is not None,
+        }
+        named = " and ".join(name for name, there in kinds.items() if there)
+        text.append(f"in host memory, per rank: {_bytes(host)} of {named}")
+    return "\n".join(text)
+
+
+def _describe(config: Config, shape: Layout, world_size: int) -> str:
+    parallel = config.parallel
+    pieces = [f"{world_size} rank{'s' * (world_size > 1)}"]
+    if shape.stages > 1:
+        pieces.append(f"{shape.stages} pipeline stages x {shape.data}")
+    if shape.experts > 1:
+        pieces.append(f"experts over {shape.experts} ranks, {shape.copies} copies")
+    if shape.slices > 1:
+        pieces.append(f"rows over {shape.slices} ranks")
+    pieces.append(f"ZeRO-{parallel.zero_stage}" + " with offload" * parallel.offload_optimizer)
+    pieces.append(f"activation checkpointing {config.train.activation_checkpointing}")
+    pieces.append(
+        f"{shape.micro_batches} micro-batch{'es' * (shape.micro_batches > 1)} "
+        f"of {shape.tokens} tokens"
+    )
+    return "; ".join(pieces)
+
+
+def _span(names: list[str]) -> str:
+    """["embedding", "0", "1", "2"] -> "embedding, 0-2"."""
+    layers = [name for name in names if name.isdigit()]
+    middle = [f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else layers[0]] if layers else []
+    before = [name for name in names if name == "embedding"]
+    after = [name for name in names if name.endswith("head")]
+    return ", ".join([*before, *middle, *after])
+
+
+def cost_rows(config: Config, size: ModelSize, shape: Layout) -> dict[str, Any]:
+    train = config.train
+    steps = schedules.total_steps(
+        train, config.data.seq_len, train.micro_batch_size * shape.data // shape.slices
+    )
+    return {
+        "optimizer steps": f"{steps:,}",
+        "tokens": f"{train.total_tokens:,}",
+        "tokens per step (full batch)": f"{train.batch_size * config.data.seq_len:,}",
+        "training FLOPs": f"{size.flops_per_token * train.total_tokens:.3e}",
+    }
+
+
+def task_rows(config: Config) -> dict[str, Any]:
+    """What is known about data.task beforehand; nothing for text."""
+    task = config.data.task
+    if task is None:
+        return {}
+    if not isinstance(task, MarkovTask):
+        per_row = TaskStream(TaskSource(task), config.data.seq_len, None).per_row
+        text = (
+            f"examples of {task.example_length} tokens, "
+            f"{per_row} per row of {config.data.seq_len + 1}"
+        )
+        return {f"task {task.type}": f"{text}; {task.vocab_size} token ids"}
+    return {
+        f"task markov: best {name}": f"{value:.4f}"
+        for name, value in reference(task, config.mtp).items()
+    }
+
+
+def _rows(rows: dict[str, Any]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"

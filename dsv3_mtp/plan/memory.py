@@ -1,0 +1,317 @@
+"""What a layout costs each rank, from the config alone: parameters, memory, communication, pipeline
+bubble.
+
+Ranks = pipeline stages x data ranks; expert-parallel groups lie inside the data ranks (V3 3.2: 2048
+= 16 x 128, groups of 64, so 2 copies of each expert), as do the groups that share rows. Memory
+follows the ZeRO paper (arXiv 1910.02054, section 5) as DeepSpeed 0.19.8 carries it out; volumes are
+bytes that one rank sends, with ring algorithms, in one optimizer step.
+"""
+
+from dataclasses import dataclass
+from math import comb
+
+from dsv3_mtp.config import Config
+from dsv3_mtp.config.layout import data_size
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.ops.cross_entropy import CHUNK_ELEMENTS, CHUNKS_ON_GPU
+from dsv3_mtp.parallel.pipeline import stage_layers
+from dsv3_mtp.plan.parts import Part, activation_elements, parts
+
+DEEPSPEED_DEFAULTS = {
+    "reduce_bucket_size": 5e8,
+    "stage3_max_live_parameters": 1e9,
+}  # zero_optimization, in elements
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of the ranks and of one optimizer step at the full batch size."""
+
+    stages: int
+    data: int  # data-parallel ranks of a stage
+    experts: int  # ranks that share a layer's routed experts
+    micro_batches: int  # per data rank and step
+    tokens: int  # per micro-batch and rank
+    slices: int = 1  # ranks that share the slots of a row
+
+    @property
+    def copies(self) -> int:
+        return self.data // self.experts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes on each rank of one pipeline stage."""
+
+    names: list[str]
+    dense: int  # parameters on this rank
+    experts: int  # parameters of routed experts on this rank
+    learned: tuple[int, int]  # `dense` and `experts` less what is frozen
+    blocks: int
+    moe_blocks: int
+    weights: float
+    gradients: float
+    states: float
+    host: float  # in host memory: offloaded optimizer states, the average of the weights
+    activations: float  # of all micro-batches in flight
+    in_flight: int  # micro-batches whose activations are held at once (1F1B)
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.states + self.activations + self.buffers
+
+
+def layout(config: Config, world_size: int) -> Layout:
+    """Raises nothing: `config.layout.refusals` says which numbers of ranks do not fit."""
+    parallel, train = config.parallel, config.train
+    groups, slices = data_size(config, world_size), parallel.sequence_parallel_size
+    micro_batches = train.batch_size // (train.micro_batch_size * groups)
+    tokens = train.micro_batch_size * config.data.seq_len // slices
+    return Layout(
+        parallel.pipeline_stages,
+        groups * slices,
+        parallel.expert_parallel_size,
+        micro_batches,
+        tokens,
+        slices,
+    )
+
+
+def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[Stage]:
+    """Memory of every pipeline stage; without a pipeline, of the only one. `model` may be on the
+    meta device.
+    """
+    embedding, *layers, head = parts(model)
+    count, stages = len(layers), []
+    cuts = stage_layers(config) if shape.stages > 1 else [range(count)]
+    for number, cut in enumerate(cuts):
+        mine, last = [layers[n] for n in cut], number == shape.stages - 1
+        if number == 0 or (last and config.mtp.reads_tokens):
+            mine.insert(
+                0, embedding
+            )  # the last stage's is a copy for the MTP modules, tied to the first stage's
+        if last:
+            mine.append(head)
+        stages.append(
+            _stage(config, mine, shape, in_flight=min(shape.stages - number, shape.micro_batches))
+        )
+    return stages
+
+
+def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> Stage:
+    dense, experts = (
+        sum(part.dense for part in mine),
+        sum(part.experts for part in mine) // shape.experts,
+    )
+    zero, element = config.parallel.zero_stage, element_size(config)
+    moment = 2 if config.optim.moments == "bfloat16" else 4
+    sizes = {
+        "zero_stage": zero,
+        "element": element,
+        "gradient": gradient_size(config),
+        "moment": moment,
+    }
+    weights, *_ = state_bytes(dense, experts, shape, **sizes)
+    learned = (
+        sum(part.learned[0] for part in mine),
+        sum(part.learned[1] for part in mine) // shape.experts,
+    )
+    _, gradients, states = state_bytes(*learned, shape, **sizes)
+    average = (
+        0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
+    )
+    offload = config.parallel.offload_optimizer
+    received = (
+        0 if mine[0].name == "embedding" else config.model.hidden_size
+    )  # from the stage before
+    activations = (
+        (received + sum(activation_elements(config, part) for part in mine))
+        * shape.tokens
+        * element
+    )
+    return Stage(
+        names=[part.name for part in mine],
+        dense=dense,
+        experts=experts,
+        learned=learned,
+        blocks=sum(part.dense_blocks + part.moe_blocks for part in mine),
+        moe_blocks=sum(part.moe_blocks for part in mine),
+        weights=weights,
+        gradients=gradients,
+        states=0.0 if offload else states,
+        host=average + (states if offload else 0.0),
+        activations=activations * in_flight,
+        in_flight=in_flight,
+        buffers=_buffers(config, mine, dense + experts),
+    )
+
+
+def state_bytes(
+    dense: int,
+    experts: int,
+    shape: Layout,
+    *,
+    zero_stage: int,
+    element: int,
+    gradient: int,
+    moment: int = 4,
+) -> tuple[float, float, float]:
+    """Weights, gradients and optimizer states of a rank that computes with these parameters (ZeRO
+    paper, Figure 1).
+
+    The master copy of the weights is float32; only float32 ZeRO-0 has no second copy. Experts are
+    sharded over the ranks that hold copies of them, everything else over the data ranks. element,
+    gradient: bytes of a weight, and of its gradient; moment: of each of AdamW's two moments.
+    """
+    whole, shard = dense + experts, dense / shape.data + experts / shape.copies
+    states = 2 * moment + (4 if zero_stage or element == 2 else 0)
+    return (
+        element * (shard if zero_stage == 3 else whole),
+        gradient * (shard if zero_stage >= 2 else whole),
+        states * (shard if zero_stage else whole),
+    )
+
+
+def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
+    """Working memory: of the loss, of DeepSpeed's reduction bucket, of the weights that ZeRO-3 has
+    gathered.
+    """
+    model, zero, element = config.model, config.parallel.zero_stage, element_size(config)
+    settings = DEEPSPEED_DEFAULTS | config.deepspeed.get("zero_optimization", {})
+    head = any(part.name.endswith("head") for part in mine)
+    rows = (1 + config.mtp.depths) * config.train.micro_batch_size * config.data.seq_len
+    # The loss holds a chunk of logits, which their gradient replaces, and the gradient of the head
+    # in float32.
+    logits = min(CHUNKS_ON_GPU * CHUNK_ELEMENTS, rows * model.vocab_size)
+    size = element * logits + 4 * model.vocab_size * model.hidden_size if head else 0
+    if zero:
+        size += element * settings["reduce_bucket_size"]
+    if zero == 3:
+        size += element * min(settings["stage3_max_live_parameters"], parameters)
+    return size
+
+
+def element_size(config: Config) -> int:
+    """Bytes of a weight and of an activation."""
+    return 2 if config.train.dtype == "bfloat16" else 4
+
+
+def gradient_size(config: Config) -> int:
+    """Bytes of a gradient between micro-batches; in ZeRO-1 a float32 sum stands beside that of the
+    last one.
+    """
+    element, wide = (
+        element_size(config),
+        config.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32",
+    )
+    if element == 4 or not wide:
+        return element
+    return 4 if config.parallel.zero_stage >= 2 else element + 4
+
+
+def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[str, float]:
+    """Bytes that a rank of the busiest stage sends in one optimizer step, by purpose."""
+    zero, element, model = config.parallel.zero_stage, element_size(config), config.model
+    every, learned = (
+        element
+        * max(ring(shape.data) * dense + ring(shape.copies) * experts for dense, experts in sizes)
+        for sizes in (
+            [(stage.dense, stage.experts) for stage in stages],
+            [stage.learned for stage in stages],
+        )
+    )
+    # DeepSpeed all-reduces whole buckets up to ZeRO-2, twice the reduce-scatter that would do.
+    # ZeRO-2 and 3 reduce in every backward; ZeRO-3 gathers the weights in every forward and
+    # backward, ZeRO-1 and 2 once after the update.
+    rows = {
+        "gradients": learned * (shape.micro_batches if zero >= 2 else 1) * (1 if zero == 3 else 2)
+    }
+    if zero:
+        rows["weights"] = every * 2 * shape.micro_batches if zero == 3 else learned
+    if shape.experts > 1:
+        rows |= _expert_exchange(config, shape, max(stage.moe_blocks for stage in stages))
+    if shape.slices > 1:
+        heads, key = model.num_attention_heads, model.qk_nope_head_dim + model.qk_rope_head_dim
+        passes = (
+            3 if config.train.activation_checkpointing == "full" else 2
+        )  # forward, forward again, backward
+        widths = 2 * key + 2 * model.v_head_dim  # query and key; value and output
+        exchanged = element * heads * widths * shape.tokens * ring(shape.slices)
+        blocks = max(stage.blocks for stage in stages)
+        rows["slices of rows, all-to-all around attention"] = (
+            exchanged * passes * blocks * shape.micro_batches
+        )
+    if shape.stages > 1:
+        boundary = element * shape.tokens * model.hidden_size * shape.micro_batches
+        rows["pipeline: activations, their gradients"] = boundary * (2 if shape.stages > 2 else 1)
+        if "embedding" in stages[-1].names:
+            rows["pipeline: gradient of the tied embedding"] = (
+                element * model.vocab_size * model.hidden_size
+            )
+    return rows
+
+
+def ring(ranks: int) -> float:
+    """Share of a tensor that each rank sends in a ring reduce-scatter or all-gather."""
+    return (ranks - 1) / ranks
+
+
+def _expert_exchange(config: Config, shape: Layout, layers: int) -> dict[str, float]:
+    """Rows to the experts and back, forward and backward; a token travels once to each rank with
+    experts of it.
+
+    Routing is taken as even over the experts that a token may choose, those of `topk_group` groups:
+    nodes.
+    """
+    model, top_k = config.model, config.model.num_experts_per_tok
+    groups = max(model.n_group // shape.experts, 1)  # on a rank, wholly or in part
+    local = model.n_routed_experts // shape.experts // groups  # experts of each
+    reachable = model.n_routed_experts * model.topk_group // model.n_group
+    missed = (
+        # chance that no choice is on a given rank, by how many of its groups are among the token's
+        sum(
+            comb(groups, mine)
+            * comb(model.n_group - groups, model.topk_group - mine)
+            * comb(reachable - mine * local, top_k)
+            for mine in range(min(groups, model.topk_group) + 1)
+        )
+        / (comb(model.n_group, model.topk_group) * comb(reachable, top_k))
+    )
+    visits = shape.experts * (1 - missed)
+    # A row goes there and back in the forward and its gradient in the backward: 4 times. Along with
+    # it go, for each choice, the number of an expert (8 bytes) and a gate (4), and back the gate's
+    # gradient (4). full: two forwards.
+    forwards = 2 if config.train.activation_checkpointing == "full" else 1
+    row = element_size(config) * model.hidden_size * 2 * (forwards + 1) + top_k * (
+        12 * forwards + 4
+    )
+    sent = row * shape.tokens * shape.micro_batches * layers
+    rows = {
+        f"experts, all-to-all ({visits:.2f} ranks per token)": sent * visits * ring(shape.experts)
+    }
+    nodes = min(model.n_group, shape.experts)
+    if nodes > 1:
+        rows["  of it between nodes"] = sent * visits * ring(nodes)
+        once = min(model.topk_group, top_k)
+        rows[f"  with one copy per node, {once} nodes (V3 3.2.2; not done here)"] = (
+            sent * once * ring(nodes)
+        )
+    return rows
+
+
+def bubbles(shape: Layout, *, recompute: bool) -> dict[str, float]:
+    """Idle share of a step, 0 to 1, of pipeline schedules (V3 Table 2): bubble / (bubble + work).
+
+    F, B and W are taken from the FLOPs: B = 2F (3F when blocks are computed again), its half W = F
+    for the weights. V3's overlapped pair F&B is taken as F + B: no gain from overlap.
+    """
+    stages, forward, weights = shape.stages, 1.0, 1.0
+    backward = 3.0 if recompute else 2.0
+    idle = {
+        "1F1B (run here)": (stages - 1) * (forward + backward),
+        "ZB1P": (stages - 1) * (forward + backward - 2 * weights),
+        "DualPipe": (stages / 2 - 1) * (forward + 2 * backward - 3 * weights),
+    }
+    work = shape.micro_batches * (forward + backward)
+    return {name: time / (time + work) for name, time in idle.items()}

@@ -1,0 +1,104 @@
+"""The parts of a model that a plan adds up: their parameters, and what each keeps for its
+backward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dsv3_mtp.config import Config, ModelConfig
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.moe import Experts, MoE
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a pipeline does not cut: the embedding, a trunk layer, or all that follows the trunk."""
+
+    name: str
+    dense: int  # parameters that every data rank holds
+    experts: int  # parameters of routed experts, spread over expert-parallel ranks
+    dense_blocks: int  # decoder layers with a dense feed-forward, each time one is computed
+    moe_blocks: int
+    merges: int  # computations of eh_proj
+    learned: tuple[int, int]  # `dense` and `experts` less what is frozen
+
+
+def parts(model: DeepseekV3MTP) -> list[Part]:
+    """Embedding, every trunk layer, and last all that follows: final norm, MTP modules, output
+    head.
+    """
+    trunk, mtp = model.model, model.mtp_config
+    blocks = list(model.mtp.layers) if mtp.mode in ("sequential", "parallel") else []
+    if mtp.share_weights:
+        blocks *= mtp.depths
+    end = nn.ModuleList([trunk.norm, model.lm_head, *([model.mtp] if mtp.depths else [])])
+    merges = len(blocks) if mtp.mode == "sequential" else 0
+    return [
+        _part("embedding", trunk.embed_tokens, []),
+        *(_part(str(number), layer, [layer]) for number, layer in enumerate(trunk.layers)),
+        _part("norm, MTP, head" if mtp.depths else "norm, head", end, blocks, merges),
+    ]
+
+
+def _part(name: str, module: nn.Module, blocks: Sequence[nn.Module], merges: int = 0) -> Part:
+    routed = {id(p) for m in module.modules() if isinstance(m, Experts) for p in m.parameters()}
+    sizes, learned = [0, 0], [0, 0]  # dense, experts
+    for parameter in module.parameters():
+        sizes[id(parameter) in routed] += parameter.numel()
+        learned[id(parameter) in routed] += parameter.numel() * parameter.requires_grad
+    moe = sum(isinstance(block.mlp, MoE) for block in blocks)
+    return Part(name, sizes[0], sizes[1], len(blocks) - moe, moe, merges, (learned[0], learned[1]))
+
+
+def activation_elements(config: Config, part: Part) -> float:
+    """Elements per token that a part keeps from its forward to its backward, its input not
+    counted.
+    """
+    model, mode = config.model, config.train.activation_checkpointing
+    hidden, sliced = model.hidden_size, config.parallel.sequence_parallel_size > 1
+    spread = config.parallel.expert_parallel_size > 1
+    if part.name == "embedding":
+        return hidden
+    kept = part.dense_blocks * block_elements(model, mode, moe=False, spread=False, sliced=sliced)
+    kept += part.moe_blocks * block_elements(model, mode, moe=True, spread=spread, sliced=sliced)
+    kept += 4 * hidden * part.merges  # what is merged, its two normed halves, and their projection
+    return kept + hidden * (1 + config.mtp.depths) * part.name.endswith(
+        "head"
+    )  # gradients that the loss has made
+
+
+def block_elements(
+    model: ModelConfig, mode: str, *, moe: bool, spread: bool, sliced: bool
+) -> float:
+    """`activation_elements` of one decoder layer, as its operations are fused on a GPU.
+
+    none: the inputs of all products and of attention. selective: of these neither norms, nor what
+    the up-projections and SwiGLU make (model/recompute.py). full: the input of the next layer.
+    spread: experts on several ranks. sliced:
+    rows on several ranks; what attention reads is then kept as exchanged, by selective as well.
+    """
+    hidden, top_k, width = model.hidden_size, model.num_experts_per_tok, model.moe_intermediate_size
+    if mode == "full":
+        return hidden
+    heads, key = model.num_attention_heads, model.qk_nope_head_dim + model.qk_rope_head_dim
+    queries, value = model.q_lora_rank, heads * model.v_head_dim
+    latents = (
+        (heads * key if queries is None else queries) + model.kv_lora_rank + model.qk_rope_head_dim
+    )
+    kept = (
+        latents + value + 2 * hidden
+    )  # latents, attention's output, the stream after attention and after all
+    inner = model.n_shared_experts * width if moe else model.intermediate_size
+    kept += 2 * inner  # gate and up
+    if moe:
+        kept += top_k * 2 * width + 2 * model.n_routed_experts
+        kept += top_k * hidden if spread else 0  # the rows that arrived
+    kept += value if sliced else 0  # attention's output on the other side of the exchange
+    if mode == "none" or sliced:
+        kept += heads * key + value + (0 if queries is None else heads * key)  # key, value, query
+    if mode == "none":
+        kept += 2 * hidden + (queries or 0) + model.kv_lora_rank  # norms
+        kept += 2 * inner  # silu(gate), and its product with up
+    return kept

@@ -1,0 +1,279 @@
+"""Pictures of one run: its curves from metrics.jsonl, and the schedules a config asks for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from dsv3_mtp.config import Config
+from dsv3_mtp.config.schedules import (
+    batch_size,
+    bias_update_speed,
+    depth_loss_weights,
+    learning_rate,
+    mtp_loss_weight,
+)
+from dsv3_mtp.files.atomic import replacing
+from dsv3_mtp.report.metrics import Record, depths_of
+
+# In every panel colour says the depth: main head, depths 1, 2, ... (Okabe and Ito's colour-blind
+# safe set).
+COLORS = ("#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+GREY = "#8c8c8c"
+STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.6,
+}
+
+
+@matplotlib.rc_context(STYLE)
+def plot_run(metrics: Sequence[Record], out: Path, *, title: str) -> None:
+    """Draw the curves of one run (records of metrics.jsonl, any number of depths) into the PNG file
+    `out`.
+    """
+    train = [record for record in metrics if "train/loss" in record]
+    val = [record for record in metrics if "val/main_loss" in record]
+    figure, axes = _figure(title)
+    _losses(axes[0], train, val)
+    _accuracies(axes[1], train, val)
+    _schedules(axes[2], train)
+    _health(axes[3], train)
+    last = max((record["tokens"] for record in metrics), default=1)
+    for ax in axes:
+        _token_axis(ax, last)
+    depths = [depth for _, depth in _depth_keys([*train, *val], "train/mtp_loss", "val/mtp_loss")]
+    handles = [Line2D([], [], color=_color(0), label="main head")]
+    handles += [
+        Line2D([], [], color=_color(depth), label=f"MTP depth {depth}")
+        for depth in sorted(set(depths))
+    ]
+    handles += [
+        Line2D([], [], color=GREY, label="training"),
+        Line2D([], [], color=GREY, linestyle="", marker="o", label="validation"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    save_figure(figure, out)
+
+
+@matplotlib.rc_context(STYLE)
+def plot_schedules(config: Config, out: Path) -> None:
+    """Draw what changes over a run (lr, MTP weights, bias speed, batch size) into the PNG file
+    `out`.
+    """
+    progress = np.linspace(0.0, 1.0, 1001).tolist()
+    tokens = [p * config.train.total_tokens for p in progress]
+    figure, axes = _figure(f"{config.run.name}: schedules")
+    axes[0].set_title("learning rate")
+    axes[0].plot(tokens, [learning_rate(config.optim, p) for p in progress], color="#0072b2")
+    axes[1].set_title("MTP loss weights")
+    if config.mtp.depths:
+        total = [mtp_loss_weight(config.mtp.loss_weight, p) for p in progress]
+        axes[1].plot(tokens, total, color="#c8c8c8", linewidth=5.0, label="lambda")
+        weights = np.array([depth_loss_weights(config.mtp, p) for p in progress])  # (points, D)
+        for depth, column in enumerate(weights.T, start=1):
+            width = 1.6 + 2.6 * (
+                config.mtp.depths - depth
+            )  # equal weights stay visible under one another
+            axes[1].plot(
+                tokens, column, color=_color(depth), linewidth=width, label=f"depth {depth}"
+            )
+        figure.legend(
+            handles=axes[1].lines, loc="outside lower center", ncols=1 + config.mtp.depths
+        )
+    axes[2].set_title("router bias update speed")
+    axes[2].plot(tokens, [bias_update_speed(config.train, p) for p in progress], color="#009e73")
+    axes[3].set_title("batch size (sequences)")
+    micro = config.train.micro_batch_size
+    axes[3].plot(
+        tokens, [batch_size(config.train, p, multiple=micro) for p in progress], color="#cc79a7"
+    )
+    axes[3].yaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in axes:
+        ax.set_ylim(bottom=0.0)
+        _token_axis(ax, config.train.total_tokens)
+    save_figure(figure, out)
+
+
+def _losses(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:
+    ax.set_title("loss (nats per token)")
+    ax.plot(*_series(train, "train/main_loss"), color=_color(0), alpha=0.2, linewidth=1)
+    for key, depth in [("train/main_loss", 0), *_depth_keys(train, "train/mtp_loss")]:
+        tokens, values = _series(train, key)
+        _line(ax, tokens, _smooth(values), color=_color(depth))
+    for key, depth in [("val/main_loss", 0), *_depth_keys(val, "val/mtp_loss")]:
+        _markers(ax, *_series(val, key), depth)
+
+
+def _accuracies(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:
+    ax.set_title("teacher-forced accuracy")
+    for name, linestyle, marker in (("top1", "-", "o"), ("agreement", "--", "^")):
+        for key, depth in _depth_keys(train, f"train/{name}"):
+            tokens, values = _series(train, key)
+            _line(ax, tokens, _smooth(values), color=_color(depth), linestyle=linestyle)
+        for key, depth in _depth_keys(val, f"val/{name}"):
+            _markers(ax, *_series(val, key), depth, marker)
+    ax.set_ylim(bottom=0.0)
+    _legend_above(
+        ax,
+        [
+            Line2D([], [], color=GREY, marker="o", markersize=5, label="top-1"),
+            Line2D(
+                [],
+                [],
+                color=GREY,
+                linestyle="--",
+                marker="^",
+                markersize=5,
+                label="joint agreement",
+            ),
+        ],
+    )
+
+
+def _schedules(ax: Axes, train: Sequence[Record]) -> None:
+    ax.set_title("schedules")
+    handles = _line(ax, *_series(train, "optim/lr"), color="#0072b2", label="learning rate")
+    if any("train/mtp_weight" in record for record in train):
+        twin = _twin(ax)
+        weight = _series(train, "train/mtp_weight")
+        handles += _line(
+            twin, *weight, color="#d55e00", linestyle="--", label="MTP loss weight (right)"
+        )
+        twin.set_ylim(bottom=0.0)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_ylim(bottom=0.0)
+    _legend_above(ax, handles)
+
+
+def _health(ax: Axes, train: Sequence[Record]) -> None:
+    ax.set_title("health")
+    twin = _twin(ax)
+    handles = []
+    for key, label, color in (
+        ("optim/grad_norm", "gradient norm", "#cc79a7"),
+        ("moe/max_violation", "load violation", "#009e73"),
+    ):
+        handles += _line(ax, *_series(train, key), color=color, linewidth=1.2, label=label)
+    speed = _series(train, "perf/tokens_per_s")
+    handles += _line(
+        twin, *speed, color=GREY, linestyle="--", linewidth=1.2, label="tokens/s (right)"
+    )
+    twin.yaxis.set_major_formatter(lambda value, _: short_number(value))
+    ax.set_ylim(bottom=0.0)
+    twin.set_ylim(bottom=0.0)
+    _legend_above(ax, handles)
+
+
+def _series(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and values of the records that have `key`; null becomes a gap."""
+    points = [(record["tokens"], record[key]) for record in records if key in record]
+    table = np.array(points, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean of the finite values in a centred window of a twentieth of the curve, narrower at the
+    ends.
+    """
+    length, known = len(values), np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    index = np.arange(length)
+    half = np.minimum(length // 40, np.minimum(index, length - 1 - index))
+    first, last = index - half, index + half + 1
+    count = counts[last] - counts[first]
+    return np.where(count > 0, (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
+
+
+def _depth_keys(records: Sequence[Record], *prefixes: str) -> list[tuple[str, int]]:
+    """(key, depth) of every per-depth metric named PREFIX/depth that occurs in the records."""
+    found = {
+        (f"{prefix}/{d}", d) for r in records for prefix in prefixes for d in depths_of(r, prefix)
+    }
+    return sorted(found, key=lambda item: (item[1], item[0]))
+
+
+def _color(depth: int) -> str:
+    return COLORS[depth % len(COLORS)]
+
+
+def _line(ax: Axes, tokens: np.ndarray, values: np.ndarray, **style: Any) -> list[Line2D]:
+    # A line through one point is invisible.
+    return ax.plot(tokens, values, marker="." if len(tokens) == 1 else "", **style)
+
+
+def _markers(
+    ax: Axes, tokens: np.ndarray, values: np.ndarray, depth: int, marker: str = "o"
+) -> None:
+    """Points without a line, at most sixteen, the last one among them."""
+    every = -(-len(tokens) // 16) or 1
+    shown = slice((len(tokens) - 1) % every, None, every)
+    style: dict[str, Any] = {
+        "markersize": 5.5,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.8,
+        "zorder": 3,
+    }
+    ax.plot(tokens[shown], values[shown], color=_color(depth), linestyle="", marker=marker, **style)
+
+
+def _figure(title: str) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(12, 8), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    figure.suptitle(title, fontsize=13)
+    return figure, list(figure.subplots(2, 2).flat)
+
+
+def _twin(ax: Axes) -> Axes:
+    twin = ax.twinx()
+    twin.grid(False)
+    twin.spines["right"].set_visible(True)
+    return twin
+
+
+def _legend_above(ax: Axes, handles: list[Line2D]) -> None:
+    """A one-row legend at the right of the title's row, outside the data."""
+    place: dict[str, Any] = {
+        "loc": "lower right",
+        "bbox_to_anchor": (1.0, 0.985),
+        "borderaxespad": 0.0,
+    }
+    ax.legend(handles=handles, ncols=len(handles), columnspacing=1.2, handlelength=1.8, **place)
+
+
+def _token_axis(ax: Axes, last: float) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(7))
+    ax.xaxis.set_major_formatter(lambda value, _: short_number(value))
+    ax.set_xlim(0, last * 1.01)
+    ax.set_xlabel("tokens")
+
+
+def short_number(value: float) -> str:
+    """A tick label: 0, 500k, 1.5M, 14.8T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def save_figure(figure: Figure, out: Path) -> None:
+    """PNG, atomically."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png")

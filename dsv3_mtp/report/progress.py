@@ -1,0 +1,149 @@
+"""What a run shows while it runs: lines made of the records that are logged, and a live bar. No
+torch here.
+"""
+
+import math
+import os
+import sys
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as LiveBar
+
+from dsv3_mtp.report.metrics import Record, depths_of
+
+
+def train_line(record: Record, *, total_steps: int, eta_s: float | None) -> str:
+    """One line for a record with train/* keys, in one piece:
+
+    step  120/1465   8% | loss 3.412 main 3.101 mtp 3.118 (w 0.300) agr 0.41
+    | lr 2.7e-3 gn 0.82 | 9.8k tok/s | eta 0:01:12
+    """
+    width = len(str(total_steps))
+    losses = f"loss {record['train/loss']:.3f} main {record['train/main_loss']:.3f}"
+    if depths := _by_depth(record, "train/mtp_loss", ".3f"):
+        losses += f" mtp {depths} (w {record['train/mtp_weight']:.3f})"
+    if agreement := _by_depth(record, "train/agreement", ".2f"):
+        losses += f" agr {agreement}"
+    optimizer = f"lr {_scientific(record['optim/lr'])} gn {record['optim/grad_norm']:.2f}"
+    speed = f"{quantity(record['perf/tokens_per_s'])} tok/s"
+    if "perf/mfu" in record:
+        speed += f" mfu {record['perf/mfu']:.1%}"
+    step = f"step {record['step']:{width}d}/{total_steps} {record['progress']:4.0%}"
+    return " | ".join([step, losses, optimizer, speed, f"eta {duration(eta_s)}"])
+
+
+def validation_line(record: Record, *, total_steps: int) -> str:
+    """One line for a record with val/* keys:
+
+    val   step  200 | main 3.010 (bpb 1.230) mtp 3.104 | top1 0.41 0.36 | agreement 0.47
+    """
+    losses = f"main {record['val/main_loss']:.3f}"
+    if "val/bits_per_byte" in record:
+        losses += f" (bpb {record['val/bits_per_byte']:.3f})"
+    if depths := _by_depth(record, "val/mtp_loss", ".3f"):
+        losses += f" mtp {depths}"
+    fields = [f"val   step {record['step']:{len(str(total_steps))}d}", losses]
+    for name, key in (("top1", "val/top1"), ("agreement", "val/agreement")):
+        if values := _by_depth(record, key, ".2f"):
+            fields.append(f"{name} {values}")
+    if "task/exact_match" in record:
+        fields.append(f"exact match {record['task/exact_match']:.3f}")
+    return " | ".join(fields)
+
+
+def duration(seconds: float | None) -> str:
+    """0:01:12, or 2d 03:04:05; "-" when unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (
+        f"{days}d {hour:02d}:{minute:02d}:{second:02d}"
+        if days
+        else f"{hour}:{minute:02d}:{second:02d}"
+    )
+
+
+def quantity(value: float) -> str:
+    """Three significant digits with a unit: 950, 9.84k, 3.00M, 14.8T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 0.9995 * size:
+            scaled = value / size
+            return f"{scaled:.{max(0, 2 - int(math.log10(max(abs(scaled), 1))))}f}{unit}"
+    return f"{value:.0f}"
+
+
+def _scientific(value: float) -> str:
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def _by_depth(record: Record, key: str, spec: str) -> str:
+    return " ".join(format(record[f"{key}/{depth}"], spec) for depth in depths_of(record, key))
+
+
+class Progress:
+    """Lines about a run on stdout; on a terminal with a live bar below them. Use as a context
+    manager.
+
+    Without a terminal, or with NO_COLOR set, it writes plain lines and no control characters.
+    """
+
+    def __init__(
+        self,
+        total_tokens: int,
+        *,
+        total_steps: int,
+        stream: TextIO | None = None,
+        silent: bool = False,
+    ) -> None:
+        """silent: shows nothing, for ranks other than the first."""
+        self._stream, self._silent = stream if stream is not None else sys.stdout, silent
+        self._total_steps = total_steps
+        self._bar: LiveBar | None = None
+        if (
+            not silent
+            and self._stream.isatty()
+            and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb"
+        ):
+            self._bar = LiveBar(
+                TextColumn("training"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(file=self._stream),
+                refresh_per_second=2,
+            )
+            self._task = self._bar.add_task("training", total=total_tokens, note="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, *, step: int, tokens: int, eta_s: float | None) -> None:
+        """Move the live bar; to be called after every step."""
+        if self._bar is not None:
+            note = f"step {step}/{self._total_steps}  eta {duration(eta_s)}"
+            self._bar.update(self._task, completed=tokens, note=note)
+
+    def train(self, record: Record, *, eta_s: float | None) -> None:
+        self.say(train_line(record, total_steps=self._total_steps, eta_s=eta_s))
+
+    def validation(self, record: Record) -> None:
+        self.say(validation_line(record, total_steps=self._total_steps))
+
+    def say(self, text: str) -> None:
+        """Any other line (resumed, checkpoint saved), above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif not self._silent:
+            print(text, file=self._stream, flush=True)

@@ -1,0 +1,3 @@
+"""A run folder: what it holds (folder.py), its checkpoints (loading.py, fragments.py), its model
+(model.py).
+"""

@@ -1,0 +1,58 @@
+"""The model of a run folder: its newest checkpoint, or the weights that it was imported with."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.hf.keys import summarise
+from dsv3_mtp.hf.load import empty_model, load_weights, misfits
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.runs.loading import IMPORTED, newest_weights, tokenizer_of
+
+
+class LoadedRun(NamedTuple):
+    """`tokenizer` is the run's tokenizer.json, None where its data has none (Megatron files)."""
+
+    model: DeepseekV3MTP
+    config: Config
+    tokenizer: Path | None
+
+
+def load_run(folder: str | Path, *, ema: bool = False) -> LoadedRun:
+    """A run's model on the CPU, in eval mode and in the dtype of the run.
+
+    The newest complete checkpoint; for an imported run without one, the imported weights as
+    training would start. ema: the moving average of the weights instead of the weights.
+
+    Raises:
+        ValueError: no run there, no average in it, neither checkpoint nor imported weights, or
+            weights that do not fit the run's config.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{folder}: no config.yaml there; name the folder of a run, like runs/v3_tiny"
+        )
+    config = load_config(folder / "config.yaml")
+    stored = newest_weights(folder, ema=ema)
+    if stored is None and not (folder / IMPORTED).is_dir():
+        raise ValueError(f"{folder}: no complete checkpoint there; train the run first, or further")
+    model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
+    if stored is not None:
+        state = model.state_dict()
+        if problems := summarise(misfits(stored.shapes, state)):
+            lines = [
+                f"{stored.folder}: its weights do not fit {folder / 'config.yaml'}:",
+                *problems,
+            ]
+            raise ValueError("\n  ".join(lines))
+        for name, tensor in state.items():
+            tensor.copy_(
+                stored.read(name).view_as(tensor)
+            )  # one at a time: never two models in memory
+    else:
+        model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module
+        load_weights(model, folder / IMPORTED)
+    return LoadedRun(model.requires_grad_(False).eval(), config, tokenizer_of(config, folder))

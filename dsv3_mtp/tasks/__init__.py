@@ -1,0 +1,3 @@
+"""Generated tasks with known answers: examples.py, their theory (markov.py), their grading
+(grade.py).
+"""

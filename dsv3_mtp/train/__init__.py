@@ -1,0 +1,1 @@
+"""A training run: trainer.py and what it alone needs."""

@@ -1,0 +1,326 @@
+"""Validation: the same windows at every evaluation and for every number of ranks; evaluation of
+finished models.
+
+`evaluate` belongs to the trainer; tools/evaluate.py calls `open_model`, `validate`, `acceptance`
+and `lm_eval`.
+"""
+
+import contextlib
+import importlib.util
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dsv3_mtp.config import Config, ConfigError, MarkovTask, load_config
+from dsv3_mtp.config.reader import problems_of
+from dsv3_mtp.data.sampler import deal, sequential_windows
+from dsv3_mtp.data.source import Source
+from dsv3_mtp.decode.generate import Settings, generate
+from dsv3_mtp.hf import export_hf, load_hf
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
+from dsv3_mtp.model.overlap import overlap_means
+from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.tasks.examples import TaskSource, TaskStream
+from dsv3_mtp.tasks.grade import Grade
+
+if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
+    from dsv3_mtp.parallel.engine import Engine
+
+
+def evaluate(engine: "Engine", source: Source | TaskSource, config: Config) -> dict[str, Any]:
+    """`validate` in a training run: all ranks share the work and get the same metrics."""
+    world = engine.world
+    return validate(
+        engine,
+        source,
+        config,
+        batches=config.eval.batches,
+        device=world.device,
+        rank=world.data_rank,
+        world_size=world.data_size,
+        all_reduce=engine.all_reduce,
+    )
+
+
+def validate(
+    model: "DeepseekV3MTP | Engine",
+    source: Source | TaskSource,
+    config: Config,
+    *,
+    batches: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> dict[str, Any]:
+    """Losses, top1, agreement and overlap of every depth on `batches` fixed micro-batches of
+    train.micro_batch_size sequences.
+
+    Returns `val/...` metrics, summed over ranks before dividing. `val/main_loss` is the validation
+    loss (nats per token); `val/bits_per_byte` is the same per byte of text, comparable between
+    tokenizers. For a task also its `task/...` metrics, on the examples of the same rows.
+    """
+    depths, micro, count = (
+        config.mtp.depths,
+        config.train.micro_batch_size,
+        batches * config.train.micro_batch_size,
+    )
+    share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro}
+    windows = sequential_windows(
+        source, seq_len=config.data.seq_len, lookahead=1 + depths, count=count, **share
+    )
+    batch = [to_device(*window, config=config, device=device) for window in windows]
+    blanks = -(-batches // world_size) - len(
+        batch
+    )  # every rank computes as often: they may share experts or weights
+    blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
+    batch += [to_device(blank, blank, config=config, device=device)] * blanks
+    sums = metric_sums(model.evaluate(batch, blanks=blanks))
+    grade = None
+    if isinstance(source, TaskSource):
+        rows = [row for part in deal(count, **share) for row in part]
+        grade = Grade(model if isinstance(model, DeepseekV3MTP) else model.model, source.task)
+        grade.mark(TaskStream(source, config.data.seq_len, None), rows, windows)
+        sums = torch.cat([sums, grade.sums.to(device)])
+    totals = all_reduce(sums).tolist()
+    metrics = {
+        f"val/{name}": value
+        for name, value in metric_means(totals[: 3 + 9 * depths], depths).items()
+    }
+    if grade is not None:
+        metrics |= grade.metrics(totals[3 + 9 * depths :], metrics)
+    if isinstance(source, Source) and source.bytes is not None:
+        metrics["val/bits_per_byte"] = (
+            metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes
+        )
+    return metrics
+
+
+def to_device(tokens, documents, scored=None, *, config: Config, device: torch.device):
+    """One micro-batch of the sampler as the model takes it: tokens, documents only where they are
+    to be masked, and which tokens are targets (None: all of a text).
+    """
+    numbers = documents if config.data.mask_documents else None
+    return tuple(
+        None if part is None else torch.from_numpy(part).to(device)
+        for part in (tokens, numbers, scored)
+    )
+
+
+def metric_sums(out: MTPOutput) -> torch.Tensor:
+    """(3+9D,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D | overlap 4 D]:
+    adds up over batches and ranks.
+    """
+    counts = (out.nll_sum, out.targets, out.correct, out.agreed, out.compared, out.overlap)
+    return torch.cat([part.double().flatten() for part in counts])
+
+
+def metric_means(sums: list[float], depths: int) -> dict[str, float]:
+    """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k,
+    overlap/k, overlap/tokens_per_step.
+
+    A depth without a valid target (masked documents shorter than it reaches) has no entry.
+    """
+    heads = 1 + depths
+    nll, targets, correct = sums[:heads], sums[heads : 2 * heads], sums[2 * heads : 3 * heads]
+    agreed, compared, *overlap = (sums[3 * heads + n * depths :][:depths] for n in range(6))
+    losses = [value / max(count, 1) for value, count in zip(nll, targets, strict=True)]
+    metrics = {"main_loss": losses[0]}
+    metrics |= {f"mtp_loss/{depth}": losses[depth] for depth in range(1, heads) if targets[depth]}
+    metrics |= {
+        f"top1/{depth}": correct[depth] / targets[depth] for depth in range(heads) if targets[depth]
+    }
+    metrics |= {f"agreement/{k + 1}": agreed[k] / compared[k] for k in range(depths) if compared[k]}
+    return metrics | overlap_means(overlap)
+
+
+def open_model(
+    *,
+    run: str | None,
+    hf: str | None,
+    seq_len: int | None,
+    micro_batch_size: int | None,
+    ema: bool = False,
+) -> tuple[DeepseekV3MTP, Config]:
+    """The model of a run, or of a folder in DeepSeek-V3's layout, and the config that `validate`
+    reads.
+
+    Args:
+        seq_len: tokens per window; None: the run's, for a folder the model's longest, at most 4096.
+        micro_batch_size: sequences per forward; None: the run's, for a folder 1.
+        ema: of a run, the moving average of the weights.
+
+    Raises:
+        ValueError: there is nothing to load, or the windows do not fit the model or the task.
+    """
+    if run is not None:
+        model, config, _ = load_run(run, ema=ema)
+        sections = config.to_dict()
+    else:
+        model, _ = load_hf(hf or "")
+        longest = model.config.max_position_embeddings
+        sections = {
+            "model": model.config.model_dump(),
+            "mtp": model.mtp_config.model_dump(mode="json"),
+        }
+        sections["data"] = {"train": "none", "val": "none", "seq_len": min(4096, longest)}
+        sections["train"] = {"micro_batch_size": 1}
+    longest = sections["model"]["max_position_embeddings"]
+    if seq_len is not None:
+        sections["data"]["seq_len"] = seq_len
+    if not 2 <= sections["data"]["seq_len"] <= longest:
+        raise ValueError(
+            f"--seq-len {seq_len}: must be 2 .. model.max_position_embeddings = {longest}"
+        )
+    micro = micro_batch_size or sections["train"]["micro_batch_size"]
+    # What the training was like, and on how many ranks, sets no bounds to these windows.
+    length = {
+        "micro_batch_size": micro,
+        "batch_size": micro,
+        "batch_size_ramp": None,
+        "total_tokens": 2**62,
+    }
+    sections |= {"train": sections["train"] | length, "parallel": {}}
+    try:
+        return model, Config.model_validate(sections)
+    except ValidationError as error:
+        raise ConfigError(
+            f"evaluation of {run or hf}", problems_of(error, sections, Config)
+        ) from None
+
+
+def acceptance(
+    model: DeepseekV3MTP,
+    source: Source | TaskSource,
+    *,
+    depth: int,
+    prompts: int,
+    seq_len: int,
+    new_tokens: int,
+    temperature: float = 0.0,
+) -> dict[str, float]:
+    """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
+
+    A prompt is half a window of seq_len tokens, shorter where `new_tokens` need the room. On a task
+    it is the text before an answer, and the answers are decoded; those of one or two tokens have
+    nothing to draft: the first comes with the prompt, the last of a step from the main head.
+    Returns `val/acceptance/k`, joint for drafts 1..k, `val/tokens_per_step`, and `val/distinct`,
+    the share of distinct tokens: a model that repeats itself accepts everything.
+
+    Raises:
+        ValueError: `new_tokens` leave no room for a prompt.
+    """
+    if isinstance(source, TaskSource) and not isinstance(source.task, MarkovTask):
+        texts, new_tokens = task_prompts(source, prompts)
+    else:
+        length = min(seq_len // 2, model.config.max_position_embeddings - new_tokens)
+        if length < 1:
+            raise ValueError(
+                f"{new_tokens} new tokens leave no room for a prompt; give fewer (--new-tokens)"
+            )
+        windows = sequential_windows(
+            source, seq_len=length, lookahead=0, count=prompts, micro_batch_size=prompts
+        )
+        texts = windows[0][0].tolist()
+    if new_tokens < 3:
+        return {}
+    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature)
+    out = generate(model, texts, settings)
+    metrics = {
+        f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)
+    }
+    metrics["val/tokens_per_step"] = out.acceptance.tokens_per_step
+    return metrics | {"val/distinct": out.distinct}
+
+
+def task_prompts(source: TaskSource, count: int) -> tuple[list[list[int]], int]:
+    """The text before the last answer of each of `count` validation examples, and the length of the
+    answers.
+    """
+    stream = TaskStream(source, source.task.example_length - 1, None)  # one example per row
+    examples = [example for row in range(count) for example in stream.examples(row)]
+    spans = [example.answers[-1] for example in examples]
+    prompts = [example.tokens[:start] for example, (start, _) in zip(examples, spans, strict=True)]
+    return prompts, max(stop - start for start, stop in spans)
+
+
+def lm_eval(
+    tasks: Sequence[str],
+    *,
+    run: str | None,
+    hf: str | None,
+    ema: bool = False,
+    include: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+) -> dict[str, float]:
+    """Tasks of EleutherAI's lm-evaluation-harness through its Hugging Face adapter; a run is
+    exported first.
+
+    Args:
+        include: folder with more task YAMLs. limit: documents per task, None: all.
+    Returns:
+        `TASK/METRIC` -> value.
+
+    Raises:
+        ValueError: the package is missing, or a task is unknown.
+    """
+    if missing := [
+        name for name in ("lm_eval", "transformers") if importlib.util.find_spec(name) is None
+    ]:
+        raise ValueError(
+            f"--lm-eval needs {' and '.join(missing)}: pip install 'dsv3_mtp[eval,hf]'"
+        )
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include, include_defaults=False) if include else None
+    if manager is None or not all(manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=include)  # its thousands of tasks take a while to index
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise ValueError(f"--lm-eval: lm-evaluation-harness does not know {', '.join(unknown)}")
+    with _exported(run, hf, ema) as folder:
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{run or hf}: has no tokenizer.json, and tasks are text")
+        results = simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(folder), "dtype": "auto"},
+            tasks=list(tasks),
+            task_manager=manager,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            batch_size=batch_size,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
+    values = {}
+    for task, metrics in results["results"].items():
+        for name, value in metrics.items():
+            if isinstance(value, float) and "_stderr" not in name:
+                values[f"{task}/{name.removesuffix(',none')}"] = value
+    return values
+
+
+@contextlib.contextmanager
+def _exported(run: str | None, hf: str | None, ema: bool) -> Iterator[Path]:
+    """The folder of weights, for a run a temporary export in the run's own dtype."""
+    if hf is not None:
+        yield Path(hf)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        wide = load_config(Path(run or "") / "config.yaml").train.dtype == "float32"
+        export_hf(
+            run or "",
+            Path(temporary) / "hf",
+            dtype="fp32" if wide else "bf16",
+            trunk_only=True,
+            ema=ema,
+        )
+        yield Path(temporary) / "hf"

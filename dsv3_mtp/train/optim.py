@@ -1,0 +1,92 @@
+"""AdamW as DeepSeek-V3 section 4.2 uses it, if asked with its moments in bfloat16 (section
+3.3.3).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from dsv3_mtp.config import OptimConfig
+from dsv3_mtp.model.layers import RMSNorm
+
+CHUNK = (
+    1 << 24
+)  # elements whose moments are float32 at one time: ZeRO gives all of a rank's weights as one tensor
+
+
+class BF16MomentsAdamW(torch.optim.AdamW):
+    """torch's fused AdamW on float32 weights and gradients, its two moments rounded to bfloat16
+    between steps.
+
+    The update itself reads the moments before they are rounded. Rounding to nearest is enough for
+    V3's beta2 = 0.95: a gradient moves the second moment by several bfloat16 units. With 0.999 most
+    steps would be rounded away.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+        settings = {
+            name: group[name]
+            for name in ("lr", "weight_decay", "eps", "fused", "amsgrad", "maximize")
+        }
+        tensors = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
+        for weights, gradient, first, second in zip(
+            *(x.reshape(-1).split(CHUNK) for x in tensors), strict=True
+        ):
+            wide = first.float(), second.float()
+            steps = [state["step"].clone()]  # it counts in place
+            adamw(
+                [weights],
+                [gradient],
+                [wide[0]],
+                [wide[1]],
+                [],
+                steps,
+                beta1=beta1,
+                beta2=beta2,
+                **settings,
+            )
+            first.copy_(wide[0])
+            second.copy_(wide[1])
+        state["step"] += 1
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW; matrices decay, vectors (the norms) do not. The learning rate is set anew at
+    every step.
+    """
+    norms = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, RMSNorm)
+        for p in module.parameters()
+    }
+    groups: dict[str, dict[str, Any]] = {
+        name: {"name": name, "params": []} for name in ("matrices", "vectors")
+    }
+    for parameter in model.parameters():
+        # Expert parallelism marks its parameters with the ranks that hold copies; DeepSpeed wants
+        # them apart, by name.
+        shared = getattr(parameter, "group_name", None)
+        name = shared or ("vectors" if id(parameter) in norms else "matrices")
+        if parameter.requires_grad and not parameter.is_meta:  # meta: on another pipeline stage
+            groups.setdefault(name, {"name": name, "params": [], "moe": True})["params"].append(
+                parameter
+            )
+    for group in groups.values():
+        group["weight_decay"] = 0.0 if group["name"] == "vectors" else optim.weight_decay
+    kind = BF16MomentsAdamW if optim.moments == "bfloat16" else torch.optim.AdamW
+    return kind(list(groups.values()), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
