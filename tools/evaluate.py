@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--split",
         default="val",
-        choices=["train", "val"],
+        choices=["train", "val", "shift"],
         help="of prepared folders (default: val)",
     )
     parser.add_argument(

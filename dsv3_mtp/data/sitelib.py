@@ -26,7 +26,6 @@ from typing import Any
 
 from dsv3_mtp.data.documents import Document
 
-SPLITS = ("train", "val", "shift")
 VAL_PER_MILLE = 20  # of the files of training packages
 SHIFT_PER_MILLE = 100  # of the packages
 MIN_FILE_BYTES = 64
@@ -54,7 +53,7 @@ class SitelibInputs:
     files: tuple[SourceFile, ...]
     versions: dict[str, str]  # of every package that has a file here
 
-    splits = SPLITS
+    splits = ("train", "val", "shift")
 
     @property
     def sizes(self) -> list[int]:
@@ -82,33 +81,25 @@ class SitelibInputs:
             text = content.decode("utf-8")
             yield Document(text, digest.digest(), listed.split, number, 1, listed.size)
 
-    def manifest(self) -> dict[str, Any]:
-        """What manifest.json says: versions, split, files and bytes per package, and every file
-        with its hash.
-        """
+    @property
+    def origin(self) -> dict[str, str]:
+        """What the text depends on; manifest.json has the packages and their versions."""
+        return {"corpus": "sitelib", "python": platform.python_version()}
+
+    def listing(self) -> dict[str, Any]:
+        """What manifest.json says of every package and of every file."""
         packages: dict[str, dict[str, Any]] = {}
         for file in self.files:
-            entry = packages.setdefault(
-                file.package,
-                {
-                    "version": self.versions[file.package],
-                    "shift": file.split == "shift",
-                    "files": 0,
-                    "bytes": 0,
-                },
-            )
+            version, shift = self.versions[file.package], file.split == "shift"
+            empty = {"version": version, "shift": shift, "files": 0, "bytes": 0}
+            entry = packages.setdefault(file.package, empty)
             entry["files"] += 1
             entry["bytes"] += file.size
         files = [
             {"package": f.package, "path": f.name, "sha256": f.sha256, "split": f.split}
             for f in self.files
         ]
-        return {
-            "corpus": "sitelib",
-            "python": platform.python_version(),
-            "packages": packages,
-            "files": files,
-        }
+        return {"packages": packages, "files": files}
 
 
 def sitelib_inputs(site: Path | None = None, library: Path | None = None) -> SitelibInputs:
