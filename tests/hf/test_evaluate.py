@@ -79,7 +79,10 @@ def test_a_run_and_its_float32_export_have_the_same_losses(
         "agreement/1",
         "agreement/2",
     ]
-    assert set(of_run) == {f"val/{name}" for name in [*names, "bits_per_byte"]}
+    overlaps = ["overlap/1", "overlap/2", "overlap/tokens_per_step"]
+    floors = {f"floor/{kind}_{name}" for kind in ("constant", "table") for name in overlaps}
+    names += [*overlaps, "bits_per_byte"]
+    assert set(of_run) == {f"val/{name}" for name in names} | floors
     assert of_run["val/main_loss"] == pytest.approx(5.7, abs=0.3)  # ln 300: random weights
     source = open_source(corpus, "val")
     bits = of_run["val/main_loss"] / 0.6931471805599453 * source.tokens / source.bytes
