@@ -17,14 +17,12 @@ settings.load_profile("suite")
 # Read when torch and numpy are imported, here and in the processes that tests start. torch is not
 # imported here: the tests of --help and of the config do without it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault(
-    "DS_ACCELERATOR", "cpu"
-)  # tests/gpu says otherwise to the processes that it starts
+# tests/gpu says otherwise to the processes that it starts
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # read when kernels are defined: where Triton is, a CPU runs them
+    # read when kernels are defined: where Triton is, a CPU runs them
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # What a killed process has written is not lost. Disks, for which only a power cut would need to
 # wait, can take minutes.

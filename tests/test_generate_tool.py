@@ -165,9 +165,8 @@ def test_accepted_drafts_are_green_in_a_terminal_and_nowhere_else(run_tool, fold
     os.close(master)
     assert code == 0
     coloured = re.findall("\x1b\\[32m(.*?)\x1b\\[0m", shown, re.DOTALL)
-    assert (
-        len(coloured) == 3
-    )  # token 1 from the prefill, then 2 drafts and 1 free, then 1 draft and 1 free
+    # token 1 from the prefill, then 2 drafts and 1 free, then 1 draft and 1 free
+    assert len(coloured) == 3
     assert re.sub("\x1b\\[\\d+m", "", shown) == piped
 
 

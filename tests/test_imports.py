@@ -57,9 +57,8 @@ def imported_modules(source: str, package: list[str]) -> list[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join(base + ([node.module] if node.module else []))
-            if (
-                module == "dsv3_mtp"
-            ):  # `from dsv3_mtp import metrics` names modules, or the public API
+            # `from dsv3_mtp import metrics` names modules, or the public API
+            if module == "dsv3_mtp":
                 found += [(f"dsv3_mtp.{alias.name}", node.lineno) for alias in node.names]
             else:
                 found.append((module, node.lineno))

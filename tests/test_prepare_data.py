@@ -70,9 +70,8 @@ def test_killed_in_the_middle_the_same_command_goes_on_byte_identically(
         "import os, signal, sys; signal.signal(signal.SIGINT, "
         "signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     )
-    for _ in range(
-        5
-    ):  # on a busy machine it may finish before this test is given a core to notice that it began
+    # on a busy machine it may finish before this test is given a core to notice that it began
+    for _ in range(5):
         words = [sys.executable, "-c", heed, *command(*arguments(corpus, out))]
         process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
         while process.poll() is None and not (

@@ -86,9 +86,8 @@ def test_the_launcher_trains_to_the_end_and_prints_only_our_lines(job):
         range(1, 21)
     )
     (events,) = (folder / "tb").glob("events.out.tfevents.*")
-    assert (
-        b"optim/lr" in events.read_bytes() and b"Train/Samples" not in events.read_bytes()
-    )  # DeepSpeed's own x axis
+    # DeepSpeed's own x axis
+    assert b"optim/lr" in events.read_bytes() and b"Train/Samples" not in events.read_bytes()
     assert (folder / "curves.png").stat().st_size > 20_000
     json.loads((folder / "ds_config.json").read_text())
 
@@ -152,9 +151,8 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_finishes(job):
     """The launcher dies of it, which its ranks notice; tests/test_trainer.py sends it to the ranks
     themselves.
     """
-    job.write_text(
-        job.read_text().replace("total_tokens: 1280", "total_tokens: 64000")
-    )  # a run that outlasts the test
+    # a run that outlasts the test
+    job.write_text(job.read_text().replace("total_tokens: 1280", "total_tokens: 64000"))
     process = start(deepspeed(job, "--num_gpus", "2"), job.with_suffix(".log"))
     folder = job.parent / "runs" / "job"
     wait_for(

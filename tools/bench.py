@@ -49,9 +49,8 @@ LEFT_OUT = {
 
 def main() -> int:
     options = parse()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # not the default, which leaves the children behind
+    # not the default, which leaves the children behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as tools/train.py

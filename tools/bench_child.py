@@ -121,9 +121,8 @@ def transformers_step(
     )
     low = config.train.dtype == "bfloat16"
     autocast = low and DEVICE.type == "cpu"
-    for (
-        parameter
-    ) in model.parameters():  # not the buffers: frequencies of the rotary embedding, router biases
+    # not the buffers: frequencies of the rotary embedding, router biases
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(
             torch.bfloat16 if low and not autocast else torch.float32
         )
@@ -211,9 +210,8 @@ def loss_memory(config: Config, *, naive: bool) -> int:
         hidden = torch.randn(rows, config.model.hidden_size, requires_grad=True)
         weight = (0.02 * torch.randn(vocab, config.model.hidden_size)).requires_grad_()
         targets, row_weight = torch.randint(vocab, (rows,)), torch.full((rows,), 1 / rows)
-    F.linear(
-        hidden[:8], weight
-    ).sum().backward()  # libraries and gradients are there before the count begins
+    # libraries and gradients are there before the count begins
+    F.linear(hidden[:8], weight).sum().backward()
     forget_peak()
     before = held()
     if naive:

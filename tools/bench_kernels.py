@@ -119,9 +119,8 @@ def linear(config: Config, tokens: int):
         x, grad = numbers(tokens, width).requires_grad_(), numbers(tokens, out)
 
         def run(layer: nn.Module, x: Tensor = x, grad: Tensor = grad) -> None:
-            torch.autograd.grad(
-                layer(x), (x, *layer.parameters()), grad
-            )  # backward() would add up gradients as well
+            # backward() would add up gradients as well
+            torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
 
         variants: Variants = {name: partial(run, build(weights)) for name, build, _ in backends()}
         yield f"linear {width} x {out}", 6.0 * tokens * width * out, variants

@@ -158,9 +158,8 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
             model(tokens).loss.backward()
             times.append(time.process_time() - begin)
         base = base or statistics.median(times)
-        held -= (
-            model.lm_head.weight.numel() * model.lm_head.weight.element_size()
-        )  # its gradient, made in the forward
+        # its gradient, made in the forward
+        held -= model.lm_head.weight.numel() * model.lm_head.weight.element_size()
         planned = sum(
             stage.activations for stage in plan(config, model, layout(config, world.size))
         )

@@ -167,9 +167,8 @@ def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], 
     if not texts and not options.prompt_ids:
         texts = [("stdin", sys.stdin.read())]
     for name, text in texts:
-        if any(
-            "\ud800" <= letter <= "\udfff" for letter in text
-        ):  # how Python passes on bytes that are none
+        # how Python passes on bytes that are none
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"{name}: not UTF-8 text")
     if texts and encoder is None:
         raise ValueError(

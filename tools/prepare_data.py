@@ -20,9 +20,8 @@ from typing import Any
 def main() -> int:
     options = parse()
     if options.workers is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(
-            options.workers
-        )  # read by tokenizers at its first use
+        # read by tokenizers at its first use
+        os.environ["RAYON_NUM_THREADS"] = str(options.workers)
     from dsv3_mtp.data.prepare import Arguments, prepare
     from dsv3_mtp.data.shards import verify_folder
 

@@ -35,9 +35,8 @@ def main() -> int:
     parser.add_argument(
         "--plot", action="store_true", help="with --dry-run: draw the schedules into the run folder"
     )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it
+    # the deepspeed launcher adds it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.plot and not args.dry_run:
         parser.error("--plot goes with --dry-run; a run draws its own curves.png")

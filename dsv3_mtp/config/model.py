@@ -313,9 +313,8 @@ class MTPConfig(Section):
             yield "depth_weights", f"{text} (got {len(self.depth_weights)})"
         if self.mode != "sequential":
             yield from self._without_effect("trunk_hidden", "chain", "embed", "share_weights")
-        if (
-            self.mode == "none"
-        ):  # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
+        # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
+        if self.mode == "none":
             yield from self._without_effect("depth_weights", "curriculum", "detach")
 
     def _without_effect(self, *keys: str) -> Iterator[Problem]:

@@ -169,9 +169,8 @@ def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
             parent = ".".join(keys[:depth])
             text = f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
             return [(f"--set {override}", text)]
-        node[key] = dict(
-            node[key]
-        )  # its own: a YAML alias may stand for the same mapping elsewhere
+        # its own: a YAML alias may stand for the same mapping elsewhere
+        node[key] = dict(node[key])
         node = node[key]
     node[keys[-1]] = value
     return []
@@ -240,9 +239,8 @@ def _describe(item: Any) -> str:
 
 
 def _not_among(allowed: str, value: Any) -> str:
-    names = (
-        allowed.replace("'", "").replace(" or ", ", ").split(", ")
-    )  # pydantic: "'a', 'b' or 'c'"
+    # pydantic: "'a', 'b' or 'c'"
+    names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
     text = f"must be {'one of ' * (len(names) > 1)}{', '.join(names)} (got {show(value)})"
     close = get_close_matches(str(value), names, n=1)
     return text + (f"; did you mean '{close[0]}'?" if close else "")

@@ -80,9 +80,8 @@ class FileInputs:
         stamps = "".join(
             f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n" for path in self.files
         )
-        self.fingerprint = hashlib.sha256(
-            stamps.encode()
-        ).hexdigest()  # of the files as they are now
+        # of the files as they are now
+        self.fingerprint = hashlib.sha256(stamps.encode()).hexdigest()
 
     def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
         """All documents from record `record` of input file `file` on."""

@@ -240,9 +240,8 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
 
 def _make_tokenizer(partial: Path, arguments: Arguments, inputs: Inputs) -> DocumentEncoder:
     if arguments.tokenizer is not None:
-        load_encoder(
-            Path(arguments.tokenizer), eos=arguments.eos
-        )  # so that errors name the user's file
+        # so that errors name the user's file
+        load_encoder(Path(arguments.tokenizer), eos=arguments.eos)
         content = Path(arguments.tokenizer).read_bytes()
     else:
         assert arguments.vocab_size is not None

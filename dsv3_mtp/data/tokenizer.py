@@ -108,9 +108,8 @@ def recorded_eos(path: Path) -> int | None:
     for name, key in (("index.json", "eos_id"), ("config.json", "eos_token_id")):
         if (beside := path.with_name(name)).is_file():
             recorded = json.loads(beside.read_text(encoding="utf-8")).get(key)
-            return (
-                recorded if isinstance(recorded, int) else None
-            )  # a checkpoint may name none, or several
+            # a checkpoint may name none, or several
+            return recorded if isinstance(recorded, int) else None
     return None
 
 

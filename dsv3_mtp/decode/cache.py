@@ -36,9 +36,8 @@ class Slots:
         weight = model.lm_head.weight
         self.slots, self.heads, self.device = slots, model.config.num_attention_heads, weight.device
         self.dtype = weight.dtype
-        cos, sin = rotary_angles(
-            model.config, torch.arange(slots, device=self.device)
-        )  # (S, P/2) each
+        # (S, P/2) each
+        cos, sin = rotary_angles(model.config, torch.arange(slots, device=self.device))
         self.rotation = torch.stack([cos, sin], dim=-1).unsqueeze(1)  # (S, 1, P/2, 2)
         self.width = model.config.kv_lora_rank + model.config.qk_rope_head_dim  # R+P
         self.arange = torch.arange(slots, device=self.device)
@@ -96,9 +95,8 @@ class Ring:
 
     def __init__(self, rows: int, width: int, like: Tensor):
         """like: (C, .) a weight of the model."""
-        self.states = torch.zeros(
-            rows, width, like.shape[-1], dtype=like.dtype, device=like.device
-        )  # (B, W, C)
+        # (B, W, C)
+        self.states = torch.zeros(rows, width, like.shape[-1], dtype=like.dtype, device=like.device)
 
     def read(self, starts: Sequence[int], length: int) -> Tensor:
         """(B, length, C): slots starts[b]..starts[b]+length-1."""
@@ -113,7 +111,6 @@ class Ring:
         if min(starts) == max(starts) and starts[0] % width + length <= width:
             start = starts[0] % width
             return slice(None), slice(start, start + length)
-        slots = torch.tensor(starts, device=device)[:, None] + torch.arange(
-            length, device=device
-        )  # (B, T)
+        # (B, T)
+        slots = torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
         return torch.arange(len(starts), device=device)[:, None], slots % width

@@ -199,16 +199,14 @@ class _Batch:
         """prompts: of one length."""
         self.decoder, self.slots, model = decoder, slots, decoder.model
         depth = draft_limit(model, settings.draft_depth)
-        self.chunk = max(
-            settings.prefill_chunk, depth + 2
-        )  # drafters take shorter forwards for decoding steps
+        # drafters take shorter forwards for decoding steps
+        self.chunk = max(settings.prefill_chunk, depth + 2)
         self.drafter: Drafter | None = None
         if depth:
             kind = KINDS[model.mtp_config.mode]
             self.drafter = kind(decoder, slots, rows=len(prompts), depth=depth, chunk=self.chunk)
-        self.caches = slots.caches(
-            model.config.num_hidden_layers, len(prompts)
-        )  # (B, S, R+P) per layer
+        # (B, S, R+P) per layer
+        self.caches = slots.caches(model.config.num_hidden_layers, len(prompts))
         self.ids = torch.zeros(
             len(prompts), slots.slots + 2 * (depth + 1), dtype=torch.long, device=slots.device
         )
@@ -237,9 +235,8 @@ class _Batch:
             self.drafter.observe(states, self.last, self.ids)
         logits = self.decoder.logits(states.post_norm).view(len(self.last), 1 + count, -1)
         accepted, following = sampler.verify(logits, drafts, probability)
-        new = torch.cat(
-            [drafts, following[:, None], accepted[:, None]], dim=1
-        ).tolist()  # one transfer per step
+        # one transfer per step
+        new = torch.cat([drafts, following[:, None], accepted[:, None]], dim=1).tolist()
         return [row[-1] for row in new], [row[: row[-1]] + [row[-2]] for row in new]
 
     def append(self, new: list[list[int]]) -> None:
@@ -295,9 +292,8 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
         model.config.max_position_embeddings, max(map(len, prompts)) + settings.max_new_tokens
     )
     depth = draft_limit(model, settings.draft_depth)
-    slots = Slots(
-        model, limit + 2 * (depth + 1)
-    )  # windows of ragged rows reach past the last slot that is used
+    # windows of ragged rows reach past the last slot that is used
+    slots = Slots(model, limit + 2 * (depth + 1))
     decoder = Decoder(model, compile_up_to=depth + 1 if settings.compile else 0)
     generator = torch.Generator(slots.device).manual_seed(settings.seed)
     sampler = Sampler(settings.temperature, settings.top_k, settings.top_p, generator)

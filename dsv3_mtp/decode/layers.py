@@ -105,9 +105,8 @@ class Attention:
             absorbed = torch.bmm(absorbed.transpose(0, 1), self.w_uk).transpose(0, 1)
         turned = rotate(turned, window.rotation, paired=self.paired)
         query = torch.cat([absorbed, turned], dim=-1).view(rows, 1, length * heads, -1)
-        past = cache[:, : window.end].unsqueeze(
-            1
-        )  # (B, 1, end, R+P): the key, and in its first R columns the value
+        # (B, 1, end, R+P): the key, and in its first R columns the value
+        past = cache[:, : window.end].unsqueeze(1)
         if torch.compiler.is_compiling():  # a window of a few slots
             scores = query @ past.transpose(2, 3)  # (B, 1, T*H, end)
             mixed = (scores if window.mask is None else scores + window.mask).softmax(-1) @ past[
@@ -128,9 +127,8 @@ def rotate(x: Tensor, rotation: Tensor, *, paired: bool) -> Tensor:
     paired: x can be viewed as complex numbers, and then it is one operation.
     """
     pairs = x.view(*x.shape[:-1], -1, 2)
-    if (
-        paired and not torch.compiler.is_compiling()
-    ):  # compilers generate no code for complex numbers
+    # compilers generate no code for complex numbers
+    if paired and not torch.compiler.is_compiling():
         torch.view_as_complex(pairs).mul_(torch.view_as_complex(rotation))
         return x
     (even, odd), (cos, sin) = pairs.to(rotation.dtype).unbind(-1), rotation.unbind(-1)
@@ -184,9 +182,8 @@ class Mixture:
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
         hidden = self.norm(x)
-        scores = torch.mm(
-            hidden.to(self.router.dtype), self.router
-        ).sigmoid()  # (N, E), in high precision as in V3
+        # (N, E), in high precision as in V3
+        scores = torch.mm(hidden.to(self.router.dtype), self.router).sigmoid()
         chosen = self.moe.gate.choose(scores)  # (N, K)
         gates = self.moe.gate.weigh(scores, chosen)  # (N, K)
         if torch.compiler.is_compiling():

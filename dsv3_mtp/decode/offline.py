@@ -25,13 +25,11 @@ def accepted_prefixes(model: DeepseekV3MTP, tokens: Sequence[int], *, prompt_len
     """
     length, depths = len(tokens), model.depths
     device = model.lm_head.weight.device
-    text = torch.tensor(
-        [[*tokens, *[0] * depths]], device=device
-    )  # T = L - 1 slots need L + D tokens
+    # T = L - 1 slots need L + D tokens
+    text = torch.tensor([[*tokens, *[0] * depths]], device=device)
     hiddens, _ = model.hidden_states(text)
-    right = torch.zeros(
-        length, depths, dtype=torch.bool, device=device
-    )  # by m; slot m-1 drafts t_{m+k}
+    # by m; slot m-1 drafts t_{m+k}
+    right = torch.zeros(length, depths, dtype=torch.bool, device=device)
     for depth in range(1, 1 + depths):
         anchors = torch.arange(prompt_length, length - depth, device=device)  # m with m + depth < L
         guess = model.head(depth)(hiddens[depth][0, anchors - 1]).argmax(-1)

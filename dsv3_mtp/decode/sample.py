@@ -35,9 +35,8 @@ class Sampler:
         probability = scaled.softmax(-1)
         if self.top_p < 1:
             ordered, order = probability.sort(dim=-1, descending=True)
-            beyond = (
-                ordered.cumsum(-1) - ordered >= self.top_p
-            )  # the tokens before it reach p already
+            # the tokens before it reach p already
+            beyond = ordered.cumsum(-1) - ordered >= self.top_p
             probability = torch.zeros_like(probability).scatter(
                 -1, order, ordered.masked_fill(beyond, 0.0)
             )
@@ -89,9 +88,8 @@ class Sampler:
                 drafts.shape, generator=self.generator, device=p.device, dtype=p.dtype
             )
             accepted = (coin * q_draft < p_draft).cumprod(1).sum(1)
-            q = torch.cat(
-                [draft_probability, torch.zeros_like(p[:, :1])], dim=1
-            )  # after K accepted: a draw from p
+            # after K accepted: a draw from p
+            q = torch.cat([draft_probability, torch.zeros_like(p[:, :1])], dim=1)
             residual = (p - q)[rows, accepted].clamp(min=0)  # (B, V)
             empty = residual.sum(-1, keepdim=True) == 0  # p and q differ by rounding only
             return accepted, self.pick(torch.where(empty, p[rows, accepted], residual))

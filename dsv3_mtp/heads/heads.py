@@ -80,9 +80,8 @@ class MTPModule(DecoderLayer):
     """
 
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
-        super().__init__(
-            config, layer=config.num_hidden_layers - 1
-        )  # same kind as the trunk's last layer
+        # same kind as the trunk's last layer
+        super().__init__(config, layer=config.num_hidden_layers - 1)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if mtp.embed else None
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = nn.Linear(
@@ -129,9 +128,8 @@ class SequentialMTP(nn.Module):
             outputs.append(module.shared_head(out))
             hidden = outputs[-1] if normed else out
             stats.append(routed)
-        if (
-            self.mtp.share_weights and stats[0] is not None
-        ):  # one router: its D forwards count once in the balance loss
+        # one router: its D forwards count once in the balance loss
+        if self.mtp.share_weights and stats[0] is not None:
             total = sum(stats[1:], start=stats[0])
             stats = [total._replace(balance=total.balance / len(embeddings))]
         return outputs, stats

@@ -137,9 +137,8 @@ def _open_run(
     deepest = (
         f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
     )
-    if deepest in stored.shapes and bool(
-        (stored.read(deepest) == 1).all()
-    ):  # else an earlier start had other weights
+    # else an earlier start had other weights
+    if deepest in stored.shapes and bool((stored.read(deepest) == 1).all()):
         problems += _untrained(config, modules, progress)
     if problems:
         raise ValueError(
@@ -177,9 +176,8 @@ def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
     a deeper one.
     """
     source = Path(config.train.init_from or "")
-    brought = (
-        read_settings(source).modules if (source / "config.json").is_file() else 0
-    )  # trained before this run
+    # trained before this run
+    brought = read_settings(source).modules if (source / "config.json").is_file() else 0
     reached = [progress * step / 100 for step in range(101)]
     for module in range(brought, modules):
         if not any(
@@ -246,9 +244,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     temporary, locked = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "lock"))
     descriptor = lock(locked, f"{out}: another process is making it; choose another folder")
     try:
-        if (
-            out.exists()
-        ):  # now: another process may have finished just before this one took the lock
+        # now: another process may have finished just before this one took the lock
+        if out.exists():
             raise exists
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()

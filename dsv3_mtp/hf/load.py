@@ -243,9 +243,8 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, Path | None]:
     mtp = MTPConfig(
         mode="sequential" if settings.modules else "none", num_nextn_predict_layers=settings.modules
     )
-    stored = Checkpoint(folder).places.get(
-        "model.embed_tokens.weight"
-    )  # not config.json's word for it
+    # not config.json's word for it
+    stored = Checkpoint(folder).places.get("model.embed_tokens.weight")
     dtype = torch.bfloat16 if stored is None or stored.dtype == "BF16" else torch.float32
     model = empty_model(settings.model, mtp, dtype)
     load_weights(model, folder)
@@ -273,8 +272,7 @@ def empty_model(config: ModelConfig, mtp: MTPConfig, dtype: torch.dtype) -> Deep
     float32.
     """
     model = meta_model(config, mtp)
-    for (
-        parameter
-    ) in model.parameters():  # not model.to(dtype): that would convert the router biases too
+    # not model.to(dtype): that would convert the router biases too
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.to_empty(device="cpu")

@@ -42,9 +42,8 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
         self.scale = (self.nope + self.rope) ** -0.5
-        if (
-            config.rope_scaling is not None
-        ):  # YaRN's temperature multiplies the logits: q and k each by mscale
+        # YaRN's temperature multiplies the logits: q and k each by mscale
+        if config.rope_scaling is not None:
             self.scale *= (
                 yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
             )

@@ -124,9 +124,8 @@ class DeepseekV3MTP(nn.Module):
         if loss_weights is None:
             loss_weights = (1.0 / max(self.depths, 1),) * self.depths
         valid = valid_targets(tokens, documents, self.depths, scored)  # (1+D, B, T)
-        targets = torch.stack(
-            [tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)]
-        )  # (1+D, B, T)
+        # (1+D, B, T)
+        targets = torch.stack([tokens[:, k + 1 : k + 1 + length] for k in range(1 + self.depths)])
         # Not new_tensor: on CUDA the host would wait for that copy.
         weights = torch.cat([normalizer.new_full((1,), weight) for weight in (1.0, *loss_weights)])
         counts = normalizer[:-1]  # per rank: below 1 with fewer targets than ranks
@@ -345,9 +344,8 @@ class DeepseekV3MTP(nn.Module):
                         )
                     values = torch.empty(shape, dtype=wide, device=device)
                     values.normal_(0.0, self.config.initializer_range, generator=generator)
-                    parameter.copy_(
-                        values[first : first + count]
-                    )  # of another pipeline stage: on meta, not kept
+                    # of another pipeline stage: on meta, not kept
+                    parameter.copy_(values[first : first + count])
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
 

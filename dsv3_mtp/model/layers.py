@@ -142,9 +142,8 @@ def _yarn_frequency(frequency: Tensor, config: ModelConfig, scaling: RopeScaling
     """
     dim = config.qk_rope_head_dim
 
-    def pair_with(
-        rotations: float,
-    ) -> float:  # index of the pair that turns `rotations` times in the original context
+    # index of the pair that turns `rotations` times in the original context
+    def pair_with(rotations: float) -> float:
         turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(config.rope_theta))
 

@@ -90,9 +90,8 @@ class Gate(nn.Module):
         biased = scores + self.e_score_correction_bias  # (N, E)
         if config.n_group > 1:
             groups = biased.unflatten(1, (config.n_group, -1))  # (N, G, E/G)
-            best = (
-                groups.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
-            )  # (N, topk_group)
+            # (N, topk_group)
+            best = groups.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
             allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
             biased = groups.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
         return biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
@@ -115,9 +114,8 @@ class Gate(nn.Module):
         top = scores.detach().topk(self.config.num_experts_per_tok, dim=-1).indices  # (B, T, K)
         hits = torch.zeros_like(scores).scatter_(2, top, 1.0)  # (B, T, E)
         hits = self.rows.gather(hits.mean(1, keepdim=True)).mean(1)  # (B, E)
-        frequency = hits * (
-            scores.shape[2] / self.config.num_experts_per_tok
-        )  # (B, E), 1 when balanced
+        # (B, E), 1 when balanced
+        frequency = hits * (scores.shape[2] / self.config.num_experts_per_tok)
         share = (scores / scores.sum(-1, keepdim=True)).mean(1)  # (B, E)
         return (frequency * share).sum() / self.rows.count
 
@@ -153,9 +151,8 @@ class Experts(nn.Module):
         self.first = (
             0  # number of the first expert here; parallel/experts.py keeps a part of the layer's
         )
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(experts, 2 * width, hidden)
-        )  # (E, 2F, C), gate rows first
+        # (E, 2F, C), gate rows first
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # (E, C, F)
 
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:

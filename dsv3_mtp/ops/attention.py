@@ -175,9 +175,8 @@ def flash_core(function: Callable[..., Any], *, pad_value: bool) -> Core:
         out = function(
             *(x.transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, causal=True
         )
-        out = (
-            out[0] if isinstance(out, tuple) else out
-        )  # some versions return the log-sum-exp as well
+        # some versions return the log-sum-exp as well
+        out = out[0] if isinstance(out, tuple) else out
         return out.transpose(1, 2)[..., :width]
 
     return core
@@ -201,9 +200,8 @@ def te_core(module: Any, heads: int, widths: tuple[int, int]) -> Core:
                 qkv_format="bshd",
                 attention_dropout=0.0,
             )
-        out = built[scale](
-            *(x.transpose(1, 2).contiguous() for x in (query, key, value))
-        )  # (B, T, H * v)
+        # (B, T, H * v)
+        out = built[scale](*(x.transpose(1, 2).contiguous() for x in (query, key, value)))
         return out.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     return core

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from dsv3_mtp.ops import fused, kernels
 
-CHUNK_ELEMENTS = (
-    2**24
-)  # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
+# logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
+CHUNK_ELEMENTS = 2**24
 CHUNKS_ON_GPU = (
     8  # that many at a time, of 2 bytes each: its products want more than a few hundred rows
 )
@@ -28,9 +27,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         targets, row_weight = targets.contiguous(), row_weight.to(wide).contiguous()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (M, C)
-        grad_weight = (
-            torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        )  # (V, C)
+        # (V, C)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)  # (M,)
         prediction = torch.empty_like(targets)  # (M,)
         for start in range(0, hidden.shape[0], rows):

@@ -32,9 +32,9 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
-EXPERT = (
-    2**18
-)  # numbers of one expert's down projection that are still worth it: its 3 matrices in float32 are 3 MiB
+# numbers of one expert's down projection that are still worth it: its 3 matrices in float32 are 3
+# MiB
+EXPERT = 2**18
 # blocks of rows whose sums are added last: the same for any number of threads, hence the same
 # result
 PARTS = 16

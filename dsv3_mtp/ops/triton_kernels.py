@@ -258,9 +258,8 @@ def _to_heads(
         tl.arange(0, VALUE_BLOCK)[None, :],
     )
     cos, sin = _angles(angles, token % length, length, ROPE, ROPE_BLOCK)
-    shared = _turn(
-        tl.load(k_rope + token * k_rope_stride + r, r < ROPE).to(tl.float32), cos, sin
-    )  # (1, ROPE_BLOCK)
+    # (1, ROPE_BLOCK)
+    shared = _turn(tl.load(k_rope + token * k_rope_stride + r, r < ROPE).to(tl.float32), cos, sin)
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]
         there = head < heads

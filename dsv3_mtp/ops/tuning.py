@@ -50,9 +50,8 @@ def onednn_exact() -> bool:
     Where a CPU has bfloat16 matrix units it does not: a relative error of 3e-3 instead of 3e-7.
     """
     before = torch.get_float32_matmul_precision()
-    generator = torch.Generator().manual_seed(
-        0
-    )  # not torch's own: a start must not move its random numbers
+    # not torch's own: a start must not move its random numbers
+    generator = torch.Generator().manual_seed(0)
     x, weight = (
         torch.randn(512, 256, generator=generator),
         torch.randn(256, 256, generator=generator),

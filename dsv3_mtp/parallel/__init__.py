@@ -14,12 +14,10 @@ import warnings
 
 import torch
 
-os.environ.setdefault(
-    "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
-)  # else it warns of its guess
-warnings.filterwarnings(
-    "ignore", category=FutureWarning, module=r"torch\.distributed.*"
-)  # DeepSpeed's calls, not ours
+# else it warns of its guess
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# DeepSpeed's calls, not ours
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 
 import deepspeed.ops  # noqa: E402
 

@@ -110,9 +110,8 @@ class Engine:
         deepspeed.runtime.zero.utils.warned = True
         import_muon()
         slice_rows(model, world)
-        for group in (
-            optimizer.param_groups
-        ):  # `step` gives the rate; ZeRO-0 in bfloat16 steps once by itself, below
+        # `step` gives the rate; ZeRO-0 in bfloat16 steps once by itself, below
+        for group in optimizer.param_groups:
             group["lr"] = 0.0
         with contextlib.redirect_stdout(
             None
@@ -169,9 +168,8 @@ class Engine:
         rather than counted.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        if isinstance(
-            self.optimizer, BF16_Optimizer
-        ):  # it has added the last micro-batch's to its float32 gradients
+        # it has added the last micro-batch's to its float32 gradients
+        if isinstance(self.optimizer, BF16_Optimizer):
             self.optimizer.clear_lp_grads()
         self.engine.backward(loss, scale_wrt_gas=False)
         if not last:

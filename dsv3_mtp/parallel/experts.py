@@ -30,9 +30,8 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
     """
 
     def __init__(self, whole: Experts, size: int):
-        nn.Module.__init__(
-            self
-        )  # not DeepSpeed's, which would build a router and experts of its own
+        # not DeepSpeed's, which would build a router and experts of its own
+        nn.Module.__init__(self)
         self.group_name = f"ep_size_{size}"
         self.group = groups._get_expert_parallel_group(self.group_name)
         self.num_experts = len(whole.down_proj)  # of the whole layer
@@ -68,14 +67,12 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
         arriving = torch.empty_like(leaving)
         dist.all_to_all_single(arriving, leaving, group=self.group)
         send, receive = torch.stack([leaving, arriving]).tolist()
-        there = home.index_select(0, token) == rank.unsqueeze(
-            1
-        )  # (M, K) which of its choices a row is sent for
+        # (M, K) which of its choices a row is sent for
+        there = home.index_select(0, token) == rank.unsqueeze(1)
         numbers = torch.where(there, chosen.index_select(0, token) % local, -1)
 
-        numbers = _Exchange.apply(
-            numbers, send, receive, self.group
-        )  # (rows, K) of this rank's experts
+        # (rows, K) of this rank's experts
+        numbers = _Exchange.apply(numbers, send, receive, self.group)
         weights = _Exchange.apply(gates.index_select(0, token), send, receive, self.group)
         rows = _Exchange.apply(x.index_select(0, token), send, receive, self.group)  # (rows, C)
         row, slot = (numbers >= 0).nonzero(as_tuple=True)  # (pairs,) each

@@ -70,9 +70,8 @@ def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
-    local_size = int(
-        os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    )  # deepspeed's, torchrun's
+    # deepspeed's, torchrun's
+    local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     cuda = get_accelerator().device_name() == "cuda"  # as DS_ACCELERATOR says, if it is set
     if not cuda or threads is not None:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))

@@ -118,10 +118,8 @@ class LastStage(Stage):
     def __init__(self, model: DeepseekV3MTP, layers: range):
         super().__init__(model, layers)
         self.norm, self.mtp, self.lm_head = model.model.norm, model.mtp, model.lm_head
-        self.head_states, self.losses = (
-            model.head_states,
-            model.losses,
-        )  # of the model: they use the three above
+        # of the model: they use the three above
+        self.head_states, self.losses = model.head_states, model.losses
         self.settings: dict[
             str, Any
         ] = {}  # keywords of `losses`, the same for all micro-batches of a step
@@ -256,9 +254,8 @@ class PipelineEngine(Engine):
 
     def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
         for weight, _ in self.stages.get_tied_weights_and_groups():
-            if (
-                weight.requires_grad and weight.grad is None
-            ):  # detached on the last stage: its zeros are waited for
+            # detached on the last stage: its zeros are waited for
+            if weight.requires_grad and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
         return self.run(Accumulation, batch, settings)
 

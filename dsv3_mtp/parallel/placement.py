@@ -25,9 +25,8 @@ from torch import Tensor
 from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.parallel.engine import Engine
 
-SHARE = (
-    1 << 16
-)  # elements below which a tensor that several ranks hold is written by the first of them alone
+# elements below which a tensor that several ranks hold is written by the first of them alone
+SHARE = 1 << 16
 
 
 class Held(NamedTuple):

@@ -88,9 +88,8 @@ def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[Stage]:
     for number, cut in enumerate(cuts):
         mine, last = [layers[n] for n in cut], number == shape.stages - 1
         if number == 0 or (last and config.mtp.reads_tokens):
-            mine.insert(
-                0, embedding
-            )  # the last stage's is a copy for the MTP modules, tied to the first stage's
+            # the last stage's is a copy for the MTP modules, tied to the first stage's
+            mine.insert(0, embedding)
         if last:
             mine.append(head)
         stages.append(
@@ -122,9 +121,8 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
     )
     offload = config.parallel.offload_optimizer
-    received = (
-        0 if mine[0].name == "embedding" else config.model.hidden_size
-    )  # from the stage before
+    # from the stage before
+    received = 0 if mine[0].name == "embedding" else config.model.hidden_size
     activations = (
         (received + sum(activation_elements(config, part) for part in mine))
         * shape.tokens
@@ -233,9 +231,8 @@ def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[st
         rows |= _expert_exchange(config, shape, max(stage.moe_blocks for stage in stages))
     if shape.slices > 1:
         heads, key = model.num_attention_heads, model.qk_nope_head_dim + model.qk_rope_head_dim
-        passes = (
-            3 if config.train.activation_checkpointing == "full" else 2
-        )  # forward, forward again, backward
+        # forward, forward again, backward
+        passes = 3 if config.train.activation_checkpointing == "full" else 2
         widths = 2 * key + 2 * model.v_head_dim  # query and key; value and output
         exchanged = element * heads * widths * shape.tokens * ring(shape.slices)
         blocks = max(stage.blocks for stage in stages)

@@ -64,9 +64,8 @@ def activation_elements(config: Config, part: Part) -> float:
     kept = part.dense_blocks * block_elements(model, mode, moe=False, spread=False, sliced=sliced)
     kept += part.moe_blocks * block_elements(model, mode, moe=True, spread=spread, sliced=sliced)
     kept += 4 * hidden * part.merges  # what is merged, its two normed halves, and their projection
-    return kept + hidden * (1 + config.mtp.depths) * part.name.endswith(
-        "head"
-    )  # gradients that the loss has made
+    # gradients that the loss has made
+    return kept + hidden * (1 + config.mtp.depths) * part.name.endswith("head")
 
 
 def block_elements(
@@ -87,9 +86,8 @@ def block_elements(
     latents = (
         (heads * key if queries is None else queries) + model.kv_lora_rank + model.qk_rope_head_dim
     )
-    kept = (
-        latents + value + 2 * hidden
-    )  # latents, attention's output, the stream after attention and after all
+    # latents, attention's output, the stream after attention and after all
+    kept = latents + value + 2 * hidden
     inner = model.n_shared_experts * width if moe else model.intermediate_size
     kept += 2 * inner  # gate and up
     if moe:

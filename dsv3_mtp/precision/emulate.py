@@ -46,9 +46,8 @@ def accumulate(a: Tensor, b: Tensor, accumulation: Accumulation) -> Tensor:
     for start in range(0, a.shape[1], STEP):
         columns = slice(start, start + STEP)
         partial = (partial + a[:, columns] @ b[:, columns].T).contiguous()
-        partial = (partial.view(torch.int32) & ~0x3FF).view(
-            torch.float32
-        )  # 13 of the 23 fraction bits
+        # 13 of the 23 fraction bits
+        partial = (partial.view(torch.int32) & ~0x3FF).view(torch.float32)
         if accumulation == "fp22_promote128" and (start + STEP) % PROMOTE == 0:
             total += partial
             partial = torch.zeros_like(total)

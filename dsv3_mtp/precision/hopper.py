@@ -68,9 +68,8 @@ class ScaledMM(Product):
             return out.zero_()
         parts: list[tuple[Tensor, ...]] = []
         for x in (a, b):
-            codes, scale_inv = _quantise(
-                x.t(), ROW, self.scale
-            )  # (N, M), (N, M/128): each group is a part of columns
+            # (N, M), (N, M/128): each group is a part of columns
+            codes, scale_inv = _quantise(x.t(), ROW, self.scale)
             parts += [
                 codes.split(rows, 1),
                 _layout(scale_inv, ROW).split([n // EDGE for n in rows], 1),
@@ -109,16 +108,13 @@ def _quantise_matrices(weight: Tensor, scale: Scale) -> list[tuple[Tensor, Tenso
     parts: list[Tensor] | tuple[Tensor, ...]
     if weight.is_contiguous() and rows % EDGE == 0:
         codes, scale_inv = _quantise(weight.flatten(0, 1), BLOCK, scale)  # (E*N, K)
-        parts, scale_inv = (
-            codes.split(rows),
-            scale_inv.unflatten(0, (groups, -1)),
-        )  # (E, N/128, K/128)
+        # (E, N/128, K/128)
+        parts, scale_inv = codes.split(rows), scale_inv.unflatten(0, (groups, -1))
     elif (
         weight.transpose(1, 2).is_contiguous() and columns % EDGE == 0
     ):  # the transposed weights of dx = dy W
-        codes, scale_inv = _quantise(
-            weight.transpose(1, 2).flatten(0, 1).t(), BLOCK, scale
-        )  # (N, E*K)
+        # (N, E*K)
+        codes, scale_inv = _quantise(weight.transpose(1, 2).flatten(0, 1).t(), BLOCK, scale)
         parts, scale_inv = (
             codes.split(columns, 1),
             scale_inv.unflatten(1, (groups, -1)).transpose(0, 1),
@@ -155,9 +151,8 @@ def _by_group(scale_inv: Tensor, first: Tensor, size: Tensor) -> Tensor:
 
 def _aligned(x: Tensor) -> Tensor:
     missing = [-size % ALIGN for size in x.shape]
-    return (
-        F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
-    )  # a pad of nothing would be a copy
+    # a pad of nothing would be a copy
+    return F.pad(x, (0, missing[1], 0, missing[0])) if any(missing) else x
 
 
 def _recipe(tile: Tile) -> F.ScalingType:

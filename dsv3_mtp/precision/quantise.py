@@ -74,9 +74,8 @@ def scales(amax: Tensor, dtype: torch.dtype, scale: Scale) -> Tensor:
     the largest number of `dtype` (that of the tensor to quantise) takes its place.
     """
     amax = amax.float()
-    factor = (
-        torch.full_like(amax, LARGEST) / amax
-    )  # `448.0 / amax` would multiply with the reciprocal: 1 ulp off
+    # `448.0 / amax` would multiply with the reciprocal: 1 ulp off
+    factor = torch.full_like(amax, LARGEST) / amax
     factor = torch.where(factor.isinf(), torch.finfo(dtype).max, factor)
     if scale == "pow2":
         factor = (factor.view(torch.int32) & -0x800000).view(torch.float32)

@@ -87,9 +87,8 @@ class TELinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGN))
-        self.inner[0]._parameters["weight"] = (
-            self.weight
-        )  # at each call: loading may have put another one here
+        # at each call: loading may have put another one here
+        self.inner[0]._parameters["weight"] = self.weight
         with load()[0].autocast(enabled=True, recipe=self.recipe):
             y = self.inner[0](padded)
         return y[: rows.shape[0]].unflatten(0, x.shape[:-1])
@@ -115,9 +114,8 @@ class TEGroupedLinear:
                 groups, width, out, bias=False, params_dtype=weight.dtype, device="meta"
             )
             self.pad, self.unpad = te.Fp8Padding(groups, ALIGN), te.Fp8Unpadding(groups, ALIGN)
-            for group in range(
-                groups
-            ):  # torch refuses to set a registered name to what is no Parameter
+            # torch refuses to set a registered name to what is no Parameter
+            for group in range(groups):
                 del self.inner._parameters[f"weight{group}"]
         for group, matrix in enumerate(weight.unbind()):
             setattr(self.inner, f"weight{group}", matrix)

@@ -20,13 +20,11 @@ def quantise(x: Tensor, tile: Tile, scale: Scale) -> tuple[Tensor, Tensor]:
     grid = triton.cdiv(columns, EDGE), triton.cdiv(rows, EDGE)
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
     if tile == ROW:
-        scale_inv = torch.empty(
-            grid[0], rows, dtype=torch.float32, device=x.device
-        ).t()  # (M, K/128)
+        # (M, K/128)
+        scale_inv = torch.empty(grid[0], rows, dtype=torch.float32, device=x.device).t()
     else:
-        scale_inv = torch.empty(
-            grid[1], grid[0], dtype=torch.float32, device=x.device
-        )  # (M/128, K/128)
+        # (M/128, K/128)
+        scale_inv = torch.empty(grid[1], grid[0], dtype=torch.float32, device=x.device)
     if x.numel():
         _quantise[grid](
             *(

@@ -110,9 +110,8 @@ class Clock:
         self._before = 0.0  # seconds up to the last start or pause
         self._since: float | None = None
         self._lap: tuple[float, int] | None = None  # training seconds, tokens
-        self._recent: deque[tuple[float, int]] = deque(
-            maxlen=window + 1
-        )  # wall-clock seconds, tokens
+        # wall-clock seconds, tokens
+        self._recent: deque[tuple[float, int]] = deque(maxlen=window + 1)
 
     def start(self, tokens: int = 0) -> None:
         """Begin counting; `tokens` were consumed before this start, the first lap counts from

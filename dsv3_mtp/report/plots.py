@@ -89,9 +89,8 @@ def plot_schedules(config: Config, out: Path) -> None:
         axes[1].plot(tokens, total, color="#c8c8c8", linewidth=5.0, label="lambda")
         weights = np.array([depth_loss_weights(config.mtp, p) for p in progress])  # (points, D)
         for depth, column in enumerate(weights.T, start=1):
-            width = 1.6 + 2.6 * (
-                config.mtp.depths - depth
-            )  # equal weights stay visible under one another
+            # equal weights stay visible under one another
+            width = 1.6 + 2.6 * (config.mtp.depths - depth)
             axes[1].plot(
                 tokens, column, color=_color(depth), linewidth=width, label=f"depth {depth}"
             )

@@ -49,9 +49,8 @@ def load_run(folder: str | Path, *, ema: bool = False) -> LoadedRun:
             ]
             raise ValueError("\n  ".join(lines))
         for name, tensor in state.items():
-            tensor.copy_(
-                stored.read(name).view_as(tensor)
-            )  # one at a time: never two models in memory
+            # one at a time: never two models in memory
+            tensor.copy_(stored.read(name).view_as(tensor))
     else:
         model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module
         load_weights(model, folder / IMPORTED)

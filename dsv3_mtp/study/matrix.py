@@ -109,6 +109,9 @@ class Acceptance(Section):
     """
 
     prefixes: Count = 64
+    """Of one set."""
+    sets: Count = 4
+    """Sets of prefixes, each with its own draws: they show how much one run's numbers vary."""
     prefix_tokens: Count = 64
     new_tokens: Annotated[Integer, Field(ge=3)] = 16
     """The first comes with the prompt, and the last of a step from the main model: two have nothing
@@ -256,9 +259,8 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     arms.
     """
     path, sets = Path(path), tuple(sets)
-    sections = set(Config.model_fields) - set(
-        Study.model_fields
-    )  # of a run, that are not keys of a study file too
+    # of a run, that are not keys of a study file too
+    sections = set(Config.model_fields) - set(Study.model_fields)
     of_runs = [item for item in sets if item.partition("=")[0].partition(".")[0] in sections]
     tree, problems = read_tree(path, [item for item in sets if item not in of_runs])
     try:
@@ -271,9 +273,8 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     for name in study.arms:
         try:
             configs[name] = load_config(base, list(_settings(study, name, of_runs)))
-            refused = list(
-                layout.problems(configs[name], world_size=1)
-            )  # a run of a study is one process
+            # a run of a study is one process
+            refused = list(layout.problems(configs[name], world_size=1))
         except ConfigError as error:
             refused = list(error.problems)
         for problem in refused:
@@ -320,9 +321,8 @@ def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator
 def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:
     """What load_config is to override in the base for an arm's first seed: later ones win."""
 
-    def items(
-        overrides: Overrides,
-    ) -> Iterator[str]:  # default: a date, which no key takes, is refused as text
+    # default: a date, which no key takes, is refused as text
+    def items(overrides: Overrides) -> Iterator[str]:
         yield from (
             f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
             for key, value in overrides.items()

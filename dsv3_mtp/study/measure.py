@@ -7,7 +7,9 @@ over the last quarter of training. The report adds `train/main_loss_error` and i
 the runs of another arm.
 """
 
+import hashlib
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,19 @@ import torch
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.opening import validation_source
+from dsv3_mtp.data.source import open_source, splits_of
 from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.report.metrics import Record, read_metrics
 from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
 from dsv3_mtp.study.matrix import Acceptance
-from dsv3_mtp.train.evaluate import acceptance
+from dsv3_mtp.train.evaluate import acceptance, validate
+from dsv3_mtp.train.floors import drafter_floors
 
 RESULTS = "results.json"
 SOLVED = "task/exact_match"
+SHIFT = "shift"  # split of a corpus: packages held out whole
 LOSSES = ("train/main_loss", "train/mtp_loss/")
 
 
@@ -76,15 +82,50 @@ def measure(
     """
     records = read_metrics(folder / "metrics.jsonl")
     last = [record for record in records if "val/main_loss" in record][-1]
-    metrics = {key: value for key, value in last.items() if key.startswith(("val/", "task/"))}
+    metrics = {
+        key: value for key, value in last.items() if key.startswith(("val/", "task/", "floor/"))
+    }
     metrics |= late_mean(records, "moe/max_violation", "train/max_violation")
     metrics |= late_mean(records, "moe/mtp_max_violation/1", "train/mtp_max_violation/1")
-    if drafts is not None and config.mtp.depths:
-        metrics |= free_running(folder, config, drafts)
     found: dict[str, Any] = {"metrics": metrics}
+    if config.data.task is None or (drafts is not None and config.mtp.depths):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_run(folder).model.to(device)
+        if config.data.task is None:
+            metrics |= along_text(model, config, device)
+        if drafts is not None and config.mtp.depths:
+            acceptances, found["draws"] = free_running(model, config, drafts)
+            metrics |= acceptances
     if threshold is not None:
         found["solved_at"] = solved_at(records, threshold)
         metrics["task/solved"] = float(found["solved_at"] is not None)
+    metrics |= above_table(metrics)
+    return found
+
+
+def along_text(model: DeepseekV3MTP, config: Config, device: torch.device) -> dict[str, float]:
+    """The table drafters' floors, and `shift/...`: the validation on packages that were held out
+    whole, where the corpus has them.
+    """
+    batches, path = config.eval.batches, config.data.val or ""
+    metrics, _ = drafter_floors(
+        model, open_source(path, "val"), config, batches=batches, device=device
+    )
+    if SHIFT in splits_of(path):
+        shifted = validate(model, open_source(path, SHIFT), config, batches=batches, device=device)
+        metrics |= {f"{SHIFT}/{key.removeprefix('val/')}": v for key, v in shifted.items()}
+    return metrics
+
+
+def above_table(metrics: Mapping[str, float]) -> dict[str, float]:
+    """`val/overlap_above_table/...`: what heads have of their own main model beyond a table of
+    tokens. Between trunks that were trained apart this is compared, not the overlap (DESIGN S20).
+    """
+    found = {}
+    for key, floor in metrics.items():
+        start, _, end = key.rpartition("/")
+        if start == "floor/table_overlap" and f"val/overlap/{end}" in metrics:
+            found[f"val/overlap_above_table/{end}"] = metrics[f"val/overlap/{end}"] - floor
     return found
 
 
@@ -145,22 +186,40 @@ def solved_at(records: Sequence[Record], threshold: float) -> int | None:
     )
 
 
-def free_running(folder: Path, config: Config, drafts: Acceptance) -> dict[str, float]:
-    """Acceptance at temperature 0 and 1 of as many drafts as the model has depths."""
-    model = load_run(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
-    metrics: dict[str, float] = {}
+def free_running(
+    model: DeepseekV3MTP, config: Config, drafts: Acceptance
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Acceptance at temperature 0 and 1 of as many drafts as the model has depths: mean over the
+    sets of prefixes, and `draws`: how many sets, and the standard deviation of one set.
+
+    The prefixes are those of every run of the study; the draws are this run's own (DESIGN S20).
+    """
+    values: dict[str, list[float]] = {}
     source = validation_source(config)
     for temperature in (0, 1):
-        found = acceptance(
-            model,
-            source,
-            depth=config.mtp.depths,
-            prompts=drafts.prefixes,
-            seq_len=2 * drafts.prefix_tokens,
-            new_tokens=drafts.new_tokens,
-            temperature=float(temperature),
-        )
-        for key, value in found.items():
-            name = key.removeprefix("val/").replace("acceptance/", "joint/")
-            metrics[f"acceptance/T{temperature}/{name}"] = value
-    return metrics
+        for part in range(drafts.sets):
+            found = acceptance(
+                model,
+                source,
+                depth=config.mtp.depths,
+                prompts=drafts.prefixes,
+                seq_len=2 * drafts.prefix_tokens,
+                new_tokens=drafts.new_tokens,
+                temperature=float(temperature),
+                seed=draw_seed(config.run.name, part),
+                part=part,
+                parts=drafts.sets,
+            )
+            for key, value in found.items():
+                name = key.removeprefix("val/").replace("acceptance/", "joint/")
+                values.setdefault(f"acceptance/T{temperature}/{name}", []).append(value)
+    means = {name: statistics.fmean(of_sets) for name, of_sets in values.items()}
+    several = drafts.sets > 1
+    spread = {name: statistics.stdev(of_sets) for name, of_sets in values.items() if several}
+    return means, {"sets": drafts.sets, "sd": spread}
+
+
+def draw_seed(run: str, part: int) -> int:
+    """A seed for the draws of one run behind one set of prefixes: no two runs share one."""
+    digest = hashlib.sha256(f"draws {run} {part}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")

@@ -147,9 +147,8 @@ def draw_effects(data: Data) -> Figure | None:
     for ax, (metric, group) in zip(axes, groups.items(), strict=True):
         for y, effect in enumerate(reversed(group)):
             i, color = effect.interval, "#1a1a1a" if is_primary(data.study, effect) else "#0072b2"
-            if (
-                metric != "task/solved"
-            ):  # whose t interval may leave out 0 where Fisher's test finds nothing
+            # whose t interval may leave out 0 where Fisher's test finds nothing
+            if metric != "task/solved":
                 ax.plot([i.low, i.high], [y, y], color=color, lw=2)  # type: ignore[union-attr]
             ax.plot([i.mean], [y], "o", color=color)  # type: ignore[union-attr]
         ax.axvline(0, color="#8c8c8c", lw=1)

@@ -55,9 +55,8 @@ def write_report(loaded: LoadedStudy) -> Path:
     starts = []
     for run in runs.values():
         results = read_results(folder / run.name)
-        if results is not None and results["settings"] == settings_of(
-            study
-        ):  # or it was measured in another way
+        # or it was measured in another way
+        if results is not None and results["settings"] == settings_of(study):
             table[run.arm][run.seed] = results
             curves[run.arm][run.seed] = read_metrics(folder / run.name / "metrics.jsonl")
             starts.append(

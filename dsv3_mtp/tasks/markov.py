@@ -83,9 +83,8 @@ def best_acceptance(
     if reads_tokens:
         return [1.0] * depths
     pi, main = stationary(chain), chain.argmax(1)
-    chosen = (
-        np.eye(len(chain))[main] if temperature == 0 else chain.copy()
-    )  # [s, a]: P(t_{i+1} = a | t_i = s)
+    # [s, a]: P(t_{i+1} = a | t_i = s)
+    chosen = np.eye(len(chain))[main] if temperature == 0 else chain.copy()
     joint, power = [], chain
     for _ in range(depths):
         power = power @ chain

@@ -77,9 +77,8 @@ def validate(
         source, seq_len=config.data.seq_len, lookahead=1 + depths, count=count, **share
     )
     batch = [to_device(*window, config=config, device=device) for window in windows]
-    blanks = -(-batches // world_size) - len(
-        batch
-    )  # every rank computes as often: they may share experts or weights
+    # every rank computes as often: they may share experts or weights
+    blanks = -(-batches // world_size) - len(batch)
     blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
     batch += [to_device(blank, blank, config=config, device=device)] * blanks
     sums = metric_sums(model.evaluate(batch, blanks=blanks))
@@ -205,6 +204,9 @@ def acceptance(
     seq_len: int,
     new_tokens: int,
     temperature: float = 0.0,
+    seed: int = 0,
+    part: int = 0,
+    parts: int = 1,
 ) -> dict[str, float]:
     """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
 
@@ -214,25 +216,30 @@ def acceptance(
     Returns `val/acceptance/k`, joint for drafts 1..k, `val/tokens_per_step`, and `val/distinct`,
     the share of distinct tokens: a model that repeats itself accepts everything.
 
+    Args:
+        seed: of the draws at a temperature.
+        part: which of `parts` sets of `prompts` prompts: they share none, as far as the source has
+            enough of them.
+
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
     """
     if isinstance(source, TaskSource) and not isinstance(source.task, MarkovTask):
-        texts, new_tokens = task_prompts(source, prompts)
+        texts, new_tokens = task_prompts(source, prompts * parts)
     else:
         length = min(seq_len // 2, model.config.max_position_embeddings - new_tokens)
         if length < 1:
             raise ValueError(
                 f"{new_tokens} new tokens leave no room for a prompt; give fewer (--new-tokens)"
             )
-        windows = sequential_windows(
-            source, seq_len=length, lookahead=0, count=prompts, micro_batch_size=prompts
-        )
+        windows = sequential_windows(source, seq_len=length, lookahead=0, count=prompts * parts)
         texts = windows[0][0].tolist()
     if new_tokens < 3:
         return {}
-    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature)
-    out = generate(model, texts, settings)
+    settings = Settings(
+        max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed
+    )
+    out = generate(model, texts[part::parts], settings)
     metrics = {
         f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)
     }

@@ -50,7 +50,7 @@ def text_floors(
     """
     tokens = sampler.samples * sampler.seq_len
     if tokens > MOST_TOKENS:
-        why = f"this run has consumed {tokens:,} tokens, more than the {MOST_TOKENS:,} that are counted"
+        why = f"{tokens:,} tokens were consumed, and at most {MOST_TOKENS:,} are counted"
         return {}, f"no n-gram floors: {why}"
     if sampler.samples < 2:
         return {}, "no n-gram floors: fewer than two rows of training text were consumed"

@@ -11,9 +11,8 @@ from torch.optim.adamw import adamw
 from dsv3_mtp.config import OptimConfig
 from dsv3_mtp.model.layers import RMSNorm
 
-CHUNK = (
-    1 << 24
-)  # elements whose moments are float32 at one time: ZeRO gives all of a rank's weights as one tensor
+# elements whose moments are float32 at one time: ZeRO gives all of a rank's weights as one tensor
+CHUNK = 1 << 24
 
 
 class BF16MomentsAdamW(torch.optim.AdamW):

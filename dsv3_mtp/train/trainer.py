@@ -189,9 +189,8 @@ class Trainer:
         """
         if not len(load):
             return {}
-        tokens = (
-            load.sum().item() / self.config.model.num_experts_per_tok
-        )  # of all routers together
+        # of all routers together
+        tokens = load.sum().item() / self.config.model.num_experts_per_tok
         violation = (load.amax(1) / load.mean(1) - 1).tolist()
         trunk = self.config.model.num_hidden_layers - self.config.model.first_k_dense_replace
         record = {"moe/max_violation": sum(violation[:trunk]) / trunk} if trunk else {}
@@ -226,18 +225,17 @@ class Trainer:
 
     def validate(self) -> None:
         record = self.stamp() | evaluate(self.engine, self.val, self.config)
+        # the last update of a run has no step behind it that would show it
+        self.require_finite(record)
+        notes = []
         if self.progress >= 1 and self.world.is_main and isinstance(self.val, Source):
             batches = self.config.eval.batches
             floors, why = text_floors(self.sampler, self.val, self.config, batches=batches)
             record |= floors
-            if floors:
-                self.display.say(floors_line(record))
-            if (note := why or early_training(record)) is not None:
-                self.display.say(note)
-        self.require_finite(
-            record
-        )  # the last update of a run has no step behind it that would show it
+            notes = [floors_line(record) if floors else why, early_training(record)]
         self.display.validation(record)
+        for note in filter(None, notes):
+            self.display.say(note)
         self.write(record)
 
     def eta(self) -> float | None:

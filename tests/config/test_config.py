@@ -504,9 +504,8 @@ def test_recipe_is_v3s_as_fractions_of_the_run(name):
         1.0,
     )
     assert (config.train.bias_update_speed, config.train.balance_loss_weight) == (0.001, 0.0001)
-    assert config.model.initializer_range == {"v3_tiny": 0.04}.get(
-        name, 0.006
-    )  # v3_tiny scales it with its width
+    # v3_tiny scales it with its width
+    assert config.model.initializer_range == {"v3_tiny": 0.04}.get(name, 0.006)
 
 
 def test_a_model_built_by_hand_is_checked_the_same():

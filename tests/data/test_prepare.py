@@ -55,9 +55,8 @@ def test_a_prepared_folder_holds_its_files_and_nothing_else(whole: Path):
 def test_interrupted_anywhere_the_result_is_byte_identical(
     files, whole, tmp_path, monkeypatch, moments
 ):
-    monkeypatch.setattr(
-        tokenise, "BATCH_DOCUMENTS", 10
-    )  # saved every few batches, when a shard is full
+    # saved every few batches, when a shard is full
+    monkeypatch.setattr(tokenise, "BATCH_DOCUMENTS", 10)
     out = tmp_path / "out"
     for moment in moments:
         calls = iter(range(moment, -1, -1))

@@ -38,10 +38,8 @@ def test_an_epoch_is_every_token_once_in_touching_windows(
         assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
     end = 0
     for epoch in range(epochs):
-        begin, end = (
-            end,
-            math.ceil((epoch + 1) * n / seq_len),
-        )  # the windows that start in this epoch
+        # the windows that start in this epoch
+        begin, end = end, math.ceil((epoch + 1) * n / seq_len)
         delivered = [tuple(sampler.next_batch(1)[0][0][0]) for _ in range(begin, end)]
         expected = [
             tuple(stream[w * seq_len : (w + 1) * seq_len + lookahead]) for w in range(begin, end)

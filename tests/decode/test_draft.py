@@ -56,9 +56,8 @@ def test_draft_logits_equal_the_training_forward_with_the_drafts_as_text(
     for known, drafts, logits in recorded:
         for row, tokens in enumerate(known):
             expected = plain_logits(model, tokens + drafts[row])
-            for k, drawn in enumerate(
-                logits, start=1
-            ):  # depth k at slot m-1, m the last known token
+            # depth k at slot m-1, m the last known token
+            for k, drawn in enumerate(logits, start=1):
                 torch.testing.assert_close(
                     drawn[row], expected[k, len(tokens) - 2], rtol=1e-4, atol=1e-4
                 )

@@ -159,9 +159,8 @@ def test_weights_changed_between_two_calls_are_seen(make_model):
     model = copy.deepcopy(make_model("two_modules", trained=True))
     generate(model, [[5]], Settings(draft_depth=2))
     for parameter in model.parameters():
-        parameter.data += (
-            torch.randn_like(parameter) / 4
-        )  # autograd's version counters do not see what goes through .data
+        # autograd's version counters do not see what goes through .data
+        parameter.data += torch.randn_like(parameter) / 4
     expected = plain_greedy(model, [5], 20)
     assert generate(model, [[5]], Settings(max_new_tokens=20, draft_depth=2)).tokens == [expected]
 

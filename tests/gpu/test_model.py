@@ -100,9 +100,8 @@ def test_experts_by_one_grouped_kernel_equal_float64_products_of_each(make_tiny_
     experts, hidden, width, tokens = 8, 64, 32, 300
     x, gate_up = torch.randn(tokens, hidden), torch.randn(experts, 2 * width, hidden)
     down, gates = torch.randn(experts, hidden, width), torch.rand(tokens, 2)
-    chosen = torch.stack(
-        [torch.randperm(experts - 1)[:2] for _ in range(tokens)]
-    )  # the last expert gets no row
+    # the last expert gets no row
+    chosen = torch.stack([torch.randperm(experts - 1)[:2] for _ in range(tokens)])
     x, gate_up, down = (t.bfloat16().to(CUDA).requires_grad_() for t in (x, gate_up, down))
     gates, chosen = gates.to(CUDA).requires_grad_(), chosen.to(CUDA)
     assert grouped_kernel(x, gate_up, down)

@@ -116,9 +116,8 @@ def test_checkpointing_activations_of_an_fp8_model_changes_no_bit(make_tiny_conf
     results = []
     for used in ("none", mode):
         model, tokens, _ = build(make_tiny_config(WIDE), used)
-        note = convert(
-            model, FP8Config(enabled=True, backend=backend), CUDA, torch.bfloat16
-        )  # as the trainer:
+        # as the trainer:
+        note = convert(model, FP8Config(enabled=True, backend=backend), CUDA, torch.bfloat16)
         model = on(model, CUDA, torch.bfloat16)  # DeepSpeed casts afterwards
         assert backend in note and "layers" in note
         for module in model.modules():

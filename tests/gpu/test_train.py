@@ -213,8 +213,7 @@ def test_the_benchmark_compares_profiles_and_counts_memory(tmp_path):
     finish(tmp_path, processes)
     found = json.loads(numbers.read_text())
     own = found["variants"]["dsv3_mtp"]
-    assert (
-        0 < own["mfu"] < 1 and 0 < own["peak_bytes"] < 2**28
-    )  # not that of the products it is compared with
+    # not that of the products it is compared with
+    assert 0 < own["mfu"] < 1 and 0 < own["peak_bytes"] < 2**28
     assert min(found["parts"].values()) > 0 and trace.stat().st_size
     assert "D=4: all logits at once" in (tmp_path / "loss.log").read_text()

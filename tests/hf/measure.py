@@ -96,9 +96,8 @@ def call(folder: Path, code: str, sender: Connection) -> None:
     done.set()
     watcher.join()
     del result
-    peak = (
-        status("VmHWM") - before
-    )  # not getrusage: its maximum is inherited from the process that started this one
+    # not getrusage: its maximum is inherited from the process that started this one
+    peak = status("VmHWM") - before
     sender.send(
         {"s": wall, "cpu_s": cpu, "peak_MiB": peak, "anonymous_MiB": max(anonymous) - anonymous[0]}
     )

@@ -86,10 +86,8 @@ def test_one_depth_chained_to_the_trunk_is_the_ordinary_module(make_run, tmp_pat
     ("overrides", "module"),
     [
         ({"mtp__loss_weight": 0.0}, 1),
-        (
-            {"mtp__loss_weight": {"type": "linear", "start": 0.0, "end": 0.3, "begin": 0.6}},
-            1,
-        ),  # the run is at 0.5
+        # the run is at 0.5
+        ({"mtp__loss_weight": {"type": "linear", "start": 0.0, "end": 0.3, "begin": 0.6}}, 1),
         ({"mtp__curriculum": "forward"}, 3),
         ({"mtp__depth_weights": [1.0, 1.0, 0.0]}, 3),
     ],

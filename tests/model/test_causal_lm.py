@@ -293,13 +293,11 @@ def test_masked_documents_give_the_losses_of_each_document_alone(build):
     for start, length in zip([0, 5, 6, 10], lengths, strict=True):
         own = tokens[:, start : start + length]
         for depth in range(3):
-            slots = min(
-                length - 1 - depth, T - start
-            )  # of depth k in a document of n tokens: n-1-k
+            # of depth k in a document of n tokens: n-1-k
+            slots = min(length - 1 - depth, T - start)
             if slots > 0:
-                padded = torch.cat(
-                    [own, own.new_zeros(1, 2)], 1
-                )  # lookahead that no counted slot reads
+                # lookahead that no counted slot reads
+                padded = torch.cat([own, own.new_zeros(1, 2)], 1)
                 logits = model.logits(padded)[depth, 0, :slots]
                 nll[depth] += F.cross_entropy(
                     logits, own[0, depth + 1 : depth + 1 + slots], reduction="sum"
@@ -364,9 +362,8 @@ def test_one_batch_equals_its_micro_batches_with_uneven_valid_counts(build, mask
 
 def test_agreement_by_hand():
     #        slots:           0  1  2  3
-    prediction = torch.tensor(
-        [[[5, 6, 7, 8]], [[6, 7, 9, 0]], [[7, 8, 0, 0]]]
-    )  # main, depth 1, depth 2
+    # main, depth 1, depth 2
+    prediction = torch.tensor([[[5, 6, 7, 8]], [[6, 7, 9, 0]], [[7, 8, 0, 0]]])
     agreed, compared = agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool), prediction[0])
     # depth 1: slot i against main i+1: 6=6, 7=7, 9!=8 -> 2 of 3; depth 2 jointly: 7=7, 8=8 -> 2 of
     # 2
@@ -382,9 +379,8 @@ def test_a_model_that_is_right_everywhere_agrees_everywhere_also_where_few_token
     scored = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool()
     right = torch.stack([tokens[:, k + 1 : k + 7] for k in range(3)])
     agreed, compared = agreement(right, valid_targets(tokens, None, 2, scored), right[0])
-    assert (
-        agreed.tolist() == compared.tolist() == [3, 2]
-    )  # no slot has t_4 at depth 1 and t_3 ahead of it as a target
+    # no slot has t_4 at depth 1 and t_3 ahead of it as a target
+    assert agreed.tolist() == compared.tolist() == [3, 2]
 
 
 def test_top1_counts_argmax_hits_per_depth(build):
@@ -411,9 +407,8 @@ def test_v3_671b_has_the_papers_parameter_counts_and_flops():
     assert size.active / 1e9 == pytest.approx(37.55, abs=0.005)
     assert (size.active - size.embedding) / 1e9 == pytest.approx(36.63, abs=0.01)
     assert size.mtp_total / 1e9 == pytest.approx(11.61, abs=0.005)
-    assert size.flops_per_token / 1e9 == pytest.approx(
-        260.6, abs=0.2
-    )  # 250.4 without the MTP module
+    # 250.4 without the MTP module
+    assert size.flops_per_token / 1e9 == pytest.approx(260.6, abs=0.2)
 
 
 def test_v3_16b_has_v2_lites_parameter_counts():

@@ -148,9 +148,8 @@ def test_dispatch_equals_a_loop_over_tokens_and_experts_with_gradients(make_tiny
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 7, 32, dtype=dtype, requires_grad=True)
     weights = torch.randn(2, 7, 32, dtype=dtype)
-    tolerance = (
-        1e-5 if dtype == torch.float32 else 1e-6
-    )  # gates are float32 by design only for float32 and below
+    # gates are float32 by design only for float32 and below
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-6
     inputs = [x, *moe.parameters()]
     got = torch.autograd.grad((moe(x)[0] * weights).sum(), inputs)
     want = torch.autograd.grad((loop_over_experts(moe, x) * weights).sum(), inputs)

@@ -23,9 +23,8 @@ def inputs(tokens=6, experts=5, top_k=2, hidden=4, width=3, dtype=torch.float64)
     gates = torch.rand(tokens, top_k, dtype=dtype, requires_grad=True)
     gate_up = torch.randn(experts, 2 * width, hidden, dtype=dtype, requires_grad=True)
     down = torch.randn(experts, hidden, width, dtype=dtype, requires_grad=True)
-    chosen = torch.stack(
-        [torch.randperm(experts - 1)[:top_k] for _ in range(tokens)]
-    )  # the last expert gets nothing
+    # the last expert gets nothing
+    chosen = torch.stack([torch.randperm(experts - 1)[:top_k] for _ in range(tokens)])
     return x, gates, gate_up, down, chosen, torch.bincount(chosen.flatten(), minlength=experts)
 
 

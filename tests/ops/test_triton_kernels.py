@@ -140,9 +140,8 @@ def test_cross_entropy(dtype, vocab):
     got = triton_kernels.cross_entropy_(
         logits.clone().to(DEVICE), targets.to(DEVICE), weight.to(DEVICE)
     )[0].cpu()
-    assert (
-        got[0].isnan() and not got[1:].isnan().any()
-    )  # a token outside the vocabulary has no loss
+    # a token outside the vocabulary has no loss
+    assert got[0].isnan() and not got[1:].isnan().any()
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])

@@ -251,9 +251,8 @@ def test_a_layout_equals_one_rank(seen, layout):
         limits = {"loss": 2e-2, "norm": 2e-2, "validation": 2e-2, "grads": 2e-2, "params": 4e-3}
     assert all(found[what] <= limit for what, limit in limits.items()), found
     one, ranks = seen[LAYOUTS[layout][0]][0], seen[layout]
-    for rank in (
-        ranks
-    ):  # the router biases and the balance statistics are those of all tokens, on every rank
+    # the router biases and the balance statistics are those of all tokens, on every rank
+    for rank in ranks:
         if not low:
             assert all(torch.equal(a, b) for a, b in zip(one["loads"], rank["loads"], strict=True))
         for a, b in zip(ranks[0]["biases"], rank["biases"], strict=True):

@@ -204,9 +204,8 @@ def test_a_pipeline_is_the_plain_training_loop(name: str, expected, found):
     # DeepSpeed averages over the data-parallel ranks; a tied weight's gradient is the sum over its
     # stages.
     grads = assembled(ranks, "grads", want["grads"], add=True)
-    state = assembled(
-        ranks, "state", want["state"], add=False
-    )  # copies of the embedding too: the same bits
+    # copies of the embedding too: the same bits
+    state = assembled(ranks, "state", want["state"], add=False)
     worst = {"loss": 0.0, "norm": 0.0, "grad": 0.0, "weight": 0.0}
     for key, value in want["grads"].items():
         got = grads[key] / (size // stages)
@@ -268,9 +267,8 @@ def test_v3_in_16_stages_is_cut_evenly(experts: int, stages: int):
     config = load_config(ROOT / "configs" / "v3_671b.yaml", sets)
     layers = stage_layers(config)
     assert [layer for part in layers for layer in part] == list(range(61)) and len(layers) == 16
-    assert {len(part) for part in layers[:-1]} == {4} and len(
-        layers[-1]
-    ) == 1  # as Megatron lays it out: 4 x 15, then 1
+    # as Megatron lays it out: 4 x 15, then 1
+    assert {len(part) for part in layers[:-1]} == {4} and len(layers[-1]) == 1
 
 
 def test_what_may_not_be_cut_apart_is_on_one_stage(make_tiny_config):

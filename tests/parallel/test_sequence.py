@@ -102,9 +102,8 @@ def compare(folder: Path) -> None:
         want = learn(model, [tokens, documents], counts) if world.is_main else None
 
         slice_rows(model, world)
-        mine = slice(
-            world.data_rank * slices, (world.data_rank + 1) * slices
-        )  # of 4 rows, S on each group of S ranks
+        # of 4 rows, S on each group of S ranks
+        mine = slice(world.data_rank * slices, (world.data_rank + 1) * slices)
         inputs = [
             None if x is None else model.rows.cut(x[mine], ahead) for x in (tokens, documents)
         ]
@@ -204,10 +203,8 @@ def test_a_slice_sees_all_that_is_before_it_and_nothing_that_is_not(found):
 def test_rows_that_cannot_be_sliced_are_refused(make_tiny_config, overrides, ranks, problem):
     config = make_tiny_config()
     settings = {"parallel.sequence_parallel_size": 2} | overrides
-    for (
-        key,
-        value,
-    ) in settings.items():  # a Config would refuse by itself what needs no number of ranks
+    # a Config would refuse by itself what needs no number of ranks
+    for key, value in settings.items():
         section, _, name = key.partition(".")
         config = config.model_copy(
             update={section: getattr(config, section).model_copy(update={name: value})}

@@ -62,9 +62,8 @@ def test_v3s_parts_are_its_parameters(v3):
         (mla + norms + 3 * 7168 * 18432, 0)
     ] * 3 + [(mla + norms + expert + 256 * 7168, 256 * expert)] * 58
     assert embedding.dense == 129280 * 7168
-    module = (
-        layers[-1].dense + 2 * 7168 * 7168 + 3 * 7168
-    )  # eh_proj; enorm, hnorm, shared_head.norm
+    # eh_proj; enorm, hnorm, shared_head.norm
+    module = layers[-1].dense + 2 * 7168 * 7168 + 3 * 7168
     assert (head.dense, head.experts) == (7168 + 129280 * 7168 + module, 256 * expert)
     whole = [embedding, *layers, head]
     assert sum(part.dense + part.experts for part in whole) == size.total + size.mtp_total
@@ -87,9 +86,8 @@ def test_v3_on_2048_gpus_is_planned_stage_by_stage(v3):
     middle, expert = stages[8], 3 * 7168 * 2048
     assert middle.experts == 4 * 256 // 64 * expert
     assert middle.weights == middle.gradients == 2 * (middle.dense + middle.experts)
-    assert middle.states == (4 + 2 + 2) * (
-        middle.dense / 128 + middle.experts / 2
-    )  # master, moments in bfloat16
+    # master, moments in bfloat16
+    assert middle.states == (4 + 2 + 2) * (middle.dense / 128 + middle.experts / 2)
     assert middle.host == 0
     assert max(stage.total for stage in stages) < 80 * 2**30
 
@@ -128,9 +126,8 @@ def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, m
     model.init_weights(0)
     model.checkpoint_activations(mode)
     tokens = torch.randint(0, config.model.vocab_size, (16, 16 + 1 + config.mtp.depths))
-    documents = torch.zeros_like(
-        tokens
-    )  # a mask: attention as on a GPU, which keeps no probabilities
+    # a mask: attention as on a GPU, which keeps no probabilities
+    documents = torch.zeros_like(tokens)
     with Meter() as meter:
         out = model(tokens, documents)
     weights = {model.head(depth) for depth in range(1 + config.mtp.depths)}

@@ -27,9 +27,8 @@ def scaled_mm(
     (rows, inner), columns = a.shape, b.shape[1]
     assert swizzle_a == swizzle_b == [] and bias is None and not any(rest)
     assert a.dtype == b.dtype == torch.float8_e4m3fn and dtype in (torch.bfloat16, torch.float32)
-    assert (
-        inner % 16 == 0 and columns % 16 == 0 and rows % 16 == 0
-    )  # rows: the leading dimension of 1 x 128 scales
+    # rows: the leading dimension of 1 x 128 scales
+    assert inner % 16 == 0 and columns % 16 == 0 and rows % 16 == 0
     for step, one, codes in ((*a.stride(), a), (*b.stride()[::-1], b)):
         assert one == 1 and step >= inner and step % 16 == 0 and codes.data_ptr() % 16 == 0
     tiles = -(-inner // 128)
@@ -166,6 +165,5 @@ def test_a_layer_of_experts_computes_what_the_emulated_one_does(
         results.append([y, a.grad, *(p.grad for p in moe.parameters() if p.grad is not None)])
     for ours, emulated in zip(*results, strict=True):
         assert ours.shape == emulated.shape
-        assert (
-            ours - emulated
-        ).norm() <= 1e-3 * emulated.norm()  # a code on the other side of a rounding, at most
+        # a code on the other side of a rounding, at most
+        assert (ours - emulated).norm() <= 1e-3 * emulated.norm()

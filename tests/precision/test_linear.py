@@ -96,10 +96,8 @@ def test_the_error_of_a_layer_is_that_of_e4m3_and_tiles_confine_outliers():
 
 
 def test_a_narrow_accumulator_loses_bits_with_the_length_and_promotion_wins_them_back():
-    a, b = (
-        torch.rand(32, 4096),
-        torch.rand(32, 4096),
-    )  # positive: the sum grows and swallows its terms
+    # positive: the sum grows and swallows its terms
+    a, b = torch.rand(32, 4096), torch.rand(32, 4096)
     exact = a.double() @ b.double().T
     error = {mode: relative(accumulate(a, b, mode), exact) for mode in ("fp22", "fp22_promote128")}
     assert error["fp22"] > 1e-3

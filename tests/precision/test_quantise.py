@@ -105,9 +105,8 @@ def test_the_error_is_that_of_three_mantissa_bits(tile):
     x = torch.randn(300, 500)
     codes, scale_inv = quantise(x, tile, "fp32")
     error = (dequantise(codes, scale_inv, tile) - x).abs()
-    step = torch.clamp(
-        x.abs() / 16, min=float(scale_inv.max() * 2.0**-10)
-    )  # half a step: 2^-4 of the value
+    # half a step: 2^-4 of the value
+    step = torch.clamp(x.abs() / 16, min=float(scale_inv.max() * 2.0**-10))
     assert bool((error <= step * 1.0001).all())
 
 
@@ -116,6 +115,5 @@ def test_with_pow2_scales_dequantising_is_exact_in_bfloat16_and_quantising_along
     values = dequantise(*quantise(x, ROW), ROW)
     assert torch.equal(values, dequantise(*quantise(x, ROW), ROW, torch.bfloat16).float())
     blocks = dequantise(*quantise(x, BLOCK), BLOCK)
-    assert torch.equal(
-        blocks.T, dequantise(*quantise(x.T, BLOCK), BLOCK)
-    )  # a block's codes serve W and W^T
+    # a block's codes serve W and W^T
+    assert torch.equal(blocks.T, dequantise(*quantise(x.T, BLOCK), BLOCK))

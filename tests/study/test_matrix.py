@@ -112,9 +112,8 @@ def test_what_the_arms_models_and_data_do_not_allow_to_measure_is_refused(tmp_pa
         tree["solve_threshold"] = 0.5
         tree["set"] = {"train.micro_batch_size": 1, "parallel.zero_stage": 1}
         tree["arms"]["step"]["set"]["parallel.pipeline_stages"] = 2
-        tree["arms"]["none"]["set"]["mtp.mode"] = datetime.date(
-            2024, 1, 1
-        )  # what YAML reads 2024-01-01 as
+        # what YAML reads 2024-01-01 as
+        tree["arms"]["none"]["set"]["mtp.mode"] = datetime.date(2024, 1, 1)
 
     with pytest.raises(ConfigError) as error:
         load_toy(tmp_path, ask)

@@ -152,10 +152,8 @@ def test_a_row_holds_whole_examples_then_padding_and_only_answers_count(task):
         )
         assert scored.all() and not documents.any() and tokens.max() < 8
         return
-    length, seq_len = (
-        task.example_length,
-        3 * task.example_length + 1,
-    )  # three examples and two tokens over
+    # three examples and two tokens over
+    length, seq_len = task.example_length, 3 * task.example_length + 1
     for loss_on in ("answer", "all"):
         changed = task.model_copy(update={"loss_on": loss_on})
         stream = TaskStream(TaskSource(changed), seq_len, (1, 0))

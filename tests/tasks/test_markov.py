@@ -93,9 +93,8 @@ def test_acceptance_at_temperature_1_equals_its_sum_over_every_draft():
         for k, draft in enumerate(drafts):
             q, p = np.linalg.matrix_power(CHAIN, 2 + k)[state, draft], CHAIN[before, draft]
             weight *= q * min(1, p / q)  # drawn, and accepted
-            brute[k] += weight / len(CHAIN) ** (
-                DEPTHS - 1 - k
-            )  # of the later drafts every one is enumerated
+            # of the later drafts every one is enumerated
+            brute[k] += weight / len(CHAIN) ** (DEPTHS - 1 - k)
             before = draft
     assert best_acceptance(CHAIN, DEPTHS, temperature=1, reads_tokens=False) == pytest.approx(brute)
 
@@ -124,9 +123,8 @@ def test_acceptance_at_temperature_1_is_that_of_the_decoder_s_own_verification()
         torch.from_numpy(stationary(CHAIN)), rows, replacement=True, generator=walk
     )
     token = torch.multinomial(chain[state], 1, generator=walk).squeeze(1)
-    q = torch.stack(
-        [torch.linalg.matrix_power(chain, 2 + k)[state] for k in range(depths)], 1
-    )  # (B, K, V)
+    # (B, K, V)
+    q = torch.stack([torch.linalg.matrix_power(chain, 2 + k)[state] for k in range(depths)], 1)
     drafts = torch.stack(
         [torch.multinomial(q[:, k], 1, generator=walk).squeeze(1) for k in range(depths)], 1
     )
@@ -134,9 +132,8 @@ def test_acceptance_at_temperature_1_is_that_of_the_decoder_s_own_verification()
     accepted, _ = Sampler(1.0, None, 1.0, walk).verify(logits.float(), drafts, q.float())
     measured = [(accepted > k).double().mean().item() for k in range(depths)]
     expected = best_acceptance(CHAIN, depths, temperature=1, reads_tokens=False)
-    assert measured == pytest.approx(
-        expected, abs=4 * 0.5 / math.sqrt(rows)
-    )  # four standard errors
+    # four standard errors
+    assert measured == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(rows))
 
 
 def test_the_source_loses_its_entropy_on_its_own_text():

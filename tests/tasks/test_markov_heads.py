@@ -68,9 +68,8 @@ def test_heads_reach_the_entropy_that_theory_leaves_them(make_tiny_config, mode)
         for k in range(1 + DEPTHS)
     ]
     assert losses == pytest.approx(reach, abs=TOLERANCE)
-    assert (
-        step_entropy(chain, held_out, 2) - step_entropy(chain, held_out, 1) > 10 * TOLERANCE
-    )  # the two differ
+    # the two differ
+    assert step_entropy(chain, held_out, 2) - step_entropy(chain, held_out, 1) > 10 * TOLERANCE
 
 
 def step_entropy(chain: np.ndarray, tokens: torch.Tensor, steps: int) -> float:

@@ -66,9 +66,8 @@ def test_every_layout_reads_what_another_wrote_and_goes_on_alike(
     }
     base |= {"optim.moments": moments, "train.ema_decay": 0.8}
     base |= frozen(tmp_path, make_tiny_config) if freeze else {}
-    if (
-        dtype == "bfloat16" and not freeze
-    ):  # every expert: a rounding that changes a choice moves the norm by 0.5 %
+    # every expert: a rounding that changes a choice moves the norm by 0.5 %
+    if dtype == "bfloat16" and not freeze:
         base |= {"model.num_experts_per_tok": 8, "model.topk_group": 4}
 
     def config(number: int, ranks: int, parallel: dict) -> Config:

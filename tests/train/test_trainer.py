@@ -516,9 +516,8 @@ def test_optimizer_settings_changed_on_resume_are_those_in_use(make_run):
 
 def hyperparameters(config: Config) -> None:
     trainer = Trainer(config, command=["test"])
-    inner = (
-        trainer.engine.optimizer.optimizer.param_groups
-    )  # the AdamW inside DeepSpeed's ZeRO optimizer
+    # the AdamW inside DeepSpeed's ZeRO optimizer
+    inner = trainer.engine.optimizer.optimizer.param_groups
     groups = [[group["weight_decay"], group["betas"], group["eps"]] for group in inner]
     Path(f"{folder_of(config)}.groups").write_text(json.dumps(groups))
 
