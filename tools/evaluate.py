@@ -10,8 +10,8 @@ the main model's own along the text), overlap (what a sampled draft is accepted 
 text), bits per byte of the main head; acceptance of free-running drafts. Depth 0 is the main head.
 
 Beside the numbers of a text stand its floors, which need no network: n-gram tables, counted from
-the tokens that the run was trained on (floor/unigram and so on), and drafters that are a constant
-distribution or a table of tokens (floor/constant_overlap, floor/table_overlap). --drafts says how
+the tokens that the run was trained on (val/floor/unigram and so on), and drafters that are a constant
+distribution or a table of tokens (val/floor/overlap/constant, val/floor/overlap/table). --drafts says how
 drafts differ from the main model: KL, top-k coverage, calibration, what a threshold (p-min) keeps.
 
 Exit codes: 0 done, 2 the model, the data or a task cannot be used.

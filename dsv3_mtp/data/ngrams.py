@@ -185,13 +185,13 @@ def em(share: np.ndarray, lower: np.ndarray, seen: np.ndarray) -> np.ndarray:
 def floor_metrics(
     losses: Mapping[str, float], bits_per_nat_and_byte: float | None
 ) -> dict[str, float]:
-    """`floor/ORDER` in nats per token, and `floor/ORDER_bits_per_byte` where the bytes of the text
+    """`val/floor/ORDER` in nats per token, and `val/floor/ORDER_bits_per_byte` where the bytes of the text
     are known.
     """
-    metrics = {f"floor/{name}": loss for name, loss in losses.items()}
+    metrics = {f"val/floor/{name}": loss for name, loss in losses.items()}
     if bits_per_nat_and_byte is not None:
         metrics |= {
-            f"floor/{name}_bits_per_byte": loss * bits_per_nat_and_byte
+            f"val/floor/{name}_bits_per_byte": loss * bits_per_nat_and_byte
             for name, loss in losses.items()
         }
     return metrics
@@ -201,7 +201,7 @@ def early_training(metrics: Mapping[str, float]) -> str | None:
     """What is to be said first of a text run whose main model is not below the trigram floor; None:
     it is below.
     """
-    main, floor = metrics.get("val/main_loss"), metrics.get("floor/trigram")
+    main, floor = metrics.get("val/main_loss"), metrics.get("val/floor/trigram")
     if main is None or floor is None or main < floor:
         return None
     return (

@@ -125,8 +125,8 @@ def _losses(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:
 
 def floors_of(val: Sequence[Record]) -> dict[str, float]:
     """The n-gram floors in the records of validations: order -> nats per token, of the last one."""
-    last = next((record for record in reversed(val) if "floor/trigram" in record), {})
-    return {name: last[f"floor/{name}"] for name in FLOORS if f"floor/{name}" in last}
+    last = next((record for record in reversed(val) if "val/floor/trigram" in record), {})
+    return {name: last[f"val/floor/{name}"] for name in FLOORS if f"val/floor/{name}" in last}
 
 
 def floor_line(ax: Axes, name: str, floor: float, *, color: str = GREY) -> None:

@@ -55,11 +55,13 @@ def validation_line(record: Record, *, total_steps: int) -> str:
 
 
 def floors_line(record: Record) -> str:
-    """One line for a record with floor/* keys:
+    """One line for a record with val/floor/* keys:
 
-    floors, nats per token: unigram 5.310 bigram 3.830 trigram 3.430 (tables of the tokens trained on)
+    floors, nats per token: unigram 5.310 bigram 3.830 trigram 3.430 (tables of the tokens trained
+    on)
     """
-    floors = " ".join(f"{n} {record[f'floor/{n}']:.3f}" for n in ("unigram", "bigram", "trigram"))
+    names = ("unigram", "bigram", "trigram")
+    floors = " ".join(f"{name} {record[f'val/floor/{name}']:.3f}" for name in names)
     return f"floors, nats per token: {floors} (tables of the tokens trained on)"
 
 

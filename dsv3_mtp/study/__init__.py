@@ -6,5 +6,6 @@ run.py       executes them as ordinary run folders; forks schedule arms from a s
 measure.py   what is measured once a run is trained
 stats.py     intervals, tests, equivalence, solve rates, time to solve
 findings.py  from the results of all runs to effects and verdicts
-report.py    report.md and report.html;  pictures.py draws, page.py lays out, calibration.py compares with theory
+report.py    report.md and report.html;  pictures.py draws, page.py lays out, calibration.py
+compares with theory
 """

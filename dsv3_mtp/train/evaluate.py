@@ -204,9 +204,8 @@ def acceptance(
     seq_len: int,
     new_tokens: int,
     temperature: float = 0.0,
+    part: tuple[int, int] = (0, 1),
     seed: int = 0,
-    part: int = 0,
-    parts: int = 1,
 ) -> dict[str, float]:
     """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
 
@@ -217,29 +216,28 @@ def acceptance(
     the share of distinct tokens: a model that repeats itself accepts everything.
 
     Args:
-        seed: of the draws at a temperature.
-        part: which of `parts` sets of `prompts` prompts: they share none, as far as the source has
-            enough of them.
+        part: (first, step): only every `step`-th of the prompts, from number `first` on.
+        seed: of the random numbers at a temperature.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
     """
     if isinstance(source, TaskSource) and not isinstance(source.task, MarkovTask):
-        texts, new_tokens = task_prompts(source, prompts * parts)
+        texts, new_tokens = task_prompts(source, prompts)
     else:
         length = min(seq_len // 2, model.config.max_position_embeddings - new_tokens)
         if length < 1:
             raise ValueError(
                 f"{new_tokens} new tokens leave no room for a prompt; give fewer (--new-tokens)"
             )
-        windows = sequential_windows(source, seq_len=length, lookahead=0, count=prompts * parts)
+        windows = sequential_windows(source, seq_len=length, lookahead=0, count=prompts)
         texts = windows[0][0].tolist()
     if new_tokens < 3:
         return {}
     settings = Settings(
         max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed
     )
-    out = generate(model, texts[part::parts], settings)
+    out = generate(model, texts[part[0] :: part[1]], settings)
     metrics = {
         f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)
     }

@@ -45,7 +45,7 @@ def trained_on(run: str | Path) -> Sampler | None:
 def text_floors(
     sampler: Sampler, source: Source, config: Config, *, batches: int
 ) -> tuple[dict[str, float], str | None]:
-    """`floor/unigram`, `floor/bigram`, `floor/trigram` on the validation windows of `source`, in
+    """`val/floor/unigram`, `.../bigram`, `.../trigram` on the validation windows of `source`, in
     nats per token, and in bits per byte where its bytes are known; or none, and why there is none.
     """
     tokens = sampler.samples * sampler.seq_len
@@ -70,7 +70,7 @@ def text_floors(
 def drafter_floors(
     model: DeepseekV3MTP, source: Source, config: Config, *, batches: int, device: torch.device
 ) -> tuple[dict[str, float], list[str]]:
-    """`floor/constant_overlap/k` and `floor/table_overlap/k`, with `tokens_per_step` of both: what
+    """`val/floor/overlap/constant/k`, `.../table/k`, and `.../tokens_per_step` of both: what
     `TableDrafters`, fitted on other windows of the validation text, have of this main model.
 
     And a line for each of the two that could not be had.
@@ -101,7 +101,7 @@ def drafter_floors(
     metrics = {}
     for name, total in sums.items():
         for key, value in overlap_means(total.tolist()).items():
-            metrics[f"floor/{name}_{key}"] = value
+            metrics[f"val/floor/overlap/{name}/{key.removeprefix('overlap/')}"] = value
     notes = (
         [] if tables.has_tables else ["no table drafter: its table of V x V entries is too large"]
     )

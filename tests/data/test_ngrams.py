@@ -118,8 +118,8 @@ def test_rows_that_are_held_out_find_the_weights_and_are_counted_too():
 
 def test_a_model_above_the_trigram_floor_is_called_early():
     metrics = floor_metrics({"unigram": 5.0, "bigram": 4.0, "trigram": 3.5}, 0.5)
-    assert metrics["floor/trigram"] == 3.5
-    assert metrics["floor/trigram_bits_per_byte"] == 1.75
+    assert metrics["val/floor/trigram"] == 3.5
+    assert metrics["val/floor/trigram_bits_per_byte"] == 1.75
     assert "early-training" in (early_training(metrics | {"val/main_loss": 3.5}) or "")
     assert early_training(metrics | {"val/main_loss": 3.49}) is None
     assert early_training({"val/main_loss": 9.0}) is None

@@ -82,7 +82,9 @@ def test_a_run_and_its_float32_export_have_the_same_losses(
         "agreement/2",
     ]
     overlaps = ["overlap/1", "overlap/2", "overlap/tokens_per_step"]
-    floors = {f"floor/{kind}_{name}" for kind in ("constant", "table") for name in overlaps}
+    ends = ("1", "2", "tokens_per_step")
+    kinds = ("constant", "table")
+    floors = {f"val/floor/overlap/{kind}/{end}" for kind in kinds for end in ends}
     names += [*overlaps, "bits_per_byte"]
     assert set(of_run) == {f"val/{name}" for name in names} | floors
     assert of_run["val/main_loss"] == pytest.approx(5.7, abs=0.3)  # ln 300: random weights
@@ -195,12 +197,12 @@ def test_acceptance_has_a_seed_and_sets_of_prompts_that_share_none(run, corpus, 
     source = open_source(corpus, "val")
     sizes = {"depth": 2, "seq_len": 32, "new_tokens": 12, "temperature": 1.0}
 
-    def drawn(seed: int, part: int, parts: int = 3, prompts: int = 4) -> dict[str, float]:
-        chosen = {"prompts": prompts, "seed": seed, "part": part, "parts": parts}
+    def drawn(seed: int, first: int, step: int = 3) -> dict[str, float]:
+        chosen = {"prompts": 12, "seed": seed, "part": (first, step)}
         return evaluate.acceptance(model, source, **sizes, **chosen)
 
     assert drawn(1, 0) == drawn(1, 0) != drawn(2, 0)
-    drawn(1, 1), drawn(1, 2), drawn(1, 0, parts=1, prompts=12)
+    drawn(1, 1), drawn(1, 2), drawn(1, 0, 1)
     first, _, _, second, third, all_of_them = texts
     assert sorted(first + second + third) == sorted(all_of_them)
     assert len({tuple(text) for text in all_of_them}) == 12

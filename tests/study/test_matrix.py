@@ -10,7 +10,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.study.dryrun import dry_run
 from dsv3_mtp.study.expand import expand, shared_steps, steps_of, training_flops
-from dsv3_mtp.study.matrix import load_study
+from dsv3_mtp.study.load import load_study
 from tests.study.toy import STEPS, load_toy, write_toy
 
 ROOT = Path(__file__).resolve().parents[2]

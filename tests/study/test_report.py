@@ -13,7 +13,8 @@ import pytest
 
 from dsv3_mtp.study.expand import expand
 from dsv3_mtp.study.findings import Effect, effects_of, verdict
-from dsv3_mtp.study.matrix import Primary, load_study
+from dsv3_mtp.study.load import load_study
+from dsv3_mtp.study.matrix import Primary
 from dsv3_mtp.study.measure import describe, loss_error_metrics, loss_errors, write_results
 from dsv3_mtp.study.page import Rows, to_markdown
 from dsv3_mtp.study.pictures import Data, draw_depths, draw_effects

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from dsv3_mtp.study.matrix import LoadedStudy, load_study
+from dsv3_mtp.study.load import LoadedStudy, load_study
 from tests.conftest import tiny
 from tests.ranks import write_markov
 

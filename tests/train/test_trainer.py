@@ -577,7 +577,7 @@ def test_a_depth_without_valid_targets_is_left_out_of_the_metrics(make_run, tmp_
 
 def test_the_last_validation_has_the_floors_of_the_tokens_that_were_trained_on(finished):
     records = read_metrics(folder_of(finished) / "metrics.jsonl")
-    with_floors = [record for record in records if "floor/trigram" in record]
+    with_floors = [record for record in records if "val/floor/trigram" in record]
     assert [record["step"] for record in with_floors] == [STEPS]
     sampler, val = open_sources(finished)
     rows = np.concatenate([sampler.next_batch(8)[0][0] for _ in range(STEPS)])
@@ -587,10 +587,11 @@ def test_the_last_validation_has_the_floors_of_the_tokens_that_were_trained_on(f
     [(windows, _)] = sequential_windows(val, seq_len=length, lookahead=1, count=count)
     losses = tables.losses(windows, None)
     for name, loss in losses.items():
-        assert with_floors[0][f"floor/{name}"] == loss
+        assert with_floors[0][f"val/floor/{name}"] == loss
     # A table of the same tokens, made by the run folder alone.
     again = trained_on(folder_of(finished))
     assert again is not None
-    assert text_floors(again, val, finished, batches=finished.eval.batches)[0]["floor/bigram"] == (
-        losses["bigram"]
+    assert (
+        text_floors(again, val, finished, batches=finished.eval.batches)[0]["val/floor/bigram"]
+        == (losses["bigram"])
     )
