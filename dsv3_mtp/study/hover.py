@@ -92,18 +92,25 @@ def _answer(data: Data) -> Any:
     for effect in effects:
         i, color = effect.interval, data.colors[effect.arm]
         assert i is not None
-        one = {"arm": [effect.arm], "mean": [i.mean], "low": [i.low], "high": [i.high], "n": [i.n]}
-        if i.n > 1:
-            plot.segment(
-                "low", "arm", "high", "arm", source=one, color=color, line_width=3, name=effect.arm
-            )
-        one["p"] = [effect.adjusted_p]
-        shape = SHAPES[data.markers[effect.arm]]
-        marks.append(
-            plot.scatter(
-                "mean", "arm", source=one, size=11, color=color, marker=shape, name=effect.arm
-            )
+        row = {"arm": [effect.arm], "mean": [i.mean], "n": [i.n], "p": [effect.adjusted_p]}
+        bounds = (
+            {"low": [i.low], "high": [i.high]}
+            if i.n > 1
+            else {"low": row["mean"], "high": row["mean"]}
         )
+        source, look = row | bounds, {"color": color, "name": effect.arm}
+        plot.segment("low", "arm", "high", "arm", source=source, line_width=3, **look)
+        marker = SHAPES[data.markers[effect.arm]]
+        marks.append(plot.scatter("mean", "arm", source=source, size=11, marker=marker, **look))
+        ours, theirs = (
+            values_of(data.table, arm, effect.metric) for arm in (effect.arm, effect.against)
+        )
+        each = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        below = [(effect.arm, -0.3)] * len(each)  # a little below the arm's line
+        plot.scatter(each, below, size=4, alpha=0.7, **look)
+        if effect.expected is not None:
+            open_mark = {"fill_color": None, "line_color": "#1a1a1a", "name": effect.arm}
+            plot.scatter([effect.expected], [effect.arm], marker="diamond", size=14, **open_mark)
     rows = [
         ("arm", "@arm"),
         ("difference", "@mean{+0.0000}"),

@@ -59,12 +59,12 @@ def measure(study: Study, run: Run, folder: Path, **more: Any) -> Record:
     if study.solve_threshold is not None:
         more["solved_at"] = solved_at(records, study.solve_threshold)
         metrics["task/solved"] = float(more["solved_at"] is not None)
-    return describe(study, run, folder, records).model_copy(
+    return describe(study, run, records, starts_of(folder)).model_copy(
         update={"metrics": _finite(metrics), "draw_sd": _finite(draw_sd), **more}
     )
 
 
-def describe(study: Study, run: Run, folder: Path, records: Sequence[Logged]) -> Record:
+def describe(study: Study, run: Run, records: Sequence[Logged], starts: list[Start]) -> Record:
     """What a record says of every run, before anything is measured."""
     size = size_of(run.config)
     return Record(
@@ -83,7 +83,7 @@ def describe(study: Study, run: Run, folder: Path, records: Sequence[Logged]) ->
         tokens=consumed(run.config),
         forked_from=Fork(run=run.parent, step=run.fork_step) if run.parent else None,
         curves=curves_of(records, every_loss=study.loss_error_against is not None),
-        starts=starts_of(folder),
+        starts=starts,
     )
 
 

@@ -19,7 +19,7 @@ from dsv3_mtp.runs.loading import is_complete, newest_checkpoint
 from dsv3_mtp.study.archive import read_results, write_results
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.matrix import Study
-from dsv3_mtp.study.measure import describe, measure
+from dsv3_mtp.study.measure import describe, measure, starts_of
 from dsv3_mtp.train.trainer import NonFiniteError, Trainer
 
 TIME = "time.json"  # in a run folder
@@ -92,7 +92,7 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
         begun, first = _seconds(trainer), trainer.tokens
         trainer.run()
     except NonFiniteError as error:
-        record = describe(study, run, folder, read_metrics(folder / "metrics.jsonl"))
+        record = describe(study, run, read_metrics(folder / "metrics.jsonl"), starts_of(folder))
         update = {"status": "diverged", "error": str(error)}
         write_results(folder, record.model_copy(update=update))
         return 0
