@@ -26,7 +26,8 @@ def power(effect: float, sd: float, n: int, *, alpha: float = ALPHA) -> float:
     limit = scipy.stats.t.ppf(1 - alpha / 2, n - 1)
     shift = abs(effect) * math.sqrt(n) / sd
     far, near = scipy.stats.nct.sf(limit, n - 1, shift), scipy.stats.nct.cdf(-limit, n - 1, shift)
-    return float(far + near)
+    # scipy gives nan for a tail this far away
+    return float(far) + (0.0 if math.isnan(near) else float(near))
 
 
 def detectable(sd: float, n: int, *, alpha: float = ALPHA) -> float:
