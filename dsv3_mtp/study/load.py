@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dsv3_mtp.config import Config, ConfigError, layout, load_config
-from dsv3_mtp.config.reader import Problem, problems_of, read_tree
+from dsv3_mtp.config.reader import Problem, problems_of
+from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.study.matrix import Overrides, Study
 
 
