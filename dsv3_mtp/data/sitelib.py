@@ -173,7 +173,8 @@ def _distributions(site: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Of every top-level module in `site` the distribution that brought it, and the version of each
     of these.
     """
-    owners, versions = {}, {}
+    owners: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for distribution in importlib.metadata.distributions(path=[str(site)]):
         name = distribution.metadata["Name"]
         if name is None:  # left behind by an interrupted installation
