@@ -60,7 +60,7 @@ def rebuild(options: argparse.Namespace) -> int:
 
 def study(options: argparse.Namespace) -> int:
     if options.archive:
-        from dsv3_mtp.study.run import load_archived
+        from dsv3_mtp.study.folder import load_archived
 
         loaded = load_archived(options.archive, tuple(options.sets))
     else:
@@ -76,7 +76,8 @@ def study(options: argparse.Namespace) -> int:
 
         print(dry_run(loaded, jobs=options.jobs))
         return 0
-    from dsv3_mtp.study.run import adopt, report_study, run_study
+    from dsv3_mtp.study.folder import adopt, report_study
+    from dsv3_mtp.study.run import run_study
 
     failed: list[str] = []
     if options.adopt:

@@ -15,12 +15,13 @@ from dsv3_mtp.study import hover, tables
 from dsv3_mtp.study.archive import Record, table_of
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.findings import LOSS, effects_of
+from dsv3_mtp.study.folder import IGNORED
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import measure
 from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.page import Block, Heading, Paragraph, Picture, Rows, to_html, to_markdown
-from dsv3_mtp.study.pictures import Data, draw_all
-from dsv3_mtp.study.run import IGNORED
+from dsv3_mtp.study.pictures import draw_all
+from dsv3_mtp.study.pictures.base import Data
 
 FREE = (*IGNORED, "run.name", "run.seed")
 
@@ -41,7 +42,7 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[str, Path]:
         for arm, members in arms.items()
         for folder in members
     ]
-    if len({record.name for record in records}) < len(records):
+    if len(set(folders)) < len(folders) or len({r.name for r in records}) < len(records):
         raise ValueError(
             "two of these runs have the same settings and the same run.seed: one is enough"
         )
@@ -79,18 +80,16 @@ def _arms(configs: dict[Path, Config]) -> dict[str, list[Path]]:
                 members.append(folder)
                 break
         else:
-            name = (
-                config.run.name
-                if config.run.name not in arms
-                else folder.as_posix().replace("/", ".")
-            )
+            name = _arm_name(config.run.name)
+            name = _arm_name(folder.as_posix()) if name in arms else name
             arms[name] = [folder]
     return arms
 
 
 def _study(arms: Iterable[str], seeds: Sequence[int]) -> Study:
-    first, *others = [_arm_name(arm) for arm in arms]
-    shown = others or [first]
+    first, *others = arms
+    if not others:
+        raise ValueError("these runs differ in their seeds only: there is nothing to compare")
     tree: dict[str, Any] = {
         "run": {"name": "compare"},
         "question": "-",
@@ -98,11 +97,9 @@ def _study(arms: Iterable[str], seeds: Sequence[int]) -> Study:
         "scales": {"cpu": {"base": "-", "flops_per_s": 1.0}},
         "seeds": sorted(set(seeds)),
         "arms": {name: {"about": name} for name in (first, *others)},
-        "comparisons": {"runs": {"against": first, "arms": shown, "rule": "same model"}},
+        "comparisons": {"runs": {"against": first, "arms": others, "rule": "same model"}},
         "primary": {"metric": LOSS, "comparison": "runs", "margin": 1e-9},
     }
-    if not others:
-        raise ValueError("these runs differ in their seeds only: there is nothing to compare")
     return Study.model_validate(tree)
 
 
@@ -112,7 +109,7 @@ def _arm_name(name: str) -> str:
 
 def _record(study: Study, arm: str, config: Config, folder: Path) -> Record:
     try:
-        return measure(study, Run(_arm_name(arm), config.run.seed, config), folder)
+        return measure(study, Run(arm, config.run.seed, config), folder)
     except IndexError:
         raise ValueError(f"{folder}: has not been validated yet") from None
 

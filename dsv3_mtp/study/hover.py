@@ -14,7 +14,7 @@ import numpy as np
 from dsv3_mtp.study.findings import LOSS, is_primary, values_of
 from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
 from dsv3_mtp.study.page import Live
-from dsv3_mtp.study.pictures import Data, Series
+from dsv3_mtp.study.pictures.base import Data, Series
 
 SHAPES = {  # matplotlib's marker -> Bokeh's
     "o": "circle", "s": "square", "D": "diamond", "^": "triangle", "v": "inverted_triangle",

@@ -37,9 +37,8 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     arms.
     """
     path, sets = Path(path), tuple(sets)
-    sections = set(Config.model_fields) - set(
-        Study.model_fields
-    )  # of a run, that are not keys of a study file too
+    # of a run, that are not keys of a study file too
+    sections = set(Config.model_fields) - set(Study.model_fields)
     of_runs = [item for item in sets if item.partition("=")[0].partition(".")[0] in sections]
     tree, problems = read_tree(path, [item for item in sets if item not in of_runs])
     study = study_of(tree, source=str(path), problems=problems)
@@ -49,9 +48,8 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     for name in study.arms:
         try:
             configs[name] = load_config(base, list(_settings(study, name, of_runs)))
-            refused = list(
-                layout.problems(configs[name], world_size=1)
-            )  # a run of a study is one process
+            # a run of a study is one process
+            refused = list(layout.problems(configs[name], world_size=1))
         except ConfigError as error:
             refused = list(error.problems)
         for problem in refused:

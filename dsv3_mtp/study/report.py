@@ -15,12 +15,12 @@ from typing import Any
 
 from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.report.progress import quantity
-from dsv3_mtp.study import findings, hover, tables
+from dsv3_mtp.study import findings, hover, tables, words
 from dsv3_mtp.study.alarms import TRIGRAM, alarms, dirty, primary_arms
 from dsv3_mtp.study.archive import Record, Table, table_of, write_archive
 from dsv3_mtp.study.calibration import calibration_table
 from dsv3_mtp.study.corpus import other_corpus
-from dsv3_mtp.study.findings import Effect, is_primary, values_of, verdict
+from dsv3_mtp.study.findings import Effect, is_primary, values_of
 from dsv3_mtp.study.load import LoadedStudy
 from dsv3_mtp.study.matrix import EVERY_ARM
 from dsv3_mtp.study.measure import loss_error_metrics
@@ -36,7 +36,8 @@ from dsv3_mtp.study.page import (
     to_html,
     to_markdown,
 )
-from dsv3_mtp.study.pictures import Data, draw_all
+from dsv3_mtp.study.pictures import draw_all
+from dsv3_mtp.study.pictures.base import Data
 from dsv3_mtp.study.plan import Plan, write_plan
 from dsv3_mtp.study.power import Detectable, detectables
 
@@ -131,7 +132,7 @@ def opening(found: Findings, picture: Picture) -> list[Block]:
         Heading("Question"),
         Paragraph(study.question.strip()),
         Heading("Answer"),
-        Paragraph(" ".join(findings.answer(study, found.effects))),
+        Paragraph(" ".join(words.answer(study, found.effects))),
         picture,
         Heading("What it does not show"),
         Items(list(not_shown(found))),
@@ -270,7 +271,7 @@ def plan_blocks(found: Findings) -> list[Block]:
     lines = []
     for effect in (e for e in found.effects if is_primary(study, e)):
         lost = findings.lost(table, [effect.arm, effect.against])
-        lines.append(verdict(effect, margin=study.primary.margin, lost_runs=lost))
+        lines.append(words.verdict(effect, margin=study.primary.margin, lost_runs=lost))
     blocks: list[Block] = [
         Heading("The plan, and what came of it"),
         Paragraph(

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from dsv3_mtp.report.metrics import depths_of
 from dsv3_mtp.report.progress import quantity
-from dsv3_mtp.study import findings, stats
+from dsv3_mtp.study import findings, stats, words
 from dsv3_mtp.study.archive import Table
 from dsv3_mtp.study.findings import LOSS, Effect, draw_sd, is_primary, values_of
 from dsv3_mtp.study.matrix import Study
@@ -181,7 +181,7 @@ def reading(effect: Effect) -> str:
         text = "hint only"
     else:
         text = "equal within the margin" if effect.equal else "not detectable"
-    return text + findings.expectation(effect)
+    return text + words.expectation(effect)
 
 
 def pair_table(table: Table, comparison: str, group: Sequence[Effect]) -> list[Block]:

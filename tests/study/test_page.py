@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from dsv3_mtp.study.archive import read_results, write_results
-from dsv3_mtp.study.run import report_study
+from dsv3_mtp.study.folder import report_study
 from tests.study.toy import five_seeds, load_toy, write_runs
 
 LIVE = importlib.util.find_spec("bokeh") is not None

@@ -9,14 +9,16 @@ import pytest
 
 from dsv3_mtp.study.archive import Curve, read_results, table_of, write_results
 from dsv3_mtp.study.expand import expand
-from dsv3_mtp.study.findings import Effect, effects_of, verdict
+from dsv3_mtp.study.findings import Effect, effects_of
+from dsv3_mtp.study.folder import records_of, report_study
 from dsv3_mtp.study.load import load_study
 from dsv3_mtp.study.matrix import Primary
 from dsv3_mtp.study.measure import loss_error_metrics, loss_errors
 from dsv3_mtp.study.page import Rows, to_markdown
-from dsv3_mtp.study.pictures import Data, draw_depths, draw_effects
-from dsv3_mtp.study.run import records_of, report_study
+from dsv3_mtp.study.pictures.base import Data
+from dsv3_mtp.study.pictures.outcome import draw_depths, draw_effects
 from dsv3_mtp.study.stats import t_interval
+from dsv3_mtp.study.words import verdict
 from tests.study.toy import five_seeds, load_toy, write_run, write_runs, write_toy
 
 
