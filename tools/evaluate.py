@@ -158,6 +158,7 @@ def positive(text: str) -> int:
 def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Metrics of every data source."""
     from pathlib import Path
+    from typing import Any
 
     import torch
 
@@ -220,13 +221,14 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     for source in sources or [validation_source(config, options.split)]:
         metrics = validate(model, source, config, batches=batches, device=device)
         if isinstance(source, Source):
-            where = {"batches": batches, "device": device}
+            where: Any = {"batches": batches, "device": device}
             floors, notes = drafter_floors(model, source, config, **where)
+            why = None
             if trained is not None:
                 tables, why = text_floors(trained, source, config, batches=batches)
-                floors, notes = tables | floors, notes + [why] * (why is not None)
+                metrics |= tables
             metrics |= floors
-            for note in filter(None, [early_training(metrics), *lost, *notes]):
+            for note in filter(None, [early_training(metrics), why, *lost, *notes]):
                 print(f"{source.path}: {note}", file=sys.stderr)
             if options.drafts:
                 temperature = options.temperature or 1.0

@@ -88,8 +88,8 @@ def drafter_floors(
         depths, config.model.vocab_size, reads_tokens=model.mtp_config.reads_tokens, device=device
     )
     for start in range(0, len(spare[0]), micro):
-        part = (array[start : start + micro] for array in spare)
-        tokens, documents, _ = to_device(*part, config=config, device=device)
+        rows = (array[start : start + micro] for array in spare)
+        tokens, documents, _ = to_device(*rows, config=config, device=device)
         tables.fit(model.head_logits, main_states(model, tokens, documents), tokens)
     sums: dict[str, Tensor] = {}
     for window in sequential_windows(source, **windows, count=count, micro_batch_size=micro):
@@ -97,15 +97,14 @@ def drafter_floors(
         taught = teachers(valid_targets(tokens, documents, depths), 0)
         hidden = main_states(model, tokens, documents)
         for name, part in tables.sums_of(model.head_logits, hidden, tokens, taught).items():
-            sums[name] = sums.get(name, 0) + part
+            sums[name] = sums[name] + part if name in sums else part
     metrics = {}
     for name, total in sums.items():
         for key, value in overlap_means(total.tolist()).items():
             metrics[f"val/floor/overlap/{name}/{key.removeprefix('overlap/')}"] = value
-    notes = (
-        [] if tables.has_tables else ["no table drafter: its table of V x V entries is too large"]
-    )
-    return metrics, notes
+    if tables.has_tables:
+        return metrics, []
+    return metrics, ["no table drafter: a table of V x V entries is too large for this vocabulary"]
 
 
 def main_states(model: DeepseekV3MTP, tokens: Tensor, documents: Tensor | None) -> Tensor:
