@@ -67,6 +67,10 @@ def study(options: argparse.Namespace) -> int:
         from dsv3_mtp.study.load import load_study
 
         loaded = load_study(options.study, options.sets)
+    from dsv3_mtp.study.corpus import corpus_note
+
+    if (note := corpus_note(loaded)) is not None:
+        print(note, file=sys.stderr)
     if options.dry_run:
         from dsv3_mtp.study.dryrun import dry_run
 

@@ -208,6 +208,10 @@ class Study(Section):
     """A run has solved its task at the first validation whose task/exact_match reaches this; null:
     not asked.
     """
+    corpus: Text | None = None
+    """Manifest hash, or its beginning, of the prepared text that the study's numbers are of; null:
+    not named.
+    """
     learning_rate: LearningRate | None = None
     """null: the report says that this is not known."""
     limits: Text | None = None

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 
 from dsv3_mtp.data.opening import validation_source
+from dsv3_mtp.data.source import open_source, splits_of
 from dsv3_mtp.report.metrics import Record as Logged
 from dsv3_mtp.report.metrics import depths_of, read_metrics
 from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.study.archive import Curve, Data, Fork, Record, Start
 from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
 from dsv3_mtp.study.matrix import Acceptance, Study
-from dsv3_mtp.train.evaluate import acceptance
+from dsv3_mtp.train.evaluate import acceptance, validate
+from dsv3_mtp.train.floors import drafter_floors
 
 SOLVED = "task/exact_match"
+SHIFT = "shift"  # a split of sitelib
 LOSSES = ("train/main_loss", "train/mtp_loss/")
 SMOOTH = ("moe/max_violation", "moe/mtp_max_violation/1")  # drawn smoothed: kept as means of parts
 PARTS = 100  # of a smoothed curve
@@ -46,6 +49,8 @@ def measure(study: Study, run: Run, folder: Path, **more: Any) -> Record:
     metrics = {key: value for key, value in last.items() if key.startswith(("val/", "task/"))}
     metrics |= late_mean(records, "moe/max_violation", "train/max_violation")
     metrics |= late_mean(records, "moe/mtp_max_violation/1", "train/mtp_max_violation/1")
+    if run.config.data.task is None:
+        metrics |= along_text(folder, run)
     metrics |= above_table(metrics)
     draw_sd: dict[str, float] = {}
     if study.acceptance is not None and run.config.mtp.depths:
@@ -121,6 +126,23 @@ def _parts(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
     for first in range(0, len(points), width):
         part = points[first : first + width]
         yield part[-1][0], fmean(value for _, value in part)
+
+
+def along_text(folder: Path, run: Run) -> dict[str, float]:
+    """The table drafters' floors with this run's main model; and `shift/...`, the validation on
+    packages that were held out whole, where the corpus has them.
+    """
+    config, model = run.config, load_run(folder).model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    path, batches = config.data.val or "", config.eval.batches
+    val = open_source(path, "val")
+    metrics, _ = drafter_floors(model, val, config, batches=batches, device=device)
+    if SHIFT in splits_of(path):
+        source = open_source(path, SHIFT)
+        shifted = validate(model, source, config, batches=batches, device=device)
+        metrics |= {key.replace("val/", "shift/", 1): value for key, value in shifted.items()}
+    return metrics
 
 
 def above_table(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from dsv3_mtp.study import findings, hover, tables, words
 from dsv3_mtp.study.alarms import TRIGRAM, alarms, dirty, primary_arms
 from dsv3_mtp.study.archive import Record, Table, table_of, write_archive
 from dsv3_mtp.study.calibration import calibration_table
+from dsv3_mtp.study.corpus import other_corpus
 from dsv3_mtp.study.findings import Effect, is_primary, values_of
 from dsv3_mtp.study.load import LoadedStudy
 from dsv3_mtp.study.matrix import EVERY_ARM
@@ -166,6 +167,9 @@ def not_shown(found: Findings) -> Iterable[str]:
     floors = [values_of(found.table, arm, TRIGRAM) for arm in primary_arms(study)]
     if on_text and not all(floors):
         yield "Whether the models beat n-gram tables of the same tokens: these floors were not measured."
+    hashes = {d.hash for record in records for start in record.starts for d in start.data.values()}
+    if (note := other_corpus(study, hashes)) is not None:
+        yield note
     if study.primary.metric.startswith("val/overlap/") and any(
         findings.trunks_apart(found.table, e.arm, e.against)
         for e in found.effects
