@@ -79,7 +79,7 @@ def learn(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the model returns, and its gradients."""
     weights = tuple(0.3 + depth for depth in range(model.depths))
-    out = model(*inputs, settings=LossSettings(weights, 0.5, counts))
+    out = model(*inputs, settings=LossSettings(weights, 0.5, counts, overlap=True))
     out.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
