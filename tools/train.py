@@ -52,14 +52,13 @@ def main() -> int:
     try:
         from dsv3_mtp.config import load_config
 
-        notes: list[str] = []
-        config = load_config(args.config, args.sets, notes=notes)
+        config = load_config(args.config, args.sets)
         if args.dry_run:
             from dsv3_mtp.plan.dryrun import dry_run
 
             if is_main:
                 ranks = args.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-                print("\n".join([*notes, dry_run(config, world_size=ranks, plot=args.plot)]))
+                print(dry_run(config, world_size=ranks, plot=args.plot))
             return 0
         from dsv3_mtp.train.trainer import NonFiniteError, Trainer
 
@@ -67,7 +66,7 @@ def main() -> int:
         # imported
         gc.freeze()
         try:
-            Trainer(config, command=sys.argv, notes=notes).run()
+            Trainer(config, command=sys.argv).run()
         except NonFiniteError as error:
             return fail(f"training stopped: {error}", 1, is_main=is_main)
     except (ValueError, OSError) as error:

@@ -397,12 +397,20 @@ class MTPConfig(Section):
         ):
             text = f"must hold num_nextn_predict_layers = {self.depths} numbers"
             yield "depth_weights", f"{text} (got {len(self.depth_weights)})"
-        # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
-        if self.mode == "none":
-            for key in ("depth_weights", "curriculum", "detach", "objective"):
-                value, default = getattr(self, key), type(self).model_fields[key].default
-                if value != default:
-                    yield key, without_effect(self.mode, value, default)
+        for key, default in unused_keys(self.mode).items():
+            if key in type(self).model_fields and getattr(self, key) != default:
+                yield key, without_effect(self.mode, getattr(self, key), default)
+
+
+def unused_keys(mode: str) -> dict[str, Any]:
+    """Keys of `mtp:` that heads of this mode do not have, with their defaults."""
+    kind = head_kind(mode)
+    own = {} if kind is None else kind.Options.model_fields
+    fields = [item for other in heads().values() for item in other.Options.model_fields.items()]
+    # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
+    common = () if kind else ("depth_weights", "curriculum", "detach", "objective")
+    fields += [(key, MTPConfig.model_fields[key]) for key in common]
+    return {key: field.default for key, field in fields if key not in own}
 
 
 def without_effect(mode: str, value: Any, default: Any) -> str:
@@ -458,9 +466,7 @@ def option_problems(mode: str, extra: Mapping[str, Any]) -> Iterator[Problem]:
     """
     kind = head_kind(mode)
     own: dict[str, Any] = {}
-    foreign: dict[str, Any] = {}
-    for other in heads().values():
-        foreign |= {key: field.default for key, field in other.Options.model_fields.items()}
+    foreign = unused_keys(mode)
     for key, value in extra.items():
         if kind is not None and key in kind.Options.model_fields:
             own[key] = value

@@ -6,6 +6,7 @@ train.total_tokens, so that a recipe carries over to any run length. Unknown key
 without effect are errors.
 """
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
@@ -33,6 +34,7 @@ from dsv3_mtp.config.model import (
     Section,
     Text,
     option_problems,
+    unused_keys,
 )
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import (
@@ -40,11 +42,13 @@ from dsv3_mtp.config.reader import (
     ConfigError,
     Problem,
     did_you_mean,
-    dump_tree,
     key_paths,
     problems_of,
-    read_tree,
+    show,
 )
+from dsv3_mtp.config.tree import Document, dump_tree, read_document
+
+_LOG = logging.getLogger("dsv3_mtp")  # without a handler Python prints its warnings to stderr
 
 
 class RunConfig(Section):
@@ -229,6 +233,16 @@ class LogConfig(Section):
     """Write event files to the run's tb folder."""
     wandb: WandbConfig | None = None
     """null: off."""
+    gradients: Annotated[Integer, Field(ge=0)] = 0
+    """Steps between measurements of the angle between the main loss's and the heads' gradients on
+    the trunk (optim/gradient_cosine), two more passes over a micro-batch each; a multiple of
+    `every`. 0: none.
+    """
+
+    def rules(self) -> Iterator[Problem]:
+        if self.gradients % self.every:
+            text = f"must be a multiple of log.every = {self.every}, whose lines hold it"
+            yield "gradients", f"{text} (got {self.gradients})"
 
 
 class Config(Section):
@@ -251,6 +265,10 @@ class Config(Section):
 
     def rules(self) -> Iterator[Problem]:
         yield from _rules_between(dict(self))
+
+    @property
+    def clips_apart(self) -> bool:
+        return layout.clips_apart(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, every default filled in."""
@@ -310,36 +328,30 @@ def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:
 
 
 def load_config(
-    path: str | Path,
-    sets: Iterable[str] = (),
-    *,
-    trust_code: bool | Collection[str] = True,
-    notes: list[str] | None = None,
+    path: str | Path, sets: Iterable[str] = (), *, trust_code: bool | Collection[str] = True
 ) -> Config:
     """Reads and checks a run's YAML. sets: overrides such as "mtp.mode=none", values in YAML,
     applied first.
 
     trust_code: import what the file names as package.module:Class; or which of these names. True
         only for a file that the user has named as a config, not for one found in a run folder.
-    notes: gets a line for each key that was dropped.
 
     Raises ConfigError, whose text is a report of every problem in the file and in the overrides.
     """
-    tree, problems = read_tree(path, sets)
+    document = read_document(path, sets)
     if trust_code is not True:
-        code.refuse(str(path), tree, trust_code or ())
+        code.refuse(str(path), document.tree, trust_code or ())
+    _drop_unused(document)
+    tree, problems = document.tree, document.problems
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems += problems_of(error, tree, Config)
+        found = problems_of(error, tree, Config)
         more = [*_rules_between(_parsed(tree)), *_option_problems(tree.get("mtp"))]
-        problems += [problem for problem in more if problem not in problems]
+        found += [problem for problem in more if problem not in found]
+        problems += map(document.traced, found)
     if problems:
         raise ConfigError(str(path), problems)
-    if notes is not None:
-        given, kept = tree.get("mtp") or {}, dict(config.mtp.model_extra or {})
-        dropped = [key for key in given if key not in MTPConfig.model_fields and key not in kept]
-        notes += [f"mtp.{key}: not used, mode {config.mtp.mode} has no such key" for key in dropped]
     return config
 
 
@@ -351,6 +363,38 @@ def _option_problems(section: Any) -> Iterator[Problem]:
         for key, text in option_problems(given.get("mode", MTPConfig().mode), extra):
             more = did_you_mean(f"mtp.{key}", key_paths(Config)) if text == UNKNOWN else ""
             yield f"mtp.{key}", text + more
+
+
+def _drop_unused(document: Document) -> None:
+    """Takes out what is said of heads that this run has not, and says so: keys of another kind at
+    their defaults, and those that a base has set.
+
+    Such a key of another value beside the mode, or by --set, is an error: `option_problems`.
+    """
+    mtp = document.tree.get("mtp")
+    if not isinstance(mtp, dict):
+        return
+    mode = mtp.get("mode", MTPConfig.model_fields["mode"].default)
+    try:
+        unused = unused_keys(mode)
+    except (ValueError, TypeError):  # of an unknown mode, which is reported
+        return
+    keys, default_keys = [], []
+    for key, default in unused.items():
+        if key not in mtp:
+            continue
+        if document.inherited(f"mtp.{key}", beside="mtp.mode") and mtp[key] != default:
+            origin = document.origin(f"mtp.{key}")
+            _LOG.warning(
+                "mtp.%s: %s of %s has no effect with mode %s: left out",
+                *(key, show(mtp[key]), origin, mode),
+            )
+            keys.append(key)
+        elif mtp[key] == default and key not in MTPConfig.model_fields:
+            default_keys.append(f"mtp.{key}")
+    if default_keys:
+        _LOG.info("%s: left out, mode %s has no such key", ", ".join(default_keys), mode)
+    document.tree["mtp"] = {key: value for key, value in mtp.items() if key not in keys}
 
 
 def _parsed(tree: Mapping[str, Any]) -> dict[str, Any]:

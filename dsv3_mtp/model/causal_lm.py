@@ -15,6 +15,7 @@ from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm, Rows, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
+from dsv3_mtp.model.overlap import row_overlap
 from dsv3_mtp.model.states import (
     HeadInputs,
     HeadOutput,
@@ -159,7 +160,7 @@ class DeepseekV3MTP(nn.Module):
         scale = weights / counts.masked_fill(counts == 0, 1)  # (1+D,)
         row_weight = scale[:, None, None] * valid  # (1+D, B, T)
         loss, nll, prediction = self._head_losses(output.rows, targets, row_weight)
-        scores = Scores(nll, prediction, targets, valid)
+        scores, by_depth = Scores(nll, prediction, targets, valid), self.by_depth(output)
         for_terms, for_objectives = normalizer[2 + depths :].split(
             [len(self.terms), len(self.objectives) * depths]
         )
@@ -186,6 +187,11 @@ class DeepseekV3MTP(nn.Module):
             correct=((prediction == targets) & valid).sum((1, 2)),
             agreed=agreed,
             compared=compared,
+            overlap=row_overlap(
+                self.head_logits, by_depth, valid, self.rows, self.config.vocab_size, self.offsets
+            )
+            if settings.overlap
+            else nll.new_zeros(4, self.depths, dtype=torch.float64),
             term_sum=torch.cat([term_sum, objective_sum]),
             term_count=self.counts(tokens, documents, scored, part=True)[2 + depths :]
             if self.terms or self.objectives
@@ -230,12 +236,12 @@ class DeepseekV3MTP(nn.Module):
             [kind.counted(taught if kind.teacher else valid[1:]) for kind, _ in self.objectives]
         )
 
-    def scored_slots(self, valid: Tensor, output: HeadOutput) -> Tensor:
-        """`valid`, less the depths that have no row."""
+    def scored_slots(self, valid: Tensor, output: HeadOutput, first: int = 0) -> Tensor:
+        """`valid` of depths first..D, less the depths that have no row."""
         there = {depth for rows in output.rows for depth in rows.depths}
-        for depth in range(1 + self.depths):
+        for depth in range(first, 1 + self.depths):
             if depth not in there:
-                valid[depth] = False
+                valid[depth - first] = False
         return valid
 
     def _terms(
@@ -349,10 +355,21 @@ class DeepseekV3MTP(nn.Module):
         return torch.stack([empty if logits is None else logits for logits in found])
 
     @staticmethod
-    def row_logits(rows: HeadRows, slots: slice = slice(None)) -> Tensor:
-        """(B, t, V) logits of some slots of rows, with a gradient."""
-        part = [x[:, slots] for x in rows.inputs]
-        return opened(rows.outputs, part, rows.outputs[-1].logits)
+    def row_logits(rows: HeadRows) -> Tensor:
+        """(B, t, V) logits of rows, with a gradient."""
+        return opened(rows.outputs, rows.inputs, rows.outputs[-1].logits)
+
+    def by_depth(self, output: HeadOutput) -> list[Tensor | HeadRows | None]:
+        """What `head_logits` reads of depth 0..D: (B, T, C) of the main head, the rows of the
+        others, None where a depth has none.
+        """
+        main, *heads = output.rows
+        found: dict[int, HeadRows] = {depth: rows for rows in heads for depth in rows.depths}
+        return [main.inputs[0], *(found.get(depth) for depth in range(1, 1 + self.depths))]
+
+    def head_logits(self, depth: int, states: Tensor | HeadRows) -> Tensor:
+        """Of some slots of `by_depth` -> (B, n, V), for model/overlap.py."""
+        return self.lm_head(states) if isinstance(states, Tensor) else self.row_logits(states)
 
     def _head_losses(
         self, rows: list[HeadRows], targets: Tensor, row_weight: Tensor
@@ -434,7 +451,7 @@ class DeepseekV3MTP(nn.Module):
         total, training = self.no_output(), self.training
         self.eval()
         for left, (tokens, documents, scored) in zip(range(len(batch), 0, -1), batch, strict=True):
-            out = self(tokens, documents, scored).sums()
+            out = self(tokens, documents, scored, LossSettings(overlap=True)).sums()
             total = total + out if left > blanks else total
         self.train(training)
         return total
@@ -450,6 +467,7 @@ class DeepseekV3MTP(nn.Module):
             correct=zeros(heads),
             agreed=zeros(self.depths),
             compared=zeros(self.depths),
+            overlap=zeros(4, self.depths),
             term_sum=zeros(len(self.terms) + len(self.objectives) * self.depths),
             term_count=zeros(len(self.terms) + len(self.objectives) * self.depths),
             balance=zeros(()),

@@ -23,6 +23,8 @@ class LossSettings:
     # (2+D+terms,) from `DeepseekV3MTP.counts`, of the whole optimizer step; None: of the
     # micro-batch alone
     normalizer: Tensor | None = None
+    # measure it too, without gradient: about twice the losses' logits again
+    overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class MTPOutput:
     # (D,) agreement: argmax of depths 1..k all equal the main model's own argmax for that token
     agreed: Tensor
     compared: Tensor  # (D,) slots in which that comparison exists
+    overlap: Tensor  # (4, D) of model/overlap.py `overlap_sums`: zeros where it was not asked for
     term_sum: Tensor  # (terms,) losses that the heads own, summed; heads/base.py: `terms`
     term_count: Tensor  # (terms,)
     balance: Tensor  # scalar: sum over sequences and routers of sum_i f_i P_i

@@ -21,7 +21,7 @@ class TrunkStates(NamedTuple):
 
     def detach(self) -> "TrunkStates":
         layers = {number: state.detach() for number, state in self.layers.items()}
-        last_input, pre_norm, post_norm = (state.detach() for state in self[:3])  # type: ignore[union-attr]
+        last_input, pre_norm, post_norm = (state.detach() for state in self[:3])
         return TrunkStates(last_input, pre_norm, post_norm, layers)
 
 
@@ -72,6 +72,10 @@ class HeadRows(NamedTuple):
     # The modules whose weights make the logits, the last one computes them: the shared head, one of
     # the head's own, or (shared head, own bias).
     outputs: tuple[Output, ...]
+
+    def cut(self, first: int, stop: int) -> "HeadRows":
+        """The rows of slots first..stop-1."""
+        return self._replace(inputs=tuple(x[:, first:stop] for x in self.inputs))
 
 
 @dataclass(frozen=True)

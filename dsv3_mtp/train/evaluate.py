@@ -25,6 +25,7 @@ from dsv3_mtp.data.source import Source
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import export_hf, load_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
+from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.tasks.examples import TaskSource, TaskStream
 from dsv3_mtp.tasks.grade import Grade
@@ -59,7 +60,7 @@ def validate(
     world_size: int = 1,
     all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, Any]:
-    """Losses, top1 and agreement of every depth on `batches` fixed micro-batches of
+    """Losses, top1, agreement and overlap of every depth on `batches` fixed micro-batches of
     train.micro_batch_size sequences.
 
     Returns `val/...` metrics, summed over ranks before dividing. `val/main_loss` is the validation
@@ -112,23 +113,23 @@ def to_device(tokens, documents, scored=None, *, config: Config, device: torch.d
 
 
 def metric_sums(out: MTPOutput) -> torch.Tensor:
-    """(3+5D+2n,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D | sums and
-    counts of the n terms]: adds up over batches and ranks.
+    """(3+9D+2n,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D | overlap 4 D
+    | sums and counts of the n terms]: adds up over batches and ranks.
     """
-    parts = (out.nll_sum, out.targets, out.correct, out.agreed, out.compared)
-    return torch.cat([part.double() for part in (*parts, out.term_sum, out.term_count)])
+    counts = (out.nll_sum, out.targets, out.correct, out.agreed, out.compared, out.overlap)
+    return torch.cat([x.double().flatten() for x in (*counts, out.term_sum, out.term_count)])
 
 
 def metric_means(sums: list[float], depths: int, terms: Sequence[str] = ()) -> dict[str, float]:
-    """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k, and those
-    of `MTPConfig.term_names`.
+    """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k,
+    overlap/k, overlap/tokens_per_step, and those of `MTPConfig.term_names`.
 
     A depth without a valid target (masked documents shorter than it reaches) has no entry.
     """
     heads = 1 + depths
     nll, targets, correct = sums[:heads], sums[heads : 2 * heads], sums[2 * heads : 3 * heads]
-    agreed, compared = (sums[3 * heads + n * depths :][:depths] for n in range(2))
-    values, counts = (sums[3 * heads + 2 * depths + n * len(terms) :][: len(terms)] for n in (0, 1))
+    agreed, compared, *overlap = (sums[3 * heads + n * depths :][:depths] for n in range(6))
+    values, counts = (sums[3 * heads + 6 * depths + n * len(terms) :][: len(terms)] for n in (0, 1))
     losses = [value / max(count, 1) for value, count in zip(nll, targets, strict=True)]
     metrics = {"main_loss": losses[0]}
     metrics |= {f"mtp_loss/{depth}": losses[depth] for depth in range(1, heads) if targets[depth]}
@@ -137,7 +138,8 @@ def metric_means(sums: list[float], depths: int, terms: Sequence[str] = ()) -> d
     }
     metrics |= {f"agreement/{k + 1}": agreed[k] / compared[k] for k in range(depths) if compared[k]}
     rest = zip(terms, values, counts, strict=True)
-    return metrics | {name: value / count for name, value, count in rest if count}
+    metrics |= {name: value / count for name, value, count in rest if count}
+    return metrics | overlap_means(overlap)
 
 
 def open_model(
@@ -206,6 +208,8 @@ def acceptance(
     seq_len: int,
     new_tokens: int,
     temperature: float = 0.0,
+    part: tuple[int, int] = (0, 1),
+    seed: int = 0,
 ) -> dict[str, float]:
     """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
 
@@ -214,6 +218,10 @@ def acceptance(
     nothing to draft: the first comes with the prompt, the last of a step from the main head.
     Returns `val/acceptance/k`, joint for drafts 1..k, `val/tokens_per_step`, and `val/distinct`,
     the share of distinct tokens: a model that repeats itself accepts everything.
+
+    Args:
+        part: (first, step): only every `step`-th of the prompts, from number `first` on.
+        seed: of the random numbers at a temperature.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
@@ -226,14 +234,14 @@ def acceptance(
             raise ValueError(
                 f"{new_tokens} new tokens leave no room for a prompt; give fewer (--new-tokens)"
             )
-        windows = sequential_windows(
-            source, seq_len=length, lookahead=0, count=prompts, micro_batch_size=prompts
-        )
+        windows = sequential_windows(source, seq_len=length, lookahead=0, count=prompts)
         texts = windows[0][0].tolist()
     if new_tokens < 3:
         return {}
-    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature)
-    out = generate(model, texts, settings)
+    settings = Settings(
+        max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed
+    )
+    out = generate(model, texts[part[0] :: part[1]], settings)
     metrics = {
         f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)
     }

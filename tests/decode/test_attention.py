@@ -141,7 +141,7 @@ def test_no_tensor_of_a_long_prefill_grows_with_the_square_of_the_prompt(make_mo
 
 
 def test_the_chunk_of_the_prefill_changes_neither_tokens_nor_drafts(make_model, monkeypatch):
-    model, verify, drafted = make_model("two_modules"), Sampler.verify, []
+    model, verify, drafted = make_model("sequential"), Sampler.verify, []
 
     def recording(sampler, logits, drafts, probability):
         drafted[-1].append(probability)

@@ -48,7 +48,7 @@ def test_one_pass_equals_brute_force_and_the_counts_of_real_decoding(make_model,
 
 
 def test_offline_acceptance_is_joint_over_all_places(make_model):
-    model = make_model("two_modules", trained=True)
+    model = make_model("sequential", trained=True)
     text = PROMPT + plain_greedy(model, PROMPT, 40)
     prefixes = accepted_prefixes(model, text, prompt_length=len(PROMPT)).sum(1)
     expected = [(prefixes >= 1).double().mean().item(), (prefixes[:-1] >= 2).double().mean().item()]

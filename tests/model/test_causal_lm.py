@@ -501,14 +501,6 @@ def test_tokens_that_are_not_scored_change_neither_loss_nor_gradient_as_targets(
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_bare_call_weighs_the_heads_as_the_model_s_own_mtp_section_says(build):
-    """Lambda of the V3 schedule at the start of a run: 0.3, over D = 2 depths."""
-    model = build(2, torch.float64)
-    tokens = tokens_for(model)
-    mean = (out := model(tokens)).nll_sum / out.targets
-    assert out.loss.item() == pytest.approx((mean[0] + 0.15 * (mean[1] + mean[2])).item(), rel=1e-9)
-
-
 def whole_losses(model, tokens, scored, weights):
     """By the definition of a depth, on logits of all slots at once: slot i of depth k is scored
     against t_{i+offset}. The summed nll of each depth, and the loss.
@@ -526,3 +518,11 @@ def whole_losses(model, tokens, scored, weights):
         for (name, factor), times in zip(model.terms.items(), count, strict=True):
             loss = loss + factor * found[name] / times
     return sums.tolist(), loss
+
+
+def test_a_bare_call_weighs_the_heads_as_the_model_s_own_mtp_section_says(build):
+    """Lambda of the V3 schedule at the start of a run: 0.3, over D = 2 depths."""
+    model = build(2, torch.float64)
+    tokens = tokens_for(model)
+    mean = (out := model(tokens)).nll_sum / out.targets
+    assert out.loss.item() == pytest.approx((mean[0] + 0.15 * (mean[1] + mean[2])).item(), rel=1e-9)

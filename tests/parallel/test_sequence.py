@@ -79,7 +79,7 @@ def learn(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the model returns, and its gradients."""
     weights = tuple(0.3 + depth for depth in range(model.depths))
-    out = model(*inputs, settings=LossSettings(weights, 0.5, counts))
+    out = model(*inputs, settings=LossSettings(weights, 0.5, counts, overlap=True))
     out.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
@@ -131,7 +131,8 @@ def changes(model: DeepseekV3MTP, tokens: torch.Tensor) -> torch.Tensor:
     """
     rows = torch.stack([tokens, *(tokens + torch.eye(len(tokens), dtype=torch.int64))]) % 64
     with torch.no_grad():
-        states, _ = model.hidden_states(model.rows.cut(rows, 1 + model.depths))
+        found = model.head_rows(model.rows.cut(rows, model.lookahead)).rows
+        states = [one.inputs[0] for one in found]
     moved = [(state[1:] - state[:1]).abs().amax((1, 2)) > 1e-9 for state in states]
     return torch.stack(moved, dim=1)
 
