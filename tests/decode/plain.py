@@ -55,9 +55,7 @@ def train_on_cycle(model: DeepseekV3MTP, steps: int = 25) -> None:
 def plain_logits(model: DeepseekV3MTP, tokens: list[int]) -> torch.Tensor:
     """(1+D, L, V) logits of the training forward at every slot, without any cache."""
     with torch.no_grad():
-        return model.logits(torch.tensor([[*tokens, *[0] * model.lookahead]]))[
-            :, 0, : len(tokens)
-        ]
+        return model.logits(torch.tensor([[*tokens, *[0] * model.lookahead]]))[:, 0, : len(tokens)]
 
 
 def plain_greedy(model: DeepseekV3MTP, prompt: list[int], count: int) -> list[int]:
