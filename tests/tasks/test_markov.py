@@ -19,6 +19,10 @@ from dsv3_mtp.tasks.markov import (
 
 CHAIN = transition_matrix(4, sharpness=1.5, chain_seed=3)
 DEPTHS = 3
+# of heads that see only t_i: what they predict, where, and what they draft
+HEADS = [np.linalg.matrix_power(CHAIN, 1 + k) for k in range(1, 1 + DEPTHS)]
+OFFSETS = [1 + k for k in range(1, 1 + DEPTHS)]
+GREEDY = [head.argmax(1) for head in HEADS]
 
 
 def test_the_matrix_is_a_function_of_its_settings_with_rows_that_sum_to_one():
@@ -38,7 +42,9 @@ def test_the_two_state_chain_has_its_textbook_answers():
     # P^2 = [[.85, .15], [.6, .4]]: the best guess two steps ahead is state 0 from both
     assert best_agreement(chain, [chain @ chain], [2]) == pytest.approx([0.8 * 0.9 + 0.2 * 0.4])
     # greedy: 0 goes on with 0 and 0, 1 with 1 and 1, and the head drafts 0
-    assert best_acceptance(chain, 1, temperature=0, reads_tokens=False) == pytest.approx([0.8])
+    assert best_acceptance(
+        chain, [chain @ chain], [np.array([0, 0])], temperature=0
+    ) == pytest.approx([0.8])
 
 
 def paths():
