@@ -14,7 +14,7 @@ from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm, Rows, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.output import Batch, MTPOutput
-from dsv3_mtp.model.targets import agreement, count_targets, document_mask, valid_targets
+from dsv3_mtp.model.targets import agreement, count_targets, document_starts, valid_targets
 
 
 class Trunk(nn.Module):
@@ -171,7 +171,9 @@ class DeepseekV3MTP(nn.Module):
         """
         length = tokens.shape[1] - 1 - self.depths
         slots = self.rows.number * length + torch.arange(length, device=tokens.device)
-        mask = None if documents is None else document_mask(self.rows.gather(documents[:, :length]))
+        mask = (
+            None if documents is None else document_starts(self.rows.gather(documents[:, :length]))
+        )
         return rotary_angles(self.config, slots), mask
 
     def head_states(

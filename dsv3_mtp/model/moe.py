@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.layers import MLP, Rows
-from dsv3_mtp.ops.experts import from_experts, gated_swiglu, routed, sort_by_expert, to_experts
+from dsv3_mtp.ops.experts import from_experts, routed, sort_by_expert, to_experts
 from dsv3_mtp.ops.recompute import again
+from dsv3_mtp.ops.swiglu import gated_swiglu
 
 # Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), E counts
 # -> (rows, out).
@@ -165,7 +166,7 @@ class Experts(nn.Module):
         rows = [
             -(-n // self.multiple) * self.multiple for n in counts.tolist()
         ]  # the one time that the host waits
-        layout = sort_by_expert(chosen, gates.to(x.dtype), counts, self.multiple, sum(rows))
+        layout = sort_by_expert(chosen, gates, counts, self.multiple, sum(rows))
         inner = gate_up_linear(to_experts(x, layout), self.gate_up_proj, rows)  # (rows, 2F)
         y = down_linear(gated_swiglu(inner, layout.gates), self.down_proj, rows)  # (rows, C)
         return from_experts(y, layout)

@@ -6,7 +6,7 @@ Shapes: M rows (tokens of any number of heads), C hidden_size, V vocab.
 import torch
 from torch import Tensor
 
-from dsv3_mtp.ops import fused, kernels
+from dsv3_mtp.ops import choice
 
 # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
 CHUNK_ELEMENTS = 2**24
@@ -69,9 +69,7 @@ def _cross_entropy(
     """d loss / d logits = row_weight * (softmax - onehot), nll and prediction of each row. `logits`
     are used up.
     """
-    if fused.usable(logits):
-        return logits, *fused.kernels.cross_entropy_(logits, targets, row_weight)
-    if kernels.usable(logits):
+    if (kernels := choice.kernels(logits)) is not None:
         return logits, *kernels.cross_entropy_(logits, targets, row_weight)
     dtype, logits = logits.dtype, logits.to(row_weight.dtype)
     prediction = logits.argmax(-1)

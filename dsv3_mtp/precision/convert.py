@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dsv3_mtp.config import Config, FP8Config
-from dsv3_mtp.ops.attention import choose_attention
+from dsv3_mtp.ops.cores import choose_attention
 from dsv3_mtp.precision import hopper, te
 from dsv3_mtp.precision.emulate import Emulated
 from dsv3_mtp.precision.linear import FP8Linear, Recipe

@@ -8,7 +8,6 @@ import torch
 from dsv3_mtp.ops import experts as dispatch
 from dsv3_mtp.ops.experts import (
     from_experts,
-    gated_swiglu,
     grouped,
     grouped_input_grad,
     grouped_weight_grad,
@@ -16,6 +15,7 @@ from dsv3_mtp.ops.experts import (
     sort_by_expert,
     to_experts,
 )
+from dsv3_mtp.ops.swiglu import gated_swiglu
 
 
 def inputs(tokens=6, experts=5, top_k=2, hidden=4, width=3, dtype=torch.float64):
