@@ -1,10 +1,13 @@
 """Multi-head latent attention (DeepSeek-V3 section 2.1.1, eqs. 1-11)."""
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.layers import RMSNorm, yarn_mscale
-from dsv3_mtp.ops.attention import Core, attend
+from dsv3_mtp.ops.attention import attend
+from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.recompute import again
 
 
@@ -15,10 +18,9 @@ class MLA(nn.Module):
     Queries are compressed as well when `q_lora_rank` is set. RMSNorm sits on both latents.
     """
 
-    core: Core | None = None  # of training; precision/ puts a GPU's kernel here
-
     def __init__(self, config: ModelConfig):
         super().__init__()
+        linear, self.core = partial(given().linear, "attention"), given().core
         self.heads = config.num_attention_heads
         self.nope, self.rope, self.value = (
             config.qk_nope_head_dim,
@@ -29,15 +31,15 @@ class MLA(nn.Module):
         hidden, query = config.hidden_size, self.heads * (self.nope + self.rope)
         self.q_compressed = config.q_lora_rank is not None
         if config.q_lora_rank is not None:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_proj = linear(hidden, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
+            self.q_b_proj = linear(config.q_lora_rank, query)
         else:
-            self.q_proj = nn.Linear(hidden, query, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_rank + self.rope, bias=False)
+            self.q_proj = linear(hidden, query)
+        self.kv_a_proj_with_mqa = linear(hidden, self.kv_rank + self.rope)
         self.kv_a_layernorm = RMSNorm(self.kv_rank, config.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
+        self.kv_b_proj = linear(self.kv_rank, self.heads * (self.nope + self.value))
+        self.o_proj = linear(self.heads * self.value, hidden)
         self.scale = (self.nope + self.rope) ** -0.5
         # YaRN's temperature multiplies the logits: q and k each by mscale
         if config.rope_scaling is not None:

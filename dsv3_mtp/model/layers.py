@@ -1,11 +1,13 @@
 """RMSNorm, rotary embedding with interleaved pairs and YaRN, SwiGLU MLP."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, RopeScaling
+from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.norm import rms_norm
 from dsv3_mtp.ops.recompute import again
 from dsv3_mtp.ops.swiglu import swiglu
@@ -26,35 +28,20 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward: down(silu(gate(x)) * up(x)). The dense layers and the shared experts."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        kind: Literal["dense_mlp", "shared_experts"] = "dense_mlp",
+    ):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        linear = given().linear
+        self.gate_proj = linear(kind, hidden_size, intermediate_size)
+        self.up_proj = linear(kind, hidden_size, intermediate_size)
+        self.down_proj = linear(kind, intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(again(swiglu, self.gate_proj(x), self.up_proj(x)))
-
-
-class Rows:
-    """Which slots of the rows of a batch this process has: all. In parallel/sequence.py: slice
-    `number` of `count`.
-    """
-
-    number, count = 0, 1
-
-    def cut(self, x: Tensor, ahead: int) -> Tensor:
-        """Whole rows (B, T + ahead) -> the slots of this slice and the tokens ahead of them, (B,
-        T/count + ahead).
-        """
-        length = (x.shape[1] - ahead) // self.count
-        return x[:, self.number * length : (self.number + 1) * length + ahead].contiguous()
-
-    def gather(self, x: Tensor) -> Tensor:
-        """(B, T, ..) of this slice -> (B, count * T, ..) of all slices in their order, without
-        gradient.
-        """
-        return x
 
 
 def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:

@@ -7,15 +7,18 @@ and shares them with the R/P ranks of the same r % P. Experts are in the order o
 ranks in the order of their nodes: V3's groups are nodes.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed.moe.layer
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsv3_mtp.model.moe import Experts, MoE
+from dsv3_mtp.config import ModelConfig
+from dsv3_mtp.model.moe import Experts
 
 
 class LocalExperts(Experts, deepspeed.moe.layer.MoE):
@@ -29,18 +32,13 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
     every expert once in the gradient norm.
     """
 
-    def __init__(self, whole: Experts, size: int):
+    def __init__(self, config: ModelConfig, *, size: int):
         # not DeepSpeed's, which would build a router and experts of its own
-        nn.Module.__init__(self)
+        Experts.__init__(self, config, count=config.n_routed_experts // size)
         self.group_name = f"ep_size_{size}"
         self.group = groups._get_expert_parallel_group(self.group_name)
-        self.num_experts = len(whole.down_proj)  # of the whole layer
-        count = self.num_experts // size
-        self.first = groups._get_expert_parallel_rank(self.group_name) * count
-        for name, parameter in whole.named_parameters():
-            self.register_parameter(
-                name, nn.Parameter(parameter.new_empty(count, *parameter.shape[1:]))
-            )
+        self.num_experts = config.n_routed_experts  # of the whole layer
+        self.first = groups._get_expert_parallel_rank(self.group_name) * len(self.down_proj)
 
     def mark(self) -> None:
         """To be called once the parameters have storage: materialising makes new ones without
@@ -109,12 +107,10 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(grad, receive, send, group), None, None, None
 
 
-def share_experts(model: nn.Module, *, size: int, pipeline_stages: int = 1) -> None:
-    """Replaces the experts of every MoE layer of a model on the meta device by this rank's part of
-    them.
+def local_experts(size: int, *, pipeline_stages: int = 1) -> Callable[[ModelConfig], LocalExperts]:
+    """What makes this rank's part of a layer's experts (`Compute.experts`). All ranks call it
+    together: it makes their groups.
     """
     if f"ep_size_{size}" not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(size, pp_size=pipeline_stages)
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.experts = LocalExperts(module.experts, size)
+    return partial(LocalExperts, size=size)

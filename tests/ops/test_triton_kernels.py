@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.ops import choice, rotary, swiglu
+from dsv3_mtp.ops.compute import Compute, building
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,9 +184,10 @@ def test_a_model_with_the_kernels_has_the_loss_and_gradients_of_one_without(
         "mtp.num_nextn_predict_layers": 2,
     }  # one dense, one with experts
     config = make_tiny_config(layers | {"mtp.mode": mode})
-    model = DeepseekV3MTP(config.model, config.mtp)
+    with building(Compute(recompute=checkpointing)):
+        model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
-    model.to(DEVICE).checkpoint_activations(checkpointing)
+    model.to(DEVICE)
     tokens = torch.randint(64, (2, 3 + 1 + model.depths)).to(DEVICE)
     results = []
     if DEVICE == "cuda":
