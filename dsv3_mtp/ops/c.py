@@ -272,16 +272,17 @@ def _attention_sizes(
 
 
 def sum_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x[index].sum(1), added up in float32. x: (rows, C), index: (N, K) int64 -> (N, C).
+    """x[index].sum(1), added up in float32; -1 names no row. x: (rows, C), index: (N, K) int64 ->
+    (N, C).
 
     Raises:
-        IndexError: an index names no row of x.
+        IndexError: an index is neither -1 nor a row of x.
     """
     _check("x", x, (x.shape[0], x.shape[-1]), x.dtype)
     _check("index", index, (index.shape[0], index.shape[-1]), torch.int64)
     y = x.new_empty(index.shape[0], x.shape[1])
     if outside := _call("sum_rows", x.dtype, x, len(x), index, y, *index.shape, x.shape[1]):
-        raise IndexError(f"index: {outside} numbers are outside 0 .. {len(x) - 1}, the rows of x")
+        raise IndexError(f"index: {outside} numbers are outside -1 .. {len(x) - 1}, the rows of x")
     return y
 
 

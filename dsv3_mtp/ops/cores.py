@@ -14,6 +14,8 @@ from torch import Tensor
 from dsv3_mtp.ops.attention import Core, sdpa
 from dsv3_mtp.precision import te
 
+# what `auto` tries, by the major compute capability: Hopper, Blackwell
+ORDER = {9: ["fa4", "fa3", "sdpa"], 10: ["fa4", "sdpa"]}
 MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
 INSTALL = {
     "fa4": "pip install -e '.[fa4]'",
@@ -49,9 +51,8 @@ def choose_attention(
             )
         return core, f"attention: {backend} (attention.backend)"
     if device.type != "cuda":
-        return None, "attention: the CPU's own (sdpa without a C compiler and under masks)"
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    order = ["fa4", "fa3", "sdpa"] if hopper else ["fa2", "sdpa"]
+        return None, "attention: the CPU's own (sdpa without a C compiler)"
+    order = ORDER.get(torch.cuda.get_device_capability(device)[0], ["fa2", "sdpa"])
     reasons: list[str] = []
     for name in order:
         core, reason = _try(name, heads, widths, dtype, device, masked)
@@ -74,8 +75,8 @@ def _try(
         return sdpa, ""
     if device.type != "cuda":
         return None, "needs a CUDA device"
-    if masked:
-        return None, "has no document mask here (data.mask_documents: true); sdpa has"
+    if masked and name == "te":
+        return None, "keeps no attention inside documents here (data.mask_documents: true)"
     if dtype not in (torch.bfloat16, torch.float16):
         return None, f"needs train.dtype: bfloat16 (got {dtype})"
     if name == "fa2" and widths[1] > widths[0]:
@@ -101,16 +102,23 @@ def _try(
         core = te_core(module, heads, widths)
     else:
         try:
-            function = import_module(MODULES[name]).flash_attn_func
+            package = import_module(MODULES[name])
+            functions = package.flash_attn_func, package.flash_attn_varlen_func
         except Exception as error:  # a wheel for another CUDA or torch fails in many ways
             return None, f"cannot be imported ({type(error).__name__}: {error}); {INSTALL[name]}"
-        core = flash_core(function, pad_value=name == "fa2")
-    reason = probe(core, heads, widths, dtype, device)
+        core = FlashCore(*functions, pad_value=name == "fa2")
+    reason = probe(core, heads, widths, dtype, device, masked=masked)
     return (None, reason) if reason else (core, "")
 
 
 def probe(
-    core: Core, heads: int, widths: tuple[int, int], dtype: torch.dtype, device: torch.device
+    core: Core,
+    heads: int,
+    widths: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    masked: bool = False,
 ) -> str:
     """Why the kernel fails forward or backward at these widths, "" if it runs: some find out only
     when they compile.
@@ -121,7 +129,8 @@ def probe(
                 torch.zeros(1, heads, 128, n, dtype=dtype, device=device, requires_grad=True)
                 for n in (widths[0], *widths)
             )
-            out = core(query, key, value, widths[0] ** -0.5, None)
+            first = torch.zeros(1, 128, dtype=torch.int64, device=device) if masked else None
+            out = core(query, key, value, widths[0] ** -0.5, first)
             out.backward(torch.zeros_like(out))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -132,23 +141,52 @@ def probe(
     return ""
 
 
-def flash_core(function: Callable[..., Any], *, pad_value: bool) -> Core:
-    """flash-attn's functions take (B, T, H, width); version 2 insists on equal widths."""
+class FlashCore:
+    """flash-attn's functions, which take (B, T, H, width); version 2 insists on equal widths.
 
-    def core(
-        query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+    Documents are sequences of a varlen call: rows and documents lie one after the other.
+    """
+
+    def __init__(self, whole: Callable[..., Any], varlen: Callable[..., Any], *, pad_value: bool):
+        self.whole, self.varlen, self.pad_value = whole, varlen, pad_value
+        # of the micro-batch at hand: all layers are given the same tensor
+        self.first: Tensor | None = None
+        self.ends, self.longest = torch.empty(0), 0
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, first: Tensor | None
     ) -> Tensor:
         width = value.shape[-1]
-        if pad_value:
+        if self.pad_value:
             value = F.pad(value, (0, query.shape[-1] - width))
-        out = function(
-            *(x.transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, causal=True
-        )
-        # some versions return the log-sum-exp as well
-        out = out[0] if isinstance(out, tuple) else out
+        parts = [x.transpose(1, 2) for x in (query, key, value)]  # (B, T, H, width)
+        if first is None:
+            out = _first(self.whole(*parts, softmax_scale=scale, causal=True))
+        else:
+            ends, longest = self.sequences(first)
+            sizes = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+            sizes |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+            flat = [part.flatten(0, 1) for part in parts]  # (B*T, H, width)
+            out = _first(self.varlen(*flat, **sizes, softmax_scale=scale, causal=True))
+            out = out.unflatten(0, first.shape)
         return out.transpose(1, 2)[..., :width]
 
-    return core
+    def sequences(self, first: Tensor) -> tuple[Tensor, int]:
+        """Where each document of all rows ends, after a 0, and the length of the longest: the host
+        waits for it once in a micro-batch.
+        """
+        if first is not self.first:
+            slots = torch.arange(first.shape[1], device=first.device)
+            begins = (first == slots).flatten().nonzero().squeeze(1)
+            ends = torch.cat([begins, begins.new_tensor([first.numel()])])
+            self.longest = int(ends.diff().max())
+            self.first, self.ends = first, ends.to(torch.int32)
+        return self.ends, self.longest
+
+
+def _first(out: Any) -> Tensor:
+    """Some versions return the log-sum-exp as well."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def te_core(module: Any, heads: int, widths: tuple[int, int]) -> Core:
@@ -158,7 +196,7 @@ def te_core(module: Any, heads: int, widths: tuple[int, int]) -> Core:
     built: dict[float, Any] = {}
 
     def core(
-        query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+        query: Tensor, key: Tensor, value: Tensor, scale: float, first: Tensor | None
     ) -> Tensor:
         if scale not in built:
             built[scale] = module.DotProductAttention(

@@ -151,18 +151,67 @@ def grouped_weight_grad(grad: Tensor, x: Tensor, rows: list[int] | Tensor) -> Te
     (E, out, in).
     """
     if isinstance(rows, Tensor):
-        return F.grouped_mm(grad.T, x, offs=rows.cumsum(0, dtype=torch.int32))
+        out = F.grouped_mm(grad.T, x, offs=rows.cumsum(0, dtype=torch.int32))
+        if leaves_empty_groups(x.device):
+            out.masked_fill_((rows == 0)[:, None, None], 0)
+        return out
     out = x.new_empty(len(rows), grad.shape[1], x.shape[1])
     for left, right, target in zip(grad.split(rows), x.split(rows), out, strict=True):
         torch.mm(left.T, right, out=target)
     return out
 
 
+def leaves_empty_groups(device: torch.device) -> bool:
+    """Whether F.grouped_mm leaves what was in memory in the products of empty groups: on Blackwell
+    (pytorch#172439, open in November 2026), and not on Hopper.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
 def combine(rows: Tensor, slots: Tensor) -> Tensor:
-    """Sum of the K rows of each token. rows: (rows, C), slots: (N, K) -> (N, C)."""
+    """Sum of the K rows of each token; a slot of -1 names none. rows: (rows, C), slots: (N, K) ->
+    (N, C). In one order, without atomic additions: the same bits every time.
+    """
     if (kernels := choice.kernels(rows)) is not None:
         return kernels.sum_rows(rows, slots)
-    return F.embedding_bag(slots, rows, mode="sum")
+    if not len(rows):
+        return rows.new_zeros(len(slots), rows.shape[1])
+    there = (slots >= 0).to(rows.dtype)
+    return F.embedding_bag(slots.clamp(min=0), rows, mode="sum", per_sample_weights=there)
+
+
+def spread(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
+    """x[source], whose gradient is summed by `combine`. x: (N, C); source: (rows,) -> (rows, C);
+    slots: (N, K), where in `source` each row of x is, filled up with -1.
+    """
+    return _Spread.apply(x, source, slots)
+
+
+def gather_sum(rows: Tensor, source: Tensor, slots: Tensor) -> Tensor:
+    """`combine` with a gradient: the counterpart of `spread`. (rows, C) -> (N, C)."""
+    return _GatherSum.apply(rows, source, slots)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, source: Tensor, slots: Tensor):
+        ctx.save_for_backward(slots)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return combine(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+class _GatherSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, source: Tensor, slots: Tensor):
+        ctx.save_for_backward(source)
+        return combine(rows, slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
 # --- the other steps one by one ---------------------------------------------------------------------------------

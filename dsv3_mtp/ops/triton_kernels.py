@@ -50,8 +50,8 @@ def swiglu_backward(
 
 
 def sum_rows(rows: Tensor, slots: Tensor) -> Tensor:
-    """Sum of the K rows of each token. rows: (rows, C), slots: (N, K) int64 -> (N, C). A slot that
-    names no row makes its token's sum nan: the host is not asked to wait for a check.
+    """Sum of the K rows of each token; -1 names no row. rows: (rows, C), slots: (N, K) int64 ->
+    (N, C). Another slot outside makes its token's sum nan: the host does not wait for a check.
     """
     _check("rows", rows, (len(rows), rows.shape[-1]), rows.dtype)
     _check("slots", slots, (len(slots), slots.shape[-1]), torch.int64)
@@ -254,7 +254,7 @@ def _sum_rows(
             row = tl.load(slots + token * K + k, token < tokens, other=0)
             known = (row >= 0) & (row < count)
             read = tl.load(rows + row * width + c, inside & known, other=0.0).to(tl.float32)
-            total += tl.where(known, read, float("nan"))
+            total += tl.where(known | (row == -1), read, float("nan"))
         tl.store(out + token * width + c, total, inside)
 
 

@@ -1,12 +1,16 @@
 """The attention core against the formula in float64, with and without documents."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_mtp.model.targets import document_starts
-from dsv3_mtp.ops import attention, choice
+from dsv3_mtp.ops import attention, choice, cores
 from dsv3_mtp.ops.attention import attend, sdpa
+from dsv3_mtp.ops.cores import FlashCore
 from dsv3_mtp.ops.rotary import to_heads
 
 ROWS = [[0, 0, 0, 1, 1, 1, 1], [5, 6, 7, 7, 7, 9, 9]]
@@ -93,3 +97,47 @@ def test_documents_never_make_a_square_of_the_row():
     with Largest() as largest:
         sdpa(*leaves, 0.3, starts).sum().backward()
     assert largest.numbers <= attention.BLOCK * length
+
+
+def test_documents_are_the_sequences_of_flash_attentions_varlen_call():
+    """The adapter, around functions that compute the formula in the shapes of flash-attn."""
+    calls = []
+
+    def whole(q, k, v, softmax_scale, causal):
+        parts = [x.transpose(1, 2) for x in (q, k, v)]
+        return formula(*parts, softmax_scale, None).transpose(1, 2), "log-sum-exp"
+
+    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        ends = cu_seqlens_q.tolist()
+        assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_k is cu_seqlens_q
+        assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in pairwise(ends))
+        calls.append(ends)
+        parts = [[x[a:b][None] for x in (q, k, v)] for a, b in pairwise(ends)]
+        return torch.cat([whole(*part, **options)[0][0] for part in parts])
+
+    core = FlashCore(whole, varlen, pad_value=False)
+    q, k, v = (torch.randn(2, 3, 7, n, dtype=torch.float64) for n in (12, 12, 8))
+    numbers = torch.tensor(ROWS)
+    starts = document_starts(numbers)
+    torch.testing.assert_close(core(q, k, v, 0.3, starts), formula(q, k, v, 0.3, numbers))
+    torch.testing.assert_close(core(q, k, v, 0.3, None), formula(q, k, v, 0.3, None))
+    assert calls == [[0, 3, 7, 8, 9, 12, 14]]
+
+
+@pytest.mark.parametrize(
+    ("capability", "first"), [((9, 0), "fa4"), ((10, 0), "fa4"), ((10, 3), "fa4"), ((8, 9), "fa2")]
+)
+def test_auto_tries_the_kernels_that_were_made_for_the_gpu(monkeypatch, capability, first):
+    tried = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(cores, "_try", lambda name, *rest: (tried.append(name), (sdpa, ""))[1])
+    device = torch.device("cuda")
+    shape = {"heads": 2, "widths": (192, 128), "dtype": torch.bfloat16, "masked": True}
+    cores.choose_attention("auto", device=device, **shape)
+    assert tried == [first]
+
+
+def test_cudnn_never_runs_under_documents():
+    """Its backward gives nan where T % 128 == 64 (pytorch#196678)."""
+    assert SDPBackend.CUDNN_ATTENTION not in attention.MASKED
+    assert SDPBackend.CUDNN_ATTENTION in attention.CAUSAL

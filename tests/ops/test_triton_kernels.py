@@ -109,9 +109,10 @@ def test_sums_of_the_rows_of_a_token(dtype, width):
 def test_a_slot_without_a_row_reads_nothing_and_shows():
     from dsv3_mtp.ops import triton_kernels
 
-    slots = torch.tensor([[0, 1], [2, 10**9], [-1, 0]]).to(DEVICE)
+    slots = torch.tensor([[0, 1], [2, 10**9], [-2, 0], [-1, 0]]).to(DEVICE)
     got = triton_kernels.sum_rows(torch.ones(3, 16).to(DEVICE), slots).cpu()
-    assert (got[0] == 2).all() and got[1:].isnan().all()
+    assert (got[0] == 2).all() and got[1:3].isnan().all()
+    assert (got[3] == 1).all()  # -1 is no row
 
 
 @DTYPES

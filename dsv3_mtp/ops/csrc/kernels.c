@@ -72,17 +72,20 @@ void swiglu_backward(const real *grad, const real *a, i64 a_stride, const real *
     }
 }
 
-// y[row] = the sum of x[index[row][0]], x[index[row][1]], ..., `many` of them. Returns how many of these indices are
-// outside 0 .. x_rows; then y is not written.
+// y[row] = the sum of x[index[row][0]], x[index[row][1]], ..., `many` of them; -1 stands for none. Returns how many of
+// these indices are outside -1 .. x_rows - 1; then y is not written.
 i64 sum_rows(const real *x, i64 x_rows, const i64 *index, real *y, i64 rows, i64 many, i64 width) {
     i64 outside = 0;
-    for (i64 n = 0; n < rows * many; n++) outside += index[n] < 0 || index[n] >= x_rows;
+    for (i64 n = 0; n < rows * many; n++) outside += index[n] < -1 || index[n] >= x_rows;
     if (outside) return outside;
     PARALLEL
     for (i64 row = 0; row < rows; row++) {
         for (i64 c = 0; c < width; c += LANES) {
             vec sum = {0};
-            for (i64 j = 0; j < many; j++) sum += get(x + index[row * many + j] * width + c, width - c);
+            for (i64 j = 0; j < many; j++) {
+                i64 from = index[row * many + j];
+                if (from >= 0) sum += get(x + from * width + c, width - c);
+            }
             set(y + row * width + c, sum, width - c);
         }
     }
