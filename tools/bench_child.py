@@ -59,7 +59,7 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any, list[str]]:
     """
     config = Config.model_validate(spec["config"])
     make = partial(meta_model, config.model, config.mtp, freeze=config.train.freeze)
-    compute, notes = Compute(), []
+    compute, notes = Compute(), list[str]()
     if spec["kind"] == "ours":
         compute, notes = choose_compute(config, DEVICE, make)
     with building(replace(compute, recompute=config.train.activation_checkpointing)):

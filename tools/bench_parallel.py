@@ -143,7 +143,7 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
     base = 0.0
     for mode in ("none", "selective", "full"):
         config = load_config(args.config, [*sets, f"train.activation_checkpointing={mode}"])
-        compute = Compute(core=shard.attention(None), shard=shard, recompute=mode)  # type: ignore[arg-type]
+        compute = Compute(core=shard.attention(None), shard=shard, recompute=mode)
         with building(compute):
             model = DeepseekV3MTP(config.model, config.mtp)
         model.init_weights(config.run.seed)

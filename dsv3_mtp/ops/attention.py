@@ -140,9 +140,11 @@ class _Blocks(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, first)
         ctx.scale = scale
-        blocks = _blocks(first)
-        parts = [_sdpa(*_parts(query, key, value, *at), scale, _mask(first, *at)) for at in blocks]
-        return torch.cat(parts, dim=2)
+        mixed = []
+        for begin, start, end in _blocks(first):
+            q, k, v = query[:, :, start:end], key[:, :, begin:end], value[:, :, begin:end]
+            mixed.append(_sdpa(q, k, v, scale, _mask(first, begin, start, end)))
+        return torch.cat(mixed, dim=2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -151,11 +153,11 @@ class _Blocks(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
         for begin, start, end in _blocks(first):
+            parts = query[:, :, start:end], key[:, :, begin:end], value[:, :, begin:end]
+            q, k, v = (part.detach().requires_grad_() for part in parts)
             with torch.enable_grad():
-                parts = _parts(query, key, value, begin, start, end)
-                parts = [part.detach().requires_grad_() for part in parts]
-                out = _sdpa(*parts, ctx.scale, _mask(first, begin, start, end))
-            grads = torch.autograd.grad(out, parts, grad[:, :, start:end])
+                out = _sdpa(q, k, v, ctx.scale, _mask(first, begin, start, end))
+            grads = torch.autograd.grad(out, (q, k, v), grad[:, :, start:end])
             grad_query[:, :, start:end] = grads[0]
             grad_key[:, :, begin:end] += grads[1]
             grad_value[:, :, begin:end] += grads[2]
@@ -173,9 +175,3 @@ def _blocks(first: Tensor) -> list[tuple[int, int, int]]:
         begin = 0 if first.is_cuda else int(first[:, start:end].min())
         blocks.append((begin, start, end))
     return blocks
-
-
-def _parts(
-    query: Tensor, key: Tensor, value: Tensor, begin: int, start: int, end: int
-) -> list[Tensor]:
-    return [query[:, :, start:end], key[:, :, begin:end], value[:, :, begin:end]]

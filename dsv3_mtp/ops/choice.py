@@ -56,7 +56,8 @@ def triton() -> tuple[ModuleType | None, str]:
     try:
         from dsv3_mtp.ops import triton_kernels
 
-        triton_kernels.swiglu(*torch.zeros(2, 1, 8, device="cuda"), None)
+        gate, up = torch.zeros(2, 1, 8, device="cuda")
+        triton_kernels.swiglu(gate, up, None)
     except Exception as error:  # of Triton, its compiler, or the C compiler that its launchers need
         lines = str(error).strip().splitlines() or [""]
         return None, f"{type(error).__name__}: {lines[0]}"
@@ -73,6 +74,6 @@ def describe(device: torch.device) -> str:
             else "Triton kernels between the products"
         )
     for dtype in c.TYPES:
-        if reason := c.unavailable(dtype):
-            return f"C kernels: not built, torch's operations run instead ({reason})"
+        if (missing := c.unavailable(dtype)) is not None:
+            return f"C kernels: not built, torch's operations run instead ({missing})"
     return "C kernels for float32 and bfloat16 on the CPU"

@@ -62,7 +62,7 @@ class Compute:
     """Makes the projection of a kind of layer."""
     routed: Callable[[], Routed] = lambda: routed
     """Makes the routed experts' computation of one layer."""
-    experts: Callable[[Any], nn.Module] | None = None
+    experts: Callable[[Any], Any] | None = None
     """Makes the experts of a layer of this config; None: all of them, model.moe.Experts."""
     shard: Shard = field(default_factory=Shard)
     recompute: Literal["none", "selective", "full"] = "none"

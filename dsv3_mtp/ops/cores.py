@@ -79,22 +79,11 @@ def _try(
         return None, "keeps no attention inside documents here (data.mask_documents: true)"
     if dtype not in (torch.bfloat16, torch.float16):
         return None, f"needs train.dtype: bfloat16 (got {dtype})"
+    sizes = f"(got {widths[0]} and {widths[1]})"
     if name == "fa2" and widths[1] > widths[0]:
-        return (
-            None,
-            (
-                "pads values to the width of keys, and they "
-                f"are wider (got {widths[1]} and {widths[0]})"
-            ),
-        )
+        return None, f"pads values to the width of keys, and they are wider {sizes}"
     if max(widths) > 256 or any(width % 8 for width in widths):
-        return (
-            None,
-            (
-                "needs head widths that are multiples of 8 and "
-                f"at most 256 (got {widths[0]} and {widths[1]})"
-            ),
-        )
+        return None, f"needs head widths that are multiples of 8 and at most 256 {sizes}"
     if name == "te":
         module, reason = te.load()
         if module is None:
@@ -135,9 +124,8 @@ def probe(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:
-        return (
-            f"does not run here ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
-        )
+        line = next(iter(str(error).splitlines()), "")
+        return f"does not run here ({type(error).__name__}: {line})"
     return ""
 
 
@@ -165,9 +153,9 @@ class FlashCore:
         else:
             ends, longest = self.sequences(first)
             sizes = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
-            sizes |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+            longests = {"max_seqlen_q": longest, "max_seqlen_k": longest}
             flat = [part.flatten(0, 1) for part in parts]  # (B*T, H, width)
-            out = _first(self.varlen(*flat, **sizes, softmax_scale=scale, causal=True))
+            out = _first(self.varlen(*flat, **sizes, **longests, softmax_scale=scale, causal=True))
             out = out.unflatten(0, first.shape)
         return out.transpose(1, 2)[..., :width]
 

@@ -70,7 +70,8 @@ class _Routed(torch.autograd.Function):
         rows = layout.counts if grouped_kernel(x, gate_up, down) else layout.counts.tolist()
         ctx.kernels, ctx.rows, ctx.gates_dtype = choice.kernels(x), rows, gates.dtype
         inner = grouped(x.index_select(0, layout.source), gate_up, rows)  # (rows, 2F)
-        hidden = swiglu.forward(ctx.kernels, *inner.chunk(2, dim=1), layout.gates)
+        gate, up = inner.chunk(2, dim=1)
+        hidden = swiglu.forward(ctx.kernels, gate, up, layout.gates)
         out = grouped(hidden, down, rows)  # (rows, C)
         ctx.save_for_backward(x, gate_up, down, inner, layout.source, layout.slots, layout.gates)
         return combine(out, layout.slots)
@@ -80,10 +81,11 @@ class _Routed(torch.autograd.Function):
         x, gate_up, down, inner, source, slots, row_gates = ctx.saved_tensors
         grad_out = grad.index_select(0, source)  # (rows, C), as if no gate came after it
         grad_hidden = grouped_input_grad(grad_out, down, ctx.rows)
-        halves = inner.chunk(2, dim=1)
+        gate, up = inner.chunk(2, dim=1)
         grad_inner, grad_gates, hidden = swiglu.backward(
-            ctx.kernels, grad_hidden, *halves, row_gates
+            ctx.kernels, grad_hidden, gate, up, row_gates
         )
+        assert grad_gates is not None and hidden is not None  # there are gates
         grad_down = (
             grouped_weight_grad(grad_out, hidden, ctx.rows) if ctx.needs_input_grad[3] else None
         )

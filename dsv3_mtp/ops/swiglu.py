@@ -40,13 +40,14 @@ class _GatedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up, factor)
         ctx.kernels = choice.kernels(gate_up)
-        return forward(ctx.kernels, *gate_up.chunk(2, dim=1), factor)
+        gate, up = gate_up.chunk(2, dim=1)
+        return forward(ctx.kernels, gate, up, factor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         gate_up, factor = ctx.saved_tensors
-        halves = gate_up.chunk(2, dim=1)
-        grad_gate_up, grad_factor, _ = backward(ctx.kernels, grad.contiguous(), *halves, factor)
+        gate, up = gate_up.chunk(2, dim=1)
+        grad_gate_up, grad_factor, _ = backward(ctx.kernels, grad.contiguous(), gate, up, factor)
         return grad_gate_up, grad_factor
 
 

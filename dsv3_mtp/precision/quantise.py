@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_mtp.ops import choice
+
 # pow2: the largest power of two with amax * scale <= 448. fp32: 448 / amax. stored: the largest power
 # of two with amax * scale <= 464, the last number that still rounds to 448: the largest code of every
 # tile is then at least 240, and quantising what was dequantised gives the same codes and scales.
@@ -37,8 +39,7 @@ def quantise(x: Tensor, tile: Tile, scale: Scale = "pow2") -> tuple[Tensor, Tens
     """(M, K) -> codes (M, K) float8_e4m3fn and scale_inv (M / tile rows, K / tile columns) float32,
     rounded up.
     """
-    on_gpu = x.is_cuda and scale != "stored" and not torch.compiler.is_compiling()
-    if on_gpu and no_kernel() is None:
+    if x.is_cuda and scale != "stored" and choice.kernels(x) is not None and no_kernel() is None:
         from dsv3_mtp.precision import triton_quantise
 
         return triton_quantise.quantise(x, tile, scale)

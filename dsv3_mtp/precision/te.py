@@ -32,13 +32,8 @@ def load() -> tuple[Any, str]:
 
         available, reason = te.is_fp8_block_scaling_available(return_reason=True)
     except Exception as error:
-        return (
-            None,
-            (
-                f"cannot be imported ({type(error).__name__}: "
-                f"{error}); pip install -e '.[te]' after torch"
-            ),
-        )
+        why = f"{type(error).__name__}: {error}"
+        return None, f"cannot be imported ({why}); pip install -e '.[te]' after torch"
     return (te, "") if available else (None, f"has no FP8 block scaling here: {reason}")
 
 
