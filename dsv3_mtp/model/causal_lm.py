@@ -146,7 +146,9 @@ class DeepseekV3MTP(nn.Module):
             correct=((prediction == targets) & valid).sum((1, 2)),
             agreed=agreed,
             compared=compared,
-            overlap=row_overlap(self.head_logits, hiddens, valid, self.rows, self.config.vocab_size)
+            overlap=row_overlap(
+                self.head_logits, hiddens, valid, self.shard, self.config.vocab_size
+            )
             if overlap
             else nll.new_zeros(4, self.depths, dtype=torch.float64),
             balance=balance.detach(),
