@@ -22,16 +22,16 @@ from dsv3_mtp.parallel.sequence import shard_of
 
 
 def build_model(
-    config: Config, ds_config: dict[str, Any], world: World, compute: Compute
+    config: Config, ds_config: dict[str, Any], world: World, compute: Compute | None = None
 ) -> DeepseekV3MTP:
     """The model at its random start, equal for every layout of the ranks.
 
     No rank ever holds more than its part and one whole tensor.
 
     Args:
-        compute: kernels and precision. The layout's part of it, shards and experts, is added here.
+        compute: kernels and precision; None: torch's for this device. The layout's part of it, shards and experts, is added here.
     """
-    with building(laid_out(compute, config, world)):
+    with building(laid_out(compute or Compute(), config, world)):
         return _build(config, ds_config, world)
 
 
