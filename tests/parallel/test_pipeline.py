@@ -45,7 +45,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "D=1": {"train.batch_size": 12},  # six micro-batches
     "D=2, masked": D2,
     "D=2, masked, recycled": D2 | RECYCLED,
-    "detach all": {"mtp.detach": "all"},
     "parallel D=2": {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2},
     "parallel_linear D=2": {"mtp.mode": "parallel_linear", "mtp.num_nextn_predict_layers": 2},
     "dense": {
