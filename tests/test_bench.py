@@ -47,7 +47,7 @@ def test_transformers_starts_from_the_same_weights_and_batch_and_learns_alike(ma
 def test_the_parts_of_a_step_are_all_timed(make_tiny_config):
     config = make_tiny_config()
     spec = {"kind": "ours", "config": config.to_dict(), "tuned": False, "compiled": False}
-    _, model, optimizer = bench.build(spec)
+    _, model, optimizer, _ = bench.build(spec)
     bench.build(spec)[0]()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -59,7 +59,7 @@ def test_the_parts_of_a_step_are_all_timed(make_tiny_config):
 def test_a_shared_module_counts_as_often_as_a_step_runs_it(make_tiny_config, monkeypatch):
     monkeypatch.setattr(bench, "timed", lambda function: 1.0)
     config = make_tiny_config({"mtp.num_nextn_predict_layers": 2, "mtp.share_weights": True})
-    _, model, optimizer = bench.build(
+    _, model, optimizer, _ = bench.build(
         {"kind": "ours", "config": config.to_dict(), "tuned": False, "compiled": False}
     )
     parts = bench.parts(model, optimizer, config)
@@ -89,7 +89,7 @@ def test_a_frozen_trunk_stays_as_it_is(make_tiny_config):
         "tuned": False,
         "compiled": False,
     }
-    step, model, _ = bench.build(spec)
+    step, model, _, _ = bench.build(spec)
     losses = [step().item() for _ in range(2)]
     assert losses[0] == losses[1] and model.lm_head.weight.grad is None
 

@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import MoE
 from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size
-from dsv3_mtp.ops import tuning
+from dsv3_mtp.ops import choice, tuning
+from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.ops.cross_entropy import linear_cross_entropy
-from dsv3_mtp.precision.convert import set_precision
+from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.train.optim import build_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,19 +55,24 @@ def timed(function: Callable[[], Any]) -> float:
     return now() - start
 
 
-def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
-    """A step that returns its main loss, the model, and the optimizer. All kinds start from the
-    same weights.
+def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any, list[str]]:
+    """A step that returns its main loss, the model, the optimizer, and what the model computes in.
+    All kinds start from the same weights.
     """
     config = Config.model_validate(spec["config"])
-    model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
+    make = partial(meta_model, config.model, config.mtp, freeze=config.train.freeze)
+    compute, notes = Compute(), list[str]()
+    if spec["kind"] == "ours":
+        compute, notes = choose_compute(config, DEVICE, make)
+    with building(replace(compute, recompute=config.train.activation_checkpointing)):
+        model = make()
     model.to_empty(device=DEVICE)
     model.init_weights(config.run.seed)
     generator = torch.Generator().manual_seed(config.run.seed)
     shape = (config.train.micro_batch_size, config.data.seq_len + config.mtp.lookahead)
     tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(DEVICE)
     if spec["kind"] == "transformers":
-        return transformers_step(model, tokens, config, tuned=spec["tuned"])
+        return *transformers_step(model, tokens, config, tuned=spec["tuned"]), notes
     # In bfloat16 on a CPU both sides keep float32 weights and compute with copies. On a GPU neither
     # does: without them transformers' step of v3_3b fills 80 GB.
     masters = (
@@ -73,7 +81,6 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
     dtype = getattr(torch, config.train.dtype)
     for parameter in model.parameters():  # not the router biases, which stay float32
         parameter.data = parameter.data.to(dtype)
-    model.checkpoint_activations(config.train.activation_checkpointing)
     if spec["compiled"]:
         for module in model.modules():
             if isinstance(module, DecoderLayer):
@@ -99,7 +106,7 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any]:
                 parameter.copy_(master)
         return out.nll_sum[0] / out.targets[0]
 
-    return step, model, optimizer
+    return step, model, optimizer, notes
 
 
 def transformers_step(
@@ -264,12 +271,13 @@ def main() -> None:
         answer(loss_memory(config, naive=spec["kind"] == "naive"))
         return
     notes = tuning.tune(DEVICE) if spec["tuned"] and spec["kind"] == "ours" else []
-    step, model, optimizer = build(spec)
+    if not spec["tuned"]:
+        choice.plain().__enter__()  # as long as this process lives
+    step, model, optimizer, precision = build(spec)
     if spec["tuned"] and spec["kind"] == "transformers" and DEVICE.type == "cpu":
         # not before: the step would find the memory of the model that the weights came from
         tuning.keep_freed_memory()
-    if isinstance(model, DeepseekV3MTP):
-        notes += set_precision(model, config, DEVICE)
+    notes += precision
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
     forget_peak()

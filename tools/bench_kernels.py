@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu_check import backends
 
 from dsv3_mtp import Config, load_config
-from dsv3_mtp.model import attention, layers
+from dsv3_mtp.ops import choice, rotary, swiglu
 from dsv3_mtp.ops import cross_entropy as losses
 from dsv3_mtp.ops import experts as dispatch
-from dsv3_mtp.ops import fused
-from dsv3_mtp.ops.attention import Core, choose_attention
+from dsv3_mtp.ops.attention import Core
+from dsv3_mtp.ops.cores import choose_attention
 from dsv3_mtp.precision.convert import UNSUPPORTED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +66,7 @@ def main() -> int:
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {options.tokens} tokens, {options.config}")
     if DEVICE.type == "cuda":
-        print(fused.enable())
+        print(choice.describe(DEVICE))
     for backend, unsupported in UNSUPPORTED.items():
         if reason := unsupported(DEVICE):
             print(f"fp8.backend: {backend} {reason}")
@@ -191,7 +191,8 @@ def passes(config: Config, tokens: int):
     """
     shape, length = config.model, config.data.seq_len
     rows, width = tokens * shape.num_experts_per_tok, shape.moe_intermediate_size
-    gate_up, gates, grad = numbers(rows, 2 * width), numbers(rows), numbers(rows, width)
+    gate_up, gates = numbers(rows, 2 * width).requires_grad_(), numbers(rows).float()
+    gates, grad = gates.requires_grad_(), numbers(rows, width)
     nope, rope, v = shape.qk_nope_head_dim, shape.qk_rope_head_dim, shape.v_head_dim
     sizes = (tokens // length, length, shape.num_attention_heads)
     query, kv = (
@@ -206,18 +207,20 @@ def passes(config: Config, tokens: int):
         numbers(rows, shape.hidden_size),
         torch.randperm(rows, device=DEVICE).view(tokens, -1),
     )
-    gate, up = numbers(tokens, shape.intermediate_size), numbers(tokens, shape.intermediate_size)
+    gate, up = (numbers(tokens, shape.intermediate_size).requires_grad_() for _ in range(2))
 
     def heads() -> None:
-        parts = attention.to_heads(query, kv, k_rope, angles)
+        parts = rotary.to_heads(query, kv, k_rope, angles)
         torch.autograd.grad(parts, (query, kv, k_rope), [part.detach() for part in parts])
 
     yield from both(
         {
-            "experts' SwiGLU": lambda: dispatch.swiglu_backward(
-                grad, gate_up, dispatch.swiglu(gate_up, gates)[:, 0]
+            "experts' SwiGLU": lambda: torch.autograd.grad(
+                swiglu.gated_swiglu(gate_up, gates), (gate_up, gates), grad
             ),
-            "dense SwiGLU": lambda: layers.silu_mul_backward(layers.silu_mul(gate, up), gate, up),
+            "dense SwiGLU": lambda: torch.autograd.grad(
+                swiglu.swiglu(gate, up), (gate, up), gate.detach()
+            ),
             "rows of experts to tokens": lambda: dispatch.combine(out, slots),
             "rotary heads": heads,
         }
@@ -250,13 +253,11 @@ def both(functions: Variants):
     for title, function in functions.items():
 
         def plain(function: Callable[[], object] = function) -> None:
-            on, fused.kernels = fused.kernels, None
-            try:
+            with choice.plain():
                 function()
-            finally:
-                fused.kernels = on
 
-        yield title, None, {"torch": plain} | ({"Triton": function} if fused.kernels else {})
+        there = DEVICE.type == "cuda" and choice.triton()[0] is not None
+        yield title, None, {"torch": plain} | ({"Triton": function} if there else {})
 
 
 PARTS = {

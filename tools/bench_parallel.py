@@ -124,13 +124,15 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
 
     from dsv3_mtp.config import load_config
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-    from dsv3_mtp.ops import kernels
+    from dsv3_mtp.ops import choice
+    from dsv3_mtp.ops.compute import Compute, building
     from dsv3_mtp.parallel.launch import start
-    from dsv3_mtp.parallel.sequence import slice_rows
+    from dsv3_mtp.parallel.sequence import shard_of
     from dsv3_mtp.plan.memory import layout, plan
 
     slices = load_config(args.config, sets).parallel.sequence_parallel_size
-    world, note = start(threads=1, timeout_s=600, slices=slices), kernels.enable()
+    world = start(threads=1, timeout_s=600, slices=slices)
+    note, shard = choice.describe(world.device), shard_of(world)
     if world.is_main:
         print(note)
         print(
@@ -141,13 +143,13 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
     base = 0.0
     for mode in ("none", "selective", "full"):
         config = load_config(args.config, [*sets, f"train.activation_checkpointing={mode}"])
-        model = DeepseekV3MTP(config.model, config.mtp)
+        compute = Compute(core=shard.attention(None), shard=shard, recompute=mode)
+        with building(compute):
+            model = DeepseekV3MTP(config.model, config.mtp)
         model.init_weights(config.run.seed)
-        model.checkpoint_activations(mode)
-        slice_rows(model, world)
         ahead = config.mtp.lookahead
         shape = config.train.micro_batch_size, config.data.seq_len + ahead
-        tokens = model.rows.cut(torch.randint(0, config.model.vocab_size, shape), ahead)
+        tokens = shard.cut(torch.randint(0, config.model.vocab_size, shape), ahead)
         with Meter() as meter:
             out = model(tokens)
             held = meter.held

@@ -164,7 +164,6 @@ def verdict(ours, theirs) -> str:
 def backends():
     """(name, linear(weight) -> layer, grouped) of every backend that runs here."""
     import torch
-    from torch import nn
 
     from dsv3_mtp.precision import hopper, te
     from dsv3_mtp.precision.emulate import Emulated
@@ -177,15 +176,19 @@ def backends():
             recipe = Recipe(product)
             yield (
                 name,
-                lambda linear, recipe=recipe: FP8Linear(linear, recipe),
+                lambda linear, recipe=recipe: with_weight(FP8Linear, linear, recipe),
                 recipe.grouped_linear,
             )
     if te.unsupported(device) is None:
+        grouped = te.TEGroupedLinear("pow2")
+        yield "te", lambda linear: with_weight(te.TELinear, linear, "pow2"), grouped
 
-        def layer(linear: nn.Linear) -> nn.Module:
-            return te.TELinear(linear, "pow2")
 
-        yield "te", layer, te.TEGroupedLinear("pow2")
+def with_weight(kind, linear, how):
+    """A layer of this kind with the weight of a linear one."""
+    layer = kind(linear.in_features, linear.out_features, how)
+    layer.weight = linear.weight
+    return layer
 
 
 def relative(ours, exact) -> float:
@@ -244,7 +247,8 @@ def experts() -> Iterator[Row]:
 def attention() -> Iterator[Row]:
     import torch
 
-    from dsv3_mtp.ops.attention import choose_attention, sdpa
+    from dsv3_mtp.ops.attention import sdpa
+    from dsv3_mtp.ops.cores import choose_attention
 
     heads, length, scale = 16, 2048, 192**-0.5
     # Numbers that bfloat16 has: the errors are those of the kernels alone.

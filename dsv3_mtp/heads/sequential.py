@@ -20,6 +20,7 @@ from dsv3_mtp.heads.base import Cost, Export, Head, SharedHead
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, TrunkStates
+from dsv3_mtp.ops.compute import given
 
 
 class SequentialOptions(Section):
@@ -56,9 +57,8 @@ class MTPModule(DecoderLayer):
         )
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if options.embed else None
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(
-            config.hidden_size * (2 if options.embed else 1), config.hidden_size, bias=False
-        )
+        inputs = config.hidden_size * (2 if options.embed else 1)
+        self.eh_proj = given().linear("eh_proj", inputs, config.hidden_size)
         self.shared_head = SharedHead(config)
 
     def merge(self, hidden: Tensor, embedding: Tensor) -> Tensor:

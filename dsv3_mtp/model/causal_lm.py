@@ -12,7 +12,7 @@ from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.layout import layers_read
 from dsv3_mtp.config.schedules import depth_loss_weights
 from dsv3_mtp.model.block import DecoderLayer
-from dsv3_mtp.model.layers import RMSNorm, Rows, rotary_angles
+from dsv3_mtp.model.layers import RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
 from dsv3_mtp.model.overlap import row_overlap
@@ -29,12 +29,13 @@ from dsv3_mtp.model.states import (
 from dsv3_mtp.model.targets import (
     agreement,
     count_targets,
-    document_mask,
+    document_starts,
     target_tokens,
     teacher_slots,
     valid_targets,
 )
 from dsv3_mtp.objectives.losses import Teacher, objective_losses
+from dsv3_mtp.ops.compute import building, given
 from dsv3_mtp.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 
 
@@ -90,15 +91,14 @@ class DeepseekV3MTP(nn.Module):
     bit.
     """
 
-    rows = Rows()
-
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__()
-        self.config, self.mtp_config = config, mtp
+        self.config, self.mtp_config, self.shard = config, mtp, given().shard
         self.offsets, self.lookahead = mtp.offsets, mtp.lookahead
         self.model = Trunk(config, frozenset(layers_read(mtp)))
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
-        self.mtp: Any = mtp.kind(config, mtp) if mtp.depths else None
+        with building(given().heads or given()):
+            self.mtp: Any = mtp.kind(config, mtp) if mtp.depths else None
         # of the losses that the heads own: name -> factor
         self.terms: dict[str, float] = dict(mtp.kind.terms(mtp)) if mtp.depths else {}
         # what the heads are trained on: the label's cross-entropy, with this weight, and others
@@ -172,8 +172,8 @@ class DeepseekV3MTP(nn.Module):
         balance = sum(
             (routed.balance for routed in stats), start=tokens.new_zeros((), dtype=torch.float32)
         )
-        main = self.rows.gather(prediction[0])[
-            :, self.rows.number * length :
+        main = self.shard.gather(prediction[0])[
+            :, self.shard.number * length :
         ]  # from slot 0 here to the row's end
         agreed, compared = agreement(prediction, valid, main, self.offsets)
         alpha = settings.balance_loss_weight
@@ -188,7 +188,7 @@ class DeepseekV3MTP(nn.Module):
             agreed=agreed,
             compared=compared,
             overlap=row_overlap(
-                self.head_logits, by_depth, valid, self.rows, self.config.vocab_size, self.offsets
+                self.head_logits, by_depth, valid, self.shard, self.config.vocab_size, self.offsets
             )
             if settings.overlap
             else nll.new_zeros(4, self.depths, dtype=torch.float64),
@@ -223,7 +223,7 @@ class DeepseekV3MTP(nn.Module):
         if self.terms:
             counts.append(self.mtp.count_terms(self.mtp_config, valid).double())
         if self.objectives:
-            beyond = self.rows.beyond(self.lookahead - 1) if part else 0
+            beyond = self.shard.beyond(self.lookahead - 1) if part else 0
             counts.append(self._counted(valid, beyond).sum((2, 3)).flatten().double())
         return torch.cat(counts)
 
@@ -273,9 +273,9 @@ class DeepseekV3MTP(nn.Module):
         factors = _vector([own * weight for own in shares for weight in loss_weights], counts)
         scale = (factors / counts.masked_fill(counts == 0, 1)).view(len(kinds), self.depths, 1, 1)
         count = self.lookahead - 1
-        counted = self._counted(valid, self.rows.beyond(count))
+        counted = self._counted(valid, self.shard.beyond(count))
         states = rows[0].inputs[0].detach()
-        states = torch.cat([states, self.rows.following(states, count)], dim=1)
+        states = torch.cat([states, self.shard.following(states, count)], dim=1)
         ahead = tuple(offset - 1 for offset in self.offsets[1:])
         loss, values = objective_losses(
             kinds,
@@ -302,8 +302,10 @@ class DeepseekV3MTP(nn.Module):
         document mask, which is that of whole rows.
         """
         length = tokens.shape[1] - self.lookahead
-        slots = self.rows.number * length + torch.arange(length, device=tokens.device)
-        mask = None if documents is None else document_mask(self.rows.gather(documents[:, :length]))
+        slots = self.shard.number * length + torch.arange(length, device=tokens.device)
+        mask = (
+            None if documents is None else document_starts(self.shard.gather(documents[:, :length]))
+        )
         return rotary_angles(self.config, slots), mask
 
     def rows_from(
@@ -327,8 +329,8 @@ class DeepseekV3MTP(nn.Module):
         seed, step = self.draw if self.mtp.training else (self.draw[0], 0)
 
         def keys() -> Tensor:
-            first = self.rows.number * length
-            return row_keys(tokens[:, :length], first, self.rows.gather, seed=seed, step=step)
+            first = self.shard.number * length
+            return row_keys(tokens[:, :length], first, self.shard.gather, seed=seed, step=step)
 
         inputs = HeadInputs(
             trunk=trunk if detach == "none" else trunk.detach(),
@@ -491,12 +493,6 @@ class DeepseekV3MTP(nn.Module):
         for gate, gate_load in zip(self.gates(), load, strict=True):
             if gate.weight.requires_grad:
                 gate.update_bias(gate_load, speed)
-
-    def checkpoint_activations(self, mode: str) -> None:
-        """none | selective | full, for the blocks of trunk and MTP heads (see DecoderLayer)."""
-        for module in self.modules():
-            if isinstance(module, DecoderLayer):
-                module.activation_checkpointing = mode
 
     def freeze_trunk(self) -> None:
         """Only the MTP heads go on learning: no gradient into embedding, trunk, its routers and the

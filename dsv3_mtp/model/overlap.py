@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp.model.layers import Rows
 from dsv3_mtp.model.states import HeadRows
+from dsv3_mtp.ops.compute import Shard
 
 HeadLogits = Callable[[int, Any], Tensor]
 States = Tensor | HeadRows | None
@@ -109,7 +109,7 @@ def row_overlap(
     head_logits: HeadLogits,
     hiddens: Sequence[States],
     valid: Tensor,
-    rows: Rows,
+    shard: Shard,
     vocab_size: int,
     offsets: Sequence[int],
 ) -> Tensor:
@@ -123,8 +123,8 @@ def row_overlap(
         return valid.new_zeros((4, 0), dtype=torch.float64)
     assert isinstance(hiddens[0], Tensor)
     first = min(ahead, length)  # or all of a short slice, and then they follow on each other
-    states = rows.gather(hiddens[0][:, :first])  # (B, slices * first, C)
-    following = states[:, (rows.number + 1) * first :][:, :ahead]
+    states = shard.gather(hiddens[0][:, :first])  # (B, slices * first, C)
+    following = states[:, (shard.number + 1) * first :][:, :ahead]
     taught = teachers(valid, following.shape[1], offsets)
     following = F.pad(following, (0, 0, 0, ahead - following.shape[1]))
     return overlap_sums(head_logits, hiddens, following, taught, vocab_size, offsets)

@@ -22,7 +22,6 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
 from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
 from dsv3_mtp.parallel.launch import World
-from dsv3_mtp.parallel.sequence import slice_rows
 
 
 def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str, Any]:
@@ -114,7 +113,6 @@ class Engine:
         # weights of its own.
         deepspeed.runtime.zero.utils.warned = True
         import_muon()
-        slice_rows(model, world)
         # `step` gives the rate; ZeRO-0 in bfloat16 steps once by itself, below
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -140,11 +138,11 @@ class Engine:
         return self.engine.module
 
     def own(self, batch: Batch) -> Batch:
-        """What this rank computes of a batch of whole rows: all of it, or its slice of every
+        """What this rank computes of a batch of whole rows: all of it, or its shard of every
         row.
         """
-        rows, ahead = self.model.rows, self.model.lookahead
-        return [tuple(None if x is None else rows.cut(x, ahead) for x in piece) for piece in batch]  # type: ignore[misc]
+        shard, ahead = self.model.shard, self.model.lookahead
+        return [tuple(None if x is None else shard.cut(x, ahead) for x in piece) for piece in batch]  # type: ignore[misc]
 
     def accumulate(self, batch: Batch, settings: LossSettings) -> MTPOutput:
         """Forward and backward of this rank's micro-batches of one optimizer step; the gradients

@@ -21,7 +21,7 @@ from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, w
 from dsv3_mtp.parallel.clip import clipped
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
-from dsv3_mtp.precision.convert import set_precision
+from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.report.progress import Progress, floors_line, quantity
 from dsv3_mtp.runs.folder import (
@@ -71,12 +71,15 @@ class Trainer:
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
         self.size = model_size(whole, config.data.seq_len)
-        self.model = build_model(config, ds_config, self.world)
+        compute, notes = choose_compute(
+            config, self.world.device, lambda: meta_model(config.model, config.mtp)
+        )
+        self.model = build_model(config, ds_config, self.world, compute)
         if config.train.init_from is not None and latest is None:
             self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
-        self.notes += set_precision(self.model, config, self.world.device)
+        self.notes += notes
         heads = self.model.mtp if config.clips_apart else None
         optimizer = build_optimizer(self.model, config.optim, apart=heads)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)

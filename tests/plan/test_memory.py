@@ -12,6 +12,8 @@ import torch
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.size import model_size
+from dsv3_mtp.ops.attention import sdpa
+from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.plan.memory import (
     Layout,
     activation_elements,
@@ -122,14 +124,13 @@ def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, m
     settings = {"train.activation_checkpointing": mode, "train.dtype": "float32"}
     settings["model.v_head_dim"] = 12  # the keys' width: a CPU pads narrower values
     config = make_tiny_config(wide | settings | heads)
-    model = DeepseekV3MTP(config.model, config.mtp)
+    # attention as on a GPU, which keeps no probabilities
+    with building(Compute(core=sdpa, recompute=mode)):
+        model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
-    model.checkpoint_activations(mode)
     tokens = torch.randint(0, config.model.vocab_size, (16, 16 + 1 + config.mtp.depths))
-    # a mask: attention as on a GPU, which keeps no probabilities
-    documents = torch.zeros_like(tokens)
     with Meter() as meter:
-        out = model(tokens, documents)
+        out = model(tokens)
     weights = {one.outputs[-1] for one in model.head_rows(tokens).rows}
     kept_by_loss = sum(head.weight.numel() for head in weights) * element_size(config)
     estimate = (

@@ -12,7 +12,6 @@ import torch
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings
-from dsv3_mtp.ops import kernels
 from dsv3_mtp.tasks.grade import heads_on
 from dsv3_mtp.tasks.markov import source_nll
 from tests.ranks import markov_chain, markov_tokens
@@ -21,16 +20,7 @@ STATES, DEPTHS, T, STEPS = 24, 2, 64, 100
 TOLERANCE = 0.04  # nats
 
 
-@pytest.fixture
-def fast():
-    """The C loops, which training uses on a CPU."""
-    kernels.enable()
-    yield
-    kernels.disable()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize(
     "mode", ["sequential", "parallel", "examples.bag_head:BagHead", "tests.example_heads:LeapHead"]
 )
