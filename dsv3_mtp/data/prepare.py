@@ -6,7 +6,6 @@ DIR.partial/progress.json says how far the shards on disk go; whatever was writt
 off and made again. A lock beside them, .DIR.lock, lets a second process wait for the first.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -22,14 +21,16 @@ from dsv3_mtp.data.shards import (
     INDEX,
     SPLITS,
     VERSION,
+    FolderIndex,
     SplitWriter,
     file_sha256,
     read_folder_index,
 )
 from dsv3_mtp.data.stdlib import StdlibInputs, stdlib_inputs
-from dsv3_mtp.data.tokenise import PROGRESS, Progress, Tokenising
+from dsv3_mtp.data.tokenise import PROGRESS, Position, Progress, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
 from dsv3_mtp.files.atomic import lock, naming, replacing, write_json
+from dsv3_mtp.files.checked import read_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
 TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is trained on
@@ -85,7 +86,7 @@ class Arguments:
 
 def prepare(
     out_dir: str | Path, arguments: Arguments, *, progress: Progress | None = None
-) -> dict[str, Any]:
+) -> FolderIndex:
     """Make the prepared folder `out_dir`, or go on where an interrupted call with the same
     arguments stopped.
 
@@ -226,7 +227,7 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
         for left in partial.iterdir():
             left.unlink()
         return None
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state: dict[str, Any] = {**read_json(path, Position, f"delete {partial} and start again")}
     _compare(partial, state["arguments"], recorded)
     if state["inputs"] != inputs.fingerprint:
         raise ValueError(

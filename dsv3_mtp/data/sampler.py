@@ -111,7 +111,9 @@ class Sampler:
         """
         now = self._identity()
         differences = [
-            f"{key}: saved {state[key]}, now {now[key]}" for key in now if state[key] != now[key]
+            f"{key}: saved {state.get(key)}, now {now[key]}"
+            for key in now
+            if state.get(key) != now[key]
         ]
         if differences:
             raise ValueError(

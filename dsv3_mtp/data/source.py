@@ -3,7 +3,7 @@ pair.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def _open_folder(folder: Path, split: str) -> Source:
 def _source(
     path: Path,
     manifest_hash: str,
-    index: dict[str, Any],
+    index: Mapping[str, Any],
     text_bytes: int | None,
     tokens: list[np.ndarray],
     lengths: list[np.ndarray],

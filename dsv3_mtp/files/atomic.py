@@ -39,6 +39,16 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def inside(path: Path, folder: Path) -> bool:
+    """The file lies in the folder, or where a link in it leads within the same download.
+
+    The cache of the Hugging Face Hub has snapshots of links to the blobs beside them.
+    """
+    real, home = path.resolve(), folder.resolve()
+    cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
+    return real.is_relative_to(home) or (cached and real.parent == home.parents[1] / "blobs")
+
+
 def lock(path: Path, busy: str, *, wait: bool = False) -> int:
     """Holds the file `path` for this process until it ends, however it does, or until the
     descriptor is closed.

@@ -1,6 +1,5 @@
 """A run's weights as a folder that transformers, vLLM and SGLang read."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from torch import Tensor
 from dsv3_mtp.config import Config, load_config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
@@ -28,7 +28,7 @@ from dsv3_mtp.hf.settings import (
     write_settings,
 )
 from dsv3_mtp.model.causal_lm import meta_model
-from dsv3_mtp.runs.loading import IMPORTED, newest_weights, tokenizer_of
+from dsv3_mtp.runs.loading import IMPORTED, newest_weights, read_reached, tokenizer_of
 
 Read = Callable[[Slot], Tensor]
 TOKENIZER_FILES = (
@@ -131,9 +131,7 @@ def _open_run(
     newest = stored.folder
     state = meta_model(config.model, config.mtp).state_dict()
     problems = summarise(misfits(stored.shapes, state))
-    progress = min(
-        json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0
-    )
+    progress = min(read_reached(newest)["tokens"] / config.train.total_tokens, 1.0)
     deepest = (
         f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
     )
@@ -197,7 +195,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
         if (imported / name).is_file():
             shutil.copyfile(imported / name, folder / name)
     if (imported / "config.json").is_file():
-        content = json.loads((imported / "config.json").read_text(encoding="utf-8"))
+        content = read_json(imported / "config.json", dict[str, Any], "import the run again")
         return {key: content[key] for key in SPECIAL_IDS if key in content}, []
     tokenizer = tokenizer_of(config, run)
     if tokenizer is None:

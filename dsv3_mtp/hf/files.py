@@ -1,16 +1,25 @@
 """A folder of safetensors files; every fault of its files in one list."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from dsv3_mtp.files.atomic import write_json
-from dsv3_mtp.files.tensorfile import Entry, Place, place_of, read_header, write_file
+from dsv3_mtp.files.checked import OPEN, read_json
+from dsv3_mtp.files.tensorfile import Entry, Place, read_places, write_file
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+
+
+@with_config(OPEN)
+class WeightMap(TypedDict):
+    """The index of a folder of shards."""
+
+    weight_map: dict[str, str]
 
 
 class Checkpoint:
@@ -48,33 +57,22 @@ class Checkpoint:
         if not path.is_file():
             return {}
         try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            return {str(key): Path(value).name for key, value in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self.problems.append(
-                (INDEX, f"not an index of safetensors files ({type(error).__name__}: {error})")
-            )
+            index = read_json(path, WeightMap, "download or export it again")
+        except ValueError as error:
+            self.problems.append((INDEX, str(error)))
             return {}
+        return {key: Path(value).name for key, value in index["weight_map"].items()}
 
     def _add(self, path: Path) -> None:
         try:
-            header, data, size = read_header(path)
+            places = read_places(path)
         except (OSError, ValueError) as error:
             self.problems.append((path.name, getattr(error, "strerror", None) or str(error)))
             return
-        for name, value in header.items():
-            try:
-                found = place_of(path, value, data)
-            except (ValueError, KeyError, TypeError) as error:
-                self.problems.append((name, f"bad entry in the header of {path.name} ({error})"))
-                continue
+        for name, found in places.items():
             if name in self.places:
                 self.problems.append(
                     (name, f"in {self.places[name].file.name} and again in {path.name}")
-                )
-            elif found.stop > size:
-                self.problems.append(
-                    (name, f"cut off: {path.name} has {size:,} bytes, it ends at {found.stop:,}")
                 )
             self.places.setdefault(name, found)
 

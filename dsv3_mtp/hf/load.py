@@ -45,8 +45,9 @@ def open_checkpoint(
     modules = 0 if trunk_only else settings.modules
     ignored = {name for name in checkpoint.places if trunk_only and name.startswith(module_names)}
     expected = list(slots(settings.model, modules))
+    # A shard that cannot be read lacks all its tensors: its own line says enough.
     lines = summarise(
-        checkpoint.problems + key_problems(checkpoint, expected, settings.block, ignored)
+        checkpoint.problems or key_problems(checkpoint, expected, settings.block, ignored)
     )
     if lines:
         if modules and not any(name.startswith(module_names) for name in checkpoint.places):

@@ -2,7 +2,6 @@
 what is refused.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.hf.blockfp8 import BLOCK
 
 # Of a tensor that is not quantised, by the `dtype` of an export or import.
@@ -201,14 +201,7 @@ def read_settings(folder: Path) -> Settings:
             reasons are listed.
     """
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a mapping")
+    content = read_json(path, dict[str, Any], "download or export it again")
     problems = list(_fixed_problems(content))
     block, quantization_problems = _block(content.get("quantization_config"))
     problems += quantization_problems

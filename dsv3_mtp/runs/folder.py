@@ -5,7 +5,6 @@ runs/NAME/  config.yaml  ds_config.json  manifest.json  metrics.jsonl  curves.pn
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -13,17 +12,50 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.files.atomic import lock, write_json, write_text
+from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
 from dsv3_mtp.tasks.examples import TaskSource
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
+MANIFEST = "manifest.json"
+
+
+@with_config(OPEN)
+class DataUsed(TypedDict):
+    """A data source of a start."""
+
+    path: str
+    manifest_hash: str
+
+
+@with_config(OPEN)
+class Start(TypedDict):
+    """What a report says of a start; `describe_start` writes more."""
+
+    git: str | None
+    git_dirty: bool
+    python: str
+    versions: dict[str, str | None]
+    device: str
+    threads: int
+    data: dict[str, DataUsed]
+
+
+@with_config(OPEN)
+class Manifest(TypedDict):
+    """manifest.json: what each start of the run ran with."""
+
+    starts: Annotated[list[Start], Field(min_length=1)]
+
 
 # A checkpoint fits only these settings as they were; all others may change between starts and are
 # reported.
@@ -110,15 +142,22 @@ def write_run_folder(
     start.
     """
     folder = run_folder(config)
-    manifest = folder / "manifest.json"
-    try:
-        starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{manifest}: damaged ({error}); delete this file") from None
+    manifest = folder / MANIFEST
+    starts: list[Any] = [*read_starts(folder)] if manifest.exists() else []
     starts.append(describe_start(world_size=world_size, command=command, sources=sources))
     write_text(folder / "config.yaml", config.to_yaml())
     write_json(folder / "ds_config.json", ds_config)
     write_json(manifest, {"starts": starts})
+
+
+def read_starts(folder: Path) -> list[Start]:
+    """What manifest.json says of every start of a run.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    remedy = "delete this file: it describes the starts of the run, and the next one writes it anew"
+    return read_json(folder / MANIFEST, Manifest, remedy)["starts"]
 
 
 def describe_start(

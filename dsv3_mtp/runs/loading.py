@@ -1,15 +1,36 @@
 """What a run folder holds, read without DeepSpeed: for training, decoding, export and analysis."""
 
-import json
 import re
 from pathlib import Path
+from typing import NotRequired
+
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.runs.fragments import AVERAGE, Fragments
 
 # written last: the step, DeepSpeed's counters, and the size of every file of a checkpoint
 COMPLETE = "COMPLETE.json"
+STATE = "state.json"
 IMPORTED = "weights"  # folder of an imported run, in DeepSeek-V3's layout
+
+
+@with_config(OPEN)
+class Complete(TypedDict):
+    """COMPLETE.json."""
+
+    files: dict[str, int]  # name -> bytes
+    counters: NotRequired[dict[str, int]]
+
+
+@with_config(OPEN)
+class Reached(TypedDict):
+    """How far a run is: the head of state.json."""
+
+    step: int
+    tokens: int
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -23,10 +44,20 @@ def checkpoints(root: Path) -> list[Path]:
 def is_complete(checkpoint: Path) -> bool:
     """COMPLETE.json is there and every file that it lists has its size."""
     try:
-        files = json.loads((checkpoint / COMPLETE).read_text())["files"]
+        files = read_complete(checkpoint)["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return False
+
+
+def read_complete(checkpoint: Path) -> Complete:
+    """Raises ValueError: COMPLETE.json is missing or damaged."""
+    return read_json(checkpoint / COMPLETE, Complete, f"delete {checkpoint}")
+
+
+def read_reached(checkpoint: Path) -> Reached:
+    """Raises ValueError: state.json is missing or damaged."""
+    return read_json(checkpoint / STATE, Reached, f"delete {checkpoint}")
 
 
 def newest_checkpoint(root: Path) -> Path | None:

@@ -7,16 +7,18 @@ over the last quarter of training. The report adds `train/main_loss_error` and i
 the runs of another arm.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.opening import validation_source
 from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.report.metrics import Record, read_metrics
 from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
@@ -28,6 +30,47 @@ SOLVED = "task/exact_match"
 LOSSES = ("train/main_loss", "train/mtp_loss/")
 
 
+@with_config(OPEN)
+class Parameters(TypedDict):
+    """Counts of the model's parameters."""
+
+    training: int
+    inference: int
+    active: int
+
+
+@with_config(OPEN)
+class Measured(TypedDict):
+    """What every run has: its numbers at the start."""
+
+    arm: str
+    seed: int
+    settings: dict[str, Any]
+    parameters: Parameters
+    tokens: int
+
+
+@with_config(OPEN)
+class Diverged(Measured):
+    """results.json of a run that stopped at a number that is not finite."""
+
+    status: Literal["diverged"]
+    error: str
+
+
+@with_config(OPEN)
+class Finished(Measured):
+    """results.json of a run that reached its end."""
+
+    status: Literal["finished"]
+    metrics: dict[str, float]
+    seconds_per_token: float
+    solved_at: NotRequired[int | None]
+
+
+RESULT: Any = Annotated[Diverged | Finished, Field(discriminator="status")]
+
+
 def read_results(folder: Path) -> dict[str, Any] | None:
     """results.json of a run folder; None when there is none.
 
@@ -37,12 +80,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     path = folder / RESULTS
     if not path.exists():
         return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: damaged ({error}); delete this file, and it is measured again"
-        ) from None
+    return {**read_json(path, RESULT, "delete this file, and it is measured again")}
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

@@ -12,9 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import with_config
+from typing_extensions import TypedDict
+
 from dsv3_mtp.files.atomic import write_json, write_text
+from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.report.progress import quantity
+from dsv3_mtp.runs.folder import Start, read_starts
 from dsv3_mtp.study import findings, stats
 from dsv3_mtp.study.calibration import calibration_table, worst_excess
 from dsv3_mtp.study.expand import expand
@@ -37,6 +42,15 @@ from dsv3_mtp.study.pictures import Data, draw_all
 from dsv3_mtp.study.run import check_folders, read_budgets, settings_of
 
 CALIBRATION = "calibrate"  # name of the study whose outcome every report starts with
+
+
+@with_config(OPEN)
+class Calibration(TypedDict):
+    """What the reports of other studies read of the calibration's summary.json."""
+
+    calibration: str | None
+
+
 SMALL = 10_000_000  # parameters below which a report says that its scale is small
 
 
@@ -59,9 +73,7 @@ def write_report(loaded: LoadedStudy) -> Path:
         if results is not None and results["settings"] == settings_of(study):
             table[run.arm][run.seed] = results
             curves[run.arm][run.seed] = read_metrics(folder / run.name / "metrics.jsonl")
-            starts.append(
-                json.loads((folder / run.name / "manifest.json").read_text())["starts"][-1]
-            )
+            starts.append(read_starts(folder / run.name)[-1])
     if not starts:
         raise ValueError(
             f"{folder}: no run is finished and measured as this "
@@ -116,7 +128,7 @@ def calibration_line(study: Study) -> str:
         return (
             f"Calibration: configs/studies/{CALIBRATION}.yaml has not been run beside this study."
         )
-    found = json.loads(path.read_text())
+    found = read_json(path, Calibration, f"report {CALIBRATION} again with --report-only")
     return f"Calibration against a source with known entropy: {found['calibration']}"
 
 
@@ -252,7 +264,7 @@ def health(study: Study, table: Table) -> list[Block]:
     ]
 
 
-def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]) -> list[Block]:
+def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Start]) -> list[Block]:
     study, scale = loaded.study, loaded.study.scales[loaded.study.scale]
     rows = []
     for arm, spec in study.arms.items():
@@ -316,7 +328,7 @@ def drafts_line(loaded: LoadedStudy) -> str:
     )
 
 
-def environment(starts: Sequence[Mapping[str, Any]]) -> list[str]:
+def environment(starts: Sequence[Start]) -> list[str]:
     """Commit, data, versions, hardware: every value that occurs, so that a mixture shows."""
 
     def all_of(values: Sequence[Any]) -> str:

@@ -6,7 +6,6 @@ afresh: CUDA does not survive a fork). A kill of a run, or of all, loses at most
 last checkpoint.
 """
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -25,9 +24,12 @@ import torch
 
 # an import of seconds that training makes: once here, not in every forked process
 import torch._dynamo
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.config import load_config
 from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.report.metrics import MetricsLog, read_metrics
 from dsv3_mtp.report.progress import duration
 from dsv3_mtp.runs.folder import FREE, differences, lock_folder
@@ -41,6 +43,16 @@ BUDGETS = "budgets.json"
 TIME = "time.json"  # in a run folder
 # Of a run that is there: settings that change neither what is learned nor what is measured.
 IGNORED = (*(key for key in FREE if key not in ("eval", "train.micro_batch_size")), "eval.every")
+
+
+@with_config(OPEN)
+class Spent(TypedDict):
+    """time.json."""
+
+    seconds: float
+    tokens: int
+
+
 CLOSED = ("finished", "diverged")  # of results.json's status: such a run is not run again
 
 
@@ -87,7 +99,8 @@ def read_budgets(folder: Path) -> dict[str, int]:
     has the same.
     """
     path = folder / BUDGETS
-    return json.loads(path.read_text()) if path.exists() else {}
+    remedy = "delete it, and the budgets are computed again from the finished runs"
+    return read_json(path, dict[str, int], remedy) if path.exists() else {}
 
 
 def new_budgets(loaded: LoadedStudy, budgets: Mapping[str, int]) -> dict[str, int]:
@@ -283,7 +296,7 @@ def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
     """
     path = folder / TIME
     if path.exists():
-        earlier = json.loads(path.read_text())
+        earlier = read_json(path, Spent, "delete it: the time of this start alone will count")
         seconds, tokens = earlier["seconds"] + seconds * (tokens > 0), earlier["tokens"] + tokens
     if tokens:
         write_json(path, {"seconds": seconds, "tokens": tokens})

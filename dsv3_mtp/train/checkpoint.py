@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.files.atomic import naming, write_json, write_text
+from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import on_all, on_main
@@ -29,13 +32,38 @@ from dsv3_mtp.runs.fragments import (
     INDEX,
     Fragment,
     Fragments,
-    damaged,
     merge_index,
+    remedy,
     write_fragments,
 )
-from dsv3_mtp.runs.loading import COMPLETE, checkpoints, is_complete
+from dsv3_mtp.runs.loading import COMPLETE, STATE, Reached, checkpoints, is_complete, read_complete
 
 COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: what it counts by itself
+
+
+@with_config(OPEN)
+class Position(TypedDict):
+    """What `Sampler.load_state_dict` reads beside the identity of its stream."""
+
+    samples: int
+    counts: list[int]
+
+
+@with_config(OPEN)
+class Seconds(TypedDict):
+    """Of a `Clock`."""
+
+    seconds: float
+
+
+@with_config(OPEN)
+class State(Reached):
+    """state.json."""
+
+    config: dict[str, Any]
+    sampler: Position
+    clock: Seconds
+    layout: str
 
 
 def save(
@@ -101,7 +129,7 @@ def _commit(
     root = folder.parent
     with naming(folder):
         (folder / INDEX).write_text(json.dumps(index))
-        (folder / "state.json").write_text(json.dumps(state, indent=1))
+        (folder / STATE).write_text(json.dumps(state, indent=1))
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
         with path.open("rb") as handle:
@@ -115,16 +143,16 @@ def _commit(
         shutil.rmtree(old)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> State:
     """The `state` given to `save`: progress, data position, clock, config.
 
     Raises:
         ValueError: the checkpoint is damaged.
     """
-    try:
-        return json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise damaged(folder, error) from error
+    state = read_json(folder / STATE, State, remedy(folder))
+    if min(state["step"], state["tokens"], state["sampler"]["samples"]) < 0:
+        raise ValueError(f"{folder / STATE}: damaged (a count < 0); {remedy(folder)}")
+    return state
 
 
 def load(
@@ -147,8 +175,9 @@ def load(
         )
     with torch.no_grad(), restoring(engine):
         on_all(engine.world, lambda: _restore(mine, stored, engine.engine.optimizer, moments))
-    for name, value in json.loads((folder / COMPLETE).read_text())["counters"].items():
-        setattr(engine.engine, name, value)
+    counters = read_complete(folder).get("counters", {})
+    for name in COUNTERS:
+        setattr(engine.engine, name, counters.get(name, 0))
     return [] if average is None else on_all(engine.world, lambda: average.load(stored))
 
 

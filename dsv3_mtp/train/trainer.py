@@ -284,7 +284,7 @@ class Trainer:
         moments = getattr(torch, self.config.optim.moments)
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)
         self.step, self.tokens = saved["step"], saved["tokens"]
-        self.clock.load_state_dict(saved["clock"])
+        self.clock.load_state_dict({"seconds": saved["clock"]["seconds"]})
         moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""
         return [f"resumed at step {self.step} from {folder}{moved}", *notes]
 
