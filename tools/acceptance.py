@@ -66,6 +66,8 @@ def rows(folder: str, options: argparse.Namespace) -> list[str]:
     from dsv3_mtp.runs.model import load_run
 
     run = load_run(folder)
+    for note in run.notes:
+        print(f"note: {note}", file=sys.stderr)
     prompts, lines = validation_prefixes(run.config, options), []
     for temperature in (0.0, 1.0):
         settings = Settings(

@@ -141,6 +141,8 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
 
         run = load_run(options.run, ema=options.ema)
         model, tokenizer = run.model, run.tokenizer
+        for note in run.notes:
+            print(f"note: {note}", file=sys.stderr)
     else:
         from dsv3_mtp.hf import load_hf
 

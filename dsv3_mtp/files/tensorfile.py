@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsv3_mtp.files.atomic import naming
 from dsv3_mtp.files.checked import parse_json
+from dsv3_mtp.files.digest import Digest
 
 DTYPES = {
     "F32": torch.float32,
@@ -113,8 +114,10 @@ def _ask_the_library(path: Path, size: int) -> None:
         raise ValueError(reason) from None
 
 
-def write_file(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> None:
-    """Writes the tensors, which come in the order of `entries`, and flushes them to disk."""
+def write_file(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> str:
+    """Writes the tensors, which come in the order of `entries`, and flushes them to disk. Returns
+    the digest of the file.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
@@ -128,11 +131,17 @@ def write_file(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> N
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     stream = iter(tensors)
     with naming(path), path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        head = struct.pack("<Q", len(text)) + text
+        file.write(head)
+        digest = Digest()
+        digest.update(head)
         for entry in entries:
             tensor = next(stream)
             if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
                 raise RuntimeError(f"{entry}: got {tensor.dtype} {tuple(tensor.shape)}")
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            data = tensor.contiguous().view(torch.uint8).numpy().data
+            digest.update(data)
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    return str(digest)

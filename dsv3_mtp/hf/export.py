@@ -121,7 +121,7 @@ def _open_run(
     """(function from a slot to its tensor, where they come from, notes) of a run's newest
     weights.
     """
-    stored = newest_weights(run, ema=ema)
+    stored, notes = newest_weights(run, ema=ema)
     if stored is None and (run / IMPORTED).is_dir():
         return _open_imported(run, expected, modules)
     if stored is None:
@@ -150,7 +150,7 @@ def _open_run(
         start = int(part.storage_offset())
         return stored.read(slot.key, start, start + part.numel()).view(part.shape)
 
-    return read, newest, []
+    return read, newest, notes
 
 
 def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read, Path, list[str]]:

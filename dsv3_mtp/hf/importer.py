@@ -18,7 +18,7 @@ from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, slots
-from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot
+from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot, require_same
 from dsv3_mtp.hf.settings import TYPES, Settings, to_config_json, write_settings
 from dsv3_mtp.runs.loading import IMPORTED
 
@@ -60,6 +60,7 @@ def import_hf(
     """
     source, out = Path(source), Path(out)
     checkpoint, settings, stored = open_checkpoint(source, trunk_only=trunk_only)
+    require_same(checkpoint)
     modules = 0 if trunk_only else settings.modules
     keep = {slot.key: _kept(checkpoint, slot, dtype) for slot in stored if not slot.alias}
     wide = keep["model.embed_tokens.weight"] == torch.float32

@@ -65,6 +65,13 @@ def open_checkpoint(
     )
 
 
+def require_same(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where a file is not what this project wrote there."""
+    if problems := checkpoint.differences():
+        lines = [f"{checkpoint.folder}: damaged; make it again", *problems]
+        raise ValueError("\n  ".join(lines))
+
+
 def key_problems(
     checkpoint: Checkpoint, expected: list[Slot], block: tuple[int, int] | None, ignored: set[str]
 ) -> list[tuple[str, str]]:
@@ -145,10 +152,11 @@ def load_weights(
         writable: context in which a tensor can be written, for parameters that are kept in parts.
 
     Raises:
-        ValueError: the checkpoint is damaged or does not fit the model; every reason is listed,
-            nothing was copied.
+        ValueError: the checkpoint is damaged or does not fit the model, and nothing was copied; or
+            it holds values that are not finite. Every reason is listed.
     """
     checkpoint, settings, _ = open_checkpoint(folder)
+    require_same(checkpoint)
     modules, notes = fit(settings, settings.modules, model.config, model.mtp_config, folder=folder)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     first = {
@@ -161,6 +169,7 @@ def load_weights(
         (slot for slot in slots(settings.model, modules) if not slot.alias),
         key=lambda slot: slot.key,
     )
+    bad: list[tuple[str, str]] = []
     for key, group in itertools.groupby(wanted, key=lambda slot: slot.key):
         if tensors[key].is_meta:  # on another pipeline stage
             continue
@@ -172,7 +181,13 @@ def load_weights(
                     index = (number - first[key], rows)
                     if not 0 <= index[0] < len(tensors[key]):
                         continue
-                tensors[key][index].copy_(read_slot(checkpoint, slot, settings.block))
+                values = read_slot(checkpoint, slot, settings.block)
+                if not is_finite(values):
+                    bad.append((slot.name, "holds nan or infinity"))
+                tensors[key][index].copy_(values)
+    if bad:
+        lines = summarise(bad)
+        raise ValueError("\n  ".join([f"{folder}: {len(lines)} problem(s)", *lines]))
     return [f"weights from {folder}", *settings.notes, *notes]
 
 

@@ -102,9 +102,9 @@ def lock_folder(folder: Path) -> int:
     )
 
 
-def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
-    """Claims the run folder for this process; the checkpoint to resume there, and what to tell the
-    user about it.
+def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
+    """Claims the run folder for this process; the complete checkpoints to resume there, the newest
+    first, and what to tell the user about others.
 
     Raises:
         ValueError: another process trains in the folder; `checkpoint.resume: never` and there is a
@@ -125,7 +125,8 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
             "more; delete the run folder to start again, "
             "or choose another run.name"
         )
-    return newest, [
+    complete = [folder for folder in reversed(checkpoints(root)) if folder not in damaged]
+    return complete, [
         f"{folder} is incomplete: not used, and deleted at the next save" for folder in damaged
     ]
 

@@ -54,15 +54,20 @@ def shard_name(rank: int) -> str:
     return f"shard_rank{rank}.safetensors"
 
 
-def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment]) -> list[dict[str, Any]]:
-    """Writes this rank's shard; returns its part of the index, for `merge_index`."""
+def write_fragments(
+    folder: Path, rank: int, fragments: Sequence[Fragment]
+) -> tuple[list[dict[str, Any]], str]:
+    """Writes this rank's shard; returns its part of the index, for `merge_index`, and the digest of
+    the file.
+    """
     tensors = {}
     for fragment in fragments:
         tensors[fragment.name] = fragment.values
         tensors |= {f"{fragment.name}/{key}": state for key, state in fragment.states.items()}
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_file(folder / shard_name(rank), entries, (tensor.cpu() for tensor in tensors.values()))
-    return [
+    stream = (tensor.cpu() for tensor in tensors.values())
+    digest = write_file(folder / shard_name(rank), entries, stream)
+    part = [
         {
             "name": fragment.name,
             "shape": list(fragment.shape),
@@ -72,6 +77,7 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment]) -> l
         }
         for fragment in fragments
     ]
+    return part, digest
 
 
 def merge_index(parts: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ and `lm_eval`.
 import contextlib
 import importlib.util
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -162,7 +163,9 @@ def open_model(
         ValueError: there is nothing to load, or the windows do not fit the model or the task.
     """
     if run is not None:
-        model, config, _ = load_run(run, ema=ema)
+        model, config, _, notes = load_run(run, ema=ema)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         sections = config.to_dict()
     else:
         model, _ = load_hf(hf or "")

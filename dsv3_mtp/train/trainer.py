@@ -22,7 +22,7 @@ from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.report.progress import Progress, quantity
-from dsv3_mtp.runs.folder import changed_settings, find_checkpoint, run_folder, write_run_folder
+from dsv3_mtp.runs.folder import changed_settings, find_checkpoints, run_folder, write_run_folder
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
@@ -56,7 +56,9 @@ class Trainer:
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
-        latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
+        found, self.notes = on_main(self.world, lambda: find_checkpoints(config))
+        latest, notes = checkpoint.first_sound(self.world, found)
+        self.notes += notes
         self.notes += tune(self.world.device)
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)

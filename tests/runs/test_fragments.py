@@ -37,7 +37,7 @@ def write(folder, tensors, cuts):
             )
             for name, values in flat.items()
         ]
-        parts.append(write_fragments(folder, rank, fragments))
+        parts.append(write_fragments(folder, rank, fragments)[0])
     return parts
 
 
