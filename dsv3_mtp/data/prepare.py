@@ -7,6 +7,7 @@ off and made again. A lock beside them, .DIR.lock, lets a second process wait fo
 """
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,10 @@ from dsv3_mtp.files.atomic import lock, naming, replacing, write_json
 from dsv3_mtp.files.checked import read_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
+# what a preparation writes into DIR.partial
+OWN = re.compile(
+    r"\.?(tokenizer|manifest|index|progress)\.json(\.\d+\.tmp)?|(train|val)-\d+\.(bin|idx|sizes)"
+)
 TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is trained on
 
 
@@ -219,10 +224,19 @@ def _build(
 
 
 def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
-    """progress.json of an interrupted run, checked against this one; without it None, and all is
-    deleted.
+    """progress.json of an interrupted run, checked against this one; without it None, and what it
+    wrote is deleted.
+
+    Raises:
+        ValueError: the folder holds other files, or the state of another preparation.
     """
     path = partial / PROGRESS
+    foreign = sorted(left.name for left in partial.iterdir() if not OWN.fullmatch(left.name))
+    if foreign:
+        raise ValueError(
+            f"{partial}: holds {', '.join(foreign[:3])}, which no preparation wrote; move it away, "
+            "or choose another --out"
+        )
     if not path.is_file():
         for left in partial.iterdir():
             left.unlink()

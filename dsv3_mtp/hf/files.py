@@ -8,7 +8,7 @@ from pydantic import with_config
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.files.atomic import inside, write_json
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.files.digest import difference
 from dsv3_mtp.files.tensorfile import Entry, Place, read_places, write_file
@@ -80,6 +80,9 @@ class Checkpoint:
         return {key: Path(value).name for key, value in index["weight_map"].items()}
 
     def _add(self, path: Path) -> None:
+        if not inside(path, self.folder):
+            self.problems.append((path.name, "is a link out of the folder; put the file there"))
+            return
         try:
             places = read_places(path)
         except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv3_mtp.config import Config, ConfigError, load_config
 from dsv3_mtp.config.reader import dump_tree, read_tree
+from dsv3_mtp.files.atomic import inside
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint
@@ -75,6 +76,10 @@ def import_hf(
         weights.mkdir()
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
+                if not inside(source / name, source):
+                    raise ValueError(
+                        f"{source / name}: is a link out of the folder; put the file there"
+                    )
                 shutil.copyfile(source / name, weights / name)
         reader = _Reader(checkpoint, settings, stored, keep)
         expected = list(slots(settings.model, modules))

@@ -18,6 +18,9 @@ import torch.distributed
 from deepspeed.accelerator import get_accelerator
 
 
+LOOPBACK = "127.0.0.1"
+
+
 @dataclass(frozen=True)
 class World:
     """This process among its peers. Ranks are ordered by pipeline stage: stage 0 has the first
@@ -68,8 +71,8 @@ def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int
         slices: of each row, on as many ranks.
     """
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR=LOOPBACK)
+        os.environ["MASTER_PORT"] = "0"  # DeepSpeed wants one named; nothing listens
     # deepspeed's, torchrun's
     local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     cuda = get_accelerator().device_name() == "cuda"  # as DS_ACCELERATOR says, if it is set
@@ -84,11 +87,44 @@ def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    _join("nccl" if cuda else "gloo", timeout)
     with contextlib.redirect_stdout(None):
         deepspeed.init_distributed(verbose=False, timeout=timeout, auto_mpi_discovery=False)
     return World(
         int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device, stages, slices
     )
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Joins torch's process group so that, where all ranks are on this host, no other host can
+    connect.
+
+    A world of one meets in its own memory. Ranks whose MASTER_ADDR is the loopback address meet
+    there; torchrun's agent keeps their store, on the addresses that it chooses. gloo listens on one
+    port per group, on the loopback interface then, unless GLOO_SOCKET_IFNAME names another.
+    """
+    if torch.distributed.is_initialized():
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    local = host in ("localhost", LOOPBACK, "::1")
+    if local and "GLOO_SOCKET_IFNAME" not in os.environ and (name := _loopback_interface()):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+    store: torch.distributed.Store | None = None
+    if local and size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        store = torch.distributed.HashStore()
+    elif local and "TORCHELASTIC_RUN_ID" not in os.environ:
+        listening = socket.create_server((LOOPBACK, port)).detach() if rank == 0 else None
+        store = torch.distributed.TCPStore(
+            LOOPBACK, port, size, rank == 0, timeout, master_listen_fd=listening
+        )
+    where = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+    torch.distributed.init_process_group(backend, timeout=timeout, **where)  # type: ignore[arg-type]
+
+
+def _loopback_interface() -> str | None:
+    addresses = psutil.net_if_addrs().items()
+    return next((name for name, own in addresses if any(a.address == LOOPBACK for a in own)), None)
 
 
 def free_port() -> int:

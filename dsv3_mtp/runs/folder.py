@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.source import Source
-from dsv3_mtp.files.atomic import lock, write_json, write_text
+from dsv3_mtp.files.atomic import lock, sweep, write_json, write_text
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
 from dsv3_mtp.tasks.examples import TaskSource
@@ -93,13 +93,16 @@ def run_folder(config: Config) -> Path:
 
 def lock_folder(folder: Path) -> int:
     """Holds the folder for this process until it ends, or until the returned descriptor is closed.
+    What a killed process left half-written there is deleted.
 
     Raises:
         ValueError: another process holds it.
     """
-    return lock(
-        folder / ".lock", f"{folder}: another process works in this folder; choose another run.name"
-    )
+    busy = f"{folder}: another process works in this folder; choose another run.name"
+    descriptor = lock(folder / ".lock", busy)
+    for left in (folder, folder / "checkpoints", *checkpoints(folder / "checkpoints")):
+        sweep(left)
+    return descriptor
 
 
 def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
