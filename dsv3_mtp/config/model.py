@@ -30,7 +30,10 @@ def _plain_name(name: str) -> str:
 
 Integer = Annotated[int, BeforeValidator(_not_bool)]
 Number = Annotated[float, BeforeValidator(_not_bool)]
-Count = Annotated[Integer, Field(ge=1)]
+Count = Annotated[Integer, Field(ge=1, le=2**62)]
+# Bounds that no model comes near: a stranger's config.json must not keep this machine busy.
+Width = Annotated[Integer, Field(ge=1, le=2**20)]
+Layers = Annotated[Integer, Field(ge=1, le=1024)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
@@ -92,37 +95,37 @@ class ModelConfig(Section):
     4.2).
     """
 
-    vocab_size: Annotated[Integer, Field(ge=2)]
+    vocab_size: Annotated[Integer, Field(ge=2, le=2**24)]
     """Rows of the embedding and of the output head (129280)."""
-    hidden_size: Count
+    hidden_size: Width
     """Width of the residual stream (7168)."""
-    intermediate_size: Count
+    intermediate_size: Width
     """FFN width of the dense layers (18432)."""
-    moe_intermediate_size: Count
+    moe_intermediate_size: Width
     """FFN width of one expert (2048)."""
-    num_hidden_layers: Count
+    num_hidden_layers: Layers
     """Trunk layers, MTP modules not counted (61)."""
-    num_attention_heads: Count
+    num_attention_heads: Width
     """Heads (128)."""
-    q_lora_rank: Count | None
+    q_lora_rank: Width | None
     """Rank of the query compression (1536); null: none, a plain projection."""
-    kv_lora_rank: Count
+    kv_lora_rank: Width
     """Rank of the key-value latent, the cached one (512)."""
-    qk_nope_head_dim: Count
+    qk_nope_head_dim: Width
     """Per-head key width without position (128)."""
-    qk_rope_head_dim: Count
+    qk_rope_head_dim: Width
     """Width of the rotary key shared by the heads, even (64)."""
-    v_head_dim: Count
+    v_head_dim: Width
     """Per-head value width (128)."""
-    n_routed_experts: Count
+    n_routed_experts: Width
     """Routed experts of a MoE layer (256)."""
-    n_shared_experts: Annotated[Integer, Field(ge=0)] = 1
+    n_shared_experts: Annotated[Integer, Field(ge=0, le=2**16)] = 1
     """Experts that see every token (1)."""
-    num_experts_per_tok: Count
+    num_experts_per_tok: Width
     """Routed experts per token, top-k (8)."""
-    n_group: Count
+    n_group: Width
     """Expert groups; a token may use experts of topk_group of them (8)."""
-    topk_group: Count
+    topk_group: Width
     """Groups per token (4)."""
     routed_scaling_factor: Positive = 2.5
     """Factor on the routed gates (2.5; released code, not in the paper)."""
@@ -130,7 +133,7 @@ class ModelConfig(Section):
     """Gates of the chosen experts sum to one before scaling (V3 eq. 13)."""
     first_k_dense_replace: Annotated[Integer, Field(ge=0)]
     """Leading layers with a dense FFN (3)."""
-    max_position_embeddings: Count
+    max_position_embeddings: Annotated[Integer, Field(ge=1, le=2**26)]
     """Longest sequence, tokens (4096 in pre-training)."""
     rope_theta: Annotated[Number, Field(gt=1)] = 10000.0
     """Rotary base."""
@@ -259,7 +262,7 @@ class MTPConfig(Section):
     """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; parallel_linear: linear
     heads.
     """
-    num_nextn_predict_layers: Annotated[Integer, Field(ge=0)] = 1
+    num_nextn_predict_layers: Annotated[Integer, Field(ge=0, le=64)] = 1
     """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see
     `depths`.
     """
@@ -311,21 +314,17 @@ class MTPConfig(Section):
         ):
             text = f"must hold num_nextn_predict_layers = {self.depths} numbers"
             yield "depth_weights", f"{text} (got {len(self.depth_weights)})"
-        if self.mode != "sequential":
-            yield from self._without_effect("trunk_hidden", "chain", "embed", "share_weights")
-        # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
-        if self.mode == "none":
-            yield from self._without_effect("depth_weights", "curriculum", "detach")
+        for key in self.without_effect(self.mode):
+            default, value = type(self).model_fields[key].default, getattr(self, key)
+            if value != default:
+                text = f"has no effect with mode {self.mode}; remove it or set {show(default)}"
+                yield key, f"{text} (got {show(value)})"
 
-    def _without_effect(self, *keys: str) -> Iterator[Problem]:
-        for key in keys:
-            default = type(self).model_fields[key].default
-            if getattr(self, key) != default:
-                remedy = f"remove it or set {show(default)}"
-                yield (
-                    key,
-                    (
-                        f"has no effect with mode {self.mode}; "
-                        f"{remedy} (got {show(getattr(self, key))})"
-                    ),
-                )
+    @staticmethod
+    def without_effect(mode: str) -> tuple[str, ...]:
+        """Keys that heads of this mode do not have."""
+        keys: tuple[str, ...] = ()
+        if mode != "sequential":
+            keys = ("trunk_hidden", "chain", "embed", "share_weights")
+        # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
+        return (*keys, "depth_weights", "curriculum", "detach") if mode == "none" else keys

@@ -2,7 +2,8 @@
 
 DIR/index.json        format, vocab_size, dtype, eos_id, hashes, origin of the text, and per split its shards
 DIR/tokenizer.json    the tokenizer, as Hugging Face `tokenizers` writes it
-DIR/manifest.json     pystdlib only: every file with its sha256 and split
+DIR/manifest.json     pystdlib and sitelib: every file with its sha256 and split, and of sitelib every
+                      package with its version
 DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
 """
 
@@ -20,11 +21,10 @@ from dsv3_mtp.files.checked import OPEN, read_json
 
 INDEX = "index.json"
 FORMAT, VERSION = "dsv3_mtp.tokens", 1
-SPLITS = ("train", "val")
 AGAIN = "delete the folder and prepare it again"
 Amount = Annotated[int, Field(ge=0)]
 # as `_name` makes them: of a file in this folder
-ShardName = Annotated[str, Field(pattern=r"^(train|val)-\d+$")]
+ShardName = Annotated[str, Field(pattern=r"^[a-z]+-\d+$")]
 
 
 @with_config(OPEN)
@@ -64,7 +64,7 @@ class FolderIndex(TypedDict):
     tokenizer_sha256: str
     manifest_hash: str
     arguments: dict[str, Any]
-    splits: dict[Literal["train", "val"], Split]
+    splits: dict[str, Split]
 
 
 @with_config(OPEN)

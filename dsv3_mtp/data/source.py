@@ -85,6 +85,15 @@ def open_source(path: str | Path, split: str) -> Source:
     )
 
 
+def splits_of(path: str | Path) -> tuple[str, ...]:
+    """The splits of a prepared folder that hold text; of a Megatron prefix none."""
+    path = Path(path)
+    if not path.is_dir():
+        return ()
+    index = read_folder_index(path)
+    return tuple(split for split, entry in index["splits"].items() if entry["shards"])
+
+
 def _pair_hash(index: Path, tokens: np.ndarray) -> str:
     """sha256 of the .idx file and of 64 blocks spread over the tokens: reading all of a large .bin
     would take hours.
@@ -98,8 +107,8 @@ def _pair_hash(index: Path, tokens: np.ndarray) -> str:
 def check_vocab(source: Source, vocab_size: int) -> None:
     """Raise ValueError when `source` has token ids that a model with `vocab_size` embeddings lacks.
 
-    A plain Megatron pair does not record its vocabulary: evenly spread tokens are looked at
-        instead.
+    Evenly spread tokens are looked at: a plain Megatron pair does not record its vocabulary, and a
+    file of a prepared folder may be damaged.
     """
     if source.vocab_size is not None:
         if source.vocab_size > vocab_size:
@@ -110,7 +119,6 @@ def check_vocab(source: Source, vocab_size: int) -> None:
                 f"{source.vocab_size}, or prepare the data with a smaller "
                 "tokenizer"
             )
-        return
     chunk = VOCAB_SCAN_TOKENS // 16
     starts = np.linspace(0, max(source.tokens - chunk, 0), 16).astype(np.int64)
     low, high = 0, 0

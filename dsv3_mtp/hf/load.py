@@ -14,10 +14,11 @@ from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.tensorfile import DTYPES
 from dsv3_mtp.hf.blockfp8 import dequantise, scale_shape
 from dsv3_mtp.hf.files import Checkpoint
-from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
+from dsv3_mtp.hf.keys import SCALE, Slot, slot_count, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
+from dsv3_mtp.model.size import require_memory
 
 # Keys of the model section that leave what given weights compute as it is.
 NO_EFFECT = {"initializer_range", "max_position_embeddings"}
@@ -44,6 +45,11 @@ def open_checkpoint(
     module_names = tuple(f"model.layers.{layer}." for layer in range(first, stop))
     modules = 0 if trunk_only else settings.modules
     ignored = {name for name in checkpoint.places if trunk_only and name.startswith(module_names)}
+    if (most := slot_count(settings.model, modules)) > 2 * len(checkpoint.places) + 10_000:
+        raise ValueError(
+            f"{folder}: config.json describes {most:,} tensors, the files hold "
+            f"{len(checkpoint.places):,}"
+        )
     expected = list(slots(settings.model, modules))
     # A shard that cannot be read lacks all its tensors: its own line says enough.
     lines = summarise(
@@ -288,6 +294,7 @@ def empty_model(config: ModelConfig, mtp: MTPConfig, dtype: torch.dtype) -> Deep
     float32.
     """
     model = meta_model(config, mtp)
+    require_memory(model, bytes_per_value=dtype.itemsize)
     # not model.to(dtype): that would convert the router biases too
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

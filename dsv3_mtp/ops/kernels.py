@@ -155,7 +155,9 @@ def _cache() -> Path:
 def _require_own(path: Path) -> None:
     about = path.stat()
     if about.st_uid != os.getuid() or about.st_mode & 0o022:
-        raise OSError(f"{path} is another user's, or others may write it; delete it or chmod go-w it")
+        raise OSError(
+            f"{path} is another user's, or others may write it; delete it or chmod go-w it"
+        )
 
 
 def _load(path: Path) -> ctypes.CDLL:

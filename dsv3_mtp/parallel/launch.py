@@ -17,7 +17,6 @@ import torch
 import torch.distributed
 from deepspeed.accelerator import get_accelerator
 
-
 LOOPBACK = "127.0.0.1"
 
 

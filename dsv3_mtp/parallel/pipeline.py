@@ -262,7 +262,7 @@ class PipelineEngine(Engine):
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
         self.module.eval()
-        total = self.run(schedule.InferenceSchedule, batch, {}, blanks)
+        total = self.run(schedule.InferenceSchedule, batch, {"overlap": True}, blanks)
         self.module.train()
         return total
 
@@ -291,7 +291,9 @@ class PipelineEngine(Engine):
         self.counted -= 1
         return out.loss
 
-    def update(self) -> None:
+    def reduce(self) -> None:
         self.engine._exec_reduce_tied_grads()
         self.engine._exec_reduce_grads()
+
+    def update(self) -> None:
         self.engine._exec_optimizer_step()

@@ -41,6 +41,7 @@ class DataUsed(TypedDict):
 class Start(TypedDict):
     """What a report says of a start; `describe_start` writes more."""
 
+    time: str
     git: str | None
     git_dirty: bool
     python: str

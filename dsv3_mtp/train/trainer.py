@@ -8,24 +8,28 @@ import torch
 
 from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.layout import describe
+from dsv3_mtp.data.ngrams import early_training
 from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
-from dsv3_mtp.model.size import model_size
+from dsv3_mtp.model.size import model_size, require_memory
 from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.ops.tuning import tune
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
+from dsv3_mtp.parallel.clip import clipped
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
-from dsv3_mtp.report.progress import Progress, quantity
+from dsv3_mtp.report.progress import Progress, floors_line, quantity
 from dsv3_mtp.runs.folder import changed_settings, find_checkpoints, run_folder, write_run_folder
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
+from dsv3_mtp.train.floors import text_floors
+from dsv3_mtp.train.gradients import gradient_angle
 from dsv3_mtp.train.optim import build_optimizer
 
 
@@ -62,6 +66,8 @@ class Trainer:
         self.notes += tune(self.world.device)
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
+        # bfloat16 weights, float32 masters and two moments at the least
+        require_memory(whole, bytes_per_value=12, ranks=self.world.size)
         self.size = model_size(whole, config.data.seq_len)
         self.model = build_model(config, ds_config, self.world)
         if config.train.init_from is not None and latest is None:
@@ -69,7 +75,8 @@ class Trainer:
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
         self.notes += set_precision(self.model, config, self.world.device)
-        optimizer = build_optimizer(self.model, config.optim)
+        heads = self.model.mtp if config.clips_apart else None
+        optimizer = build_optimizer(self.model, config.optim, apart=heads)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
 
         decay = config.train.ema_decay
@@ -116,7 +123,7 @@ class Trainer:
                 record, stopping = self.optimizer_step()
                 self.display.advance(step=self.step, tokens=self.tokens, eta_s=self.eta())
                 done = self.tokens >= total
-                if self.step % config.log.every == 0 or self.step == 1 or done:
+                if self.is_logged(self.step, self.tokens):
                     self.report(record)
                 warned = warned or self.warn_of_leak(record)
                 with self.clock.paused():
@@ -125,6 +132,11 @@ class Trainer:
                     if done or stopping or self.step % config.checkpoint.every == 0:
                         self.save()
             return self.finish()
+
+    def is_logged(self, step: int, tokens: int) -> bool:
+        """Whether the step that ends there has a line in metrics.jsonl."""
+        done = tokens >= self.config.train.total_tokens
+        return step % self.config.log.every == 0 or step == 1 or done
 
     def optimizer_step(self) -> tuple[dict[str, Any], bool]:
         """One step on the next global batch: its metrics, and whether some rank was asked to
@@ -160,8 +172,17 @@ class Trainer:
         record = {"train/loss": total_loss / world.replicas}
         record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
         self.require_finite(record)
-        record["optim/grad_norm"] = self.engine.step(step.lr)
+        if config.log.gradients and (self.step + 1) % config.log.gradients == 0:
+            record |= gradient_angle(self.engine, batch, step.loss_weights)
+        logged = self.is_logged(self.step + 1, step.tokens)
+        norm, sides = self.engine.step(step.lr, sides=logged)
+        record["optim/grad_norm"] = norm
+        record |= {f"optim/grad_norm/{side}": value for side, value in sides.items()}
         self.require_finite(record)
+        bounded = sides if config.clips_apart else {"": norm}
+        for side, value in bounded.items():
+            key = f"optim/clipped/{side}" if side else "optim/clipped"
+            record[key] = float(clipped(value, config.optim.grad_clip))
         self.model.update_router_bias(load, step.bias_speed)
         if self.average is not None:
             self.average.update()
@@ -227,7 +248,15 @@ class Trainer:
         record = self.stamp() | evaluate(self.engine, self.val, self.config)
         # the last update of a run has no step behind it that would show it
         self.require_finite(record)
+        notes = []
+        if self.progress >= 1 and self.world.is_main and isinstance(self.val, Source):
+            batches = self.config.eval.batches
+            floors, why = text_floors(self.sampler, self.val, self.config, batches=batches)
+            record |= floors
+            notes = [floors_line(record) if floors else why, early_training(record)]
         self.display.validation(record)
+        for note in filter(None, notes):
+            self.display.say(note)
         self.write(record)
 
     def eta(self) -> float | None:

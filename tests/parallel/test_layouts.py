@@ -143,13 +143,13 @@ def train(jobs: list[tuple[str, Config, str]]) -> None:
         )
         step, update = trainer.engine.step, trainer.model.update_router_bias
 
-        def step_and_look(lr, *, step=step, named=named, grads=grads, sharded=sharded):
+        def step_and_look(lr, *, sides, step=step, named=named, grads=grads, sharded=sharded):
             if not grads:
                 grads |= {
                     n: (safe_get_full_grad(p) if sharded else p.grad).clone()
                     for n, p in named.items()
                 }
-            return step(lr)
+            return step(lr, sides=sides)
 
         def update_and_look(load, speed, *, update=update, loads=loads):
             loads.append(load)
@@ -225,7 +225,7 @@ def differences(seen: dict[str, list[dict[str, Any]]], layout: str) -> dict[str,
     for what, key in (("loss", "train/loss"), ("norm", "optim/grad_norm")):
         pairs = zip(one["records"], ranks[0]["records"], strict=True)
         found[what] = max(abs(a[key] - b[key]) for a, b in pairs)
-    losses = [key for key in one["val"] if "loss" in key]
+    losses = [key for key in one["val"] if "loss" in key or "overlap" in key]
     assert (
         one["val"].keys() == ranks[0]["val"].keys()
         and one["records"][0].keys() == ranks[0]["records"][0].keys()
