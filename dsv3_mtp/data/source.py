@@ -110,15 +110,12 @@ def check_vocab(source: Source, vocab_size: int) -> None:
     Evenly spread tokens are looked at: a plain Megatron pair does not record its vocabulary, and a
     file of a prepared folder may be damaged.
     """
-    if source.vocab_size is not None:
-        if source.vocab_size > vocab_size:
-            raise ValueError(
-                f"{source.path} was tokenised with vocab_size "
-                f"{source.vocab_size}, but model.vocab_size is "
-                f"{vocab_size}; set that to at least "
-                f"{source.vocab_size}, or prepare the data with a smaller "
-                "tokenizer"
-            )
+    if source.vocab_size is not None and source.vocab_size > vocab_size:
+        raise ValueError(
+            f"{source.path} was tokenised with vocab_size {source.vocab_size}, but "
+            f"model.vocab_size is {vocab_size}; set that to at least {source.vocab_size}, or "
+            "prepare the data with a smaller tokenizer"
+        )
     chunk = VOCAB_SCAN_TOKENS // 16
     starts = np.linspace(0, max(source.tokens - chunk, 0), 16).astype(np.int64)
     low, high = 0, 0

@@ -2,10 +2,10 @@
 the meta device.
 """
 
+import os
 from dataclasses import dataclass
 from functools import partial
 
-import psutil
 import torch
 from torch import nn
 
@@ -96,7 +96,7 @@ def require_memory(model: nn.Module, *, bytes_per_value: float, ranks: int = 1) 
     """
     values = sum(p.numel() for p in model.parameters())
     needed = values * bytes_per_value / ranks
-    there = psutil.virtual_memory().total
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     there += sum(
         torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())
     )

@@ -2,6 +2,7 @@
 built.
 """
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -372,4 +373,25 @@ def test_a_failed_build_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(failing))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert kernels.enable().endswith("run instead (no space left)")
-    assert list((tmp_path / "cache" / "dsv3_mtp").iterdir()) == []
+    assert [x.name for x in (tmp_path / "cache" / "dsv3_mtp").iterdir()] == [".lock"]
+
+
+def test_a_library_that_was_damaged_or_lies_open_to_others_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "cc -m64" if platform.machine() == "x86_64" else "cc -O2")
+    kernels.disable()
+    if "not built" in kernels.enable():
+        pytest.skip("no C compiler")
+    cache = tmp_path / "dsv3_mtp"
+    library = sorted(cache.glob("*.so"))[0]
+    assert cache.stat().st_mode & 0o777 == 0o700
+    content = library.read_bytes()
+    kernels.disable()
+    library.unlink()  # not in place: this process still runs it
+    library.write_bytes(content[: len(content) // 2])
+    library.chmod(0o700)
+    assert "was damaged and is deleted" in kernels.enable()
+    assert "not built" not in kernels.enable()  # built again
+    kernels.disable()
+    cache.chmod(0o777)
+    assert "others may write it" in kernels.enable()
