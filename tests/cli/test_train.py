@@ -15,7 +15,7 @@ import pytest
 from dsv3_mtp.report.metrics import read_metrics
 from tests.ranks import run_tool, write_markov
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "tools" / "train.py"
 BIN = Path(sys.executable).parent
 

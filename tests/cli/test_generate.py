@@ -1,4 +1,4 @@
-"""tools/generate.py, tools/acceptance.py and tools/bench_decode.py from the outside."""
+"""`dsv3 generate` and tools/bench_decode.py from the outside."""
 
 import importlib.util
 import io
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_mtp.cli import command
+from dsv3_mtp.cli.command import COMMANDS
 from dsv3_mtp.decode.decoder import compiled
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import export_hf
@@ -19,7 +21,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.model import load_run
 from tests.made_runs import write_text_run
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TINY = {"model.vocab_size": 260, "train.dtype": "float32"}
 
 
@@ -28,14 +30,17 @@ def run_tool(monkeypatch, capsys):
     """run_tool("generate", "--prompt", ...) -> (exit code, stdout, stderr), in this process."""
 
     def run(name: str, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.syspath_prepend(TOOLS)  # as Python does for a script
-        spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         try:
-            code = module.main()
+            if name in COMMANDS:
+                code = command.run(name, arguments)
+            else:
+                monkeypatch.syspath_prepend(TOOLS)  # as Python does for a script
+                spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                monkeypatch.setattr(sys, "argv", [name, *arguments])
+                code = module.main()
         except SystemExit as error:
             code = error.code
         return (code, *capsys.readouterr())
@@ -307,7 +312,7 @@ def test_the_benchmark_prints_its_tables(run_tool, folder):
 @pytest.mark.parametrize("name", ["generate", "bench_decode"])
 def test_help_needs_no_torch(name, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{TOOLS.parent}"}
     command = [sys.executable, str(TOOLS / f"{name}.py"), "--help"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
@@ -347,15 +352,3 @@ def test_a_full_disk_is_one_line(run_tool, folder, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Full())
     code, _, err = run_tool("generate", "--run", folder, "--prompt", "def", *SHORT)
     assert (code, err) == (2, "error: [Errno 28] No space left on device\n")
-
-
-def test_acceptance_refuses_what_would_not_be_measured_as_asked(run_tool, folder):
-    asked = ("acceptance", "--run", folder, "--threads", "1")
-    code, _, said = run_tool(*asked, "--new-tokens", "2")
-    assert code == 2 and "--new-tokens 2: must be at least 3" in said
-    code, _, said = run_tool(*asked, "--prefix-tokens", "14", "--new-tokens", "3")
-    assert (
-        code == 2
-        and "--prefix-tokens + --new-tokens must be <= model.max_position_embeddings = 16 (got 17)"
-        in said
-    )
