@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from bench.meter import Meter
 from dsv3_mtp.model import block
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.ops.recompute import again, forgetting
-from tools.meter import Meter
 
 MODES = ("none", "selective", "full")
 HEADS = [
