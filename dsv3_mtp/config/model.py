@@ -311,21 +311,17 @@ class MTPConfig(Section):
         ):
             text = f"must hold num_nextn_predict_layers = {self.depths} numbers"
             yield "depth_weights", f"{text} (got {len(self.depth_weights)})"
-        if self.mode != "sequential":
-            yield from self._without_effect("trunk_hidden", "chain", "embed", "share_weights")
-        # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
-        if self.mode == "none":
-            yield from self._without_effect("depth_weights", "curriculum", "detach")
+        for key in self.without_effect(self.mode):
+            default, value = type(self).model_fields[key].default, getattr(self, key)
+            if value != default:
+                text = f"has no effect with mode {self.mode}; remove it or set {show(default)}"
+                yield key, f"{text} (got {show(value)})"
 
-    def _without_effect(self, *keys: str) -> Iterator[Problem]:
-        for key in keys:
-            default = type(self).model_fields[key].default
-            if getattr(self, key) != default:
-                remedy = f"remove it or set {show(default)}"
-                yield (
-                    key,
-                    (
-                        f"has no effect with mode {self.mode}; "
-                        f"{remedy} (got {show(getattr(self, key))})"
-                    ),
-                )
+    @staticmethod
+    def without_effect(mode: str) -> tuple[str, ...]:
+        """Keys that heads of this mode do not have."""
+        keys: tuple[str, ...] = ()
+        if mode != "sequential":
+            keys = ("trunk_hidden", "chain", "embed", "share_weights")
+        # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
+        return (*keys, "depth_weights", "curriculum", "detach") if mode == "none" else keys

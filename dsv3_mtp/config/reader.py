@@ -1,8 +1,7 @@
-"""From a YAML file and `--set` overrides to a plain tree, and from a faulty tree to one readable
-report.
+"""From a faulty tree to one readable report. Nothing here knows the keys of a run; run.py and
+model.py do.
 
-Nothing here knows the keys of a run; run.py and model.py do. The report lists every problem at
-once:
+The report lists every problem at once:
 
     configs/v3_tiny.yaml: 2 problems
       mtp.num_nextn_predict_layer: unknown key; did you mean 'mtp.num_nextn_predict_layers'?
@@ -10,12 +9,10 @@ once:
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 Problem = tuple[str, str]  # (dotted key, what is wrong with it and what to do)
@@ -43,140 +40,6 @@ class KeyProblems(ValueError):
         super().__init__("; ".join(f"{key}: {text}" for key, text in problems))
         self.problems = tuple(problems)
 
-
-# --- reading ------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 and 14.8e12 as numbers (YAML 1.2), where PyYAML (YAML 1.1) reads
-    strings.
-    """
-
-
-class _Dumper(yaml.SafeDumper):
-    """Mappings as blocks, lists on one line; quotes the strings that _Loader would read as
-    numbers.
-    """
-
-
-_EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$")
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
-
-
-def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    """No 010, which is 8 to YAML 1.1 and 10 to its readers, and no 1:30, which is 90 or 01:30."""
-    if re.match(r"[-+]?0\d|.*:", node.value):
-        text = (
-            f"{node.value} is octal or sexagesimal here; "
-            "write the number in decimal, or put text in quotes"
-        )
-        raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
-    construct = (
-        loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
-    )
-    return construct(node)
-
-
-for _tag in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
-_Dumper.add_representer(
-    list, lambda to, items: to.represent_sequence("tag:yaml.org,2002:seq", items, True)
-)
-
-
-def dump_tree(tree: Any) -> str:
-    """YAML text that read_tree reads back equal."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=110)
-
-
-def read_tree(path: str | Path, sets: Iterable[str] = ()) -> tuple[dict[str, Any], list[Problem]]:
-    """Reads a YAML file and applies `a.b=value` overrides; returns the tree and the problems met so
-    far.
-
-    Raises ConfigError when there is no tree to look at: missing file, invalid YAML, or not a
-        mapping.
-    """
-    source = str(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(source, [("file", f"cannot be read: {reason}")]) from None
-    try:
-        tree, problems = _parse(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(source, [_yaml_problem(error)]) from None
-    if not isinstance(tree, dict):
-        raise ConfigError(source, [("file", f"must hold a mapping of sections (got {show(tree)})")])
-    for override in sets:
-        problems += _apply(tree, override)
-    return tree, problems
-
-
-def _parse(text: str) -> tuple[Any, list[Problem]]:
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        problems = list(_duplicates(node, "")) if node is not None else []
-        return yaml.load(text, Loader=_Loader), problems
-    except RecursionError:
-        raise yaml.YAMLError("an anchor contains itself") from None
-    except yaml.YAMLError:
-        raise
-    except ValueError as error:  # a date that is none, say
-        raise yaml.YAMLError(f"{error}; put quotes around a value that is text") from None
-
-
-def _duplicates(node: yaml.Node, path: str) -> Iterator[Problem]:
-    if isinstance(node, yaml.MappingNode):
-        first_line: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            key = f"{path}.{key_node.value}".lstrip(".")
-            line = key_node.start_mark.line + 1
-            if key in first_line:
-                yield key, f"given twice, on lines {first_line[key]} and {line}; keep one"
-            first_line.setdefault(key, line)
-            yield from _duplicates(value_node, key)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _duplicates(item, f"{path}[{index}]")
-
-
-def _yaml_problem(error: yaml.YAMLError) -> Problem:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}", f"invalid YAML: {error.problem}"
-    return "file", f"invalid YAML: {' '.join(str(error).split())}"
-
-
-def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
-    """Applies one `a.b=value` in place; the value is YAML, mappings on the way are created."""
-    dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        return [(f"--set {override}", "must be KEY=VALUE, for example --set mtp.mode=parallel")]
-    try:
-        value, problems = _parse(text)
-    except yaml.YAMLError as error:
-        return [(f"--set {override}", f"the value is {_yaml_problem(error)[1]}")]
-    if problems:
-        return problems
-    node = tree
-    for depth, key in enumerate(keys[:-1], start=1):
-        if node.get(key) is None:
-            node[key] = {}
-        if not isinstance(node[key], dict):
-            parent = ".".join(keys[:depth])
-            text = f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
-            return [(f"--set {override}", text)]
-        # its own: a YAML alias may stand for the same mapping elsewhere
-        node[key] = dict(node[key])
-        node = node[key]
-    node[keys[-1]] = value
-    return []
-
-
-# --- reporting ----------------------------------------------------------------------------------------------
 
 _BOUNDS = {
     "greater_than_equal": ">= {ge}",

@@ -6,6 +6,7 @@ train.total_tokens, so that a recipe carries over to any run length. Unknown key
 without effect are errors.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
@@ -34,7 +35,10 @@ from dsv3_mtp.config.model import (
     Text,
 )
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
-from dsv3_mtp.config.reader import ConfigError, Problem, dump_tree, problems_of, read_tree
+from dsv3_mtp.config.reader import ConfigError, Problem, problems_of, show
+from dsv3_mtp.config.tree import Document, dump_tree, read_document
+
+_LOG = logging.getLogger("dsv3_mtp")  # without a handler Python prints its warnings to stderr
 
 
 class RunConfig(Section):
@@ -219,6 +223,16 @@ class LogConfig(Section):
     """Write event files to the run's tb folder."""
     wandb: WandbConfig | None = None
     """null: off."""
+    gradients: Annotated[Integer, Field(ge=0)] = 0
+    """Steps between measurements of the angle between the main loss's and the heads' gradients on
+    the trunk (optim/gradient_cosine), two more passes over a micro-batch each; a multiple of
+    `every`. 0: none.
+    """
+
+    def rules(self) -> Iterator[Problem]:
+        if self.gradients % self.every:
+            text = f"must be a multiple of log.every = {self.every}, whose lines hold it"
+            yield "gradients", f"{text} (got {self.gradients})"
 
 
 class Config(Section):
@@ -241,6 +255,10 @@ class Config(Section):
 
     def rules(self) -> Iterator[Problem]:
         yield from _rules_between(dict(self))
+
+    @property
+    def clips_apart(self) -> bool:
+        return layout.clips_apart(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, every default filled in."""
@@ -295,17 +313,43 @@ def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:
 
     Raises ConfigError, whose text is a report of every problem in the file and in the overrides.
     """
-    tree, problems = read_tree(path, sets)
+    document = read_document(path, sets)
+    _drop_unused(document)
+    tree, problems = document.tree, document.problems
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems += problems_of(error, tree, Config)
-        problems += [
-            problem for problem in _rules_between(_parsed(tree)) if problem not in problems
-        ]
+        found = problems_of(error, tree, Config)
+        found += [problem for problem in _rules_between(_parsed(tree)) if problem not in found]
+        problems += map(document.traced, found)
     if problems:
         raise ConfigError(str(path), problems)
     return config
+
+
+def _drop_unused(document: Document) -> None:
+    """Takes out what a base says of heads that this run has not, and says so.
+
+    Such a key beside the mode, or by --set, is an error instead: MTPConfig.rules.
+    """
+    mtp = document.tree.get("mtp")
+    if not isinstance(mtp, dict):
+        return
+    mode = mtp.get("mode", MTPConfig.model_fields["mode"].default)
+    keys = [
+        key
+        for key in MTPConfig.without_effect(mode)
+        if key in mtp
+        and mtp[key] != MTPConfig.model_fields[key].default
+        and document.inherited(f"mtp.{key}", beside="mtp.mode")
+    ]
+    for key in keys:
+        origin = document.origin(f"mtp.{key}")
+        _LOG.warning(
+            "mtp.%s: %s of %s has no effect with mode %s: left out",
+            *(key, show(mtp[key]), origin, mode),
+        )
+    document.tree["mtp"] = {key: value for key, value in mtp.items() if key not in keys}
 
 
 def _parsed(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.config import Config, ConfigError, load_config
-from dsv3_mtp.config.reader import dump_tree, read_tree
+from dsv3_mtp.config.tree import dump_tree, read_tree
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint

@@ -28,7 +28,8 @@ from dsv3_mtp.config.model import (
     Section,
     Text,
 )
-from dsv3_mtp.config.reader import Problem, problems_of, read_tree, show
+from dsv3_mtp.config.reader import Problem, problems_of, show
+from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.study.metric_names import METRICS, NEEDS, family
 
 Overrides = dict[Text, Any]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_mtp.config import Config, ConfigError, ModelConfig, StepWeight, load_config
-from dsv3_mtp.config.reader import read_tree
+from dsv3_mtp.config.tree import read_tree
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "v3_tiny.yaml"
@@ -475,7 +475,7 @@ def test_to_yaml_reads_back_equal(tmp_path, sets):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_config_parses_and_is_its_own_document(path):
+def test_every_shipped_config_is_whole_and_its_first_line_names_it(path):
     config = load_config(path)
     assert config.run.name == path.stem
     assert f"configs/{path.name}" in path.read_text().splitlines()[0]
@@ -554,7 +554,7 @@ STAR = "data.task={type: star, degree: 2, path_length: 3, nodes: 10}"
             ["data.seq_len=20"],
             "data.mask_documents: must be true: seq_len = 20 "
             "packs several examples, and none may see another; "
-            "or set data.seq_len to 8 for one (got false)",
+            f"or set data.seq_len to 8 for one (got false), in {TINY}",
         ),
         (
             ["model.vocab_size=4"],

@@ -1,0 +1,269 @@
+"""From a YAML file, the files that it builds on, and `--set` overrides to one plain tree.
+
+    document = read_document("configs/v3_small.yaml", ["mtp.mode=parallel"])
+    document.tree["optim"]["lr"], document.origin("optim.lr")
+
+A file with `base: OTHER.yaml` holds what differs from that file, whose path is relative to its own.
+Mappings are merged key by key. All else is replaced: numbers, lists, an empty mapping, and a mapping
+of another `type`. Nothing here knows the keys of a run.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsv3_mtp.config.reader import ConfigError, Problem, show
+
+BASE = "base"
+DEEPEST = 8  # files that may build on one another
+
+
+@dataclass
+class Document:
+    """A tree, the problems met so far, and which of `layers` each value was written in.
+
+    layers: the files from the innermost base to the file itself, then each override as it was typed.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    tree: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    origins: dict[str, int] = field(default_factory=dict)
+    files: int = 0
+
+    def layer(self, key: str) -> int | None:
+        """Number of the layer that a dotted key, or the mapping it stands in, was written in."""
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            key = key[: max(key.rfind("."), key.rfind("["), 0)]
+        return None
+
+    def origin(self, key: str) -> str | None:
+        """The base file that a dotted key was inherited from; None: it was not inherited."""
+        layer = self.layer(key)
+        return self.layers[layer] if layer is not None and layer < self.files - 1 else None
+
+    def inherited(self, key: str, *, beside: str) -> bool:
+        """The key comes from a base, and `beside` was written in a later layer: one that may not
+        have known of it.
+        """
+        mine, other = self.layer(key), self.layer(beside)
+        return self.origin(key) is not None and other is not None and (mine or 0) < other
+
+    def traced(self, problem: Problem) -> Problem:
+        """The problem, with the base file that the wrong value stands in."""
+        key, text = problem
+        origin = self.origin(key)
+        return (key, f"{text}, in {origin}" if origin else text)
+
+    def merge(self, tree: dict[str, Any], layer: int) -> None:
+        """What a file says, over what its base said."""
+        self.tree = self._merged(self.tree, tree, "", layer)
+
+    def _merged(self, old: Any, new: Any, key: str, layer: int) -> Any:
+        both = isinstance(old, dict) and isinstance(new, dict) and (new or not key)
+        if not both or old.get("type") != new.get("type", old.get("type")):
+            self._forget(key)
+            self._trace(new, key, layer)
+            return new
+        merged = dict(old)
+        for name, value in new.items():
+            merged[name] = self._merged(old.get(name), value, f"{key}.{name}".lstrip("."), layer)
+        return merged
+
+    def _forget(self, key: str) -> None:
+        for other in [one for one in self.origins if f"{one}.".startswith(f"{key}.")]:
+            del self.origins[other]
+
+    def _trace(self, value: Any, key: str, layer: int) -> None:
+        self.origins[key] = layer
+        for name, inner in value.items() if isinstance(value, dict) else ():
+            self._trace(inner, f"{key}.{name}", layer)
+
+    def override(self, text: str) -> None:
+        """Applies one `a.b=value`; the value is YAML, mappings on the way are created."""
+        self.layers.append(f"--set {text}")
+        problems = _apply(self.tree, text)
+        self.problems += problems
+        if not problems:
+            key = text.partition("=")[0].strip()
+            self._forget(key)
+            self.origins[key] = len(self.layers) - 1
+
+
+def read_document(path: str | Path, sets: Iterable[str] = ()) -> Document:
+    """Reads a YAML file over the files that it builds on, and applies `a.b=value` overrides.
+
+    Raises ConfigError when there is no tree to look at: a file is missing, is invalid YAML or not a
+        mapping, or the files build on one another in a circle.
+    """
+    chain = _chain(Path(path))
+    document = Document(layers=[str(file) for file, _, _ in chain], files=len(chain))
+    for layer, (file, tree, problems) in enumerate(chain):
+        last = layer == len(chain) - 1
+        document.problems += [(k, text if last else f"{text}, in {file}") for k, text in problems]
+        document.merge(tree, layer)
+    for override in sets:
+        document.override(override)
+    return document
+
+
+def read_tree(path: str | Path, sets: Iterable[str] = ()) -> tuple[dict[str, Any], list[Problem]]:
+    """Tree and problems of `read_document`."""
+    document = read_document(path, sets)
+    return document.tree, document.problems
+
+
+def _chain(path: Path) -> list[tuple[Path, dict[str, Any], list[Problem]]]:
+    """(file, its own tree without `base`, its problems) from the innermost base to `path`."""
+    chain: list[tuple[Path, dict[str, Any], list[Problem]]] = []
+    while True:
+        tree, problems = _read(path, chain[0][0] if chain else None)
+        base = tree.pop(BASE, None)
+        chain.insert(0, (path, tree, problems))
+        if base is None:
+            return chain
+        if not isinstance(base, str) or not base:
+            text = f"must be the path of a YAML file, relative to this one (got {show(base)})"
+            raise ConfigError(str(path), [(BASE, text)])
+        names = [str(file) for file, _, _ in reversed(chain)]
+        path = path.parent / Path(base).expanduser()
+        if any(path.resolve() == file.resolve() for file, _, _ in chain):
+            circle = " -> ".join([*names, str(path)])
+            raise ConfigError(names[0], [(BASE, f"the files build on one another: {circle}")])
+        if len(chain) == DEEPEST:
+            text = f"at most {DEEPEST} files may build on one another: {' -> '.join(names)} -> ..."
+            raise ConfigError(names[0], [(BASE, text)])
+
+
+def _read(path: Path, wanted_by: Path | None) -> tuple[dict[str, Any], list[Problem]]:
+    """The mapping of one file; `wanted_by` names it as its base."""
+    source = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if wanted_by is not None:
+            raise ConfigError(
+                str(wanted_by), [(BASE, f"{path} cannot be read: {reason}")]
+            ) from None
+        raise ConfigError(source, [("file", f"cannot be read: {reason}")]) from None
+    try:
+        tree, problems = _parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(source, [_yaml_problem(error)]) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(source, [("file", f"must hold a mapping of sections (got {show(tree)})")])
+    return tree, problems
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 3e-4 and 14.8e12 as numbers (YAML 1.2), where PyYAML (YAML 1.1) reads
+    strings.
+    """
+
+
+class _Dumper(yaml.SafeDumper):
+    """Mappings as blocks, lists on one line; quotes the strings that _Loader would read as
+    numbers.
+    """
+
+
+_EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """No 010, which is 8 to YAML 1.1 and 10 to its readers, and no 1:30, which is 90 or 01:30."""
+    if re.match(r"[-+]?0\d|.*:", node.value):
+        text = (
+            f"{node.value} is octal or sexagesimal here; "
+            "write the number in decimal, or put text in quotes"
+        )
+        raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
+    construct = (
+        loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
+    )
+    return construct(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
+_Dumper.add_representer(
+    list, lambda to, items: to.represent_sequence("tag:yaml.org,2002:seq", items, True)
+)
+
+
+def dump_tree(tree: Any) -> str:
+    """YAML text that read_tree reads back equal."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=110)
+
+
+def _parse(text: str) -> tuple[Any, list[Problem]]:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        problems = list(_duplicates(node, "")) if node is not None else []
+        return yaml.load(text, Loader=_Loader), problems
+    except RecursionError:
+        raise yaml.YAMLError("an anchor contains itself") from None
+    except yaml.YAMLError:
+        raise
+    except ValueError as error:  # a date that is none, say
+        raise yaml.YAMLError(f"{error}; put quotes around a value that is text") from None
+
+
+def _duplicates(node: yaml.Node, path: str) -> Iterator[Problem]:
+    if isinstance(node, yaml.MappingNode):
+        first_line: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key = f"{path}.{key_node.value}".lstrip(".")
+            line = key_node.start_mark.line + 1
+            if key in first_line:
+                yield key, f"given twice, on lines {first_line[key]} and {line}; keep one"
+            first_line.setdefault(key, line)
+            yield from _duplicates(value_node, key)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _duplicates(item, f"{path}[{index}]")
+
+
+def _yaml_problem(error: yaml.YAMLError) -> Problem:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}", f"invalid YAML: {error.problem}"
+    return "file", f"invalid YAML: {' '.join(str(error).split())}"
+
+
+def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
+    """Applies one `a.b=value` in place; the value is YAML, mappings on the way are created."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if keys == [BASE]:
+        return [(f"--set {override}", "is for files: write a file with this base, or name another")]
+    if not equals or not all(keys):
+        return [(f"--set {override}", "must be KEY=VALUE, for example --set mtp.mode=parallel")]
+    try:
+        value, problems = _parse(text)
+    except yaml.YAMLError as error:
+        return [(f"--set {override}", f"the value is {_yaml_problem(error)[1]}")]
+    if problems:
+        return problems
+    node = tree
+    for depth, key in enumerate(keys[:-1], start=1):
+        if node.get(key) is None:
+            node[key] = {}
+        if not isinstance(node[key], dict):
+            parent = ".".join(keys[:depth])
+            text = f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
+            return [(f"--set {override}", text)]
+        # its own: a YAML alias may stand for the same mapping elsewhere
+        node[key] = dict(node[key])
+        node = node[key]
+    node[keys[-1]] = value
+    return []
