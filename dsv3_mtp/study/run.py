@@ -27,10 +27,11 @@ import torch
 import torch._dynamo
 
 from dsv3_mtp.config import load_config
+from dsv3_mtp.config.resume import FREE, differences
 from dsv3_mtp.files.atomic import write_json
 from dsv3_mtp.report.metrics import MetricsLog, read_metrics
 from dsv3_mtp.report.progress import duration
-from dsv3_mtp.runs.folder import FREE, differences, lock_folder
+from dsv3_mtp.runs.folder import lock_folder
 from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
 from dsv3_mtp.study.expand import Run, expand, whole_steps
 from dsv3_mtp.study.matrix import LoadedStudy, Study
@@ -40,7 +41,7 @@ from dsv3_mtp.train.trainer import NonFiniteError, Trainer
 BUDGETS = "budgets.json"
 TIME = "time.json"  # in a run folder
 # Of a run that is there: settings that change neither what is learned nor what is measured.
-IGNORED = (*(key for key in FREE if key not in ("eval", "train.micro_batch_size")), "eval.every")
+IGNORED = tuple(key for key in FREE if key not in ("eval.batches", "train.micro_batch_size"))
 CLOSED = ("finished", "diverged")  # of results.json's status: such a run is not run again
 
 

@@ -1,6 +1,7 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,34 @@ class Trainer:
         self.clock = Clock()
         if latest:
             self.notes += self.resume(latest)
-        on_main(self.world, lambda: self.open_folder(ds_config, command))
-
-    def open_folder(self, ds_config: dict[str, Any], command: list[str]) -> None:
-        """metrics.jsonl up to the step this start begins at, and the description of this start."""
         self.log = MetricsLog(self.folder / "metrics.jsonl")
-        self.log.truncate_after(self.step or -1)
+        on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
+        begin = self.step
+        # What this start is; on resume not before its first step: until then the folder holds what
+        # the settings there made.
+        self.describe: Callable[[], None] | None = lambda: self.write_folder(
+            ds_config, command, begin
+        )
+        if not latest:
+            self.describe_once()
+
+    def describe_once(self) -> None:
+        if self.describe is not None:
+            on_main(self.world, self.describe)
+            self.describe = None
+
+    def write_folder(self, ds_config: dict[str, Any], command: list[str], step: int) -> None:
+        """The description of this start, which trains from `step` on."""
         sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {
             "val": self.val
         }
         write_run_folder(
-            self.config, ds_config, world_size=self.world.size, command=command, sources=sources
+            self.config,
+            ds_config,
+            world_size=self.world.size,
+            command=command,
+            sources=sources,
+            step=step,
         )
 
     @property
@@ -115,6 +133,7 @@ class Trainer:
             stopping = warned = False
             while self.tokens < total and not stopping:
                 record, stopping = self.optimizer_step()
+                self.describe_once()
                 self.display.advance(step=self.step, tokens=self.tokens, eta_s=self.eta())
                 done = self.tokens >= total
                 if self.is_logged(self.step, self.tokens):
@@ -296,7 +315,9 @@ class Trainer:
         user.
         """
         saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
-        notes = changed_settings(saved["config"], self.config, folder)
+        finished = saved["tokens"] >= self.config.train.total_tokens
+        notes = changed_settings(saved["config"], self.config, folder, finished=finished)
+        notes += self.warmed_again(saved)
         self.sampler.load_state_dict(saved["sampler"])
         moments = getattr(torch, self.config.optim.moments)
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)
@@ -304,6 +325,18 @@ class Trainer:
         self.clock.load_state_dict(saved["clock"])
         moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""
         return [f"resumed at step {self.step} from {folder}{moved}", *notes]
+
+    def warmed_again(self, saved: dict[str, Any]) -> list[str]:
+        """A longer train.total_tokens moves the progress back, and with it the schedules."""
+        before, total = saved["config"]["train"]["total_tokens"], self.config.train.total_tokens
+        if total == before:
+            return []
+        tokens = saved["tokens"]
+        old, new = (min(tokens / length, 1.0) for length in (before, total))
+        rates = [schedules.learning_rate(self.config.optim, progress) for progress in (old, new)]
+        text = f"progress goes from {old:.0%} to {new:.0%}, the learning rate from {rates[0]:.2e}"
+        again = ": it is warmed again" if rates[1] > 1.01 * rates[0] else ""
+        return [f"train.total_tokens: {text} to {rates[1]:.2e}{again}"]
 
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
