@@ -126,12 +126,14 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
     from dsv3_mtp.config import load_config
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
     from dsv3_mtp.ops import kernels
-    from dsv3_mtp.parallel.launch import start
+    from dsv3_mtp.parallel.launch import start, starting
     from dsv3_mtp.parallel.sequence import slice_rows
     from dsv3_mtp.plan.memory import layout, plan
 
     slices = load_config(args.config, sets).parallel.sequence_parallel_size
-    world, note = start(threads=1, timeout_s=600, slices=slices), kernels.enable()
+    with starting(600):
+        world = start(threads=1, timeout_s=600, slices=slices)
+    note = kernels.enable()
     if world.is_main:
         print(note)
         print(
@@ -220,11 +222,11 @@ def scaling(args: argparse.Namespace, sets: list[str]) -> None:
     import torch
 
     from dsv3_mtp.config import load_config
-    from dsv3_mtp.train.trainer import Trainer
+    from dsv3_mtp.train.process import own_process
 
     ranks = int(os.environ["WORLD_SIZE"])
     batch = load_config(args.config, sets).train.batch_size * ranks
-    trainer = Trainer(
+    trainer = own_process(
         load_config(args.config, [*sets, f"train.batch_size={batch}", "train.threads=1"]),
         command=[],
     )

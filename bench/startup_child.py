@@ -21,10 +21,10 @@ def start(spec: dict) -> tuple[list, dict]:
     import dsv3_mtp.parallel.launch
 
     mark("import deepspeed")
-    import dsv3_mtp.train.trainer
+    import dsv3_mtp.train.process
 
     mark("import the rest")
-    trainer = dsv3_mtp.train.trainer.Trainer(config, command=["bench"])
+    trainer = dsv3_mtp.train.process.own_process(config, command=["bench"])
     mark("process group, data, model, engine")
     trainer.optimizer_step()
     mark("first step")

@@ -42,12 +42,13 @@ def run(options: argparse.Namespace) -> None:
     from dsv3_mtp.config import load_config
 
     config = load_config(options.config, options.sets)
-    from dsv3_mtp.train.trainer import NonFiniteError, Trainer
+    from dsv3_mtp.train.process import own_process
+    from dsv3_mtp.train.trainer import NonFiniteError
 
     # DeepSpeed collects garbage up to six times as it starts: 0.2 s each over all that was imported
     gc.freeze()
     try:
-        Trainer(config, command=sys.argv).run()
+        own_process(config, command=sys.argv).run()
     except NonFiniteError as error:
         raise Failure(f"training stopped: {error}") from error
     from dsv3_mtp.parallel.launch import finish

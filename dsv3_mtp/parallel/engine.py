@@ -5,7 +5,6 @@ ranks.
 import contextlib
 import importlib
 import math
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size, refusals
 from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput
+from dsv3_mtp.parallel import environment
 from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.parallel.sequence import slice_rows
@@ -83,14 +83,8 @@ def import_muon() -> None:
     That hands three functions to torch.compile, which loads inductor for one to two seconds; this
     way they stay plain.
     """
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    try:
+    with environment({"TORCHDYNAMO_DISABLE": "1"}):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        del os.environ["TORCHDYNAMO_DISABLE"]
-        if before is not None:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 class Engine:

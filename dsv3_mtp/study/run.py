@@ -36,7 +36,8 @@ from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
 from dsv3_mtp.study.expand import Run, expand, whole_steps
 from dsv3_mtp.study.matrix import LoadedStudy, Study
 from dsv3_mtp.study.measure import describe, measure, read_results, write_results
-from dsv3_mtp.train.trainer import NonFiniteError, Trainer
+from dsv3_mtp.train.process import own_process
+from dsv3_mtp.train.trainer import NonFiniteError
 
 BUDGETS = "budgets.json"
 TIME = "time.json"  # in a run folder
@@ -257,7 +258,7 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
         )
     results = describe(run, settings=settings)
     try:
-        trainer = Trainer(run.config, command=command)
+        trainer = own_process(run.config, command=command)
         begun, first = _seconds(trainer), trainer.tokens
         trainer.run()
     except NonFiniteError as error:

@@ -1,7 +1,7 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.model.targets import count_targets
-from dsv3_mtp.ops.tuning import tune
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
 from dsv3_mtp.parallel.clip import clipped
 from dsv3_mtp.parallel.engine import deepspeed_config
-from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
+from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starting
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.report.progress import Progress, quantity
@@ -39,28 +38,45 @@ class NonFiniteError(RuntimeError):
 class Trainer:
     """A run from its config to its results: builds or resumes everything, then `run()`.
 
+    Args:
+        command: what manifest.json says started it.
+        stop: true once the run should save and stop; None: nothing stops it but an exception.
+        notes: lines that `run` says first.
+
     Raises:
         ValueError: the config does not fit these ranks, the data, or the checkpoint in the run
             folder.
     """
 
-    def __init__(self, config: Config, *, command: list[str]):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        command: list[str],
+        stop: StopRequest | None = None,
+        notes: Sequence[str] = (),
+    ):
         self.config = config
         self.folder = run_folder(config)
-        parallel = config.parallel
+        self.stop = stop
+        with starting(config.parallel.timeout_s):
+            self.build(command, notes)
+
+    def build(self, command: list[str], notes: Sequence[str]) -> None:
+        """Everything that a run needs: ranks, data, model, engine, and what was saved."""
+        config, parallel = self.config, self.config.parallel
         self.world = start(
             threads=config.train.threads,
             timeout_s=parallel.timeout_s,
             stages=parallel.pipeline_stages,
             slices=parallel.sequence_parallel_size,
         )
-        self.stop = StopRequest()
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
-        latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
-        self.notes += tune(self.world.device)
+        latest, found = on_main(self.world, lambda: find_checkpoint(config))
+        self.notes = [*found, *notes]
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
         self.size = model_size(whole, config.data.seq_len)
@@ -353,7 +369,7 @@ class Trainer:
         if self.progress < 1:
             end = (
                 f"stopped at step {self.step} by "
-                f"{self.stop.reason or 'another rank'}; the same command continues"
+                f"{(self.stop and self.stop.reason) or 'another rank'}; the same command continues"
             )
         else:
             end = (
