@@ -34,9 +34,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 # DeepSpeed decides at its import, and warns of its guess where nothing is set.
 accelerator = os.environ.get("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 with environment({"DS_ACCELERATOR": accelerator}):
-    import deepspeed.ops
+    from dsv3_mtp.parallel import private
 
 if accelerator == "cpu":
-    # An inference-only all-reduce: every CPU start would compile it for 45 s, or hang on it after a
-    # killed build.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    private.without_shm_all_reduce()

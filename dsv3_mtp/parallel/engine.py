@@ -3,7 +3,6 @@ ranks.
 """
 
 import contextlib
-import importlib
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size, refusals
 from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput
-from dsv3_mtp.parallel import environment
+from dsv3_mtp.parallel import environment, private
 from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.parallel.sequence import slice_rows
@@ -84,7 +83,7 @@ def import_muon() -> None:
     way they stay plain.
     """
     with environment({"TORCHDYNAMO_DISABLE": "1"}):
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        private.import_muon()
 
 
 class Engine:
@@ -103,9 +102,7 @@ class Engine:
         """module: what runs, made of the model's parts; None: the model itself. apart: the largest
         gradient norm of trunk and heads each; None: DeepSpeed clips both together.
         """
-        # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no
-        # weights of its own.
-        deepspeed.runtime.zero.utils.warned = True
+        private.without_output_warning()
         import_muon()
         slice_rows(model, world)
         # `step` gives the rate; ZeRO-0 in bfloat16 steps once by itself, below

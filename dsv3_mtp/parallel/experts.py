@@ -12,10 +12,10 @@ from typing import Any
 import deepspeed.moe.layer
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from dsv3_mtp.model.moe import Experts, MoE
+from dsv3_mtp.parallel import private
 
 
 class LocalExperts(Experts, deepspeed.moe.layer.MoE):
@@ -33,10 +33,10 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
         # not DeepSpeed's, which would build a router and experts of its own
         nn.Module.__init__(self)
         self.group_name = f"ep_size_{size}"
-        self.group = groups._get_expert_parallel_group(self.group_name)
+        self.group, place = private.expert_group(self.group_name)
         self.num_experts = len(whole.down_proj)  # of the whole layer
         count = self.num_experts // size
-        self.first = groups._get_expert_parallel_rank(self.group_name) * count
+        self.first = place * count
         for name, parameter in whole.named_parameters():
             self.register_parameter(
                 name, nn.Parameter(parameter.new_empty(count, *parameter.shape[1:]))
@@ -113,8 +113,7 @@ def share_experts(model: nn.Module, *, size: int, pipeline_stages: int = 1) -> N
     """Replaces the experts of every MoE layer of a model on the meta device by this rank's part of
     them.
     """
-    if f"ep_size_{size}" not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(size, pp_size=pipeline_stages)
+    private.make_expert_groups(size, pipeline_stages)
     for module in model.modules():
         if isinstance(module, MoE):
             module.experts = LocalExperts(module.experts, size)

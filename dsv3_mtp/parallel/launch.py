@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 from deepspeed.accelerator import get_accelerator
 
-from dsv3_mtp.parallel import environment
+from dsv3_mtp.parallel import environment, private
 
 
 @dataclass(frozen=True)
@@ -91,17 +91,8 @@ def starting(timeout_s: float) -> Iterator[None]:
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     alone["MASTER_PORT"] = str(free_port())
-    timeouts = ("default_pg_timeout", "default_pg_nccl_timeout")
-    c10d = torch.distributed.distributed_c10d
-    before = {name: getattr(c10d, name) for name in timeouts}
-    with environment({} if "RANK" in os.environ else alone):
-        try:
-            for name in timeouts:
-                setattr(c10d, name, timedelta(seconds=timeout_s))
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(c10d, name, value)
+    with environment({} if "RANK" in os.environ else alone), private.default_timeout(timeout_s):
+        yield
 
 
 def local_device() -> torch.device:
