@@ -22,10 +22,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from dsv3_mtp.model.moe import Experts
+from dsv3_mtp.parallel import private
 
 if TYPE_CHECKING:  # the engine imports clip.py, which imports this
-    from dsv3_mtp.parallel import private
-from dsv3_mtp.parallel.engine import Engine
+    from dsv3_mtp.parallel.engine import Engine
 
 # elements below which a tensor that several ranks hold is written by the first of them alone
 SHARE = 1 << 16
