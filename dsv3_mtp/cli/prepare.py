@@ -2,6 +2,7 @@
 
 Examples:
     dsv3 prepare --out data/pystdlib-2048 --corpus pystdlib --vocab-size 2048
+    dsv3 prepare --out data/sitelib-512 --corpus sitelib --vocab-size 512
     dsv3 prepare --out data/web --input 'web/*.jsonl.zst' --tokenizer tokenizer.json
     dsv3 prepare --verify data/web
 """
@@ -27,7 +28,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="compare the files of a prepared folder with their checksums",
     )
     text = parser.add_argument_group("text")
-    text.add_argument("--corpus", choices=["pystdlib"], help="the standard library of this Python")
+    text.add_argument(
+        "--corpus",
+        choices=["pystdlib", "sitelib"],
+        help="pystdlib: the standard library of this Python; sitelib: that and its site-packages",
+    )
     text.add_argument(
         "--input",
         dest="inputs",

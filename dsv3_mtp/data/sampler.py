@@ -96,6 +96,17 @@ class Sampler:
         self.samples, self.counts = position
         self._prepared = picks, micro, self._read(picks, micro)
 
+    def consumed(self) -> Batch:
+        """All rows of text given so far, as (tokens, documents), each (n, T + 1), and of each source
+        at most one epoch: in these rows every token that was trained on is a target once.
+        """
+        rows = [
+            stream.sample(index, self.seq_len + 1)
+            for stream, count in zip(self._streams, self.counts, strict=True)
+            for index in range(min(count, stream.windows))  # type: ignore[union-attr]
+        ]
+        return _stack(rows)
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able. Independent of the number of ranks and of `lookahead`."""
         return {
@@ -187,6 +198,19 @@ def sequential_windows(
     ]
 
 
+def spare_windows(source: Source, *, seq_len: int, lookahead: int, count: int, most: int) -> Batch:
+    """At most `most` windows, evenly spread, that are none of the `count` of `sequential_windows`:
+    (tokens, documents), each (n, T + lookahead), where n may be 0.
+    """
+    stream = _Stream(source, seq_len, None)
+    taken = {stream.place(index, count) for index in range(count)}
+    free = [window for window in range(stream.available) if window not in taken]
+    chosen = [free[n * len(free) // most] for n in range(most)] if len(free) > most else free
+    if not chosen:
+        return np.zeros((0, seq_len + lookahead), np.int64), np.zeros((0, seq_len + lookahead))
+    return _stack([stream.span(window * seq_len, seq_len + lookahead) for window in chosen])
+
+
 def deal(count: int, *, rank: int, world_size: int, micro_batch_size: int | None) -> list[range]:
     """The validation rows, out of `count`, of each of this rank's micro-batches."""
     micro = micro_batch_size or -(-count // world_size)
@@ -224,8 +248,20 @@ class _Stream:
 
     def spread(self, index: int, count: int, length: int) -> Batch:
         """Window `index` of `count` that are evenly spread over the source."""
-        available = max((self.source.tokens - 1) // self.seq_len, 1)
-        return self.span(index * available // count * self.seq_len, length)
+        return self.span(self.place(index, count) * self.seq_len, length)
+
+    def place(self, index: int, count: int) -> int:
+        return index * self.available // count
+
+    @property
+    def available(self) -> int:
+        """Windows of the natural order that have all of their targets, and at least one."""
+        return max((self.source.tokens - 1) // self.seq_len, 1)
+
+    @property
+    def windows(self) -> int:
+        """Windows that start in the first epoch."""
+        return self._first_window(1)
 
     def span(self, start: int, length: int) -> Batch:
         """stream[start : start + length] and the document number of each token, from 0."""

@@ -85,6 +85,15 @@ def open_source(path: str | Path, split: str) -> Source:
     )
 
 
+def splits_of(path: str | Path) -> tuple[str, ...]:
+    """The splits of a prepared folder that hold text; of a Megatron prefix none."""
+    path = Path(path)
+    if not path.is_dir():
+        return ()
+    index = read_folder_index(path)
+    return tuple(split for split, entry in index["splits"].items() if entry["shards"])
+
+
 def _pair_hash(index: Path, tokens: np.ndarray) -> str:
     """sha256 of the .idx file and of 64 blocks spread over the tokens: reading all of a large .bin
     would take hours.

@@ -9,6 +9,7 @@ import torch
 
 from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.layout import describe
+from dsv3_mtp.data.ngrams import early_training
 from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.hf import load_weights
@@ -22,11 +23,12 @@ from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starting
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
-from dsv3_mtp.report.progress import Progress, quantity
+from dsv3_mtp.report.progress import Progress, floors_line, quantity
 from dsv3_mtp.runs.folder import changed_settings, find_checkpoint, run_folder, write_run_folder
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
+from dsv3_mtp.train.floors import text_floors
 from dsv3_mtp.train.gradients import gradient_angle
 from dsv3_mtp.train.optim import build_optimizer
 
@@ -277,7 +279,15 @@ class Trainer:
         record = self.stamp() | evaluate(self.engine, self.val, self.config)
         # the last update of a run has no step behind it that would show it
         self.require_finite(record)
+        notes = []
+        if self.progress >= 1 and self.world.is_main and isinstance(self.val, Source):
+            batches = self.config.eval.batches
+            floors, why = text_floors(self.sampler, self.val, self.config, batches=batches)
+            record |= floors
+            notes = [floors_line(record) if floors else why, early_training(record)]
         self.display.validation(record)
+        for note in filter(None, notes):
+            self.display.say(note)
         self.write(record)
 
     def eta(self) -> float | None:
