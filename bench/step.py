@@ -1,12 +1,12 @@
 """Training speed and memory, as ratios from interleaved processes.
 
 Examples:
-    python tools/bench.py --preset tiny --against transformers             # the same weights and batch in both
-    python tools/bench.py --config configs/v3_tiny.yaml --parts            # where the time of a step goes
-    python tools/bench.py --preset tiny --against depths                   # D = 0, 1, 2, 4, sequential and parallel
-    python tools/bench.py --config configs/v3_3b.yaml --against fp8        # on a Hopper GPU: both FP8 backends
-    python tools/bench.py --preset tiny --loss-memory --set model.vocab_size=32768
-    python tools/bench.py --startup                                        # from the command to the first step
+    python bench/step.py --preset tiny --against transformers             # the same weights and batch in both
+    python bench/step.py --config configs/v3_tiny.yaml --parts            # where the time of a step goes
+    python bench/step.py --preset tiny --against depths                   # D = 0, 1, 2, 4, sequential and parallel
+    python bench/step.py --config configs/v3_3b.yaml --against fp8        # on a Hopper GPU: both FP8 backends
+    python bench/step.py --preset tiny --loss-memory --set model.vocab_size=32768
+    python bench/step.py --startup                                        # from the command to the first step
 Every variant has a process of its own; in each round each runs one step, in random order. With one
 thread of a CPU the times are CPU seconds of the process, so that other work on the machine touches
 the ratios little; with more threads, and on a GPU, wall seconds. A ratio is the median of the
@@ -21,12 +21,14 @@ import random
 import signal
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_models import SMALL, TINY, check_transformers
-from bench_process import ROOT, Child
-from bench_startup import startup
+from child import ROOT, Child, ChildError
+from models import SMALL, TINY, check_transformers
+from startup import startup
+from timing import quartiles, ratios
 
 PRESETS = {
     "tiny": TINY,
@@ -53,7 +55,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
-    os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as tools/train.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as `dsv3 train`
     from dsv3_mtp.config import load_config
 
     sets = options.sets
@@ -69,8 +71,7 @@ def main() -> int:
         else:
             text, result = compare(config.to_dict(), options)
         print(text)
-        if options.json is not None:
-            Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        write(options, result)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -91,7 +92,7 @@ def parse() -> argparse.Namespace:
         default=[],
         dest="sets",
         metavar="a.b=c",
-        help="as in tools/train.py",
+        help="as in `dsv3 train`",
     )
     parser.add_argument(
         "--preset", choices=PRESETS, help="a model of 12M or 28M parameters without MTP heads"
@@ -114,6 +115,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: 9")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--limit", type=float, default=1800, metavar="S", help="seconds for one step or build"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     options = parser.parse_args()
     for key in ("rounds", "threads"):
@@ -134,8 +138,25 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]:
-    """The first one is what the others are compared with."""
+class Variant(Child):
+    """One row of a comparison."""
+
+    def __init__(self, name: str, spec: dict[str, Any], *, limit: float):
+        super().__init__(name, "step_child.py", spec, limit=limit)
+        self.answers: list[dict[str, float]] = []
+        train, data = spec["config"]["train"], spec["config"]["data"]
+        self.dtype: str = train["dtype"]
+        self.tokens: int = train["micro_batch_size"] * data["seq_len"]
+
+    def hear(self) -> None:
+        """Its first answer: the losses of its first steps, FLOPs, notes."""
+        self.first: dict[str, Any] = self.answer()
+
+
+def variants(
+    config: dict[str, Any], options: argparse.Namespace
+) -> list[tuple[str, dict[str, Any]]]:
+    """Name and spec of each; the first one is what the others are compared with."""
     own_dtype = config["train"]["dtype"]
     if options.parts and config["train"]["freeze"] == "trunk":
         raise ValueError(
@@ -150,15 +171,13 @@ def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]
         compiled: bool = False,
         section: str = "mtp",
         **changes: Any,
-    ) -> Child:
+    ) -> tuple[str, dict[str, Any]]:
         changed = valid(name, config | {section: config[section] | changes})
-        return Child(
-            name, {"kind": "ours", "config": changed, "tuned": tuned, "compiled": compiled}
-        )
+        return name, {"kind": "ours", "config": changed, "tuned": tuned, "compiled": compiled}
 
-    def theirs(name: str, dtype: str, *, tuned: bool) -> Child:
+    def theirs(name: str, dtype: str, *, tuned: bool) -> tuple[str, dict[str, Any]]:
         changed = config | {"train": config["train"] | {"dtype": dtype}}
-        return Child(name, {"kind": "transformers", "config": changed, "tuned": tuned})
+        return name, {"kind": "transformers", "config": changed, "tuned": tuned}
 
     if "depths" in options.against:
         config = config | {
@@ -193,7 +212,6 @@ def variants(config: dict[str, Any], options: argparse.Namespace) -> list[Child]
             rows.append(
                 ours(f"dsv3_mtp FP8 by {backend}", section="fp8", enabled=True, backend=backend)
             )
-            rows[-1].optional = True
     else:
         rows.append(ours("dsv3_mtp"))
     if options.compile:
@@ -217,32 +235,32 @@ def valid(name: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    children, missing = variants(config, options), list[str]()
-    try:
-        for child in children:
-            child.start(options.threads)
-        for child in list(children):
+    """Table and numbers. A variant that fails is left out with the reason; what is compared is then
+    the rest.
+    """
+    children = [Variant(*spec, limit=options.limit) for spec in variants(config, options)]
+    missing: list[str] = []
+
+    def each(act: Callable[[Variant], None]) -> None:
+        for variant in random.sample(children, len(children)):
             try:
-                child.first = child.answer()
-            except ValueError as error:
-                if not child.optional:
-                    raise
-                children.remove(child)
+                act(variant)
+            except ChildError as error:
+                children.remove(variant)
+                variant.stop()
                 missing.append(f"not run: {error}")
-        # Whose products, parts and profile are shown: the first row that runs as tools/train.py
-        # does.
-        own = {"kind": "ours", "tuned": True}
-        ours = next(
-            c
-            for c in children
-            if own.items() <= c.spec.items() and c.dtype == config["train"]["dtype"]
-        )
+
+    try:
+        each(lambda variant: variant.start(options.threads))
+        each(Variant.hear)
+        ours = own_row(children, config, missing)
         peaks: dict[str, list[float]] = {child.dtype: [] for child in children}
         for _ in range(options.rounds):
             for dtype, rates in peaks.items():
                 rates.append(ours.ask(f"peak {dtype}"))
-            for child in random.sample(children, len(children)):
-                child.answers.append(child.ask("step"))
+            each(lambda variant: variant.answers.append(variant.ask("step")))
+            ours = own_row(children, config, missing)
+            write(options, {child.name: {"steps": child.answers} for child in children})
         result: dict[str, Any] = {
             "config": config,
             "threads": options.threads,
@@ -252,26 +270,44 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
                 for child in children
             },
         }
+        best = statistics.median(peaks[ours.dtype]) / 1e12
         text = [
-            f"{ours.tokens} tokens per step, {options.threads} "
-            f"threads, {options.rounds} rounds, {ours.first['clock']}"
-            f" seconds; {config_line(ours)}; best product "
-            f"{statistics.median(peaks[ours.dtype]) / 1e12:.3g} TFLOP/s"
+            f"{ours.tokens} tokens per step, {options.threads} threads, {options.rounds} rounds, "
+            f"{ours.first['clock']} seconds; {config_line(ours)}; best product {best:.3g} TFLOP/s",
+            table(result["variants"]),
+            *missing,
+            *ours.first["notes"],
+            *left_out(config, options),
         ]
-        text.append(table(result["variants"]))
-        text += missing + ours.first["notes"] + left_out(config, options)
         if options.parts:
             result["parts"] = ours.ask("parts")
-            text.append(
-                parts_table(result["parts"], statistics.median(a["seconds"] for a in ours.answers))
-            )
+            step = statistics.median(a["seconds"] for a in ours.answers)
+            text.append(parts_table(result["parts"], step))
         if options.profile is not None:
             text.append(ours.ask(f"profile {options.profile}"))
     finally:
         for child in children:
-            if hasattr(child, "process"):
-                child.stop()
+            child.stop()
     return "\n".join(text), result
+
+
+def own_row(children: list[Variant], config: dict[str, Any], missing: list[str]) -> Variant:
+    """The first row that runs as `dsv3 train` does: its products, parts and profile are shown.
+
+    Raises:
+        ValueError: it is not there any more.
+    """
+    own = {"kind": "ours", "tuned": True}
+    for child in children:
+        if own.items() <= child.spec.items() and child.dtype == config["train"]["dtype"]:
+            return child
+    raise ValueError("\n".join(["nothing of this project's own is left to compare", *missing]))
+
+
+def write(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """After every round: what was measured is there if the benchmark is stopped."""
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
 def left_out(config: dict[str, Any], options: argparse.Namespace) -> list[str]:
@@ -297,19 +333,14 @@ def left_out(config: dict[str, Any], options: argparse.Namespace) -> list[str]:
     return notes
 
 
-def config_line(ours: Child) -> str:
+def config_line(ours: Variant) -> str:
     return (
         f"{ours.first['flops_per_token'] / 1e6:.1f} MFLOP "
         f"per token, {ours.spec['config']['train']['dtype']}"
     )
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-
-
-def figures(child: Child, base: Child, ours: Child, peaks: list[float]) -> dict[str, Any]:
+def figures(child: Variant, base: Variant, ours: Variant, peaks: list[float]) -> dict[str, Any]:
     seconds = [answer["seconds"] for answer in child.answers]
     flops = (child.first["flops_per_token"] or ours.first["flops_per_token"]) * child.tokens
     base_flops = (base.first["flops_per_token"] or ours.first["flops_per_token"]) * base.tokens
@@ -317,9 +348,7 @@ def figures(child: Child, base: Child, ours: Child, peaks: list[float]) -> dict[
         "seconds_per_step": quartiles(seconds),
         "tokens_per_second": child.tokens / statistics.median(seconds),
         "seconds_per_token": statistics.median(seconds) / child.tokens,
-        "speedup": quartiles(
-            [b["seconds"] / s for b, s in zip(base.answers, seconds, strict=True)]
-        ),
+        "speedup": ratios([answer["seconds"] for answer in base.answers], seconds),
         "flop_ratio": flops / base_flops,
         "mfu": statistics.median(flops / s / peak for s, peak in zip(seconds, peaks, strict=True)),
         "peak_bytes": child.ask("memory"),
@@ -356,10 +385,14 @@ def loss_memory(config: dict[str, Any], options: argparse.Namespace) -> tuple[st
     for depths in (0, 1, 2, 4):
         mtp = {"mode": "sequential" if depths else "none", "num_nextn_predict_layers": depths}
         for kind in ("naive", "chunked"):
-            child = Child(kind, {"kind": kind, "config": config | {"mtp": mtp}})
-            child.start(options.threads)
-            result[f"{kind} D={depths}"] = child.answer()
-            child.stop()
+            spec = {"kind": kind, "config": config | {"mtp": mtp}}
+            child = Child(kind, "step_child.py", spec, limit=options.limit)
+            try:
+                child.start(options.threads)
+                result[f"{kind} D={depths}"] = child.answer()
+            finally:
+                child.stop()
+            write(options, result)
         naive, own = (result[f"{kind} D={depths}"] / 2**20 for kind in ("naive", "chunked"))
         lines.append(
             f"    D={depths}: all logits at once {naive:8.0f} MiB, by chunks {own:6.0f} MiB"

@@ -1,15 +1,6 @@
-"""One side of a speed comparison in a process of its own, driven line by line over pipes by
-tools/bench.py.
-
-It reads a JSON spec, builds the model and answers each command with one JSON line. On one thread of
-a CPU times are CPU seconds of the process, so that other work on the machine counts little. They
-are wall seconds on a GPU, and of several threads, whose CPU seconds would add up, waiting included.
-"""
+"""One variant of bench/step.py: builds a model, and runs a step when it is told to (child.py)."""
 
 import copy
-import json
-import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from child import serve
+from timing import clock, now, timed
 from torch import Tensor, nn
 
 from dsv3_mtp.config import Config
@@ -35,22 +28,6 @@ from dsv3_mtp.train.optim import build_optimizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Step = Callable[[], Tensor]
-
-
-def clock() -> str:
-    return "CPU" if DEVICE.type == "cpu" and torch.get_num_threads() == 1 else "wall"
-
-
-def now() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.process_time() if clock() == "CPU" else time.perf_counter()
-
-
-def timed(function: Callable[[], Any]) -> float:
-    start = now()
-    function()
-    return now() - start
 
 
 def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any, list[str]]:
@@ -178,7 +155,7 @@ def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
             out = forward()
             out.backward(torch.ones_like(out))
 
-        times = sorted(timed(both) for _ in range(6))
+        times = sorted(timed(both, DEVICE) for _ in range(6))
         return times[
             2
         ]  # the first run, which also compiles and allocates, is never the third fastest of six
@@ -203,7 +180,7 @@ def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
     result["output head and loss"] = median(
         lambda: linear_cross_entropy(rows, model.lm_head.weight, targets, row_weight)[0]
     )
-    result["optimizer"] = sorted(timed(optimizer.step) for _ in range(6))[2]
+    result["optimizer"] = sorted(timed(optimizer.step, DEVICE) for _ in range(6))[2]
     return result
 
 
@@ -255,22 +232,16 @@ def matmul_rate(dtype: torch.dtype) -> float:
     """FLOP/s of the best of some square products: what `MFU` is measured against."""
     size = 8192 if DEVICE.type == "cuda" else 768
     x, y = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda: torch.mm(x, y)) for _ in range(5))
+    return 2 * size**3 / min(timed(lambda: torch.mm(x, y), DEVICE) for _ in range(5))
 
 
-def main() -> None:
-    spec = json.loads(sys.stdin.readline())
-    out, sys.stdout = sys.stdout, sys.stderr
-
-    def answer(value: Any) -> None:
-        print(json.dumps(value), file=out, flush=True)
-
+def answer_to(spec: dict[str, Any]) -> tuple[Any, dict[str, Callable[[str], Any]]]:
+    """The first answer, and what each command does (child.serve)."""
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     config = Config.model_validate(spec["config"])
     if spec["kind"] in ("chunked", "naive"):
-        answer(loss_memory(config, naive=spec["kind"] == "naive"))
-        return
+        return loss_memory(config, naive=spec["kind"] == "naive"), {}
     notes = tuning.tune(DEVICE) if spec["tuned"] and spec["kind"] == "ours" else []
     if not spec["tuned"]:
         choice.plain().__enter__()  # as long as this process lives
@@ -285,40 +256,45 @@ def main() -> None:
     built = held()
     losses = [step().item() for _ in range(3)]
     size = model_size(model, config.data.seq_len) if isinstance(model, DeepseekV3MTP) else None
-    answer(
-        {
-            "losses": losses,
-            "notes": notes,
-            "flops_per_token": size and size.flops_per_token,
-            "clock": clock(),
-        }
-    )
-    for line in sys.stdin:
-        command, _, argument = line.strip().partition(" ")
-        if command == "step":
-            start = now()
-            loss = step().item()
-            answer({"seconds": now() - start, "loss": loss})
-        elif command == "peak":
-            answer(matmul_rate(getattr(torch, argument)))
-            forget_peak()  # the products may have taken more of a GPU than a step does
-        elif command == "parts":
-            answer(parts(model, optimizer, config))
-        elif command == "memory":
-            answer(most_held() - (built if DEVICE.type == "cpu" else 0))  # of a GPU all
-        elif command == "profile":
-            # The second of two steps: the profiler's own start would count as the first operation.
-            second = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
-            with torch.profiler.profile(schedule=second) as profile:
-                for _ in range(2):
-                    step()
-                    profile.step()
-            profile.export_chrome_trace(argument)
-            order = f"self_{DEVICE.type}_time_total"
-            answer(
-                profile.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50)
-            )
+    first = {
+        "losses": losses,
+        "notes": notes,
+        "flops_per_token": size and size.flops_per_token,
+        "clock": clock(DEVICE),
+    }
+
+    def one_step(_: str) -> dict[str, float]:
+        start = now(DEVICE)
+        loss = step().item()
+        return {"seconds": now(DEVICE) - start, "loss": loss}
+
+    def peak(dtype: str) -> float:
+        rate = matmul_rate(getattr(torch, dtype))
+        forget_peak()  # the products may have taken more of a GPU than a step does
+        return rate
+
+    commands: dict[str, Callable[[str], Any]] = {
+        "step": one_step,
+        "peak": peak,
+        "parts": lambda _: parts(model, optimizer, config),
+        "memory": lambda _: most_held() - (built if DEVICE.type == "cpu" else 0),  # of a GPU all
+        "profile": partial(profile, step),
+    }
+    return first, commands
+
+
+def profile(step: Step, file: str) -> str:
+    """Writes a Chrome trace of a step; the table of its dearest operations."""
+    # The second of two steps: the profiler's own start would count as the first operation.
+    second = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+    with torch.profiler.profile(schedule=second) as recorded:
+        for _ in range(2):
+            step()
+            recorded.step()
+    recorded.export_chrome_trace(file)
+    order = f"self_{DEVICE.type}_time_total"
+    return recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50)
 
 
 if __name__ == "__main__":
-    main()
+    serve(answer_to)

@@ -1,9 +1,9 @@
 """Checks on one Hopper GPU what no CPU can: Transformer Engine, FP8 products, attention kernels,
 FP8 training.
 
-    python tools/gpu_check.py --out gpu_check.md
-    python tools/gpu_check.py --steps 0                      # without the training
-    python tools/gpu_check.py --runs bf16 te --steps 200     # only these of its runs; the emulated ones take longest
+    python bench/gpu_check.py --out gpu_check.md
+    python bench/gpu_check.py --steps 0                      # without the training
+    python bench/gpu_check.py --runs bf16 te --steps 200     # only these of its runs; the emulated ones take longest
 
 Writes a report; a part that fails is in it with its error, and the exit code is then 1. Exit code
 2: there is no CUDA device.
@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+LIMIT = 3600  # seconds for one training run
 Row = list[object]
 RUNS = {  # backend of the training comparison -> its settings
     "bf16": ["fp8.enabled=false"],  # first: the others are measured against it
@@ -85,20 +86,17 @@ def main() -> int:
             lambda: training(args.config, args.steps, args.runs),
         ),
     ]
-    texts, failed = [], 0
+    from dsv3_mtp.files.atomic import write_text
+
+    command, today = " ".join(["python", *sys.argv]), time.strftime("%Y-%m-%d")
+    texts = [f"# GPU results\n\n{torch.cuda.get_device_name()}, {today}, `{command}`"]
+    failed = 0
     for title, columns, part in parts if args.steps else parts[:-1]:
         text, error = run(columns, part)
         failed += error
         texts.append(f"## {title}\n\n{text}")
         print(texts[-1], flush=True)
-    command = " ".join(["python", *sys.argv])
-    head = (
-        f"# GPU results\n\n{torch.cuda.get_device_name()}, "
-        f"{time.strftime('%Y-%m-%d')}, `{command}`\n"
-    )
-    from dsv3_mtp.files.atomic import write_text
-
-    write_text(Path(args.out), "\n\n".join([head.rstrip(), *texts]) + "\n")
+        write_text(Path(args.out), "\n\n".join(texts) + "\n")  # as they come
     return int(failed > 0)
 
 
@@ -246,6 +244,7 @@ def experts() -> Iterator[Row]:
 
 def attention() -> Iterator[Row]:
     import torch
+    from timing import now
 
     from dsv3_mtp.ops.attention import sdpa
     from dsv3_mtp.ops.cores import choose_attention
@@ -266,13 +265,13 @@ def attention() -> Iterator[Row]:
             continue
         inputs, upstream = [x.bfloat16() for x in wide], grad.bfloat16()
         found = forward_backward(core, inputs, upstream, scale)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        device = torch.device("cuda")
+        start = now(device)
         for _ in range(20):
             forward_backward(core, inputs, upstream, scale)
-        torch.cuda.synchronize()
+        seconds = now(device) - start
         errors = [relative(ours, e.double()) for ours, e in zip(found, exact, strict=True)]
-        yield [name, *errors, (time.perf_counter() - start) * 50]
+        yield [name, *errors, seconds * 50]
 
 
 def forward_backward(core, inputs, grad, scale):
@@ -330,15 +329,16 @@ def training(config: str, steps: int, names: list[str]) -> Iterator[Row]:
                 *RUNS[name],
             ]
             options += ["eval.batches=1", "log.tensorboard=false"]
-            command = [sys.executable, "tools/train.py", "--config", config]
+            command = [sys.executable, "-m", "dsv3_mtp", "train", "--config", config]
             command += [part for option in options for part in ("--set", option)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+            except subprocess.TimeoutExpired:
+                yield [name, f"not finished after {LIMIT} s", *[""] * 8]
+                continue
             if done.returncode:
-                yield [
-                    name,
-                    f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}",
-                    *[""] * 8,
-                ]
+                why = done.stderr.strip().splitlines()[-1:]
+                yield [name, f"exit code {done.returncode}: {why}", *[""] * 8]
                 continue
             shutil.rmtree(Path(folder) / name / "checkpoints")  # gigabytes each
             runs[name] = [

@@ -1,19 +1,17 @@
 """Single products and passes at the sizes of a model's layer: bfloat16, FP8, attention kernels,
 Triton and torch.
 
-    python tools/bench_kernels.py                                      # configs/v3_3b.yaml, 16384 tokens
-    python tools/bench_kernels.py --config configs/v3_671b.yaml linear experts
-    python tools/bench_kernels.py --config configs/v3_nano.yaml --tokens 256 linear    # on a CPU: what runs there
+    python bench/kernels.py                                      # configs/v3_3b.yaml, 16384 tokens
+    python bench/kernels.py --config configs/v3_671b.yaml linear experts
+    python bench/kernels.py --config configs/v3_nano.yaml --tokens 256 linear    # on a CPU: what runs there
 
 Variants take turns; every row is the median of the rounds, forward and backward. What cannot run
 here says why.
 """
 
 import argparse
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_check import backends
+from timing import interleave
 
 from dsv3_mtp import Config, load_config
 from dsv3_mtp.ops import choice, rotary, swiglu
@@ -77,31 +76,13 @@ def main() -> int:
 
 
 def compare(title: str, flops: float | None, variants: Variants, rounds: int) -> None:
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for function in variants.values():
-        function(), function()  # loads and compiles
-    for _ in range(rounds):
-        for name in random.sample(list(times), len(times)):
-            times[name].append(timed(variants[name]))
+    times = interleave(variants, rounds, DEVICE, warm=2)  # they load and compile
     base: float | None = None
     for name, seconds in times.items():
         middle = statistics.median(seconds)
         base = base or middle
         rate = "" if flops is None else f"{flops / middle / 1e12:8.3g} TFLOP/s"
         print(f"{title:42}{name:12}{middle * 1e3:9.3f} ms{rate}{base / middle:8.2f}x", flush=True)
-
-
-def timed(function: Callable[[], object]) -> float:
-    if DEVICE.type == "cpu":
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start_event.record()
-    function()
-    end_event.record()
-    torch.cuda.synchronize()
-    return start_event.elapsed_time(end_event) / 1e3
 
 
 def numbers(*shape: int) -> Tensor:

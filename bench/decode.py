@@ -2,9 +2,9 @@
 the same weights.
 
 Examples:
-    python tools/bench_decode.py                                   # a random model of 12M parameters
-    python tools/bench_decode.py --run runs/v3_tiny --prompt 'def '
-    python tools/bench_decode.py --compile                         # also with torch.compile (minutes to compile)
+    python bench/decode.py                                   # a random model of 12M parameters
+    python bench/decode.py --run runs/v3_tiny --prompt 'def '
+    python bench/decode.py --compile                         # also with torch.compile (minutes to compile)
 All variants take turns in one process, round by round; times are CPU seconds of one thread, ratios
 are medians of the rounds' ratios, so that other work on the machine touches them little. Exit
 codes: 0 done, 2 wrong options or run.
@@ -13,13 +13,12 @@ codes: 0 done, 2 wrong options or run.
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_models import TINY, check_transformers
+from models import TINY, check_transformers
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/v3_tiny.yaml"
 RANDOM_MODEL = TINY | {"max_position_embeddings": 512, "initializer_range": 0.05}
@@ -194,7 +193,7 @@ def transformers_generate(model: Any, prompt: list[int], count: int) -> Callable
 def transformers_mtp(
     folder: str, model: Any, prompt: list[int], count: int
 ) -> Callable[[], list[int]]:
-    """transformers' own self-speculative decoding on an exported folder (tools/export_hf.py) of
+    """transformers' own self-speculative decoding on an exported folder (`dsv3 export`) of
     this model.
     """
     import torch
@@ -206,7 +205,7 @@ def transformers_mtp(
     if settings.model != model.config or not settings.modules:
         raise ValueError(
             f"--hf-mtp {folder}: needs this model with its "
-            "MTP modules; export it with tools/export_hf.py"
+            "MTP modules; export it with `dsv3 export`"
         )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     layers, modules = theirs.config.num_hidden_layers, theirs.config.num_nextn_predict_layers
@@ -225,15 +224,10 @@ def hf_generate(theirs: Any, tokens: Any, count: int, **more: Any) -> list[int]:
 
 
 def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each variant in each round, in turns, after one warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        for name, run in variants.items():
-            start = time.process_time()
-            run()
-            if number:
-                seconds[name].append(time.process_time() - start)
-    return seconds
+    import torch
+    from timing import interleave
+
+    return interleave(variants, rounds, torch.device("cpu"))
 
 
 def report(

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.train.trainer import Trainer
+from dsv3_mtp.train.process import own_process
 
 
 class Meter(TorchDispatchMode):
@@ -82,7 +82,7 @@ def measure_step(config: Config) -> tuple[int, dict[str, int]]:
     micro-batches.
     """
     with Meter() as meter:
-        trainer = Trainer(config, command=[])
+        trainer = own_process(config, command=[])
         trainer.optimizer_step()
         meter.sent.clear()
         backward, held = trainer.engine.backward, []

@@ -1,8 +1,7 @@
-"""tools/bench.py: that both sides of a comparison train the same thing, and what it prints and
+"""bench/step.py: that both sides of a comparison train the same thing, and what it prints and
 refuses.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,25 +10,30 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from tests.conftest import TINY_CONFIG
 from tests.ranks import run_tool
 
-ROOT = Path(__file__).parents[1]
-specification = importlib.util.spec_from_file_location("bench_child", ROOT / "tools/bench_child.py")
-assert specification is not None and specification.loader is not None
-bench = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(bench)
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))  # as Python does for a script
+import child  # noqa: E402
+import startup  # noqa: E402
+import step as tool  # noqa: E402
+import step_child as bench  # noqa: E402
+import timing  # noqa: E402
+
 bench.DEVICE = torch.device("cpu")
+CPU = torch.device("cpu")
 
 SETS = [f"--set=model.{key}={value}" for key, value in TINY_CONFIG["model"].items()]
 SETS += ["--set=data.seq_len=16", "--set=train.micro_batch_size=2", "--set=train.batch_size=2"]
 
 
 def run_bench(folder: Path, *arguments: str) -> tuple[int, str]:
-    return run_tool(ROOT / "tools/bench.py", *SETS, *arguments, log=folder / "log")
+    return run_tool(ROOT / "bench/step.py", *SETS, *arguments, log=folder / "log")
 
 
 def test_transformers_starts_from_the_same_weights_and_batch_and_learns_alike(make_tiny_config):
@@ -57,7 +61,7 @@ def test_the_parts_of_a_step_are_all_timed(make_tiny_config):
 
 
 def test_a_shared_module_counts_as_often_as_a_step_runs_it(make_tiny_config, monkeypatch):
-    monkeypatch.setattr(bench, "timed", lambda function: 1.0)
+    monkeypatch.setattr(bench, "timed", lambda function, device: 1.0)
     config = make_tiny_config({"mtp.num_nextn_predict_layers": 2, "mtp.share_weights": True})
     _, model, optimizer, _ = bench.build(
         {"kind": "ours", "config": config.to_dict(), "tuned": False, "compiled": False}
@@ -71,9 +75,9 @@ def test_a_shared_module_counts_as_often_as_a_step_runs_it(make_tiny_config, mon
 
 def test_several_threads_are_timed_by_the_wall_clock_whose_seconds_do_not_add_up(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert bench.clock() == "wall" and bench.timed(lambda: time.sleep(0.1)) >= 0.1
+    assert timing.clock(CPU) == "wall" and timing.timed(lambda: time.sleep(0.1), CPU) >= 0.1
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert bench.clock() == "CPU" and bench.timed(lambda: time.sleep(0.1)) < 0.1
+    assert timing.clock(CPU) == "CPU" and timing.timed(lambda: time.sleep(0.1), CPU) < 0.1
 
 
 def test_a_frozen_trunk_stays_as_it_is(make_tiny_config):
@@ -126,11 +130,12 @@ def test_a_comparison_prints_a_table_and_writes_the_numbers_and_says_which_fp8_b
 def test_in_bfloat16_both_dtypes_stand_against_transformers_in_float32(
     make_tiny_config, monkeypatch
 ):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    variants = importlib.import_module("bench").variants
     config = make_tiny_config({"mtp.mode": "none", "train.dtype": "bfloat16"}).to_dict()
     options = SimpleNamespace(against=["transformers"], compile=False, parts=False)
-    rows = [(child.name, child.dtype, child.spec["tuned"]) for child in variants(config, options)]
+    rows = [
+        (name, spec["config"]["train"]["dtype"], spec["tuned"])
+        for name, spec in tool.variants(config, options)
+    ]
     assert rows == [
         ("transformers", "float32", False),
         ("transformers, tuned", "float32", True),
@@ -162,19 +167,14 @@ def test_heads_against_transformers_are_refused_with_the_remedy(tmp_path):
 def test_what_transformers_computes_otherwise_is_refused(
     make_tiny_config, monkeypatch, settings, reason
 ):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     config = make_tiny_config({"mtp.mode": "none"} | settings).to_dict()
     options = SimpleNamespace(against=["transformers"], compile=False, parts=False)
     with pytest.raises(ValueError, match=reason):
-        importlib.import_module("bench").variants(config, options)
+        tool.variants(config, options)
 
 
 def test_depths_are_compared_for_a_run_with_any_heads(make_tiny_config, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    tool, options = (
-        importlib.import_module("bench"),
-        SimpleNamespace(against=["depths"], compile=False, parts=False),
-    )
+    options = SimpleNamespace(against=["depths"], compile=False, parts=False)
     own = {"share_weights": True, "detach": "trunk", "depth_weights": [1.0], "chain": "trunk"}
     config = make_tiny_config({f"mtp.{key}": value for key, value in own.items()}).to_dict()
     assert len(tool.variants(config, options)) == 7
@@ -202,10 +202,9 @@ def test_depths_are_compared_for_a_run_with_any_heads(make_tiny_config, monkeypa
 def test_options_that_would_be_ignored_or_fail_at_the_end_are_refused(
     monkeypatch, capsys, arguments, reason
 ):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
     with pytest.raises(SystemExit):
-        importlib.import_module("bench").parse()
+        tool.parse()
     assert reason in capsys.readouterr().err
 
 
@@ -213,43 +212,77 @@ def test_options_that_would_be_ignored_or_fail_at_the_end_are_refused(
 def test_startup_is_given_tokens_that_the_model_knows_or_the_task(
     make_tiny_config, monkeypatch, task
 ):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    tool, folders = importlib.import_module("bench_startup"), []
+    specs = []
 
-    def run(command: list[str], **_: object) -> SimpleNamespace:
-        folders.extend(
-            item.removeprefix("data.train=") for item in command if item.startswith("data.train=")
-        )
-        assert all(np.fromfile(f"{folder}.bin", np.uint16).max() < 64 for folder in folders)
-        return SimpleNamespace(stdout='MARKS [["python", 1.0]]', stderr="", returncode=0)
+    def answer(self: child.Child) -> list:
+        specs.append(self.spec["sets"])
+        for text in self.spec["sets"]:
+            if text.startswith("data.train="):
+                ids = np.fromfile(text.removeprefix("data.train=") + ".bin", np.uint16)
+                assert ids.max() < 64
+        return [["python", 1.0]]
 
-    monkeypatch.setattr(tool.subprocess, "run", run)
+    monkeypatch.setattr(child.Child, "start", lambda self, threads: None)
+    monkeypatch.setattr(child.Child, "answer", answer)
     config = SimpleNamespace(model=make_tiny_config().model, data=SimpleNamespace(task=task))
-    tool.startup(config, [], SimpleNamespace(config="run.yaml", rounds=1, threads=1))
-    assert len(folders) == (task is None)
+    options = SimpleNamespace(config="run.yaml", rounds=1, threads=1, limit=60)
+    text, medians = startup.startup(config, [], options)
+    assert medians == {"python": 1.0} and "1.00 CPU-s" in text
+    assert sum(text.startswith("data.train=") for text in specs[0]) == (task is None)
 
 
-def test_a_killed_process_is_reported_by_its_exit_code(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    child = importlib.import_module("bench").Child("dsv3_mtp", {})
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child.process = subprocess.Popen(
-        [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **pipes, text=True
-    )
-    with pytest.raises(ValueError, match="dsv3_mtp: ended without a word, exit code -9"):
-        child.ask("step")
+def script(tmp_path: Path, code: str) -> str:
+    """A child's program, as a path below bench/."""
+    path = tmp_path / "program.py"
+    path.write_text(f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r})\n{code}")
+    return str(path)
 
 
-def test_a_child_in_the_middle_of_something_is_not_waited_for(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    child = importlib.import_module("bench").Child("dsv3_mtp", {})
-    child.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    child.stop()
-    assert child.process.returncode == -15
+def test_a_killed_process_is_reported_by_its_exit_code(tmp_path):
+    killed = child.Child("dsv3_mtp", script(tmp_path, "import os; os.kill(os.getpid(), 9)"), {})
+    killed.start(1)
+    with pytest.raises(child.ChildError, match="dsv3_mtp: ended without a word, exit code -9"):
+        killed.ask("step")
+
+
+def test_a_child_that_does_not_answer_in_time_is_ended(tmp_path):
+    slow = child.Child("slow", script(tmp_path, "import time; time.sleep(60)"), {}, limit=0.5)
+    slow.start(1)
+    with pytest.raises(child.ChildError, match="slow: no answer in 0 s"):
+        slow.ask("step")
+    assert slow.process.returncode == -15
+
+
+def test_a_child_ends_with_its_parent_in_the_middle_of_something(tmp_path):
+    code = """import child, time
+child.serve(lambda spec: ({"pid": __import__("os").getpid()}, {"step": lambda _: time.sleep(60)}))"""
+    path = script(tmp_path, code)
+    parent = f"""import sys; sys.path.insert(0, {str(ROOT / "bench")!r})
+import child, os
+one = child.Child("one", {path!r}, {{}})
+one.start(1)
+print(one.answer()["pid"], flush=True)
+one.tell("step")
+os.kill(os.getpid(), 9)"""
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True)
+    assert done.returncode == -9
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(int(done.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(int(done.stdout))
+
+
+def test_turns_interleave_and_a_ratio_is_of_the_same_round():
+    calls: list[str] = []
+    variants = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
+    seconds = timing.interleave(variants, 3, CPU)
+    assert [sorted(calls[i : i + 2]) for i in range(0, 8, 2)] == [["a", "b"]] * 4
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    assert timing.ratios([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == [2.0, 2.0, 2.0]
 
 
 def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why(tmp_path):
-    tool, config = ROOT / "tools/bench_kernels.py", ["--config", str(ROOT / "configs/v3_nano.yaml")]
+    tool, config = ROOT / "bench/kernels.py", ["--config", str(ROOT / "configs/v3_nano.yaml")]
     code, output = run_tool(tool, *config, "--tokens=128", "--rounds=1", log=tmp_path / "log")
     assert code == 0, output
     rows = output.splitlines()
@@ -272,5 +305,5 @@ def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why(tmp_path):
 )
 def test_tables_of_layouts_say_what_they_need(tmp_path, monkeypatch, arguments, reason):
     monkeypatch.delenv("RANK", raising=False)
-    code, output = run_tool(ROOT / "tools/bench_parallel.py", *arguments, log=tmp_path / "log")
+    code, output = run_tool(ROOT / "bench/parallel.py", *arguments, log=tmp_path / "log")
     assert code == 2 and reason in output and "Traceback" not in output, output

@@ -15,7 +15,7 @@ import pytest
 from dsv3_mtp.report.metrics import read_metrics
 from tests.ranks import run_tool, write_markov
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "tools" / "train.py"
 BIN = Path(sys.executable).parent
 
@@ -233,6 +233,30 @@ def test_two_nodes_train_as_one_rank_does_and_end_together_when_a_rank_is_killed
         for name in ("job", "alone")
     ]
     assert losses[0][:10] == pytest.approx(losses[1][:10], abs=1e-5)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "saved"), [("1", False), ("100", True)])
+def test_torchrun_waits_for_a_long_step_as_tools_train_sbatch_tells_it_to(
+    job, monkeypatch, seconds, saved
+):
+    """SIGTERM in the middle of a step of several seconds. torchrun's own patience is 30 s."""
+    sbatch = (ROOT / "tools" / "train.sbatch").read_text()
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in sbatch
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)
+    long = ["train.batch_size=384", "train.total_tokens=1000000", "checkpoint.every=1000"]
+    sets = [word for text in long for word in ("--set", text)]
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node", "1", "--standalone"]
+    log, folder = job.with_suffix(".log"), job.parent / "runs" / "job"
+    process = start([*launcher, str(TRAIN), "--config", str(job), *sets], log)
+    wait_for(lambda: "step " in log.read_text())
+    rank = psutil.Process(process.pid).children()[0]
+    process.send_signal(signal.SIGTERM)
+    process.wait(120)
+    psutil.wait_procs([rank], timeout=30)
+    assert ("by SIGTERM; the same command continues" in log.read_text()) == saved
+    assert (folder / "checkpoints" / "latest").exists() == saved
 
 
 def wait_for(condition, timeout: float = 90) -> None:

@@ -1,4 +1,4 @@
-"""tools/generate.py, tools/acceptance.py and tools/bench_decode.py from the outside."""
+"""`dsv3 generate` and bench/decode.py from the outside."""
 
 import importlib.util
 import io
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_mtp.cli import command
+from dsv3_mtp.cli.command import COMMANDS
 from dsv3_mtp.decode.decoder import compiled
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import export_hf
@@ -19,7 +21,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.model import load_run
 from tests.made_runs import write_text_run
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 TINY = {"model.vocab_size": 260, "train.dtype": "float32"}
 
 
@@ -28,14 +30,17 @@ def run_tool(monkeypatch, capsys):
     """run_tool("generate", "--prompt", ...) -> (exit code, stdout, stderr), in this process."""
 
     def run(name: str, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.syspath_prepend(TOOLS)  # as Python does for a script
-        spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         try:
-            code = module.main()
+            if name in COMMANDS:
+                code = command.run(name, arguments)
+            else:
+                monkeypatch.syspath_prepend(BENCH)  # as Python does for a script
+                spec = importlib.util.spec_from_file_location(f"tool_{name}", BENCH / f"{name}.py")
+                module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+                monkeypatch.setattr(sys, "argv", [name, *arguments])
+                code = module.main()
         except SystemExit as error:
             code = error.code
         return (code, *capsys.readouterr())
@@ -251,7 +256,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run_tool, folder, arguments, 
 def test_a_missing_checkpoint_and_a_model_without_heads_are_refused(
     run_tool, make_tiny_config, tmp_path
 ):
-    for tool in ("generate", "bench_decode"):
+    for tool in ("generate", "decode"):
         code, _, err = run_tool(tool, "--run", str(tmp_path / "gone"), "--prompt", "a")
         assert (code, err.count("\n")) == (2, 1)
         assert "no config.yaml there" in err
@@ -278,7 +283,7 @@ def test_independent_heads_say_how_many_tokens_they_draft(run_tool, make_tiny_co
     assert "--draft-depth 3 drafts 1" in err
     pytest.importorskip("transformers", reason="the hf extra is not installed")
     short = ["--new-tokens", "4", "--rounds", "1", "--depths", "1", "3"]
-    code, out, err = run_tool("bench_decode", "--run", str(folder), *short)
+    code, out, err = run_tool("decode", "--run", str(folder), *short)
     assert code == 0, err
     assert "not run: K=3; independent heads draft at most D = 1 tokens" in out
 
@@ -286,7 +291,7 @@ def test_independent_heads_say_how_many_tokens_they_draft(run_tool, make_tiny_co
 def test_the_benchmark_prints_its_tables(run_tool, folder):
     pytest.importorskip("transformers", reason="the hf extra is not installed")
     options = ["--prompt", "def", "--new-tokens", "4", "--rounds", "1", "--depths", "1", "2"]
-    code, out, err = run_tool("bench_decode", "--run", folder, *options)
+    code, out, err = run_tool("decode", "--run", folder, *options)
     assert code == 0, err
     assert "OTHER TOKENS" not in out
     assert [line.split("  ")[0] for line in out.splitlines()[3:6]] == [
@@ -296,19 +301,20 @@ def test_the_benchmark_prints_its_tables(run_tool, folder):
     ]
     assert "T3/T1" in out
     assert "break-even K=2" in out
-    code, _, err = run_tool("bench_decode", "--run", folder, *options, "--hf-mtp", f"{folder}/gone")
+    code, _, err = run_tool("decode", "--run", folder, *options, "--hf-mtp", f"{folder}/gone")
     assert (code, err.count("\n")) == (2, 1)
     assert "gone/config.json: cannot be read" in err
     for wrong in (["--prompt", "def"], ["--run", folder, "--prompt-tokens", "8"]):
-        code, _, err = run_tool("bench_decode", *wrong)
+        code, _, err = run_tool("decode", *wrong)
         assert code == 2 and "no effect with" in err
 
 
-@pytest.mark.parametrize("name", ["generate", "bench_decode"])
+@pytest.mark.parametrize("name", ["generate", "decode"])
 def test_help_needs_no_torch(name, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(TOOLS / f"{name}.py"), "--help"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{BENCH.parent}"}
+    folder = BENCH if name == "decode" else BENCH.parent / "tools"
+    command = [sys.executable, str(folder / f"{name}.py"), "--help"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert "--run" in run.stdout
@@ -347,15 +353,3 @@ def test_a_full_disk_is_one_line(run_tool, folder, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Full())
     code, _, err = run_tool("generate", "--run", folder, "--prompt", "def", *SHORT)
     assert (code, err) == (2, "error: [Errno 28] No space left on device\n")
-
-
-def test_acceptance_refuses_what_would_not_be_measured_as_asked(run_tool, folder):
-    asked = ("acceptance", "--run", folder, "--threads", "1")
-    code, _, said = run_tool(*asked, "--new-tokens", "2")
-    assert code == 2 and "--new-tokens 2: must be at least 3" in said
-    code, _, said = run_tool(*asked, "--prefix-tokens", "14", "--new-tokens", "3")
-    assert (
-        code == 2
-        and "--prefix-tokens + --new-tokens must be <= model.max_position_embeddings = 16 (got 17)"
-        in said
-    )

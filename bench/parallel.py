@@ -1,12 +1,12 @@
 """Tables of docs/parallelism.md: what layouts hold and send, measured against the plan, and weak
 scaling.
 
-python tools/bench_parallel.py refusals
-python tools/bench_parallel.py activations        # long rows, over 2 ranks: torchrun --nproc_per_node 2 with
+python bench/parallel.py refusals
+python bench/parallel.py activations        # long rows, over 2 ranks: torchrun --nproc_per_node 2 with
                                                   # --set data.seq_len=2048 --set
                                                   parallel.sequence_parallel_size=2
-torchrun --nproc_per_node 2 tools/bench_parallel.py memory
-torchrun --nproc_per_node 1 tools/bench_parallel.py scaling        # then with 2: the same work per process
+torchrun --nproc_per_node 2 bench/parallel.py memory
+torchrun --nproc_per_node 1 bench/parallel.py scaling        # then with 2: the same work per process
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> int:
     if args.table in ("memory", "scaling") and "RANK" not in os.environ:
         parser.error(
             f"{args.table}: start it with torchrun --nproc_per_node "
-            f"2 tools/bench_parallel.py {args.table}"
+            f"2 bench/parallel.py {args.table}"
         )
     from dsv3_mtp.config import load_config
 
@@ -121,17 +121,19 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
     """
     import torch
     from meter import Meter
+    from timing import timed
 
     from dsv3_mtp.config import load_config
     from dsv3_mtp.model.causal_lm import DeepseekV3MTP
     from dsv3_mtp.ops import choice
     from dsv3_mtp.ops.compute import Compute, building
-    from dsv3_mtp.parallel.launch import start
+    from dsv3_mtp.parallel.launch import start, starting
     from dsv3_mtp.parallel.sequence import shard_of
     from dsv3_mtp.plan.memory import layout, plan
 
     slices = load_config(args.config, sets).parallel.sequence_parallel_size
-    world = start(threads=1, timeout_s=600, slices=slices)
+    with starting(600):
+        world = start(threads=1, timeout_s=600, slices=slices)
     note, shard = choice.describe(world.device), shard_of(world)
     if world.is_main:
         print(note)
@@ -154,11 +156,12 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
             out = model(tokens)
             held = meter.held
             out.loss.backward()
-        times = []
-        for _ in range(9):
-            begin = time.process_time()
+        device = torch.device("cpu")
+
+        def step(model: DeepseekV3MTP = model, tokens: torch.Tensor = tokens) -> None:
             model(tokens).loss.backward()
-            times.append(time.process_time() - begin)
+
+        times = [timed(step, device) for _ in range(9)]
         base = base or statistics.median(times)
         # its gradient, made in the forward
         held -= model.lm_head.weight.numel() * model.lm_head.weight.element_size()
@@ -220,11 +223,11 @@ def scaling(args: argparse.Namespace, sets: list[str]) -> None:
     import torch
 
     from dsv3_mtp.config import load_config
-    from dsv3_mtp.train.trainer import Trainer
+    from dsv3_mtp.train.process import own_process
 
     ranks = int(os.environ["WORLD_SIZE"])
     batch = load_config(args.config, sets).train.batch_size * ranks
-    trainer = Trainer(
+    trainer = own_process(
         load_config(args.config, [*sets, f"train.batch_size={batch}", "train.threads=1"]),
         command=[],
     )
