@@ -20,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from dsv3_mtp.parallel import environment, private
 
 LOOPBACK = "127.0.0.1"
+LOCAL = ("localhost", LOOPBACK, "::1")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,11 @@ def starting(timeout_s: float) -> Iterator[None]:
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK}
     alone["MASTER_PORT"] = "0"  # DeepSpeed wants one named; nothing listens
-    with environment({} if "RANK" in os.environ else alone), private.default_timeout(timeout_s):
+    own = {} if "RANK" in os.environ else alone
+    local = (own or os.environ).get("MASTER_ADDR") in LOCAL
+    if local and "GLOO_SOCKET_IFNAME" not in os.environ and (name := _loopback_interface()):
+        own = own | {"GLOO_SOCKET_IFNAME": name}
+    with environment(own), private.default_timeout(timeout_s):
         yield
 
 
@@ -121,9 +126,7 @@ def _join(backend: str, timeout: timedelta) -> None:
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    local = host in ("localhost", LOOPBACK, "::1")
-    if local and "GLOO_SOCKET_IFNAME" not in os.environ and (name := _loopback_interface()):
-        os.environ["GLOO_SOCKET_IFNAME"] = name
+    local = host in LOCAL
     store: torch.distributed.Store | None = None
     if local and size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         store = torch.distributed.HashStore()
