@@ -4,14 +4,26 @@
 dsv3_mtp.config.
 """
 
+import importlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from dsv3_mtp.config.reader import KeyProblems, Problem, show
+from dsv3_mtp.config import code
+from dsv3_mtp.config.reader import UNKNOWN, KeyProblems, Problem, not_among, problems_of, show
 
 # V3 4.2: the length of pre-training, against which the paper's token counts become fractions
 V3_TOKENS = 14.8e12
@@ -273,9 +285,11 @@ class MTPConfig(Section):
 
     on_resume = OnResume.FIXED
 
-    mode: Literal["none", "sequential", "parallel", "parallel_linear"] = "sequential"
+    model_config = ConfigDict(extra="allow")  # the keys of the head's own options, checked below
+
+    mode: str = "sequential"
     """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; parallel_linear: linear
-    heads.
+    heads; package.module:Class: a kind of head of your own (docs/extend.md).
     """
     num_nextn_predict_layers: Annotated[Integer, Field(ge=0)] = 1
     """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see
@@ -293,16 +307,6 @@ class MTPConfig(Section):
     """Active depths over equal stages: forward grows 1..D, reverse shrinks D..1 (arXiv
     2505.22757).
     """
-    trunk_hidden: Literal["post_norm", "pre_norm"] = "post_norm"
-    """Sequential: the trunk state that module 1 reads, after or before the final norm (open in V3
-    2.2).
-    """
-    chain: Literal["hidden", "trunk"] = "hidden"
-    """Sequential: module k reads h_{k-1} (V3 eq. 21), or always the trunk's state."""
-    embed: bool = True
-    """Sequential: modules read the embedding of the token at i+k (V3 eq. 21)."""
-    share_weights: bool = False
-    """Sequential: one module, used at every depth."""
     detach: Annotated[Literal["none", "trunk", "all"], OnResume.RECORDED] = "none"
     """Gradient stopped: none (V3), into the trunk, or into the trunk, the embedding and the output
     head.
@@ -314,13 +318,52 @@ class MTPConfig(Section):
         return 0 if self.mode == "none" else self.num_nextn_predict_layers
 
     @property
+    def kind(self) -> Any:
+        """The class of the heads (heads/base.py); None for the baseline. Imports torch."""
+        return head_kind(self.mode)
+
+    @property
+    def options(self) -> Any:
+        """The keys that only this kind of head has, as its `Options`; None for the baseline."""
+        return None if self.mode == "none" else self.kind.Options(**(self.model_extra or {}))
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """(1+D): slot i of depth k is scored against t_{i+offset}; 1 for the main head."""
+        return 1, *(self.kind.offset(self, depth) for depth in range(1, 1 + self.depths))
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens of a sample after its T inputs: 1+D where depth k predicts t_{i+k+1}."""
+        return max(self.offsets)
+
+    @property
     def reads_tokens(self) -> bool:
-        """The heads read the embedding of the token before their target: what data/markov.py
-        distinguishes.
-        """
-        return self.mode == "sequential" and self.embed
+        """Some depth reads the embedding of a token after t_i."""
+        return any(self.kind.horizon(self, depth) > 0 for depth in range(1, 1 + self.depths))
+
+    @classmethod
+    def more_keys(cls) -> list[str]:
+        """The keys of all registered kinds of heads, for suggestions."""
+        return [key for kind in heads().values() for key in kind.Options.model_fields]
+
+    @field_validator("mode")
+    @classmethod
+    def _known_mode(cls, mode: str) -> str:
+        try:
+            head_kind(mode)
+        except ValueError as error:
+            raise KeyProblems([("", str(error))]) from None
+        return mode
 
     def rules(self) -> Iterator[Problem]:
+        extra = self.model_extra or {}
+        yield from option_problems(self.mode, extra)
+        kept = {} if self.mode == "none" else self.kind.Options.model_fields
+        own = {key: value for key, value in extra.items() if key in kept}
+        with suppress(ValidationError):  # reported above
+            parsed = dict(self.kind.Options(**own)) if kept else {}
+            object.__setattr__(self, "__pydantic_extra__", parsed)
         if self.mode != "none" and self.num_nextn_predict_layers < 1:
             text = f"must be >= 1 with mode {self.mode} (got {self.num_nextn_predict_layers})"
             yield "num_nextn_predict_layers", f"{text}; mtp.mode=none turns the heads off"
@@ -331,17 +374,68 @@ class MTPConfig(Section):
         ):
             text = f"must hold num_nextn_predict_layers = {self.depths} numbers"
             yield "depth_weights", f"{text} (got {len(self.depth_weights)})"
-        for key in self.without_effect(self.mode):
-            default, value = type(self).model_fields[key].default, getattr(self, key)
-            if value != default:
-                text = f"has no effect with mode {self.mode}; remove it or set {show(default)}"
-                yield key, f"{text} (got {show(value)})"
+        for key, default in unused_keys(self.mode).items():
+            if key in type(self).model_fields and getattr(self, key) != default:
+                yield key, without_effect(self.mode, getattr(self, key), default)
 
-    @staticmethod
-    def without_effect(mode: str) -> tuple[str, ...]:
-        """Keys that heads of this mode do not have."""
-        keys: tuple[str, ...] = ()
-        if mode != "sequential":
-            keys = ("trunk_hidden", "chain", "embed", "share_weights")
-        # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
-        return (*keys, "depth_weights", "curriculum", "detach") if mode == "none" else keys
+
+def unused_keys(mode: str) -> dict[str, Any]:
+    """Keys of `mtp:` that heads of this mode do not have, with their defaults."""
+    kind = head_kind(mode)
+    own = {} if kind is None else kind.Options.model_fields
+    fields = [item for other in heads().values() for item in other.Options.model_fields.items()]
+    # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
+    common = () if kind else ("depth_weights", "curriculum", "detach")
+    fields += [(key, MTPConfig.model_fields[key]) for key in common]
+    return {key: field.default for key, field in fields if key not in own}
+
+
+def without_effect(mode: str, value: Any, default: Any) -> str:
+    """What is said of a key that this kind of head does not have."""
+    remedy = f"remove it or set {show(default)}"
+    return f"has no effect with mode {mode}; {remedy} (got {show(value)})"
+
+
+def heads() -> dict[str, Any]:
+    """Every registered kind of head by its name in `mtp.mode`. Imports torch."""
+    return importlib.import_module("dsv3_mtp.heads").registry()
+
+
+def head_kind(mode: str) -> Any:
+    """The class that `mtp.mode` names; None for none.
+
+    Raises:
+        ValueError: there is no such kind of head, or no such class.
+    """
+    if mode == "none":
+        return None
+    if not code.is_code(mode):
+        known = heads()
+        if mode not in known:
+            raise ValueError(not_among(["none", *known], mode))
+        return known[mode]
+    found, base = code.find(mode), importlib.import_module("dsv3_mtp.heads.base").Head
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{mode} is no subclass of dsv3_mtp.heads.base.Head")
+    return found
+
+
+def option_problems(mode: str, extra: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the keys of `mtp:` that not every kind of head has. A key of another
+    registered kind may stand at that one's default.
+    """
+    kind = head_kind(mode)
+    own: dict[str, Any] = {}
+    foreign = unused_keys(mode)
+    for key, value in extra.items():
+        if kind is not None and key in kind.Options.model_fields:
+            own[key] = value
+        elif key not in foreign:
+            yield key, UNKNOWN
+        elif value != foreign[key]:
+            yield key, without_effect(mode, value, foreign[key])
+    if kind is not None:
+        try:
+            kind.Options(**own)
+        except ValidationError as error:
+            yield from problems_of(error, own, kind.Options)

@@ -177,8 +177,8 @@ def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
     """
     model, zero, element = config.model, config.parallel.zero_stage, element_size(config)
     settings = DEEPSPEED_DEFAULTS | config.deepspeed.get("zero_optimization", {})
-    head = any(part.name.endswith("head") for part in mine)
-    rows = (1 + config.mtp.depths) * config.train.micro_batch_size * config.data.seq_len
+    scored = sum(part.rows for part in mine)
+    head, rows = scored > 0, scored * config.train.micro_batch_size * config.data.seq_len
     # The loss holds a chunk of logits, which their gradient replaces, and the gradient of the head
     # in float32.
     chunk = chunk_rows(model.vocab_size, on_gpu=True)
