@@ -23,6 +23,7 @@ LAYERS = {
     "runs.fragments": 2,
     "runs.loading": 2,
     "model": 3,
+    "objectives": 3,
     "plan.parts": 4,
     "decode": 4,
     "parallel": 4,

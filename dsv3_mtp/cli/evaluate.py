@@ -136,6 +136,7 @@ def tasks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         "run": options.run,
         "hf": options.hf,
         "ema": options.ema,
+        "trust_code": options.trust_code,
         "include": options.lm_eval_include,
     }
     size = {"limit": options.limit, "batch_size": options.micro_batch_size or 1}

@@ -179,6 +179,13 @@ def _sequence(config: Any) -> Iterator[Problem]:
         )
     if length % size:
         yield key, f"must divide data.seq_len = {length}: slices of a row are equal (got {size})"
+    ahead = config.mtp.lookahead - 1
+    if ahead > length // size and any(kind.teacher for kind, _ in config.mtp.objectives):
+        text = (
+            f"must leave each rank at least {ahead} of the data.seq_len = {length} slots of a row"
+        )
+        why = "so far away is the main head's slot that mtp.objective compares the last depth with"
+        yield key, f"{text}: {why} (got {size})"
 
 
 def uncut(config: Any) -> tuple[int, int]:

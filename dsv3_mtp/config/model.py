@@ -312,6 +312,14 @@ class MTPConfig(Section):
     head.
     """
 
+    objective: dict[str, Positive] = {"ce": 1.0}
+    """What each depth is trained on, name: weight, added up: ce (label), kl, tv, lk, lk_hybrid
+    (docs/mtp.md), or package.module:Class (docs/extend.md).
+    """
+
+    def __hash__(self) -> int:  # a dict has none, and sizes are cached by section
+        return hash((self.mode, self.num_nextn_predict_layers))
+
     @property
     def depths(self) -> int:
         """D, or 0 for the baseline."""
@@ -326,6 +334,21 @@ class MTPConfig(Section):
     def options(self) -> Any:
         """The keys that only this kind of head has, as its `Options`; None for the baseline."""
         return None if self.mode == "none" else self.kind.Options(**(self.model_extra or {}))
+
+    @property
+    def objectives(self) -> list[tuple[Any, float]]:
+        """The objectives (objectives/base.py) with their weights; none for the baseline."""
+        named = self.objective.items() if self.depths else ()
+        return [(objective_kind(name)(), weight) for name, weight in named]
+
+    @property
+    def term_names(self) -> list[str]:
+        """Under which names the terms of the loss other than the label's cross-entropy are logged:
+        mtp_term/NAME of those that the heads own, NAME/k of the objectives.
+        """
+        own = [f"mtp_term/{name}" for name in self.kind.terms(self)] if self.depths else []
+        kinds = [kind for kind, _ in self.objectives if not kind.cross_entropy]
+        return own + [f"{kind.name}/{k}" for kind in kinds for k in range(1, 1 + self.depths)]
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -356,6 +379,26 @@ class MTPConfig(Section):
             raise KeyProblems([("", str(error))]) from None
         return mode
 
+    @field_validator("objective")
+    @classmethod
+    def _known_objectives(cls, objective: dict[str, float]) -> dict[str, float]:
+        problems: list[Problem] = []
+        found: dict[str, str] = {}
+        for name in objective:
+            try:
+                kind = objective_kind(name)
+            except ValueError as error:
+                problems.append((name, str(error)))
+                continue
+            if (other := found.setdefault(kind.name, name)) != name:
+                text = f"is logged under the name of {other}, {kind.name}; give the class another"
+                problems.append((name, text))
+        if not objective:
+            problems.append(("", "must name at least one objective, as in {ce: 1.0} (got {})"))
+        if problems:
+            raise KeyProblems(problems)
+        return objective
+
     def rules(self) -> Iterator[Problem]:
         extra = self.model_extra or {}
         yield from option_problems(self.mode, extra)
@@ -385,7 +428,7 @@ def unused_keys(mode: str) -> dict[str, Any]:
     own = {} if kind is None else kind.Options.model_fields
     fields = [item for other in heads().values() for item in other.Options.model_fields.items()]
     # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
-    common = () if kind else ("depth_weights", "curriculum", "detach")
+    common = () if kind else ("depth_weights", "curriculum", "detach", "objective")
     fields += [(key, MTPConfig.model_fields[key]) for key in common]
     return {key: field.default for key, field in fields if key not in own}
 
@@ -417,6 +460,23 @@ def head_kind(mode: str) -> Any:
     found, base = code.find(mode), importlib.import_module("dsv3_mtp.heads.base").Head
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ValueError(f"{mode} is no subclass of dsv3_mtp.heads.base.Head")
+    return found
+
+
+def objective_kind(name: str) -> Any:
+    """The class that a name in `mtp.objective` stands for. Imports torch.
+
+    Raises:
+        ValueError: there is no such objective, or no such class.
+    """
+    if not code.is_code(name):
+        known = importlib.import_module("dsv3_mtp.objectives").registry()
+        if name not in known:
+            raise ValueError(not_among(list(known), name))
+        return known[name]
+    found, base = code.find(name), importlib.import_module("dsv3_mtp.objectives.base").Objective
+    if not (isinstance(found, type) and issubclass(found, base) and hasattr(found, "name")):
+        raise ValueError(f"{name} is no subclass of dsv3_mtp.objectives.base.Objective with a name")
     return found
 
 

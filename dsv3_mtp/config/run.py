@@ -315,6 +315,9 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
             )
         elif mtp.detach == "none":
             yield "train.freeze", "trunk needs mtp.detach: trunk or all (got none)"
+        if mtp.depths and _never_weighed(mtp):
+            text = "is 0 from start to end, and with train.freeze: trunk only the heads learn"
+            yield "mtp.loss_weight", f"{text}; give it a positive value"
         if train.init_from is None:
             yield (
                 "train.freeze",
@@ -323,6 +326,13 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
 
     if all(sections.get(name) is not None for name in layout.NEEDS):
         yield from layout.problems(SimpleNamespace(**sections))
+
+
+def _never_weighed(mtp: MTPConfig) -> bool:
+    """No head has a weight in the loss at any time."""
+    from dsv3_mtp.config.schedules import depth_loss_weights  # which needs the sections
+
+    return not any(any(depth_loss_weights(mtp, step / 1000)) for step in range(1001))
 
 
 def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:

@@ -31,8 +31,10 @@ from dsv3_mtp.model.targets import (
     count_targets,
     document_starts,
     target_tokens,
+    teacher_slots,
     valid_targets,
 )
+from dsv3_mtp.objectives.losses import Teacher, objective_losses
 from dsv3_mtp.ops.compute import building, given
 from dsv3_mtp.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 
@@ -99,6 +101,10 @@ class DeepseekV3MTP(nn.Module):
             self.mtp: Any = mtp.kind(config, mtp) if mtp.depths else None
         # of the losses that the heads own: name -> factor
         self.terms: dict[str, float] = dict(mtp.kind.terms(mtp)) if mtp.depths else {}
+        # what the heads are trained on: the label's cross-entropy, with this weight, and others
+        objectives = mtp.objectives
+        self.label_weight = sum(weight for kind, weight in objectives if kind.cross_entropy)
+        self.objectives = [(kind, weight) for kind, weight in objectives if not kind.cross_entropy]
         self.draw = 0, 0  # seed and step, of which heads draw random numbers while they train
 
     @property
@@ -149,14 +155,19 @@ class DeepseekV3MTP(nn.Module):
             loss_weights = depth_loss_weights(self.mtp_config, progress=0.0)
         valid = self.scored_slots(valid_targets(tokens, documents, self.offsets, scored), output)
         targets = target_tokens(tokens, self.offsets)  # (1+D, B, T)
-        # Not new_tensor: on CUDA the host would wait for that copy.
-        weights = torch.cat([normalizer.new_full((1,), weight) for weight in (1.0, *loss_weights)])
         counts = normalizer[: 1 + depths]  # per rank: below 1 with fewer targets than ranks
+        weights = _vector([1.0, *(self.label_weight * weight for weight in loss_weights)], counts)
         scale = weights / counts.masked_fill(counts == 0, 1)  # (1+D,)
         row_weight = scale[:, None, None] * valid  # (1+D, B, T)
         loss, nll, prediction = self._head_losses(output.rows, targets, row_weight)
         scores, by_depth = Scores(nll, prediction, targets, valid), self.by_depth(output)
-        of_terms, term_sum = self._terms(output, scores, normalizer[2 + depths :])
+        for_terms, for_objectives = normalizer[2 + depths :].split(
+            [len(self.terms), len(self.objectives) * depths]
+        )
+        of_terms, term_sum = self._terms(output, scores, for_terms)
+        of_objectives, objective_sum = self._objective_losses(
+            output.rows, targets[1:], valid, loss_weights, for_objectives
+        )
         stats = output.routed
         balance = sum(
             (routed.balance for routed in stats), start=tokens.new_zeros((), dtype=torch.float32)
@@ -167,7 +178,10 @@ class DeepseekV3MTP(nn.Module):
         agreed, compared = agreement(prediction, valid, main, self.offsets)
         alpha = settings.balance_loss_weight
         return MTPOutput(
-            loss=loss + of_terms + alpha * balance / normalizer[1 + depths].to(balance),
+            loss=loss
+            + of_terms
+            + of_objectives
+            + alpha * balance / normalizer[1 + depths].to(balance),
             nll_sum=(nll * valid).sum((1, 2)),
             targets=valid.sum((1, 2)),
             correct=((prediction == targets) & valid).sum((1, 2)),
@@ -178,8 +192,10 @@ class DeepseekV3MTP(nn.Module):
             )
             if settings.overlap
             else nll.new_zeros(4, self.depths, dtype=torch.float64),
-            term_sum=term_sum,
-            term_count=self.counts(tokens, documents, scored)[2 + depths :],
+            term_sum=torch.cat([term_sum, objective_sum]),
+            term_count=self.counts(tokens, documents, scored, part=True)[2 + depths :]
+            if self.terms or self.objectives
+            else counts.new_zeros(0),
             balance=balance.detach(),
             load=torch.stack([routed.load for routed in stats]) if stats else nll.new_zeros((0, 1)),
             nodes=torch.stack([routed.nodes for routed in stats])
@@ -188,16 +204,37 @@ class DeepseekV3MTP(nn.Module):
         )
 
     def counts(
-        self, tokens: Tensor, documents: Tensor | None = None, scored: Tensor | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        scored: Tensor | None = None,
+        *,
+        part: bool = False,
     ) -> Tensor:
         """(2+D+terms,) float64: valid targets of depth 0..D, the number of sequences, the counts of
-        the terms that the heads own. Adds up over batches and ranks.
+        the terms that the heads own, and of each objective at depth 1..D. Adds up over batches and
+        ranks.
+
+        part: the tokens are this process's slots of rows, not whole rows.
         """
-        counts = count_targets(tokens, documents, self.offsets, scored)
-        if not self.terms:
-            return counts
-        valid = valid_targets(tokens, documents, self.offsets, scored)
-        return torch.cat([counts, self.mtp.count_terms(self.mtp_config, valid).double()])
+        counts = [count_targets(tokens, documents, self.offsets, scored)]
+        if self.terms or self.objectives:
+            valid = valid_targets(tokens, documents, self.offsets, scored)
+        if self.terms:
+            counts.append(self.mtp.count_terms(self.mtp_config, valid).double())
+        if self.objectives:
+            beyond = self.shard.beyond(self.lookahead - 1) if part else 0
+            counts.append(self._counted(valid, beyond).sum((2, 3)).flatten().double())
+        return torch.cat(counts)
+
+    def _counted(self, valid: Tensor, beyond: int) -> Tensor:
+        """(m, D, B, T) bool: the slots that each of the m objectives is summed over. valid: (1+D,
+        B, T).
+        """
+        taught = teacher_slots(valid, self.offsets, beyond)
+        return torch.stack(
+            [kind.counted(taught if kind.teacher else valid[1:]) for kind, _ in self.objectives]
+        )
 
     def scored_slots(self, valid: Tensor, output: HeadOutput, first: int = 0) -> Tensor:
         """`valid` of depths first..D, less the depths that have no row."""
@@ -218,6 +255,37 @@ class DeepseekV3MTP(nn.Module):
         factors = torch.cat([counts.new_full((1,), factor) for factor in self.terms.values()])
         scale = factors / counts.masked_fill(counts == 0, 1)
         return (scale.to(sums) * sums).sum(), sums.detach()
+
+    def _objective_losses(
+        self,
+        rows: list[HeadRows],
+        targets: Tensor,
+        valid: Tensor,
+        loss_weights: tuple[float, ...],
+        counts: Tensor,
+    ) -> tuple[Tensor | float, Tensor]:
+        """The part of `mtp.objective` other than the label's cross-entropy, and the sums of its
+        values, (m*D,). targets: (D, B, T); valid: (1+D, B, T); counts: (m*D,).
+        """
+        if not self.objectives:
+            return 0.0, counts.new_zeros(0)
+        kinds, shares = zip(*self.objectives, strict=True)
+        factors = _vector([own * weight for own in shares for weight in loss_weights], counts)
+        scale = (factors / counts.masked_fill(counts == 0, 1)).view(len(kinds), self.depths, 1, 1)
+        count = self.lookahead - 1
+        counted = self._counted(valid, self.shard.beyond(count))
+        states = rows[0].inputs[0].detach()
+        states = torch.cat([states, self.shard.following(states, count)], dim=1)
+        ahead = tuple(offset - 1 for offset in self.offsets[1:])
+        loss, values = objective_losses(
+            kinds,
+            rows[1:],
+            Teacher(self.lm_head, states, ahead),
+            targets,
+            scale * counted,
+            constant=self.mtp_config.detach == "all",
+        )
+        return loss, (values * counted).sum((2, 3)).flatten()
 
     def head_rows(self, tokens: Tensor, documents: Tensor | None = None) -> HeadOutput:
         """tokens (B, T+1+A) -> the rows of depth 0..D and the stats of every router."""
@@ -335,7 +403,7 @@ class DeepseekV3MTP(nn.Module):
             for one in rows
             if one.outputs == (self.lm_head,)
             and len(one.depths) == 1
-            and (one.depths == (0,) or self.mtp_config.detach != "all")
+            and (one.depths == (0,) or (self.mtp_config.detach != "all" and self.label_weight > 0))
         ]
         return [shared, *([one] for one in rows if not any(one is other for other in shared))]
 
@@ -352,11 +420,16 @@ class DeepseekV3MTP(nn.Module):
             aims, weights = (x.flatten(1).t() for x in (targets, row_weight))
         else:  # (M,)
             aims, weights = targets.flatten(), row_weight.flatten()
-        constant = self.mtp_config.detach == "all" and group[0].depths != (0,)
+        of_heads = group[0].depths != (0,)
+        constant = self.mtp_config.detach == "all" and of_heads
+        if of_heads and not self.label_weight:  # only its value is wanted
+            inputs = [x.detach() for x in inputs]
 
         def run(inputs: Sequence[Tensor], given: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             if constant and outputs[0] is self.lm_head:
                 given = [given[0].detach(), *given[1:]]
+            if of_heads and not self.label_weight:
+                given = [weight.detach() for weight in given]
             if isinstance(outputs[-1], LMHead):
                 return linear_cross_entropy(inputs[0], given[-1], aims, weights)
             return chunked_cross_entropy(
@@ -397,8 +470,8 @@ class DeepseekV3MTP(nn.Module):
             agreed=zeros(self.depths),
             compared=zeros(self.depths),
             overlap=zeros(4, self.depths),
-            term_sum=zeros(len(self.terms)),
-            term_count=zeros(len(self.terms)),
+            term_sum=zeros(len(self.terms) + len(self.objectives) * self.depths),
+            term_count=zeros(len(self.terms) + len(self.objectives) * self.depths),
             balance=zeros(()),
             load=zeros(routers, self.config.n_routed_experts if routers else 1),
             nodes=zeros(routers),
@@ -467,6 +540,11 @@ class DeepseekV3MTP(nn.Module):
                     parameter.copy_(values[first : first + count])
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
+
+
+def _vector(values: Sequence[float], like: Tensor) -> Tensor:
+    """Not new_tensor: on CUDA the host would wait for that copy."""
+    return torch.cat([like.new_full((1,), value) for value in values])
 
 
 def meta_model(config: ModelConfig, mtp: MTPConfig, *, freeze: str = "none") -> DeepseekV3MTP:

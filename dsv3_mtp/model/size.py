@@ -58,9 +58,13 @@ def _head_flops(model: DeepseekV3MTP, seq_len: int) -> float:
     into_rows = not cost.rows_of_trunk or mtp.detach == "none"  # there is a gradient
     learns = model.lm_head.weight.requires_grad and mtp.detach != "all"
     size = model.lm_head.weight.numel()
-    flops += cost.shared * (2 + 2 * into_rows + 2 * learns) * size
     own = sum(_total_and_active(config, output)[1] for output in cost.own)
-    return flops + (4 + 2 * into_rows) * own
+    # logits with their backward, of the rows of all depths
+    rows = cost.shared * (2 + 2 * into_rows + 2 * learns) * size + (4 + 2 * into_rows) * own
+    # The label's cross-entropy is computed in any case. Other objectives make the logits anew, and
+    # those of the teacher.
+    flops += rows if model.label_weight else 2 * (cost.shared * size + own)
+    return flops + (rows + 2 * size if model.objectives else 0)
 
 
 def layer_flops(model: DeepseekV3MTP, seq_len: int) -> list[float]:

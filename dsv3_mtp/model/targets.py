@@ -46,6 +46,19 @@ def count_targets(
     return torch.cat([targets, targets.new_full((1,), tokens.shape[0])]).double()
 
 
+def teacher_slots(valid: Tensor, offsets: Sequence[int], beyond: int = 0) -> Tensor:
+    """(D, B, T) bool: the heads' valid targets that the main head predicts as well, at slot
+    i+offset-1 of the same row.
+
+    valid: (1+D, B, T) of these T slots; beyond: slots of the row that follow them elsewhere
+        (sequence parallelism), without which the last offset-1 slots have no teacher.
+    """
+    there = valid[1:].clone()
+    for depth, offset in enumerate(offsets[1:]):
+        there[depth, :, max(valid.shape[2] + beyond - (offset - 1), 0) :] = False
+    return there
+
+
 def document_starts(documents: Tensor) -> Tensor:
     """(B, T) document numbers, of which none returns after another -> (B, T) int64: the slot where
     the document of each slot begins, which is the first slot that it attends to.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.ops import choice
+from dsv3_mtp.ops.chunked import chunked
 
 # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
 CHUNK_ELEMENTS = 2**24
@@ -139,51 +140,6 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, weight, targets, row_weight)
 
 
-class _Chunked(torch.autograd.Function):
-    """Gradients are computed in forward, chunk by chunk, by autograd on detached copies."""
-
-    @staticmethod
-    def forward(ctx, chunk_loss: Callable, rows: int, inputs: int, *tensors: Tensor):
-        """tensors: `inputs` tensors with a row for each target, then weights. chunk_loss(slice,
-        inputs, weights) -> loss, and what else is kept of each row.
-        """
-        wanted = [number for number, need in enumerate(ctx.needs_input_grad[3:]) if need]
-        weights = [x.detach() for x in tensors[inputs:]]
-        wide = torch.promote_types(tensors[0].dtype, torch.float32)
-        gradients: dict[int, Tensor] = {
-            n: torch.zeros_like(tensors[n], dtype=None if n < inputs else wide) for n in wanted
-        }
-        loss, kept = torch.zeros((), dtype=wide, device=tensors[0].device), []
-        for start in range(0, len(tensors[0]), rows):
-            chunk = slice(start, start + rows)
-            leaves = [x[chunk].detach() for x in tensors[:inputs]] + [x.detach() for x in weights]
-            for n in wanted:
-                leaves[n].requires_grad_()
-            with torch.enable_grad():
-                part, *rest = chunk_loss(chunk, leaves[:inputs], leaves[inputs:])
-            found = torch.autograd.grad(part, [leaves[n] for n in wanted]) if wanted else []
-            for n, gradient in zip(wanted, found, strict=True):
-                if n < inputs:
-                    gradients[n][chunk] = gradient
-                else:
-                    gradients[n] += gradient
-            loss += part.detach()
-            kept.append([x.detach() for x in rest])
-        ctx.gradients = [
-            gradients[n].to(x.dtype) if n in gradients else None for n, x in enumerate(tensors)
-        ]
-        results = [torch.cat(same) for same in zip(*kept, strict=True)]
-        ctx.mark_non_differentiable(*results)
-        return loss, *results
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor, *_rest):
-        if ctx.gradients is None:
-            raise RuntimeError("chunked_cross_entropy: its gradients were used up")
-        found, ctx.gradients = ctx.gradients, None
-        return None, None, None, *(None if x is None else x.mul_(grad_loss) for x in found)
-
-
 def chunked_cross_entropy(
     logits: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
     inputs: Sequence[Tensor],
@@ -208,7 +164,4 @@ def chunked_cross_entropy(
         return (nll * row_weight[chunk]).sum(), nll, log_p.argmax(-1)
 
     rows = CHUNK_ELEMENTS * (CHUNKS_ON_GPU if inputs[0].is_cuda else 1) // vocab_size
-    tensors = [*inputs, *weights]
-    if not torch.is_grad_enabled():
-        tensors = [x.detach() for x in tensors]
-    return _Chunked.apply(chunk_loss, max(rows, 1), len(inputs), *tensors)
+    return chunked(chunk_loss, inputs, weights, rows=max(rows, 1), name="chunked_cross_entropy")

@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dsv3_mtp.config import Config, ConfigError, MarkovTask, MTPConfig, load_config
+from dsv3_mtp.config import Config, ConfigError, MarkovTask, load_config
 from dsv3_mtp.config.reader import problems_of
 from dsv3_mtp.data.sampler import deal, sequential_windows
 from dsv3_mtp.data.source import Source
@@ -90,7 +90,7 @@ def validate(
         sums = torch.cat([sums, grade.sums.to(device)])
     own = len(sums) if grade is None else len(sums) - len(grade.sums)
     totals = all_reduce(sums).tolist()
-    means = metric_means(totals[:own], depths, terms_of(config.mtp))
+    means = metric_means(totals[:own], depths, config.mtp.term_names)
     metrics = {f"val/{name}": value for name, value in means.items()}
     if grade is not None:
         metrics |= grade.metrics(totals[own:], metrics)
@@ -114,27 +114,22 @@ def to_device(tokens, documents, scored=None, *, config: Config, device: torch.d
 
 def metric_sums(out: MTPOutput) -> torch.Tensor:
     """(3+9D+2n,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D | overlap 4 D
-    | sums and counts of the n terms that heads own]: adds up over batches and ranks.
+    | sums and counts of the n terms]: adds up over batches and ranks.
     """
     counts = (out.nll_sum, out.targets, out.correct, out.agreed, out.compared, out.overlap)
     return torch.cat([x.double().flatten() for x in (*counts, out.term_sum, out.term_count)])
 
 
-def terms_of(mtp: MTPConfig) -> list[str]:
-    """Names of the losses that the heads own."""
-    return [*mtp.kind.terms(mtp)] if mtp.depths else []
-
-
-def metric_means(sums: list[float], depths: int, terms: Iterable[str] = ()) -> dict[str, float]:
+def metric_means(sums: list[float], depths: int, terms: Sequence[str] = ()) -> dict[str, float]:
     """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k,
-    overlap/k, overlap/tokens_per_step, mtp_term/NAME.
+    overlap/k, overlap/tokens_per_step, and those of `MTPConfig.term_names`.
 
     A depth without a valid target (masked documents shorter than it reaches) has no entry.
     """
     heads = 1 + depths
     nll, targets, correct = sums[:heads], sums[heads : 2 * heads], sums[2 * heads : 3 * heads]
     agreed, compared, *overlap = (sums[3 * heads + n * depths :][:depths] for n in range(6))
-    names, rest = list(terms), sums[3 * heads + 6 * depths :]
+    values, counts = (sums[3 * heads + 6 * depths + n * len(terms) :][: len(terms)] for n in (0, 1))
     losses = [value / max(count, 1) for value, count in zip(nll, targets, strict=True)]
     metrics = {"main_loss": losses[0]}
     metrics |= {f"mtp_loss/{depth}": losses[depth] for depth in range(1, heads) if targets[depth]}
@@ -142,8 +137,8 @@ def metric_means(sums: list[float], depths: int, terms: Iterable[str] = ()) -> d
         f"top1/{depth}": correct[depth] / targets[depth] for depth in range(heads) if targets[depth]
     }
     metrics |= {f"agreement/{k + 1}": agreed[k] / compared[k] for k in range(depths) if compared[k]}
-    for name, value, count in zip(names, rest, rest[len(names) :], strict=False):
-        metrics |= {f"mtp_term/{name}": value / count} if count else {}
+    rest = zip(terms, values, counts, strict=True)
+    metrics |= {name: value / count for name, value, count in rest if count}
     return metrics | overlap_means(overlap)
 
 

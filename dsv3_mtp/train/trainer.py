@@ -211,10 +211,8 @@ class Trainer:
         load, on_host = reduced[len(totals) :].view_as(out.load), reduced.cpu()
         total_loss, balance, node_count, stopping, *sums = on_host[: len(totals)].tolist()
         record = {"train/loss": total_loss / world.replicas}
-        record |= {
-            f"train/{name}": value
-            for name, value in metric_means(sums, depths, self.model.terms).items()
-        }
+        means = metric_means(sums, depths, config.mtp.term_names)
+        record |= {f"train/{name}": value for name, value in means.items()}
         self.require_finite(record)
         if config.log.gradients and (self.step + 1) % config.log.gradients == 0:
             record |= gradient_angle(self.engine, batch, step.loss_weights)

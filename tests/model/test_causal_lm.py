@@ -518,3 +518,11 @@ def whole_losses(model, tokens, scored, weights):
         for (name, factor), times in zip(model.terms.items(), count, strict=True):
             loss = loss + factor * found[name] / times
     return sums.tolist(), loss
+
+
+def test_a_bare_call_weighs_the_heads_as_the_model_s_own_mtp_section_says(build):
+    """Lambda of the V3 schedule at the start of a run: 0.3, over D = 2 depths."""
+    model = build(2, torch.float64)
+    tokens = tokens_for(model)
+    mean = (out := model(tokens)).nll_sum / out.targets
+    assert out.loss.item() == pytest.approx((mean[0] + 0.15 * (mean[1] + mean[2])).item(), rel=1e-9)
