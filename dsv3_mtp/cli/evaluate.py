@@ -90,6 +90,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
     )
     parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the code outside the package that the run's config names",
+    )
+    parser.add_argument(
         "--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead"
     )
     parser.add_argument(
@@ -131,6 +136,7 @@ def tasks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         "run": options.run,
         "hf": options.hf,
         "ema": options.ema,
+        "trust_code": options.trust_code,
         "include": options.lm_eval_include,
     }
     size = {"limit": options.limit, "batch_size": options.micro_batch_size or 1}
@@ -153,6 +159,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         open_source,
         tokenizer_sha256,
     )
+    from dsv3_mtp.decode.draft import no_drafter
     from dsv3_mtp.ops.tuning import tune
     from dsv3_mtp.runs.loading import tokenizer_of
     from dsv3_mtp.train.evaluate import acceptance, open_model, validate
@@ -164,6 +171,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         seq_len=options.seq_len,
         micro_batch_size=options.micro_batch_size,
         ema=options.ema,
+        trust_code=options.trust_code,
     )
     longest, new_tokens, task = (
         config.model.max_position_embeddings,
@@ -194,7 +202,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     model.to(device)
     trained, lost = None, []
     try:
-        trained = trained_on(options.run) if options.run else None
+        trained = trained_on(options.run, trust_code=options.trust_code) if options.run else None
     except (ValueError, OSError) as error:  # the model can be evaluated all the same
         lost = [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
     if options.drafts and not config.mtp.depths:
@@ -217,7 +225,10 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
                 metrics |= draft_statistics(model, source, config, temperature=temperature, **where)
         elif options.drafts:
             raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
-        if options.prompts and config.mtp.depths:
+        why = no_drafter(config.mtp)
+        if options.prompts and config.mtp.depths and why:
+            print(f"{source.path}: {why}; acceptance is not measured", file=sys.stderr)
+        elif options.prompts and config.mtp.depths:
             counts = {"prompts": options.prompts, "new_tokens": new_tokens or min(64, longest // 2)}
             metrics |= acceptance(
                 model,

@@ -27,11 +27,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ema", action="store_true", help="the average of the weights (train.ema_decay)"
     )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the code outside the package that the run's config names",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     from dsv3_mtp.hf import export_hf
 
     what = {"dtype": options.dtype, "trunk_only": options.trunk_only, "ema": options.ema}
+    what["trust_code"] = options.trust_code
     notes = export_hf(options.run, options.out, **what)
     print("\n".join([*notes, f"wrote {options.out}"]))

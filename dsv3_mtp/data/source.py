@@ -131,12 +131,12 @@ def check_vocab(source: Source, vocab_size: int) -> None:
         )
 
 
-def check_documents(source: Source, depths: int) -> None:
-    """Raise ValueError when masked documents leave the deepest of `depths` heads without a single
-    target.
+def check_documents(source: Source, depths: int, lookahead: int) -> None:
+    """Raise ValueError when masked documents leave the deepest of `depths` heads, which predicts
+    t_{i+lookahead}, without a single target.
     """
     longest = int(np.diff(source.document_starts).max())
-    if longest < 2 + depths:
+    if longest < 1 + lookahead:
         raise ValueError(
             f"{source.path}: its longest document has {longest} "
             "tokens, so that with data.mask_documents: true depth "

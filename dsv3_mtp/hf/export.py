@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ def export_hf(
     dtype: str = "bf16",
     trunk_only: bool = False,
     ema: bool = False,
+    trust_code: bool | Collection[str] = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Writes the newest checkpoint of a run to the new folder `out`. Returns what the user should
@@ -53,6 +54,7 @@ def export_hf(
         dtype: bf16; fp8 (E4M3 in 128 x 128 blocks, see `keys.QUANTISED`, the rest bf16); fp32.
         trunk_only: leave MTP modules out.
         ema: the moving average of the weights instead of the weights.
+        trust_code: import what the run's config names as package.module:Class.
 
     Raises:
         ValueError: `out` exists, there is no checkpoint or no average in it, the layout cannot
@@ -60,7 +62,7 @@ def export_hf(
             reasons at once, and nothing is written.
     """
     run, out = Path(run), Path(out)
-    config = load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml", trust_code=trust_code)
     modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
     expected = list(slots(config.model, modules))
     read, origin, more = _open_run(run, config, expected, modules, ema)

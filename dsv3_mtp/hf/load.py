@@ -208,23 +208,9 @@ def fit(
             listed.
     """
     problems = _differences(settings.model, config)
-    own = mtp.depths if mtp.mode == "sequential" else 0
-    own = min(own, 1) if mtp.share_weights else own
-    modules = min(own, stored)
-    if modules:
-        usual = {"trunk_hidden": "post_norm", "embed": True} | (
-            {"chain": "hidden"} if own > 1 else {}
-        )
-        problems += [
-            f"mtp.{key}: {getattr(mtp, key)}, the checkpoint's MTP modules have {value}"
-            for key, value in usual.items()
-            if getattr(mtp, key) != value
-        ]
-    if modules and config.first_k_dense_replace == config.num_hidden_layers:
-        problems.append(
-            "model.first_k_dense_replace: all layers are "
-            "dense here, the checkpoint's MTP modules are MoE"
-        )
+    taken = mtp.kind.load(config, mtp, stored) if mtp.depths else None
+    modules = taken.modules if taken else 0
+    problems += taken.problems if taken else []
     if problems:
         raise ValueError(
             "\n".join([f"{folder} does not fit this config:", *(f"  {text}" for text in problems)])
@@ -232,10 +218,7 @@ def fit(
     notes = []
     if modules < stored:
         notes.append(f"not used: MTP module(s) {modules + 1}..{stored} of {folder}")
-    if mtp.depths and modules < max(own, 1):
-        fresh = (
-            f"MTP module(s) {modules + 1}..{own}" if own else f"the {mtp.depths} {mtp.mode} head(s)"
-        )
+    for fresh in taken.notes if taken else []:
         notes.append(f"not in {folder}, at their random start: {fresh}")
     return modules, notes
 

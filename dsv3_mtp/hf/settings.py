@@ -110,24 +110,16 @@ def representable(model: ModelConfig, mtp: MTPConfig, *, trunk_only: bool) -> tu
     yarn = model.rope_scaling
     if yarn is not None and not _same_yarn(yarn.mscale, yarn.mscale_all_dim):
         problems.append("model." + YARN_PROBLEM.format(**yarn.model_dump()))
-    sequential = mtp.mode == "sequential" and mtp.depths > 0
-    if sequential and not trunk_only:
-        problems += _sequential_problems(model, mtp)
+    heads = mtp.kind.export(model, mtp) if mtp.depths and not trunk_only else None
+    problems += heads.problems if heads else []
     if problems:
         raise ValueError(
             "\n".join(["this run cannot be written in DeepSeek-V3's layout:", *problems])
         )
-    if mtp.depths and (trunk_only or not sequential):
-        why = "as asked" if trunk_only else "the layout has no place for them"
-        notes.append(
-            f"not exported: the {mtp.depths} {mtp.mode} MTP "
-            f"head(s), {why}; the trunk is complete without them"
-        )
-    if not sequential or trunk_only:
-        return 0, notes
-    if mtp.share_weights and mtp.depths > 1:
-        notes.append(f"one MTP module is written: this run recycles it for its {mtp.depths} depths")
-    return (1 if mtp.share_weights else mtp.depths), notes
+    if mtp.depths and trunk_only:
+        which = f"the {mtp.depths} {mtp.mode} MTP head(s)"
+        notes.append(f"not exported: {which}, as asked; the trunk is complete without them")
+    return (heads.modules, notes + heads.notes) if heads else (0, notes)
 
 
 def _latent_notes(model: ModelConfig) -> list[str]:
@@ -138,28 +130,6 @@ def _latent_notes(model: ModelConfig) -> list[str]:
         f"SGLang, and with {LATENT_EPS:g} in transformers"
     )
     return [f"rms_norm_eps {model.rms_norm_eps:g}: {how}, whose results differ"]
-
-
-def _sequential_problems(model: ModelConfig, mtp: MTPConfig) -> Iterator[str]:
-    remedy = "; export the trunk alone with --trunk-only"
-    if mtp.trunk_hidden == "pre_norm":
-        yield (
-            "mtp.trunk_hidden: pre_norm: every reader of the "
-            f"layout feeds the trunk's normed output{remedy}"
-        )
-    if mtp.chain == "trunk" and mtp.depths > 1:
-        yield (
-            f"mtp.chain: trunk with {mtp.depths} depths: "
-            f"readers chain the modules' hidden states{remedy}"
-        )
-    if not mtp.embed:
-        yield f"mtp.embed: false: the layout's eh_proj reads the token embedding{remedy}"
-    if model.first_k_dense_replace == model.num_hidden_layers:
-        text = (
-            "model.first_k_dense_replace: all layers are "
-            "dense, so the MTP modules are; the layout's are MoE"
-        )
-        yield f"{text}{remedy}"
 
 
 def to_config_json(

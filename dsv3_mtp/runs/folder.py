@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from dsv3_mtp.config import Config
+from dsv3_mtp.config import Config, MTPConfig, code
 from dsv3_mtp.config.model import OnResume
 from dsv3_mtp.config.resume import FREE, differences, rule_of
 from dsv3_mtp.data.source import Source
@@ -123,7 +123,8 @@ def write_run_folder(
     manifest = folder / MANIFEST
     starts: list[Any] = [*read_starts(folder)] if manifest.exists() else []
     start = describe_start(world_size=world_size, command=command, sources=sources)
-    starts.append(start | {"step": step, "config": config.to_dict()})
+    start |= {"step": step, "config": config.to_dict(), "code": code.hashes(config.to_dict())}
+    starts.append(start)
     write_text(folder / "config.yaml", config.to_yaml())
     write_json(folder / "ds_config.json", ds_config)
     write_json(manifest, {"starts": starts})
@@ -181,7 +182,7 @@ def changed_settings(
         ValueError: settings differ that the checkpoint's weights or place in the data depend on; or
             the run is finished, and would not be trained with those that differ. All are listed.
     """
-    changes = differences(saved, config.to_dict(), ignoring=FREE)
+    changes = differences(_without_defaults(saved, config), config.to_dict(), ignoring=FREE)
     lines = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
     fixed = [line for key, line in lines.items() if _rule(key) is OnResume.FIXED]
     if fixed:
@@ -202,6 +203,30 @@ def _rule(key: str) -> OnResume:
         return rule_of(key)
     except KeyError:
         return OnResume.FIXED
+
+
+def _without_defaults(saved: dict[str, Any], config: Config) -> dict[str, Any]:
+    """A saved config as this version would save it: without the keys of other kinds of heads, and
+    with options of this kind that it did not have yet at their defaults.
+    """
+    mtp = saved.get("mtp", {})
+    if mtp.get("mode") != config.mtp.mode:
+        return saved
+    common = {key: value for key, value in mtp.items() if key in MTPConfig.model_fields}
+    own = MTPConfig(mode=config.mtp.mode).model_extra or {}
+    return saved | {"mtp": common | {key: mtp.get(key, default) for key, default in own.items()}}
+
+
+def changed_code(config: Config) -> list[str]:
+    """One line for each class outside the package whose source is not that of the last start."""
+    manifest = run_folder(config) / "manifest.json"
+    starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
+    before = starts[-1].get("code", {}) if starts else {}
+    return [
+        f"changed since the last start: the source of {name}"
+        for name, digest in code.hashes(config.to_dict()).items()
+        if before.get(name, digest) != digest
+    ]
 
 
 def _version(package: str) -> str | None:

@@ -14,8 +14,8 @@ from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size, require_memory
-from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
 from dsv3_mtp.parallel.clip import clipped
@@ -24,7 +24,13 @@ from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starti
 from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.report.progress import Progress, floors_line, quantity
-from dsv3_mtp.runs.folder import changed_settings, find_checkpoints, run_folder, write_run_folder
+from dsv3_mtp.runs.folder import (
+    changed_code,
+    changed_settings,
+    find_checkpoints,
+    run_folder,
+    write_run_folder,
+)
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
@@ -189,12 +195,13 @@ class Trainer:
         # world.replicas. (Pipeline stages and slices of rows count the same batch once on each of
         # their ranks.)
         counts = torch.stack(
-            [count_targets(t, documents, depths, scored) for t, documents, scored in batch]
+            [self.model.counts(t, documents, scored) for t, documents, scored in batch]
         ).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size / world.slices
 
-        weights = {"loss_weights": step.loss_weights, "balance_loss_weight": alpha}
-        out = self.engine.accumulate(batch, normalizer=normalizer, **weights)
+        settings = LossSettings(step.loss_weights, alpha, normalizer)
+        self.model.draw = config.run.seed, self.step
+        out = self.engine.accumulate(batch, settings)
         # A GPU is still computing. What follows waits for it, once here and once for the norm of
         # the gradient.
         coming = schedules.coming_step(config, step.tokens, micro * world.data_size)
@@ -207,7 +214,8 @@ class Trainer:
         load, on_host = reduced[len(totals) :].view_as(out.load), reduced.cpu()
         total_loss, balance, node_count, stopping, *sums = on_host[: len(totals)].tolist()
         record = {"train/loss": total_loss / world.replicas}
-        record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
+        means = metric_means(sums, depths, config.mtp.term_names)
+        record |= {f"train/{name}": value for name, value in means.items()}
         self.require_finite(record)
         if config.log.gradients and (self.step + 1) % config.log.gradients == 0:
             record |= gradient_angle(self.engine, batch, step.loss_weights)
@@ -350,6 +358,7 @@ class Trainer:
         finished = saved["tokens"] >= self.config.train.total_tokens
         notes = changed_settings(saved["config"], self.config, folder, finished=finished)
         notes += self.warmed_again(saved)
+        notes += changed_code(self.config)
         self.sampler.load_state_dict(saved["sampler"])
         moments = getattr(torch, self.config.optim.moments)
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)

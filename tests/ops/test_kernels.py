@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops import c, choice
 from dsv3_mtp.ops.attention import attend
 from dsv3_mtp.ops.cross_entropy import linear_cross_entropy
@@ -297,7 +298,7 @@ def test_the_whole_model_gives_the_loss_and_gradients_of_the_plain_one(
     results = []
     for scope in (nullcontext(), choice.plain()):
         with scope:
-            out = model(tokens, balance_loss_weight=0.01)
+            out = model(tokens, settings=LossSettings(balance_loss_weight=0.01))
         results.append([out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))])
     for got, expected in zip(*results, strict=True):
         assert (got - expected).norm() <= 2e-5 * expected.norm()
