@@ -19,17 +19,9 @@ from dsv3_mtp.config.data import (
     SuffixSumTask,
     Task,
 )
-from dsv3_mtp.config.model import (
-    ConstantWeight,
-    LossWeight,
-    ModelConfig,
-    MTPConfig,
-    PiecewiseWeight,
-    RampWeight,
-    RopeScaling,
-    StepWeight,
-    WarmupWeight,
-)
+from dsv3_mtp.config.loss_weights import AdaptiveSchedule, LambdaSchedule, LossWeight
+from dsv3_mtp.config.loss_weights.step import StepWeight
+from dsv3_mtp.config.model import ModelConfig, MTPConfig, RopeScaling
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import ConfigError
 from dsv3_mtp.config.run import (

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from dsv3_mtp.config.model import FilePath, Integer, Number, Positive, Section
 from dsv3_mtp.config.reader import Problem, show
+from dsv3_mtp.config.section import FilePath, Integer, Number, Positive, Section
 
 LossOn = Literal["answer", "all"]
 AtLeast2 = Annotated[Integer, Field(ge=2, le=4096)]

@@ -19,23 +19,21 @@ from pydantic import AfterValidator, Field, ValidationError
 from dsv3_mtp.config import layout
 from dsv3_mtp.config.data import DataConfig, Task
 from dsv3_mtp.config.deepspeed import check_deepspeed
-from dsv3_mtp.config.model import (
-    V3_TOKENS,
+from dsv3_mtp.config.model import V3_TOKENS, ModelConfig, MTPConfig
+from dsv3_mtp.config.precision import AttentionConfig, FP8Config
+from dsv3_mtp.config.reader import ConfigError, Problem, problems_of, show
+from dsv3_mtp.config.section import (
     Count,
     FilePath,
     FolderName,
     Fraction,
     Integer,
-    ModelConfig,
-    MTPConfig,
     NotNegative,
     Number,
     Positive,
     Section,
     Text,
 )
-from dsv3_mtp.config.precision import AttentionConfig, FP8Config
-from dsv3_mtp.config.reader import ConfigError, Problem, problems_of, show
 from dsv3_mtp.config.tree import Document, dump_tree, read_document
 
 _LOG = logging.getLogger("dsv3_mtp")  # without a handler Python prints its warnings to stderr

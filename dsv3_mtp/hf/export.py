@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_mtp.config import Config, load_config, schedules
+from dsv3_mtp.config import AdaptiveSchedule, Config, load_config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.files.atomic import lock, write_json
 from dsv3_mtp.files.tensorfile import Entry
@@ -175,6 +175,8 @@ def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
     """MTP modules that are as they were initialised: no loss reached them, theirs or, by the chain,
     a deeper one.
     """
+    if isinstance(config.mtp.loss_weight, AdaptiveSchedule):
+        return  # its weights were the run's own: the config does not tell them
     source = Path(config.train.init_from or "")
     # trained before this run
     brought = read_settings(source).modules if (source / "config.json").is_file() else 0

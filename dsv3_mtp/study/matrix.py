@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from dsv3_mtp.config import Config, ConfigError, layout, load_config
-from dsv3_mtp.config.model import (
+from dsv3_mtp.config.reader import Problem, problems_of, show
+from dsv3_mtp.config.section import (
     Count,
     FilePath,
     FolderName,
@@ -28,7 +29,6 @@ from dsv3_mtp.config.model import (
     Section,
     Text,
 )
-from dsv3_mtp.config.reader import Problem, problems_of, show
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.study.metric_names import METRICS, NEEDS, family
 
