@@ -10,7 +10,15 @@ from typing import Any
 
 from dsv3_mtp.config.reader import Problem
 
-NEEDS = ("model", "mtp", "data", "train", "parallel")  # the sections that the rules read
+NEEDS = (
+    "model",
+    "mtp",
+    "data",
+    "optim",
+    "train",
+    "parallel",
+    "log",
+)  # the sections that the rules read
 
 
 def refusals(config: Any, world_size: int | None = None) -> list[str]:
@@ -28,6 +36,8 @@ def problems(config: Any, world_size: int | None = None) -> Iterator[Problem]:
     yield from _pipeline(config)
     yield from _task(config)
     yield from _sequence(config)
+    yield from _gradients(config)
+    yield from _clipping(config)
     if world_size is not None:
         yield from _ranks(config, world_size)
 
@@ -187,6 +197,32 @@ def data_size(config: Any, world_size: int) -> int:
     )
 
 
+def _gradients(config: Any) -> Iterator[Problem]:
+    """The gradients' angle is measured outside DeepSpeed, on parameters that are whole."""
+    parallel = config.parallel
+    if not config.log.gradients:
+        return
+    if not config.mtp.depths or config.mtp.detach == "all" or config.train.freeze == "trunk":
+        yield "log.gradients", "needs heads whose gradients reach the trunk; set 0"
+    sizes = (parallel.pipeline_stages, parallel.expert_parallel_size)
+    if parallel.zero_stage == 3 or max(sizes) > 1:
+        yield (
+            "log.gradients",
+            "needs whole parameters on every rank: parallel.zero_stage <= 2, "
+            "pipeline_stages 1, expert_parallel_size 1; or set 0",
+        )
+
+
+def _clipping(config: Any) -> Iterator[Problem]:
+    """Clipping apart needs groups of parameters that only the last stage would have."""
+    if clips_apart(config) and config.parallel.pipeline_stages > 1:
+        yield (
+            "mtp.detach",
+            "all clips trunk and heads apart, which needs parallel.pipeline_stages 1: DeepSpeed's "
+            "stages must have equal parameter groups; set optim.grad_clip 0, or mtp.detach trunk",
+        )
+
+
 def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
     train, experts, stages = (
         config.train,
@@ -221,6 +257,14 @@ def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
             f"micro-batches of {train.micro_batch_size} on "
             f"{on}; use a multiple of {rows}",
         )
+
+
+def clips_apart(config: Any) -> bool:
+    """optim.grad_clip bounds the gradients of trunk and heads each by itself: no gradient of the
+    heads reaches the trunk (mtp.detach: all), and their norm shall not reach its steps either.
+    """
+    both_learn = config.mtp.depths > 0 and config.train.freeze == "none"
+    return both_learn and config.mtp.detach == "all" and config.optim.grad_clip > 0
 
 
 def describe(config: Any, world_size: int) -> str:

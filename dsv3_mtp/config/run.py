@@ -221,6 +221,16 @@ class LogConfig(Section):
     """Write event files to the run's tb folder."""
     wandb: WandbConfig | None = None
     """null: off."""
+    gradients: Annotated[Integer, Field(ge=0)] = 0
+    """Steps between measurements of the angle between the main loss's and the heads' gradients on
+    the trunk (optim/gradient_cosine), two more passes over a micro-batch each; a multiple of
+    `every`. 0: none.
+    """
+
+    def rules(self) -> Iterator[Problem]:
+        if self.gradients % self.every:
+            text = f"must be a multiple of log.every = {self.every}, whose lines hold it"
+            yield "gradients", f"{text} (got {self.gradients})"
 
 
 class Config(Section):
@@ -243,6 +253,10 @@ class Config(Section):
 
     def rules(self) -> Iterator[Problem]:
         yield from _rules_between(dict(self))
+
+    @property
+    def clips_apart(self) -> bool:
+        return layout.clips_apart(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, every default filled in."""

@@ -64,10 +64,12 @@ def start_engine(
     """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names
     the section.
     """
+    start: dict[str, Any] = {"ds_config": ds_config, "world": world}
+    start["apart"] = config.optim.grad_clip if config.clips_apart else None
     try:
         if world.stages > 1:
-            return PipelineEngine(model, optimizer, ds_config=ds_config, world=world, config=config)
-        return Engine(model, optimizer, ds_config=ds_config, world=world)
+            return PipelineEngine(model, optimizer, config=config, **start)
+        return Engine(model, optimizer, **start)
     except Exception as error:
         if not config.deepspeed:
             raise

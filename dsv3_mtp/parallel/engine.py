@@ -19,6 +19,7 @@ from torch import Tensor
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size, refusals
 from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput
+from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.parallel.sequence import slice_rows
 
@@ -39,7 +40,7 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         * config.parallel.sequence_parallel_size,  # it knows data parallelism only
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.batch_size // rows,
-        "gradient_clipping": config.optim.grad_clip,
+        "gradient_clipping": 0.0 if config.clips_apart else config.optim.grad_clip,
         "steps_per_print": None,
         "timers": {
             "throughput": {"enabled": False}
@@ -103,8 +104,11 @@ class Engine:
         ds_config: dict,
         world: World,
         module: torch.nn.Module | None = None,
+        apart: float | None = None,
     ):
-        """module: what runs, made of the model's parts; None: the model itself."""
+        """module: what runs, made of the model's parts; None: the model itself. apart: the largest
+        gradient norm of trunk and heads each; None: DeepSpeed clips both together.
+        """
         # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no
         # weights of its own.
         deepspeed.runtime.zero.utils.warned = True
@@ -126,7 +130,9 @@ class Engine:
         self.monitor, self.engine.monitor = self.engine.monitor, SimpleNamespace(enabled=False)
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
             self.optimizer.state.clear()  # of that step
-        self.world, self.model = world, model
+        self.world, self.model, self.apart = world, model, apart
+        if apart is not None:
+            optimizer.register_step_pre_hook(scale_gradients)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -175,15 +181,26 @@ class Engine:
         if not last:
             self.engine.step()
 
-    def step(self, lr: float) -> float:
-        """Clips, updates, and returns the global gradient norm before clipping."""
+    def step(self, lr: float, *, sides: bool) -> tuple[float, dict[str, float]]:
+        """Clips and updates; the gradient norms before clipping: of all, and of trunk and heads
+        ("trunk", "mtp") where they are clipped apart or asked for (`sides`).
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.reduce()
         norm = self._replicated_norm() if self.engine.zero_optimization_stage() == 0 else None
+        apart: dict[str, float] = {}
+        if self.apart is not None:
+            apart = clip_apart(self.model, self.engine, self.apart)
+        elif sides:
+            apart = side_norms(self.model, self.engine)
         self.update()
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
+        return math.nan if norm is None else float(norm), apart
+
+    def reduce(self) -> None:
+        """Averages what the last backward has not averaged over the ranks: nothing, without stages."""
 
     def update(self) -> None:
         self.engine.step()

@@ -291,7 +291,9 @@ class PipelineEngine(Engine):
         self.counted -= 1
         return out.loss
 
-    def update(self) -> None:
+    def reduce(self) -> None:
         self.engine._exec_reduce_tied_grads()
         self.engine._exec_reduce_grads()
+
+    def update(self) -> None:
         self.engine._exec_optimizer_step()

@@ -11,7 +11,7 @@ is wrong under round_robin_gradients.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,9 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from dsv3_mtp.model.moe import Experts
-from dsv3_mtp.parallel.engine import Engine
+
+if TYPE_CHECKING:  # the engine imports clip.py, which imports this
+    from dsv3_mtp.parallel.engine import Engine
 
 # elements below which a tensor that several ranks hold is written by the first of them alone
 SHARE = 1 << 16
@@ -59,19 +61,19 @@ class _Range(NamedTuple):
     numel: int
 
 
-def held(engine: Engine) -> Iterator[Held]:
+def held(engine: "Engine") -> Iterator[Held]:
     """All that this rank holds of the model: masters of what it updates, frozen parameters,
     buffers.
     """
     model, optimizer = engine.model, engine.engine.optimizer
-    masters = dict(_masters(optimizer))
+    updated = dict(masters(optimizer))
     layers = [part for part in model.modules() if isinstance(part, Experts)]
     first = {id(tensor): layer.first for layer in layers for tensor in layer.parameters()}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             continue  # of another pipeline stage
         if tensor.requires_grad:
-            found = masters.get(id(tensor))
+            found = updated.get(id(tensor))
             sharded = not isinstance(optimizer, torch.optim.Optimizer | FP16_UnfusedOptimizer)
         else:
             found, sharded = _whole(tensor), hasattr(tensor, "ds_id")
@@ -89,7 +91,7 @@ def held(engine: Engine) -> Iterator[Held]:
         yield Held(name, shape, start, found.numel, found.flat, found.at, share)
 
 
-def _masters(optimizer: Any) -> Iterator[tuple[int, _Range]]:
+def masters(optimizer: Any) -> Iterator[tuple[int, _Range]]:
     """(id of a parameter, the range of it that this rank updates)."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         flats = (
@@ -172,7 +174,7 @@ def _share(numel: int, peers: Any) -> tuple[int, int]:
 
 
 @contextmanager
-def restoring(engine: Engine) -> Iterator[None]:
+def restoring(engine: "Engine") -> Iterator[None]:
     """Around writing into what is `held`: afterwards the weights of forward and backward follow
     their masters.
     """

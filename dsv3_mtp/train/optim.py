@@ -63,9 +63,14 @@ class BF16MomentsAdamW(torch.optim.AdamW):
         state["step"] += 1
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, *, apart: nn.Module | None = None
+) -> torch.optim.AdamW:
     """Fused AdamW; matrices decay, vectors (the norms) do not. The learning rate is set anew at
     every step.
+
+    apart: the heads, where they are clipped apart (parallel/clip.py). Their parameters then have
+        groups of their own, behind the trunk's; every group says its `side`.
     """
     norms = {
         id(p)
@@ -73,19 +78,23 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
         if isinstance(module, RMSNorm)
         for p in module.parameters()
     }
-    groups: dict[str, dict[str, Any]] = {
-        name: {"name": name, "params": []} for name in ("matrices", "vectors")
+    heads = {id(p) for p in apart.parameters()} if apart is not None else set()
+    groups: dict[tuple[str, str], dict[str, Any]] = {
+        ("trunk", name): {"name": name, "params": []} for name in ("matrices", "vectors")
     }
     for parameter in model.parameters():
         # Expert parallelism marks its parameters with the ranks that hold copies; DeepSpeed wants
         # them apart, by name.
         shared = getattr(parameter, "group_name", None)
         name = shared or ("vectors" if id(parameter) in norms else "matrices")
+        side = "mtp" if id(parameter) in heads else "trunk"
         if parameter.requires_grad and not parameter.is_meta:  # meta: on another pipeline stage
-            groups.setdefault(name, {"name": name, "params": [], "moe": True})["params"].append(
-                parameter
-            )
-    for group in groups.values():
-        group["weight_decay"] = 0.0 if group["name"] == "vectors" else optim.weight_decay
+            new = {"name": name, "params": []} | ({"moe": True} if shared else {})
+            groups.setdefault((side, name), new)["params"].append(parameter)
+    for (side, name), group in groups.items():
+        group["weight_decay"] = 0.0 if name == "vectors" else optim.weight_decay
+        if apart is not None:
+            group["side"] = side
+    ordered = [groups[key] for key in sorted(groups, key=lambda key: key[0] == "mtp")]
     kind = BF16MomentsAdamW if optim.moments == "bfloat16" else torch.optim.AdamW
-    return kind(list(groups.values()), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    return kind(ordered, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

@@ -17,6 +17,7 @@ from dsv3_mtp.model.targets import count_targets
 from dsv3_mtp.ops.tuning import tune
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
+from dsv3_mtp.parallel.clip import clipped
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
 from dsv3_mtp.precision.convert import set_precision
@@ -26,6 +27,7 @@ from dsv3_mtp.runs.folder import changed_settings, find_checkpoint, run_folder, 
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
+from dsv3_mtp.train.gradients import gradient_angle
 from dsv3_mtp.train.optim import build_optimizer
 
 
@@ -67,7 +69,8 @@ class Trainer:
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
         self.notes += set_precision(self.model, config, self.world.device)
-        optimizer = build_optimizer(self.model, config.optim)
+        heads = self.model.mtp if config.clips_apart else None
+        optimizer = build_optimizer(self.model, config.optim, apart=heads)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
 
         decay = config.train.ema_decay
@@ -115,7 +118,7 @@ class Trainer:
                 record, stopping = self.optimizer_step()
                 self.display.advance(step=self.step, tokens=self.tokens, eta_s=self.eta())
                 done = self.tokens >= total
-                if self.step % config.log.every == 0 or self.step == 1 or done:
+                if self.is_logged(self.step, self.tokens):
                     self.report(record)
                 warned = warned or self.warn_of_leak(record)
                 with self.clock.paused():
@@ -124,6 +127,11 @@ class Trainer:
                     if done or stopping or self.step % config.checkpoint.every == 0:
                         self.save()
             return self.finish()
+
+    def is_logged(self, step: int, tokens: int) -> bool:
+        """Whether the step that ends there has a line in metrics.jsonl."""
+        done = tokens >= self.config.train.total_tokens
+        return step % self.config.log.every == 0 or step == 1 or done
 
     def optimizer_step(self) -> tuple[dict[str, Any], bool]:
         """One step on the next global batch: its metrics, and whether some rank was asked to
@@ -161,8 +169,17 @@ class Trainer:
         record = {"train/loss": total_loss / world.replicas}
         record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
         self.require_finite(record)
-        record["optim/grad_norm"] = self.engine.step(step.lr)
+        if config.log.gradients and (self.step + 1) % config.log.gradients == 0:
+            record |= gradient_angle(self.engine, batch, step.loss_weights)
+        logged = self.is_logged(self.step + 1, step.tokens)
+        norm, sides = self.engine.step(step.lr, sides=logged)
+        record["optim/grad_norm"] = norm
+        record |= {f"optim/grad_norm/{side}": value for side, value in sides.items()}
         self.require_finite(record)
+        bounded = sides if config.clips_apart else {"": norm}
+        for side, value in bounded.items():
+            key = f"optim/clipped/{side}" if side else "optim/clipped"
+            record[key] = float(clipped(value, config.optim.grad_clip))
         self.model.update_router_bias(load, step.bias_speed)
         if self.average is not None:
             self.average.update()

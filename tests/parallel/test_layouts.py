@@ -143,13 +143,13 @@ def train(jobs: list[tuple[str, Config, str]]) -> None:
         )
         step, update = trainer.engine.step, trainer.model.update_router_bias
 
-        def step_and_look(lr, *, step=step, named=named, grads=grads, sharded=sharded):
+        def step_and_look(lr, *, sides, step=step, named=named, grads=grads, sharded=sharded):
             if not grads:
                 grads |= {
                     n: (safe_get_full_grad(p) if sharded else p.grad).clone()
                     for n, p in named.items()
                 }
-            return step(lr)
+            return step(lr, sides=sides)
 
         def update_and_look(load, speed, *, update=update, loads=loads):
             loads.append(load)

@@ -115,19 +115,18 @@ def train(jobs: list[tuple[Config, str]]) -> None:
             "start": {n: t.clone() for n, t in own.items()},
             "stage": trainer.world.stage,
         }
-        update = trainer.engine.update
+        reduce = trainer.engine.reduce
 
-        def look_and_update(seen=seen, parameters=parameters, update=update):
-            zeros = {
-                n: torch.zeros_like(p) for n, p in parameters.items()
-            }  # detached on this stage: none
+        def look_and_reduce(seen=seen, parameters=parameters, reduce=reduce):
+            # of what is detached on this stage: none
+            zeros = {n: torch.zeros_like(p) for n, p in parameters.items()}
             seen.setdefault(
                 "grads",
                 {n: zeros[n] if p.grad is None else p.grad.clone() for n, p in parameters.items()},
             )
-            update()
+            reduce()
 
-        trainer.engine.update = look_and_update
+        trainer.engine.reduce = look_and_reduce
         seen["records"] = [trainer.optimizer_step()[0] for _ in range(STEPS)]
         seen["val"] = evaluate(trainer.engine, trainer.val, config)
         first = {
