@@ -28,7 +28,6 @@ LAYERS = {
     "decode": 4,
     "parallel": 4,
     "hf": 4,
-    "tasks.grade": 5,
     "runs": 5,
     "plan": 6,
     "train": 6,

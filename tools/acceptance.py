@@ -93,7 +93,7 @@ def validation_prefixes(config: Any, options: argparse.Namespace) -> list[list[i
     from dsv3_mtp.data.sampler import sequential_windows
 
     task = config.data.task
-    if task is not None and task.type != "markov":
+    if task is not None and task.has_answers:
         raise ValueError(
             f"{config.run.name}: data.task {task.type} has "
             "no text; tools/evaluate.py drafts its answers"

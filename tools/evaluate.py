@@ -163,7 +163,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         raise ValueError(
             f"--new-tokens {new_tokens}: must be < model.max_position_embeddings = {longest}"
         )
-    if new_tokens is not None and task is not None and task.type != "markov" and not options.data:
+    if new_tokens is not None and task is not None and task.has_answers and not options.data:
         raise ValueError(
             f"--new-tokens: no effect on data.task {task.type}, "
             "whose answers have a length of their own"

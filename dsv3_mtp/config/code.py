@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-SECTIONS = ("mtp",)  # whose keys and values may name code
+SECTIONS = ("mtp", "data")  # whose keys and values may name code
 
 
 def is_code(name: Any) -> bool:

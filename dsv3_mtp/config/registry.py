@@ -24,12 +24,20 @@ S = TypeVar("S", bound=Section)
 class Registry(Mapping[str, type[S]]):
     """The classes of one kind by their names.
 
-    kind: what one of them is called in messages, with its article.
+    kind: what one of them is called in messages. package: where they are, imported at the first
+    look; None: they have registered themselves by then.
     """
 
-    def __init__(self, kind: str, base: type[S]) -> None:
-        self.kind, self.base = kind, base
+    def __init__(self, kind: str, base: type[S], package: str | None = None) -> None:
+        self.kind, self.base, self.package = kind, base, package
         self._classes: dict[str, type[S]] = {}
+
+    @property
+    def classes(self) -> dict[str, type[S]]:
+        if self.package is not None:
+            importlib.import_module(self.package)
+            self.package = None
+        return self._classes
 
     def register(self, found: type[S]) -> type[S]:
         """Class decorator. The class is known by the default of its key `type`.
@@ -44,10 +52,10 @@ class Registry(Mapping[str, type[S]]):
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._classes)
+        return iter(self.classes)
 
     def __len__(self) -> int:
-        return len(self._classes)
+        return len(self.classes)
 
     def __getitem__(self, name: str) -> type[S]:
         """The class of a name, or of package.module:Class.
@@ -57,7 +65,7 @@ class Registry(Mapping[str, type[S]]):
             ValueError: package.module:Class cannot be imported, or is of another kind.
         """
         if not code.is_code(name):
-            return self._classes[name]
+            return self.classes[name]
         found = code.find(name)
         if not (isinstance(found, type) and issubclass(found, self.base)):
             base = f"{self.base.__module__}.{self.base.__name__}"

@@ -207,7 +207,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
             return {}, [
                 f"no tokenizer: data.task {config.data.task.type} generates token ids, not text"
             ]
-        where = ", ".join(entry.path for entry in config.data.entries)
+        where = ", ".join(str(entry.path) for entry in config.data.entries)
         return {}, [
             (
                 f"no tokenizer: no tokenizer.json in {where}; "

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.data.source import Source
+from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.files.atomic import lock, write_json, write_text
 from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
-from dsv3_mtp.tasks.examples import TaskSource
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
 
@@ -104,7 +103,7 @@ def write_run_folder(
     *,
     world_size: int,
     command: list[str],
-    sources: dict[str, Source | TaskSource],
+    sources: dict[str, DataSource],
 ) -> None:
     """config.yaml (resolved), ds_config.json, and one more entry in manifest.json for this
     start.
@@ -122,7 +121,7 @@ def write_run_folder(
 
 
 def describe_start(
-    *, world_size: int, command: list[str], sources: dict[str, Source | TaskSource]
+    *, world_size: int, command: list[str], sources: dict[str, DataSource]
 ) -> dict[str, Any]:
     """Versions, command, git commit, hardware, and the hash of every data source (of a task: of its
     settings).

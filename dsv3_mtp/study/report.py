@@ -304,7 +304,7 @@ def drafts_line(loaded: LoadedStudy) -> str:
     )
     if drafts is None:
         return "Drafts: not measured."
-    if all(task is not None and task.type != "markov" for task in tasks):
+    if all(task is not None and task.has_answers for task in tasks):
         return (
             "Drafts: free-running, the last answer of "
             f"each of {drafts.prefixes} validation examples."

@@ -9,7 +9,6 @@ import torch
 from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.opening import build_missing, open_sources
-from dsv3_mtp.data.source import Source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import model_size
@@ -279,7 +278,7 @@ class Trainer:
         if (
             not low
             or self.progress < self.config.optim.schedule.warmup
-            or self.config.data.task is not None
+            or self.val.task is not None
         ):
             return False
         self.display.say(
@@ -356,7 +355,7 @@ class Trainer:
             if config.mtp.mode == "none"
             else f"{config.mtp.mode} D={config.mtp.depths}"
         )
-        tokens = [source.tokens for source in self.sampler.sources if isinstance(source, Source)]
+        tokens = [source.tokens for source in self.sampler.sources if source.tokens is not None]
         data = quantity(sum(tokens)) if tokens else self.val.path
         experts = (
             f", EP {config.parallel.expert_parallel_size}"
