@@ -82,7 +82,7 @@ class Registry(Mapping[str, type[S]]):
         try:
             found = self[name]
         except (KeyError, TypeError):  # TypeError: a list, say
-            names = ", ".join(f"'{one}'" for one in self)
+            names = ", ".join(f"'{one}'" for one in sorted(self))
             context = {"discriminator": "'type'", "tag": str(name), "expected_tags": names}
             raise PydanticKnownError("union_tag_invalid", context) from None
         return found.model_validate(value)

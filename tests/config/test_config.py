@@ -86,8 +86,8 @@ MISTAKES = [
     ("mtp.loss_weight=.nan", "mtp.loss_weight: must be finite (got nan)"),
     (
         "mtp.loss_weight={type: stp}",
-        "mtp.loss_weight: type must be one of constant, exponential, "
-        "piecewise, linear, cosine, step, warmup (got 'stp'); "
+        "mtp.loss_weight: type must be one of constant, cosine, "
+        "exponential, linear, piecewise, step, warmup (got 'stp'); "
         "did you mean 'step'?",
     ),
     (
