@@ -6,9 +6,15 @@
 
 Of a run on a generated task (data.task) also what it gets right: exact match of the generated
 answers. Per depth: loss (nats per token), top1 (argmax equals the text), agreement (argmax equals
-the main model's own along the text), bits per byte of the main head; acceptance of free-running
-greedy drafts. Depth 0 is the main head. Exit codes: 0 done, 2 the model, the data or a task cannot
-be used.
+the main model's own along the text), overlap (what a sampled draft is accepted with, along the
+text), bits per byte of the main head; acceptance of free-running drafts. Depth 0 is the main head.
+
+Beside the numbers of a text stand its floors, which need no network: n-gram tables, counted from
+the tokens that the run was trained on (val/floor/unigram and so on), and drafters that are a constant
+distribution or a table of tokens (val/floor/overlap/constant, val/floor/overlap/table). --drafts says how
+drafts differ from the main model: KL, top-k coverage, calibration, what a threshold (p-min) keeps.
+
+Exit codes: 0 done, 2 the model, the data or a task cannot be used.
 """
 
 import argparse
@@ -65,7 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--split",
         default="val",
-        choices=["train", "val"],
+        choices=["train", "val", "shift"],
         help="of prepared folders (default: val)",
     )
     parser.add_argument(
@@ -92,6 +98,15 @@ def parse() -> argparse.Namespace:
         help="behind each prompt (default: 64, or half of what the model can read)",
     )
     parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of acceptance and of --drafts (default: acceptance is greedy, --drafts at 1)",
+    )
+    parser.add_argument(
+        "--drafts", action="store_true", help="statistics of the drafts along the text as well"
+    )
+    parser.add_argument(
         "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
     )
     parser.add_argument(
@@ -106,6 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     losses_only = ["data", "split", "batches", "seq_len", "prompts", "new_tokens"]
+    losses_only += ["temperature", "drafts"]
     own = losses_only if options.lm_eval else ["lm_eval_include", "limit"]
     if unused := [key for key in own if getattr(options, key) != parser.get_default(key)]:
         names = ", ".join("--" + key.replace("_", "-") for key in unused)
@@ -119,6 +135,10 @@ def parse() -> argparse.Namespace:
         )
     if options.new_tokens is not None and not options.prompts:
         parser.error("--new-tokens: no effect with --prompts 0")
+    if options.temperature is not None and not 0.001 <= options.temperature <= 100:
+        parser.error(f"--temperature {options.temperature}: must be in [0.001, 100]")
+    if options.temperature is not None and not (options.prompts or options.drafts):
+        parser.error("--temperature: no effect with --prompts 0 and without --drafts")
     if options.hf and not options.data and not options.lm_eval:
         parser.error(
             "--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on"
@@ -138,14 +158,17 @@ def positive(text: str) -> int:
 def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Metrics of every data source."""
     from pathlib import Path
+    from typing import Any
 
     import torch
 
+    from dsv3_mtp.data.ngrams import early_training
     from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
     from dsv3_mtp.ops.tuning import tune
     from dsv3_mtp.runs.loading import tokenizer_of
     from dsv3_mtp.train.evaluate import acceptance, open_model, validate
+    from dsv3_mtp.train.floors import draft_statistics, drafter_floors, text_floors, trained_on
 
     model, config = open_model(
         run=options.run,
@@ -181,15 +204,40 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tune(device)  # as in training: the same bits
     model.to(device)
-    results = {}
+    trained, lost = None, []
+    try:
+        trained = trained_on(options.run) if options.run else None
+    except (ValueError, OSError) as error:  # the model can be evaluated all the same
+        lost = [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
+    if options.drafts and not config.mtp.depths:
+        raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
+    batches, results = options.batches or config.eval.batches, {}
     for source in sources or [validation_source(config, options.split)]:
-        metrics = validate(
-            model, source, config, batches=options.batches or config.eval.batches, device=device
-        )
+        metrics = validate(model, source, config, batches=batches, device=device)
+        if (text := source.text) is not None:
+            where: Any = {"batches": batches, "device": device}
+            floors, notes = drafter_floors(model, text, config, **where)
+            why = None
+            if trained is not None:
+                tables, why = text_floors(trained, text, config, batches=batches)
+                metrics |= tables
+            metrics |= floors
+            for note in filter(None, [early_training(metrics), why, *lost, *notes]):
+                print(f"{source.path}: {note}", file=sys.stderr)
+            if options.drafts:
+                temperature = options.temperature or 1.0
+                metrics |= draft_statistics(model, text, config, temperature=temperature, **where)
+        elif options.drafts:
+            raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
         if options.prompts and config.mtp.depths:
             counts = {"prompts": options.prompts, "new_tokens": new_tokens or min(64, longest // 2)}
             metrics |= acceptance(
-                model, source, depth=config.mtp.depths, seq_len=config.data.seq_len, **counts
+                model,
+                source,
+                depth=config.mtp.depths,
+                seq_len=config.data.seq_len,
+                temperature=options.temperature or 0.0,
+                **counts,
             )
         results[source.path] = metrics
     return results

@@ -297,7 +297,7 @@ def training(config: str, steps: int, names: list[str]) -> Iterator[Row]:
     0.9.
     """
     from dsv3_mtp.report.metrics import read_metrics
-    from dsv3_mtp.study.measure import loss_error_metrics, smoothed
+    from dsv3_mtp.study.measure import curves_of, loss_error_metrics, smoothed
 
     runs: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -341,7 +341,9 @@ def training(config: str, steps: int, names: list[str]) -> Iterator[Row]:
                 r for r in read_metrics(Path(folder) / name / "metrics.jsonl") if "train/loss" in r
             ]
             row: Row = [name]
-            errors = loss_error_metrics(runs[name], runs.get("bf16", runs[name]))
+            curves = {n: curves_of(runs[n], every_loss=True) for n in (name, "bf16") if n in runs}
+            reference, end = curves.get("bf16", curves[name]), runs[name][-1]["tokens"]
+            errors = loss_error_metrics(curves[name], reference, total_tokens=end)
             for key in ("train/main_loss", "train/mtp_loss/1"):
                 row.append(smoothed([r[key] for r in runs[name]])[-1])
                 row.append(f"{errors[key.replace('_loss', '_loss_error')]:.3f} %")

@@ -2,6 +2,7 @@
 
 Examples:
     python tools/prepare_data.py --out data/pystdlib-2048 --corpus pystdlib --vocab-size 2048
+    python tools/prepare_data.py --out data/sitelib-512 --corpus sitelib --vocab-size 512
     python tools/prepare_data.py --out data/web --input 'web/*.jsonl.zst' --tokenizer tokenizer.json
     python tools/prepare_data.py --verify data/web
 """
@@ -64,7 +65,11 @@ def parse() -> argparse.Namespace:
         help="compare the files of a prepared folder with their checksums",
     )
     text = parser.add_argument_group("text")
-    text.add_argument("--corpus", choices=["pystdlib"], help="the standard library of this Python")
+    text.add_argument(
+        "--corpus",
+        choices=["pystdlib", "sitelib"],
+        help="pystdlib: the standard library of this Python; sitelib: that and its site-packages",
+    )
     text.add_argument(
         "--input",
         dest="inputs",

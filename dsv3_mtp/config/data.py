@@ -50,9 +50,9 @@ class DataConfig(Section):
     """Prepared folder (its validation split), Megatron prefix or a source; null with a task."""
     task: Annotated[SerializeAsAny[Task], BeforeValidator(TASKS.section)] | None = None
     """Generated examples with known answers instead of text; null: text."""
-    build: Literal["pystdlib"] | None = None
-    """Corpus to build into the folder `train` when it is missing: the running interpreter's
-    library.
+    build: Literal["pystdlib", "sitelib"] | None = None
+    """Corpus to build into the folder `train` when it is missing: the standard library of the
+    running interpreter, or that and all of its site-packages (data/sitelib.py).
     """
     seq_len: Annotated[Integer, Field(ge=2)]
     """Positions per sequence, T (V3 4.2: 4096). A sample holds T + 1 + D tokens."""
@@ -67,6 +67,11 @@ class DataConfig(Section):
             if isinstance(self.train, str | SourceSection)
             else self.train or ()
         )
+
+    @property
+    def paths(self) -> list[str]:
+        """Of the training corpora that are folders or Megatron files."""
+        return [entry.path for entry in self.entries if isinstance(entry.path, str)]
 
     def rules(self) -> Iterator[Problem]:
         if self.task is not None:

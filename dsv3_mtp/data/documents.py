@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 VAL_BUCKETS = 1_000_000
 
@@ -33,11 +33,24 @@ class Inputs(Protocol):
     """What `prepare` reads: numbered files of numbered documents."""
 
     @property
+    def splits(self) -> tuple[str, ...]: ...  # names: train first
+    @property
     def sizes(self) -> list[int]: ...  # bytes per file
     @property
     def fingerprint(self) -> str: ...  # changes when the files change
     def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
         """All documents from record `record` of file `file` on."""
+        ...
+
+
+@runtime_checkable
+class Corpus(Inputs, Protocol):
+    """Inputs that name themselves: `fingerprint` is the manifest hash, a function of the text."""
+
+    @property
+    def origin(self) -> dict[str, Any]: ...  # name of the corpus and the versions it depends on
+    def listing(self) -> dict[str, Any]:
+        """What manifest.json says of every file."""
         ...
 
 
@@ -51,6 +64,8 @@ class FileInputs:
     A text file is one document; each record of .jsonl[.gz|.zst], .parquet and a saved data set is
     one.
     """
+
+    splits = ("train", "val")
 
     def __init__(
         self, patterns: list[str], *, text_key: str, val_fraction: float, out: Path

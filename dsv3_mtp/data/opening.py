@@ -21,13 +21,15 @@ from dsv3_mtp.tasks.base import TaskSource
 
 
 def build_missing(config: Config) -> None:
-    """Prepares the embedded corpus that `data.build` names, if it is not there."""
+    """Prepares the corpus that `data.build` names, if it is not there."""
     folder = config.data.train
-    if config.data.build == "pystdlib" and isinstance(folder, str) and not Path(folder).exists():
+    if config.data.build is not None and isinstance(folder, str) and not Path(folder).exists():
         print(
-            f"{folder}: missing, building it from the standard library of this Python", flush=True
+            f"{folder}: missing, building {config.data.build} from the Python files of this "
+            "environment",
+            flush=True,
         )
-        prepare(folder, Arguments(corpus="pystdlib", vocab_size=config.model.vocab_size))
+        prepare(folder, Arguments(corpus=config.data.build, vocab_size=config.model.vocab_size))
 
 
 def open_sources(config: Config) -> tuple[Sampler, DataSource]:

@@ -9,40 +9,34 @@ off and made again. A lock beside them, .DIR.lock, lets a second process wait fo
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.data.documents import FileInputs, Inputs
+from dsv3_mtp.data.documents import Corpus, FileInputs, Inputs
 from dsv3_mtp.data.megatron import token_dtype
-from dsv3_mtp.data.shards import (
-    FORMAT,
-    INDEX,
-    SPLITS,
-    VERSION,
-    SplitWriter,
-    file_sha256,
-    read_folder_index,
-)
-from dsv3_mtp.data.stdlib import StdlibInputs, stdlib_inputs
+from dsv3_mtp.data.shards import FORMAT, INDEX, VERSION, SplitWriter, file_sha256, read_folder_index
+from dsv3_mtp.data.sitelib import sitelib_inputs
+from dsv3_mtp.data.stdlib import stdlib_inputs
 from dsv3_mtp.data.tokenise import PROGRESS, Progress, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
 from dsv3_mtp.files.atomic import lock, naming, replacing, write_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
 TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is trained on
+# Text that every environment brings along, by `data.build`.
+CORPORA: dict[str, Callable[[], Corpus]] = {"pystdlib": stdlib_inputs, "sitelib": sitelib_inputs}
 
 
 @dataclass(frozen=True)
 class Arguments:
     """What decides the contents of a prepared folder.
 
-    corpus         "pystdlib", or None for `inputs`: files, folders and globs
+    corpus         "pystdlib" or "sitelib", or None for `inputs`: files, folders and globs
     tokenizer      a tokenizer.json, or None to train one with `vocab_size` tokens on the train split
     eos            its end-of-text token (None: the first of the common names that it has)
-    val_fraction   share of val documents, chosen by content hash (pystdlib: a tenth, by path hash)
+    val_fraction   share of val documents, chosen by content hash (a corpus has a fixed one)
     fim_rate       share of train documents made fill-in-the-middle; val stays plain so that losses compare
     shard_tokens   a shard ends with the document that reaches this
     """
@@ -62,8 +56,8 @@ class Arguments:
         problems = []
         if (self.corpus is None) == (not self.inputs):
             problems.append("give either a corpus or inputs (--corpus or --input)")
-        if self.corpus not in (None, "pystdlib"):
-            problems.append(f"corpus {self.corpus!r}: the only one is 'pystdlib'")
+        if self.corpus is not None and self.corpus not in CORPORA:
+            problems.append(f"corpus {self.corpus!r}: must be one of {', '.join(CORPORA)}")
         if (self.tokenizer is None) == (self.vocab_size is None):
             problems.append(
                 "give either a tokenizer.json or a vocab_size "
@@ -71,9 +65,10 @@ class Arguments:
             )
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction {self.val_fraction}: must be in [0, 1)")
-        if self.corpus == "pystdlib" and self.val_fraction != 0.1:
+        if self.corpus is not None and self.val_fraction != 0.1:
             problems.append(
-                f"val_fraction {self.val_fraction}: the split of pystdlib is fixed; leave it at 0.1"
+                f"val_fraction {self.val_fraction}: the split of {self.corpus} is fixed; "
+                "leave it at 0.1"
             )
         if not 0 <= self.fim_rate <= 1:
             problems.append(f"fim_rate {self.fim_rate}: must be in [0, 1]")
@@ -117,7 +112,7 @@ def prepare(
 
 def _open_inputs(arguments: Arguments, out: Path) -> Inputs:
     if arguments.corpus is not None:
-        return stdlib_inputs()
+        return CORPORA[arguments.corpus]()
     share = arguments.val_fraction
     return FileInputs(
         list(arguments.inputs), text_key=arguments.text_key, val_fraction=share, out=out
@@ -202,7 +197,7 @@ def _build(
             shard_tokens=arguments.shard_tokens,
             state=state["splits"].get(split),
         )
-        for split in SPLITS
+        for split in inputs.splits
     }
     Tokenising(
         partial,
@@ -299,17 +294,10 @@ def _finish(
         "arguments": state["arguments"],
         "splits": splits,
     }
-    if isinstance(inputs, StdlibInputs):
-        index |= {"manifest_hash": inputs.fingerprint}
-        index["source"] = {"corpus": "pystdlib", "python": sys.version.split()[0]}
-        files = [
-            {"path": path, "sha256": sha256, "split": split}
-            for path, sha256, split in inputs.manifest
-        ]
-        write_json(
-            partial / MANIFEST,
-            {"manifest_hash": inputs.fingerprint, **index["source"], "files": files},
-        )
+    if isinstance(inputs, Corpus):
+        index |= {"manifest_hash": inputs.fingerprint, "source": inputs.origin}
+        listing = {"manifest_hash": inputs.fingerprint, **inputs.origin, **inputs.listing()}
+        write_json(partial / MANIFEST, listing)
     write_json(partial / INDEX, index)
     for left in [partial / PROGRESS, *partial.glob("*.sizes"), *partial.glob(".*.tmp")]:
         left.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_mtp.data.source import DataSource
+from dsv3_mtp.data.source import DataSource, Source
 
 # tokens and documents (b, T + lookahead) int64; of a task also (b, T + lookahead) bool: which
 # tokens are targets
@@ -85,6 +85,17 @@ class Sampler:
         picks, micro = self._share(batch_size, rank, world_size, micro_batch_size)
         self.samples, self.counts = position
         self._prepared = picks, micro, self._read(picks, micro)
+
+    def consumed(self) -> Batch:
+        """All rows of text given so far, as (tokens, documents), each (n, T + 1), and of each source
+        at most one epoch: in these rows every token that was trained on is a target once.
+        """
+        rows = [
+            stream.sample(index, self.seq_len + 1)
+            for stream, count in zip(self._streams, self.counts, strict=True)
+            for index in range(min(count, stream.windows))  # type: ignore[attr-defined]
+        ]
+        return _stack(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able. Independent of the number of ranks and of `lookahead`."""
@@ -175,6 +186,19 @@ def sequential_windows(
     return [
         _stack([stream.spread(row, count, seq_len + lookahead) for row in rows]) for rows in batches
     ]
+
+
+def spare_windows(source: Source, *, seq_len: int, lookahead: int, count: int, most: int) -> Batch:
+    """At most `most` windows, evenly spread, that are none of the `count` of `sequential_windows`:
+    (tokens, documents), each (n, T + lookahead), where n may be 0.
+    """
+    stream = source.stream(seq_len, None)
+    taken = {stream.place(index, count) for index in range(count)}
+    free = [window for window in range(stream.available) if window not in taken]
+    chosen = [free[n * len(free) // most] for n in range(most)] if len(free) > most else free
+    if not chosen:
+        return np.zeros((0, seq_len + lookahead), np.int64), np.zeros((0, seq_len + lookahead))
+    return _stack([stream.span(window * seq_len, seq_len + lookahead) for window in chosen])
 
 
 def deal(count: int, *, rank: int, world_size: int, micro_batch_size: int | None) -> list[range]:

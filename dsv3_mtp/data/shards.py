@@ -2,7 +2,8 @@
 
 DIR/index.json        format, vocab_size, dtype, eos_id, hashes, origin of the text, and per split its shards
 DIR/tokenizer.json    the tokenizer, as Hugging Face `tokenizers` writes it
-DIR/manifest.json     pystdlib only: every file with its sha256 and split
+DIR/manifest.json     pystdlib and sitelib: every file with its sha256 and split, and of sitelib every
+                      package with its version
 DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
 """
 
@@ -18,7 +19,6 @@ from dsv3_mtp.data.megatron import write_index
 
 INDEX = "index.json"
 FORMAT, VERSION = "dsv3_mtp.tokens", 1
-SPLITS = ("train", "val")
 
 
 def read_folder_index(folder: Path) -> dict[str, Any]:

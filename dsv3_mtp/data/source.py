@@ -58,6 +58,10 @@ class DataSource(Protocol):
     def task(self) -> Task | None:
         """The generated task that it is; None: text."""
 
+    @property
+    def text(self) -> "Source | None":
+        """Itself where its tokens can be read by position, so that n-gram floors can be counted."""
+
     def stream(self, seq_len: int, key: tuple[int, int] | None) -> Stream:
         """key: (seed, number of the source) for training; None for validation, in natural order."""
 
@@ -82,6 +86,10 @@ class Source:
     @property
     def task(self) -> None:
         return None
+
+    @property
+    def text(self) -> "Source":
+        return self
 
     def stream(self, seq_len: int, key: tuple[int, int] | None) -> DocumentStream:
         return DocumentStream(self, seq_len, key)
@@ -149,6 +157,15 @@ def open_source(path: str | Path, split: str) -> Source:
     raise ValueError(
         f"{path}: neither a prepared folder nor a Megatron prefix ({path}.bin, {path}.idx); {hint}"
     )
+
+
+def splits_of(path: str | Path) -> tuple[str, ...]:
+    """The splits of a prepared folder that hold text; of a Megatron prefix none."""
+    path = Path(path)
+    if not path.is_dir():
+        return ()
+    index = read_folder_index(path)
+    return tuple(split for split, entry in index["splits"].items() if entry["shards"])
 
 
 def _pair_hash(index: Path, tokens: np.ndarray) -> str:

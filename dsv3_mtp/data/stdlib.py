@@ -6,10 +6,12 @@ was.
 
 import hashlib
 import os
+import platform
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsv3_mtp.data.documents import Document
 
@@ -43,6 +45,18 @@ class StdlibInputs:
     ]  # (path, sha256, "train" | "val" | "skipped"), sorted
     fingerprint: str  # the manifest hash: sha256 over the sorted (path, sha256, split)
     sizes: list[int]
+
+    splits = ("train", "val")
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What the text depends on."""
+        return {"corpus": "pystdlib", "python": platform.python_version()}
+
+    def listing(self) -> dict[str, Any]:
+        """What manifest.json says of every file."""
+        keys = ("path", "sha256", "split")
+        return {"files": [dict(zip(keys, entry, strict=True)) for entry in self.manifest]}
 
     def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
         """All documents from record `record` (0 or 1) of file `file` on."""

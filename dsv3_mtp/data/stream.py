@@ -53,8 +53,20 @@ class DocumentStream:
 
     def spread(self, index: int, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Window `index` of `count` that are evenly spread over the source."""
-        available = max((self.source.tokens - 1) // self.seq_len, 1)
-        return self.span(index * available // count * self.seq_len, length)
+        return self.span(self.place(index, count) * self.seq_len, length)
+
+    def place(self, index: int, count: int) -> int:
+        return index * self.available // count
+
+    @property
+    def available(self) -> int:
+        """Windows of the natural order that have all of their targets, and at least one."""
+        return max((self.source.tokens - 1) // self.seq_len, 1)
+
+    @property
+    def windows(self) -> int:
+        """Windows that start in the first epoch."""
+        return self._first_window(1)
 
     def span(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """stream[start : start + length] and the document number of each token, from 0."""

@@ -14,6 +14,7 @@ from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm, Rows, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.output import Batch, MTPOutput
+from dsv3_mtp.model.overlap import row_overlap
 from dsv3_mtp.model.targets import agreement, count_targets, document_mask, valid_targets
 
 
@@ -105,6 +106,7 @@ class DeepseekV3MTP(nn.Module):
         loss_weights: tuple[float, ...] | None = None,
         balance_loss_weight: float = 0.0,
         normalizer: Tensor | None = None,
+        overlap: bool = False,
     ) -> MTPOutput:
         """`forward` from the normed hidden states of depth 0..D and the stats of every router on.
 
@@ -114,6 +116,7 @@ class DeepseekV3MTP(nn.Module):
             balance_loss_weight: alpha of eq. 17.
             normalizer: (2+D,) from `count_targets`, of the whole optimizer step if this is a part
                 of it. Default: own.
+            overlap: measure it too, without gradient: about twice the losses' logits again.
         """
         length = tokens.shape[1] - 1 - self.depths  # T
         if normalizer is None:
@@ -143,6 +146,9 @@ class DeepseekV3MTP(nn.Module):
             correct=((prediction == targets) & valid).sum((1, 2)),
             agreed=agreed,
             compared=compared,
+            overlap=row_overlap(self.head_logits, hiddens, valid, self.rows, self.config.vocab_size)
+            if overlap
+            else nll.new_zeros(4, self.depths, dtype=torch.float64),
             balance=balance.detach(),
             load=torch.stack([routed.load for routed in stats]) if stats else nll.new_zeros((0, 1)),
             nodes=torch.stack([routed.nodes for routed in stats])
@@ -217,6 +223,10 @@ class DeepseekV3MTP(nn.Module):
             else self.lm_head
         )
 
+    def head_logits(self, depth: int, hidden: Tensor) -> Tensor:
+        """(B, n, C) hidden states of a depth -> (B, n, V), for model/overlap.py."""
+        return self.head(depth)(hidden)
+
     def _head_losses(
         self, hiddens: list[Tensor], targets: Tensor, row_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +257,7 @@ class DeepseekV3MTP(nn.Module):
         total, training = self.no_output(), self.training
         self.eval()
         for left, (tokens, documents, scored) in zip(range(len(batch), 0, -1), batch, strict=True):
-            out = self(tokens, documents, scored=scored).sums()
+            out = self(tokens, documents, scored=scored, overlap=True).sums()
             total = total + out if left > blanks else total
         self.train(training)
         return total
@@ -263,6 +273,7 @@ class DeepseekV3MTP(nn.Module):
             correct=zeros(heads),
             agreed=zeros(self.depths),
             compared=zeros(self.depths),
+            overlap=zeros(4, self.depths),
             balance=zeros(()),
             load=zeros(routers, self.config.n_routed_experts if routers else 1),
             nodes=zeros(routers),

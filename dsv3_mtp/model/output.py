@@ -26,6 +26,7 @@ class MTPOutput:
     # (D,) agreement: argmax of depths 1..k all equal the main model's own argmax for that token
     agreed: Tensor
     compared: Tensor  # (D,) slots in which that comparison exists
+    overlap: Tensor  # (4, D) of model/overlap.py `overlap_sums`: zeros where it was not asked for
     balance: Tensor  # scalar: sum over sequences and routers of sum_i f_i P_i
     load: Tensor  # (routers, E) tokens per expert, trunk routers first
     # (routers,) sum over tokens of the groups (V3: nodes) that the token's experts lie in

@@ -262,7 +262,7 @@ class PipelineEngine(Engine):
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
         self.module.eval()
-        total = self.run(schedule.InferenceSchedule, batch, {}, blanks)
+        total = self.run(schedule.InferenceSchedule, batch, {"overlap": True}, blanks)
         self.module.train()
         return total
 

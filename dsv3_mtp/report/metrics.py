@@ -93,7 +93,8 @@ def _decode(value: Any) -> Any:
 
 def depths_of(record: Record, key: str) -> list[int]:
     """Depths k for which the record has `key/k`, in order: [1, 2] for mtp_loss/1 and mtp_loss/2."""
-    return sorted(int(name.rpartition("/")[2]) for name in record if name.rpartition("/")[0] == key)
+    ends = (end for start, _, end in (name.rpartition("/") for name in record) if start == key)
+    return sorted(int(end) for end in ends if end.isdecimal())
 
 
 class Clock:

@@ -27,6 +27,7 @@ from dsv3_mtp.report.metrics import Record, depths_of
 # safe set).
 COLORS = ("#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#8c8c8c"
+FLOORS = ("unigram", "bigram", "trigram")
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -118,6 +119,21 @@ def _losses(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:
         _line(ax, tokens, _smooth(values), color=_color(depth))
     for key, depth in [("val/main_loss", 0), *_depth_keys(val, "val/mtp_loss")]:
         _markers(ax, *_series(val, key), depth)
+    for name, floor in floors_of(val).items():
+        floor_line(ax, name, floor)
+
+
+def floors_of(val: Sequence[Record]) -> dict[str, float]:
+    """The n-gram floors in the records of validations: order -> nats per token, of the last one."""
+    last = next((record for record in reversed(val) if "val/floor/trigram" in record), {})
+    return {name: last[f"val/floor/{name}"] for name in FLOORS if f"val/floor/{name}" in last}
+
+
+def floor_line(ax: Axes, name: str, floor: float, *, color: str = GREY) -> None:
+    """What a table of the training tokens reaches: a dotted line with its name."""
+    ax.axhline(floor, color=color, linestyle=":", linewidth=1.2)
+    place: dict[str, Any] = {"xy": (0.995, floor), "xycoords": ax.get_yaxis_transform()}
+    ax.annotate(name, **place, ha="right", va="bottom", fontsize=8, color=color)
 
 
 def _accuracies(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:

@@ -38,6 +38,7 @@ def validation_line(record: Record, *, total_steps: int) -> str:
     """One line for a record with val/* keys:
 
     val   step  200 | main 3.010 (bpb 1.230) mtp 3.104 | top1 0.41 0.36 | agreement 0.47
+    | overlap 0.62
     """
     losses = f"main {record['val/main_loss']:.3f}"
     if "val/bits_per_byte" in record:
@@ -45,12 +46,23 @@ def validation_line(record: Record, *, total_steps: int) -> str:
     if depths := _by_depth(record, "val/mtp_loss", ".3f"):
         losses += f" mtp {depths}"
     fields = [f"val   step {record['step']:{len(str(total_steps))}d}", losses]
-    for name, key in (("top1", "val/top1"), ("agreement", "val/agreement")):
-        if values := _by_depth(record, key, ".2f"):
+    for name in ("top1", "agreement", "overlap"):
+        if values := _by_depth(record, f"val/{name}", ".2f"):
             fields.append(f"{name} {values}")
     if "task/exact_match" in record:
         fields.append(f"exact match {record['task/exact_match']:.3f}")
     return " | ".join(fields)
+
+
+def floors_line(record: Record) -> str:
+    """One line for a record with val/floor/* keys:
+
+    floors, nats per token: unigram 5.310 bigram 3.830 trigram 3.430 (tables of the tokens trained
+    on)
+    """
+    names = ("unigram", "bigram", "trigram")
+    floors = " ".join(f"{name} {record[f'val/floor/{name}']:.3f}" for name in names)
+    return f"floors, nats per token: {floors} (tables of the tokens trained on)"
 
 
 def duration(seconds: float | None) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.study.findings import Table, values_of
+from dsv3_mtp.study.archive import Table
+from dsv3_mtp.study.findings import values_of
 from dsv3_mtp.study.page import Block, Heading, Paragraph, Rows
 
 
@@ -42,7 +43,8 @@ def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Block
         "later steps start behind the model's own text, so "
         "that the measured one may lie a little above it."
     )
-    return [Heading("Against the known source"), Rows(header, rows), Paragraph(note)]
+    worst = Paragraph(worst_excess(table))
+    return [Heading("Against the known source"), worst, Rows(header, rows), Paragraph(note)]
 
 
 def acceptances(table: Table, arm: str, config: Config) -> str:
@@ -57,21 +59,16 @@ def acceptances(table: Table, arm: str, config: Config) -> str:
     return ", ".join(cells) or "-"
 
 
-def worst_excess(table: Table) -> str | None:
-    """The largest distance of any run's loss, at any depth, from what is known; None without a
-    Markov source.
-    """
+def worst_excess(table: Table) -> str:
+    """The largest distance of any run's loss, at any depth, from what is known."""
     found = [
-        (abs(value), f"{metric.removeprefix('task/')} of {arm}, seed {seed}")
-        for arm, seeds in table.items()
-        for seed, results in seeds.items()
-        for metric, value in results.get("metrics", {}).items()
+        (abs(value), f"{metric.removeprefix('task/')} of {record.name}")
+        for seeds in table.values()
+        for record in seeds.values()
+        for metric, value in record.metrics.items()
         if metric.startswith("task/excess_loss/")
     ]
     if not found:
-        return None
+        return "No loss was measured against the source."
     value, where = max(found)
-    return (
-        f"every loss at every depth lies within {value:.3f} "
-        f"nats of the known one (furthest: {where})."
-    )
+    return f"Every loss lies within {value:.3f} nats of the known one (furthest: {where})."

@@ -1,8 +1,12 @@
 """What a study would run and what it would cost, without running it."""
 
+from collections.abc import Sequence
+
 from dsv3_mtp.report.progress import duration, quantity
 from dsv3_mtp.study.expand import Run, expand, size_of, tokens_of, training_flops
-from dsv3_mtp.study.matrix import LoadedStudy
+from dsv3_mtp.study.load import LoadedStudy
+from dsv3_mtp.study.power import POWER, detectables
+from dsv3_mtp.study.tables import power_rows
 
 
 def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
@@ -32,17 +36,12 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
         rows.append(
             (name, count, quantity(size.mtp_total), budget, f"{flops:.2e}", parent, arm.about)
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    table = [
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]])
-        for row in rows
-    ]
     workers = jobs or 1
     return "\n".join(
         [
             f"# {study.run.name}, scale {study.scale}: {study.question.strip()}",
             "",
-            *table,
+            *columns(rows),
             "",
             (
                 f"{len(study.arms)} arms x {len(study.seeds)} "
@@ -52,8 +51,35 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
             f"time: about {duration(total / speed / workers)} in {workers} process(es) at a time, "
             f"at {speed:.1e} FLOP/s each (scales.{study.scale}.flops_per_s)",
             f"results: {study.folder}",
+            "",
+            *power_lines(loaded),
         ]
     )
+
+
+def power_lines(loaded: LoadedStudy) -> list[str]:
+    """What the study can find with its seeds, and which comparisons are unresolved in advance."""
+    found = list(detectables(loaded.study))
+    unresolved = [d for d in found if d.unresolved]
+    lines = [
+        f"smallest effect that {len(loaded.study.seeds)} seeds find with probability {POWER}, "
+        "at Holm's first step:",
+        *columns(power_rows(found)),
+        *dict.fromkeys(f"sd of {d.metric}, {d.comparison}: {d.source}" for d in found if d.sd),
+    ]
+    for item in unresolved:
+        lines.append(
+            f"UNRESOLVED in advance: {item.arm} against {item.against}, {item.metric}: expected is "
+            f"{item.expected:+.3g}, found is {item.smallest:.3g} or more"
+        )
+    return lines
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in lines]
 
 
 def cost(run: Run) -> float:

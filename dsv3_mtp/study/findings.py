@@ -1,19 +1,24 @@
-"""From the results of all runs to effects and plain words. No drawing, no layout, no torch."""
+"""From the results of all runs to effects. No words, no drawing, no layout."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from statistics import fmean
 
 from dsv3_mtp.report.metrics import LEAK_RATIO
 from dsv3_mtp.study import stats
+from dsv3_mtp.study.archive import Record, Table
 from dsv3_mtp.study.matrix import Study
-from dsv3_mtp.study.metric_names import describe_metric
+from dsv3_mtp.study.metric_names import is_rate_over_seeds
 from dsv3_mtp.study.stats import Interval
 
 ALPHA = 0.05
-Results = Mapping[str, Any]  # results.json of one run
-Table = Mapping[str, Mapping[int, Results]]  # arm -> seed -> results
+
+
+FEWEST = 3  # seeds below which nothing is concluded
+
+
+LOSS = "val/main_loss"
 
 
 @dataclass(frozen=True)
@@ -25,18 +30,44 @@ class Effect:
     against: str
     metric: str
     interval: Interval | None  # None: no pair of finished runs has the metric
-    p: float  # of this one test: paired t, or Fisher's for solve rates
+    p: float  # of this one test: paired t, or McNemar's for solve rates
     adjusted_p: float  # Holm over its family: the primary effects, or the exploratory ones
     equivalence_p: float | None  # of the primary metric, with the declared margin
     lost: int  # seeds without a pair, because a run diverged, failed or has not been run
     unpaired_sd: float  # what the interval would have rested on without pairing
+    expected: float | None = None  # as the study file says
+    speed_up: float | None = None  # of the main loss: tokens to equal loss, geometric mean
+
+    @property
+    def few(self) -> bool:
+        return self.interval is not None and self.interval.n < FEWEST
+
+    @property
+    def stands_out(self) -> bool:
+        """The interval of the difference leaves out 0; of solve rates it is McNemar's p that
+        counts.
+        """
+        if self.interval is None or self.few:
+            return False
+        rate = is_rate_over_seeds(self.metric)
+        return self.p < ALPHA if rate else not self.interval.covers_zero
+
+    @property
+    def shown(self) -> bool:
+        """It stands out among all that were tested with it."""
+        return self.stands_out and self.adjusted_p < ALPHA
+
+    @property
+    def equal(self) -> bool:
+        """Shown to be within the margin."""
+        return self.equivalence_p is not None and self.equivalence_p < ALPHA and not self.few
 
 
 def effects_of(study: Study, table: Table) -> list[Effect]:
     """Every comparison x arm x metric, primary ones first."""
     metrics = dict.fromkeys([study.primary.metric, *study.metrics])
     effects = [
-        _effect(study, table, comparison, arm, item.against, metric)
+        _effect(study, table, comparison, arm, metric)
         for comparison, item in study.comparisons.items()
         for metric in metrics
         for arm in item.arms
@@ -57,125 +88,131 @@ def is_primary(study: Study, effect: Effect) -> bool:
     return (effect.comparison, effect.metric) == (study.primary.comparison, study.primary.metric)
 
 
-def _effect(
-    study: Study, table: Table, comparison: str, arm: str, against: str, metric: str
-) -> Effect:
-    left, right = values_of(table, arm, metric), values_of(table, against, metric)
+def _effect(study: Study, table: Table, comparison: str, arm: str, metric: str) -> Effect:
+    item = study.comparisons[comparison]
+    left, right = values_of(table, arm, metric), values_of(table, item.against, metric)
     seeds = [seed for seed in study.seeds if seed in left and seed in right]
     differences = [left[seed] - right[seed] for seed in seeds]
     interval = stats.t_interval(differences) if differences else None
     p = interval.p if interval else 1.0
-    if metric == "task/solved":
-        p = (
-            stats.fisher(*((int(sum(side.values())), len(side)) for side in (left, right)))
-            if left and right
-            else 1.0
-        )
-    decides = metric == study.primary.metric and differences
-    tost = stats.equivalence(differences, study.primary.margin) if decides else None
+    if is_rate_over_seeds(metric):
+        p = stats.mcnemar([(left[seed], right[seed]) for seed in seeds])
+    decides = metric == study.primary.metric and differences and not is_rate_over_seeds(metric)
     spread = [stats.t_interval(list(side.values())).sd for side in (left, right) if len(side) > 1]
-    unpaired = math.hypot(*spread) if spread else math.nan
+    given = item.expected.get(metric)
     return Effect(
         comparison,
         arm,
-        against,
+        item.against,
         metric,
         interval,
         p,
-        1.0,
-        tost,
-        len(study.seeds) - len(seeds),
-        unpaired,
+        adjusted_p=1.0,
+        equivalence_p=stats.equivalence(differences, study.primary.margin) if decides else None,
+        lost=len(study.seeds) - len(seeds),
+        unpaired_sd=math.hypot(*spread) if spread else math.nan,
+        expected=given.effect_of(arm) if given else None,
+        speed_up=_speed_up(table, arm, item.against, seeds) if metric == LOSS else None,
     )
+
+
+def _speed_up(table: Table, arm: str, against: str, seeds: Sequence[int]) -> float | None:
+    """Geometric mean over seeds; None unless every seed's curves reach an equal loss."""
+    found = []
+    for seed in seeds:
+        ours, theirs = (table[side][seed].curves.get(LOSS) for side in (arm, against))
+        ratio = stats.speed_up(ours.points, theirs.points) if ours and theirs else None
+        if ratio is None:
+            return None
+        found.append(math.log(ratio))
+    return math.exp(fmean(found)) if found else None
 
 
 def values_of(table: Table, arm: str, metric: str) -> dict[int, float]:
-    """seed -> value, of the finished runs that have the metric and a finite value of it."""
-    found = {}
-    for seed, results in table.get(arm, {}).items():
-        value = results.get("metrics", {}).get(metric) if results["status"] == "finished" else None
-        if value is not None and math.isfinite(value):
-            found[seed] = value
-    return found
+    """seed -> value, of the finished runs that have the metric."""
+    records = table.get(arm, {}).items()
+    found = {s: r.metrics[metric] for s, r in records if r.finished and metric in r.metrics}
+    return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
 
-def references(study: Study, curves: Mapping[str, Mapping[int, Any]]) -> list[tuple[str, int, Any]]:
-    """(arm, seed, curves of the arm that its losses are measured against) of every run that has
-    them.
+def draw_sd(table: Table, arm: str, metric: str) -> float | None:
+    """Standard deviation of a run's value over draws, root mean square over the arm's runs."""
+    found = [r.draw_sd[metric] for r in table.get(arm, {}).values() if metric in r.draw_sd]
+    return math.sqrt(fmean(sd * sd for sd in found)) if found else None
+
+
+def references(study: Study, table: Table) -> list[tuple[Record, Record]]:
+    """(run, the run of its seed that its losses are measured against), where there are both."""
+    others = table.get(study.loss_error_against or "", {})
+    runs = [record for seeds in table.values() for record in seeds.values()]
+    return [(record, others[record.seed]) for record in runs if record.seed in others]
+
+
+@dataclass(frozen=True)
+class SolveTimes:
+    """Which of two arms solves the task first, seed by seed."""
+
+    comparison: str
+    arm: str
+    against: str
+    first: int  # seeds in which `arm` is first
+    later: int
+    n: int
+    p: float  # log-rank, stratified by seed
+    adjusted_p: float  # Holm over all of these
+
+
+def solve_times(study: Study, table: Table) -> list[SolveTimes]:
+    if study.solve_threshold is None:
+        return []
+    found = []
+    for comparison, item in study.comparisons.items():
+        for arm in item.arms:
+            sides = [table.get(name, {}) for name in (arm, item.against)]
+            seeds = [
+                s for s in study.seeds if all(s in side and side[s].finished for side in sides)
+            ]
+            pairs = [tuple(_solve_time(side[seed]) for side in sides) for seed in seeds]
+            first, later, p = stats.logrank(pairs)  # type: ignore[arg-type]
+            found.append(
+                SolveTimes(comparison, arm, item.against, first, later, len(pairs), p, 1.0)
+            )
+    adjusted = stats.holm({str(n): item.p for n, item in enumerate(found)})
+    return [replace(item, adjusted_p=adjusted[str(n)]) for n, item in enumerate(found)]
+
+
+def _solve_time(record: Record) -> tuple[float, bool]:
+    solved = record.solved_at is not None
+    return float(record.solved_at if record.solved_at is not None else record.tokens), solved
+
+
+def trunks_apart(table: Table, arm: str, against: str) -> bool:
+    """The main models of two arms were trained apart, so that overlap alone does not rank their
+    heads.
     """
-    others = curves.get(study.loss_error_against or "", {})
-    return [
-        (arm, seed, others[seed])
-        for arm, seeds in curves.items()
-        for seed in seeds
-        if seed in others
+    pairs = [
+        (r, table[against][s]) for s, r in table.get(arm, {}).items() if s in table.get(against, {})
     ]
+    return not all(_trunk(left) == _trunk(right) is not None for left, right in pairs)
 
 
-def stands_out(effect: Effect) -> bool:
-    """The interval of the difference leaves out 0; of solve rates it is Fisher's p that counts."""
-    if effect.interval is None or effect.interval.n < 2:
-        return False
-    return effect.p < ALPHA if effect.metric == "task/solved" else not effect.interval.covers_zero
-
-
-def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -> str:
-    """One effect in plain words; never more than the interval says. lost_runs: those that
-    diverged.
-    """
-    words, better = describe_metric(effect.metric)
-    subject = f"{effect.arm} against {effect.against}, {words}:"
-    if effect.interval is None:
-        return f"{subject} not measured."
-    i = effect.interval
-    if i.n < 2:
-        return f"{subject} {i.mean:+.4g} with one seed: no conclusion."
-    tail = (
-        f" Left out, which counts against their arm: {', '.join(lost_runs)}." if lost_runs else ""
-    )
-    if effect.metric == "task/solved":
-        found = "a difference" if effect.adjusted_p < ALPHA else "a hint only"
-        found = found if stands_out(effect) else "no detectable difference"
-        return (
-            f"{subject} {found}, {i.mean:+.2f} (Fisher p = "
-            f"{effect.p:.3g}, Holm p = {effect.adjusted_p:.3g}).{tail}"
-        )
-    size = f"{i.mean:+.4g} [{i.low:+.4g}, {i.high:+.4g}], n = {i.n}"
-    same = ""
-    if margin is not None and effect.equivalence_p is not None:
-        within = effect.equivalence_p < ALPHA
-        same = (
-            f"{'' if within else 'not '}shown to be within "
-            f"+-{margin:g} (TOST p = {effect.equivalence_p:.2g})"
-        )
-    if not stands_out(effect):
-        return f"{subject} no detectable difference, {size}{f'; {same}' if same else ''}.{tail}"
-    direction = "higher" if i.mean > 0 else "lower"
-    good = f", which is {'better' if direction == better else 'worse'}" if better else ""
-    if effect.adjusted_p >= ALPHA:
-        return (
-            f"{subject} a hint only: {direction}, {size}, Holm p = {effect.adjusted_p:.2g}.{tail}"
-        )
-    small = (
-        f", but {same}"
-        if same and effect.equivalence_p is not None and effect.equivalence_p < ALPHA
-        else ""
-    )
-    return f"{subject} {direction}, {size}, Holm p = {effect.adjusted_p:.2g}{good}{small}.{tail}"
+def _trunk(record: Record) -> str | None:
+    """What decides the trunk where the heads do not touch it; None: they do."""
+    train, mtp = record.config["train"], record.config["mtp"]
+    if train.get("freeze") == "trunk":
+        return f"frozen {train.get('init_from')}"
+    return f"detached {record.config['model']} {train}" if mtp.get("detach") == "all" else None
 
 
 def leaks(table: Table) -> list[str]:
     """Depths whose loss lies far below the main loss see their own target, or an easier one."""
     alarms = []
     for arm, seeds in table.items():
-        for seed, results in seeds.items():
-            metrics = results.get("metrics", {})
-            main = metrics.get("val/main_loss", math.nan)
-            low = [
-                key
-                for key in metrics
-                if key.startswith("val/mtp_loss/") and metrics[key] < LEAK_RATIO * main
-            ]
+        for seed, record in seeds.items():
+            metrics: Mapping[str, float] = record.metrics
+            main = metrics.get(LOSS, math.nan)
+            heads = [key for key in metrics if key.startswith("val/mtp_loss/")]
+            low = [key for key in heads if metrics[key] < LEAK_RATIO * main]
             alarms += [
                 f"{arm}, seed {seed}: {key} {metrics[key]:.3f} against main {main:.3f}"
                 for key in low
@@ -185,18 +222,12 @@ def leaks(table: Table) -> list[str]:
 
 def lost(table: Table, arms: Sequence[str]) -> list[str]:
     """The runs of `arms` that came to no result by their own fault."""
-    runs = [
-        (arm, seed, results["status"])
-        for arm in arms
-        for seed, results in table.get(arm, {}).items()
-    ]
-    return [f"{arm} seed {seed} {status}" for arm, seed, status in runs if status != "finished"]
+    runs = [(arm, record) for arm in arms for record in table.get(arm, {}).values()]
+    return [f"{arm} seed {r.seed} {r.status}" for arm, r in runs if not r.finished]
 
 
 def not_run(study: Study, table: Table) -> list[str]:
-    """Per arm the seeds that have not been run or measured as asked, or failed for a reason that is
-    not training's.
-    """
+    """Per arm the seeds that have not been run or measured as asked, or failed for another reason."""
     found = []
     for arm in study.arms:
         seeds = [str(seed) for seed in study.seeds if seed not in table.get(arm, {})]

@@ -1,36 +1,32 @@
-"""A study file: one base run, arms that change settings of it, seeds, and what is compared with
-what.
-
-    loaded = load_study("configs/studies/lambda.yaml", ["seeds=[1, 2]"])
-    loaded.study.arms, loaded.configs["v3_step"].mtp.loss_weight
+"""The keys of a study file: a base run, arms that change settings of it, seeds, what is compared.
 
 The file says beforehand what is asked, what is expected and which one metric decides; everything
-else is exploratory.
+else is exploratory. load.py reads it; docs/study.md is the reference.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from dsv3_mtp.config import Config, ConfigError, layout, load_config
-from dsv3_mtp.config.reader import Problem, problems_of, show
+from dsv3_mtp.config import Config
+from dsv3_mtp.config.reader import Problem, show
 from dsv3_mtp.config.section import (
     Count,
     FilePath,
     FolderName,
     Fraction,
     Integer,
+    Number,
     Positive,
     Section,
     Text,
 )
-from dsv3_mtp.config.tree import read_tree
-from dsv3_mtp.study.metric_names import METRICS, NEEDS, family
+from dsv3_mtp.study.metric_names import METRICS, NEEDS, family, is_rate_over_seeds
+
+EVERY_ARM = "every arm"
 
 Overrides = dict[Text, Any]
 OWNED = ("run", "run.name", "run.dir", "run.seed")  # settings that the study gives to each run
@@ -75,11 +71,48 @@ class Arm(Section):
             yield "set.train.total_tokens", "follows from 'match'; remove one of them"
 
 
+class Axis(Section):
+    """One setting that a grid varies."""
+
+    key: Text
+    """Dotted key of the run's config."""
+    values: (
+        Annotated[dict[Text, Any], Field(min_length=1)] | Annotated[list[Any], Field(min_length=1)]
+    )
+    """A list (arms are called AXISVALUE), or a mapping of names to values (arms are called NAME).
+    """
+
+
+class Grid(Section):
+    """Arms beside those of `arms`: every combination of the axes' values, named like lambda0.1_D2."""
+
+    about: Text = "of the grid"
+    set: Overrides = {}
+    axes: Annotated[dict[Text, Axis], Field(min_length=1)]
+
+
+class Expected(Section):
+    """What a comparison is expected to show in one metric, written before the runs."""
+
+    effect: Number | dict[Text, Number] | None = None
+    """Arm minus the arm compared with, signed, in units of the metric: one number for all arms, or
+    one
+    per arm. 0: equal, within +-margin. null: not said."""
+    sd: Positive | None = None
+    """Standard deviation of the paired differences over seeds. A solve rate needs none."""
+    source: Text
+    """Where the numbers come from: a pilot, a paper."""
+
+    def effect_of(self, arm: str) -> float | None:
+        return self.effect.get(arm) if isinstance(self.effect, dict) else self.effect
+
+
 class Comparison(Section):
     """Arms against one other arm, paired by seed."""
 
     against: Text
     arms: Annotated[tuple[Text, ...], Field(min_length=1)]
+    """Names, or patterns with * that stand for every arm they fit but `against`."""
     rule: Literal[
         "added parameters",
         "matched parameters",
@@ -89,8 +122,20 @@ class Comparison(Section):
         "same model",
     ]
     """What makes it fair: heads on top (V3), heads instead of trunk layers (Meta), equal cost,
-    other heads on the same trunk, or other settings of the same model.
+    other heads on the same
+    trunk, or other settings of the same model."""
+    expected: dict[Text, Expected] = {}
+    """Metric -> what is expected of it; --dry-run and the report set it beside what can be found.
     """
+
+
+class LearningRate(Section):
+    """For whom the learning rate was chosen: an arm that got its own has an advantage."""
+
+    tuned_for: Text
+    """An arm, or `every arm`: swept for each."""
+    source: Text
+    """How it was found."""
 
 
 class Primary(Section):
@@ -113,8 +158,16 @@ class Acceptance(Section):
     prefix_tokens: Count = 64
     new_tokens: Annotated[Integer, Field(ge=3)] = 16
     """The first comes with the prompt, and the last of a step from the main model: two have nothing
-    to draft.
-    """
+    to
+    draft."""
+    draws: Count = 4
+    """The prefixes are dealt to so many sets, each with random numbers of its own: the sd over
+    draws
+    stands beside that over seeds."""
+
+    def rules(self) -> Iterator[Problem]:
+        if self.draws > self.prefixes:
+            yield "draws", f"must be <= prefixes = {self.prefixes} (got {self.draws})"
 
 
 class Scale(Section):
@@ -140,6 +193,7 @@ class Study(Section):
     scales: Annotated[dict[Text, Scale], Field(min_length=1)]
     seeds: Annotated[tuple[Annotated[Integer, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
     arms: Annotated[dict[Text, Arm], Field(min_length=1)]
+    grid: Grid | None = None
     comparisons: Annotated[dict[Text, Comparison], Field(min_length=1)]
     primary: Primary
     metrics: tuple[Text, ...] = ()
@@ -154,6 +208,14 @@ class Study(Section):
     """A run has solved its task at the first validation whose task/exact_match reaches this; null:
     not asked.
     """
+    corpus: Text | None = None
+    """Manifest hash, or its beginning, of the prepared text that the study's numbers are of; null:
+    not named.
+    """
+    learning_rate: LearningRate | None = None
+    """null: the report says that this is not known."""
+    limits: Text | None = None
+    """What the study does not show, in the author's words; the report adds what it knows itself."""
 
     def rules(self) -> Iterator[Problem]:
         if self.scale not in self.scales:
@@ -207,6 +269,26 @@ class Study(Section):
                 yield f"comparisons.{name}", f"compares {show(comparison.against)} with itself"
             if len(set(comparison.arms)) != len(comparison.arms):
                 yield f"comparisons.{name}.arms", f"must differ (got {show(comparison.arms)})"
+            yield from self._expected_rules(name, comparison)
+        if self.learning_rate and self.learning_rate.tuned_for not in (EVERY_ARM, *self.arms):
+            text = f"must be an arm, or '{EVERY_ARM}' (got {show(self.learning_rate.tuned_for)})"
+            yield "learning_rate.tuned_for", text
+
+    def _expected_rules(self, name: str, comparison: Comparison) -> Iterator[Problem]:
+        for metric, expected in comparison.expected.items():
+            place = f"comparisons.{name}.expected.{metric}"
+            if metric not in (self.primary.metric, *self.metrics):
+                yield (
+                    place,
+                    "is neither primary.metric nor one of `metrics`: it would not be tested",
+                )
+            if isinstance(expected.effect, dict):
+                for arm in sorted(set(expected.effect) - set(comparison.arms)):
+                    yield f"{place}.effect.{arm}", "is no arm of this comparison"
+            if expected.effect is None and expected.sd is None:
+                yield place, "says neither effect nor sd"
+            if expected.sd is not None and is_rate_over_seeds(metric):
+                yield f"{place}.sd", "has no use: a solve rate is tested by counting seeds"
 
     def _metric_rules(self) -> Iterator[Problem]:
         listed = [(f"metrics[{number}]", metric) for number, metric in enumerate(self.metrics)]
@@ -230,108 +312,10 @@ class Study(Section):
         """Every `set` of the file and its place."""
         places = [("set", self.set)]
         places += [(f"scales.{name}.set", scale.set) for name, scale in self.scales.items()]
+        if self.grid:
+            places.append(("grid.set", self.grid.set))
         return places + [(f"arms.{name}.set", arm.set) for name, arm in self.arms.items()]
 
     @property
     def folder(self) -> Path:
         return Path(self.run.dir) / self.run.name
-
-
-@dataclass(frozen=True)
-class LoadedStudy:
-    """A valid study and the config of each arm, for the first seed and before budgets are
-    matched.
-    """
-
-    study: Study
-    path: Path
-    sets: tuple[str, ...]
-    configs: dict[str, Config]
-
-
-def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
-    """Reads and checks a study file and every arm's config.
-
-    sets: overrides of the file, such as "scale=gpu", or of the run that all arms start from, such
-    as "optim.lr=1e-3". Raises ConfigError, whose text reports every problem of the study and of its
-    arms.
-    """
-    path, sets = Path(path), tuple(sets)
-    # of a run, that are not keys of a study file too
-    sections = set(Config.model_fields) - set(Study.model_fields)
-    of_runs = [item for item in sets if item.partition("=")[0].partition(".")[0] in sections]
-    tree, problems = read_tree(path, [item for item in sets if item not in of_runs])
-    try:
-        study = Study.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(str(path), problems + problems_of(error, tree, Study)) from None
-    found: dict[Problem, list[str]] = {}
-    configs, base = {}, path.parent / study.scales[study.scale].base
-    read_tree(base)  # a base that cannot be read is no problem of the arms
-    for name in study.arms:
-        try:
-            configs[name] = load_config(base, list(_settings(study, name, of_runs)))
-            # a run of a study is one process
-            refused = list(layout.problems(configs[name], world_size=1))
-        except ConfigError as error:
-            refused = list(error.problems)
-        for problem in refused:
-            found.setdefault(problem, []).append(name)
-    problems += _measuring_problems(study, configs)
-    for (key, text), arms in found.items():
-        where = "every arm" if len(arms) == len(study.arms) else f"arms.{', '.join(arms)}"
-        problems.append((f"{where}: {key}", text))
-    if problems:
-        raise ConfigError(str(path), problems)
-    return LoadedStudy(study, path, sets, configs)
-
-
-def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator[Problem]:
-    """What the study asks to be measured, and runs of these configs could not be."""
-    coarse = [name for name, config in configs.items() if config.log.every > 1]
-    if study.loss_error_against is not None and coarse:
-        yield (
-            f"arms.{', '.join(coarse)}: log.every",
-            "must be 1 with loss_error_against: it is smoothed by step",
-        )
-    texts = [
-        name
-        for name, config in configs.items()
-        if config.data.task is None or not config.data.task.has_answers
-    ]
-    if study.solve_threshold is not None and texts:
-        yield (
-            "solve_threshold",
-            f"needs a data.task with answers, which arms.{', '.join(texts)} have not; set null",
-        )
-    if study.acceptance is not None:
-        needed = study.acceptance.prefix_tokens + study.acceptance.new_tokens
-        for name in texts:
-            longest = configs[name].model.max_position_embeddings
-            if configs[name].mtp.depths and needed > longest:
-                text = (
-                    "prefix_tokens + new_tokens must be <= "
-                    f"model.max_position_embeddings = {longest} of arms.{name}"
-                )
-                yield "acceptance", f"{text} (got {needed})"
-
-
-def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:
-    """What load_config is to override in the base for an arm's first seed: later ones win."""
-
-    # default: a date, which no key takes, is refused as text
-    def items(overrides: Overrides) -> Iterator[str]:
-        yield from (
-            f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
-            for key, value in overrides.items()
-        )
-
-    own = {
-        "run.name": f"{name}-seed{study.seeds[0]}",
-        "run.dir": str(study.folder),
-        "run.seed": study.seeds[0],
-    }
-    for overrides in (study.scales[study.scale].set, study.set):
-        yield from items(overrides)
-    yield from of_runs
-    yield from items(study.arms[name].set | own)

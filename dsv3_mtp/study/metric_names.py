@@ -11,8 +11,43 @@ METRICS: dict[str, tuple[str, str | None]] = {
     "val/main_loss": ("main validation loss, nats per token", "lower"),
     "val/bits_per_byte": ("main validation loss, bits per byte", "lower"),
     "val/mtp_loss/k": ("teacher-forced loss of depth {}, nats per token", "lower"),
+    "val/overlap/k": ("overlap of depth {} with the main model on real text", "higher"),
+    "val/overlap/tokens_per_step": (
+        "tokens per step expected from overlap, on real text",
+        "higher",
+    ),
+    "val/overlap_above_table/k": (
+        "overlap of depth {} minus the table drafter's on the same trunk",
+        "higher",
+    ),
     "val/top1/k": ("top1 of depth {} (teacher-forced, against the text)", "higher"),
     "val/agreement/k": ("agreement of depths 1..{} (teacher-forced, with the main head)", "higher"),
+    "shift/main_loss": ("main loss on packages held out whole, nats per token", "lower"),
+    "shift/bits_per_byte": ("main loss on packages held out whole, bits per byte", "lower"),
+    "shift/mtp_loss/k": ("loss of depth {} on packages held out whole, nats per token", "lower"),
+    "shift/top1/k": ("top1 of depth {} on packages held out whole", "higher"),
+    "shift/agreement/k": ("agreement of depths 1..{} on packages held out whole", "higher"),
+    "shift/overlap/k": ("overlap of depth {} on packages held out whole", "higher"),
+    "shift/overlap/tokens_per_step": (
+        "tokens per step along the text of packages held out whole, from the overlaps",
+        "higher",
+    ),
+    "val/floor/unigram": ("unigram floor, nats per token", None),
+    "val/floor/bigram": ("bigram floor, nats per token", None),
+    "val/floor/trigram": ("trigram floor, nats per token", None),
+    "val/floor/unigram_bits_per_byte": ("unigram floor, bits per byte", None),
+    "val/floor/bigram_bits_per_byte": ("bigram floor, bits per byte", None),
+    "val/floor/trigram_bits_per_byte": ("trigram floor, bits per byte", None),
+    "val/floor/overlap/constant/k": ("overlap of a constant draft for depth {}", None),
+    "val/floor/overlap/table/k": ("overlap of drafts from a table of tokens for depth {}", None),
+    "val/floor/overlap/constant/tokens_per_step": (
+        "tokens per step along the text, of constant drafts",
+        None,
+    ),
+    "val/floor/overlap/table/tokens_per_step": (
+        "tokens per step along the text, of drafts from a table of tokens",
+        None,
+    ),
     "train/max_violation": ("MaxVio of the trunk's routers, last quarter of training", "lower"),
     "train/mtp_max_violation/1": (
         "MaxVio of the first MTP router, last quarter of training",
@@ -54,6 +89,21 @@ NEEDS = {
     "train/mtp_loss_error": "loss_error_against",
     "task/solved": "solve_threshold",
 }
+
+RATES = ("task/exact_match", "task/first", "task/second", "task/solved", "val/top1", "val/agreement", "val/overlap/",
+         "acceptance/T0/joint", "acceptance/T1/joint")  # fmt: skip
+
+
+def is_rate_over_seeds(name: str) -> bool:
+    """Its value in one run is 0 or 1: tested by counting seeds, not by their mean."""
+    return name == "task/solved"
+
+
+def bounds(name: str, depths: int) -> tuple[float, float] | None:
+    """(floor, ceiling) of a metric that cannot leave them; None: it has none. depths: of the model."""
+    if name.endswith("/tokens_per_step"):
+        return 1.0, 1.0 + depths
+    return (0.0, 1.0) if name.startswith(RATES) else None
 
 
 def family(name: str) -> str:

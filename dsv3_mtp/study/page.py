@@ -2,18 +2,23 @@
 
 import base64
 import html
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem; margin: 2rem auto;
-       padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem;
+       margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; margin: 0.5rem 0 1rem; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, td.text { text-align: left; } td.text { white-space: normal; min-width: 16rem; }
-img { max-width: 100%; } pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; margin: 0.5rem 0
+1rem; } th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #e3e3e3; text-align: right; } th {
+vertical-align: bottom; min-width: 4rem; max-width: 12rem; } td { white-space: nowrap; }
+th:first-child, td:first-child, td.text { text-align: left; } td.text { white-space: normal;
+min-width: 16rem; } figure { margin: 1rem 0; } figcaption { font-size: 14px; color: #444; } img {
+max-width: 100%; } @media (max-width: 600px) { img { max-width: none; height: 22rem; } img.answer {
+height: auto; max-width: 100%; } } pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; }
+fieldset { border: 1px solid #ddd; margin: 1rem 0; } fieldset label { margin-right: 1rem;
+white-space: nowrap; }
 """
 
 
@@ -77,18 +82,34 @@ def _markdown_cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())  # one line: a study's texts may have several
 
 
-def to_html(blocks: Sequence[Block], *, title: str, folder: Path) -> str:
-    """The page; pictures are read from `folder` and put into it."""
-    body = "\n".join(_html(block, folder) for block in blocks)
+@dataclass(frozen=True)
+class Live:
+    """Parts of an HTML page that answer to the pointer."""
+
+    head: str = ""
+    """Scripts."""
+    controls: str = ""
+    """What stands before the first picture."""
+    elements: Mapping[str, str] = field(default_factory=dict)
+    """PNG file -> the element in its place."""
+
+
+def to_html(blocks: Sequence[Block], live: Live, *, title: str, folder: Path) -> str:
+    """The page; what is not live is a picture, read from `folder` and put into it."""
+    parts = [_html(block, folder, live.elements) for block in blocks]
+    first = next(n for n, block in enumerate(blocks) if isinstance(block, Picture))
+    parts.insert(first, live.controls)
+    body = "\n".join(parts)
     return (
-        '<!doctype html>\n<html lang="en">\n<head><meta '
-        f'charset="utf-8"><title>{html.escape(title)}</title>'
-        '<link rel="icon" '
-        f'href="data:,"><style>{STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title>"
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style>{live.head}</head>\n'
+        f"<body>\n{body}\n</body>\n</html>\n"
     )
 
 
-def _html(block: Block, folder: Path) -> str:
+def _html(block: Block, folder: Path, elements: Mapping[str, str]) -> str:
     match block:
         case Heading():
             return f"<h{block.level}>{html.escape(block.text)}</h{block.level}>"
@@ -101,17 +122,17 @@ def _html(block: Block, folder: Path) -> str:
         case Code():
             return f"<pre>{html.escape(block.text)}</pre>"
         case Picture():
-            data = base64.b64encode((folder / block.file).read_bytes()).decode()
             caption = html.escape(block.caption)
-            image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
+            if block.file in elements:
+                return f"<figure>{elements[block.file]}<figcaption>{caption}</figcaption></figure>"
+            kind, png = block.file.removesuffix(".png"), (folder / block.file).read_bytes()
+            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            image = f'<div class="scroll"><img class="{kind}" src="{source}" alt="{caption}"></div>'
             return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
     rows = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in block.rows)
-    return (
-        "<div "
-        f'class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _cell(text: str) -> str:
-    return f"<td{' class=text' if len(text) > 40 else ''}>{html.escape(text)}</td>"
+    return f"<td{' class=text' if len(text) > 30 else ''}>{html.escape(text)}</td>"

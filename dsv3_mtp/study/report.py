@@ -1,26 +1,29 @@
-"""The report of a study: report.md, report.html (no network), PNG files and summary.json in the
-study's folder.
+"""The report of a study: report.md, report.html (no network) and PNG files, from its archive alone.
 
-Honesty rules built in: the question and expectation come from the file, written before the runs;
-one primary metric; runs that diverged, failed or have not been run are listed; one seed concludes
-nothing; acceptance is free-running and never mixed with top1 or agreement; the scale is stated.
+Honesty rules built in: the first screen holds the question, the answer, one picture and what is not
+shown; what makes a study uninterpretable stands in the first line; the plan is printed with what
+was changed after the first start; runs that diverged, failed or have not been run are listed; fewer
+than three seeds conclude nothing; acceptance is never mixed with top1, agreement or overlap.
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from dsv3_mtp.files.atomic import write_json, write_text
-from dsv3_mtp.report.metrics import read_metrics
+from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.report.progress import quantity
-from dsv3_mtp.study import findings, stats
-from dsv3_mtp.study.calibration import calibration_table, worst_excess
-from dsv3_mtp.study.expand import expand
-from dsv3_mtp.study.findings import Effect, Table, is_primary, values_of, verdict
-from dsv3_mtp.study.matrix import LoadedStudy, Study
-from dsv3_mtp.study.measure import loss_error_metrics, read_results
+from dsv3_mtp.study import findings, hover, tables, words
+from dsv3_mtp.study.alarms import TRIGRAM, alarms, dirty, primary_arms
+from dsv3_mtp.study.archive import Record, Table, table_of, write_archive
+from dsv3_mtp.study.calibration import calibration_table
+from dsv3_mtp.study.corpus import other_corpus
+from dsv3_mtp.study.findings import Effect, is_primary, values_of
+from dsv3_mtp.study.load import LoadedStudy
+from dsv3_mtp.study.matrix import EVERY_ARM
+from dsv3_mtp.study.measure import loss_error_metrics
 from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.page import (
     Block,
@@ -33,262 +36,192 @@ from dsv3_mtp.study.page import (
     to_html,
     to_markdown,
 )
-from dsv3_mtp.study.pictures import Data, draw_all
-from dsv3_mtp.study.run import check_folders, read_budgets, settings_of
+from dsv3_mtp.study.pictures import draw_all
+from dsv3_mtp.study.pictures.base import Data
+from dsv3_mtp.study.plan import Plan, write_plan
+from dsv3_mtp.study.power import Detectable, detectables
 
-CALIBRATION = "calibrate"  # name of the study whose outcome every report starts with
 SMALL = 10_000_000  # parameters below which a report says that its scale is small
 
 
-def write_report(loaded: LoadedStudy) -> Path:
-    """Writes the report on whatever has been run; returns the path of report.md.
+@dataclass(frozen=True)
+class Findings:
+    """All that the report says, before it is laid out."""
+
+    loaded: LoadedStudy
+    plan: Plan
+    table: Table
+    effects: Sequence[Effect]
+    power: Sequence[Detectable]
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for seeds in self.table.values() for record in seeds.values()]
+
+
+def write_report(loaded: LoadedStudy, plan: Plan, records: Iterable[Record], folder: Path) -> Path:
+    """Writes the report on these runs, and its archive, into `folder`; returns the path of
+    report.md.
 
     Raises:
-        ValueError: nothing has been run, runs have other settings than the study's, or a
-            results.json is damaged.
+        ValueError: there is no run.
     """
-    study, folder = loaded.study, loaded.study.folder
-    runs = {run.name: run for run in expand(loaded, read_budgets(folder))}
-    check_folders(study, list(runs.values()))
-    table: dict[str, dict[int, Any]] = {arm: {} for arm in study.arms}
-    curves: dict[str, dict[int, Any]] = {arm: {} for arm in study.arms}
-    starts = []
-    for run in runs.values():
-        results = read_results(folder / run.name)
-        # or it was measured in another way
-        if results is not None and results["settings"] == settings_of(study):
-            table[run.arm][run.seed] = results
-            curves[run.arm][run.seed] = read_metrics(folder / run.name / "metrics.jsonl")
-            starts.append(
-                json.loads((folder / run.name / "manifest.json").read_text())["starts"][-1]
-            )
-    if not starts:
+    study = loaded.study
+    kept = table_of(study.arms, study.seeds, records)
+    if not any(kept.values()):
         raise ValueError(
-            f"{folder}: no run is finished and measured as this "
-            "study asks, so that there is nothing to report"
+            f"{folder}: no run is finished and measured as this study asks, so that there is "
+            "nothing to report"
         )
-    for arm, seed, reference in findings.references(study, curves):
-        if table[arm][seed]["status"] == "finished":
-            table[arm][seed]["metrics"] |= loss_error_metrics(curves[arm][seed], reference)
+    table = _with_loss_errors(loaded, kept)
     effects = findings.effects_of(study, table)
-    pictures = draw_all(Data(study, loaded.configs, table, curves, effects))
-    lines = verdicts(study, table, effects)
+    found = Findings(loaded, plan, table, effects, list(detectables(study)))
+    folder.mkdir(parents=True, exist_ok=True)
+    data = Data(study, loaded.configs, table, effects)
+    first, *rest = draw_all(data, folder)
     blocks = [
-        *opening(study, table, lines),
+        *opening(found, Picture(*first)),
+        *setup(found),
+        *tables.floor_tables(study, table),
         *calibration_table(loaded.configs, table),
-        *result_tables(study, table, effects),
-        *(Picture(name, caption) for name, caption in pictures),
-        *health(study, table),
-        *setup(loaded, table, starts),
+        *tables.result_table(study, table),
+        *tables.comparison_tables(study, table, effects),
+        Heading("Pictures"),
+        *(Picture(*item) for item in rest),
+        *health(found),
+        *plan_blocks(found),
+        *environment(found.records),
     ]
+    write_archive(folder, (record for seeds in kept.values() for record in seeds.values()))
+    write_plan(folder, plan)
     write_text(folder / "report.md", to_markdown(blocks))
-    write_text(folder / "report.html", to_html(blocks, title=study.run.name, folder=folder))
-    write_json(folder / "summary.json", summary(study, table, effects, lines))
+    write_text(
+        folder / "report.html",
+        to_html(blocks, hover.live(data), title=study.run.name, folder=folder),
+    )
     return folder / "report.md"
 
 
-def opening(study: Study, table: Table, lines: Sequence[str]) -> list[Block]:
-    finished = sum(r["status"] == "finished" for seeds in table.values() for r in seeds.values())
+def _with_loss_errors(loaded: LoadedStudy, table: Table) -> Table:
+    """The records with what needs the runs of another arm."""
+    more: dict[tuple[str, int], dict[str, float]] = {}
+    for record, reference in findings.references(loaded.study, table):
+        if record.finished:
+            errors = loss_error_metrics(record.curves, reference.curves, total_tokens=record.tokens)
+            more[record.arm, record.seed] = {**record.metrics, **errors}
+    return {
+        arm: {
+            seed: record.model_copy(update={"metrics": more.get((arm, seed), record.metrics)})
+            for seed, record in seeds.items()
+        }
+        for arm, seeds in table.items()
+    }
+
+
+# --- the first screen -----------------------------------------------------------------------------
+
+
+def opening(found: Findings, picture: Picture) -> list[Block]:
+    study = found.loaded.study
+    warnings = [f"Not interpretable: {alarm}." for alarm in alarms(study, found.table)]
+    if text := dirty(found.table):
+        warnings.append(f"{text[0].upper()}{text[1:]}.")
     return [
+        *([Paragraph(" ".join(warnings))] if warnings else []),
         Heading(study.run.name, 1),
-        Paragraph(calibration_line(study)),
         Heading("Question"),
         Paragraph(study.question.strip()),
-        Paragraph(f"Expected, written before the runs: {study.expectation.strip()}"),
-        Heading("Outcome"),
-        Paragraph(
-            f"{finished} runs finished of {len(study.arms)} arms "
-            f"x {len(study.seeds)} seeds. Primary metric, declared "
-            f"before the runs: {describe_metric(study.primary.metric)[0]}, in the comparison "
-            f'"{study.primary.comparison}". Everything else is exploratory.'
-        ),
-        Items(lines),
-        Paragraph(scale_line(table)),
+        Heading("Answer"),
+        Paragraph(" ".join(words.answer(study, found.effects))),
+        picture,
+        Heading("What it does not show"),
+        Items(list(not_shown(found))),
     ]
 
 
-def calibration_line(study: Study) -> str:
-    """What the study with known answers has shown of this code on this machine."""
-    if study.run.name == CALIBRATION:
-        return "Calibration: this study measures against known answers; the other reports quote it."
-    path = Path(study.run.dir) / CALIBRATION / "summary.json"
-    if not path.exists():
-        return (
-            f"Calibration: configs/studies/{CALIBRATION}.yaml has not been run beside this study."
+def not_shown(found: Findings) -> Iterable[str]:
+    study, records = found.loaded.study, found.records
+    if study.limits:
+        yield study.limits.strip()
+    size = max(record.parameters["training"] for record in records)
+    scale = f"{quantity(size)} parameters, {quantity(max(r.tokens for r in records))} tokens"
+    small = " This is far below the scale of the papers: signs and sizes can be others there."
+    yield f"Anything beyond its scale: up to {scale}.{small if size < SMALL else ''}"
+    rate = study.learning_rate
+    if rate is None:
+        yield "Whether another learning rate would change it: the study does not say for which arm it was tuned."
+    elif rate.tuned_for == EVERY_ARM:
+        yield f"The learning rate was tuned for every arm ({rate.source})."
+    else:
+        yield (
+            f"Whether a rate of their own would help the other arms: the learning rate was tuned for "
+            f"{rate.tuned_for} ({rate.source})."
         )
-    found = json.loads(path.read_text())
-    return f"Calibration against a source with known entropy: {found['calibration']}"
-
-
-def scale_line(table: Table) -> str:
-    sizes = [r["parameters"]["training"] for seeds in table.values() for r in seeds.values()]
-    tokens = max(r["tokens"] for seeds in table.values() for r in seeds.values())
-    size = f"Scale: up to {quantity(max(sizes))} parameters and {quantity(tokens)} tokens."
-    if max(sizes) >= SMALL:
-        return size
-    return (
-        f"{size} This is far below the scale of the papers; "
-        "signs and sizes of effects can be others there."
-    )
-
-
-def verdicts(study: Study, table: Table, effects: Sequence[Effect]) -> list[str]:
-    """The primary effects one by one, then the exploratory ones that are more than a hint, then how
-    many are not.
-    """
-    primary = [e for e in effects if is_primary(study, e)]
-    rest = [e for e in effects if not is_primary(study, e) and e.interval is not None]
-    lines = []
-    for effect in primary:
-        lost = findings.lost(table, [effect.arm, effect.against])
-        lines.append("Primary: " + verdict(effect, margin=study.primary.margin, lost_runs=lost))
-    clear = [e for e in rest if findings.stands_out(e)]
-    for effect in clear:
-        lost = findings.lost(table, [effect.arm, effect.against])
-        lines.append(
-            f"Exploratory ({effect.comparison}): " + verdict(effect, margin=None, lost_runs=lost)
+    unresolved = [f"{d.arm} against {d.against}, {d.metric}" for d in found.power if d.unresolved]
+    if unresolved:
+        yield (
+            "What was unresolved in advance, because the effect expected is smaller than what these "
+            f"seeds can find: {'; '.join(unresolved)}."
         )
-    single = [e for e in rest if e.interval is not None and e.interval.n < 2]
-    nulls = [e for e in rest if e not in clear and e not in single]
-    for found, group in (
-        ("No detectable difference", nulls),
-        ("One seed, so no conclusion,", single),
+    on_text = any(record.config["data"].get("task") is None for record in records)
+    floors = [values_of(found.table, arm, TRIGRAM) for arm in primary_arms(study)]
+    if on_text and not all(floors):
+        yield "Whether the models beat n-gram tables of the same tokens: these floors were not measured."
+    hashes = {d.hash for record in records for start in record.starts for d in start.data.values()}
+    if (note := other_corpus(study, hashes)) is not None:
+        yield note
+    if study.primary.metric.startswith("val/overlap/") and any(
+        findings.trunks_apart(found.table, e.arm, e.against)
+        for e in found.effects
+        if is_primary(study, e)
     ):
-        if group:
-            names = "; ".join(f"{e.arm} - {e.against}, {e.metric}" for e in group)
-            lines.append(
-                f"{found} in {len(group)} of {len(rest)} exploratory comparisons: {names}."
-            )
-    return lines
+        yield (
+            "Which heads are better by overlap alone: the trunks were trained apart, and overlap falls "
+            "as a trunk learns. Read it with the main loss (below)."
+        )
 
 
-def result_tables(study: Study, table: Table, effects: Sequence[Effect]) -> list[Block]:
-    # Beside acceptance, whether the text repeats itself: then it is easily predicted.
-    metrics = list(dict.fromkeys([study.primary.metric, *study.metrics, "acceptance/T0/distinct"]))
-    measured = [m for m in metrics if any(values_of(table, arm, m) for arm in study.arms)]
-    rows = [[arm, *(interval_cell(table, arm, m) for m in measured)] for arm in study.arms]
-    found: list[Block] = [
-        Heading("Results"),
-        Paragraph(
-            "Mean over seeds and its 95 % t interval; solve "
-            "rates with Clopper and Pearson's exact interval."
-        ),
-        Rows(["arm", *(f"{describe_metric(m)[0]} (n)" for m in measured)], rows),
-    ]
-    for name, comparison in study.comparisons.items():
-        group = [e for e in effects if e.comparison == name and e.interval is not None]
-        if group:
-            found += [
-                Heading(f"{name}: against {comparison.against}", 3),
-                Paragraph(
-                    f"Fairness: {comparison.rule}. Paired by seed; p is Holm's, within its family."
-                ),
-                Rows(EFFECT_HEADER, [effect_row(study, e) for e in group]),
-            ]
-    return found
+# --- setup, health, plan --------------------------------------------------------------------------
 
 
-EFFECT_HEADER = [
-    "arm",
-    "metric",
-    "difference",
-    "95 % interval",
-    "n",
-    "p (Holm)",
-    "sd paired / unpaired",
-    "TOST p",
-]
-
-
-def effect_row(study: Study, effect: Effect) -> list[str]:
-    i = effect.interval
-    assert i is not None
-    mark = " (primary)" if is_primary(study, effect) else ""
-    tost = (
-        "-"
-        if effect.equivalence_p is None
-        else f"{effect.equivalence_p:.2g} (+-{study.primary.margin:g})"
-    )
-    spread = f"{i.sd:.4f} / {effect.unpaired_sd:.4f}"
-    limits = f"[{i.low:+.4f}, {i.high:+.4f}]"
-    if i.n < 2:
-        limits, spread, tost = "one seed: none", "-", "-"
-    if effect.metric == "task/solved":
-        limits, spread, tost = f"Fisher p = {effect.p:.3g}", "-", "-"
-    p = f"{effect.adjusted_p:.2g}" if i.n > 1 else "-"
-    return [effect.arm + mark, effect.metric, f"{i.mean:+.4f}", limits, str(i.n), p, spread, tost]
-
-
-def interval_cell(table: Table, arm: str, metric: str) -> str:
-    values = list(values_of(table, arm, metric).values())
-    if not values:
-        return "-"
-    if metric == "task/solved":
-        low, high = stats.exact_rate(int(sum(values)), len(values))
-        return f"{int(sum(values))} of {len(values)} [{low:.2f}, {high:.2f}]"
-    i = stats.t_interval(values)
-    return f"{i.mean:.4f} +- {i.high - i.mean:.4f} ({i.n})" if i.n > 1 else f"{i.mean:.4f} (1)"
-
-
-def health(study: Study, table: Table) -> list[Block]:
-    """What did not go well, and the leak alarm."""
-    missing = findings.lost(table, list(study.arms)) + findings.not_run(study, table)
-    blocks: list[Block] = [Heading("Runs that do not count, and alarms")]
-    blocks.append(
-        Items(missing) if missing else Paragraph("Every run of the matrix finished; none diverged.")
-    )
-    alarms = findings.leaks(table)
-    if not alarms:
-        return [*blocks, Paragraph("Leak alarm (a depth's loss below 0.8 of the main loss): none.")]
-    reading = (
-        "Leak alarm: the loss of a depth lies below 0.8 of "
-        "the main loss. On text that means a leaked target; in "
-        "a task whose later answer tokens are easier than the first it is what the task asks for."
-    )
-    return [
-        *blocks,
-        Paragraph(reading),
-        Items(alarms[:20] + [f"... {len(alarms)} in all"] * (len(alarms) > 20)),
-    ]
-
-
-def setup(loaded: LoadedStudy, table: Table, starts: Sequence[Mapping[str, Any]]) -> list[Block]:
-    study, scale = loaded.study, loaded.study.scales[loaded.study.scale]
-    rows = []
+def setup(found: Findings) -> list[Block]:
+    study = found.loaded.study
+    scale, rows = study.scales[study.scale], []
     for arm, spec in study.arms.items():
-        results = list(table[arm].values())
-        if results:
-            one, paces = (
-                results[0],
-                [r["seconds_per_token"] for r in results if "seconds_per_token" in r],
-            )
-            seconds = f"{sum(paces) / len(paces) * one['tokens']:.0f}" if paces else "-"
-            origin = one["forked_from"]
-            fork = f"{origin['run'].rpartition('-')[0]} at step {origin['step']}" if origin else "-"
-            counts = [quantity(one["parameters"][kind]) for kind in ("training", "inference")]
-            cost = [quantity(one["tokens"]), f"{one['flops']:.3g}", seconds]
+        records = list(found.table[arm].values())
+        if records:
+            one = records[0]
+            paces = [r.seconds_per_token for r in records if r.seconds_per_token is not None]
+            fork = "-"
+            if one.forked_from:
+                fork = f"{one.forked_from.run.rpartition('-')[0]} at step {one.forked_from.step}"
+            counts = [quantity(one.parameters[kind]) for kind in ("training", "inference")]
+            cost = tables.cost_cells(one.tokens, one.flops, fmean(paces) if paces else None)
             settings = ", ".join(settings_lines(spec.set)) or "-"
             rows.append([arm, *counts, *cost, fork, spec.about, settings])
-    header = ["arm", "parameters, training", "inference", "tokens", "training FLOPs", "seconds", "forked from", "what",
-              "settings"]  # fmt: skip
-    common = {**scale.set, **study.set}
+    header = ["arm", "parameters, training", "inference", "tokens", "training FLOPs", "seconds"]
+    finished = sum(record.finished for record in found.records)
+    # Where the runs stood is no setting.
+    sets = [item for item in found.plan.sets if not item.startswith("run.")]
     return [
         Heading("Setup"),
-        Rows(header, rows),
         Paragraph(
-            "Inference parameters leave out the heads, which a "
-            "plain decoder drops. FLOPs are counted (6 per active "
-            "weight and token, attention, every depth). Seconds "
-            "are of one process computing a whole run, validations "
-            "included. A forked run shares the first steps with its parent, bit for bit."
+            f"{finished} runs finished of {len(study.arms)} arms x {len(study.seeds)} seeds. "
+            f"Primary metric: {describe_metric(study.primary.metric)[0]}, in the comparison "
+            f'"{study.primary.comparison}"; everything else is exploratory.'
+        ),
+        Rows([*header, "forked from", "what", "settings"], rows),
+        Paragraph(
+            "Inference parameters leave out the heads, which a plain decoder drops. FLOPs are counted "
+            "(6 per active weight and token, attention, every depth). Seconds are of one process "
+            "computing a whole run, validations included. A forked run shares the first steps with "
+            "its parent, bit for bit."
         ),
         Code(
-            f"base: {scale.base}, scale: {study.scale}, seeds: "
-            f"{list(study.seeds)}, --set: {list(loaded.sets)}"
+            f"base: {scale.base}, scale: {study.scale}, seeds: {list(study.seeds)}, "
+            f"--set: {sets}\n" + "\n".join(settings_lines({**scale.set, **study.set}))
         ),
-        Code("\n".join(settings_lines(common))),
-        Paragraph(drafts_line(loaded)),
-        Items(environment(starts)),
+        Paragraph(drafts_line(found.loaded)),
     ]
 
 
@@ -298,67 +231,103 @@ def settings_lines(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def drafts_line(loaded: LoadedStudy) -> str:
-    drafts, tasks = (
-        loaded.study.acceptance,
-        [config.data.task for config in loaded.configs.values()],
-    )
+    drafts = loaded.study.acceptance
+    answers = [c.data.task is not None and c.data.task.has_answers for c in loaded.configs.values()]
     if drafts is None:
-        return "Drafts: not measured."
-    if all(task is not None and task.has_answers for task in tasks):
-        return (
-            "Drafts: free-running, the last answer of "
-            f"each of {drafts.prefixes} validation examples."
+        return "Free-running drafts: not measured."
+    if all(answers):
+        behind = f"the last answer of each of {drafts.prefixes} validation examples"
+    else:
+        behind = (
+            f"{drafts.new_tokens} new tokens behind each of {drafts.prefixes} prefixes of "
+            f"{drafts.prefix_tokens} tokens of the validation data, the same for every run"
         )
-    return (
-        f"Drafts: free-running, {drafts.new_tokens} new "
-        f"tokens behind each of {drafts.prefixes} prefixes of "
-        f"{drafts.prefix_tokens} tokens of the validation data, the same for every run."
+    return f"Free-running drafts: {behind}, in {drafts.draws} sets with random numbers of their own in every run."
+
+
+def health(found: Findings) -> list[Block]:
+    """What did not go well, and the leak alarm."""
+    study, table = found.loaded.study, found.table
+    missing = findings.lost(table, list(study.arms)) + findings.not_run(study, table)
+    blocks: list[Block] = [Heading("Runs that do not count, and leaks")]
+    good = Paragraph("Every run of the matrix finished; none diverged.")
+    blocks.append(Items(missing) if missing else good)
+    leaks = findings.leaks(table)
+    if not leaks:
+        none = "Leak alarm (a depth's loss below 0.8 of the main loss): none."
+        return [*blocks, Paragraph(none)]
+    text = (
+        "Leak alarm: the loss of a depth lies below 0.8 of the main loss. On text that means a leaked "
+        "target; in a task whose later answer tokens are easier than the first it is what the task "
+        "asks for."
     )
+    more = [f"... {len(leaks)} in all"] * (len(leaks) > 20)
+    return [*blocks, Paragraph(text), Items(leaks[:20] + more)]
 
 
-def environment(starts: Sequence[Mapping[str, Any]]) -> list[str]:
+def plan_blocks(found: Findings) -> list[Block]:
+    study, plan, table = found.loaded.study, found.plan, found.table
+    lines = []
+    for effect in (e for e in found.effects if is_primary(study, e)):
+        lost = findings.lost(table, [effect.arm, effect.against])
+        lines.append(words.verdict(effect, margin=study.primary.margin, lost_runs=lost))
+    blocks: list[Block] = [
+        Heading("The plan, and what came of it"),
+        Paragraph(
+            f"Frozen at the first start, {plan.frozen_at}, with hash {plan.hash[:16]}. Expected then: "
+            f"{plan.frozen['study']['expectation'].strip()}"
+        ),
+        Items(lines),
+    ]
+    if plan.changes:
+        late = plan.late_seeds()
+        if late:
+            blocks.append(
+                Paragraph(f"Seeds added after the first start: {', '.join(map(str, late))}.")
+            )
+        rows = [
+            [c.key, json.dumps(c.before), json.dumps(c.now), str(c.finished), c.time]
+            for c in plan.changes
+        ]
+        blocks.append(Paragraph("The study was changed after its first start:"))
+        blocks.append(Rows(["key", "before", "now", "finished runs then", "time"], rows))
+    else:
+        blocks.append(Paragraph("Nothing was changed since."))
+    if any(d.smallest is not None or d.expected is not None for d in found.power):
+        header, *rows = tables.power_rows(found.power)
+        blocks.append(
+            Paragraph(
+                "What these seeds could find with probability 0.8, at Holm's first step, by the standard "
+                f"deviation expected: {sources(found.power)}."
+            )
+        )
+        blocks.append(Rows(header, rows))
+    return blocks
+
+
+def sources(power: Sequence[Detectable]) -> str:
+    return "; ".join(dict.fromkeys(d.source for d in power if d.source)) or "solve rates need none"
+
+
+def environment(records: Sequence[Record]) -> list[Block]:
     """Commit, data, versions, hardware: every value that occurs, so that a mixture shows."""
+    starts = [start for record in records for start in record.starts]
 
-    def all_of(values: Sequence[Any]) -> str:
+    def all_of(values: Iterable[Any]) -> str:
         return ", ".join(sorted({str(value) for value in values}))
 
-    data = {
-        f"{role} {d['path']} {d['manifest_hash'][:12]}"
-        for s in starts
-        for role, d in s["data"].items()
-    }
-    return [
-        (
-            f"commit {all_of([s['git'] for s in starts])}; uncommitted "
-            f"changes: {all_of([s['git_dirty'] for s in starts])}"
-        ),
-        f"data: {all_of(list(data))}",
-        f"torch {all_of([s['versions']['torch'] for s in starts])}, deepspeed "
-        f"{all_of([s['versions']['deepspeed'] for s in starts])}, "
-        f"python {all_of([s['python'] for s in starts])}",
-        (
-            f"{all_of([s['device'] for s in starts])}, threads "
-            f"per run: {all_of([s['threads'] for s in starts])}"
-        ),
+    corpora = {f"{role} {d.path} {d.hash[:12]}" for s in starts for role, d in s.data.items()}
+    packages = [
+        f"{name} {all_of(s.versions.get(name) for s in starts)}" for name in ("torch", "deepspeed")
     ]
-
-
-def summary(
-    study: Study, table: Table, effects: Sequence[Effect], lines: Sequence[str]
-) -> dict[str, Any]:
-    """For other programs, and for the reports that quote the calibration."""
-    rows = [
-        {
-            **{k: v for k, v in vars(e).items() if k != "interval"},
-            **(vars(e.interval) if e.interval else {}),
-        }
-        for e in effects
+    adopted = [f"{r.name} from {r.adopted_from}" for r in records if r.adopted_from]
+    lines = [
+        f"commit {all_of(s.commit for s in starts)}; uncommitted changes: "
+        f"{'yes' if any(s.dirty for s in starts) else 'none'}",
+        f"data, whose hash another corpus does not have: {all_of(corpora)}",
+        f"{', '.join(packages)}, python {all_of(s.python for s in starts)}",
+        f"{all_of(s.device for s in starts)}, threads per run: {all_of(s.threads for s in starts)}",
     ]
-    for row in rows:
-        row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    return {
-        "study": study.run.name,
-        "calibration": worst_excess(table),
-        "verdicts": list(lines),
-        "effects": rows,
-    }
+    if adopted:
+        lines.append(f"adopted runs: {', '.join(adopted)}")
+    return [Heading("Where it was made"), Items(lines)]

@@ -203,6 +203,7 @@ class TaskSource:
     bytes: None = field(default=None, init=False)
     tokens: None = field(default=None, init=False)
     documents: None = field(default=None, init=False)
+    text: None = field(default=None, init=False)
     tokenizer_sha256: None = field(default=None, init=False)
     longest_document: None = field(default=None, init=False)
 

@@ -26,6 +26,7 @@ from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import export_hf, load_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
+from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.runs.model import load_run
 
 if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
@@ -58,7 +59,7 @@ def validate(
     world_size: int = 1,
     all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, Any]:
-    """Losses, top1 and agreement of every depth on `batches` fixed micro-batches of
+    """Losses, top1, agreement and overlap of every depth on `batches` fixed micro-batches of
     train.micro_batch_size sequences.
 
     Returns `val/...` metrics, summed over ranks before dividing. `val/main_loss` is the validation
@@ -90,10 +91,10 @@ def validate(
     totals = all_reduce(sums).tolist()
     metrics = {
         f"val/{name}": value
-        for name, value in metric_means(totals[: 3 + 5 * depths], depths).items()
+        for name, value in metric_means(totals[: 3 + 9 * depths], depths).items()
     }
     if grade is not None:
-        metrics |= grade.metrics(totals[3 + 5 * depths :], metrics)
+        metrics |= grade.metrics(totals[3 + 9 * depths :], metrics)
     if source.bytes is not None and source.tokens is not None:
         metrics["val/bits_per_byte"] = (
             metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes
@@ -118,25 +119,22 @@ def to_device(tokens, documents, scored=None, *, config: Config, device: torch.d
 
 
 def metric_sums(out: MTPOutput) -> torch.Tensor:
-    """(3+5D,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D]: adds up over
-    batches and ranks.
+    """(3+9D,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D | overlap 4 D]:
+    adds up over batches and ranks.
     """
-    return torch.cat(
-        [
-            part.double()
-            for part in (out.nll_sum, out.targets, out.correct, out.agreed, out.compared)
-        ]
-    )
+    counts = (out.nll_sum, out.targets, out.correct, out.agreed, out.compared, out.overlap)
+    return torch.cat([part.double().flatten() for part in counts])
 
 
 def metric_means(sums: list[float], depths: int) -> dict[str, float]:
-    """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k.
+    """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k,
+    overlap/k, overlap/tokens_per_step.
 
     A depth without a valid target (masked documents shorter than it reaches) has no entry.
     """
     heads = 1 + depths
     nll, targets, correct = sums[:heads], sums[heads : 2 * heads], sums[2 * heads : 3 * heads]
-    agreed, compared = sums[3 * heads : 3 * heads + depths], sums[3 * heads + depths :]
+    agreed, compared, *overlap = (sums[3 * heads + n * depths :][:depths] for n in range(6))
     losses = [value / max(count, 1) for value, count in zip(nll, targets, strict=True)]
     metrics = {"main_loss": losses[0]}
     metrics |= {f"mtp_loss/{depth}": losses[depth] for depth in range(1, heads) if targets[depth]}
@@ -144,7 +142,7 @@ def metric_means(sums: list[float], depths: int) -> dict[str, float]:
         f"top1/{depth}": correct[depth] / targets[depth] for depth in range(heads) if targets[depth]
     }
     metrics |= {f"agreement/{k + 1}": agreed[k] / compared[k] for k in range(depths) if compared[k]}
-    return metrics
+    return metrics | overlap_means(overlap)
 
 
 def open_model(
@@ -211,6 +209,8 @@ def acceptance(
     seq_len: int,
     new_tokens: int,
     temperature: float = 0.0,
+    part: tuple[int, int] = (0, 1),
+    seed: int = 0,
 ) -> dict[str, float]:
     """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
 
@@ -219,6 +219,10 @@ def acceptance(
     nothing to draft: the first comes with the prompt, the last of a step from the main head.
     Returns `val/acceptance/k`, joint for drafts 1..k, `val/tokens_per_step`, and `val/distinct`,
     the share of distinct tokens: a model that repeats itself accepts everything.
+
+    Args:
+        part: (first, step): only every `step`-th of the prompts, from number `first` on.
+        seed: of the random numbers at a temperature.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
@@ -232,14 +236,14 @@ def acceptance(
             raise ValueError(
                 f"{new_tokens} new tokens leave no room for a prompt; give fewer (--new-tokens)"
             )
-        windows = sequential_windows(
-            source, seq_len=length, lookahead=0, count=prompts, micro_batch_size=prompts
-        )
+        windows = sequential_windows(source, seq_len=length, lookahead=0, count=prompts)
         texts = windows[0][0].tolist()
     if new_tokens < 3:
         return {}
-    settings = Settings(max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature)
-    out = generate(model, texts, settings)
+    settings = Settings(
+        max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed
+    )
+    out = generate(model, texts[part[0] :: part[1]], settings)
     metrics = {
         f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)
     }

@@ -89,7 +89,8 @@ def build_optimizer(
         name = shared or ("vectors" if id(parameter) in norms else "matrices")
         side = "mtp" if id(parameter) in heads else "trunk"
         if parameter.requires_grad and not parameter.is_meta:  # meta: on another pipeline stage
-            new = {"name": name, "params": []} | ({"moe": True} if shared else {})
+            new: dict[str, Any] = {"name": name, "params": []}
+            new |= {"moe": True} if shared else {}
             groups.setdefault((side, name), new)["params"].append(parameter)
     for (side, name), group in groups.items():
         group["weight_decay"] = 0.0 if name == "vectors" else optim.weight_decay

@@ -8,6 +8,7 @@ import torch
 
 from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.layout import describe
+from dsv3_mtp.data.ngrams import early_training
 from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
@@ -21,11 +22,12 @@ from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
 from dsv3_mtp.precision.convert import set_precision
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
-from dsv3_mtp.report.progress import Progress, quantity
+from dsv3_mtp.report.progress import Progress, floors_line, quantity
 from dsv3_mtp.runs.folder import changed_settings, find_checkpoint, run_folder, write_run_folder
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
+from dsv3_mtp.train.floors import text_floors
 from dsv3_mtp.train.gradients import gradient_angle
 from dsv3_mtp.train.optim import build_optimizer
 
@@ -248,7 +250,16 @@ class Trainer:
         record = self.stamp() | evaluate(self.engine, self.val, self.config)
         # the last update of a run has no step behind it that would show it
         self.require_finite(record)
+        notes = []
+        text, readable = self.val.text, all(source.text for source in self.sampler.sources)
+        if self.progress >= 1 and self.world.is_main and text is not None and readable:
+            batches = self.config.eval.batches
+            floors, why = text_floors(self.sampler, text, self.config, batches=batches)
+            record |= floors
+            notes = [floors_line(record) if floors else why, early_training(record)]
         self.display.validation(record)
+        for note in filter(None, notes):
+            self.display.say(note)
         self.write(record)
 
     def eta(self) -> float | None:

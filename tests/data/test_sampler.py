@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv3_mtp.data.sampler import Sampler, sequential_windows
+from dsv3_mtp.data.sampler import Sampler, sequential_windows, spare_windows
 from dsv3_mtp.data.source import open_source
 
 lengths_strategy = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -259,3 +259,38 @@ def test_a_prepared_folder_is_sampled_whole(pystdlib):
     assert (
         np.abs(np.bincount(inputs, minlength=512) - np.bincount(corpus, minlength=512)).sum() < 512
     )
+
+
+@fast
+@given(lengths=lengths_strategy, seq_len=st.integers(1, 50), batches=st.integers(1, 90))
+def test_consumed_rows_have_every_token_once_and_of_one_epoch_at_most(
+    make_source, lengths, seq_len, batches
+):
+    source = make_source(lengths)  # token ids 0 .. N-1, each once
+    sampler = Sampler([source], seq_len=seq_len, lookahead=3, seed=4)
+    given_rows = np.concatenate([sampler.next_batch(1)[0][0] for _ in range(batches)])
+    tokens, documents = sampler.consumed()
+    assert tokens.shape == documents.shape == (len(tokens), seq_len + 1)
+    first = math.ceil(source.tokens / seq_len)
+    assert np.array_equal(tokens, given_rows[:first, : seq_len + 1])
+    inputs = np.bincount(tokens[:, :-1].ravel(), minlength=source.tokens)
+    # Only the window across the epoch's end has tokens of the next epoch beside its own.
+    assert (inputs > 1).sum() < seq_len
+    assert batches < first or (inputs > 0).all()
+
+
+@given(lengths=lengths_strategy, seq_len=st.integers(1, 9), count=st.integers(1, 9))
+@settings(fast, max_examples=60)
+def test_spare_windows_share_no_input_with_those_of_the_validation(
+    make_source, lengths, seq_len, count
+):
+    source = make_source(lengths)
+    windows = {"seq_len": seq_len, "lookahead": 1, "count": count}
+    used = set(sequential_windows(source, **windows)[0][0][:, :-1].ravel())
+    for most in (1, 5, 1000):
+        tokens, documents = spare_windows(source, **windows, most=most)
+        assert tokens.shape == documents.shape and len(tokens) <= most
+        inputs = tokens[:, :-1].ravel().tolist()
+        assert len(set(inputs)) == len(inputs) and used.isdisjoint(inputs)
+    available = max((source.tokens - 1) // seq_len, 1)
+    assert len(tokens) == available - len({i * available // count for i in range(count)})

@@ -14,7 +14,10 @@ from dsv3_mtp.config import ConfigError, load_config
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import open_source
+from dsv3_mtp.decode.generate import generate
 from dsv3_mtp.hf import export_hf, import_hf
+from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.train import evaluate
 from dsv3_mtp.train.evaluate import open_model, validate
 from tools import evaluate as tool
 
@@ -78,7 +81,12 @@ def test_a_run_and_its_float32_export_have_the_same_losses(
         "agreement/1",
         "agreement/2",
     ]
-    assert set(of_run) == {f"val/{name}" for name in [*names, "bits_per_byte"]}
+    overlaps = ["overlap/1", "overlap/2", "overlap/tokens_per_step"]
+    ends = ("1", "2", "tokens_per_step")
+    kinds = ("constant", "table")
+    floors = {f"val/floor/overlap/{kind}/{end}" for kind in kinds for end in ends}
+    names += [*overlaps, "bits_per_byte"]
+    assert set(of_run) == {f"val/{name}" for name in names} | floors
     assert of_run["val/main_loss"] == pytest.approx(5.7, abs=0.3)  # ln 300: random weights
     source = open_source(corpus, "val")
     bits = of_run["val/main_loss"] / 0.6931471805599453 * source.tokens / source.bytes
@@ -175,6 +183,41 @@ def test_acceptance_is_measured_by_decoding(run, monkeypatch, capsys):
     (metrics,) = call(monkeypatch, capsys, *arguments).values()
     assert 0 <= metrics["val/acceptance/2"] <= metrics["val/acceptance/1"] <= 1
     assert 1 <= metrics["val/tokens_per_step"] <= 3
+
+
+def test_acceptance_has_a_seed_and_sets_of_prompts_that_share_none(run, corpus, monkeypatch):
+    model = load_run(run).model
+    texts: list[list[list[int]]] = []
+
+    def generate_and_note(model, prompts, settings):
+        texts.append(list(prompts))
+        return generate(model, prompts, settings)
+
+    monkeypatch.setattr(evaluate, "generate", generate_and_note)
+    source = open_source(corpus, "val")
+    sizes = {"depth": 2, "seq_len": 32, "new_tokens": 12, "temperature": 1.0}
+
+    def drawn(seed: int, first: int, step: int = 3) -> dict[str, float]:
+        chosen = {"prompts": 12, "seed": seed, "part": (first, step)}
+        return evaluate.acceptance(model, source, **sizes, **chosen)
+
+    assert drawn(1, 0) == drawn(1, 0) != drawn(2, 0)
+    drawn(1, 1), drawn(1, 2), drawn(1, 0, 1)
+    first, _, _, second, third, all_of_them = texts
+    assert sorted(first + second + third) == sorted(all_of_them)
+    assert len({tuple(text) for text in all_of_them}) == 12
+
+
+def test_statistics_of_drafts_are_those_of_the_validation(run, monkeypatch, capsys):
+    sizes = ("--run", str(run), "--batches", "2", "--prompts", "0", "--drafts")
+    (plain,) = call(monkeypatch, capsys, *sizes).values()
+    for depth in (1, 2):
+        overlap = plain[f"val/overlap/{depth}"]
+        assert plain[f"drafts/overlap/{depth}"] == pytest.approx(overlap, abs=1e-6)
+        assert plain[f"drafts/accepted_0.0/{depth}"] == pytest.approx(overlap, abs=1e-6)
+    (warm,) = call(monkeypatch, capsys, *sizes, "--temperature", "2").values()
+    assert warm["val/overlap/1"] == plain["val/overlap/1"]
+    assert warm["drafts/overlap/1"] > plain["drafts/overlap/1"]  # both are flatter
 
 
 def test_acceptance_of_a_short_model_is_measured_without_being_told_how(

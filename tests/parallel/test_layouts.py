@@ -225,7 +225,7 @@ def differences(seen: dict[str, list[dict[str, Any]]], layout: str) -> dict[str,
     for what, key in (("loss", "train/loss"), ("norm", "optim/grad_norm")):
         pairs = zip(one["records"], ranks[0]["records"], strict=True)
         found[what] = max(abs(a[key] - b[key]) for a, b in pairs)
-    losses = [key for key in one["val"] if "loss" in key]
+    losses = [key for key in one["val"] if "loss" in key or "overlap" in key]
     assert (
         one["val"].keys() == ranks[0]["val"].keys()
         and one["records"][0].keys() == ranks[0]["records"][0].keys()

@@ -79,7 +79,9 @@ def learn(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the model returns, and its gradients."""
     weights = tuple(0.3 + depth for depth in range(model.depths))
-    out = model(*inputs, loss_weights=weights, balance_loss_weight=0.5, normalizer=counts)
+    out = model(
+        *inputs, loss_weights=weights, balance_loss_weight=0.5, normalizer=counts, overlap=True
+    )
     out.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()

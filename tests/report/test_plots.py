@@ -174,3 +174,16 @@ def test_plot_schedules_shows_the_schedule_functions(tmp_path, make_tiny_config,
 )
 def test_tick_labels_have_readable_units(value, text):
     assert plots.short_number(value) == text
+
+
+def test_plot_run_shows_the_floors_of_the_last_validation(tmp_path, drawn):
+    run = records(1, 30)
+    floors = {"unigram": 5.1, "bigram": 3.9, "trigram": 3.2}
+    plot_run(run, tmp_path / "without.png", title="run")
+    run[-1] |= {f"val/floor/{name}": floor for name, floor in floors.items()}
+    plot_run(run, tmp_path / "with.png", title="run")
+    without, with_floors = (figure.axes[0] for figure in drawn)
+    dotted = [line for line in with_floors.lines if line.get_linestyle() == ":"]
+    assert [line.get_ydata()[0] for line in dotted] == list(floors.values())
+    assert [text.get_text() for text in with_floors.texts] == list(floors)
+    assert not [line for line in without.lines if line.get_linestyle() == ":"]

@@ -29,6 +29,8 @@ VAL = {
     "val/top1/0": 0.41,
     "val/top1/1": 0.36,
     "val/agreement/1": 0.47,
+    "val/overlap/1": 0.62,
+    "val/overlap/tokens_per_step": 1.62,
 }
 
 
@@ -65,7 +67,8 @@ def test_lines_of_a_run_without_mtp_do_not_mention_it():
 
 def test_validation_line():
     assert validation_line(VAL, total_steps=1465) == (
-        "val   step  200 | main 3.010 (bpb 1.230) mtp 3.104 | top1 0.41 0.36 | agreement 0.47"
+        "val   step  200 | main 3.010 (bpb 1.230) mtp 3.104 | top1 0.41 0.36 | agreement 0.47 "
+        "| overlap 0.62"
     )
 
 

@@ -4,13 +4,16 @@ import datetime
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from dsv3_mtp.config import ConfigError, schedules
+from dsv3_mtp.config.reader import key_paths
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.study.dryrun import dry_run
 from dsv3_mtp.study.expand import expand, shared_steps, steps_of, training_flops
-from dsv3_mtp.study.matrix import load_study
+from dsv3_mtp.study.load import load_study
+from dsv3_mtp.study.matrix import Study
 from tests.study.toy import STEPS, load_toy, write_toy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,3 +259,70 @@ def test_heads_are_compared_under_every_rule_of_fairness():
         "matched training FLOPs",
         "matched CPU time",
     }
+
+
+def gridded(tree) -> None:
+    tree["grid"] = {
+        "about": "lambda by depth",
+        "set": {"mtp.mode": "parallel"},
+        "axes": {
+            "lambda": {"key": "mtp.loss_weight", "values": [0.1, 0.3]},
+            "shape": {"key": "mtp.detach", "values": {"joint": "none", "apart": "trunk"}},
+        },
+    }
+    compared = {"against": "none", "arms": ["lambda*", "constant"], "rule": "added parameters"}
+    tree["comparisons"]["heads"] = compared
+
+
+def test_a_grid_stands_for_every_combination_and_a_pattern_for_the_arms_that_it_fits(tmp_path):
+    loaded = load_toy(tmp_path, gridded)
+    names = [f"lambda{value}_{shape}" for value in (0.1, 0.3) for shape in ("joint", "apart")]
+    assert list(loaded.study.arms) == ["constant", "step", "none", *names]
+    assert loaded.study.comparisons["heads"].arms == (*names, "constant")
+    config = loaded.configs["lambda0.1_apart"]
+    assert (config.mtp.loss_weight.value, config.mtp.detach) == (0.1, "trunk")
+    assert config.mtp.mode == "parallel" and loaded.study.arms[names[0]].about == "lambda by depth"
+
+
+def test_problems_of_a_grid_and_of_what_is_expected_are_named(tmp_path):
+    def break_it(tree):
+        gridded(tree)
+        tree["grid"]["axes"]["shape"]["values"] = []
+        tree["learning_rate"] = {"tuned_for": "nobody", "source": "x"}
+        tree["comparisons"]["schedule"]["arms"] = ["nothing*"]
+        tree["comparisons"]["heads"] |= {"arms": ["constant"]}
+        tree["comparisons"]["heads"]["expected"] = {
+            "val/top1/0": {"effect": 1.0, "source": "x"},
+            "val/main_loss": {"effect": {"step": 1.0}, "source": "x"},
+        }
+        tree["acceptance"]["draws"] = 3
+
+    with pytest.raises(ConfigError) as error:
+        load_toy(tmp_path, break_it)
+    text = str(error.value)
+    assert "grid.axes.shape.values" in text and "acceptance.draws: must be <= prefixes = 2" in text
+
+    def rest(tree):
+        break_it(tree)
+        tree.pop("grid")
+        tree["acceptance"]["draws"] = 1
+
+    with pytest.raises(ConfigError) as error:
+        load_toy(tmp_path, rest)
+    for part in (
+        "learning_rate.tuned_for: must be an arm, or 'every arm' (got 'nobody')",
+        "comparisons.schedule: there is no arm 'nothing*'",
+        "comparisons.heads.expected.val/top1/0: is neither primary.metric nor one of `metrics`",
+        "comparisons.heads.expected.val/main_loss.effect.step: is no arm of this comparison",
+    ):
+        assert part in str(error.value), part
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> set[str]:
+    return {key.rpartition(".")[2] for key in key_paths(section, prefix)}
+
+
+def test_the_reference_names_every_key_of_a_study_file():
+    text = (ROOT / "docs" / "study.md").read_text()
+    missing = {key for key in keys_of(Study) if f"`{key}`" not in text}
+    assert not missing

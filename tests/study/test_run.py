@@ -1,5 +1,6 @@
 """Studies are run by real processes: forks are bitwise, nothing is repeated, failures are named."""
 
+import json
 import os
 import signal
 import time
@@ -11,21 +12,23 @@ import torch
 
 from dsv3_mtp.report.metrics import MetricsLog, read_metrics
 from dsv3_mtp.runs.loading import newest_checkpoint
-from dsv3_mtp.study.expand import expand
-from dsv3_mtp.study.matrix import load_study
-from dsv3_mtp.study.measure import read_results, write_results
-from dsv3_mtp.study.report import write_report
-from dsv3_mtp.study.run import (
+from dsv3_mtp.study.archive import Fork, read_results, write_results
+from dsv3_mtp.study.expand import Run, expand
+from dsv3_mtp.study.folder import (
+    adopt,
+    budgets_of,
     check_folders,
-    fork,
-    new_budgets,
-    read_budgets,
-    run_study,
-    train_and_measure,
+    load_archived,
+    records_of,
+    report_study,
 )
+from dsv3_mtp.study.load import load_study
+from dsv3_mtp.study.plan import read_plan
+from dsv3_mtp.study.run import device_of, run_study
+from dsv3_mtp.study.worker import claim, fork, train_and_measure
 from tests.made_runs import read_newest
 from tests.ranks import run_tool, timeless, touch
-from tests.study.toy import STEPS, load_toy, write_toy
+from tests.study.toy import STEPS, load_toy, record_of, write_toy
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +38,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsv3_mtp.report.plots.plot_run", touch)
+        patch.setattr("dsv3_mtp.study.report.draw_all", lambda data, folder: [("a.png", "")])
+        patch.setattr("dsv3_mtp.study.report.to_html", lambda *_, **__: "")
+        patch.setattr("dsv3_mtp.study.hover.live", lambda data: None)
         yield
+
+
+def study_file(loaded) -> Path:
+    return Path(loaded.study.run.dir).parent / "study.yaml"
 
 
 def everything(run) -> bool:
@@ -85,16 +95,16 @@ def test_each_run_is_an_ordinary_run_folder_with_results(finished):
             "checkpoints",
         } <= set(os.listdir(folder))
         results = read_results(folder)
-        assert results["status"] == "finished" and results["seconds_per_token"] > 0
-        assert results["metrics"]["val/main_loss"] == records(folder)[-1]["val/main_loss"]
-    drafts = read_results(loaded.study.folder / "constant-seed1")["metrics"]
+        assert results.finished and results.seconds_per_token > 0
+        assert results.metrics["val/main_loss"] == records(folder)[-1]["val/main_loss"]
+    drafts = read_results(loaded.study.folder / "constant-seed1").metrics
     assert (
         1 <= drafts["acceptance/T0/tokens_per_step"] <= 2
         and 0 <= drafts["acceptance/T1/joint/1"] <= 1
     )
     assert (
         "acceptance/T0/tokens_per_step"
-        not in read_results(loaded.study.folder / "none-seed1")["metrics"]
+        not in read_results(loaded.study.folder / "none-seed1").metrics
     )
 
 
@@ -102,7 +112,7 @@ def test_a_forked_run_equals_the_same_run_from_the_start_bitwise(finished, tmp_p
     loaded, _, _ = finished
     forked = loaded.study.folder / "step-seed1"
     assert "forked from" in (forked / "log.txt").read_text()
-    assert read_results(forked)["forked_from"] == {"run": "constant-seed1", "step": 4}
+    assert read_results(forked).forked_from == Fork(run="constant-seed1", step=4)
 
     def alone(tree):
         tree["arms"] = {"step": tree["arms"]["step"], "none": tree["arms"]["none"]}
@@ -113,7 +123,7 @@ def test_a_forked_run_equals_the_same_run_from_the_start_bitwise(finished, tmp_p
     whole = load_toy(tmp_path, alone)
     run_study(whole, only=lambda run: run.name == "step-seed1", jobs=1, say=lambda text: None)
     folder = whole.study.folder / "step-seed1"
-    assert read_results(folder)["forked_from"] is None
+    assert read_results(folder).forked_from is None
     assert records(folder) == records(forked)
     for run in (folder, forked):
         newest = newest_checkpoint(run / "checkpoints")
@@ -122,7 +132,7 @@ def test_a_forked_run_equals_the_same_run_from_the_start_bitwise(finished, tmp_p
     assert expected.keys() == got.keys() and all(
         torch.equal(value, got[key]) for key, value in expected.items()
     )
-    assert read_results(folder)["metrics"] == read_results(forked)["metrics"]
+    assert read_results(folder).metrics == read_results(forked).metrics
 
 
 def test_a_parents_checkpoints_are_deleted_once_its_children_are_done(finished):
@@ -138,26 +148,26 @@ def test_diverged_and_failed_runs_are_told_apart_and_named(finished):
     loaded, said, failed = finished
     assert sorted(failed) == ["absent-seed1", "absent-seed2"]
     results = read_results(loaded.study.folder / "wild-seed1")
-    assert results["status"] == "diverged" and "nan" in results["error"]
+    assert results.status == "diverged" and "nan" in results.error
     assert any("wild-seed1: diverged" in line for line in said)
-    report = write_report(loaded).read_text()
+    report = report_study(loaded).read_text()
     assert "- wild seed 1 diverged" in report and "- absent: no result with seed 1, 2" in report
 
 
 def test_the_arm_with_anothers_time_gets_its_tokens_from_the_measurement(finished):
     loaded, _, _ = finished
-    tokens = read_budgets(loaded.study.folder)["timed"]
+    tokens = budgets_of(loaded)["timed"]
 
     def seconds(arm):
         found = [read_results(loaded.study.folder / f"{arm}-seed{seed}") for seed in (1, 2)]
-        return sum(r["seconds_per_token"] for r in found) / 2
+        return sum(r.seconds_per_token for r in found) / 2
 
     step = 4 * 16
     assert tokens % step == 0
     assert tokens == pytest.approx(
         STEPS * step * seconds("constant") / seconds("none"), abs=step / 2
     )
-    assert read_results(loaded.study.folder / "timed-seed1")["tokens"] == tokens
+    assert read_results(loaded.study.folder / "timed-seed1").tokens == tokens
 
 
 def test_a_seed_that_diverged_does_not_hold_up_the_arm_with_anothers_time(tmp_path):
@@ -167,17 +177,19 @@ def test_a_seed_that_diverged_does_not_hold_up_the_arm_with_anothers_time(tmp_pa
 
     loaded = load_toy(tmp_path, add)
 
-    def close(arm, seed, **results):
-        folder = loaded.study.folder / f"{arm}-seed{seed}"
-        folder.mkdir(parents=True)
-        write_results(folder, results)
+    def close(arm, seed, **more):
+        record = record_of(loaded, Run(arm, seed, loaded.configs[arm]), {}, **more)
+        (loaded.study.folder / record.name).mkdir(parents=True)
+        write_results(loaded.study.folder / record.name, record)
 
     for seed in (1, 2):
-        close("none", seed, status="finished", seconds_per_token=1.0, tokens=512)
-    close("constant", 1, status="finished", seconds_per_token=2.0, tokens=512)
-    assert new_budgets(loaded, {}) == {}
-    close("constant", 2, status="diverged", tokens=512)
-    assert new_budgets(loaded, {}) == {"timed": 1024}
+        close("none", seed, seconds_per_token=1.0)
+    close("constant", 1, seconds_per_token=2.0)
+    assert budgets_of(loaded) == {}
+    close("constant", 2, status="diverged", seconds_per_token=None)
+    assert budgets_of(loaded) == {"timed": 1024}
+    close("timed", 1, config={**loaded.configs["none"].to_dict(), "train": {"total_tokens": 640}})
+    assert budgets_of(loaded) == {"timed": 640}  # a run has begun with it: that is fixed
 
 
 def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path, monkeypatch):
@@ -199,14 +211,16 @@ def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path, monkeypatch):
         def run(self):
             self.tokens, self.seconds, self.progress = self.after, self.cost, self.after / 512
 
-    monkeypatch.setattr("dsv3_mtp.study.run.Trainer", Start)
-    monkeypatch.setattr("dsv3_mtp.study.run._seconds", lambda trainer: trainer.seconds)
-    monkeypatch.setattr("dsv3_mtp.study.run.measure", lambda *_, **__: {"metrics": {}})
+    bare = record_of(loaded, run, {"val/main_loss": 4.0})
+    module = "dsv3_mtp.study.worker"
+    monkeypatch.setattr(f"{module}.Trainer", Start)
+    monkeypatch.setattr(f"{module}._seconds", lambda trainer: trainer.seconds)
+    monkeypatch.setattr(f"{module}.measure", lambda *_, **more: bare.model_copy(update=more))
     assert train_and_measure(loaded.study, run, []) == 3
     assert train_and_measure(loaded.study, run, []) == 0
     (folder / "results.json").unlink()
     assert train_and_measure(loaded.study, run, []) == 0
-    assert read_results(folder)["seconds_per_token"] == 16.0 / 512
+    assert read_results(folder).seconds_per_token == 16.0 / 512
 
 
 def test_a_forked_run_of_another_length_has_its_own_progress(tmp_path):
@@ -247,7 +261,7 @@ def test_choosing_no_run_is_an_error_that_names_the_arms(finished):
 def test_run_folders_of_other_settings_are_refused(finished):
     loaded, _, _ = finished
     # the second: other windows
-    other = load_study(loaded.path, ["optim.grad_clip=0.5", "eval.batches=3"])
+    other = load_study(study_file(loaded), ["optim.grad_clip=0.5", "eval.batches=3"])
     with pytest.raises(ValueError, match="other settings") as error:
         check_folders(other.study, expand(other, {}))
     assert "optim.grad_clip is 1.0, the study says 0.5" in str(error.value)
@@ -280,18 +294,96 @@ def test_a_killed_study_goes_on_where_it_stopped(tmp_path):
     os.waitpid(child, 0)
     first = (folder / "none-seed1" / "results.json").stat().st_mtime_ns
     deadline = time.monotonic() + 60
-    while True:  # the run notices that the study is gone, and stops by itself
-        try:
-            assert run_study(load_study(path), only=everything, jobs=1, say=lambda text: None) == []
-            break
-        except ValueError as error:
-            assert "another process works" in str(error) and time.monotonic() < deadline
-            time.sleep(0.1)
-    assert read_results(folder / "constant-seed1")["status"] == "finished"
+    while read_results(folder / "constant-seed1") is None:  # its old process notices, and ends
+        assert run_study(load_study(path), only=everything, jobs=1, say=lambda text: None) == []
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert read_results(folder / "constant-seed1").finished
     assert (folder / "none-seed1" / "results.json").stat().st_mtime_ns == first
     assert [r["step"] for r in records(folder / "constant-seed1") if "train/loss" in r] == list(
         range(1, STEPS + 1)
     )
+
+
+def test_two_programs_share_a_study_and_repeat_nothing(tmp_path):
+    def small(tree):
+        tree["arms"].pop("step")
+        tree["comparisons"].pop("schedule")
+
+    path = write_toy(tmp_path, small)
+    folder, children = tmp_path / "runs" / "toy", []
+    for number in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with (tmp_path / f"said{number}").open("w", buffering=1) as file:
+                    say = lambda text: print(text, file=file)  # noqa: E731
+                    code = len(run_study(load_study(path), only=everything, jobs=1, say=say))
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    runs = {f"{arm}-seed{seed}" for arm in ("constant", "none") for seed in (1, 2)}
+    said = [(tmp_path / f"said{number}").read_text() for number in range(2)]
+    lines = [line for text in said for line in text.splitlines() if line.startswith("[")]
+    assert len(lines) == len(runs) and all("main_loss" in text for text in said)  # both have worked
+    for name in runs:
+        assert read_results(folder / name).finished
+        assert len(json.loads((folder / name / "manifest.json").read_text())["starts"]) == 1
+    assert read_plan(folder).changes == []
+
+
+def test_a_run_that_another_program_works_on_is_left_to_it(tmp_path):
+    loaded, said = load_toy(tmp_path), []
+    name = "none-seed1"
+    held = claim(loaded.study.folder / name)
+    only = lambda run: run.name == name  # noqa: E731
+    assert run_study(loaded, only=only, jobs=1, say=said.append) == []
+    os.close(held)
+    assert said == [f"left to other programs that work on them: {name}"]
+    assert read_results(loaded.study.folder / name) is None
+
+
+def test_an_archive_goes_on_without_repeating_a_run(finished, tmp_path):
+    """The run that its archive lacks is run alone, from the archive alone, and comes to the same."""
+    loaded, _, _ = finished
+    report_study(loaded, tmp_path)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == len(records_of(loaded))
+    missing = [n for n, line in enumerate(lines) if '"arm": "none", "seed": 2' in line]
+    (tmp_path / "results.jsonl").write_text(
+        "\n".join(lines[: missing[0]] + lines[missing[0] + 1 :])
+    )
+    again = load_archived(tmp_path, (f"run.dir={tmp_path}", "run.name=again"))
+    said: list[str] = []
+    run_study(again, only=lambda run: run.arm != "absent", jobs=1, say=said.append)
+    assert len(said) == 1 and said[0].startswith("[1/1] none-seed2")
+    old, new = (read_results(f / "none-seed2") for f in (loaded.study.folder, again.study.folder))
+    assert new.metrics == old.metrics and new.curves == old.curves
+    assert not (again.study.folder / "constant-seed1" / "checkpoints").exists()
+
+
+def test_a_finished_run_of_equal_settings_is_adopted(finished, tmp_path):
+    loaded, _, _ = finished
+    source = loaded.study.folder / "none-seed2"
+    other = load_study(study_file(loaded), [f"run.dir={tmp_path}"])
+    said: list[str] = []
+    adopt(other, [source], say=said.append)
+    record, original = read_results(other.study.folder / "none-seed2"), read_results(source)
+    assert record.adopted_from == str(source) and record.metrics == original.metrics
+    assert said == [f"none-seed2: adopted from {source}"]
+    third = load_study(study_file(loaded), [f"run.dir={tmp_path / 'third'}", "optim.lr=0.5"])
+    with pytest.raises(
+        ValueError, match=r"no run of this study has its settings; none-seed2 .*optim.lr is"
+    ):
+        adopt(third, [source])
+
+
+def test_every_worker_has_a_device_of_its_own():
+    assert [device_of(slot, None, 2) for slot in range(4)] == ["0", "1", "0", "1"]
+    assert [device_of(slot, "5,GPU-a", 2) for slot in range(2)] == ["5", "GPU-a"]
+    assert device_of(3, None, 0) is None
 
 
 def test_the_tool_reports_a_wrong_file_without_a_traceback(tmp_path):

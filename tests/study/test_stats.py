@@ -2,13 +2,23 @@
 simulation.
 """
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from scipy import stats as reference
 
-from dsv3_mtp.study.stats import equivalence, exact_rate, fisher, holm, solve_curve, t_interval
+from dsv3_mtp.study.stats import (
+    equivalence,
+    exact_rate,
+    holm,
+    logrank,
+    mcnemar,
+    solve_curve,
+    speed_up,
+    t_interval,
+)
 
 
 def test_paired_interval_is_students():
@@ -80,12 +90,79 @@ def test_exact_interval_is_clopper_and_pearsons():
     )
 
 
-def test_fishers_exact_p_of_solve_rates():
-    # 3 of 4 against 0 of 3: both tables at least as extreme, by counting
-    assert fisher((3, 4), (0, 3)) == pytest.approx(
-        (math.comb(4, 3) + 1) / math.comb(7, 3), rel=1e-9
-    )
-    assert fisher((2, 5), (2, 5)) == 1.0
+def test_mcnemars_exact_p_counts_the_pairs_that_differ():
+    """Published example: 6 pairs against 16 give p = 0.0525 (two-sided binomial); ties say nothing."""
+    pairs = [(1.0, 0.0)] * 6 + [(0.0, 1.0)] * 16 + [(1.0, 1.0)] * 50 + [(0.0, 0.0)] * 9
+    expected = 2 * sum(math.comb(22, k) for k in range(7)) / 2**22
+    assert mcnemar(pairs) == pytest.approx(expected) == pytest.approx(0.0525, abs=1e-4)
+    assert mcnemar([(1.0, 0.0)] * 6) == pytest.approx(2 / 64)
+    assert mcnemar([(1.0, 1.0)] * 5) == 1.0
+
+
+def stratified_logrank(pairs):
+    """Chi-square of the log-rank test, stratum by stratum, event time by event time."""
+    excess = variance = 0.0
+    for pair in pairs:
+        for at in sorted({time for time, event in pair if event}):
+            risk = [time >= at for time, _ in pair]
+            events = [event and time == at for time, event in pair]
+            n, d = sum(risk), sum(events)
+            excess += events[0] - d * risk[0] / n
+            if n > 1:
+                variance += d * (risk[0] / n) * (risk[1] / n) * (n - d) / (n - 1)
+    return excess**2 / variance if variance else 0.0
+
+
+# Remission in weeks of 21 pairs of leukaemia patients, (placebo, 6-MP), False: censored: Freireich et al. (1963)
+PLACEBO = [1, 22, 3, 12, 8, 17, 2, 11, 8, 12, 2, 5, 4, 15, 8, 23, 5, 11, 4, 1, 8]
+DRUG = [10, 7, -32, 23, 22, 6, 16, -34, -32, -25, -11, -20, -19, 6, -17, -35, 6, 13, -9, -6, -10]
+
+
+def test_the_log_rank_test_of_pairs_is_the_stratified_one_of_published_data():
+    """Klein and Moeschberger, section 7.5: 18 pairs prefer the drug, 3 the placebo, Z = 3.27."""
+    pairs = [((t, True), (abs(u), u > 0)) for t, u in zip(PLACEBO, DRUG, strict=True)]
+    wins, losses, p = logrank(pairs)
+    assert (wins, losses) == (18, 3)
+    assert stratified_logrank(pairs) == pytest.approx((wins - losses) ** 2 / (wins + losses))
+    assert math.sqrt(stratified_logrank(pairs)) == pytest.approx(3.27, abs=0.005)
+    assert p == pytest.approx(2 * sum(math.comb(21, k) for k in range(4)) / 2**21)
+
+
+def test_the_log_rank_test_of_random_pairs_is_the_stratified_one():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        times, events = rng.integers(1, 6, size=(12, 2)), rng.random((12, 2)) < 0.7
+        pairs = [
+            tuple((float(t), bool(e)) for t, e in zip(*row, strict=True))
+            for row in zip(times, events, strict=True)
+        ]
+        wins, losses, _ = logrank(pairs)
+        expected = (wins - losses) ** 2 / (wins + losses) if wins + losses else 0.0
+        assert stratified_logrank(pairs) == pytest.approx(expected)
+
+
+def test_the_p_of_a_log_rank_test_is_that_of_all_swaps_within_pairs():
+    pairs = [((1.0, True), (3.0, True)), ((2.0, True), (5.0, False)), ((4.0, True), (2.0, True)),
+             ((1.0, True), (2.0, True)), ((3.0, True), (9.0, False)), ((3.0, True), (3.0, True))]  # fmt: skip
+    wins, losses, p = logrank(pairs)
+    sizes = []
+    for swaps in itertools.product([False, True], repeat=len(pairs)):
+        swapped = [pair[::-1] if swap else pair for pair, swap in zip(pairs, swaps, strict=True)]
+        a, b, _ = logrank(swapped)
+        sizes.append(abs(a - b))
+    assert p == pytest.approx(np.mean(np.array(sizes) >= abs(wins - losses)))
+
+
+def test_tokens_to_equal_loss_of_power_laws_are_exact():
+    """loss = a - b log tokens: half the tokens everywhere is a factor of two at every end."""
+    tokens = [100.0 * 2**n for n in range(6)]
+    theirs = [(t, 5 - 0.3 * math.log(t)) for t in tokens]
+    ours = [(t, 5 - 0.3 * math.log(2 * t)) for t in tokens]
+    assert speed_up(ours, theirs) == pytest.approx(2.0)
+    assert speed_up(theirs, ours) == pytest.approx(0.5)
+    assert speed_up(ours, ours) == 1.0
+    low = [(t, loss - 9) for t, loss in ours]
+    assert speed_up(low, theirs) is None and speed_up(theirs, low) is None
 
 
 def test_time_to_solve_is_kaplan_and_meiers():

@@ -11,17 +11,22 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from dsv3_mtp.config import Config, schedules
+from dsv3_mtp.data.ngrams import NGrams
+from dsv3_mtp.data.opening import open_sources
+from dsv3_mtp.data.sampler import sequential_windows
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.runs.fragments import shard_name
 from dsv3_mtp.runs.loading import newest_checkpoint, newest_weights
 from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.train import checkpoint
+from dsv3_mtp.train.floors import text_floors, trained_on
 from dsv3_mtp.train.trainer import NonFiniteError, Trainer
 from tests.made_runs import read_newest, read_state_dict
 from tests.plain_training import plain_steps
@@ -568,3 +573,25 @@ def test_a_depth_without_valid_targets_is_left_out_of_the_metrics(make_run, tmp_
     records = train(config)
     assert all(record.get("train/mtp_loss/2", 1.0) > 0 for record in records)
     assert all("val/main_loss" in record or "train/main_loss" in record for record in records)
+
+
+def test_the_last_validation_has_the_floors_of_the_tokens_that_were_trained_on(finished):
+    records = read_metrics(folder_of(finished) / "metrics.jsonl")
+    with_floors = [record for record in records if "val/floor/trigram" in record]
+    assert [record["step"] for record in with_floors] == [STEPS]
+    sampler, val = open_sources(finished)
+    rows = np.concatenate([sampler.next_batch(8)[0][0] for _ in range(STEPS)])
+    length = finished.data.seq_len
+    tables = NGrams(rows[:, : length + 1], None, vocab_size=finished.model.vocab_size)
+    count = finished.eval.batches * finished.train.micro_batch_size
+    [(windows, _)] = sequential_windows(val, seq_len=length, lookahead=1, count=count)
+    losses = tables.losses(windows, None)
+    for name, loss in losses.items():
+        assert with_floors[0][f"val/floor/{name}"] == loss
+    # A table of the same tokens, made by the run folder alone.
+    again = trained_on(folder_of(finished))
+    assert again is not None
+    assert (
+        text_floors(again, val, finished, batches=finished.eval.batches)[0]["val/floor/bigram"]
+        == (losses["bigram"])
+    )

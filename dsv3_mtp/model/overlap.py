@@ -1,0 +1,157 @@
+"""Overlap (DESIGN S14): how much of the main model's distribution the drafts have, along real text
+and without a draw.
+
+Depth k at slot i and the main head at slot i+k both predict t_{i+k+1}: q_k and its teacher p. A
+draft from q_k is accepted with probability sum_v min(p(v), q_k(v)) by the rejection rule (arXiv
+2211.17192), given that the tokens before it are the real text. Everything here works on hidden
+states and on one function
+
+    head_logits(depth, hidden (B, n, C)) -> (B, n, V)        depth 0: the main head
+
+chunk by chunk: the logits of all slots are never held. Shapes: B rows, T slots, C hidden_size, V
+vocab, D depths.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3_mtp.model.layers import Rows
+
+HeadLogits = Callable[[int, Tensor], Tensor]
+CHUNK_ELEMENTS = 2**22  # log-probabilities of a chunk: 16 MiB in float32, and some copies
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The drafts of one depth at some slots, beside their teachers. Log-probabilities, at least
+    float32.
+    """
+
+    depth: int
+    slots: slice  # of the drafts, i
+    teacher: Tensor  # (B, n, V) log p at slots i + depth
+    draft: Tensor  # (B, n, V) log q at slots i
+
+    @property
+    def overlap(self) -> Tensor:
+        """(B, n) sum_v min(p, q), in log space: what float32 cannot hold counts too."""
+        return torch.minimum(self.teacher, self.draft).logsumexp(-1).exp()
+
+
+def pairs(
+    head_logits: HeadLogits,
+    hiddens: Sequence[Tensor],
+    following: Tensor,
+    vocab_size: int,
+    *,
+    temperature: float = 1.0,
+) -> Iterator[Pair]:
+    """Every slot of every depth beside its teacher, one chunk after another.
+
+    Args:
+        hiddens: of depth 0..D, (B, T, C) each, as `head_logits` reads them.
+        following: (B, D, C) of the main head: the slots behind these T, where the row goes on in
+            another process, or anything: `teachers` says which of them exist. Every process makes
+            the same calls, because ZeRO-3 gathers weights in them.
+        temperature: > 0, of both distributions.
+    """
+    length, depths = hiddens[0].shape[1], len(hiddens) - 1
+    main = torch.cat([hiddens[0], following], dim=1)  # (B, T+D, C)
+    for start, stop in chunks(1, length + depths, len(main), vocab_size):
+        teacher = log_probabilities(head_logits(0, main[:, start:stop]), temperature)
+        for depth in range(1, 1 + depths):
+            first, end = max(start - depth, 0), min(stop - depth, length)
+            if first < end:
+                draft = log_probabilities(
+                    head_logits(depth, hiddens[depth][:, first:end]), temperature
+                )
+                yield Pair(
+                    depth,
+                    slice(first, end),
+                    teacher[:, first + depth - start : end + depth - start],
+                    draft,
+                )
+
+
+def chunks(first: int, last: int, rows: int, vocab_size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the slots [first, last) of `rows` rows whose logits are made together."""
+    slots = max(1, CHUNK_ELEMENTS // (vocab_size * rows))
+    return ((start, min(start + slots, last)) for start in range(first, last, slots))
+
+
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (wide / temperature).log_softmax(-1)
+
+
+def teachers(valid: Tensor, following: int) -> Tensor:
+    """(D, B, T) bool: the label of depth k at slot i counts, and the main head has a slot i+k.
+
+    valid: (1+D, B, T) of `valid_targets`. following: how many slots of the row lie behind these T.
+    """
+    depths, length = valid.shape[0] - 1, valid.shape[2]
+    slot = torch.arange(length, device=valid.device)
+    exists = [slot + depth < length + following for depth in range(1, 1 + depths)]
+    return valid[1:] & torch.stack(exists)[:, None] if depths else valid[1:]
+
+
+@torch.no_grad()
+def row_overlap(
+    head_logits: HeadLogits, hiddens: Sequence[Tensor], valid: Tensor, rows: Rows, vocab_size: int
+) -> Tensor:
+    """`overlap_sums` of this process's slots of rows of text.
+
+    valid: (1+D, B, T) of `valid_targets`. The teachers of the last D slots may lie in the next
+    slice of the rows (sequence parallelism): the first D states of every slice are exchanged.
+    """
+    depths, length = valid.shape[0] - 1, valid.shape[2]
+    if not depths:
+        return valid.new_zeros((4, 0), dtype=torch.float64)
+    first = min(depths, length)  # or all of a short slice, and then they follow on each other
+    states = rows.gather(hiddens[0][:, :first])  # (B, slices * first, C)
+    following = states[:, (rows.number + 1) * first :][:, :depths]
+    taught = teachers(valid, following.shape[1])
+    following = F.pad(following, (0, 0, 0, depths - following.shape[1]))
+    return overlap_sums(head_logits, hiddens, following, taught, vocab_size)
+
+
+@torch.no_grad()
+def overlap_sums(
+    head_logits: HeadLogits,
+    hiddens: Sequence[Tensor],
+    following: Tensor,
+    taught: Tensor,
+    vocab_size: int,
+) -> Tensor:
+    """(4, D) float64, adds up over micro-batches and ranks: see `overlap_means`.
+
+    taught: (D, B, T) from `teachers`. hiddens, following: see `pairs`.
+    """
+    overlap = taught.new_zeros(taught.shape, dtype=torch.float64)
+    for pair in pairs(head_logits, hiddens, following, vocab_size):
+        overlap[pair.depth - 1][:, pair.slots] = pair.overlap.double()
+    counted = overlap.where(taught, 0.0)
+    joint = taught.cumprod(0)
+    sums = [counted, taught, counted.cumprod(0), joint]
+    return torch.stack([part.double().sum((1, 2)) for part in sums])
+
+
+def overlap_means(sums: Sequence[Sequence[float]]) -> dict[str, float]:
+    """`overlap/k`, and `overlap/tokens_per_step` = 1 + sum_k mean of the product of depths 1..k, an
+    estimate along real text: accepted drafts follow min(p, q), not the text. A depth without a
+    teacher has no entry, nor then the sum.
+
+    sums: (4, D) sum of overlaps, slots that have a teacher, sum of products, slots where depths
+    1..k all have one.
+    """
+    metrics = {
+        f"overlap/{k}": o / n for k, (o, n) in enumerate(zip(*sums[:2], strict=True), start=1) if n
+    }
+    if sums[3] and all(sums[3]):
+        products = zip(*sums[2:], strict=True)
+        metrics["overlap/tokens_per_step"] = 1 + sum(product / n for product, n in products)
+    return metrics

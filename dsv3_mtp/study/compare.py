@@ -1,0 +1,147 @@
+"""Ordinary finished runs side by side: their settings, their final metrics, their curves.
+
+Runs whose settings differ in run.seed alone are seeds of one arm. What was not planned beforehand
+proves nothing: no p value is printed.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.files.atomic import write_text
+from dsv3_mtp.runs.folder import differences
+from dsv3_mtp.study import hover, tables
+from dsv3_mtp.study.archive import Record, table_of
+from dsv3_mtp.study.dryrun import columns
+from dsv3_mtp.study.expand import Run
+from dsv3_mtp.study.findings import LOSS, effects_of
+from dsv3_mtp.study.folder import IGNORED
+from dsv3_mtp.study.matrix import Study
+from dsv3_mtp.study.measure import measure
+from dsv3_mtp.study.page import Block, Heading, Paragraph, Picture, Rows, to_html, to_markdown
+from dsv3_mtp.study.pictures import draw_all
+from dsv3_mtp.study.pictures.base import Data
+
+FREE = (*IGNORED, "run.name", "run.seed")
+
+
+def compare(folders: Sequence[Path], out: Path) -> tuple[str, Path]:
+    """Compares run folders with the first of them; returns (a table for the terminal, the page).
+
+    Raises:
+        ValueError: fewer than two runs, a folder is no run, or one has not been validated.
+    """
+    if len(folders) < 2:
+        raise ValueError("--compare needs two runs or more")
+    configs = {folder: load_config(folder / "config.yaml") for folder in folders}
+    arms = _arms(configs)
+    study = _study(arms, [config.run.seed for config in configs.values()])
+    records = [
+        _record(study, arm, configs[folder], folder)
+        for arm, members in arms.items()
+        for folder in members
+    ]
+    if len(set(folders)) < len(folders) or len({r.name for r in records}) < len(records):
+        raise ValueError(
+            "two of these runs have the same settings and the same run.seed: one is enough"
+        )
+    study = study.model_copy(update={"metrics": _metrics(records)})
+    by_arm = {arm: configs[members[0]] for arm, members in arms.items()}
+    table = table_of(study.arms, study.seeds, records)
+    data = Data(study, by_arm, table, effects_of(study, table))
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = [
+        Picture(*item)
+        for item in draw_all(data, out)
+        if item[0] not in ("answer.png", "effects.png")
+    ]
+    blocks: list[Block] = [
+        Heading("Runs side by side", 1),
+        Paragraph("Not planned beforehand: differences here are for looking, not for claims."),
+        Rows(*_settings(by_arm)),
+        *tables.result_table(study, table),
+        *pictures,
+    ]
+    write_text(out / "compare.md", to_markdown(blocks))
+    write_text(
+        out / "compare.html",
+        to_html(blocks, hover.live(data), title="Runs side by side", folder=out),
+    )
+    return _text(study, records), out / "compare.html"
+
+
+def _arms(configs: dict[Path, Config]) -> dict[str, list[Path]]:
+    """Name -> folders that differ in the seed alone; named after the first of them."""
+    arms: dict[str, list[Path]] = {}
+    for folder, config in configs.items():
+        for members in arms.values():
+            if not differences(configs[members[0]].to_dict(), config.to_dict(), ignoring=FREE):
+                members.append(folder)
+                break
+        else:
+            name = _arm_name(config.run.name)
+            name = _arm_name(folder.as_posix()) if name in arms else name
+            arms[name] = [folder]
+    return arms
+
+
+def _study(arms: Iterable[str], seeds: Sequence[int]) -> Study:
+    first, *others = arms
+    if not others:
+        raise ValueError("these runs differ in their seeds only: there is nothing to compare")
+    tree: dict[str, Any] = {
+        "run": {"name": "compare"},
+        "question": "-",
+        "expectation": "-",
+        "scales": {"cpu": {"base": "-", "flops_per_s": 1.0}},
+        "seeds": sorted(set(seeds)),
+        "arms": {name: {"about": name} for name in (first, *others)},
+        "comparisons": {"runs": {"against": first, "arms": others, "rule": "same model"}},
+        "primary": {"metric": LOSS, "comparison": "runs", "margin": 1e-9},
+    }
+    return Study.model_validate(tree)
+
+
+def _arm_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in name)
+
+
+def _record(study: Study, arm: str, config: Config, folder: Path) -> Record:
+    try:
+        return measure(study, Run(arm, config.run.seed, config), folder)
+    except IndexError:
+        raise ValueError(f"{folder}: has not been validated yet") from None
+
+
+def _metrics(records: Sequence[Record]) -> tuple[str, ...]:
+    """What every run, or every run with heads, was validated on, the main loss first."""
+    found = dict.fromkeys(key for record in records for key in record.metrics)
+    return tuple(key for key in found if key != LOSS and not key.startswith("val/floor/"))
+
+
+def _settings(configs: dict[str, Config]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the settings in which the runs differ."""
+    first, *_ = configs.values()
+    keys: dict[str, None] = {}
+    for config in configs.values():
+        keys |= dict.fromkeys(differences(first.to_dict(), config.to_dict(), ignoring=FREE))
+    rows = []
+    for key in keys:
+        cells = []
+        for config in configs.values():
+            value: Any = config.to_dict()
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            cells.append(str(value))
+        rows.append([key, *cells])
+    return ["setting", *configs], rows
+
+
+def _text(study: Study, records: Sequence[Record]) -> str:
+    table = table_of(study.arms, study.seeds, records)
+    metrics = [LOSS, *study.metrics]
+    rows = [["metric", *study.arms]]
+    for metric in metrics:
+        rows.append([metric, *(tables.interval_cell(table, arm, metric) for arm in study.arms)])
+    return "\n".join(columns(rows))

@@ -1,0 +1,202 @@
+"""Pictures of what came out: the answer, effects, depths, drafts against loss, time to solve."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dsv3_mtp.report.metrics import depths_of
+from dsv3_mtp.study.findings import LOSS, Effect, is_primary, values_of
+from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
+from dsv3_mtp.study.pictures.base import Data, draw_interval, mark_better, token_axis, with_legend
+from dsv3_mtp.study.stats import exact_rate, solve_curve, t_interval
+
+DEPTHS = {  # what depths.png shows, with its title
+    "val/overlap": "overlap on real text",
+    "acceptance/T1/joint": "drafts 1..k accepted, T = 1",
+    "acceptance/T0/joint": "drafts 1..k accepted, greedy",
+    "val/mtp_loss": "loss of depth k (not to be ranked between kinds)",
+}
+
+
+def draw_answer(data: Data) -> Figure:
+    """The primary comparison alone, readable at the width of a phone."""
+    study, metric = data.study, data.study.primary.metric
+    effects = [e for e in data.effects if is_primary(study, e)]
+    arms = [data.reference, *study.comparisons[study.primary.comparison].arms]
+    rows = len(arms) if is_rate_over_seeds(metric) else len(effects)
+    figure = Figure(figsize=(7, 1.5 + 0.5 * rows), layout="constrained")
+    ax = figure.subplots()
+    words, better = describe_metric(metric)
+    if is_rate_over_seeds(metric):
+        for y, arm in enumerate(reversed(arms)):
+            values = list(values_of(data.table, arm, metric).values())
+            if values:
+                low, high = exact_rate(int(sum(values)), len(values))
+                ax.plot([low, high], [y, y], color=data.colors[arm], lw=2.5)
+                ax.plot([np.mean(values)], [y], data.markers[arm], color=data.colors[arm], ms=8)
+        ax.set_yticks(range(rows), list(reversed(arms)))
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_xlabel(words)
+    else:
+        for y, effect in enumerate(reversed(effects)):
+            draw_interval(ax, y, effect, data.colors[effect.arm], data.markers[effect.arm])
+            seeds = (
+                values_of(data.table, effect.arm, metric),
+                values_of(data.table, effect.against, metric),
+            )
+            each = [seeds[0][s] - seeds[1][s] for s in seeds[0] if s in seeds[1]]
+            ax.plot(
+                each, [y - 0.25] * len(each), ".", color=data.colors[effect.arm], ms=5, alpha=0.7
+            )
+            if effect.expected is not None:
+                ax.plot([effect.expected], [y], "D", mfc="none", mec="#1a1a1a", ms=9)
+        ax.axvspan(-study.primary.margin, study.primary.margin, color="#8c8c8c", alpha=0.18, lw=0)
+        ax.axvline(0, color="#8c8c8c", lw=1)
+        ax.set_yticks(range(rows), [e.arm for e in reversed(effects)])
+        ax.set_xlabel(f"{words}: arm minus {data.reference}", fontsize=9)
+    ax.set_ylim(-0.6, rows - 0.4)
+    mark_better(ax, better)
+    return figure
+
+
+def draw_effects(data: Data) -> Figure | None:
+    """One panel per metric; metrics without an interval are left out."""
+    groups: dict[str, list[Effect]] = {}
+    for effect in data.effects:
+        if (
+            effect.interval is not None
+            and effect.interval.n > 1
+            and not is_primary(data.study, effect)
+        ):
+            groups.setdefault(effect.metric, []).append(effect)
+    if not groups:
+        return None
+    rows = sum(len(group) for group in groups.values())
+    figure = Figure(figsize=(11, 1.0 * len(groups) + 0.34 * rows + 0.4), layout="constrained")
+    heights = [2 + len(group) for group in groups.values()]
+    axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for ax, (metric, group) in zip(axes, groups.items(), strict=True):
+        for y, effect in enumerate(reversed(group)):
+            draw_interval(
+                ax,
+                y,
+                effect,
+                data.colors.get(effect.arm, "#1a1a1a"),
+                data.markers.get(effect.arm, "o"),
+            )
+        ax.axvline(0, color="#8c8c8c", lw=1)
+        if metric == data.study.primary.metric:
+            margin = data.study.primary.margin
+            ax.axvspan(-margin, margin, color="#8c8c8c", alpha=0.15, lw=0)
+        labels = [f"{e.arm} - {e.against}  ({e.comparison})" for e in reversed(group)]
+        ax.set_yticks(range(len(group)), labels)
+        ax.set_ylim(-0.7, len(group) - 0.3)
+        words, better = describe_metric(metric)
+        ax.set_title(words + (f" ({better} is better)" if better else ""))
+    return figure
+
+
+def draw_depths(data: Data) -> Figure | None:
+    """One panel per metric that was measured; a depth axis has whole depths."""
+    panels: list[tuple[str, dict[str, list[int]]]] = []
+    for family in DEPTHS:
+        depths = {}
+        for arm, records in data.table.items():
+            found = [set(depths_of(r.metrics, family)) for r in records.values() if r.metrics]
+            if found and (shared := sorted(set.intersection(*found))):
+                depths[arm] = shared
+        if depths:
+            panels.append((family, depths))
+    if not panels:
+        return None
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(2 + 5 * columns, 4.2 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    for ax, (family, depths) in zip(axes, panels, strict=False):
+        deepest = max(map(max, depths.values()))
+        for n, (arm, ks) in enumerate(depths.items()):
+            values = [list(values_of(data.table, arm, f"{family}/{k}").values()) for k in ks]
+            if all(values):
+                shift = 0.24 * ((n + 0.5) / len(depths) - 0.5)  # a quarter of a depth in all
+                half = [t_interval(v).high - np.mean(v) if len(v) > 1 else 0.0 for v in values]
+                style: Any = {"color": data.colors[arm], "marker": data.markers[arm], "ms": 5}
+                line = {"ls": "-" if len(ks) > 1 else "none"}
+                ax.errorbar(
+                    np.array(ks) + shift,
+                    [np.mean(v) for v in values],
+                    half,
+                    label=arm,
+                    **style,
+                    **line,
+                )
+        ax.set_title(DEPTHS[family])
+        ax.set_xlabel("depth k")
+        ax.set_xticks(range(1, deepest + 1))
+        ax.set_xlim(0.5, deepest + 0.5)
+        if family != "val/mtp_loss":
+            ax.set_ylim(0, 1)
+    return with_legend(data, figure)
+
+
+def draw_tradeoff(data: Data) -> Figure | None:
+    """Only temperatures that were measured, with the same axes; arms that do not draft are lines."""
+    kinds = {0: "greedy", 1: "temperature 1"}
+    points: dict[int, dict[str, np.ndarray]] = {}
+    losses = {arm: values_of(data.table, arm, LOSS) for arm in data.colors}
+    for temperature in kinds:
+        for arm, loss in losses.items():
+            drafts = values_of(data.table, arm, f"acceptance/T{temperature}/tokens_per_step")
+            both = np.array([(drafts[seed], loss[seed]) for seed in drafts if seed in loss])
+            if len(both):
+                points.setdefault(temperature, {})[arm] = both
+    if not points:
+        return None
+    figure = Figure(figsize=(2 + 5 * len(points), 5), layout="constrained")
+    axes = figure.subplots(1, len(points), squeeze=False, sharex=True, sharey=True)[0]
+    drafting = set().union(*points.values())
+    for ax, (temperature, arms) in zip(axes, points.items(), strict=True):
+        for arm, both in arms.items():
+            style: Any = {"color": data.colors[arm], "marker": data.markers[arm], "ls": ""}
+            ax.plot(*both.T, alpha=0.45, ms=4, **style)
+            ax.plot(*both.mean(0), ms=10, mec="white", label=arm, **style)
+        for arm, loss in losses.items():
+            if loss and arm not in drafting:
+                ax.axhline(np.mean(list(loss.values())), color=data.colors[arm], lw=1.4, label=arm)
+        ax.set_title(kinds[temperature])
+        ax.set_xlabel("tokens per step, free-running")
+        ax.annotate(
+            "better \N{SOUTH EAST ARROW}",
+            (0.98, 0.02),
+            xycoords="axes fraction",
+            ha="right",
+            fontsize=9,
+        )
+    axes[0].set_ylabel("main validation loss")
+    return with_legend(data, figure)
+
+
+def draw_solved(data: Data) -> Figure | None:
+    if data.study.solve_threshold is None:
+        return None
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    ax = figure.subplots()
+    for n, arm in enumerate(data.colors):
+        runs = [record for record in data.table[arm].values() if record.finished]
+        if runs:
+            curve = solve_curve([r.solved_at for r in runs], [r.tokens for r in runs])
+            end = max(record.tokens for record in runs)
+            left = (
+                np.array([1, *curve.unsolved, (1, *curve.unsolved)[-1]]) + 0.004 * n
+            )  # side by side
+            style: Any = {"color": data.colors[arm], "marker": data.markers[arm], "ms": 5}
+            label = f"{arm} (n = {len(runs)})"
+            ax.step([0, *curve.times, end], left, where="post", label=label, **style)
+    ax.set_title("share of seeds still unsolved")
+    ax.set_ylim(-0.03, 1.06)
+    token_axis(ax)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+    return figure if ax.lines else None

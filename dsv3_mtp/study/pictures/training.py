@@ -1,0 +1,119 @@
+"""Pictures over training: main loss, lambda, expert balance, loss errors."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dsv3_mtp.config.schedules import mtp_loss_weight
+from dsv3_mtp.study.findings import LOSS, references, values_of
+from dsv3_mtp.study.measure import loss_errors
+from dsv3_mtp.study.pictures.base import Data, Series, mean_and_band, token_axis, with_legend
+from dsv3_mtp.study.stats import t_interval
+
+
+def draw_losses(data: Data) -> Figure | None:
+    curves, differences = data.curves(LOSS), data.over_reference()
+    if data.reference not in curves:
+        return None
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots(1, 1 + bool(differences), squeeze=False)[0]
+    base = curves[data.reference]
+    mean_and_band(data, axes[0], data.reference, base, 0.2)
+    axes[0].set_title(f"main validation loss of {data.reference} (nats per token)")
+    for name, style in (("unigram", ":"), ("bigram", "--"), ("trigram", "-.")):
+        floor = list(values_of(data.table, data.reference, f"val/floor/{name}").values())
+        if floor:
+            axes[0].axhline(np.mean(floor), color="#8c8c8c", ls=style, lw=1.2)
+            axes[0].annotate(
+                f"{name} table", (base.tokens[0], np.mean(floor)), fontsize=8, va="bottom"
+            )
+    token_axis(axes[0])
+    if differences:
+        ax = axes[1]
+        ax.axhline(0, color=data.colors[data.reference], lw=1)
+        for n, (arm, (tokens, values, _)) in enumerate(differences.items()):
+            color, marker = data.colors[arm], data.markers[arm]
+            late = (
+                tokens >= tokens[-1] / 5
+            )  # the first steps, where losses fall fast, would set the scale
+            ax.plot(tokens[late], values.mean(0)[late], marker=marker, ms=4, color=color, label=arm)
+            if len(values) > 1:
+                i = t_interval(values[:, -1].tolist())
+                x = tokens[-1] * (1.02 + 0.012 * n)
+                ax.plot([x, x], [i.low, i.high], color=color, lw=2)
+        ax.set_title(f"main loss minus that of {data.reference}")
+        ax.annotate(
+            "\N{DOWNWARDS ARROW} better",
+            (0.01, 0.01),
+            xycoords="axes fraction",
+            fontsize=9,
+            color="#555555",
+        )
+        token_axis(ax)
+    return with_legend(data, figure)
+
+
+def draw_lambda(data: Data) -> Figure | None:
+    """Only where arms differ in it; equal schedules are drawn once and named together."""
+    progress = np.linspace(0.0, 1.0, 1001).tolist()
+    shapes: dict[tuple[float, ...], list[str]] = {}
+    for arm in data.colors:
+        mtp = data.configs[arm].mtp
+        if mtp.depths:
+            curve = tuple(mtp_loss_weight(mtp.loss_weight, p) for p in progress)
+            shapes.setdefault(curve, []).append(arm)
+    if len(shapes) < 2:
+        return None
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    ax = figure.subplots()
+    for n, (curve, arms) in enumerate(shapes.items()):
+        style: Any = {"color": data.colors[arms[0]], "marker": data.markers[arms[0]], "ms": 5}
+        ax.plot(progress, curve, markevery=(30 * n % 100, 100), label=", ".join(arms), **style)
+    ax.set_title("lambda")
+    ax.set_xlabel("fraction of the training tokens")
+    ax.set_ylim(bottom=0)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def draw_balance(data: Data) -> Figure | None:
+    keys = {"moe/max_violation": "trunk's routers", "moe/mtp_max_violation/1": "first MTP router"}
+    panels = {title: found for key, title in keys.items() if (found := data.curves(key))}
+    if not panels:
+        return None
+    figure = Figure(figsize=(2 + 5 * len(panels), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (title, found) in zip(axes, panels.items(), strict=True):
+        for arm, (tokens, values, _) in found.items():
+            width = max(1, len(tokens) // 12)
+            smooth = np.convolve(values.mean(0), np.ones(width) / width, "valid")
+            style: Any = {"color": data.colors[arm], "marker": data.markers[arm], "ms": 5}
+            ax.plot(tokens[width - 1 :], smooth, markevery=0.15, label=arm, **style)
+        ax.set_title(f"MaxVio, {title}")
+        ax.set_ylim(bottom=0)
+        token_axis(ax)
+    return with_legend(data, figure)
+
+
+def draw_loss_errors(data: Data) -> Figure | None:
+    keys = {"train/main_loss": "main loss", "train/mtp_loss/1": "loss of the first MTP depth"}
+    errors: dict[str, dict[str, list[dict[int, float]]]] = {}
+    for record, reference in references(data.study, data.table):
+        if record is not reference:
+            for key, error in loss_errors(record.curves, reference.curves).items():
+                if key in keys and error:
+                    errors.setdefault(key, {}).setdefault(record.arm, []).append(error)
+    if not errors:
+        return None
+    figure = Figure(figsize=(2 + 5 * len(errors), 5), layout="constrained")
+    axes = figure.subplots(1, len(errors), squeeze=False, sharey=True)[0]
+    for ax, key in zip(axes, sorted(errors), strict=True):
+        ax.axhspan(-0.25, 0.25, color="#8c8c8c", alpha=0.2, lw=0)
+        for arm, runs in errors[key].items():
+            common = sorted(set.intersection(*map(set, runs)))
+            values = np.array([[run[t] for t in common] for run in runs])
+            mean_and_band(data, ax, arm, Series(np.array(common), values, []), 0.1)
+        ax.set_title(f"relative error of the {keys[key]}, %")
+        token_axis(ax)
+    return with_legend(data, figure)

@@ -1,0 +1,163 @@
+"""The process of one run of a study: claims its folder, trains, measures, writes results.json."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.report.metrics import MetricsLog, read_metrics
+from dsv3_mtp.runs.loading import is_complete, newest_checkpoint
+from dsv3_mtp.study.archive import read_results, write_results
+from dsv3_mtp.study.expand import Run
+from dsv3_mtp.study.matrix import Study
+from dsv3_mtp.study.measure import describe, measure, starts_of
+from dsv3_mtp.train.trainer import NonFiniteError, Trainer
+
+TIME = "time.json"  # in a run folder
+STOPPED, ELSEWHERE = 3, 4  # exit codes
+
+
+def claim(folder: Path) -> int:
+    """Holds a run for this process until it ends, or until the returned descriptor is closed.
+
+    Raises:
+        ValueError: another process works on the run.
+    """
+    return lock(folder / ".study.lock", f"{folder}: another process works on this run")
+
+
+def is_claimed(folder: Path) -> bool:
+    """Some process works on the run."""
+    if not (folder / ".study.lock").exists():
+        return False
+    try:
+        os.close(claim(folder))
+    except ValueError:
+        return True
+    return False
+
+
+def work(study: Study, run: Run, command: list[str]) -> None:
+    """The whole life of the process of one run; it ends with the exit code of `train_and_measure`."""
+    folder = study.folder / run.name
+    try:
+        claim(folder)
+    except ValueError:
+        os._exit(ELSEWHERE)
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    code = 1
+    try:
+        code = train_and_measure(study, run, command)
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads may abort a normal exit
+
+
+def _end_with_parent() -> None:
+    """A study that was killed must not leave runs behind that hold its folders."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
+    """Trains the run to its end and writes results.json.
+
+    Returns the exit code: 0 it is closed, STOPPED it was asked to stop.
+    """
+    folder = study.folder / run.name
+    if run.parent is not None:
+        tokens = run.config.train.total_tokens
+        fork(study.folder / run.parent, folder, run.fork_step, total_tokens=tokens)
+    try:
+        trainer = Trainer(run.config, command=command)
+        begun, first = _seconds(trainer), trainer.tokens
+        trainer.run()
+    except NonFiniteError as error:
+        record = describe(study, run, read_metrics(folder / "metrics.jsonl"), starts_of(folder))
+        update = {"status": "diverged", "error": str(error)}
+        write_results(folder, record.model_copy(update=update))
+        return 0
+    spent, tokens = add_time(folder, _seconds(trainer) - begun, trainer.tokens - first)
+    if trainer.progress < 1:
+        return STOPPED
+    before = read_results(folder)
+    if tokens:
+        pace = spent / tokens
+    elif before and before.seconds_per_token:
+        pace = before.seconds_per_token
+    else:  # of another version, or killed just before the time was written
+        pace = trainer.clock.seconds / trainer.tokens
+    write_results(folder, measure(study, run, folder, seconds_per_token=pace))
+    return 0
+
+
+def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
+    """What training has cost in all starts of a run: (seconds, tokens), kept in time.json.
+
+    A start that trains nothing adds nothing: a run that was interrupted while it was measured, or
+    is measured anew.
+    """
+    path = folder / TIME
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        seconds, tokens = earlier["seconds"] + seconds * (tokens > 0), earlier["tokens"] + tokens
+    if tokens:
+        write_json(path, {"seconds": seconds, "tokens": tokens})
+    return seconds, tokens
+
+
+def _seconds(trainer: Any) -> float:
+    """Time that training costs: of this process on a CPU, which other processes do not lengthen
+    much; else elapsed.
+    """
+    return time.process_time() if trainer.world.device.type == "cpu" else trainer.clock.seconds
+
+
+def fork(parent: Path, child: Path, step: int, *, total_tokens: int) -> None:
+    """Makes `child` a run at `step` with the parent's state and log: it goes on as it would have
+    trained so far.
+
+    total_tokens: of the child, whose progress at these steps is another than the parent's if its
+    length is another. Without that checkpoint (the parent was pruned) it trains from the start,
+    which gives the same numbers.
+    """
+    source, target = (
+        parent / "checkpoints" / f"global_step{step}",
+        child / "checkpoints" / f"global_step{step}",
+    )
+    if newest_checkpoint(child / "checkpoints") is not None:
+        return
+    if not is_complete(source):
+        print(f"{source}: not there; training from the start", flush=True)
+        return
+    (child / "metrics.jsonl").unlink(missing_ok=True)
+    log = MetricsLog(child / "metrics.jsonl")
+    for record in read_metrics(parent / "metrics.jsonl"):
+        if record["step"] <= step:
+            log.append(record | {"progress": min(record["tokens"] / total_tokens, 1.0)})
+    partial = child / "checkpoints.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    target.parent.mkdir(exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    print(f"forked from {source}", flush=True)

@@ -1,0 +1,137 @@
+"""The floors of a run of text (DESIGN S19): n-gram tables counted from the tokens it was trained
+on, and drafters without a network that are measured with its own main model.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.data.ngrams import MOST_TOKENS, NGrams, floor_metrics
+from dsv3_mtp.data.opening import open_sources
+from dsv3_mtp.data.sampler import Sampler, sequential_windows, spare_windows
+from dsv3_mtp.data.source import Source
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.overlap import overlap_means, teachers
+from dsv3_mtp.model.targets import valid_targets
+from dsv3_mtp.runs.loading import newest_checkpoint
+from dsv3_mtp.train.checkpoint import read_state
+from dsv3_mtp.train.drafts import DraftStatistics, TableDrafters
+from dsv3_mtp.train.evaluate import to_device
+
+FIT_SLOTS = 2**16  # of the table drafters: other windows of the validation text
+
+
+def trained_on(run: str | Path) -> Sampler | None:
+    """The sampler of a run of text at its newest checkpoint; None: it has not trained on text.
+
+    Raises:
+        ValueError: the data it was trained on is not there, or is another text by now.
+    """
+    config = load_config(Path(run) / "config.yaml")
+    newest = newest_checkpoint(Path(run) / "checkpoints")
+    if config.data.task is not None or newest is None:
+        return None
+    state = read_state(newest)
+    if "sampler" not in state:  # weights without a training run
+        return None
+    sampler, _ = open_sources(config)
+    sampler.load_state_dict(state["sampler"])
+    return sampler
+
+
+def text_floors(
+    sampler: Sampler, source: Source, config: Config, *, batches: int
+) -> tuple[dict[str, float], str | None]:
+    """`val/floor/unigram`, `.../bigram`, `.../trigram` on the validation windows of `source`, in
+    nats per token, and in bits per byte where its bytes are known; or none, and why there is none.
+    """
+    tokens = sampler.samples * sampler.seq_len
+    if tokens > MOST_TOKENS:
+        why = f"{tokens:,} tokens were consumed, and at most {MOST_TOKENS:,} are counted"
+        return {}, f"no n-gram floors: {why}"
+    if sampler.samples < 2:
+        return {}, "no n-gram floors: fewer than two rows of training text were consumed"
+    rows, documents = sampler.consumed()
+    masked = config.data.mask_documents
+    tables = NGrams(rows, documents if masked else None, vocab_size=config.model.vocab_size)
+    count = batches * config.train.micro_batch_size
+    [(rows, documents)] = sequential_windows(
+        source, seq_len=config.data.seq_len, lookahead=1, count=count
+    )
+    losses = tables.losses(rows, documents if masked else None)
+    per_byte = None if source.bytes is None else source.tokens / source.bytes / math.log(2)
+    return floor_metrics(losses, per_byte), None
+
+
+@torch.no_grad()
+def drafter_floors(
+    model: DeepseekV3MTP, source: Source, config: Config, *, batches: int, device: torch.device
+) -> tuple[dict[str, float], list[str]]:
+    """`val/floor/overlap/constant/k`, `.../table/k`, and `.../tokens_per_step` of both: what
+    `TableDrafters`, fitted on other windows of the validation text, have of this main model.
+
+    And a line for each of the two that could not be had.
+    """
+    depths, micro = model.depths, config.train.micro_batch_size
+    length, count = config.data.seq_len, batches * micro
+    windows = {"seq_len": length, "lookahead": 1 + depths}
+    spare = spare_windows(source, **windows, count=count, most=max(1, FIT_SLOTS // length))
+    if not depths:
+        return {}, []
+    if not len(spare[0]):
+        why = f"{source.path} has no window beside the {count} of the validation"
+        return {}, [f"no table drafters: {why}"]
+    tables = TableDrafters(
+        depths, config.model.vocab_size, reads_tokens=model.mtp_config.reads_tokens, device=device
+    )
+    for start in range(0, len(spare[0]), micro):
+        rows = (array[start : start + micro] for array in spare)
+        tokens, documents, _ = to_device(*rows, config=config, device=device)
+        tables.fit(model.head_logits, main_states(model, tokens, documents), tokens)
+    sums: dict[str, Tensor] = {}
+    for window in sequential_windows(source, **windows, count=count, micro_batch_size=micro):
+        tokens, documents, _ = to_device(*window, config=config, device=device)
+        taught = teachers(valid_targets(tokens, documents, depths), 0)
+        hidden = main_states(model, tokens, documents)
+        for name, part in tables.sums_of(model.head_logits, hidden, tokens, taught).items():
+            sums[name] = sums[name] + part if name in sums else part
+    metrics = {}
+    for name, total in sums.items():
+        for key, value in overlap_means(total.tolist()).items():
+            metrics[f"val/floor/overlap/{name}/{key.removeprefix('overlap/')}"] = value
+    if tables.has_tables:
+        return metrics, []
+    return metrics, ["no table drafter: a table of V x V entries is too large for this vocabulary"]
+
+
+def main_states(model: DeepseekV3MTP, tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """(B, T+1+D) -> (B, T, C) normed states of the main head, without the extra heads."""
+    angles, mask = model.positions(tokens, documents)
+    embedded = model.model.embed_tokens(tokens[:, : angles.shape[1]])
+    return model.model(embedded, angles, mask)[0].post_norm
+
+
+@torch.no_grad()
+def draft_statistics(
+    model: DeepseekV3MTP,
+    source: Source,
+    config: Config,
+    *,
+    batches: int,
+    temperature: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """Metrics of `DraftStatistics` at a temperature, on the validation windows of `source`."""
+    depths, micro = model.depths, config.train.micro_batch_size
+    size = config.model.vocab_size
+    statistics = DraftStatistics(depths, size, temperature=temperature, device=device)
+    windows = {"seq_len": config.data.seq_len, "lookahead": 1 + depths, "count": batches * micro}
+    for window in sequential_windows(source, **windows, micro_batch_size=micro):
+        tokens, documents, _ = to_device(*window, config=config, device=device)
+        hiddens, _ = model.hidden_states(tokens, documents)
+        taught = teachers(valid_targets(tokens, documents, depths), 0)
+        statistics.add(model.head_logits, hiddens, tokens, taught)
+    return statistics.metrics()
