@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, SerializeAsAny, Tag
 
 from dsv3_mtp.config.reader import Problem, show
-from dsv3_mtp.config.section import FilePath, Integer, Positive, Section
+from dsv3_mtp.config.section import FilePath, Integer, OnResume, Positive, Section
 from dsv3_mtp.config.source import SOURCES, SourceSection
 from dsv3_mtp.config.task import TASKS, Task
 
@@ -36,6 +36,8 @@ def _one_or_many(value: Any) -> str:
 class DataConfig(Section):
     """Where tokens come from: text, with documents packed (V3 4.1), or a generated task."""
 
+    on_resume = OnResume.RECORDED
+
     train: (
         Annotated[
             Annotated[OneSource, Tag("<one>")] | Annotated[tuple[DataEntry, ...], Tag("<many>")],
@@ -48,15 +50,17 @@ class DataConfig(Section):
     """
     val: OneSource | None = None
     """Prepared folder (its validation split), Megatron prefix or a source; null with a task."""
-    task: Annotated[SerializeAsAny[Task], BeforeValidator(TASKS.section)] | None = None
+    task: Annotated[
+        Annotated[SerializeAsAny[Task], BeforeValidator(TASKS.section)] | None, OnResume.FIXED
+    ] = None
     """Generated examples with known answers instead of text; null: text."""
-    build: Literal["pystdlib", "sitelib"] | None = None
+    build: Annotated[Literal["pystdlib", "sitelib"] | None, OnResume.FREE] = None
     """Corpus to build into the folder `train` when it is missing: the standard library of the
     running interpreter, or that and all of its site-packages (data/sitelib.py).
     """
-    seq_len: Annotated[Integer, Field(ge=2)]
+    seq_len: Annotated[Integer, Field(ge=2), OnResume.FIXED]
     """Positions per sequence, T (V3 4.2: 4096). A sample holds T + 1 + D tokens."""
-    mask_documents: bool = False
+    mask_documents: Annotated[bool, OnResume.FIXED] = False
     """Mask attention, targets and MTP inputs across document boundaries (V3 4.1: not done)."""
 
     @property

@@ -13,7 +13,7 @@ from dsv3_mtp.config.depth_weights import DepthWeights
 from dsv3_mtp.config.loss_weights import LossWeight
 from dsv3_mtp.config.loss_weights.step import StepWeight
 from dsv3_mtp.config.reader import Problem, show
-from dsv3_mtp.config.section import Count, Integer, NotNegative, Number, Positive, Section
+from dsv3_mtp.config.section import Count, Integer, NotNegative, Number, OnResume, Positive, Section
 
 # V3 4.2: the length of pre-training, against which the paper's token counts become fractions
 V3_TOKENS = 14.8e12
@@ -47,6 +47,8 @@ class ModelConfig(Section):
     """The trunk. Names are HF's DeepseekV3Config keys; values in brackets are DeepSeek-V3's (V3
     4.2).
     """
+
+    on_resume = OnResume.FIXED
 
     vocab_size: Annotated[Integer, Field(ge=2)]
     """Rows of the embedding and of the output head (129280)."""
@@ -138,6 +140,8 @@ class MTPConfig(Section):
     24-25).
     """
 
+    on_resume = OnResume.FIXED
+
     mode: Literal["none", "sequential", "parallel", "parallel_linear"] = "sequential"
     """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; parallel_linear: linear
     heads.
@@ -146,15 +150,17 @@ class MTPConfig(Section):
     """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see
     `depths`.
     """
-    loss_weight: LossWeight = StepWeight(values=(0.3, 0.1), at=(10e12 / V3_TOKENS,))
+    loss_weight: Annotated[LossWeight, OnResume.RECORDED] = StepWeight(
+        values=(0.3, 0.1), at=(10e12 / V3_TOKENS,)
+    )
     """lambda over progress (V3 4.2: 0.3 for the first 10T tokens, then 0.1). A bare number is
     constant.
     """
-    depth_weights: DepthWeights | None = None
+    depth_weights: Annotated[DepthWeights | None, OnResume.RECORDED] = None
     """w_k for k = 1..D: numbers, or {type: exponential, beta: 0.6} (FastMTP); null: all 1 (V3 eq.
     25).
     """
-    curriculum: Literal["none", "forward", "reverse"] = "none"
+    curriculum: Annotated[Literal["none", "forward", "reverse"], OnResume.RECORDED] = "none"
     """Active depths over equal stages: forward grows 1..D, reverse shrinks D..1 (arXiv
     2505.22757).
     """
@@ -168,7 +174,7 @@ class MTPConfig(Section):
     """Sequential: modules read the embedding of the token at i+k (V3 eq. 21)."""
     share_weights: bool = False
     """Sequential: one module, used at every depth."""
-    detach: Literal["none", "trunk", "all"] = "none"
+    detach: Annotated[Literal["none", "trunk", "all"], OnResume.RECORDED] = "none"
     """Gradient stopped: none (V3), into the trunk, or into the trunk, the embedding and the output
     head.
     """

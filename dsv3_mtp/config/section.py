@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any, Self
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -34,8 +35,21 @@ FilePath = Annotated[
 FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name
 
 
+class OnResume(Enum):
+    """What a start may do with a key whose value differs from the checkpoint's. A key says it in
+    its annotation, else its section does in `on_resume`, else the section that holds that one
+    (resume.py).
+    """
+
+    FIXED = "refused: the weights or the place in the data fit the old value only"
+    RECORDED = "said and recorded; refused where the run is finished"
+    FREE = "accepted: no effect on what is learned"
+
+
 class Section(BaseModel):
     """A frozen group of keys. `rules` yields what is wrong between them, as (key, text)."""
+
+    on_resume: ClassVar[OnResume | None] = None
 
     model_config = ConfigDict(
         extra="forbid",
