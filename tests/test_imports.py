@@ -28,7 +28,6 @@ LAYERS = {
     "decode": 4,
     "parallel": 4,
     "heads": 5,
-    "tasks.grade": 5,
     "hf": 6,
     "runs": 7,
     "plan": 8,
