@@ -1,7 +1,7 @@
 """Which settings of a run may differ from those of its checkpoint: what each key says of itself."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from dsv3_mtp.config.run import Config
 from dsv3_mtp.config.section import OnResume, Section
@@ -27,7 +27,7 @@ def rule_of(key: str) -> OnResume:
     return rule
 
 
-def _is_section(kind: Any) -> bool:
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
     """Not one that is chosen by its type."""
     return isinstance(kind, type) and issubclass(kind, Section) and not kind.__subclasses__()
 

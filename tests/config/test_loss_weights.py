@@ -147,14 +147,14 @@ def test_a_faulty_schedule_has_one_line_per_mistake(monkeypatch, sets, lines):
 
 def test_a_schedule_from_elsewhere_is_read_written_and_used(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_schedule.py").write_text(
+    (tmp_path / "square_schedule.py").write_text(
         "from dsv3_mtp.config import LambdaSchedule\n"
         "class Square(LambdaSchedule):\n"
         "    top: float = 1.0\n"
         "    def weight(self, progress):\n"
         "        return self.top * progress**2\n"
     )
-    config = load_config(TINY, ['mtp.loss_weight={type: "my_schedule:Square", top: 0.5}'])
+    config = load_config(TINY, ['mtp.loss_weight={type: "square_schedule:Square", top: 0.5}'])
     assert schedules.depth_loss_weights(config.mtp, 0.5) == (0.125,)
     (tmp_path / "again.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "again.yaml") == config
