@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import torch
 from pydantic import Field, with_config
@@ -50,6 +50,7 @@ class Start(TypedDict):
     device: str
     threads: int
     data: dict[str, DataUsed]
+    code: NotRequired[dict[str, str]]
 
 
 @with_config(OPEN)
@@ -219,8 +220,8 @@ def _without_defaults(saved: dict[str, Any], config: Config) -> dict[str, Any]:
 
 def changed_code(config: Config) -> list[str]:
     """One line for each class outside the package whose source is not that of the last start."""
-    manifest = run_folder(config) / "manifest.json"
-    starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
+    folder = run_folder(config)
+    starts = read_starts(folder) if (folder / MANIFEST).exists() else []
     before = starts[-1].get("code", {}) if starts else {}
     return [
         f"changed since the last start: the source of {name}"
