@@ -43,16 +43,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(again(swiglu, self.gate_proj(x), self.up_proj(x)))
 
-    def beyond(self, count: int) -> int:
-        """How many of the next `count` slots of each row other processes have."""
-        return 0
-
-    def following(self, x: Tensor, count: int) -> Tensor:
-        """(B, T, ..) of this slice -> (B, beyond(count), ..), the slots that follow it, without
-        gradient.
-        """
-        return x[:, :0].detach()
-
 
 def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
     """Cosine and sine of each pair's rotation, YaRN-scaled if `rope_scaling` is set.

@@ -163,5 +163,5 @@ def chunked_cross_entropy(
         nll = -log_p.gather(1, aims).view_as(targets[chunk])
         return (nll * row_weight[chunk]).sum(), nll, log_p.argmax(-1)
 
-    rows = CHUNK_ELEMENTS * (CHUNKS_ON_GPU if inputs[0].is_cuda else 1) // vocab_size
-    return chunked(chunk_loss, inputs, weights, rows=max(rows, 1), name="chunked_cross_entropy")
+    rows = chunk_rows(vocab_size, on_gpu=inputs[0].is_cuda)
+    return chunked(chunk_loss, inputs, weights, rows=rows, name="chunked_cross_entropy")
