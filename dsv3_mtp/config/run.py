@@ -19,13 +19,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from dsv3_mtp.config import code, layout
 from dsv3_mtp.config.data import DataConfig, Task
 from dsv3_mtp.config.deepspeed import check_deepspeed
-from dsv3_mtp.config.model import (
-    V3_TOKENS,
-    ModelConfig,
-    MTPConfig,
-    option_problems,
-    unused_keys,
-)
+from dsv3_mtp.config.model import V3_TOKENS, ModelConfig, MTPConfig, option_problems, unused_keys
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import (
     UNKNOWN,
