@@ -1,78 +1,35 @@
-"""What is trained: the `model` and `mtp` sections, and the base class of all sections.
+"""What is trained: the `model` and `mtp` sections.
 
 "V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Import these names from
 dsv3_mtp.config.
 """
 
 import importlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from dsv3_mtp.config import code
+from dsv3_mtp.config.depth_weights import DepthWeights
+from dsv3_mtp.config.loss_weights import LossWeight
+from dsv3_mtp.config.loss_weights.step import StepWeight
 from dsv3_mtp.config.reader import UNKNOWN, KeyProblems, Problem, not_among, problems_of, show
+from dsv3_mtp.config.section import (
+    Count,
+    Integer,
+    Layers,
+    NotNegative,
+    Number,
+    OnResume,
+    Positive,
+    Section,
+    Width,
+)
 
 # V3 4.2: the length of pre-training, against which the paper's token counts become fractions
 V3_TOKENS = 14.8e12
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic would read true as 1
-        raise ValueError("must be a number")
-    return value
-
-
-def _plain_name(name: str) -> str:
-    if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
-        raise ValueError("must be a plain folder name; put folders into run.dir")
-    return name
-
-
-Integer = Annotated[int, BeforeValidator(_not_bool)]
-Number = Annotated[float, BeforeValidator(_not_bool)]
-Count = Annotated[Integer, Field(ge=1)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Positive = Annotated[Number, Field(gt=0)]
-Fraction = Annotated[Number, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
-FilePath = Annotated[
-    Text, AfterValidator(os.path.expanduser)
-]  # no shell expands the ~ of a config or of --set
-FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name
-
-
-class Section(BaseModel):
-    """A frozen group of keys. `rules` yields what is wrong between them, as (key, text)."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-    def rules(self) -> Iterator[Problem]:
-        yield from ()
-
-    @model_validator(mode="after")
-    def _check_rules(self) -> Self:
-        if problems := list(self.rules()):
-            raise KeyProblems(problems)
-        return self
-
 
 # --- model --------------------------------------------------------------------------------------------------
 
@@ -104,37 +61,39 @@ class ModelConfig(Section):
     4.2).
     """
 
-    vocab_size: Annotated[Integer, Field(ge=2)]
+    on_resume = OnResume.FIXED
+
+    vocab_size: Annotated[Integer, Field(ge=2, le=2**24)]
     """Rows of the embedding and of the output head (129280)."""
-    hidden_size: Count
+    hidden_size: Width
     """Width of the residual stream (7168)."""
-    intermediate_size: Count
+    intermediate_size: Width
     """FFN width of the dense layers (18432)."""
-    moe_intermediate_size: Count
+    moe_intermediate_size: Width
     """FFN width of one expert (2048)."""
-    num_hidden_layers: Count
+    num_hidden_layers: Layers
     """Trunk layers, MTP modules not counted (61)."""
-    num_attention_heads: Count
+    num_attention_heads: Width
     """Heads (128)."""
-    q_lora_rank: Count | None
+    q_lora_rank: Width | None
     """Rank of the query compression (1536); null: none, a plain projection."""
-    kv_lora_rank: Count
+    kv_lora_rank: Width
     """Rank of the key-value latent, the cached one (512)."""
-    qk_nope_head_dim: Count
+    qk_nope_head_dim: Width
     """Per-head key width without position (128)."""
-    qk_rope_head_dim: Count
+    qk_rope_head_dim: Width
     """Width of the rotary key shared by the heads, even (64)."""
-    v_head_dim: Count
+    v_head_dim: Width
     """Per-head value width (128)."""
-    n_routed_experts: Count
+    n_routed_experts: Width
     """Routed experts of a MoE layer (256)."""
-    n_shared_experts: Annotated[Integer, Field(ge=0)] = 1
+    n_shared_experts: Annotated[Integer, Field(ge=0, le=2**16)] = 1
     """Experts that see every token (1)."""
-    num_experts_per_tok: Count
+    num_experts_per_tok: Width
     """Routed experts per token, top-k (8)."""
-    n_group: Count
+    n_group: Width
     """Expert groups; a token may use experts of topk_group of them (8)."""
-    topk_group: Count
+    topk_group: Width
     """Groups per token (4)."""
     routed_scaling_factor: Positive = 2.5
     """Factor on the routed gates (2.5; released code, not in the paper)."""
@@ -142,7 +101,7 @@ class ModelConfig(Section):
     """Gates of the chosen experts sum to one before scaling (V3 eq. 13)."""
     first_k_dense_replace: Annotated[Integer, Field(ge=0)]
     """Leading layers with a dense FFN (3)."""
-    max_position_embeddings: Count
+    max_position_embeddings: Annotated[Integer, Field(ge=1, le=2**26)]
     """Longest sequence, tokens (4096 in pre-training)."""
     rope_theta: Annotated[Number, Field(gt=1)] = 10000.0
     """Rotary base."""
@@ -189,83 +148,12 @@ class ModelConfig(Section):
 # --- multi-token prediction ---------------------------------------------------------------------------------
 
 
-class ConstantWeight(Section):
-    """lambda = value."""
-
-    type: Literal["constant"] = "constant"
-    value: NotNegative
-
-
-class StepWeight(Section):
-    """values[i], where i counts the fractions `at` that progress has reached (V3 4.2)."""
-
-    type: Literal["step"] = "step"
-    values: tuple[NotNegative, ...]
-    at: tuple[Annotated[Number, Field(gt=0, lt=1)], ...]
-
-    def rules(self) -> Iterator[Problem]:
-        if len(self.values) != len(self.at) + 1:
-            yield (
-                "values",
-                f"must hold one number more than 'at' (got {len(self.values)} and {len(self.at)})",
-            )
-        if list(self.at) != sorted(set(self.at)):
-            yield "at", f"must increase (got {show(self.at)})"
-
-
-class RampWeight(Section):
-    """From `start` to `end` while progress goes from `begin` to `until`; constant outside."""
-
-    type: Literal["linear", "cosine"]
-    start: NotNegative
-    end: NotNegative
-    begin: Fraction = 0.0
-    until: Fraction = 1.0
-
-    def rules(self) -> Iterator[Problem]:
-        if self.begin >= self.until:
-            yield "until", f"must be > 'begin' = {self.begin} (got {self.until})"
-
-
-class WarmupWeight(Section):
-    """From 0 to `value` while progress goes from 0 to `until`; then constant."""
-
-    type: Literal["warmup"] = "warmup"
-    value: NotNegative
-    until: Annotated[Number, Field(gt=0, le=1)]
-
-
-class PiecewiseWeight(Section):
-    """Straight lines through [progress, value] points; constant outside."""
-
-    type: Literal["piecewise"] = "piecewise"
-    points: tuple[tuple[Fraction, NotNegative], ...]
-
-    def rules(self) -> Iterator[Problem]:
-        if len(self.points) < 2:
-            yield "points", f"must hold at least two points (got {show(self.points)})"
-        at = [progress for progress, _ in self.points]
-        if at != sorted(set(at)):
-            yield "points", f"must be in order of progress, none twice (got {show(at)})"
-
-
-def _number_is_constant(value: Any) -> Any:
-    return value if isinstance(value, Mapping | Section) else {"type": "constant", "value": value}
-
-
-LossWeight = Annotated[
-    Annotated[
-        ConstantWeight | StepWeight | RampWeight | WarmupWeight | PiecewiseWeight,
-        Field(discriminator="type"),
-    ],
-    BeforeValidator(_number_is_constant),
-]
-
-
 class MTPConfig(Section):
     """The extra heads and their loss: L = L_main + lambda(progress) / D * sum_k w_k L_k (V3 eq.
     24-25).
     """
+
+    on_resume = OnResume.FIXED
 
     model_config = ConfigDict(extra="allow")  # the keys of the head's own options, checked below
 
@@ -273,21 +161,25 @@ class MTPConfig(Section):
     """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; parallel_linear: linear
     heads; package.module:Class: a kind of head of your own (docs/extend.md).
     """
-    num_nextn_predict_layers: Annotated[Integer, Field(ge=0)] = 1
+    num_nextn_predict_layers: Annotated[Integer, Field(ge=0, le=64)] = 1
     """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see
     `depths`.
     """
-    loss_weight: LossWeight = StepWeight(values=(0.3, 0.1), at=(10e12 / V3_TOKENS,))
+    loss_weight: Annotated[LossWeight, OnResume.RECORDED] = StepWeight(
+        values=(0.3, 0.1), at=(10e12 / V3_TOKENS,)
+    )
     """lambda over progress (V3 4.2: 0.3 for the first 10T tokens, then 0.1). A bare number is
     constant.
     """
-    depth_weights: tuple[NotNegative, ...] | None = None
-    """w_k for k = 1..D; null: all 1 (V3 eq. 25)."""
-    curriculum: Literal["none", "forward", "reverse"] = "none"
+    depth_weights: Annotated[DepthWeights | None, OnResume.RECORDED] = None
+    """w_k for k = 1..D: numbers, or {type: exponential, beta: 0.6} (FastMTP); null: all 1 (V3 eq.
+    25).
+    """
+    curriculum: Annotated[Literal["none", "forward", "reverse"], OnResume.RECORDED] = "none"
     """Active depths over equal stages: forward grows 1..D, reverse shrinks D..1 (arXiv
     2505.22757).
     """
-    detach: Literal["none", "trunk", "all"] = "none"
+    detach: Annotated[Literal["none", "trunk", "all"], OnResume.RECORDED] = "none"
     """Gradient stopped: none (V3), into the trunk, or into the trunk, the embedding and the output
     head.
     """
@@ -392,7 +284,7 @@ class MTPConfig(Section):
             yield "num_nextn_predict_layers", f"{text}; mtp.mode=none turns the heads off"
         if (
             self.mode != "none"
-            and self.depth_weights is not None
+            and isinstance(self.depth_weights, tuple)
             and len(self.depth_weights) != self.depths
         ):
             text = f"must hold num_nextn_predict_layers = {self.depths} numbers"

@@ -14,9 +14,30 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NotRequired, Protocol, runtime_checkable
+
+from pydantic import with_config
+from typing_extensions import TypedDict
+
+from dsv3_mtp.files.atomic import inside
+from dsv3_mtp.files.checked import OPEN, read_json
 
 VAL_BUCKETS = 1_000_000
+
+
+@with_config(OPEN)
+class DataFile(TypedDict):
+    """One file of a saved data set."""
+
+    filename: str
+
+
+@with_config(OPEN)
+class SavedDataset(TypedDict):
+    """state.json of datasets.Dataset.save_to_disk."""
+
+    _data_files: list[DataFile]
+    _indices_data_files: NotRequired[list[DataFile] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +170,18 @@ def _walk(folder: Path) -> list[Path]:
 
 def _saved_dataset(folder: Path) -> list[Path]:
     """The Arrow files of a folder written by datasets.Dataset.save_to_disk."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = read_json(folder / "state.json", SavedDataset, "save the data set again")
     if state.get("_indices_data_files"):
         raise ValueError(
             f"{folder}: was saved with an indices mapping; save it again with a recent `datasets`"
         )
     files = [folder / entry["filename"] for entry in state["_data_files"]]
+    for path in files:
+        if path.parent != folder or path.suffix != ".arrow" or not inside(path, folder):
+            raise ValueError(
+                f"{folder}: state.json names {path.name}, which is no .arrow file in this folder; "
+                "save the data set again"
+            )
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ValueError(

@@ -6,8 +6,8 @@ DIR.partial/progress.json says how far the shards on disk go; whatever was writt
 off and made again. A lock beside them, .DIR.lock, lets a second process wait for the first.
 """
 
-import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,14 +16,27 @@ from typing import Any
 
 from dsv3_mtp.data.documents import Corpus, FileInputs, Inputs
 from dsv3_mtp.data.megatron import token_dtype
-from dsv3_mtp.data.shards import FORMAT, INDEX, VERSION, SplitWriter, file_sha256, read_folder_index
+from dsv3_mtp.data.shards import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    FolderIndex,
+    SplitWriter,
+    file_sha256,
+    read_folder_index,
+)
 from dsv3_mtp.data.sitelib import sitelib_inputs
 from dsv3_mtp.data.stdlib import stdlib_inputs
-from dsv3_mtp.data.tokenise import PROGRESS, Progress, Tokenising
+from dsv3_mtp.data.tokenise import PROGRESS, Position, Progress, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
 from dsv3_mtp.files.atomic import lock, naming, replacing, write_json
+from dsv3_mtp.files.checked import read_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
+# what a preparation writes into DIR.partial
+OWN = re.compile(
+    r"\.?(tokenizer|manifest|index|progress)\.json(\.\d+\.tmp)?|[a-z]+-\d+\.(bin|idx|sizes)"
+)
 TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is trained on
 # Text that every environment brings along, by `data.build`.
 CORPORA: dict[str, Callable[[], Corpus]] = {"pystdlib": stdlib_inputs, "sitelib": sitelib_inputs}
@@ -80,7 +93,7 @@ class Arguments:
 
 def prepare(
     out_dir: str | Path, arguments: Arguments, *, progress: Progress | None = None
-) -> dict[str, Any]:
+) -> FolderIndex:
     """Make the prepared folder `out_dir`, or go on where an interrupted call with the same
     arguments stopped.
 
@@ -213,15 +226,24 @@ def _build(
 
 
 def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
-    """progress.json of an interrupted run, checked against this one; without it None, and all is
-    deleted.
+    """progress.json of an interrupted run, checked against this one; without it None, and what it
+    wrote is deleted.
+
+    Raises:
+        ValueError: the folder holds other files, or the state of another preparation.
     """
     path = partial / PROGRESS
+    foreign = sorted(left.name for left in partial.iterdir() if not OWN.fullmatch(left.name))
+    if foreign:
+        raise ValueError(
+            f"{partial}: holds {', '.join(foreign[:3])}, which no preparation wrote; move it away, "
+            "or choose another --out"
+        )
     if not path.is_file():
         for left in partial.iterdir():
             left.unlink()
         return None
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state: dict[str, Any] = {**read_json(path, Position, f"delete {partial} and start again")}
     _compare(partial, state["arguments"], recorded)
     if state["inputs"] != inputs.fingerprint:
         raise ValueError(

@@ -8,20 +8,84 @@ DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.data.megatron import write_index
+from dsv3_mtp.files.checked import OPEN, read_json
 
 INDEX = "index.json"
 FORMAT, VERSION = "dsv3_mtp.tokens", 1
+AGAIN = "delete the folder and prepare it again"
+Amount = Annotated[int, Field(ge=0)]
+# as `_name` makes them: of a file in this folder
+ShardName = Annotated[str, Field(pattern=r"^[a-z]+-\d+$")]
 
 
-def read_folder_index(folder: Path) -> dict[str, Any]:
+@with_config(OPEN)
+class Digests(TypedDict):
+    """sha256 of the two files of a shard."""
+
+    bin: str
+    idx: str
+
+
+@with_config(OPEN)
+class Shard(TypedDict):
+    """One `.bin/.idx` pair in index.json."""
+
+    file: ShardName
+    tokens: Amount
+    documents: Amount
+    sha256: Digests
+
+
+@with_config(OPEN)
+class Split(TypedDict):
+    """All shards of train or val, and the UTF-8 bytes of their text."""
+
+    tokens: Amount
+    documents: Amount
+    bytes: Amount
+    shards: list[Shard]
+
+
+@with_config(OPEN)
+class FolderIndex(TypedDict):
+    """index.json."""
+
+    vocab_size: Annotated[int, Field(ge=1)]
+    eos_id: Amount
+    tokenizer_sha256: str
+    manifest_hash: str
+    arguments: dict[str, Any]
+    splits: dict[str, Split]
+
+
+@with_config(OPEN)
+class OpenShard(TypedDict):
+    """What is on disk of a shard that is still being written."""
+
+    tokens: Amount
+    documents: Amount
+    sha256: str
+
+
+@with_config(OPEN)
+class SplitState(TypedDict):
+    """`SplitWriter.state`."""
+
+    shards: list[Shard]
+    bytes: Amount
+    open: OpenShard
+
+
+def read_folder_index(folder: Path) -> FolderIndex:
     """index.json of a prepared folder. Raises ValueError when it is missing or of another
     format.
     """
@@ -31,16 +95,17 @@ def read_folder_index(folder: Path) -> dict[str, Any]:
             f"{folder}: has no {INDEX}, so it is no prepared "
             "folder; make one with tools/prepare_data.py"
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); prepare the folder again") from None
-    found = (index.get("format"), index.get("version")) if isinstance(index, dict) else None
+    head = read_json(path, dict[str, Any], AGAIN)
+    found = (head.get("format"), head.get("version"))
     if found != (FORMAT, VERSION):
         raise ValueError(
             f"{path}: format {found}, this program reads "
             f"{(FORMAT, VERSION)}; prepare the folder again"
         )
+    index = read_json(path, FolderIndex, AGAIN)
+    for name, split in index["splits"].items():
+        if split["shards"] and not split["bytes"]:
+            raise ValueError(f"{path}: damaged (splits.{name}: tokens of 0 bytes); {AGAIN}")
     return index
 
 
@@ -57,8 +122,7 @@ def verify_folder(folder: Path) -> None:
     expected = {"tokenizer.json": index["tokenizer_sha256"]}
     for split in index["splits"].values():
         for shard in split["shards"]:
-            for suffix, digest in shard["sha256"].items():
-                expected[f"{shard['file']}.{suffix}"] = digest
+            expected |= {f"{shard['file']}.{key}": str(x) for key, x in shard["sha256"].items()}
     problems = _differences(folder, expected)
     if problems:
         raise ValueError(

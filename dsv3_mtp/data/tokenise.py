@@ -12,15 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.data.documents import Document, Inputs
-from dsv3_mtp.data.shards import SplitWriter
+from dsv3_mtp.data.shards import Amount, SplitState, SplitWriter
 from dsv3_mtp.data.tokenizer import DocumentEncoder, fim_split
 from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.files.checked import OPEN
 
 PROGRESS = "progress.json"
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2_000_000, 2_000
 SAVE_SECONDS = 2.0
+
+
+@with_config(OPEN)
+class Position(TypedDict):
+    """progress.json."""
+
+    file: Amount
+    record: Amount
+    documents: Amount
+    empty: Amount
+    manifest_hash: str
+    splits: dict[str, SplitState]
+    arguments: dict[str, Any]
+    inputs: str
+    tokenizer_sha256: str
+
 
 Progress = Callable[[int, int, int], None]  # input bytes done, input bytes in all, tokens written
 

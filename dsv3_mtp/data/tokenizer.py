@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dsv3_mtp.files.checked import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 # (begin, hole, end) = (before the prefix, before the suffix, before the middle); the second to
@@ -107,7 +108,10 @@ def recorded_eos(path: Path) -> int | None:
     """
     for name, key in (("index.json", "eos_id"), ("config.json", "eos_token_id")):
         if (beside := path.with_name(name)).is_file():
-            recorded = json.loads(beside.read_text(encoding="utf-8")).get(key)
+            content = read_json(
+                beside, dict[str, Any], f"it belongs to {path.name}, make both again"
+            )
+            recorded = content.get(key)
             # a checkpoint may name none, or several
             return recorded if isinstance(recorded, int) else None
     return None

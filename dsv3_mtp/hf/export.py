@@ -1,6 +1,5 @@
 """A run's weights as a folder that transformers, vLLM and SGLang read."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_mtp.config import Config, load_config, schedules
+from dsv3_mtp.config import AdaptiveSchedule, Config, load_config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
@@ -28,7 +28,7 @@ from dsv3_mtp.hf.settings import (
 )
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
-from dsv3_mtp.runs.loading import IMPORTED, newest_weights, tokenizer_of
+from dsv3_mtp.runs.loading import IMPORTED, newest_weights, read_reached, tokenizer_of
 
 Read = Callable[[Slot], Tensor]
 TOKENIZER_FILES = (
@@ -124,7 +124,7 @@ def _open_run(
     """(function from a slot to its tensor, where they come from, notes) of a run's newest
     weights.
     """
-    stored = newest_weights(run, ema=ema)
+    stored, notes = newest_weights(run, ema=ema)
     if stored is None and (run / IMPORTED).is_dir():
         return _open_imported(run, expected, modules)
     if stored is None:
@@ -134,9 +134,7 @@ def _open_run(
     newest = stored.folder
     state = meta_model(config.model, config.mtp).state_dict()
     problems = summarise(misfits(stored.shapes, state))
-    progress = min(
-        json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0
-    )
+    progress = min(read_reached(newest)["tokens"] / config.train.total_tokens, 1.0)
     deepest = (
         f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
     )
@@ -155,7 +153,7 @@ def _open_run(
         start = int(part.storage_offset())
         return stored.read(slot.key, start, start + part.numel()).view(part.shape)
 
-    return read, newest, []
+    return read, newest, notes
 
 
 def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read, Path, list[str]]:
@@ -178,6 +176,8 @@ def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
     """MTP modules that are as they were initialised: no loss reached them, theirs or, by the chain,
     a deeper one.
     """
+    if isinstance(config.mtp.loss_weight, AdaptiveSchedule):
+        return  # its weights were the run's own: the config does not tell them
     source = Path(config.train.init_from or "")
     # trained before this run
     brought = read_settings(source).modules if (source / "config.json").is_file() else 0
@@ -200,7 +200,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
         if (imported / name).is_file():
             shutil.copyfile(imported / name, folder / name)
     if (imported / "config.json").is_file():
-        content = json.loads((imported / "config.json").read_text(encoding="utf-8"))
+        content = read_json(imported / "config.json", dict[str, Any], "import the run again")
         return {key: content[key] for key in SPECIAL_IDS if key in content}, []
     tokenizer = tokenizer_of(config, run)
     if tokenizer is None:
@@ -208,7 +208,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
             return {}, [
                 f"no tokenizer: data.task {config.data.task.type} generates token ids, not text"
             ]
-        where = ", ".join(entry.path for entry in config.data.entries)
+        where = ", ".join(str(entry.path) for entry in config.data.entries)
         return {}, [
             (
                 f"no tokenizer: no tokenizer.json in {where}; "

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from dsv3_mtp.config import Config, ConfigError, load_config
 from dsv3_mtp.config.tree import dump_tree, read_tree
+from dsv3_mtp.files.atomic import inside
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, slots
-from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot
+from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot, require_same
 from dsv3_mtp.hf.settings import TYPES, Settings, to_config_json, write_settings
 from dsv3_mtp.runs.loading import IMPORTED
 
@@ -60,6 +61,7 @@ def import_hf(
     """
     source, out = Path(source), Path(out)
     checkpoint, settings, stored = open_checkpoint(source, trunk_only=trunk_only)
+    require_same(checkpoint)
     modules = 0 if trunk_only else settings.modules
     keep = {slot.key: _kept(checkpoint, slot, dtype) for slot in stored if not slot.alias}
     wide = keep["model.embed_tokens.weight"] == torch.float32
@@ -74,6 +76,10 @@ def import_hf(
         weights.mkdir()
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
+                if not inside(source / name, source):
+                    raise ValueError(
+                        f"{source / name}: is a link out of the folder; put the file there"
+                    )
                 shutil.copyfile(source / name, weights / name)
         reader = _Reader(checkpoint, settings, stored, keep)
         expected = list(slots(settings.model, modules))

@@ -63,6 +63,13 @@ def slots(config: ModelConfig, modules: int) -> Iterator[Slot]:
             yield from _slots_of(disk + name, memory + name, tuple(tensor.shape))
 
 
+def slot_count(config: ModelConfig, modules: int) -> int:
+    """About how many `slots` there are: three of each expert, some dozen of each layer."""
+    layers = config.num_hidden_layers + modules
+    moe = layers - min(config.first_k_dense_replace, config.num_hidden_layers)
+    return 3 * config.n_routed_experts * moe + 12 * layers
+
+
 def _slots_of(name: str, key: str, shape: tuple[int, ...]) -> Iterator[Slot]:
     """What one tensor in memory is on disk: itself, or of stacked experts one tensor for each."""
     before, experts, stack = name.partition(".mlp.experts.")

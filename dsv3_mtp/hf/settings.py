@@ -2,7 +2,6 @@
 what is refused.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.precision.quantise import BLOCK
 
 # Of a tensor that is not quantised, by the `dtype` of an export or import.
@@ -76,6 +76,7 @@ YARN_PROBLEM = (
     "both must be > 0, or 1 and 0"
 )
 LATENT_EPS = 1e-6
+MOST_MODULES = 64
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -171,19 +172,17 @@ def read_settings(folder: Path) -> Settings:
             reasons are listed.
     """
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a mapping")
+    content = read_json(path, dict[str, Any], "download or export it again")
     problems = list(_fixed_problems(content))
     block, quantization_problems = _block(content.get("quantization_config"))
     problems += quantization_problems
     values = {key: content[key] for key in ModelConfig.model_fields if content.get(key) is not None}
     values["q_lora_rank"] = content.get("q_lora_rank")
+    # What its readers make of null, which is not this project's default: gates that are not
+    # normalised, and no shared expert.
+    for key, meaning in (("norm_topk_prob", False), ("n_shared_experts", 0)):
+        if key in content and content[key] is None:
+            values[key] = meaning
     try:
         values |= _rope(content)
         model = ModelConfig.model_validate(values)
@@ -192,9 +191,13 @@ def read_settings(folder: Path) -> Settings:
             problems.append(f"{'.'.join(map(str, fault['loc'])) or 'model'}: {fault['msg']}")
     except ValueError as error:
         problems.append(str(error))
-    modules: Any = content.get("num_nextn_predict_layers", content.get("num_mtp_layers", 0))
-    if not isinstance(modules, int) or modules < 0:
-        problems.append(f"num_nextn_predict_layers: must be a number >= 0 (got {modules!r})")
+    modules: Any = content.get("num_nextn_predict_layers", content.get("num_mtp_layers"))
+    modules = 0 if modules is None else modules
+    if type(modules) is not int or not 0 <= modules <= MOST_MODULES:
+        problems.append(
+            f"num_nextn_predict_layers: must be a number >= 0 and <= {MOST_MODULES} "
+            f"(got {modules!r})"
+        )
     if problems:
         raise ValueError(
             "\n".join([f"{path}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)])
@@ -227,10 +230,10 @@ def _block(quantization: Any) -> tuple[tuple[int, int] | None, list[str]]:
     """Block size of an FP8 checkpoint, and what is not supported about its quantisation."""
     if quantization is None:
         return None, []
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
+    if not isinstance(quantization, dict):
+        return None, [f"quantization_config: must be a mapping (got {quantization!r})"]
+    if quantization.get("quant_method") != "fp8":
+        method = quantization.get("quant_method")
         return None, [f"quantization_config: quant_method {method!r} is not supported, only 'fp8'"]
     block = quantization.get("weight_block_size")
     if not (
@@ -248,7 +251,10 @@ def _block(quantization: Any) -> tuple[tuple[int, int] | None, list[str]]:
 
 def _rope(content: dict[str, Any]) -> dict[str, Any]:
     """rope_theta and rope_scaling, from DeepSeek's two keys or transformers 5's rope_parameters."""
-    scaling = dict(content.get("rope_parameters") or content.get("rope_scaling") or {})
+    scaling = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(f"rope_scaling: must be a mapping (got {scaling!r})")
+    scaling = dict(scaling)
     theta = scaling.pop("rope_theta", None) or content.get("rope_theta", 10000.0)
     kind = scaling.pop("rope_type", None)
     kind = scaling.pop("type", kind) or "default"

@@ -2,9 +2,11 @@
 the meta device.
 """
 
+import os
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from dsv3_mtp.config import ModelConfig
@@ -93,3 +95,20 @@ def _attention_flops(config: ModelConfig, seq_len: int) -> float:
     """Of one layer, forward and backward, per token: causal, so half of the square."""
     width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return 6 * config.num_attention_heads * width * seq_len / 2
+
+
+def require_memory(model: nn.Module, *, bytes_per_value: float, ranks: int = 1) -> None:
+    """Raises ValueError where the weights of a model, shared by all ranks at best, are more than the
+    memory of this machine and its GPUs; the model may be on the meta device.
+    """
+    values = sum(p.numel() for p in model.parameters())
+    needed = values * bytes_per_value / ranks
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there += sum(
+        torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())
+    )
+    if needed > there:
+        raise ValueError(
+            f"the model has {values:,} parameters, {needed / 2**30:,.0f} GiB on each of {ranks} "
+            f"rank(s) at the least; this machine has {there / 2**30:,.0f} GiB"
+        )

@@ -3,9 +3,7 @@ ranks.
 """
 
 import contextlib
-import importlib
 import math
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +18,7 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size, refusals
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
+from dsv3_mtp.parallel import environment, private
 from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
 from dsv3_mtp.parallel.launch import World
 
@@ -83,14 +82,8 @@ def import_muon() -> None:
     That hands three functions to torch.compile, which loads inductor for one to two seconds; this
     way they stay plain.
     """
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        del os.environ["TORCHDYNAMO_DISABLE"]
-        if before is not None:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
+    with environment({"TORCHDYNAMO_DISABLE": "1"}):
+        private.import_muon()
 
 
 class Engine:
@@ -109,9 +102,7 @@ class Engine:
         """module: what runs, made of the model's parts; None: the model itself. apart: the largest
         gradient norm of trunk and heads each; None: DeepSpeed clips both together.
         """
-        # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no
-        # weights of its own.
-        deepspeed.runtime.zero.utils.warned = True
+        private.without_output_warning()
         import_muon()
         # `step` gives the rate; ZeRO-0 in bfloat16 steps once by itself, below
         for group in optimizer.param_groups:

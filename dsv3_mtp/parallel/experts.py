@@ -14,12 +14,12 @@ from typing import Any
 import deepspeed.moe.layer
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
 from torch import Tensor
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.moe import Experts, count
 from dsv3_mtp.ops.experts import gather_sum, spread
+from dsv3_mtp.parallel import private
 
 
 class LocalExperts(Experts, deepspeed.moe.layer.MoE):
@@ -37,9 +37,9 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
         # not DeepSpeed's, which would build a router and experts of its own
         Experts.__init__(self, config, count=config.n_routed_experts // size)
         self.group_name = f"ep_size_{size}"
-        self.group = groups._get_expert_parallel_group(self.group_name)
+        self.group, place = private.expert_group(self.group_name)
         self.num_experts = config.n_routed_experts  # of the whole layer
-        self.first = groups._get_expert_parallel_rank(self.group_name) * len(self.down_proj)
+        self.first = place * len(self.down_proj)
 
     def mark(self) -> None:
         """To be called once the parameters have storage: materialising makes new ones without
@@ -140,6 +140,5 @@ def local_experts(size: int, *, pipeline_stages: int = 1) -> Callable[[ModelConf
     """What makes this rank's part of a layer's experts (`Compute.experts`). All ranks call it
     together: it makes their groups.
     """
-    if f"ep_size_{size}" not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(size, pp_size=pipeline_stages)
+    private.make_expert_groups(size, pipeline_stages)
     return partial(LocalExperts, size=size)

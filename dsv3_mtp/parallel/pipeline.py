@@ -33,6 +33,7 @@ from dsv3_mtp.model.moe import RouterStats
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
 from dsv3_mtp.model.size import layer_flops
 from dsv3_mtp.model.states import HeadOutput, TrunkStates
+from dsv3_mtp.parallel import private
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World
 
@@ -241,9 +242,8 @@ def backward_pass(engine: Any, buffer_id: int) -> None:
         pairs = [
             pair for pair in zip(outputs, engine.grad_layer, strict=True) if pair[0].requires_grad
         ]
-        engine._running_engine_backward = True
-        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
-        engine._running_engine_backward = False
+        with private.engine_backward(engine):
+            torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
         if engine.using_bf16_optimizer:
             engine.optimizer.update_hp_grads(clear_lp_grads=False)
         engine.pipe_buffers["outputs"][buffer_id] = None
@@ -267,8 +267,7 @@ class PipelineEngine(Engine):
     ):
         self.stages = Stages(model, stage_layers(config), self.loss)
         super().__init__(model, optimizer, module=self.stages, **start)
-        instructions = {**self.engine._INSTRUCTION_MAP, schedule.BackwardPass: backward_pass}
-        self.engine._INSTRUCTION_MAP, self.engine._compute_loss = instructions, True
+        private.replace_instruction(self.engine, schedule.BackwardPass, backward_pass)
         self.total, self.counted = model.no_output(), 0
 
     def accumulate(self, batch: Batch, settings: LossSettings) -> MTPOutput:
@@ -301,7 +300,7 @@ class PipelineEngine(Engine):
             for tokens, documents, scored in self.own(batch)
         ]
         self.engine.set_dataiterator(iter(pieces))
-        self.engine._exec_schedule(kind(len(batch), self.world.stages, self.world.stage))
+        private.run_schedule(self.engine, kind(len(batch), self.world.stages, self.world.stage))
         return self.total
 
     def loss(self, final: Final, targets: Targets) -> Tensor:
@@ -313,8 +312,7 @@ class PipelineEngine(Engine):
         return out.loss
 
     def reduce(self) -> None:
-        self.engine._exec_reduce_tied_grads()
-        self.engine._exec_reduce_grads()
+        private.reduce_gradients(self.engine)
 
     def update(self) -> None:
-        self.engine._exec_optimizer_step()
+        private.optimizer_step(self.engine)

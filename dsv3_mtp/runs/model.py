@@ -8,17 +8,20 @@ import torch
 
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.hf.keys import summarise
-from dsv3_mtp.hf.load import empty_model, load_weights, misfits
+from dsv3_mtp.hf.load import empty_model, is_finite, load_weights, misfits
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.loading import IMPORTED, newest_weights, tokenizer_of
 
 
 class LoadedRun(NamedTuple):
-    """`tokenizer` is the run's tokenizer.json, None where its data has none (Megatron files)."""
+    """`tokenizer` is the run's tokenizer.json, None where its data has none (Megatron files);
+    `notes` say which newer checkpoints could not be used.
+    """
 
     model: DeepseekV3MTP
     config: Config
     tokenizer: Path | None
+    notes: list[str]
 
 
 def load_run(
@@ -40,7 +43,7 @@ def load_run(
             f"{folder}: no config.yaml there; name the folder of a run, like runs/v3_tiny"
         )
     config = load_config(folder / "config.yaml", trust_code=trust_code)
-    stored = newest_weights(folder, ema=ema)
+    stored, notes = newest_weights(folder, ema=ema)
     if stored is None and not (folder / IMPORTED).is_dir():
         raise ValueError(f"{folder}: no complete checkpoint there; train the run first, or further")
     model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
@@ -54,8 +57,17 @@ def load_run(
             raise ValueError("\n  ".join(lines))
         for name, tensor in state.items():
             # one at a time: never two models in memory
-            tensor.copy_(stored.read(name).view_as(tensor))
+            values = stored.read(name)
+            if not is_finite(values):
+                problems.append(f"{name}: holds nan or infinity")
+            tensor.copy_(values.view_as(tensor))
+        if problems:
+            raise ValueError(
+                "\n  ".join([f"{stored.folder}: {len(problems)} problem(s)", *problems])
+            )
     else:
         model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module
         load_weights(model, folder / IMPORTED)
-    return LoadedRun(model.requires_grad_(False).eval(), config, tokenizer_of(config, folder))
+    return LoadedRun(
+        model.requires_grad_(False).eval(), config, tokenizer_of(config, folder), notes
+    )

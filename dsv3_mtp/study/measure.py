@@ -6,7 +6,6 @@ The report adds `train/main_loss_error` and its like, which need the runs of ano
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from dsv3_mtp.decode.draft import no_drafter
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.report.metrics import Record as Logged
 from dsv3_mtp.report.metrics import depths_of, read_metrics
+from dsv3_mtp.runs.folder import read_starts
 from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.study.archive import Curve, Data, Fork, Record, Start
 from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
@@ -93,7 +93,7 @@ def describe(study: Study, run: Run, records: Sequence[Logged], starts: list[Sta
 def starts_of(folder: Path) -> list[Start]:
     """Every start of the run, from its manifest; those that ran on the same are one."""
     starts: dict[str, Start] = {}
-    for start in json.loads((folder / "manifest.json").read_text())["starts"]:
+    for start in read_starts(folder):
         data = start["data"].items()
         found = Start(
             time=start["time"],
@@ -135,10 +135,12 @@ def along_text(folder: Path, run: Run) -> dict[str, float]:
     """The table drafters' floors with this run's main model; and `shift/...`, the validation on
     packages that were held out whole, where the corpus has them.
     """
+    if not isinstance(run.config.data.val, str):
+        return {}  # a source of another kind has no text to read by position
     config, model = run.config, _model(folder, run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    path, batches = config.data.val or "", config.eval.batches
+    path, batches = run.config.data.val, config.eval.batches
     val = open_source(path, "val")
     metrics, _ = drafter_floors(model, val, config, batches=batches, device=device)
     if SHIFT in splits_of(path):

@@ -1,6 +1,5 @@
 """The process of one run of a study: claims its folder, trains, measures, writes results.json."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -13,14 +12,19 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from pydantic import with_config
+from typing_extensions import TypedDict
+
 from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.report.metrics import MetricsLog, read_metrics
 from dsv3_mtp.runs.loading import is_complete, newest_checkpoint
 from dsv3_mtp.study.archive import read_results, write_results
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import describe, measure, starts_of
-from dsv3_mtp.train.trainer import NonFiniteError, Trainer
+from dsv3_mtp.train.process import own_process
+from dsv3_mtp.train.trainer import NonFiniteError
 
 TIME = "time.json"  # in a run folder
 STOPPED, ELSEWHERE = 3, 4  # exit codes
@@ -88,7 +92,7 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
         tokens = run.config.train.total_tokens
         fork(study.folder / run.parent, folder, run.fork_step, total_tokens=tokens)
     try:
-        trainer = Trainer(run.config, command=command)
+        trainer = own_process(run.config, command=command)
         begun, first = _seconds(trainer), trainer.tokens
         trainer.run()
     except NonFiniteError as error:
@@ -110,6 +114,14 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
     return 0
 
 
+@with_config(OPEN)
+class Spent(TypedDict):
+    """time.json."""
+
+    seconds: float
+    tokens: int
+
+
 def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
     """What training has cost in all starts of a run: (seconds, tokens), kept in time.json.
 
@@ -118,7 +130,7 @@ def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
     """
     path = folder / TIME
     if path.exists():
-        earlier = json.loads(path.read_text())
+        earlier = read_json(path, Spent, "delete it: the time of this start alone will count")
         seconds, tokens = earlier["seconds"] + seconds * (tokens > 0), earlier["tokens"] + tokens
     if tokens:
         write_json(path, {"seconds": seconds, "tokens": tokens})

@@ -16,7 +16,7 @@ from dsv3_mtp.data.source import Source
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.overlap import overlap_means, teachers
 from dsv3_mtp.model.targets import valid_targets
-from dsv3_mtp.runs.loading import newest_checkpoint
+from dsv3_mtp.runs.loading import newest_checkpoint, read_reached
 from dsv3_mtp.train.checkpoint import read_state
 from dsv3_mtp.train.drafts import DraftStatistics, TableDrafters
 from dsv3_mtp.train.evaluate import to_device
@@ -34,9 +34,9 @@ def trained_on(run: str | Path, *, trust_code: bool = False) -> Sampler | None:
     newest = newest_checkpoint(Path(run) / "checkpoints")
     if config.data.task is not None or newest is None:
         return None
-    state = read_state(newest)
-    if "sampler" not in state:  # weights without a training run
+    if "sampler" not in read_reached(newest):  # weights without a training run
         return None
+    state = read_state(newest)
     sampler, _ = open_sources(config)
     sampler.load_state_dict(state["sampler"])
     return sampler

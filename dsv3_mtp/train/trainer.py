@@ -1,6 +1,7 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,22 @@ from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.ngrams import early_training
 from dsv3_mtp.data.opening import build_missing, open_sources
-from dsv3_mtp.data.source import Source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.output import LossSettings
-from dsv3_mtp.model.size import model_size
-from dsv3_mtp.ops.tuning import tune
+from dsv3_mtp.model.size import model_size, require_memory
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
 from dsv3_mtp.parallel.clip import clipped
 from dsv3_mtp.parallel.engine import deepspeed_config
-from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
+from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starting
 from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.report.progress import Progress, floors_line, quantity
 from dsv3_mtp.runs.folder import (
     changed_code,
     changed_settings,
-    find_checkpoint,
+    find_checkpoints,
     run_folder,
     write_run_folder,
 )
@@ -46,32 +45,52 @@ class NonFiniteError(RuntimeError):
 class Trainer:
     """A run from its config to its results: builds or resumes everything, then `run()`.
 
+    Args:
+        command: what manifest.json says started it.
+        stop: true once the run should save and stop; None: nothing stops it but an exception.
+        notes: lines that `run` says first.
+
     Raises:
         ValueError: the config does not fit these ranks, the data, or the checkpoint in the run
             folder.
     """
 
-    def __init__(self, config: Config, *, command: list[str]):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        command: list[str],
+        stop: StopRequest | None = None,
+        notes: Sequence[str] = (),
+    ):
         self.config = config
         self.folder = run_folder(config)
-        parallel = config.parallel
+        self.stop = stop
+        with starting(config.parallel.timeout_s):
+            self.build(command, notes)
+
+    def build(self, command: list[str], notes: Sequence[str]) -> None:
+        """Everything that a run needs: ranks, data, model, engine, and what was saved."""
+        config, parallel = self.config, self.config.parallel
         self.world = start(
             threads=config.train.threads,
             timeout_s=parallel.timeout_s,
             stages=parallel.pipeline_stages,
             slices=parallel.sequence_parallel_size,
         )
-        self.stop = StopRequest()
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
-        latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
-        self.notes += tune(self.world.device)
+        complete, found = on_main(self.world, lambda: find_checkpoints(config))
+        latest, damaged = checkpoint.first_sound(self.world, complete)
+        self.notes = [*found, *damaged, *notes]
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
+        # bfloat16 weights, float32 masters and two moments at the least
+        require_memory(whole, bytes_per_value=12, ranks=self.world.size)
         self.size = model_size(whole, config.data.seq_len)
-        compute, notes = choose_compute(
+        compute, chosen = choose_compute(
             config, self.world.device, lambda: meta_model(config.model, config.mtp)
         )
         self.model = build_model(config, ds_config, self.world, compute)
@@ -79,7 +98,7 @@ class Trainer:
             self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
-        self.notes += notes
+        self.notes += chosen
         heads = self.model.mtp if config.clips_apart else None
         optimizer = build_optimizer(self.model, config.optim, apart=heads)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
@@ -88,20 +107,38 @@ class Trainer:
         self.average = None if decay is None else WeightAverage(self.engine, decay)
 
         self.step = self.tokens = 0
+        self.lambda_state = schedules.first_state(config.mtp)
         self.clock = Clock()
         if latest:
             self.notes += self.resume(latest)
-        on_main(self.world, lambda: self.open_folder(ds_config, command))
-
-    def open_folder(self, ds_config: dict[str, Any], command: list[str]) -> None:
-        """metrics.jsonl up to the step this start begins at, and the description of this start."""
         self.log = MetricsLog(self.folder / "metrics.jsonl")
-        self.log.truncate_after(self.step or -1)
+        on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
+        begin = self.step
+        # What this start is; on resume not before its first step: until then the folder holds what
+        # the settings there made.
+        self.describe: Callable[[], None] | None = lambda: self.write_folder(
+            ds_config, command, begin
+        )
+        if not latest:
+            self.describe_once()
+
+    def describe_once(self) -> None:
+        if self.describe is not None:
+            on_main(self.world, self.describe)
+            self.describe = None
+
+    def write_folder(self, ds_config: dict[str, Any], command: list[str], step: int) -> None:
+        """The description of this start, which trains from `step` on."""
         sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {
             "val": self.val
         }
         write_run_folder(
-            self.config, ds_config, world_size=self.world.size, command=command, sources=sources
+            self.config,
+            ds_config,
+            world_size=self.world.size,
+            command=command,
+            sources=sources,
+            step=step,
         )
 
     @property
@@ -126,6 +163,7 @@ class Trainer:
             stopping = warned = False
             while self.tokens < total and not stopping:
                 record, stopping = self.optimizer_step()
+                self.describe_once()
                 self.display.advance(step=self.step, tokens=self.tokens, eta_s=self.eta())
                 done = self.tokens >= total
                 if self.is_logged(self.step, self.tokens):
@@ -149,7 +187,9 @@ class Trainer:
         """
         config, world, depths = self.config, self.world, self.config.mtp.depths
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
-        step = schedules.coming_step(config, self.tokens, micro * world.data_size)
+        step = schedules.coming_step(
+            config, self.tokens, micro * world.data_size, self.lambda_state
+        )
         share = {"rank": world.data_rank, "world_size": world.data_size, "micro_batch_size": micro}
         pieces = self.sampler.next_batch(step.batch_size, **share)
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
@@ -196,15 +236,19 @@ class Trainer:
 
         record["train/balance_loss"] = alpha * balance / step.batch_size
         if depths:
-            record["train/mtp_weight"] = schedules.mtp_loss_weight(
-                config.mtp.loss_weight, self.progress
-            )
+            record["train/mtp_weight"] = step.loss_weight
+            record |= {f"train/mtp_weight/{k}": w for k, w in enumerate(step.loss_weights, 1)}
         record |= {
             "optim/lr": step.lr,
             "moe/bias_update_speed": step.bias_speed,
             "train/batch_size": step.batch_size,
         }
         record |= self.load_metrics(on_host[len(totals) :].view_as(out.load), node_count)
+        if self.lambda_state is not None:  # rank 0's, so that no rank can have another
+            state = self.lambda_state
+            self.lambda_state = on_main(
+                world, lambda: schedules.next_state(config.mtp, state, record)
+            )
         self.step += 1
         self.tokens = step.tokens
         return record, stopping > 0
@@ -256,9 +300,10 @@ class Trainer:
         # the last update of a run has no step behind it that would show it
         self.require_finite(record)
         notes = []
-        if self.progress >= 1 and self.world.is_main and isinstance(self.val, Source):
+        text, readable = self.val.text, all(source.text for source in self.sampler.sources)
+        if self.progress >= 1 and self.world.is_main and text is not None and readable:
             batches = self.config.eval.batches
-            floors, why = text_floors(self.sampler, self.val, self.config, batches=batches)
+            floors, why = text_floors(self.sampler, text, self.config, batches=batches)
             record |= floors
             notes = [floors_line(record) if floors else why, early_training(record)]
         self.display.validation(record)
@@ -293,7 +338,7 @@ class Trainer:
         if (
             not low
             or self.progress < self.config.optim.schedule.warmup
-            or self.config.data.task is not None
+            or self.val.task is not None
         ):
             return False
         self.display.say(
@@ -306,6 +351,7 @@ class Trainer:
         state = {"step": self.step, "tokens": self.tokens, "config": self.config.to_dict()}
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
         state |= {"layout": describe(self.config, self.world.size)}
+        state |= {"loss_weight": self.lambda_state}
         root = self.folder / "checkpoints"
         keep = self.config.checkpoint.keep
         checkpoint.save(
@@ -317,15 +363,40 @@ class Trainer:
         user.
         """
         saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
-        notes = changed_settings(saved["config"], self.config, folder)
+        finished = saved["tokens"] >= self.config.train.total_tokens
+        notes = changed_settings(saved["config"], self.config, folder, finished=finished)
+        notes += self.warmed_again(saved)
         notes += changed_code(self.config)
         self.sampler.load_state_dict(saved["sampler"])
         moments = getattr(torch, self.config.optim.moments)
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)
         self.step, self.tokens = saved["step"], saved["tokens"]
-        self.clock.load_state_dict(saved["clock"])
+        self.clock.load_state_dict({"seconds": saved["clock"]["seconds"]})
+        notes += self.resume_lambda(saved)
         moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""
         return [f"resumed at step {self.step} from {folder}{moved}", *notes]
+
+    def resume_lambda(self, saved: Mapping[str, Any]) -> list[str]:
+        """The state of lambda's schedule; a schedule of another type begins with its first state."""
+        if self.lambda_state is None:
+            return []
+        before = saved["config"]["mtp"]["loss_weight"]["type"]
+        if saved.get("loss_weight") is None or before != self.config.mtp.loss_weight.type:
+            return ["mtp.loss_weight: of another type than before, begins with its first state"]
+        self.lambda_state = saved["loss_weight"]
+        return []
+
+    def warmed_again(self, saved: Mapping[str, Any]) -> list[str]:
+        """A longer train.total_tokens moves the progress back, and with it the schedules."""
+        before, total = saved["config"]["train"]["total_tokens"], self.config.train.total_tokens
+        if total == before:
+            return []
+        tokens = saved["tokens"]
+        old, new = (min(tokens / length, 1.0) for length in (before, total))
+        rates = [schedules.learning_rate(self.config.optim, progress) for progress in (old, new)]
+        text = f"progress goes from {old:.0%} to {new:.0%}, the learning rate from {rates[0]:.2e}"
+        again = ": it is warmed again" if rates[1] > 1.01 * rates[0] else ""
+        return [f"train.total_tokens: {text} to {rates[1]:.2e}{again}"]
 
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
@@ -342,7 +413,7 @@ class Trainer:
         if self.progress < 1:
             end = (
                 f"stopped at step {self.step} by "
-                f"{self.stop.reason or 'another rank'}; the same command continues"
+                f"{(self.stop and self.stop.reason) or 'another rank'}; the same command continues"
             )
         else:
             end = (
@@ -359,7 +430,7 @@ class Trainer:
             if config.mtp.mode == "none"
             else f"{config.mtp.mode} D={config.mtp.depths}"
         )
-        tokens = [source.tokens for source in self.sampler.sources if isinstance(source, Source)]
+        tokens = [source.tokens for source in self.sampler.sources if source.tokens is not None]
         data = quantity(sum(tokens)) if tokens else self.val.path
         experts = (
             f", EP {config.parallel.expert_parallel_size}"

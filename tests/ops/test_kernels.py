@@ -2,6 +2,7 @@
 built.
 """
 
+import platform
 import shutil
 import subprocess
 from contextlib import nullcontext
@@ -405,4 +406,25 @@ def test_a_failed_build_leaves_nothing_behind(anew, tmp_path):
     anew.setenv("CC", str(failing))
     anew.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert choice.describe(torch.device("cpu")).endswith("run instead (no space left)")
-    assert list((tmp_path / "cache" / "dsv3_mtp").iterdir()) == []
+    assert [x.name for x in (tmp_path / "cache" / "dsv3_mtp").iterdir()] == [".lock"]
+
+
+def test_a_library_that_was_damaged_or_lies_open_to_others_is_not_loaded(anew, tmp_path):
+    anew.setenv("XDG_CACHE_HOME", str(tmp_path))
+    anew.setenv("CC", "cc -m64" if platform.machine() == "x86_64" else "cc -O2")
+    if c.unavailable(torch.float32):
+        pytest.skip("no C compiler")
+    cache = tmp_path / "dsv3_mtp"
+    [library] = cache.glob("*.so")
+    assert cache.stat().st_mode & 0o777 == 0o700
+    content = library.read_bytes()
+    library.unlink()  # not in place: this process still runs it
+    library.write_bytes(content[: len(content) // 2])
+    library.chmod(0o700)
+    c._library.cache_clear()
+    assert "was damaged and is deleted" in str(c.unavailable(torch.float32))
+    c._library.cache_clear()
+    assert c.unavailable(torch.float32) is None  # built again
+    cache.chmod(0o777)
+    c._library.cache_clear()
+    assert "others may write it" in str(c.unavailable(torch.float32))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench.meter import Meter
 from dsv3_mtp.model import block
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import RMSNorm
@@ -15,7 +16,6 @@ from dsv3_mtp.ops import choice
 from dsv3_mtp.ops.attention import Core
 from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.ops.recompute import again, forgetting
-from tools.meter import Meter
 
 MODES = ("none", "selective", "full")
 HEADS = [

@@ -20,6 +20,7 @@ from dsv3_mtp.ops.compute import Compute
 from dsv3_mtp.parallel.build import build_model
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.train.evaluate import evaluate
+from dsv3_mtp.train.process import own_process
 from dsv3_mtp.train.trainer import Trainer
 from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
@@ -156,7 +157,7 @@ def train(jobs: list[tuple[str, Config, str]]) -> None:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     for model, config, file in jobs:
-        trainer = Trainer(config, command=["test"])
+        trainer = own_process(config, command=["test"])
         sharded = config.parallel.zero_stage > 0
         if model == "skewed":
             skew(trainer)

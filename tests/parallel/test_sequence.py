@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bench.meter import Meter
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe, refusals
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
@@ -23,7 +24,6 @@ from dsv3_mtp.plan.dryrun import dry_run
 from dsv3_mtp.plan.memory import communication, layout, plan
 from tests.conftest import tiny
 from tests.ranks import run_ranks
-from tools.meter import Meter
 
 RANKS, ROWS, LENGTH, DOCUMENTS = 4, 4, 16, torch.tensor([0] * 3 + [1] * 8 + [2] * 20)
 SETTINGS: dict[

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.meter import Meter, measure_step
+from bench.parallel import composition
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.size import model_size
@@ -26,8 +28,6 @@ from dsv3_mtp.plan.memory import (
     state_bytes,
 )
 from tests.ranks import run_ranks, write_markov
-from tools.bench_parallel import composition
-from tools.meter import Meter, measure_step
 
 ROOT = Path(__file__).parents[2]
 GB = 1e9
@@ -229,6 +229,6 @@ def test_two_ranks_hold_and_send_what_is_planned(make_tiny_config, tmp_path):
 def test_the_documented_table_of_what_composes_is_the_one_that_refuses():
     table = composition(load_config(ROOT / "configs" / "v3_tiny.yaml"))
     documented = (ROOT / "docs" / "parallelism.md").read_text().partition("<!-- refusals -->\n")[2]
-    remedy = "put the output of `python tools/bench_parallel.py refusals` there"
+    remedy = "put the output of `python bench/parallel.py refusals` there"
     assert documented.partition("\n<!-- end -->")[0] == table, remedy
     assert "| ZeRO-1 | - | yes |" in table and "pipeline_stages: needs train.freeze none" in table
