@@ -4,6 +4,7 @@ Examples:
     python tools/prepare_data.py --out data/pystdlib-2048 --corpus pystdlib --vocab-size 2048
     python tools/prepare_data.py --out data/sitelib-512 --corpus sitelib --vocab-size 512
     python tools/prepare_data.py --out data/web --input 'web/*.jsonl.zst' --tokenizer tokenizer.json
+    python tools/prepare_data.py --out data/chats --input chats.jsonl --mask prompts --tokenizer T/tokenizer.json
     python tools/prepare_data.py --verify data/web
 """
 
@@ -81,6 +82,11 @@ def parse() -> argparse.Namespace:
     )
     text.add_argument(
         "--text-key", metavar="KEY", help="key or column that holds the text (default: text)"
+    )
+    text.add_argument(
+        "--mask",
+        choices=["prompts"],
+        help="records are {prompt, completion} or {messages}: only answers are targets",
     )
     text.add_argument(
         "--val-fraction",

@@ -7,7 +7,7 @@ from typing import Any
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.data.prepare import Arguments, prepare
-from dsv3_mtp.data.sampler import Sampler
+from dsv3_mtp.data.sampler import Sampler, is_masked
 from dsv3_mtp.data.source import (
     Source,
     check_documents,
@@ -46,6 +46,7 @@ def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
     if isinstance(val, TaskSource):
         return Sampler([val], **windows), val
     sources = [open_source(entry.path, "train") for entry in config.data.entries]
+    check_masks(config.data.mask, sources, val)
     for source in sources:
         check_vocab(source, config.model.vocab_size)
     for source in [*sources, val] if config.data.mask_documents else []:
@@ -55,6 +56,23 @@ def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
         made.append((weights_of, tokenizer_sha256(Path(weights_of, "tokenizer.json"))))
     check_tokenizers(made)
     return Sampler(sources, [entry.weight for entry in config.data.entries], **windows), val
+
+
+def check_masks(mask: str, sources: list[Source], val: Source) -> None:
+    """Raise ValueError when `data.mask` says another thing than the data: none of it would be
+    noticed in the losses.
+    """
+    masked = [source.path for source in sources if is_masked(source)]
+    if mask == "prompts" and not masked:
+        raise ValueError(
+            f"data.mask: prompts, but {', '.join(s.path for s in sources)} was not prepared with "
+            "--mask prompts; prepare it so, or set data.mask: none"
+        )
+    if mask == "none" and (found := masked or [val.path] * is_masked(val)):
+        raise ValueError(
+            f"{found[0]} was prepared with --mask prompts; set data.mask: prompts, or prepare it "
+            "without"
+        )
 
 
 def validation_source(config: Config, split: str = "val") -> Source | TaskSource:

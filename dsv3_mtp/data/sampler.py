@@ -18,8 +18,8 @@ import numpy as np
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.tasks.examples import TaskSource, TaskStream
 
-# tokens and documents (b, T + lookahead) int64; of a task also (b, T + lookahead) bool: which
-# tokens are targets
+# tokens and documents (b, T + lookahead) int64; of a task, and of text with masked prompts, also
+# (b, T + lookahead) bool: which tokens are targets
 Batch = tuple[np.ndarray, ...]
 
 DOCUMENTS, WINDOWS = 0, 1  # which of the two permutations of an epoch
@@ -57,8 +57,11 @@ class Sampler:
         self.samples = 0
         self.counts = [0] * len(sources)
         self._prepared: tuple[list[tuple[int, int]], int, list[Batch]] | None = None
+        # in a mixture all rows say which of their tokens are targets, or none does
+        self.masked = any(is_masked(source) for source in sources)
         self._streams = [
-            _open_stream(source, seq_len, (seed, i)) for i, source in enumerate(sources)
+            _open_stream(source, seq_len, (seed, i), masked=self.masked)
+            for i, source in enumerate(sources)
         ]
 
     def next_batch(
@@ -193,7 +196,7 @@ def sequential_windows(
     Micro-batches of `micro_batch_size` rows (None: one slice per rank) are dealt to the ranks in
     turn, see `deal`.
     """
-    stream = _open_stream(source, seq_len, None)
+    stream = _open_stream(source, seq_len, None, masked=is_masked(source))
     batches = deal(count, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
     return [
         _stack([stream.spread(row, count, seq_len + lookahead) for row in rows]) for rows in batches
@@ -204,7 +207,7 @@ def spare_windows(source: Source, *, seq_len: int, lookahead: int, count: int, m
     """At most `most` windows, evenly spread, that are none of the `count` of `sequential_windows`:
     (tokens, documents), each (n, T + lookahead), where n may be 0.
     """
-    stream = _Stream(source, seq_len, None)
+    stream = _Stream(source, seq_len, None, masked=is_masked(source))
     taken = {stream.place(index, count) for index in range(count)}
     free = [window for window in range(stream.available) if window not in taken]
     chosen = [free[n * len(free) // most] for n in range(most)] if len(free) > most else free
@@ -219,12 +222,17 @@ def deal(count: int, *, rank: int, world_size: int, micro_batch_size: int | None
     return [range(i, min(i + micro, count)) for i in range(0, count, micro)][rank::world_size]
 
 
+def is_masked(source: Source | TaskSource) -> bool:
+    """It is text of which not every token is a target."""
+    return isinstance(source, Source) and source.masks is not None
+
+
 def _open_stream(
-    source: Source | TaskSource, seq_len: int, key: tuple[int, int] | None
+    source: Source | TaskSource, seq_len: int, key: tuple[int, int] | None, *, masked: bool
 ) -> "_Stream | TaskStream":
     if isinstance(source, TaskSource):
         return TaskStream(source, seq_len, key)
-    return _Stream(source, seq_len, key)
+    return _Stream(source, seq_len, key, masked=masked)
 
 
 class _Stream:
@@ -233,8 +241,11 @@ class _Stream:
     key: (seed, number of the source), or None for the natural order in every epoch.
     """
 
-    def __init__(self, source: Source, seq_len: int, key: tuple[int, int] | None) -> None:
-        self.source, self.seq_len, self.key = source, seq_len, key
+    def __init__(
+        self, source: Source, seq_len: int, key: tuple[int, int] | None, *, masked: bool = False
+    ) -> None:
+        """masked: samples say which of their tokens are targets."""
+        self.source, self.seq_len, self.key, self.masked = source, seq_len, key, masked
         self.lengths = np.diff(source.document_starts)
         # A window touches its epoch and the next, and a batch may lie on both sides of an epoch
         # border.
@@ -266,7 +277,10 @@ class _Stream:
         return self._first_window(1)
 
     def span(self, start: int, length: int) -> Batch:
-        """stream[start : start + length] and the document number of each token, from 0."""
+        """stream[start : start + length], the document number of each token, from 0, and where
+        `masked` whether it is a target.
+        """
+        scored = np.empty(length, np.bool_)
         tokens, documents = np.empty(length, np.int64), np.empty(length, np.int64)
         filled = number = 0
         while filled < length:
@@ -277,8 +291,10 @@ class _Stream:
             begin = int(self.source.document_starts[order[slot] + 1]) - (int(ends[slot]) - offset)
             tokens[filled:stop] = self.source.read(begin, begin + stop - filled)
             documents[filled:stop] = number
+            if self.masked:
+                scored[filled:stop] = self.source.read_scored(begin, begin + stop - filled)
             filled, number = stop, number + 1
-        return tokens, documents
+        return (tokens, documents, scored) if self.masked else (tokens, documents)
 
     def _first_window(self, epoch: int) -> int:
         return -(-epoch * self.source.tokens // self.seq_len)

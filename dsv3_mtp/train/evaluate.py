@@ -98,7 +98,7 @@ def validate(
         metrics |= grade.metrics(totals[3 + 9 * depths :], metrics)
     if isinstance(source, Source) and source.bytes is not None:
         metrics["val/bits_per_byte"] = (
-            metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes
+            metrics["val/main_loss"] / math.log(2) * source.targets / source.bytes
         )
     return metrics
 
