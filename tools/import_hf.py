@@ -6,8 +6,7 @@ run.
 
 A fresh MTP module on a frozen trunk:
 
-    python tools/import_hf.py --from DIR --out runs/head --data data/web --trunk-only \\
-        --set mtp.mode=sequential --set mtp.num_nextn_predict_layers=1 --set mtp.detach=trunk --set train.freeze=trunk
+    python tools/import_hf.py --from DIR --out runs/head --data data/web --frozen
 
 Exit codes: 0 done, 2 the checkpoint or the config cannot be used; everything wrong is listed and
     nothing is written.
@@ -42,10 +41,16 @@ def main() -> int:
         choices=["bf16", "fp32"],
         help="of the weights (default: as stored; bf16 for FP8)",
     )
+    parser.add_argument(
+        "--frozen",
+        action="store_true",
+        help="train MTP modules on this trunk, which stays as it is and where it is",
+    )
     parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
     options = parser.parse_args()
     try:
         from dsv3_mtp.hf import import_hf
+        from dsv3_mtp.plan.outlook import outlook
 
         notes = import_hf(
             options.source,
@@ -55,7 +60,9 @@ def main() -> int:
             data=options.data,
             dtype=options.dtype,
             trunk_only=options.trunk_only,
+            frozen=options.frozen,
         )
+        notes += outlook(options.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,8 @@ def main() -> int:
     from dsv3_mtp.data.prepare import Arguments, prepare
     from dsv3_mtp.data.shards import verify_folder
 
+    if options.from_run is not None or options.prompts is not None:
+        return write_answers_of(options)
     names = Arguments.__dataclass_fields__
     values = {
         key: value for key, value in vars(options).items() if key in names and value is not None
@@ -54,6 +56,39 @@ def main() -> int:
     return 0
 
 
+def write_answers_of(options: argparse.Namespace) -> int:
+    """`--from-run`: exit code."""
+    from dsv3_mtp.train.answers import AnswerArguments, write_answers
+
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    given |= {"run": given.pop("from_run", None)}
+    given.pop("workers", None)
+    out, allowed = given.pop("out"), set(AnswerArguments.__dataclass_fields__)
+    try:
+        if given["run"] is None or "prompts" not in given:
+            raise ValueError("--from-run RUN and --prompts FILE go together")
+        if other := [key.replace("_", "-") for key in given if key not in allowed]:
+            raise ValueError(f"--{other[0]} does not go with --from-run")
+
+        def report(done: int, total: int, tokens: int) -> None:
+            print(f"{done:,} of {total:,} prompts, {tokens:,} tokens", file=sys.stderr, flush=True)
+
+        index = write_answers(out, AnswerArguments(**given), progress=report)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on from {out}.partial", file=sys.stderr)
+        return 130
+    for split, entry in index["splits"].items():
+        print(
+            f"{out} {split}: {entry['documents']:,} answers, {entry['scored_tokens']:,} targets of "
+            f"{entry['tokens']:,} tokens"
+        )
+    print("next: set data.train and data.val to it, and data.mask: prompts")
+    return 0
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -64,6 +99,23 @@ def parse() -> argparse.Namespace:
         "--verify",
         metavar="DIR",
         help="compare the files of a prepared folder with their checksums",
+    )
+    answers = parser.add_argument_group("text that a run writes itself, instead of files")
+    answers.add_argument("--from-run", metavar="RUN", help="whose main model answers")
+    answers.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=".jsonl with {prompt} or {messages}; of any other file each line is a prompt",
+    )
+    answers.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)"
+    )
+    answers.add_argument(
+        "--temperature", type=float, metavar="X", help="of the answers (default: 1)"
+    )
+    answers.add_argument("--top-p", type=float, metavar="P", help="of the answers (default: 1)")
+    answers.add_argument(
+        "--batch", type=int, metavar="N", help="prompts answered together (default: 32)"
     )
     text = parser.add_argument_group("text")
     text.add_argument(

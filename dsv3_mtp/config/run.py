@@ -288,6 +288,11 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
             )
         elif mtp.detach == "none":
             yield "train.freeze", "trunk needs mtp.detach: trunk or all (got none)"
+        if mtp.depths and not any(_weights_over(mtp)):
+            yield (
+                "mtp.loss_weight",
+                "must be > 0 somewhere with train.freeze: trunk, or nothing learns (got 0 all along)",
+            )
         if train.init_from is None:
             yield (
                 "train.freeze",
@@ -296,6 +301,14 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
 
     if all(sections.get(name) is not None for name in layout.NEEDS):
         yield from layout.problems(SimpleNamespace(**sections))
+
+
+def _weights_over(mtp: MTPConfig) -> Iterator[float]:
+    """The factors of the heads' losses, at a hundred moments of a run."""
+    from dsv3_mtp.config.schedules import depth_loss_weights  # which reads this module
+
+    for step in range(101):
+        yield from depth_loss_weights(mtp, step / 100)
 
 
 def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:

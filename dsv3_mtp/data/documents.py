@@ -249,6 +249,11 @@ def _text_records(path: Path, start: int) -> Iterator[Record]:
         yield 1, len(content), text, str(path)
 
 
+def json_lines(path: Path) -> Iterator[Record]:
+    """Every record of JSON lines, whole."""
+    return _jsonl_records(path, None, 0)
+
+
 def _jsonl_records(path: Path, key: str | None, start: int) -> Iterator[Record]:
     with open(path, "rb") as raw:
         number = 0

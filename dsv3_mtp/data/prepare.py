@@ -116,9 +116,22 @@ def prepare(
     out = Path(out_dir)
     if not out.name:
         raise ValueError(f"{str(out_dir)!r}: names no folder to make; give --out one")
-    partial = out.with_name(out.name + ".partial")
     inputs = _open_inputs(arguments, out)
     recorded = _recorded(arguments, inputs)
+
+    def build(partial: Path) -> None:
+        _build(partial, arguments, recorded, inputs, progress)
+
+    return make_folder(out, recorded, build)
+
+
+def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], None]) -> FolderIndex:
+    """The prepared folder `out`, which `build` makes in `out`.partial where it is not there yet.
+
+    Raises:
+        ValueError: `out` was made with other arguments than `recorded`.
+    """
+    partial = out.with_name(out.name + ".partial")
     if not _taken(out):
         locked = out.with_name(f".{out.name}.lock")
         descriptor = lock(locked, f"waiting for the process that holds {locked}", wait=True)
@@ -126,7 +139,7 @@ def prepare(
             if not _taken(out):  # another process may have made it while this one waited
                 partial.mkdir(exist_ok=True)
                 with naming(partial):
-                    _build(partial, arguments, recorded, inputs, progress)
+                    build(partial)
                 os.replace(partial, out)
             locked.unlink(missing_ok=True)  # whoever still waits for it will find `out`
         finally:

@@ -61,6 +61,7 @@ class DeepseekV3MTP(nn.Module):
     """
 
     rows = Rows()
+    frozen = False  # by `freeze_trunk`: only the heads learn
 
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__()
@@ -164,8 +165,11 @@ class DeepseekV3MTP(nn.Module):
         """
         angles, mask = self.positions(tokens, documents)
         length = angles.shape[1]
-        embedded = self.model.embed_tokens(tokens[:, :-1])  # (B, T+D, C), each token looked up once
-        trunk, stats = self.model(embedded[:, :length], angles, mask)
+        # A frozen trunk keeps nothing for a backward.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            # (B, T+D, C), each token looked up once
+            embedded = self.model.embed_tokens(tokens[:, :-1])
+            trunk, stats = self.model(embedded[:, :length], angles, mask)
         hiddens, more = self.head_states(trunk, embedded[:, 1:], angles, mask, documents)
         return hiddens, stats + more
 
@@ -306,6 +310,7 @@ class DeepseekV3MTP(nn.Module):
         """Only the MTP heads go on learning: no gradient into embedding, trunk, its routers and the
         output head.
         """
+        self.frozen = True
         for part in (self.model, self.lm_head):
             part.requires_grad_(False)
 

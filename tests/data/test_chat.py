@@ -151,7 +151,7 @@ def test_a_mixture_masks_chats_and_scores_all_of_the_text(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             open_sources(config(train, train, mask))
-    with pytest.raises(ValueError, match="data.mask none: stages pass on tokens"):
+    with pytest.raises(ValueError, match=r"data.mask none: stages pass on tokens"):
         Config.model_validate(
             config(sums, sums, "prompts").to_dict() | {"parallel": {"pipeline_stages": 2}}
         )
