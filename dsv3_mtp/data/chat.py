@@ -110,7 +110,7 @@ def read_template(tokenizer: Path) -> ChatTemplate | None:
         if (beside.is_file())
         else {}
     )
-    tokens = {}
+    tokens: dict[str, str] = {}
     for key, value in content.items():
         if key.endswith("_token"):
             text = value.get("content") if isinstance(value, dict) else value

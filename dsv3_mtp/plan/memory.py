@@ -182,7 +182,8 @@ def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
     # The loss holds a chunk of logits, which their gradient replaces, and the gradient of the head
     # in float32.
     logits = min(CHUNKS_ON_GPU * CHUNK_ELEMENTS, rows * model.vocab_size)
-    size = element * logits + 4 * model.vocab_size * model.hidden_size if head else 0
+    wide = 0 if config.train.freeze == "trunk" else 4 * model.vocab_size * model.hidden_size
+    size = element * logits + wide if head else 0
     if zero:
         size += element * settings["reduce_bucket_size"]
     if zero == 3:

@@ -246,7 +246,7 @@ def test_a_frozen_trunk_keeps_nothing_and_has_no_gradient(make_tiny_config, reco
 
 def test_the_plan_of_a_frozen_trunk_has_its_weights_and_nothing_else_of_it(make_tiny_config):
     config = make_tiny_config(
-        {"mtp.detach": "all", "train.init_from": "hf", "parallel": {"zero_stage": 1}}
+        {"mtp.detach": "all", "train.init_from": "hf", "parallel.zero_stage": 1}
     )
     frozen = config.model_copy(
         update={"train": config.train.model_copy(update={"freeze": "trunk"})}
@@ -260,6 +260,8 @@ def test_the_plan_of_a_frozen_trunk_has_its_weights_and_nothing_else_of_it(make_
     assert own.gradients * (joint.dense + joint.experts) == pytest.approx(joint.gradients * heads)
     assert own.states * (joint.dense + joint.experts) == pytest.approx(joint.states * heads)
     assert own.activations < 0.5 * joint.activations  # one block of four, and no embedding
+    head = config.model.vocab_size * config.model.hidden_size
+    assert joint.buffers - own.buffers == 4 * head  # no gradient of the output head
 
 
 def test_a_frozen_trunk_whose_heads_never_learn_is_refused(make_tiny_config):
@@ -267,5 +269,5 @@ def test_a_frozen_trunk_whose_heads_never_learn_is_refused(make_tiny_config):
     tree["train"]["freeze"] = "trunk"
     Config.model_validate(tree)
     tree["mtp"]["loss_weight"] = 0
-    with pytest.raises((ConfigError, ValueError), match="must be > 0 somewhere with train.freeze"):
+    with pytest.raises((ConfigError, ValueError), match=r"must be > 0 somewhere with train.freeze"):
         Config.model_validate(tree)
