@@ -7,7 +7,7 @@ without effect are errors.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from dsv3_mtp.config import layout
+from dsv3_mtp.config import code, layout
 from dsv3_mtp.config.data import DataConfig, Task
 from dsv3_mtp.config.deepspeed import check_deepspeed
 from dsv3_mtp.config.model import (
@@ -30,12 +30,23 @@ from dsv3_mtp.config.model import (
     MTPConfig,
     NotNegative,
     Number,
+    OnResume,
     Positive,
     Section,
     Text,
+    option_problems,
+    unused_keys,
 )
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
-from dsv3_mtp.config.reader import ConfigError, Problem, problems_of, show
+from dsv3_mtp.config.reader import (
+    UNKNOWN,
+    ConfigError,
+    Problem,
+    did_you_mean,
+    key_paths,
+    problems_of,
+    show,
+)
 from dsv3_mtp.config.tree import Document, dump_tree, read_document
 
 _LOG = logging.getLogger("dsv3_mtp")  # without a handler Python prints its warnings to stderr
@@ -44,11 +55,13 @@ _LOG = logging.getLogger("dsv3_mtp")  # without a handler Python prints its warn
 class RunConfig(Section):
     """Where the run lives and what it draws its random numbers from."""
 
+    on_resume = OnResume.FREE
+
     name: FolderName = "run"
     """The run's folder is DIR/NAME."""
     dir: FilePath = "runs"
     """Folder of all runs."""
-    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 1234
+    seed: Annotated[Integer, Field(ge=0, lt=2**63), OnResume.FIXED] = 1234
     """Initialisation and data order."""
 
 
@@ -80,6 +93,8 @@ class ScheduleConfig(Section):
 
 class OptimConfig(Section):
     """AdamW (V3 4.2)."""
+
+    on_resume = OnResume.RECORDED
 
     lr: Positive = 2.2e-4
     """Peak learning rate."""
@@ -115,17 +130,21 @@ class BatchSizeRamp(Section):
 class TrainConfig(Section):
     """How long, how wide and in which numbers."""
 
+    on_resume = OnResume.RECORDED
+
     total_tokens: Count
     """Length of the run (V3 4.2: 14.8e12). Progress is tokens consumed over this."""
     batch_size: Count
     """Sequences per optimizer step over all ranks (V3: 15360)."""
-    micro_batch_size: Count
+    micro_batch_size: Annotated[Count, OnResume.FREE]
     """Sequences per forward of a rank, or of the sequence_parallel_size ranks that share them."""
     batch_size_ramp: BatchSizeRamp | None = None
     """null: batch_size from the first step."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Annotated[Literal["float32", "bfloat16"], OnResume.FIXED] = "bfloat16"
     """Weights and activations in the forward; master weights are float32 (V3 3.3)."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Annotated[Literal["none", "selective", "full"], OnResume.FREE] = (
+        "none"
+    )
     """What backward makes again to save memory. selective: norms, MLA up-projections (V3 3.2.3);
     full: whole blocks.
     """
@@ -135,13 +154,13 @@ class TrainConfig(Section):
     """Fraction from which gamma is 0 (V3 4.2: after 14.3T tokens)."""
     balance_loss_weight: NotNegative = 0.0001
     """alpha of the sequence-wise balance loss (V3 eq. 17, 4.2)."""
-    threads: Count | None = None
+    threads: Annotated[Count | None, OnResume.FREE] = None
     """CPU threads per rank; null: cores over ranks of this host."""
     init_from: FilePath | None = None
     """Folder of a DeepSeek-V3-layout checkpoint: weights and router biases at step 0; null:
     `initializer_range`.
     """
-    freeze: Literal["none", "trunk"] = "none"
+    freeze: Annotated[Literal["none", "trunk"], OnResume.FIXED] = "none"
     """trunk: only the MTP heads learn; embedding, trunk, router biases of the trunk and output head
     stay.
     """
@@ -168,6 +187,8 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How ranks share the work."""
 
+    on_resume = OnResume.FREE
+
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also
     weights.
@@ -189,6 +210,8 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     """When to save."""
 
+    on_resume = OnResume.FREE
+
     every: Count = 100
     """Steps between checkpoints; the last step is always saved."""
     keep: Count = 2
@@ -199,6 +222,8 @@ class CheckpointConfig(Section):
 
 class EvalConfig(Section):
     """Validation during training."""
+
+    on_resume = OnResume.FREE
 
     every: Annotated[Integer, Field(ge=0)] = 100
     """Steps between validations; 0: only at the end."""
@@ -216,6 +241,8 @@ class WandbConfig(Section):
 
 class LogConfig(Section):
     """What is written besides metrics.jsonl."""
+
+    on_resume = OnResume.FREE
 
     every: Count = 10
     """Steps between lines."""
@@ -240,7 +267,7 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     model: ModelConfig
-    mtp: MTPConfig = MTPConfig()
+    mtp: MTPConfig = Field(default_factory=MTPConfig)
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
@@ -250,7 +277,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
-    deepspeed: Annotated[dict[str, Any], AfterValidator(check_deepspeed)] = {}
+    deepspeed: Annotated[dict[str, Any], AfterValidator(check_deepspeed), OnResume.FREE] = {}
     """Merged over the generated DeepSpeed JSON; keys that this file owns are refused."""
 
     def rules(self) -> Iterator[Problem]:
@@ -288,11 +315,9 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
             )
         elif mtp.detach == "none":
             yield "train.freeze", "trunk needs mtp.detach: trunk or all (got none)"
-        if mtp.depths and not any(_weights_over(mtp)):
-            yield (
-                "mtp.loss_weight",
-                "must be > 0 somewhere with train.freeze: trunk, or nothing learns (got 0 all along)",
-            )
+        if mtp.depths and _never_weighed(mtp):
+            text = "is 0 from start to end, and with train.freeze: trunk only the heads learn"
+            yield "mtp.loss_weight", f"{text}; give it a positive value"
         if train.init_from is None:
             yield (
                 "train.freeze",
@@ -303,12 +328,11 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield from layout.problems(SimpleNamespace(**sections))
 
 
-def _weights_over(mtp: MTPConfig) -> Iterator[float]:
-    """The factors of the heads' losses, at a hundred moments of a run."""
-    from dsv3_mtp.config.schedules import depth_loss_weights  # which reads this module
+def _never_weighed(mtp: MTPConfig) -> bool:
+    """No head has a weight in the loss at any time."""
+    from dsv3_mtp.config.schedules import depth_loss_weights  # which needs the sections
 
-    for step in range(101):
-        yield from depth_loss_weights(mtp, step / 100)
+    return not any(any(depth_loss_weights(mtp, step / 1000)) for step in range(1001))
 
 
 def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:
@@ -320,48 +344,73 @@ def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:
         yield "model.max_position_embeddings", f"{text} (got {model.max_position_embeddings})"
 
 
-def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:
+def load_config(
+    path: str | Path, sets: Iterable[str] = (), *, trust_code: bool | Collection[str] = True
+) -> Config:
     """Reads and checks a run's YAML. sets: overrides such as "mtp.mode=none", values in YAML,
     applied first.
+
+    trust_code: import what the file names as package.module:Class; or which of these names. True
+        only for a file that the user has named as a config, not for one found in a run folder.
 
     Raises ConfigError, whose text is a report of every problem in the file and in the overrides.
     """
     document = read_document(path, sets)
+    if trust_code is not True:
+        code.refuse(str(path), document.tree, trust_code or ())
     _drop_unused(document)
     tree, problems = document.tree, document.problems
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         found = problems_of(error, tree, Config)
-        found += [problem for problem in _rules_between(_parsed(tree)) if problem not in found]
+        more = [*_rules_between(_parsed(tree)), *_option_problems(tree.get("mtp"))]
+        found += [problem for problem in more if problem not in found]
         problems += map(document.traced, found)
     if problems:
         raise ConfigError(str(path), problems)
     return config
 
 
-def _drop_unused(document: Document) -> None:
-    """Takes out what a base says of heads that this run has not, and says so.
+def _option_problems(section: Any) -> Iterator[Problem]:
+    """What is wrong with the options of the heads in a faulty `mtp` section."""
+    given = section if isinstance(section, Mapping) else {}
+    extra = {key: value for key, value in given.items() if key not in MTPConfig.model_fields}
+    with suppress(ValueError):  # of an unknown mode, which is reported
+        for key, text in option_problems(given.get("mode", MTPConfig().mode), extra):
+            more = did_you_mean(f"mtp.{key}", key_paths(Config)) if text == UNKNOWN else ""
+            yield f"mtp.{key}", text + more
 
-    Such a key beside the mode, or by --set, is an error instead: MTPConfig.rules.
+
+def _drop_unused(document: Document) -> None:
+    """Takes out what is said of heads that this run has not, and says so: keys of another kind at
+    their defaults, and those that a base has set.
+
+    Such a key of another value beside the mode, or by --set, is an error: `option_problems`.
     """
     mtp = document.tree.get("mtp")
     if not isinstance(mtp, dict):
         return
     mode = mtp.get("mode", MTPConfig.model_fields["mode"].default)
-    keys = [
-        key
-        for key in MTPConfig.without_effect(mode)
-        if key in mtp
-        and mtp[key] != MTPConfig.model_fields[key].default
-        and document.inherited(f"mtp.{key}", beside="mtp.mode")
-    ]
-    for key in keys:
-        origin = document.origin(f"mtp.{key}")
-        _LOG.warning(
-            "mtp.%s: %s of %s has no effect with mode %s: left out",
-            *(key, show(mtp[key]), origin, mode),
-        )
+    try:
+        unused = unused_keys(mode)
+    except (ValueError, TypeError):  # of an unknown mode, which is reported
+        return
+    keys, default_keys = [], []
+    for key, default in unused.items():
+        if key not in mtp:
+            continue
+        if document.inherited(f"mtp.{key}", beside="mtp.mode") and mtp[key] != default:
+            origin = document.origin(f"mtp.{key}")
+            _LOG.warning(
+                "mtp.%s: %s of %s has no effect with mode %s: left out",
+                *(key, show(mtp[key]), origin, mode),
+            )
+            keys.append(key)
+        elif mtp[key] == default and key not in MTPConfig.model_fields:
+            default_keys.append(f"mtp.{key}")
+    if default_keys:
+        _LOG.info("%s: left out, mode %s has no such key", ", ".join(default_keys), mode)
     document.tree["mtp"] = {key: value for key, value in mtp.items() if key not in keys}
 
 

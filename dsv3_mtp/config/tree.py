@@ -213,6 +213,7 @@ def _parse(text: str) -> tuple[Any, list[Problem]]:
     if len(text) > LARGEST:
         raise yaml.YAMLError(f"{len(text):,} characters, more than {LARGEST:,}")
     try:
+        _require_shallow(text)
         node = yaml.compose(text, Loader=_Loader)
         if node is None:
             return None, []
@@ -228,6 +229,15 @@ def _parse(text: str) -> tuple[Any, list[Problem]]:
         raise
     except ValueError as error:  # a date that is none, say
         raise yaml.YAMLError(f"{error}; put quotes around a value that is text") from None
+
+
+def _require_shallow(text: str) -> None:
+    """Raises RecursionError where brackets nest so deep that the scanner would take seconds."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > 4 * DEEPEST:  # no text in quotes has so many that are not closed
+            raise RecursionError
 
 
 def _values(node: yaml.Node, counted: dict[int, int], depth: int) -> int:

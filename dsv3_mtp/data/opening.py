@@ -39,7 +39,7 @@ def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
     """
     windows: Any = {
         "seq_len": config.data.seq_len,
-        "lookahead": 1 + config.mtp.depths,
+        "lookahead": config.mtp.lookahead,
         "seed": config.run.seed,
     }
     val = validation_source(config)
@@ -50,7 +50,7 @@ def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
     for source in sources:
         check_vocab(source, config.model.vocab_size)
     for source in [*sources, val] if config.data.mask_documents else []:
-        check_documents(source, config.mtp.depths)
+        check_documents(source, config.mtp.depths, config.mtp.lookahead)
     made = [(source.path, source.tokenizer_sha256) for source in [*sources, val]]
     if (weights_of := config.train.init_from) is not None:
         made.append((weights_of, tokenizer_sha256(Path(weights_of, "tokenizer.json"))))

@@ -127,15 +127,12 @@ def check_vocab(source: Source, vocab_size: int) -> None:
     Evenly spread tokens are looked at: a plain Megatron pair does not record its vocabulary, and a
     file of a prepared folder may be damaged.
     """
-    if source.vocab_size is not None:
-        if source.vocab_size > vocab_size:
-            raise ValueError(
-                f"{source.path} was tokenised with vocab_size "
-                f"{source.vocab_size}, but model.vocab_size is "
-                f"{vocab_size}; set that to at least "
-                f"{source.vocab_size}, or prepare the data with a smaller "
-                "tokenizer"
-            )
+    if source.vocab_size is not None and source.vocab_size > vocab_size:
+        raise ValueError(
+            f"{source.path} was tokenised with vocab_size {source.vocab_size}, but "
+            f"model.vocab_size is {vocab_size}; set that to at least {source.vocab_size}, or "
+            "prepare the data with a smaller tokenizer"
+        )
     chunk = VOCAB_SCAN_TOKENS // 16
     starts = np.linspace(0, max(source.tokens - chunk, 0), 16).astype(np.int64)
     low, high = 0, 0
@@ -151,12 +148,12 @@ def check_vocab(source: Source, vocab_size: int) -> None:
         )
 
 
-def check_documents(source: Source, depths: int) -> None:
-    """Raise ValueError when masked documents leave the deepest of `depths` heads without a single
-    target.
+def check_documents(source: Source, depths: int, lookahead: int) -> None:
+    """Raise ValueError when masked documents leave the deepest of `depths` heads, which predicts
+    t_{i+lookahead}, without a single target.
     """
     longest = int(np.diff(source.document_starts).max())
-    if longest < 2 + depths:
+    if longest < 1 + lookahead:
         raise ValueError(
             f"{source.path}: its longest document has {longest} "
             "tokens, so that with data.mask_documents: true depth "

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.files.atomic import lock, write_json
 from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.files.tensorfile import Entry
-from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
@@ -30,6 +29,7 @@ from dsv3_mtp.hf.settings import (
 )
 from dsv3_mtp.hf.splice import Trunk, splice
 from dsv3_mtp.model.causal_lm import meta_model
+from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
 from dsv3_mtp.runs.loading import IMPORTED, newest_weights, read_reached, tokenizer_of
 
 Read = Callable[[Slot], Tensor]
@@ -46,6 +46,7 @@ def export_hf(
     dtype: str | None = None,
     trunk_only: bool = False,
     ema: bool = False,
+    trust_code: bool | Collection[str] = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Writes the newest checkpoint of a run to the new folder `out`. Returns what the user should
@@ -57,6 +58,7 @@ def export_hf(
             from, which are copied as they are (hf/splice.py).
         trunk_only: leave MTP modules out.
         ema: the moving average of the weights instead of the weights.
+        trust_code: import what the run's config names as package.module:Class.
 
     Raises:
         ValueError: `out` exists, there is no checkpoint or no average in it, the layout cannot
@@ -64,7 +66,7 @@ def export_hf(
             reasons at once, and nothing is written.
     """
     run, out = Path(run), Path(out)
-    config = load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml", trust_code=trust_code)
     modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
     if dtype is None and config.train.freeze == "trunk" and modules and not ema:
         return _beside_trunk(run, out, config, modules, notes)
@@ -152,7 +154,8 @@ def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> 
             bad.append(f"  {slot.name}")
             tensor = torch.zeros_like(tensor)
         if dtype == "fp8" and slot.quantised:
-            yield from quantise(tensor)
+            codes, scale_inv = quantise(tensor, BLOCK, "stored")
+            yield from (codes.contiguous(), scale_inv)
         else:
             yield tensor.to(torch.float32 if slot.is_float32 else TYPES[dtype])
 

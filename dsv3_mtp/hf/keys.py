@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
-from dsv3_mtp.heads.heads import MTPModule
+from dsv3_mtp.heads.sequential import layout_module
 from dsv3_mtp.model.causal_lm import meta_model
 
 BIAS = "mlp.gate.e_score_correction_bias"
@@ -49,10 +49,7 @@ def slots(config: ModelConfig, modules: int) -> Iterator[Slot]:
     """Every tensor of a checkpoint with `modules` MTP modules, in file order."""
     trunk = meta_model(config, MTPConfig(mode="none")).state_dict()
     with torch.device("meta"):
-        # The layout's modules are MoE, whatever the trunk's last layer is.
-        module = MTPModule(
-            config.model_copy(update={"first_k_dense_replace": 0}), MTPConfig()
-        ).state_dict()
+        module = layout_module(config).state_dict()
     for name, tensor in trunk.items():
         yield from _slots_of(name, name, tuple(tensor.shape))
     for number in range(modules):

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.tensorfile import DTYPES
-from dsv3_mtp.hf.blockfp8 import dequantise, scale_shape
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slot_count, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.model.size import require_memory
+from dsv3_mtp.precision.quantise import dequantise, scale_shape
 
 # Keys of the model section that leave what given weights compute as it is.
 NO_EFFECT = {"initializer_range", "max_position_embeddings"}
@@ -132,7 +132,7 @@ def read_slot(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None)
     """The tensor in its stored type; FP8 is dequantised to float32."""
     tensor = checkpoint.read(slot.name)
     if tensor.dtype == torch.float8_e4m3fn and block is not None:
-        return dequantise(tensor, checkpoint.read(slot.name + SCALE), block=block)
+        return dequantise(tensor, checkpoint.read(slot.name + SCALE), block)
     return tensor
 
 
@@ -208,23 +208,9 @@ def fit(
             listed.
     """
     problems = _differences(settings.model, config)
-    own = mtp.depths if mtp.mode == "sequential" else 0
-    own = min(own, 1) if mtp.share_weights else own
-    modules = min(own, stored)
-    if modules:
-        usual = {"trunk_hidden": "post_norm", "embed": True} | (
-            {"chain": "hidden"} if own > 1 else {}
-        )
-        problems += [
-            f"mtp.{key}: {getattr(mtp, key)}, the checkpoint's MTP modules have {value}"
-            for key, value in usual.items()
-            if getattr(mtp, key) != value
-        ]
-    if modules and config.first_k_dense_replace == config.num_hidden_layers:
-        problems.append(
-            "model.first_k_dense_replace: all layers are "
-            "dense here, the checkpoint's MTP modules are MoE"
-        )
+    taken = mtp.kind.load(config, mtp, stored) if mtp.depths else None
+    modules = taken.modules if taken else 0
+    problems += taken.problems if taken else []
     if problems:
         raise ValueError(
             "\n".join([f"{folder} does not fit this config:", *(f"  {text}" for text in problems)])
@@ -232,10 +218,7 @@ def fit(
     notes = []
     if modules < stored:
         notes.append(f"not used: MTP module(s) {modules + 1}..{stored} of {folder}")
-    if mtp.depths and modules < max(own, 1):
-        fresh = (
-            f"MTP module(s) {modules + 1}..{own}" if own else f"the {mtp.depths} {mtp.mode} head(s)"
-        )
+    for fresh in taken.notes if taken else []:
         notes.append(f"not in {folder}, at their random start: {fresh}")
     return modules, notes
 

@@ -6,7 +6,7 @@ By reading their code: vLLM 0.33, SGLang 0.5.23, transformers 5.23. No engine is
 from collections.abc import Iterator
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.hf.blockfp8 import BLOCK
+from dsv3_mtp.precision.quantise import BLOCK
 
 
 def reader_notes(model: ModelConfig, modules: int, dtype: str) -> list[str]:

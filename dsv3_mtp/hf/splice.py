@@ -16,11 +16,11 @@ from torch import Tensor
 from dsv3_mtp.files.atomic import write_json
 from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.files.tensorfile import Entry, write_file
-from dsv3_mtp.hf.blockfp8 import BLOCK
 from dsv3_mtp.hf.files import DIGESTS, INDEX, Checkpoint, WeightMap
 from dsv3_mtp.hf.keys import Slot
 from dsv3_mtp.hf.load import open_checkpoint, read_slot
 from dsv3_mtp.hf.settings import Settings
+from dsv3_mtp.precision.quantise import BLOCK
 
 SHARD = "model-mtp.safetensors"
 ONE_FILE, FIRST_OF_ONE = "model.safetensors", "model-00001-of-00001.safetensors"

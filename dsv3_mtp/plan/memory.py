@@ -13,7 +13,8 @@ from math import comb
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.ops.cross_entropy import CHUNK_ELEMENTS, CHUNKS_ON_GPU
+from dsv3_mtp.objectives import losses
+from dsv3_mtp.ops.cross_entropy import chunk_rows
 from dsv3_mtp.parallel.pipeline import stage_layers
 from dsv3_mtp.plan.parts import Part, activation_elements, parts
 
@@ -177,13 +178,19 @@ def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
     """
     model, zero, element = config.model, config.parallel.zero_stage, element_size(config)
     settings = DEEPSPEED_DEFAULTS | config.deepspeed.get("zero_optimization", {})
-    head = any(part.name.endswith("head") for part in mine)
-    rows = (1 + config.mtp.depths) * config.train.micro_batch_size * config.data.seq_len
+    scored = sum(part.rows for part in mine)
+    head, rows = scored > 0, scored * config.train.micro_batch_size * config.data.seq_len
     # The loss holds a chunk of logits, which their gradient replaces, and the gradient of the head
     # in float32.
-    logits = min(CHUNKS_ON_GPU * CHUNK_ELEMENTS, rows * model.vocab_size)
+    chunk = chunk_rows(model.vocab_size, on_gpu=True)
+    logits = min(chunk, rows) * model.vocab_size
+    # none of a frozen one
     wide = 0 if config.train.freeze == "trunk" else 4 * model.vocab_size * model.hidden_size
     size = element * logits + wide if head else 0
+    if head and any(not kind.cross_entropy for kind, _ in config.mtp.objectives):
+        # other objectives: eight chunks in float32, and one more gradient of the head
+        size += 8 * 4 * min(losses.CHUNKS_ON_GPU * losses.CHUNK_ELEMENTS, rows * model.vocab_size)
+        size += wide
     if zero:
         size += element * settings["reduce_bucket_size"]
     if zero == 3:

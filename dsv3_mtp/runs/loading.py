@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from dsv3_mtp.config import Config
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.files.digest import difference
+from dsv3_mtp.files.format import check_format
 from dsv3_mtp.runs.fragments import AVERAGE, Fragments
 
 # written last: the step, DeepSpeed's counters, and the size of every file of a checkpoint
@@ -47,11 +48,20 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """COMPLETE.json is there and every file that it lists has its size."""
+    """COMPLETE.json is there and every file that it lists has its size.
+
+    Raises:
+        ValueError: the checkpoint is of a newer format.
+    """
     try:
-        files = read_complete(checkpoint)["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError):
+        complete = read_complete(checkpoint)
+    except ValueError:
+        return False
+    check_format(complete, checkpoint / COMPLETE)
+    try:
+        files = complete["files"].items()
+        return all((checkpoint / name).stat().st_size == size for name, size in files)
+    except OSError:
         return False
 
 

@@ -1,5 +1,6 @@
 """The model of a run folder: its newest checkpoint, or the weights that it was imported with."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,14 @@ class LoadedRun(NamedTuple):
     notes: list[str]
 
 
-def load_run(folder: str | Path, *, ema: bool = False) -> LoadedRun:
+def load_run(
+    folder: str | Path, *, ema: bool = False, trust_code: bool | Collection[str] = False
+) -> LoadedRun:
     """A run's model on the CPU, in eval mode and in the dtype of the run.
 
     The newest complete checkpoint; for an imported run without one, the imported weights as
     training would start. ema: the moving average of the weights instead of the weights.
+    trust_code: import what the run's config names as package.module:Class, or which of these names.
 
     Raises:
         ValueError: no run there, no average in it, neither checkpoint nor imported weights, or
@@ -38,7 +42,7 @@ def load_run(folder: str | Path, *, ema: bool = False) -> LoadedRun:
         raise ValueError(
             f"{folder}: no config.yaml there; name the folder of a run, like runs/v3_tiny"
         )
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", trust_code=trust_code)
     stored, notes = newest_weights(folder, ema=ema)
     start = start_weights(config, folder)
     if stored is None and start is None:

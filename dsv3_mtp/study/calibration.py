@@ -56,7 +56,8 @@ def acceptances(table: Table, arm: str, config: Config) -> str:
         name = f"acceptance/T1/joint/{k}"
         values = list(values_of(table, arm, name).values())
         measured = f"{sum(values) / len(values):.3f}" if values else "-"
-        cells.append(f"{measured} ({best[name]:.3f})")
+        known = f"{best[name]:.3f}" if name in best else "not known"
+        cells.append(f"{measured} ({known})")
     return ", ".join(cells) or "-"
 
 

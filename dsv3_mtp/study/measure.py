@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
+from dsv3_mtp.config import code
 from dsv3_mtp.data.opening import validation_source
 from dsv3_mtp.data.source import open_source, splits_of
+from dsv3_mtp.decode.draft import no_drafter
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.report.metrics import Record as Logged
 from dsv3_mtp.report.metrics import depths_of, read_metrics
 from dsv3_mtp.runs.folder import read_starts
@@ -53,7 +56,7 @@ def measure(study: Study, run: Run, folder: Path, **more: Any) -> Record:
         metrics |= along_text(folder, run)
     metrics |= above_table(metrics)
     draw_sd: dict[str, float] = {}
-    if study.acceptance is not None and run.config.mtp.depths:
+    if study.acceptance is not None and no_drafter(run.config.mtp) is None:
         drafted, draw_sd = free_running(folder, run, study.acceptance)
         metrics |= drafted
     if study.solve_threshold is not None:
@@ -132,7 +135,7 @@ def along_text(folder: Path, run: Run) -> dict[str, float]:
     """The table drafters' floors with this run's main model; and `shift/...`, the validation on
     packages that were held out whole, where the corpus has them.
     """
-    config, model = run.config, load_run(folder).model
+    config, model = run.config, _model(folder, run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     path, batches = config.data.val or "", config.eval.batches
@@ -221,7 +224,7 @@ def free_running(
     The prefixes are dealt to `draws` sets, each decoded with random numbers of its own: (means over
     the sets, standard deviations of these means, from the spread over the sets).
     """
-    model = load_run(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = _model(folder, run).to("cuda" if torch.cuda.is_available() else "cpu")
     source = validation_source(run.config)
     found: dict[str, list[float]] = {}
     for temperature in (0, 1):
@@ -246,6 +249,11 @@ def free_running(
         for key, values in found.items()
         if len(values) > 1
     }
+
+
+def _model(folder: Path, run: Run) -> DeepseekV3MTP:
+    """The study's own file has named the code that the run's config names."""
+    return load_run(folder, trust_code=code.named(run.config.to_dict())).model
 
 
 def _draw_seed(name: str, draw: int) -> int:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.config import MarkovTask, MTPConfig, PolynomialTask, StarTask, Task
+from dsv3_mtp.decode.draft import no_drafter
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.tasks.examples import Example, TaskStream
 from dsv3_mtp.tasks.markov import (
     best_acceptance,
     best_agreement,
+    cross_entropy,
     source_nll,
-    step_entropy,
     transition_matrix,
 )
 
@@ -80,13 +81,11 @@ class Grade:
             self.sums[3 + self.groups + example.group] += right
 
     def _true_nll(self, task: MarkovTask, tokens: np.ndarray) -> Tensor:
-        """(2+D,) targets of a depth, then the sum over them at each depth; tokens (b, T+1+D)."""
-        chain = _chain(task)
-        length, ahead = tokens.shape[1] - 1 - self.model.depths, range(1 + self.model.depths)
-        steps = [1 if self.model.mtp_config.reads_tokens else 1 + k for k in ahead]
-        spans = [(k + 1 - step, k + 1) for k, step in zip(ahead, steps, strict=True)]
-        pairs = [(tokens[:, a : a + length], tokens[:, b : b + length]) for a, b in spans]
-        sums = [source_nll(chain, *pair, step) for pair, step in zip(pairs, steps, strict=True)]
+        """(2+D,) targets of a depth, then the sum over them at each depth; tokens (b, T+1+A)."""
+        mtp = self.model.mtp_config
+        length, sums = tokens.shape[1] - mtp.lookahead, []
+        for head, read, aim in heads_on(_chain(task), mtp):
+            sums.append(source_nll(head, tokens[:, read:][:, :length], tokens[:, aim:][:, :length]))
         return torch.tensor([len(tokens) * length, *sums], dtype=torch.float64)
 
     def metrics(self, sums: list[float], losses: dict[str, float]) -> dict[str, float]:
@@ -124,19 +123,38 @@ def reference(task: Task, mtp: MTPConfig) -> dict[str, float]:
     """
     if not isinstance(task, MarkovTask):
         return {}
-    chain, reads, depths = _chain(task), mtp.reads_tokens, range(1, 1 + mtp.depths)
-    found = {"val/main_loss": step_entropy(chain, 1)}
-    found |= {f"val/mtp_loss/{k}": step_entropy(chain, 1 if reads else 1 + k) for k in depths}
-    agreed = best_agreement(chain, mtp.depths, reads_tokens=reads)
-    found |= {f"val/agreement/{k}": value for k, value in zip(depths, agreed, strict=True)}
-    for temperature in (0, 1) if mtp.depths else ():
-        joint = best_acceptance(chain, mtp.depths, temperature=temperature, reads_tokens=reads)
-        found |= {
-            f"acceptance/T{temperature}/joint/{k}": value
-            for k, value in zip(depths, joint, strict=True)
-        }
-        found[f"acceptance/T{temperature}/tokens_per_step"] = 1 + sum(joint)
+    chain, depths = _chain(task), range(1, 1 + mtp.depths)
+    heads = heads_on(chain, mtp)
+    losses = [cross_entropy(chain, head, aim - read) for head, read, aim in heads]
+    found = {"val/main_loss": losses[0]}
+    found |= {f"val/mtp_loss/{k}": losses[k] for k in depths}
+    if not mtp.depths:
+        return found
+    theory, offsets = mtp.kind.theory(mtp, chain), [aim for _, _, aim in heads[1:]]
+    if all(read == aim - 1 and (head == chain).all() for head, read, aim in heads):
+        agreed, joint = [1.0] * mtp.depths, [[1.0] * mtp.depths] * 2  # each is the main head
+    elif all(read == 0 for _, read, _ in heads):
+        agreed = best_agreement(chain, theory.rows, offsets)
+        greedy = theory.greedy or [head.argmax(1) for head in theory.rows]
+        joint = [best_acceptance(chain, theory.rows, greedy, temperature=t) for t in (0, 1)]
+    else:  # only the losses are known
+        return found
+    found |= {f"val/agreement/{k}": agreed[k - 1] for k in depths}
+    if no_drafter(mtp) is not None:
+        return found
+    for temperature, shares in enumerate(joint):
+        found |= {f"acceptance/T{temperature}/joint/{k}": shares[k - 1] for k in depths}
+        found[f"acceptance/T{temperature}/tokens_per_step"] = 1 + sum(shares)
     return found
+
+
+def heads_on(chain: np.ndarray, mtp: MTPConfig) -> list[tuple[np.ndarray, int, int]]:
+    """Of depth 0..D at their lowest cross-entropy on a chain: Q (S, S), and which tokens its row
+    and its column are: t_{i+read}, t_{i+offset}.
+    """
+    rows = mtp.kind.theory(mtp, chain).rows if mtp.depths else []
+    reads = [mtp.kind.horizon(mtp, depth) for depth in range(1, 1 + mtp.depths)]
+    return list(zip([chain, *rows], [0, *reads], mtp.offsets, strict=True))
 
 
 def _chain(task: MarkovTask) -> np.ndarray:

@@ -27,6 +27,7 @@ from typing_extensions import TypedDict
 from dsv3_mtp.files.atomic import naming, write_json, write_text
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.files.digest import file_digest
+from dsv3_mtp.files.format import FORMAT, check_format
 from dsv3_mtp.hf.load import is_finite
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.engine import Engine
@@ -150,14 +151,15 @@ def _commit(
     root = folder.parent
     with naming(folder):
         (folder / INDEX).write_text(json.dumps(merge_index(part for part, _ in parts)))
-        (folder / STATE).write_text(json.dumps(state, indent=1))
+        (folder / STATE).write_text(json.dumps({"format": FORMAT} | state, indent=1))
     digests = {shard_name(rank): digest for rank, (_, digest) in enumerate(parts)}
     digests |= {name: file_digest(folder / name) for name in (INDEX, STATE)}
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-    complete |= {"files": {path.name: path.stat().st_size for path in files}, "digests": digests}
+    sizes = {path.name: path.stat().st_size for path in files}
+    complete |= {"format": FORMAT, "files": sizes, "digests": digests}
     write_json(folder / COMPLETE, complete)
     write_text(root / "latest", folder.name)
     usable = [path for path in checkpoints(root) if is_complete(path)]
@@ -207,8 +209,9 @@ def read_state(folder: Path) -> State:
     """The `state` given to `save`: progress, data position, clock, config.
 
     Raises:
-        ValueError: the checkpoint is damaged.
+        ValueError: the checkpoint is damaged, or of a newer format.
     """
+    check_format(read_json(folder / STATE, dict[str, Any], remedy(folder)), folder / STATE)
     state = read_json(folder / STATE, State, remedy(folder))
     if min(state["step"], state["tokens"], state["sampler"]["samples"]) < 0:
         raise ValueError(f"{folder / STATE}: damaged (a count < 0); {remedy(folder)}")

@@ -1,6 +1,7 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,23 @@ from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size, require_memory
-from dsv3_mtp.model.targets import count_targets
-from dsv3_mtp.ops.tuning import tune
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
 from dsv3_mtp.parallel.clip import clipped
 from dsv3_mtp.parallel.engine import deepspeed_config
-from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
-from dsv3_mtp.precision.convert import set_precision
+from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starting
+from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.report.progress import Progress, floors_line, quantity
-from dsv3_mtp.runs.folder import changed_settings, find_checkpoints, run_folder, write_run_folder
+from dsv3_mtp.runs.folder import (
+    changed_code,
+    changed_settings,
+    find_checkpoints,
+    run_folder,
+    write_run_folder,
+)
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
@@ -40,41 +46,60 @@ class NonFiniteError(RuntimeError):
 class Trainer:
     """A run from its config to its results: builds or resumes everything, then `run()`.
 
+    Args:
+        command: what manifest.json says started it.
+        stop: true once the run should save and stop; None: nothing stops it but an exception.
+        notes: lines that `run` says first.
+
     Raises:
         ValueError: the config does not fit these ranks, the data, or the checkpoint in the run
             folder.
     """
 
-    def __init__(self, config: Config, *, command: list[str]):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        command: list[str],
+        stop: StopRequest | None = None,
+        notes: Sequence[str] = (),
+    ):
         self.config = config
         self.folder = run_folder(config)
-        parallel = config.parallel
+        self.stop = stop
+        with starting(config.parallel.timeout_s):
+            self.build(command, notes)
+
+    def build(self, command: list[str], notes: Sequence[str]) -> None:
+        """Everything that a run needs: ranks, data, model, engine, and what was saved."""
+        config, parallel = self.config, self.config.parallel
         self.world = start(
             threads=config.train.threads,
             timeout_s=parallel.timeout_s,
             stages=parallel.pipeline_stages,
             slices=parallel.sequence_parallel_size,
         )
-        self.stop = StopRequest()
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
-        found, self.notes = on_main(self.world, lambda: find_checkpoints(config))
-        latest, notes = checkpoint.first_sound(self.world, found)
-        self.notes += notes
-        self.notes += tune(self.world.device)
+        complete, found = on_main(self.world, lambda: find_checkpoints(config))
+        latest, damaged = checkpoint.first_sound(self.world, complete)
+        self.notes = [*found, *damaged, *notes]
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
         # bfloat16 weights, float32 masters and two moments at the least
         require_memory(whole, bytes_per_value=12, ranks=self.world.size)
         self.size = model_size(whole, config.data.seq_len)
-        self.model = build_model(config, ds_config, self.world)
+        compute, chosen = choose_compute(
+            config, self.world.device, lambda: meta_model(config.model, config.mtp)
+        )
+        self.model = build_model(config, ds_config, self.world, compute)
         if config.train.init_from is not None and latest is None:
             self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
-        self.notes += set_precision(self.model, config, self.world.device)
+        self.notes += chosen
         heads = self.model.mtp if config.clips_apart else None
         optimizer = build_optimizer(self.model, config.optim, apart=heads)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
@@ -86,17 +111,34 @@ class Trainer:
         self.clock = Clock()
         if latest:
             self.notes += self.resume(latest)
-        on_main(self.world, lambda: self.open_folder(ds_config, command))
-
-    def open_folder(self, ds_config: dict[str, Any], command: list[str]) -> None:
-        """metrics.jsonl up to the step this start begins at, and the description of this start."""
         self.log = MetricsLog(self.folder / "metrics.jsonl")
-        self.log.truncate_after(self.step or -1)
+        on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
+        begin = self.step
+        # What this start is; on resume not before its first step: until then the folder holds what
+        # the settings there made.
+        self.describe: Callable[[], None] | None = lambda: self.write_folder(
+            ds_config, command, begin
+        )
+        if not latest:
+            self.describe_once()
+
+    def describe_once(self) -> None:
+        if self.describe is not None:
+            on_main(self.world, self.describe)
+            self.describe = None
+
+    def write_folder(self, ds_config: dict[str, Any], command: list[str], step: int) -> None:
+        """The description of this start, which trains from `step` on."""
         sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {
             "val": self.val
         }
         write_run_folder(
-            self.config, ds_config, world_size=self.world.size, command=command, sources=sources
+            self.config,
+            ds_config,
+            world_size=self.world.size,
+            command=command,
+            sources=sources,
+            step=step,
         )
 
     @property
@@ -121,6 +163,7 @@ class Trainer:
             stopping = warned = False
             while self.tokens < total and not stopping:
                 record, stopping = self.optimizer_step()
+                self.describe_once()
                 self.display.advance(step=self.step, tokens=self.tokens, eta_s=self.eta())
                 done = self.tokens >= total
                 if self.is_logged(self.step, self.tokens):
@@ -152,12 +195,13 @@ class Trainer:
         # world.replicas. (Pipeline stages and slices of rows count the same batch once on each of
         # their ranks.)
         counts = torch.stack(
-            [count_targets(t, documents, depths, scored) for t, documents, scored in batch]
+            [self.model.counts(t, documents, scored) for t, documents, scored in batch]
         ).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size / world.slices
 
-        weights = {"loss_weights": step.loss_weights, "balance_loss_weight": alpha}
-        out = self.engine.accumulate(batch, normalizer=normalizer, **weights)
+        settings = LossSettings(step.loss_weights, alpha, normalizer)
+        self.model.draw = config.run.seed, self.step
+        out = self.engine.accumulate(batch, settings)
         # A GPU is still computing. What follows waits for it, once here and once for the norm of
         # the gradient.
         coming = schedules.coming_step(config, step.tokens, micro * world.data_size)
@@ -170,7 +214,8 @@ class Trainer:
         load, on_host = reduced[len(totals) :].view_as(out.load), reduced.cpu()
         total_loss, balance, node_count, stopping, *sums = on_host[: len(totals)].tolist()
         record = {"train/loss": total_loss / world.replicas}
-        record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
+        means = metric_means(sums, depths, config.mtp.term_names)
+        record |= {f"train/{name}": value for name, value in means.items()}
         self.require_finite(record)
         if config.log.gradients and (self.step + 1) % config.log.gradients == 0:
             record |= gradient_angle(self.engine, batch, step.loss_weights)
@@ -310,7 +355,10 @@ class Trainer:
         user.
         """
         saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
-        notes = changed_settings(saved["config"], self.config, folder)
+        finished = saved["tokens"] >= self.config.train.total_tokens
+        notes = changed_settings(saved["config"], self.config, folder, finished=finished)
+        notes += self.warmed_again(saved)
+        notes += changed_code(self.config)
         self.sampler.load_state_dict(saved["sampler"])
         moments = getattr(torch, self.config.optim.moments)
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)
@@ -318,6 +366,18 @@ class Trainer:
         self.clock.load_state_dict({"seconds": saved["clock"]["seconds"]})
         moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""
         return [f"resumed at step {self.step} from {folder}{moved}", *notes]
+
+    def warmed_again(self, saved: Mapping[str, Any]) -> list[str]:
+        """A longer train.total_tokens moves the progress back, and with it the schedules."""
+        before, total = saved["config"]["train"]["total_tokens"], self.config.train.total_tokens
+        if total == before:
+            return []
+        tokens = saved["tokens"]
+        old, new = (min(tokens / length, 1.0) for length in (before, total))
+        rates = [schedules.learning_rate(self.config.optim, progress) for progress in (old, new)]
+        text = f"progress goes from {old:.0%} to {new:.0%}, the learning rate from {rates[0]:.2e}"
+        again = ": it is warmed again" if rates[1] > 1.01 * rates[0] else ""
+        return [f"train.total_tokens: {text} to {rates[1]:.2e}{again}"]
 
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
@@ -334,7 +394,7 @@ class Trainer:
         if self.progress < 1:
             end = (
                 f"stopped at step {self.step} by "
-                f"{self.stop.reason or 'another rank'}; the same command continues"
+                f"{(self.stop and self.stop.reason) or 'another rank'}; the same command continues"
             )
         else:
             end = (

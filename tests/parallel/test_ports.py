@@ -26,14 +26,15 @@ def listening() -> list[str]:
 def join(folder: Path, alone: bool) -> None:
     import torch
 
-    from dsv3_mtp.parallel.launch import on_all, start
+    from dsv3_mtp.parallel.launch import on_all, start, starting
 
     rank = os.environ["RANK"]
     if alone:  # as plain python starts
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
-    world = start(threads=1, timeout_s=60)
-    on_all(world, lambda: None)
+    with starting(60):
+        world = start(threads=1, timeout_s=60)
+        on_all(world, lambda: None)
     total = torch.ones(1)
     torch.distributed.all_reduce(total)
     assert total == world.size

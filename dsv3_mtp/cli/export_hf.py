@@ -1,0 +1,43 @@
+"""Write a run's newest checkpoint in DeepSeek-V3's layout: loads in transformers, vLLM and SGLang.
+
+    dsv3 export --run runs/v3_tiny --out hf/v3_tiny
+    dsv3 export --run runs/v3_tiny --out hf/v3_tiny_fp8 --dtype fp8
+
+docs/huggingface.md says how to serve the result. Exit codes: 0 done, 2 the run cannot be exported;
+nothing is written.
+"""
+
+import argparse
+
+INTERRUPTED = "interrupted; nothing is written"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run", required=True, metavar="RUN", help="run folder with config.yaml and checkpoints"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--dtype",
+        choices=["bf16", "fp8", "fp32"],
+        help="fp8: E4M3 projections with 128x128 scales, the rest bf16 (default: bf16; of a "
+        "frozen trunk its own files, copied as they are, and the modules in their type)",
+    )
+    parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
+    parser.add_argument(
+        "--ema", action="store_true", help="the average of the weights (train.ema_decay)"
+    )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the code outside the package that the run's config names",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    from dsv3_mtp.hf import export_hf
+
+    what = {"dtype": options.dtype, "trunk_only": options.trunk_only, "ema": options.ema}
+    what["trust_code"] = options.trust_code
+    notes = export_hf(options.run, options.out, **what)
+    print("\n".join([*notes, f"wrote {options.out}"]))
