@@ -6,7 +6,7 @@ By reading their code: vLLM 0.33, SGLang 0.5.23, transformers 5.23. No engine is
 from collections.abc import Iterator
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.precision.quantise import BLOCK
+from dsv3_mtp.precision.quantise import EDGE
 
 
 def reader_notes(model: ModelConfig, modules: int, dtype: str) -> list[str]:
@@ -28,9 +28,9 @@ def _fp8(model: ModelConfig, dtype: str) -> Iterator[str]:
         "moe_intermediate_size": model.moe_intermediate_size,
         "intermediate_size": model.intermediate_size if model.first_k_dense_replace else 0,
     }
-    if odd := [f"{key} {size}" for key, size in joined.items() if size % BLOCK]:
+    if odd := [f"{key} {size}" for key, size in joined.items() if size % EDGE]:
         yield (
-            f"vLLM and SGLang do not load this in FP8: {', '.join(odd)}: multiples of {BLOCK} are "
+            f"vLLM and SGLang do not load this in FP8: {', '.join(odd)}: multiples of {EDGE} are "
             "needed; use --dtype bf16"
         )
 

@@ -20,7 +20,7 @@ from dsv3_mtp.hf.files import DIGESTS, INDEX, Checkpoint, WeightMap
 from dsv3_mtp.hf.keys import Slot
 from dsv3_mtp.hf.load import open_checkpoint, read_slot
 from dsv3_mtp.hf.settings import Settings
-from dsv3_mtp.precision.quantise import BLOCK
+from dsv3_mtp.precision.quantise import EDGE
 
 SHARD = "model-mtp.safetensors"
 ONE_FILE, FIRST_OF_ONE = "model.safetensors", "model-00001-of-00001.safetensors"
@@ -73,9 +73,9 @@ def splice(
 def _stored_type(checkpoint: Checkpoint, settings: Settings, folder: Path) -> str:
     """bf16, fp32 or fp8: what the modules are to be stored as."""
     if settings.block is not None:
-        if settings.block != (BLOCK, BLOCK):
+        if settings.block != (EDGE, EDGE):
             raise ValueError(
-                f"{folder}: its FP8 blocks are {settings.block}, and {BLOCK} x {BLOCK} are "
+                f"{folder}: its FP8 blocks are {settings.block}, and {EDGE} x {EDGE} are "
                 "written; write all weights anew with --dtype bf16, fp8 or fp32"
             )
         return "fp8"

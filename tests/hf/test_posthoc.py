@@ -15,6 +15,7 @@ from dsv3_mtp.hf import export_hf, import_hf, load_hf
 from dsv3_mtp.hf.files import INDEX
 from dsv3_mtp.hf.splice import SHARD
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
+from dsv3_mtp.model.given import Compute, building
 from dsv3_mtp.plan.memory import layout, plan
 from dsv3_mtp.train.answers import AnswerArguments, write_answers
 from dsv3_mtp.train.optim import build_optimizer
@@ -215,9 +216,9 @@ def changed(run, init_from):
 @pytest.mark.parametrize("detach", ["trunk", "all"])
 def test_a_frozen_trunk_keeps_nothing_and_has_no_gradient(make_tiny_config, recompute, detach):
     config = make_tiny_config({"mtp.detach": detach})
-    model = DeepseekV3MTP(config.model, config.mtp)
+    with building(Compute(recompute=recompute)):
+        model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
-    model.checkpoint_activations(recompute)
     tokens = torch.randint(0, config.model.vocab_size, (2, 18))
     joint = model(tokens).loss
     model.freeze_trunk()
