@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
-from dsv3_mtp.config.model import Fraction, NotNegative, Section
+from dsv3_mtp.config.section import Fraction, NotNegative, Section
 from dsv3_mtp.decode.draft import Drafter
 from dsv3_mtp.heads.base import Cost, Head
 from dsv3_mtp.heads.parallel import Parallel, ParallelDrafter

@@ -28,7 +28,6 @@ LAYERS = {
     "decode": 4,
     "parallel": 4,
     "heads": 5,
-    "tasks.grade": 5,
     "hf": 6,
     "runs": 7,
     "plan": 8,
@@ -36,7 +35,7 @@ LAYERS = {
     "study": 9,
     "cli": 10,
 }
-TOP = 11  # the package's __init__.py (the public API) and tools/
+TOP = 10  # the package's __init__.py (the public API) and tools/
 
 # Third-party module -> the parts of the package that may import it.
 DOORS = {

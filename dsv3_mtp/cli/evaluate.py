@@ -152,13 +152,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from dsv3_mtp.data.ngrams import early_training
     from dsv3_mtp.data.opening import validation_source
-    from dsv3_mtp.data.source import (
-        Source,
-        check_tokenizers,
-        check_vocab,
-        open_source,
-        tokenizer_sha256,
-    )
+    from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
     from dsv3_mtp.decode.draft import no_drafter
     from dsv3_mtp.ops.tuning import tune
     from dsv3_mtp.runs.loading import tokenizer_of
@@ -182,7 +176,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         raise ValueError(
             f"--new-tokens {new_tokens}: must be < model.max_position_embeddings = {longest}"
         )
-    if new_tokens is not None and task is not None and task.type != "markov" and not options.data:
+    if new_tokens is not None and task is not None and task.has_answers and not options.data:
         raise ValueError(
             f"--new-tokens: no effect on data.task {task.type}, "
             "whose answers have a length of their own"
@@ -210,19 +204,19 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     batches, results = options.batches or config.eval.batches, {}
     for source in sources or [validation_source(config, options.split)]:
         metrics = validate(model, source, config, batches=batches, device=device)
-        if isinstance(source, Source):
+        if (text := source.text) is not None:
             where: Any = {"batches": batches, "device": device}
-            floors, notes = drafter_floors(model, source, config, **where)
+            floors, notes = drafter_floors(model, text, config, **where)
             why = None
             if trained is not None:
-                tables, why = text_floors(trained, source, config, batches=batches)
+                tables, why = text_floors(trained, text, config, batches=batches)
                 metrics |= tables
             metrics |= floors
             for note in filter(None, [early_training(metrics), why, *lost, *notes]):
                 print(f"{source.path}: {note}", file=sys.stderr)
             if options.drafts:
                 temperature = options.temperature or 1.0
-                metrics |= draft_statistics(model, source, config, temperature=temperature, **where)
+                metrics |= draft_statistics(model, text, config, temperature=temperature, **where)
         elif options.drafts:
             raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
         why = no_drafter(config.mtp)

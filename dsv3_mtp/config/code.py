@@ -17,7 +17,7 @@ from typing import Any
 from dsv3_mtp.config.reader import ConfigError
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-SECTIONS = ("mtp",)  # whose keys and values may name code
+SECTIONS = ("mtp", "data")  # whose keys and values may name code
 
 
 def is_code(name: Any) -> bool:

@@ -1,95 +1,35 @@
-"""What is trained: the `model` and `mtp` sections, and the base class of all sections.
+"""What is trained: the `model` and `mtp` sections.
 
 "V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Import these names from
 dsv3_mtp.config.
 """
 
 import importlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from enum import Enum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from dsv3_mtp.config import code
+from dsv3_mtp.config.depth_weights import DepthWeights
+from dsv3_mtp.config.loss_weights import LossWeight
+from dsv3_mtp.config.loss_weights.step import StepWeight
 from dsv3_mtp.config.reader import UNKNOWN, KeyProblems, Problem, not_among, problems_of, show
+from dsv3_mtp.config.section import (
+    Count,
+    Integer,
+    Layers,
+    NotNegative,
+    Number,
+    OnResume,
+    Positive,
+    Section,
+    Width,
+)
 
 # V3 4.2: the length of pre-training, against which the paper's token counts become fractions
 V3_TOKENS = 14.8e12
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic would read true as 1
-        raise ValueError("must be a number")
-    return value
-
-
-def _plain_name(name: str) -> str:
-    if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
-        raise ValueError("must be a plain folder name; put folders into run.dir")
-    return name
-
-
-Integer = Annotated[int, BeforeValidator(_not_bool)]
-Number = Annotated[float, BeforeValidator(_not_bool)]
-Count = Annotated[Integer, Field(ge=1, le=2**62)]
-# Bounds that no model comes near: a stranger's config.json must not keep this machine busy.
-Width = Annotated[Integer, Field(ge=1, le=2**20)]
-Layers = Annotated[Integer, Field(ge=1, le=1024)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Positive = Annotated[Number, Field(gt=0)]
-Fraction = Annotated[Number, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
-FilePath = Annotated[
-    Text, AfterValidator(os.path.expanduser)
-]  # no shell expands the ~ of a config or of --set
-FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name
-
-
-class OnResume(Enum):
-    """What a start may do with a key whose value differs from the checkpoint's. A key says it in
-    its annotation, else its section does in `on_resume`, else the section that holds that one
-    (resume.py).
-    """
-
-    FIXED = "refused: the weights or the place in the data fit the old value only"
-    RECORDED = "said and recorded; refused where the run is finished"
-    FREE = "accepted: no effect on what is learned"
-
-
-class Section(BaseModel):
-    """A frozen group of keys. `rules` yields what is wrong between them, as (key, text)."""
-
-    on_resume: ClassVar[OnResume | None] = None
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-    def rules(self) -> Iterator[Problem]:
-        yield from ()
-
-    @model_validator(mode="after")
-    def _check_rules(self) -> Self:
-        if problems := list(self.rules()):
-            raise KeyProblems(problems)
-        return self
-
 
 # --- model --------------------------------------------------------------------------------------------------
 
@@ -208,79 +148,6 @@ class ModelConfig(Section):
 # --- multi-token prediction ---------------------------------------------------------------------------------
 
 
-class ConstantWeight(Section):
-    """lambda = value."""
-
-    type: Literal["constant"] = "constant"
-    value: NotNegative
-
-
-class StepWeight(Section):
-    """values[i], where i counts the fractions `at` that progress has reached (V3 4.2)."""
-
-    type: Literal["step"] = "step"
-    values: tuple[NotNegative, ...]
-    at: tuple[Annotated[Number, Field(gt=0, lt=1)], ...]
-
-    def rules(self) -> Iterator[Problem]:
-        if len(self.values) != len(self.at) + 1:
-            yield (
-                "values",
-                f"must hold one number more than 'at' (got {len(self.values)} and {len(self.at)})",
-            )
-        if list(self.at) != sorted(set(self.at)):
-            yield "at", f"must increase (got {show(self.at)})"
-
-
-class RampWeight(Section):
-    """From `start` to `end` while progress goes from `begin` to `until`; constant outside."""
-
-    type: Literal["linear", "cosine"]
-    start: NotNegative
-    end: NotNegative
-    begin: Fraction = 0.0
-    until: Fraction = 1.0
-
-    def rules(self) -> Iterator[Problem]:
-        if self.begin >= self.until:
-            yield "until", f"must be > 'begin' = {self.begin} (got {self.until})"
-
-
-class WarmupWeight(Section):
-    """From 0 to `value` while progress goes from 0 to `until`; then constant."""
-
-    type: Literal["warmup"] = "warmup"
-    value: NotNegative
-    until: Annotated[Number, Field(gt=0, le=1)]
-
-
-class PiecewiseWeight(Section):
-    """Straight lines through [progress, value] points; constant outside."""
-
-    type: Literal["piecewise"] = "piecewise"
-    points: tuple[tuple[Fraction, NotNegative], ...]
-
-    def rules(self) -> Iterator[Problem]:
-        if len(self.points) < 2:
-            yield "points", f"must hold at least two points (got {show(self.points)})"
-        at = [progress for progress, _ in self.points]
-        if at != sorted(set(at)):
-            yield "points", f"must be in order of progress, none twice (got {show(at)})"
-
-
-def _number_is_constant(value: Any) -> Any:
-    return value if isinstance(value, Mapping | Section) else {"type": "constant", "value": value}
-
-
-LossWeight = Annotated[
-    Annotated[
-        ConstantWeight | StepWeight | RampWeight | WarmupWeight | PiecewiseWeight,
-        Field(discriminator="type"),
-    ],
-    BeforeValidator(_number_is_constant),
-]
-
-
 class MTPConfig(Section):
     """The extra heads and their loss: L = L_main + lambda(progress) / D * sum_k w_k L_k (V3 eq.
     24-25).
@@ -304,8 +171,10 @@ class MTPConfig(Section):
     """lambda over progress (V3 4.2: 0.3 for the first 10T tokens, then 0.1). A bare number is
     constant.
     """
-    depth_weights: Annotated[tuple[NotNegative, ...] | None, OnResume.RECORDED] = None
-    """w_k for k = 1..D; null: all 1 (V3 eq. 25)."""
+    depth_weights: Annotated[DepthWeights | None, OnResume.RECORDED] = None
+    """w_k for k = 1..D: numbers, or {type: exponential, beta: 0.6} (FastMTP); null: all 1 (V3 eq.
+    25).
+    """
     curriculum: Annotated[Literal["none", "forward", "reverse"], OnResume.RECORDED] = "none"
     """Active depths over equal stages: forward grows 1..D, reverse shrinks D..1 (arXiv
     2505.22757).
@@ -415,7 +284,7 @@ class MTPConfig(Section):
             yield "num_nextn_predict_layers", f"{text}; mtp.mode=none turns the heads off"
         if (
             self.mode != "none"
-            and self.depth_weights is not None
+            and isinstance(self.depth_weights, tuple)
             and len(self.depth_weights) != self.depths
         ):
             text = f"must hold num_nextn_predict_layers = {self.depths} numbers"

@@ -179,5 +179,6 @@ def key_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
+        kinds = annotation.__subclasses__()  # of a section that is chosen by its type
+        return [annotation, *(model for kind in kinds for model in _models_in(kind))]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -19,24 +19,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from dsv3_mtp.config import code, layout
 from dsv3_mtp.config.data import DataConfig, Task
 from dsv3_mtp.config.deepspeed import check_deepspeed
-from dsv3_mtp.config.model import (
-    V3_TOKENS,
-    Count,
-    FilePath,
-    FolderName,
-    Fraction,
-    Integer,
-    ModelConfig,
-    MTPConfig,
-    NotNegative,
-    Number,
-    OnResume,
-    Positive,
-    Section,
-    Text,
-    option_problems,
-    unused_keys,
-)
+from dsv3_mtp.config.model import V3_TOKENS, ModelConfig, MTPConfig, option_problems, unused_keys
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import (
     UNKNOWN,
@@ -46,6 +29,19 @@ from dsv3_mtp.config.reader import (
     key_paths,
     problems_of,
     show,
+)
+from dsv3_mtp.config.section import (
+    Count,
+    FilePath,
+    FolderName,
+    Fraction,
+    Integer,
+    NotNegative,
+    Number,
+    OnResume,
+    Positive,
+    Section,
+    Text,
 )
 from dsv3_mtp.config.tree import Document, dump_tree, read_document
 

@@ -1,20 +1,69 @@
-"""A split of tokenised documents, opened for reading: a prepared folder or any Megatron `.bin/.idx`
-pair.
+"""What training asks of a data source, and the one of tokenised documents: a split of a prepared
+folder, or any Megatron `.bin/.idx` pair.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from dsv3_mtp.config.task import Stream, Task
 from dsv3_mtp.data.megatron import open_pair
 from dsv3_mtp.data.shards import INDEX, file_sha256, read_folder_index
+from dsv3_mtp.data.stream import DocumentStream
 
 HASH_BLOCK_TOKENS = 1 << 12
 VOCAB_SCAN_TOKENS = 1 << 24  # tokens looked at by check_vocab when the vocabulary is not recorded
+
+
+class DataSource(Protocol):
+    """Where rows of tokens come from. None: unknown, or without a number."""
+
+    @property
+    def path(self) -> str:
+        """What messages and the manifest call it."""
+
+    @property
+    def manifest_hash(self) -> str:
+        """Of all that its rows depend on: a run is not resumed on other data."""
+
+    @property
+    def tokens(self) -> int | None: ...
+
+    @property
+    def documents(self) -> int | None: ...
+
+    @property
+    def bytes(self) -> int | None:
+        """UTF-8 bytes of the text."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """All token ids are below it; None: it was not recorded, `id_range` looks."""
+
+    def id_range(self) -> tuple[int, int]:
+        """The smallest and the largest token id, as far as the source can tell."""
+
+    @property
+    def longest_document(self) -> int | None:
+        """In tokens; None: it has no end."""
+
+    @property
+    def tokenizer_sha256(self) -> str | None: ...
+
+    @property
+    def task(self) -> Task | None:
+        """The generated task that it is; None: text."""
+
+    @property
+    def text(self) -> "Source | None":
+        """Itself where its tokens can be read by position, so that n-gram floors can be counted."""
+
+    def stream(self, seq_len: int, key: tuple[int, int] | None) -> Stream:
+        """key: (seed, number of the source) for training; None for validation, in natural order."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +92,37 @@ class Source:
         return self.tokens if self.scored_tokens is None else self.scored_tokens
 
     @property
+    def task(self) -> None:
+        return None
+
+    @property
+    def text(self) -> "Source":
+        return self
+
+    def stream(self, seq_len: int, key: tuple[int, int] | None) -> DocumentStream:
+        return DocumentStream(self, seq_len, key)
+
+    @property
     def tokens(self) -> int:
         return int(self.document_starts[-1])
 
     @property
     def documents(self) -> int:
         return len(self.document_starts) - 1
+
+    @property
+    def longest_document(self) -> int:
+        return int(np.diff(self.document_starts).max())
+
+    def id_range(self) -> tuple[int, int]:
+        """Of 16 stretches that are spread evenly: reading all of a large corpus takes hours."""
+        chunk = VOCAB_SCAN_TOKENS // 16
+        starts = np.linspace(0, max(self.tokens - chunk, 0), 16).astype(np.int64)
+        low, high = 0, 0
+        for start in np.unique(starts):
+            ids = self.read(int(start), min(int(start) + chunk, self.tokens))
+            low, high = min(low, int(ids.min())), max(high, int(ids.max()))
+        return low, high
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64."""
@@ -121,7 +195,7 @@ def _pair_hash(index: Path, tokens: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def check_vocab(source: Source, vocab_size: int) -> None:
+def check_vocab(source: DataSource, vocab_size: int) -> None:
     """Raise ValueError when `source` has token ids that a model with `vocab_size` embeddings lacks.
 
     Evenly spread tokens are looked at: a plain Megatron pair does not record its vocabulary, and a
@@ -133,12 +207,7 @@ def check_vocab(source: Source, vocab_size: int) -> None:
             f"model.vocab_size is {vocab_size}; set that to at least {source.vocab_size}, or "
             "prepare the data with a smaller tokenizer"
         )
-    chunk = VOCAB_SCAN_TOKENS // 16
-    starts = np.linspace(0, max(source.tokens - chunk, 0), 16).astype(np.int64)
-    low, high = 0, 0
-    for start in np.unique(starts):
-        ids = source.read(int(start), min(int(start) + chunk, source.tokens))
-        low, high = min(low, int(ids.min())), max(high, int(ids.max()))
+    low, high = source.id_range()
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"{source.path} holds token id {low if low < 0 else high}, "
@@ -148,12 +217,12 @@ def check_vocab(source: Source, vocab_size: int) -> None:
         )
 
 
-def check_documents(source: Source, depths: int, lookahead: int) -> None:
+def check_documents(source: DataSource, depths: int, lookahead: int) -> None:
     """Raise ValueError when masked documents leave the deepest of `depths` heads, which predicts
     t_{i+lookahead}, without a single target.
     """
-    longest = int(np.diff(source.document_starts).max())
-    if longest < 1 + lookahead:
+    longest = source.longest_document
+    if longest is not None and longest < 1 + lookahead:
         raise ValueError(
             f"{source.path}: its longest document has {longest} "
             "tokens, so that with data.mask_documents: true depth "

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
-from dsv3_mtp.config.model import Section
+from dsv3_mtp.config.section import Section
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, Output, Scores

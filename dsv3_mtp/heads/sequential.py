@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
-from dsv3_mtp.config.model import Section
+from dsv3_mtp.config.section import Section
 from dsv3_mtp.decode.cache import Window, span
 from dsv3_mtp.decode.draft import Drafter, stacked
 from dsv3_mtp.decode.layers import Layer, Norm

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_mtp.config import Config, load_config, schedules
+from dsv3_mtp.config import AdaptiveSchedule, Config, load_config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.files.atomic import lock, write_json
 from dsv3_mtp.files.checked import read_json
@@ -218,6 +218,8 @@ def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
     """MTP modules that are as they were initialised: no loss reached them, theirs or, by the chain,
     a deeper one.
     """
+    if isinstance(config.mtp.loss_weight, AdaptiveSchedule):
+        return  # its weights were the run's own: the config does not tell them
     source = Path(config.train.init_from or "")
     # trained before this run
     brought = read_settings(source).modules if (source / "config.json").is_file() else 0
@@ -248,7 +250,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
             return {}, [
                 f"no tokenizer: data.task {config.data.task.type} generates token ids, not text"
             ]
-        where = ", ".join(entry.path for entry in config.data.entries)
+        where = ", ".join(str(entry.path) for entry in config.data.entries)
         return {}, [
             (
                 f"no tokenizer: no tokenizer.json in {where}; "

@@ -11,20 +11,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import torch
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config, MTPConfig, code
-from dsv3_mtp.config.model import OnResume
 from dsv3_mtp.config.resume import FREE, differences, rule_of
-from dsv3_mtp.data.source import Source
+from dsv3_mtp.config.section import OnResume
+from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.files.atomic import lock, sweep, write_json, write_text
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
-from dsv3_mtp.tasks.examples import TaskSource
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
 MANIFEST = "manifest.json"
@@ -50,6 +49,7 @@ class Start(TypedDict):
     device: str
     threads: int
     data: dict[str, DataUsed]
+    code: NotRequired[dict[str, str]]  # SHA-256 of each source file outside the package
 
 
 @with_config(OPEN)
@@ -112,7 +112,7 @@ def write_run_folder(
     *,
     world_size: int,
     command: list[str],
-    sources: dict[str, Source | TaskSource],
+    sources: dict[str, DataSource],
     step: int,
 ) -> None:
     """config.yaml (resolved), ds_config.json, and one more entry in manifest.json for this start,
@@ -141,7 +141,7 @@ def read_starts(folder: Path) -> list[Start]:
 
 
 def describe_start(
-    *, world_size: int, command: list[str], sources: dict[str, Source | TaskSource]
+    *, world_size: int, command: list[str], sources: dict[str, DataSource]
 ) -> dict[str, Any]:
     """Versions, command, git commit, hardware, and the hash of every data source (of a task: of its
     settings).
@@ -219,8 +219,8 @@ def _without_defaults(saved: dict[str, Any], config: Config) -> dict[str, Any]:
 
 def changed_code(config: Config) -> list[str]:
     """One line for each class outside the package whose source is not that of the last start."""
-    manifest = run_folder(config) / "manifest.json"
-    starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
+    folder = run_folder(config)
+    starts = read_starts(folder) if (folder / MANIFEST).exists() else []
     before = starts[-1].get("code", {}) if starts else {}
     return [
         f"changed since the last start: the source of {name}"

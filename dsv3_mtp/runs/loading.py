@@ -142,7 +142,7 @@ def tokenizer_of(config: Config, run: Path) -> Path | None:
     """tokenizer.json of a run: the imported one, else that of its data (a path relative to where
     training started).
     """
-    corpora = [Path(entry.path) for entry in config.data.entries]
+    corpora = [Path(path) for path in config.data.paths]
     runs = Path(config.run.dir)
     started = [*run.resolve().parents][: 1 + (1 if runs.is_absolute() else len(runs.parts))][-1]
     own = start_weights(config, run)

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dsv3_mtp.config.model import Integer, Number, Section
 from dsv3_mtp.config.reader import Problem, problems_of
+from dsv3_mtp.config.section import Integer, Number, Section
 from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.files.checked import parse_json
 

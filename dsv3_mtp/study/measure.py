@@ -135,10 +135,12 @@ def along_text(folder: Path, run: Run) -> dict[str, float]:
     """The table drafters' floors with this run's main model; and `shift/...`, the validation on
     packages that were held out whole, where the corpus has them.
     """
+    if not isinstance(run.config.data.val, str):
+        return {}  # a source of another kind has no text to read by position
     config, model = run.config, _model(folder, run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    path, batches = config.data.val or "", config.eval.batches
+    path, batches = run.config.data.val, config.eval.batches
     val = open_source(path, "val")
     metrics, _ = drafter_floors(model, val, config, batches=batches, device=device)
     if SHIFT in splits_of(path):

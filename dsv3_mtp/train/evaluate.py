@@ -19,23 +19,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dsv3_mtp.config import Config, ConfigError, MarkovTask, load_config
+from dsv3_mtp.config import Config, ConfigError, load_config
 from dsv3_mtp.config.reader import problems_of
+from dsv3_mtp.config.task import Generate
 from dsv3_mtp.data.sampler import deal, sequential_windows
-from dsv3_mtp.data.source import Source
+from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import export_hf, load_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
 from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.runs.model import load_run
-from dsv3_mtp.tasks.examples import TaskSource, TaskStream
-from dsv3_mtp.tasks.grade import Grade
 
 if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
     from dsv3_mtp.parallel.engine import Engine
 
 
-def evaluate(engine: "Engine", source: Source | TaskSource, config: Config) -> dict[str, Any]:
+def evaluate(engine: "Engine", source: DataSource, config: Config) -> dict[str, Any]:
     """`validate` in a training run: all ranks share the work and get the same metrics."""
     world = engine.world
     return validate(
@@ -52,7 +51,7 @@ def evaluate(engine: "Engine", source: Source | TaskSource, config: Config) -> d
 
 def validate(
     model: "DeepseekV3MTP | Engine",
-    source: Source | TaskSource,
+    source: DataSource,
     config: Config,
     *,
     batches: int,
@@ -84,22 +83,29 @@ def validate(
     batch += [to_device(blank, blank, config=config, device=device)] * blanks
     sums = metric_sums(model.evaluate(batch, blanks=blanks))
     grade = None
-    if isinstance(source, TaskSource):
+    if source.task is not None:
         rows = [row for part in deal(count, **share) for row in part]
-        grade = Grade(model if isinstance(model, DeepseekV3MTP) else model.model, source.task)
-        grade.mark(TaskStream(source, config.data.seq_len, None), rows, windows)
-        sums = torch.cat([sums, grade.sums.to(device)])
+        whole = model if isinstance(model, DeepseekV3MTP) else model.model
+        grade = source.task.grading(config.data.seq_len, config.mtp, greedy(whole))
+        grade.mark(rows, windows)
+        sums = torch.cat([sums, torch.from_numpy(grade.sums).to(device)])
     own = len(sums) if grade is None else len(sums) - len(grade.sums)
     totals = all_reduce(sums).tolist()
     means = metric_means(totals[:own], depths, config.mtp.term_names)
     metrics = {f"val/{name}": value for name, value in means.items()}
     if grade is not None:
         metrics |= grade.metrics(totals[own:], metrics)
-    if isinstance(source, Source) and source.bytes is not None:
+    if source.bytes is not None and source.tokens is not None:
+        targets = source.tokens if source.text is None else source.text.targets
         metrics["val/bits_per_byte"] = (
-            metrics["val/main_loss"] / math.log(2) * source.targets / source.bytes
+            metrics["val/main_loss"] / math.log(2) * targets / source.bytes
         )
     return metrics
+
+
+def greedy(model: DeepseekV3MTP) -> Generate:
+    """How a task asks the model for its answers."""
+    return lambda prompts, tokens: generate(model, prompts, Settings(max_new_tokens=tokens)).tokens
 
 
 def to_device(tokens, documents, scored=None, *, config: Config, device: torch.device):
@@ -204,7 +210,7 @@ def open_model(
 
 def acceptance(
     model: DeepseekV3MTP,
-    source: Source | TaskSource,
+    source: DataSource,
     *,
     depth: int,
     prompts: int,
@@ -229,8 +235,9 @@ def acceptance(
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
     """
-    if isinstance(source, TaskSource) and not isinstance(source.task, MarkovTask):
-        texts, new_tokens = task_prompts(source, prompts)
+    asked = source.task.prompts(prompts) if source.task is not None else None
+    if asked is not None:
+        texts, new_tokens = asked
     else:
         length = min(seq_len // 2, model.config.max_position_embeddings - new_tokens)
         if length < 1:
@@ -250,17 +257,6 @@ def acceptance(
     }
     metrics["val/tokens_per_step"] = out.acceptance.tokens_per_step
     return metrics | {"val/distinct": out.distinct}
-
-
-def task_prompts(source: TaskSource, count: int) -> tuple[list[list[int]], int]:
-    """The text before the last answer of each of `count` validation examples, and the length of the
-    answers.
-    """
-    stream = TaskStream(source, source.task.example_length - 1, None)  # one example per row
-    examples = [example for row in range(count) for example in stream.examples(row)]
-    spans = [example.answers[-1] for example in examples]
-    prompts = [example.tokens[:start] for example, (start, _) in zip(examples, spans, strict=True)]
-    return prompts, max(stop - start for start, stop in spans)
 
 
 def lm_eval(

@@ -11,7 +11,6 @@ from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.ngrams import early_training
 from dsv3_mtp.data.opening import build_missing, open_sources
-from dsv3_mtp.data.source import Source
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.output import LossSettings
@@ -108,6 +107,7 @@ class Trainer:
         self.average = None if decay is None else WeightAverage(self.engine, decay)
 
         self.step = self.tokens = 0
+        self.lambda_state = schedules.first_state(config.mtp)
         self.clock = Clock()
         if latest:
             self.notes += self.resume(latest)
@@ -187,7 +187,9 @@ class Trainer:
         """
         config, world, depths = self.config, self.world, self.config.mtp.depths
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
-        step = schedules.coming_step(config, self.tokens, micro * world.data_size)
+        step = schedules.coming_step(
+            config, self.tokens, micro * world.data_size, self.lambda_state
+        )
         share = {"rank": world.data_rank, "world_size": world.data_size, "micro_batch_size": micro}
         pieces = self.sampler.next_batch(step.batch_size, **share)
         batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
@@ -234,15 +236,19 @@ class Trainer:
 
         record["train/balance_loss"] = alpha * balance / step.batch_size
         if depths:
-            record["train/mtp_weight"] = schedules.mtp_loss_weight(
-                config.mtp.loss_weight, self.progress
-            )
+            record["train/mtp_weight"] = step.loss_weight
+            record |= {f"train/mtp_weight/{k}": w for k, w in enumerate(step.loss_weights, 1)}
         record |= {
             "optim/lr": step.lr,
             "moe/bias_update_speed": step.bias_speed,
             "train/batch_size": step.batch_size,
         }
         record |= self.load_metrics(on_host[len(totals) :].view_as(out.load), node_count)
+        if self.lambda_state is not None:  # rank 0's, so that no rank can have another
+            state = self.lambda_state
+            self.lambda_state = on_main(
+                world, lambda: schedules.next_state(config.mtp, state, record)
+            )
         self.step += 1
         self.tokens = step.tokens
         return record, stopping > 0
@@ -294,9 +300,10 @@ class Trainer:
         # the last update of a run has no step behind it that would show it
         self.require_finite(record)
         notes = []
-        if self.progress >= 1 and self.world.is_main and isinstance(self.val, Source):
+        text, readable = self.val.text, all(source.text for source in self.sampler.sources)
+        if self.progress >= 1 and self.world.is_main and text is not None and readable:
             batches = self.config.eval.batches
-            floors, why = text_floors(self.sampler, self.val, self.config, batches=batches)
+            floors, why = text_floors(self.sampler, text, self.config, batches=batches)
             record |= floors
             notes = [floors_line(record) if floors else why, early_training(record)]
         self.display.validation(record)
@@ -331,7 +338,7 @@ class Trainer:
         if (
             not low
             or self.progress < self.config.optim.schedule.warmup
-            or self.config.data.task is not None
+            or self.val.task is not None
         ):
             return False
         self.display.say(
@@ -344,6 +351,7 @@ class Trainer:
         state = {"step": self.step, "tokens": self.tokens, "config": self.config.to_dict()}
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
         state |= {"layout": describe(self.config, self.world.size)}
+        state |= {"loss_weight": self.lambda_state}
         root = self.folder / "checkpoints"
         keep = self.config.checkpoint.keep
         checkpoint.save(
@@ -364,8 +372,19 @@ class Trainer:
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.clock.load_state_dict({"seconds": saved["clock"]["seconds"]})
+        notes += self.resume_lambda(saved)
         moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""
         return [f"resumed at step {self.step} from {folder}{moved}", *notes]
+
+    def resume_lambda(self, saved: Mapping[str, Any]) -> list[str]:
+        """The state of lambda's schedule; a schedule of another type begins with its first state."""
+        if self.lambda_state is None:
+            return []
+        before = saved["config"]["mtp"]["loss_weight"]["type"]
+        if saved.get("loss_weight") is None or before != self.config.mtp.loss_weight.type:
+            return ["mtp.loss_weight: of another type than before, begins with its first state"]
+        self.lambda_state = saved["loss_weight"]
+        return []
 
     def warmed_again(self, saved: Mapping[str, Any]) -> list[str]:
         """A longer train.total_tokens moves the progress back, and with it the schedules."""
@@ -411,7 +430,7 @@ class Trainer:
             if config.mtp.mode == "none"
             else f"{config.mtp.mode} D={config.mtp.depths}"
         )
-        tokens = [source.tokens for source in self.sampler.sources if isinstance(source, Source)]
+        tokens = [source.tokens for source in self.sampler.sources if source.tokens is not None]
         data = quantity(sum(tokens)) if tokens else self.val.path
         experts = (
             f", EP {config.parallel.expert_parallel_size}"

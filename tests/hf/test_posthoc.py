@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_mtp.config import ConfigError, load_config
+from dsv3_mtp.config import ConfigError, load_config, schedules
 from dsv3_mtp.config.run import Config
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
 from dsv3_mtp.hf.files import INDEX
 from dsv3_mtp.hf.splice import SHARD
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
-from dsv3_mtp.model.given import Compute, building
+from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.plan.memory import layout, plan
 from dsv3_mtp.train.answers import AnswerArguments, write_answers
 from dsv3_mtp.train.optim import build_optimizer
@@ -168,10 +168,9 @@ def test_heads_learn_from_what_the_trunk_writes_itself(tmp_path, trunk):
 def test_fastmtps_weights_are_those_of_its_formula():
     mtp = load_config(ROOT / "configs/heads/fastmtp.yaml").mtp
     powers = [0.6**k for k in range(3)]
-    expected = [3 * power / sum(powers) for power in powers]
-    assert mtp.depth_weights == pytest.approx(expected, rel=1e-15)
-    assert [round(w / 3, 2) for w in mtp.depth_weights] == [0.51, 0.31, 0.18]
-    assert mtp.share_weights and mtp.loss_weight.value == 1.0
+    weights = schedules.depth_loss_weights(mtp, 0.5)  # lambda w_k / D, lambda 1
+    assert weights == pytest.approx([power / sum(powers) for power in powers], rel=1e-14)
+    assert [round(w, 2) for w in weights] == [0.51, 0.31, 0.18] and mtp.share_weights
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])

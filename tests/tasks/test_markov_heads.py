@@ -12,8 +12,7 @@ import torch
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings
-from dsv3_mtp.tasks.grade import heads_on
-from dsv3_mtp.tasks.markov import source_nll
+from dsv3_mtp.tasks.markov import heads_on, source_nll
 from tests.ranks import markov_chain, markov_tokens
 
 STATES, DEPTHS, T, STEPS = 24, 2, 64, 100
