@@ -534,6 +534,7 @@ def full_disk(config: Config) -> None:
 @pytest.mark.usefixtures("finished")
 def test_optimizer_settings_changed_on_resume_are_those_in_use(make_run):
     changed = {"optim__weight_decay": 0.7, "optim__betas": [0.5, 0.6], "optim__eps": 0.1}
+    changed["train__total_tokens"] = 8192  # a run that is to go on: a finished one refuses them
     config = make_run(**changed)
     train(config, function=hyperparameters)
     groups = json.loads(Path(f"{folder_of(config)}.groups").read_text())
