@@ -46,7 +46,12 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
             "throughput": {"enabled": False}
         },  # it waits for the GPU twice in every micro-batch
         "zero_optimization": _zero(config),
-        "bf16": {"enabled": train.dtype == "bfloat16"},
+        "bf16": {
+            "enabled": train.dtype == "bfloat16",
+            # A gradient joins the float32 sum as soon as it is there, and is let go of. A pipeline
+            # needs it longer: the tied embedding's is sent between stages.
+            "immediate_grad_update": config.parallel.pipeline_stages == 1,
+        },
         "data_types": {"keep_in_fp32_modules": ["e_score_correction_bias"]},
         "zero_allow_untested_optimizer": config.optim.moments
         == "bfloat16",  # which it does not know (optim.py)
@@ -54,12 +59,25 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         "zero_force_ds_cpu_optimizer": False,
         "tensorboard": {"enabled": log.tensorboard, "output_path": run_dir, "job_name": "tb"},
     }
+    if sums_in_float32(config):
+        generated["data_types"]["grad_accum_dtype"] = "fp32"
+        generated["communication_data_type"] = "fp32"
     if log.wandb is not None:
         wandb = {"project": log.wandb.project, "team": log.wandb.entity, "group": log.wandb.group}
         generated["wandb"] = {"enabled": True} | {
             key: value for key, value in wandb.items() if value is not None
         }
     return _merge(generated, config.deepspeed)
+
+
+def sums_in_float32(config: Config) -> bool:
+    """Whether the gradients of a bfloat16 run are summed over micro-batches and ranks in float32,
+    as V3 does (section 3.3.3): ZeRO 1 to 3, unless `deepspeed.data_types.grad_accum_dtype` says
+    bf16. DeepSpeed's ZeRO-0 refuses it.
+    """
+    asked = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    wide = config.train.dtype == "bfloat16" and config.parallel.zero_stage > 0
+    return wide and asked in (None, "fp32")
 
 
 def _zero(config: Config) -> dict[str, Any]:
