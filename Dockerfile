@@ -13,6 +13,7 @@ RUN python3 -m venv $VIRTUAL_ENV && pip install --no-cache-dir "torch==2.11.*" n
 WORKDIR /dsv3_mtp
 COPY pyproject.toml README.md LICENSE ./
 COPY dsv3_mtp dsv3_mtp
+COPY configs configs
 # Transformer Engine compiles its torch extension against the torch above.
 RUN pip install --no-cache-dir --no-build-isolation -e '.[te,fa4]'
 COPY . .

@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels for a GPU that need not be there, and prints the name of each: a
-process of its own,
+"""Compiles the Triton kernels for GPUs that need not be there, and prints each: a process of its
+own,
 
-    python tests/compile_kernels.py 90      # compute capability 9.0; TRITON_INTERPRET must not be set
+    python tests/compile_kernels.py 90 100    # compute capabilities; TRITON_INTERPRET must not be set
 
 A kernel is compiled where it would be launched, so that the functions that launch it decide on
 types and sizes.
@@ -22,10 +22,10 @@ class NoDriver:
     """What Triton asks before it compiles."""
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(sys.argv[1]), 32)
+        return GPUTarget("cuda", capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return capability  # of each a device of its own: Triton keeps what it compiled for one
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -33,11 +33,10 @@ class NoDriver:
 
 def compile_instead(self, *args, grid, warmup, **options):
     assert launch(self, *args, grid=grid, warmup=True, **options).asm["cubin"]
-    print(self.__name__)
+    print(capability, self.__name__)
 
 
 launch, JITFunction.run = JITFunction.run, compile_instead
-driver.set_active(NoDriver())
 rows, width = 8, 256
 
 
@@ -45,14 +44,20 @@ def made(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16)
 
 
-kernels.silu_mul(*made(2, rows, width))
-kernels.silu_mul_backward(*made(3, rows, width))
-kernels.swiglu(made(rows, 2 * width), made(rows))
-kernels.swiglu_backward(made(rows, width), made(rows, 2 * width), made(rows))
-kernels.gather_sum(made(rows, width), torch.zeros(rows, 6, dtype=torch.int64))
-angles = torch.zeros(2, rows, 32)
-heads = kernels.to_heads(made(1, rows, 16, 192), made(1, rows, 16, 256), made(1, rows, 64), angles)
-kernels.to_heads_backward(*heads, angles)
-kernels.cross_entropy_(made(rows, 5000), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows))
-for tile in (quantise.ROW, quantise.BLOCK):
-    triton_quantise.quantise(made(256, 256), tile, "pow2")
+for capability in map(int, sys.argv[1:]):
+    driver.set_active(NoDriver())
+    factor = torch.zeros(rows)
+    for gates in (None, factor):
+        kernels.swiglu(*made(rows, 2 * width).chunk(2, dim=1), gates)
+        kernels.swiglu_backward(made(rows, width), *made(2, rows, width), gates)
+    kernels.sum_rows(made(rows, width), torch.zeros(rows, 6, dtype=torch.int64))
+    angles = torch.zeros(2, rows, 32)
+    heads = kernels.to_heads(
+        made(1, rows, 16, 192), made(1, rows, 16, 256), made(1, rows, 64), angles
+    )
+    kernels.to_heads_backward(*heads, angles)
+    kernels.cross_entropy_(
+        made(rows, 5000), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+    )
+    for tile in (quantise.ROW, quantise.BLOCK) if capability >= 89 else ():  # there is E4M3
+        triton_quantise.quantise(made(256, 256), tile, "pow2")

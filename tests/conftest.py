@@ -96,9 +96,7 @@ def tiny_config(make_tiny_config: Callable[..., Any]) -> Any:
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
-    """Seed every generator before each test; put torch's settings, and what `tune` turns on, back
-    after it.
-    """
+    """Seed every generator before each test; put torch's settings back after it."""
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
@@ -112,18 +110,16 @@ def reproducible() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_float32_matmul_precision("highest")
-    if "dsv3_mtp.ops.kernels" in sys.modules:
-        sys.modules["dsv3_mtp.ops.kernels"].disable()
 
 
 @pytest.fixture
-def compiled(reproducible: None) -> None:
-    """The C kernels are on, until `reproducible` turns them off."""
-    from dsv3_mtp.ops import kernels
+def compiled() -> None:
+    """Skips where the C kernels cannot be built."""
+    from dsv3_mtp.ops import c
 
-    note = kernels.enable()
-    if "not built" in note:
-        pytest.skip(note)
+    for dtype in c.TYPES:
+        if reason := c.unavailable(dtype):
+            pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import dsv3_mtp.report.plots
-import dsv3_mtp.train.trainer  # for the forked processes: each would otherwise load it for seconds
+import dsv3_mtp.train.process  # for the forked processes: each would otherwise load it for seconds
 from dsv3_mtp.data.megatron import write_index
 from dsv3_mtp.parallel.engine import import_muon
 
@@ -115,12 +115,12 @@ def run_tool(
 
 
 def train_to_end(config: Any) -> None:
-    dsv3_mtp.train.trainer.Trainer(config, command=["test"]).run()
+    dsv3_mtp.train.process.own_process(config, command=["test"]).run()
 
 
 def train_until(config: Any, step: int) -> None:
     """Gets SIGTERM while it works on `step`, as from a scheduler."""
-    trainer = dsv3_mtp.train.trainer.Trainer(config, command=["test"])
+    trainer = dsv3_mtp.train.process.own_process(config, command=["test"])
     original = trainer.sampler.next_batch
 
     def next_batch(*args, **kwargs):

@@ -6,7 +6,8 @@ dsv3_mtp.config.
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -41,8 +42,21 @@ FilePath = Annotated[
 FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name
 
 
+class OnResume(Enum):
+    """What a start may do with a key whose value differs from the checkpoint's. A key says it in
+    its annotation, else its section does in `on_resume`, else the section that holds that one
+    (resume.py).
+    """
+
+    FIXED = "refused: the weights or the place in the data fit the old value only"
+    RECORDED = "said and recorded; refused where the run is finished"
+    FREE = "accepted: no effect on what is learned"
+
+
 class Section(BaseModel):
     """A frozen group of keys. `rules` yields what is wrong between them, as (key, text)."""
+
+    on_resume: ClassVar[OnResume | None] = None
 
     model_config = ConfigDict(
         extra="forbid",
@@ -91,6 +105,8 @@ class ModelConfig(Section):
     """The trunk. Names are HF's DeepseekV3Config keys; values in brackets are DeepSeek-V3's (V3
     4.2).
     """
+
+    on_resume = OnResume.FIXED
 
     vocab_size: Annotated[Integer, Field(ge=2)]
     """Rows of the embedding and of the output head (129280)."""
@@ -255,6 +271,8 @@ class MTPConfig(Section):
     24-25).
     """
 
+    on_resume = OnResume.FIXED
+
     mode: Literal["none", "sequential", "parallel", "parallel_linear"] = "sequential"
     """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; parallel_linear: linear
     heads.
@@ -263,13 +281,15 @@ class MTPConfig(Section):
     """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see
     `depths`.
     """
-    loss_weight: LossWeight = StepWeight(values=(0.3, 0.1), at=(10e12 / V3_TOKENS,))
+    loss_weight: Annotated[LossWeight, OnResume.RECORDED] = StepWeight(
+        values=(0.3, 0.1), at=(10e12 / V3_TOKENS,)
+    )
     """lambda over progress (V3 4.2: 0.3 for the first 10T tokens, then 0.1). A bare number is
     constant.
     """
-    depth_weights: tuple[NotNegative, ...] | None = None
+    depth_weights: Annotated[tuple[NotNegative, ...] | None, OnResume.RECORDED] = None
     """w_k for k = 1..D; null: all 1 (V3 eq. 25)."""
-    curriculum: Literal["none", "forward", "reverse"] = "none"
+    curriculum: Annotated[Literal["none", "forward", "reverse"], OnResume.RECORDED] = "none"
     """Active depths over equal stages: forward grows 1..D, reverse shrinks D..1 (arXiv
     2505.22757).
     """
@@ -283,7 +303,7 @@ class MTPConfig(Section):
     """Sequential: modules read the embedding of the token at i+k (V3 eq. 21)."""
     share_weights: bool = False
     """Sequential: one module, used at every depth."""
-    detach: Literal["none", "trunk", "all"] = "none"
+    detach: Annotated[Literal["none", "trunk", "all"], OnResume.RECORDED] = "none"
     """Gradient stopped: none (V3), into the trunk, or into the trunk, the embedding and the output
     head.
     """

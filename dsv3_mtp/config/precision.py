@@ -5,7 +5,7 @@ kernel.
 from collections.abc import Iterator
 from typing import Literal
 
-from dsv3_mtp.config.model import Section
+from dsv3_mtp.config.model import OnResume, Section
 from dsv3_mtp.config.reader import Problem, show
 
 FP8Module = Literal["attention", "dense_mlp", "shared_experts", "routed_experts", "eh_proj"]
@@ -15,6 +15,8 @@ class FP8Config(Section):
     """FP8 training (V3 3.3). Embedding, output head, router, norms and the attention core are never
     FP8.
     """
+
+    on_resume = OnResume.RECORDED
 
     enabled: Literal[True, False, "auto"] = "auto"
     """auto: where the hardware multiplies FP8, or with the named backend; true: everywhere, by
@@ -63,6 +65,8 @@ class FP8Config(Section):
 
 class AttentionConfig(Section):
     """The kernel of the attention core in training."""
+
+    on_resume = OnResume.RECORDED
 
     backend: Literal["auto", "fa4", "fa3", "fa2", "te", "sdpa"] = "auto"
     """auto: the fastest that is installed and takes these shapes; a named one is used or

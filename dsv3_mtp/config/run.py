@@ -30,6 +30,7 @@ from dsv3_mtp.config.model import (
     MTPConfig,
     NotNegative,
     Number,
+    OnResume,
     Positive,
     Section,
     Text,
@@ -44,11 +45,13 @@ _LOG = logging.getLogger("dsv3_mtp")  # without a handler Python prints its warn
 class RunConfig(Section):
     """Where the run lives and what it draws its random numbers from."""
 
+    on_resume = OnResume.FREE
+
     name: FolderName = "run"
     """The run's folder is DIR/NAME."""
     dir: FilePath = "runs"
     """Folder of all runs."""
-    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 1234
+    seed: Annotated[Integer, Field(ge=0, lt=2**63), OnResume.FIXED] = 1234
     """Initialisation and data order."""
 
 
@@ -80,6 +83,8 @@ class ScheduleConfig(Section):
 
 class OptimConfig(Section):
     """AdamW (V3 4.2)."""
+
+    on_resume = OnResume.RECORDED
 
     lr: Positive = 2.2e-4
     """Peak learning rate."""
@@ -115,17 +120,21 @@ class BatchSizeRamp(Section):
 class TrainConfig(Section):
     """How long, how wide and in which numbers."""
 
+    on_resume = OnResume.RECORDED
+
     total_tokens: Count
     """Length of the run (V3 4.2: 14.8e12). Progress is tokens consumed over this."""
     batch_size: Count
     """Sequences per optimizer step over all ranks (V3: 15360)."""
-    micro_batch_size: Count
+    micro_batch_size: Annotated[Count, OnResume.FREE]
     """Sequences per forward of a rank, or of the sequence_parallel_size ranks that share them."""
     batch_size_ramp: BatchSizeRamp | None = None
     """null: batch_size from the first step."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Annotated[Literal["float32", "bfloat16"], OnResume.FIXED] = "bfloat16"
     """Weights and activations in the forward; master weights are float32 (V3 3.3)."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Annotated[Literal["none", "selective", "full"], OnResume.FREE] = (
+        "none"
+    )
     """What backward makes again to save memory. selective: norms, MLA up-projections (V3 3.2.3);
     full: whole blocks.
     """
@@ -135,13 +144,13 @@ class TrainConfig(Section):
     """Fraction from which gamma is 0 (V3 4.2: after 14.3T tokens)."""
     balance_loss_weight: NotNegative = 0.0001
     """alpha of the sequence-wise balance loss (V3 eq. 17, 4.2)."""
-    threads: Count | None = None
+    threads: Annotated[Count | None, OnResume.FREE] = None
     """CPU threads per rank; null: cores over ranks of this host."""
     init_from: FilePath | None = None
     """Folder of a DeepSeek-V3-layout checkpoint: weights and router biases at step 0; null:
     `initializer_range`.
     """
-    freeze: Literal["none", "trunk"] = "none"
+    freeze: Annotated[Literal["none", "trunk"], OnResume.FIXED] = "none"
     """trunk: only the MTP heads learn; embedding, trunk, router biases of the trunk and output head
     stay.
     """
@@ -168,6 +177,8 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How ranks share the work."""
 
+    on_resume = OnResume.FREE
+
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also
     weights.
@@ -189,6 +200,8 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     """When to save."""
 
+    on_resume = OnResume.FREE
+
     every: Count = 100
     """Steps between checkpoints; the last step is always saved."""
     keep: Count = 2
@@ -199,6 +212,8 @@ class CheckpointConfig(Section):
 
 class EvalConfig(Section):
     """Validation during training."""
+
+    on_resume = OnResume.FREE
 
     every: Annotated[Integer, Field(ge=0)] = 100
     """Steps between validations; 0: only at the end."""
@@ -216,6 +231,8 @@ class WandbConfig(Section):
 
 class LogConfig(Section):
     """What is written besides metrics.jsonl."""
+
+    on_resume = OnResume.FREE
 
     every: Count = 10
     """Steps between lines."""
@@ -250,7 +267,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
-    deepspeed: Annotated[dict[str, Any], AfterValidator(check_deepspeed)] = {}
+    deepspeed: Annotated[dict[str, Any], AfterValidator(check_deepspeed), OnResume.FREE] = {}
     """Merged over the generated DeepSpeed JSON; keys that this file owns are refused."""
 
     def rules(self) -> Iterator[Problem]:

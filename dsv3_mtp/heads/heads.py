@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm
+from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.cross_entropy import linear_cross_entropy
 
 
@@ -84,9 +85,8 @@ class MTPModule(DecoderLayer):
         super().__init__(config, layer=config.num_hidden_layers - 1)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if mtp.embed else None
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(
-            config.hidden_size * (2 if mtp.embed else 1), config.hidden_size, bias=False
-        )
+        inputs = config.hidden_size * (2 if mtp.embed else 1)
+        self.eh_proj = given().linear("eh_proj", inputs, config.hidden_size)
         self.shared_head = SharedHead(config)
 
     def merge(self, hidden: Tensor, embedding: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 in memory at a time.
 
 keys.py says which tensors a checkpoint has, settings.py what its config.json says, files.py reads
-and writes safetensors, blockfp8.py quantises; load.py fills a model, export.py and importer.py are
+and writes safetensors; load.py fills a model, export.py and importer.py are
 the two tools.
 """
 

@@ -15,7 +15,6 @@ from dsv3_mtp.config import Config, load_config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.files.atomic import lock, write_json
 from dsv3_mtp.files.tensorfile import Entry
-from dsv3_mtp.hf.blockfp8 import quantise, scale_shape
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
@@ -28,6 +27,7 @@ from dsv3_mtp.hf.settings import (
     write_settings,
 )
 from dsv3_mtp.model.causal_lm import meta_model
+from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
 from dsv3_mtp.runs.loading import IMPORTED, newest_weights, tokenizer_of
 
 Read = Callable[[Slot], Tensor]
@@ -110,7 +110,8 @@ def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> 
             bad.append(f"  {slot.name}")
             tensor = torch.zeros_like(tensor)
         if dtype == "fp8" and slot.quantised:
-            yield from quantise(tensor)
+            codes, scale_inv = quantise(tensor, BLOCK, "stored")
+            yield from (codes.contiguous(), scale_inv)
         else:
             yield tensor.to(torch.float32 if slot.is_float32 else TYPES[dtype])
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.tensorfile import DTYPES
-from dsv3_mtp.hf.blockfp8 import dequantise, scale_shape
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
+from dsv3_mtp.precision.quantise import dequantise, scale_shape
 
 # Keys of the model section that leave what given weights compute as it is.
 NO_EFFECT = {"initializer_range", "max_position_embeddings"}
@@ -118,7 +118,7 @@ def read_slot(checkpoint: Checkpoint, slot: Slot, block: tuple[int, int] | None)
     """The tensor in its stored type; FP8 is dequantised to float32."""
     tensor = checkpoint.read(slot.name)
     if tensor.dtype == torch.float8_e4m3fn and block is not None:
-        return dequantise(tensor, checkpoint.read(slot.name + SCALE), block=block)
+        return dequantise(tensor, checkpoint.read(slot.name + SCALE), block)
     return tensor
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.atomic import write_json
-from dsv3_mtp.hf.blockfp8 import BLOCK
+from dsv3_mtp.precision.quantise import BLOCK
 
 # Of a tensor that is not quantised, by the `dtype` of an export or import.
 TYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
@@ -21,7 +21,7 @@ QUANTIZATION = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
     "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
+    "weight_block_size": list(BLOCK),
 }
 # What this code computes and has no key for: (value written, values accepted when read).
 FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {

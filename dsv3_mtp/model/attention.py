@@ -1,13 +1,13 @@
 """Multi-head latent attention (DeepSeek-V3 section 2.1.1, eqs. 1-11)."""
 
-import torch
+from functools import partial
+
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model.layers import RMSNorm, rotate, yarn_mscale
-from dsv3_mtp.ops import fused, kernels
-from dsv3_mtp.ops.attention import Core, sdpa
-from dsv3_mtp.ops.causal import causal_attention, evenly
+from dsv3_mtp.model.layers import RMSNorm, yarn_mscale
+from dsv3_mtp.ops.attention import attend
+from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.recompute import again
 
 
@@ -18,10 +18,9 @@ class MLA(nn.Module):
     Queries are compressed as well when `q_lora_rank` is set. RMSNorm sits on both latents.
     """
 
-    core: Core | None = None  # of training; precision/ puts a GPU's kernel here
-
     def __init__(self, config: ModelConfig):
         super().__init__()
+        linear, self.core = partial(given().linear, "attention"), given().core
         self.heads = config.num_attention_heads
         self.nope, self.rope, self.value = (
             config.qk_nope_head_dim,
@@ -32,15 +31,15 @@ class MLA(nn.Module):
         hidden, query = config.hidden_size, self.heads * (self.nope + self.rope)
         self.q_compressed = config.q_lora_rank is not None
         if config.q_lora_rank is not None:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_proj = linear(hidden, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
+            self.q_b_proj = linear(config.q_lora_rank, query)
         else:
-            self.q_proj = nn.Linear(hidden, query, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_rank + self.rope, bias=False)
+            self.q_proj = linear(hidden, query)
+        self.kv_a_proj_with_mqa = linear(hidden, self.kv_rank + self.rope)
         self.kv_a_layernorm = RMSNorm(self.kv_rank, config.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(self.kv_rank, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
+        self.kv_b_proj = linear(self.kv_rank, self.heads * (self.nope + self.value))
+        self.o_proj = linear(self.heads * self.value, hidden)
         self.scale = (self.nope + self.rope) ** -0.5
         # YaRN's temperature multiplies the logits: q and k each by mscale
         if config.rope_scaling is not None:
@@ -48,19 +47,15 @@ class MLA(nn.Module):
                 yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
             )
 
-    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> Tensor:
-        """x: (B, T, C); angles: (2, T, P/2) cos and sin; mask: bool (B, 1, T, T) True = attend,
-        None = causal.
+    def forward(self, x: Tensor, angles: Tensor, first: Tensor | None) -> Tensor:
+        """x: (B, T, C); angles: (2, T, P/2) cos and sin; first: (B, T) int64, the first slot that
+        each attends to, None = 0 -> (B, T, C).
         """
         query, latent, k_rope = self.project(x)  # (B, T, H, nope+P), (B, T, R), (B, T, P)
         kv = again(self.kv_b_proj, again(self.kv_a_layernorm, latent)).unflatten(
             -1, (self.heads, -1)
         )  # (.., nope+v)
-        if self.core is None and mask is None and kernels.usable(x):
-            return self.o_proj(causal_attention(query, kv, k_rope, angles, self.scale))
-        query, key, value = again(to_heads, query, kv, k_rope, angles)
-        mixed = (self.core or sdpa)(query, key, value, self.scale, mask)  # (B, H, T, v)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return self.o_proj(attend(query, kv, k_rope, angles, self.scale, first, core=self.core))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, T, C) -> queries (B, T, H, nope+P), latents (B, T, R) without norm, keys (B, T, P)
@@ -72,37 +67,3 @@ class MLA(nn.Module):
             query = self.q_proj(x)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)
         return query.unflatten(-1, (self.heads, -1)), latent, k_rope
-
-
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor):
-        ctx.save_for_backward(angles)
-        return fused.kernels.to_heads(query, kv, k_rope, angles)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return *fused.kernels.to_heads_backward(
-            *(grad.contiguous() for grad in grads), *ctx.saved_tensors
-        ), None
-
-
-def to_heads(
-    query: Tensor, kv: Tensor, k_rope: Tensor, angles: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotates. (B, T, H, nope+P), (B, T, H, nope+v), (B, T, P) -> query, key (B, H, T, nope+P),
-    value (.., v).
-    """
-    if fused.usable(query):
-        q, k, v = _ToHeads.apply(query.contiguous(), kv.contiguous(), evenly(k_rope), angles)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    rope = k_rope.shape[-1]
-    nope = query.shape[-1] - rope
-    q_nope, q_rope = query.split([nope, rope], dim=-1)
-    k_nope, value = kv.split([nope, kv.shape[-1] - nope], dim=-1)
-    k_rope = rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, query.shape[2], -1)
-    query, key = (
-        torch.cat([q_nope, rotate(q_rope, angles)], dim=-1),
-        torch.cat([k_nope, k_rope], dim=-1),
-    )
-    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -8,6 +8,7 @@ from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, RouterStats
+from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.recompute import again, forgetting
 
 
@@ -15,7 +16,7 @@ class DecoderLayer(nn.Module):
     """The feed-forward is dense in the first `first_k_dense_replace` layers, a mixture of experts
     afterwards.
 
-    `activation_checkpointing`: none keeps what backward needs; selective makes the norms, MLA's
+    `recompute`: none keeps what backward needs; selective makes the norms, MLA's
     up-projections and SwiGLU again (V3 sections 3.2.3, 3.3.3); full the whole block, from its
     input. The router's stats are those that the first computation returned, so that nothing is
     counted twice.
@@ -30,15 +31,15 @@ class DecoderLayer(nn.Module):
         self.mlp: MLP | MoE = (
             MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
         )
-        self.activation_checkpointing = "none"
+        self.recompute = given().recompute
 
     def forward(
         self, x: Tensor, angles: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, RouterStats | None]:
         """x: (B, T, C) -> (B, T, C) and the router's stats, None for a dense layer."""
-        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
+        if self.recompute == "none" or not torch.is_grad_enabled():
             return self.compute(x, angles, mask)
-        if self.activation_checkpointing == "full":
+        if self.recompute == "full":
             return checkpoint(
                 self.compute, x, angles, mask, use_reentrant=False, preserve_rng_state=False
             )

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.heads.heads import HEADS, LMHead, TrunkStates
 from dsv3_mtp.model.block import DecoderLayer
-from dsv3_mtp.model.layers import RMSNorm, Rows, rotary_angles
+from dsv3_mtp.model.layers import RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.output import Batch, MTPOutput
 from dsv3_mtp.model.overlap import row_overlap
-from dsv3_mtp.model.targets import agreement, count_targets, document_mask, valid_targets
+from dsv3_mtp.model.targets import agreement, count_targets, document_starts, valid_targets
+from dsv3_mtp.ops.compute import building, given
 
 
 class Trunk(nn.Module):
@@ -60,14 +61,13 @@ class DeepseekV3MTP(nn.Module):
     bit.
     """
 
-    rows = Rows()
-
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__()
-        self.config, self.mtp_config = config, mtp
+        self.config, self.mtp_config, self.shard = config, mtp, given().shard
         self.model = Trunk(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
-        self.mtp: Any = HEADS[mtp.mode](config, mtp) if mtp.mode in HEADS else None
+        with building(given().heads or given()):
+            self.mtp: Any = HEADS[mtp.mode](config, mtp) if mtp.mode in HEADS else None
 
     @property
     def depths(self) -> int:
@@ -135,8 +135,8 @@ class DeepseekV3MTP(nn.Module):
         balance = sum(
             (routed.balance for routed in stats), start=tokens.new_zeros((), dtype=torch.float32)
         )
-        main = self.rows.gather(prediction[0])[
-            :, self.rows.number * length :
+        main = self.shard.gather(prediction[0])[
+            :, self.shard.number * length :
         ]  # from slot 0 here to the row's end
         agreed, compared = agreement(prediction, valid, main)
         return MTPOutput(
@@ -146,7 +146,9 @@ class DeepseekV3MTP(nn.Module):
             correct=((prediction == targets) & valid).sum((1, 2)),
             agreed=agreed,
             compared=compared,
-            overlap=row_overlap(self.head_logits, hiddens, valid, self.rows, self.config.vocab_size)
+            overlap=row_overlap(
+                self.head_logits, hiddens, valid, self.shard, self.config.vocab_size
+            )
             if overlap
             else nll.new_zeros(4, self.depths, dtype=torch.float64),
             balance=balance.detach(),
@@ -176,8 +178,10 @@ class DeepseekV3MTP(nn.Module):
         document mask, which is that of whole rows.
         """
         length = tokens.shape[1] - 1 - self.depths
-        slots = self.rows.number * length + torch.arange(length, device=tokens.device)
-        mask = None if documents is None else document_mask(self.rows.gather(documents[:, :length]))
+        slots = self.shard.number * length + torch.arange(length, device=tokens.device)
+        mask = (
+            None if documents is None else document_starts(self.shard.gather(documents[:, :length]))
+        )
         return rotary_angles(self.config, slots), mask
 
     def head_states(
@@ -295,12 +299,6 @@ class DeepseekV3MTP(nn.Module):
         for gate, gate_load in zip(self.gates(), load, strict=True):
             if gate.weight.requires_grad:
                 gate.update_bias(gate_load, speed)
-
-    def checkpoint_activations(self, mode: str) -> None:
-        """none | selective | full, for the blocks of trunk and MTP heads (see DecoderLayer)."""
-        for module in self.modules():
-            if isinstance(module, DecoderLayer):
-                module.activation_checkpointing = mode
 
     def freeze_trunk(self) -> None:
         """Only the MTP heads go on learning: no gradient into embedding, trunk, its routers and the

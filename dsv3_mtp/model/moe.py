@@ -2,7 +2,6 @@
 12-20).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,13 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model.layers import MLP, Rows
-from dsv3_mtp.ops.experts import from_experts, gated_swiglu, routed, sort_by_expert, to_experts
+from dsv3_mtp.model.layers import MLP
+from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.recompute import again
-
-# Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), E counts
-# -> (rows, out).
-GroupedLinear = Callable[[Tensor, Tensor, list[int]], Tensor]
 
 
 class RouterStats(NamedTuple):
@@ -48,11 +43,9 @@ class Gate(nn.Module):
     alone.
     """
 
-    rows = Rows()
-
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.shard = config, given().shard
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor  # float32 and no gradient: moved by `update_bias`
         self.register_buffer(
@@ -108,16 +101,16 @@ class Gate(nn.Module):
         """Sequence-wise balance (eqs. 17-20) summed over the batch; f from the unbiased top-K, as
         printed.
 
-        Of rows in slices: f of the whole row, P this slice's part of the row's mean, so that slices
+        Of rows in shards: f of the whole row, P this shard's part of the row's mean, so that shards
             add up.
         """
         top = scores.detach().topk(self.config.num_experts_per_tok, dim=-1).indices  # (B, T, K)
         hits = torch.zeros_like(scores).scatter_(2, top, 1.0)  # (B, T, E)
-        hits = self.rows.gather(hits.mean(1, keepdim=True)).mean(1)  # (B, E)
+        hits = self.shard.gather(hits.mean(1, keepdim=True)).mean(1)  # (B, E)
         # (B, E), 1 when balanced
         frequency = hits * (scores.shape[2] / self.config.num_experts_per_tok)
         share = (scores / scores.sum(-1, keepdim=True)).mean(1)  # (B, E)
-        return (frequency * share).sum() / self.rows.count
+        return (frequency * share).sum() / self.shard.count
 
     @torch.no_grad()
     def update_bias(self, load: Tensor, speed: float) -> None:
@@ -136,21 +129,13 @@ class Experts(nn.Module):
     rows if need be.
     """
 
-    linear: tuple[GroupedLinear, GroupedLinear] | None = (
-        None  # of gate_up and down; precision/ puts FP8 here
-    )
-    multiple = 1  # rows of an expert that these want, padded with zeros
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        experts, hidden, width = (
-            config.n_routed_experts,
-            config.hidden_size,
-            config.moe_intermediate_size,
-        )
-        self.first = (
-            0  # number of the first expert here; parallel/experts.py keeps a part of the layer's
-        )
+    def __init__(self, config: ModelConfig, *, count: int | None = None):
+        """count: how many of the layer's experts; None: all."""
+        nn.Module.__init__(self)
+        experts = config.n_routed_experts if count is None else count
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        # number of the first expert here; parallel/experts.py keeps a part of the layer's
+        self.first, self.routed = 0, given().routed()
         # (E, 2F, C), gate rows first
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # (E, C, F)
@@ -159,16 +144,7 @@ class Experts(nn.Module):
         """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K);
         counts: (E,).
         """
-        if self.linear is None:
-            return routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
-        gate_up_linear, down_linear = self.linear
-        rows = [
-            -(-n // self.multiple) * self.multiple for n in counts.tolist()
-        ]  # the one time that the host waits
-        layout = sort_by_expert(chosen, gates.to(x.dtype), counts, self.multiple, sum(rows))
-        inner = gate_up_linear(to_experts(x, layout), self.gate_up_proj, rows)  # (rows, 2F)
-        y = down_linear(gated_swiglu(inner, layout.gates), self.down_proj, rows)  # (rows, C)
-        return from_experts(y, layout)
+        return self.routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
 
 
 class MoE(nn.Module):
@@ -177,9 +153,9 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate = Gate(config)
-        self.experts = Experts(config)
+        self.experts = (given().experts or Experts)(config)
         shared = config.n_shared_experts * config.moe_intermediate_size
-        self.shared_experts = MLP(config.hidden_size, shared) if shared else None
+        self.shared_experts = MLP(config.hidden_size, shared, "shared_experts") if shared else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """x: (B, T, C) -> (B, T, C), stats."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp.model.layers import Rows
+from dsv3_mtp.ops.compute import Shard
 
 HeadLogits = Callable[[int, Tensor], Tensor]
 CHUNK_ELEMENTS = 2**22  # log-probabilities of a chunk: 16 MiB in float32, and some copies
@@ -101,7 +101,7 @@ def teachers(valid: Tensor, following: int) -> Tensor:
 
 @torch.no_grad()
 def row_overlap(
-    head_logits: HeadLogits, hiddens: Sequence[Tensor], valid: Tensor, rows: Rows, vocab_size: int
+    head_logits: HeadLogits, hiddens: Sequence[Tensor], valid: Tensor, shard: Shard, vocab_size: int
 ) -> Tensor:
     """`overlap_sums` of this process's slots of rows of text.
 
@@ -112,8 +112,8 @@ def row_overlap(
     if not depths:
         return valid.new_zeros((4, 0), dtype=torch.float64)
     first = min(depths, length)  # or all of a short slice, and then they follow on each other
-    states = rows.gather(hiddens[0][:, :first])  # (B, slices * first, C)
-    following = states[:, (rows.number + 1) * first :][:, :depths]
+    states = shard.gather(hiddens[0][:, :first])  # (B, slices * first, C)
+    following = states[:, (shard.number + 1) * first :][:, :depths]
     taught = teachers(valid, following.shape[1])
     following = F.pad(following, (0, 0, 0, depths - following.shape[1]))
     return overlap_sums(head_logits, hiddens, following, taught, vocab_size)

@@ -36,13 +36,14 @@ def count_targets(
     return torch.cat([targets, targets.new_full((1,), tokens.shape[0])]).double()
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """(B, T) document numbers -> (B, 1, T, T) bool, True where slot i may attend to slot j <= i of
-    its document.
+def document_starts(documents: Tensor) -> Tensor:
+    """(B, T) document numbers, of which none returns after another -> (B, T) int64: the slot where
+    the document of each slot begins, which is the first slot that it attends to.
     """
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    return (causal & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)
+    slots = torch.arange(documents.shape[1], device=documents.device)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return torch.where(begins, slots, 0).cummax(1).values
 
 
 def agreement(prediction: Tensor, valid: Tensor, main: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,13 @@
-"""Kernels of the attention core for MLA, whose queries and keys (192 in V3) are wider than its
-values (128).
+"""MLA's attention in training: from projected queries, keys and values to the mixed values.
 
-Every kernel is a function core(query, key, value, scale, mask) of tensors (B, H, T, qk), (B, H, T,
-qk), (B, H, T, v) that returns (B, H, T, v): softmax(query key^T * scale) value, causal, or under a
-bool mask (B, 1, T, T).
+A core is the part with the softmax: core(query, key, value, scale, first) of tensors (B, H, T, qk),
+(B, H, T, qk), (B, H, T, v) returns (B, H, T, v). Slot i attends to the slots first[i] .. i of its
+row; `first` (B, T) int64 is the slot where its document begins, None stands for 0 everywhere.
+Nothing here ever holds T^2 numbers.
 """
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,192 +15,163 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dsv3_mtp.precision import te
+from dsv3_mtp.ops import c, choice
+from dsv3_mtp.ops.recompute import again
+from dsv3_mtp.ops.rotary import evenly, to_heads
 
 Core = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
+BLOCK = 512  # queries that are compared with all keys at a time, under documents
+
 # flash may come first in torch's own order; it rejects unequal widths, and the next in that order
 # has a slow backward.
-PRIORITY = [
+CAUSAL = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}
-INSTALL = {
-    "fa4": "pip install -e '.[fa4]'",
-    "fa3": "build the hopper folder of flash-attention from source",
-    "fa2": "pip install -e '.[fa2]' --no-build-isolation",
-}
+# Never cuDNN: under a mask its backward gives nan for queries where T % 128 == 64 (pytorch#196678).
+MASKED = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def choose_attention(
-    backend: str,
+def attend(
+    query: Tensor,
+    kv: Tensor,
+    k_rope: Tensor,
+    angles: Tensor,
+    scale: float,
+    first: Tensor | None = None,
     *,
-    heads: int,
-    widths: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    masked: bool,
-) -> tuple[Core | None, str]:
-    """The kernel to use (None: the model's own on a CPU) and a line that says why.
+    core: Core | None = None,
+) -> Tensor:
+    """Rotates, then softmax(q k^T * scale) v.
 
     Args:
-        backend: `attention.backend`.
-        widths: of query and key, and of value.
-        masked: attention stays inside documents (`data.mask_documents`).
-
-    Raises:
-        ValueError: the named backend cannot run here, or not on this.
+        query: (B, T, H, nope+P); kv: (B, T, H, nope+v) keys and values; k_rope: (B, T, P), shared
+            by the heads.
+        angles: (2, T, P/2) cos and sin.
+        first: (B, T) int64, see above.
+        core: what mixes; None: C on a CPU where it is, else torch's.
+    Returns:
+        (B, T, H*v)
     """
-    if backend != "auto":
-        core, reason = _try(backend, heads, widths, dtype, device, masked)
-        if reason:
-            raise ValueError(
-                f"attention.backend: {backend} {reason}; or set attention.backend: auto"
-            )
-        return core, f"attention: {backend} (attention.backend)"
-    if device.type != "cuda":
-        return None, "attention: the CPU's own (sdpa without a C compiler and under masks)"
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    order = ["fa4", "fa3", "sdpa"] if hopper else ["fa2", "sdpa"]
-    reasons: list[str] = []
-    for name in order:
-        core, reason = _try(name, heads, widths, dtype, device, masked)
-        if not reason:
-            return core, f"attention: {name}" + (f" ({'; '.join(reasons)})" if reasons else "")
-        reasons.append(f"{name} {reason}")
-    raise AssertionError("sdpa takes everything")
+    if core is None and choice.kernels(query, kv, k_rope) is c:
+        inputs = query.contiguous(), kv.contiguous(), evenly(k_rope)
+        return _Attention.apply(*inputs, angles, first, scale)
+    query, key, value = again(to_heads, query, kv, k_rope, angles)
+    mixed = (core or sdpa)(query, key, value, scale, first)  # (B, H, T, v)
+    return mixed.transpose(1, 2).flatten(2)
 
 
-def _try(
-    name: str,
-    heads: int,
-    widths: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    masked: bool,
-) -> tuple[Core | None, str]:
-    """(kernel, "") or (None, why not)."""
-    if name == "sdpa":
-        return sdpa, ""
-    if device.type != "cuda":
-        return None, "needs a CUDA device"
-    if masked:
-        return None, "has no document mask here (data.mask_documents: true); sdpa has"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return None, f"needs train.dtype: bfloat16 (got {dtype})"
-    if name == "fa2" and widths[1] > widths[0]:
-        return (
-            None,
-            (
-                "pads values to the width of keys, and they "
-                f"are wider (got {widths[1]} and {widths[0]})"
-            ),
-        )
-    if max(widths) > 256 or any(width % 8 for width in widths):
-        return (
-            None,
-            (
-                "needs head widths that are multiples of 8 and "
-                f"at most 256 (got {widths[0]} and {widths[1]})"
-            ),
-        )
-    if name == "te":
-        module, reason = te.load()
-        if module is None:
-            return None, reason
-        core = te_core(module, heads, widths)
-    else:
-        try:
-            function = import_module(MODULES[name]).flash_attn_func
-        except Exception as error:  # a wheel for another CUDA or torch fails in many ways
-            return None, f"cannot be imported ({type(error).__name__}: {error}); {INSTALL[name]}"
-        core = flash_core(function, pad_value=name == "fa2")
-    reason = probe(core, heads, widths, dtype, device)
-    return (None, reason) if reason else (core, "")
-
-
-def probe(
-    core: Core, heads: int, widths: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> str:
-    """Why the kernel fails forward or backward at these widths, "" if it runs: some find out only
-    when they compile.
+class _Attention(torch.autograd.Function):
+    """In C: torch's CPU flash kernel wants values as wide as keys and pays for padding them; its
+    math path computes the upper triangle as well, and both need rotated copies of the heads.
     """
-    try:
-        with torch.enable_grad():
-            query, key, value = (
-                torch.zeros(1, heads, 128, n, dtype=dtype, device=device, requires_grad=True)
-                for n in (widths[0], *widths)
-            )
-            out = core(query, key, value, widths[0] ** -0.5, None)
-            out.backward(torch.zeros_like(out))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except Exception as error:
-        return (
-            f"does not run here ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
-        )
-    return ""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        kv: Tensor,
+        k_rope: Tensor,
+        angles: Tensor,
+        first: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        angles = angles.contiguous()
+        out, softmax = c.attention(query, kv, k_rope, angles, first, scale)
+        ctx.save_for_backward(query, kv, k_rope, angles, first, softmax)
+        ctx.scale = scale
+        return out.flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, kv, k_rope, angles, first, softmax = ctx.saved_tensors
+        grad = grad.contiguous().view(*query.shape[:3], -1)
+        inputs = query, kv, k_rope, angles, first
+        grads = c.attention_backward(grad, *inputs, softmax, ctx.scale)
+        return *grads, None, None, None
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """torch's kernels. On CUDA in the order that suits unequal widths; the CPU's flash kernel
-    insists on equal ones and torch would silently take its T^2-memory math path otherwise, so there
-    the narrower value is padded with zeros.
+def sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, first: Tensor | None) -> Tensor:
+    """The core of torch's kernels."""
+    if first is None:
+        return _sdpa(query, key, value, scale, None)
+    if query.shape[2] <= BLOCK:
+        return _sdpa(query, key, value, scale, _mask(first, 0, 0, query.shape[2]))
+    return _Blocks.apply(query, key, value, scale, first)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """On CUDA in the order that suits unequal widths; the CPU's flash kernel insists on equal ones
+    and torch would silently take its T^2-memory math path otherwise, so there the narrower value is
+    padded with zeros.
     """
     attention = partial(
         F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None, scale=scale
     )
     width = value.shape[-1]
-    if query.device.type == "cuda":
-        with sdpa_kernel(PRIORITY, set_priority=True):
+    if query.is_cuda:
+        with sdpa_kernel(CAUSAL if mask is None else MASKED, set_priority=True):
             return attention(query, key, value)
     if width < query.shape[-1]:
         value = F.pad(value, (0, query.shape[-1] - width))
     return attention(query, key, value)[..., :width]
 
 
-def flash_core(function: Callable[..., Any], *, pad_value: bool) -> Core:
-    """flash-attn's functions take (B, T, H, width); version 2 insists on equal widths."""
-
-    def core(
-        query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
-    ) -> Tensor:
-        width = value.shape[-1]
-        if pad_value:
-            value = F.pad(value, (0, query.shape[-1] - width))
-        out = function(
-            *(x.transpose(1, 2) for x in (query, key, value)), softmax_scale=scale, causal=True
-        )
-        # some versions return the log-sum-exp as well
-        out = out[0] if isinstance(out, tuple) else out
-        return out.transpose(1, 2)[..., :width]
-
-    return core
-
-
-def te_core(module: Any, heads: int, widths: tuple[int, int]) -> Core:
-    """te.DotProductAttention, which itself picks cuDNN or a flash-attn. It wants the scale when it
-    is built.
+def _mask(first: Tensor, begin: int, start: int, end: int) -> Tensor:
+    """(B, 1, end - start, end - begin) bool: which of the keys begin .. end the queries start ..
+    end attend to.
     """
-    built: dict[float, Any] = {}
+    slot = torch.arange(begin, end, device=first.device)
+    seen = slot <= slot[start - begin :, None]  # (queries, keys)
+    return (seen & (slot >= first[:, start:end, None])).unsqueeze(1)
 
-    def core(
-        query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+
+class _Blocks(torch.autograd.Function):
+    """Attention under `first` by blocks of queries, each with a mask of its own, which is made
+    again in the backward: BLOCK * T numbers at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, first: Tensor
     ) -> Tensor:
-        if scale not in built:
-            built[scale] = module.DotProductAttention(
-                heads,
-                widths,
-                softmax_scale=scale,
-                attn_mask_type="causal",
-                qkv_format="bshd",
-                attention_dropout=0.0,
-            )
-        # (B, T, H * v)
-        out = built[scale](*(x.transpose(1, 2).contiguous() for x in (query, key, value)))
-        return out.unflatten(-1, (heads, -1)).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, first)
+        ctx.scale = scale
+        mixed = []
+        for begin, start, end in _blocks(first):
+            q, k, v = query[:, :, start:end], key[:, :, begin:end], value[:, :, begin:end]
+            mixed.append(_sdpa(q, k, v, scale, _mask(first, begin, start, end)))
+        return torch.cat(mixed, dim=2)
 
-    return core
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, key, value, first = ctx.saved_tensors
+        wide = torch.promote_types(query.dtype, torch.float32)
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
+        for begin, start, end in _blocks(first):
+            parts = query[:, :, start:end], key[:, :, begin:end], value[:, :, begin:end]
+            q, k, v = (part.detach().requires_grad_() for part in parts)
+            with torch.enable_grad():
+                out = _sdpa(q, k, v, ctx.scale, _mask(first, begin, start, end))
+            grads = torch.autograd.grad(out, (q, k, v), grad[:, :, start:end])
+            grad_query[:, :, start:end] = grads[0]
+            grad_key[:, :, begin:end] += grads[1]
+            grad_value[:, :, begin:end] += grads[2]
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def _blocks(first: Tensor) -> list[tuple[int, int, int]]:
+    """Of each block of queries start .. end the first key that one of them attends to, start, end.
+
+    On a GPU that key is 0: the host would wait for another.
+    """
+    blocks, length = [], first.shape[1]
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        begin = 0 if first.is_cuda else int(first[:, start:end].min())
+        blocks.append((begin, start, end))
+    return blocks

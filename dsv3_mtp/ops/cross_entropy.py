@@ -6,13 +6,23 @@ Shapes: M rows (tokens of any number of heads), C hidden_size, V vocab.
 import torch
 from torch import Tensor
 
-from dsv3_mtp.ops import fused, kernels
+from dsv3_mtp.ops import choice
 
 # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
 CHUNK_ELEMENTS = 2**24
 CHUNKS_ON_GPU = (
     8  # that many at a time, of 2 bytes each: its products want more than a few hundred rows
 )
+
+
+def chunk_rows(vocab: int, *, on_gpu: bool) -> int:
+    """Rows of one chunk. On a GPU at least 4096 and whole tiles of 256: with the 1038 that 2^27
+    logits of V3's vocabulary would be, a tenth of each product is lost, and the weight's gradient is
+    read and written once for each chunk.
+    """
+    if not on_gpu:
+        return max(1, CHUNK_ELEMENTS // vocab)
+    return max(4096, CHUNKS_ON_GPU * CHUNK_ELEMENTS // vocab // 256 * 256)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -22,8 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor):
-        elements = CHUNK_ELEMENTS * (CHUNKS_ON_GPU if hidden.is_cuda else 1)
-        rows = max(1, elements // weight.shape[0])
+        rows = chunk_rows(weight.shape[0], on_gpu=hidden.is_cuda)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         targets, row_weight = targets.contiguous(), row_weight.to(wide).contiguous()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (M, C)
@@ -42,6 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 if grad_weight.dtype == hidden.dtype:
                     grad_weight.addmm_(grad_logits.T, hidden[chunk])
+                elif hidden.is_cuda:  # not rounded before it is added
+                    grad_weight += torch.mm(grad_logits.T, hidden[chunk], out_dtype=wide)
                 else:
                     grad_weight.add_(grad_logits.T @ hidden[chunk])
             del logits, grad_logits  # or two chunks are held while the next is made
@@ -69,9 +80,7 @@ def _cross_entropy(
     """d loss / d logits = row_weight * (softmax - onehot), nll and prediction of each row. `logits`
     are used up.
     """
-    if fused.usable(logits):
-        return logits, *fused.kernels.cross_entropy_(logits, targets, row_weight)
-    if kernels.usable(logits):
+    if (kernels := choice.kernels(logits)) is not None:
         return logits, *kernels.cross_entropy_(logits, targets, row_weight)
     dtype, logits = logits.dtype, logits.to(row_weight.dtype)
     prediction = logits.argmax(-1)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp.ops import fused, kernels
+from dsv3_mtp.ops import choice, swiglu
 
 # rows of an expert under oneDNN, which compiles a kernel per shape: 0.5 ms for each count not seen
 # yet
@@ -65,12 +65,15 @@ class _Routed(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor
     ):
-        layout = sort_by_expert(chosen, gates.to(x.dtype), counts, padding(x))
+        wide = gates.to(torch.promote_types(gates.dtype, torch.float32))
+        layout = sort_by_expert(chosen, wide, counts, padding(x))
         rows = layout.counts if grouped_kernel(x, gate_up, down) else layout.counts.tolist()
+        ctx.kernels, ctx.rows, ctx.gates_dtype = choice.kernels(x), rows, gates.dtype
         inner = grouped(x.index_select(0, layout.source), gate_up, rows)  # (rows, 2F)
-        out = grouped(swiglu(inner, layout.gates), down, rows)  # (rows, C)
+        gate, up = inner.chunk(2, dim=1)
+        hidden = swiglu.forward(ctx.kernels, gate, up, layout.gates)
+        out = grouped(hidden, down, rows)  # (rows, C)
         ctx.save_for_backward(x, gate_up, down, inner, layout.source, layout.slots, layout.gates)
-        ctx.rows, ctx.gates_dtype = rows, gates.dtype
         return combine(out, layout.slots)
 
     @staticmethod
@@ -78,7 +81,11 @@ class _Routed(torch.autograd.Function):
         x, gate_up, down, inner, source, slots, row_gates = ctx.saved_tensors
         grad_out = grad.index_select(0, source)  # (rows, C), as if no gate came after it
         grad_hidden = grouped_input_grad(grad_out, down, ctx.rows)
-        grad_inner, grad_gates, hidden = swiglu_backward(grad_hidden, inner, row_gates)
+        gate, up = inner.chunk(2, dim=1)
+        grad_inner, grad_gates, hidden = swiglu.backward(
+            ctx.kernels, grad_hidden, gate, up, row_gates
+        )
+        assert grad_gates is not None and hidden is not None  # there are gates
         grad_down = (
             grouped_weight_grad(grad_out, hidden, ctx.rows) if ctx.needs_input_grad[3] else None
         )
@@ -88,34 +95,6 @@ class _Routed(torch.autograd.Function):
         )
         grad_x = combine(grouped_input_grad(grad_inner, gate_up, ctx.rows), slots)
         return grad_x, grad_gates[slots].to(ctx.gates_dtype), grad_gate_up, grad_down, None, None
-
-
-class _RoutedByKernel(torch.autograd.Function):
-    """The same on a CPU, in C: the rows of an expert never leave the cache between its products."""
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor
-    ):
-        layout = sort_by_expert(chosen, gates.float(), counts, 1)
-        rows = kernels.Rows(layout.source, F.pad(counts.cumsum(0), (1, 0)), layout.gates)
-        out, inner = kernels.experts(x, gate_up, down, rows)
-        ctx.save_for_backward(x, gate_up, down, inner, layout.slots, *rows)
-        ctx.gates_dtype = gates.dtype
-        return kernels.sum_rows(out, layout.slots)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, gate_up, down, inner, slots, *rows = ctx.saved_tensors
-        inputs = (grad.contiguous(), x, gate_up, down, inner, kernels.Rows(*rows))
-        grad_rows, grad_gates, *grads = kernels.experts_backward(*inputs, ctx.needs_input_grad[2:4])
-        return (
-            kernels.sum_rows(grad_rows, slots),
-            grad_gates[slots].to(ctx.gates_dtype),
-            *grads,
-            None,
-            None,
-        )
 
 
 def routed(
@@ -129,8 +108,7 @@ def routed(
     Returns:
         (N, C)
     """
-    function = _RoutedByKernel if kernels.experts_usable(x, gate_up, down) else _Routed
-    return function.apply(x.contiguous(), gates, gate_up, down, chosen, counts)
+    return _Routed.apply(x.contiguous(), gates, gate_up, down, chosen, counts)
 
 
 # --- the products -----------------------------------------------------------------------------------------------
@@ -175,18 +153,67 @@ def grouped_weight_grad(grad: Tensor, x: Tensor, rows: list[int] | Tensor) -> Te
     (E, out, in).
     """
     if isinstance(rows, Tensor):
-        return F.grouped_mm(grad.T, x, offs=rows.cumsum(0, dtype=torch.int32))
+        out = F.grouped_mm(grad.T, x, offs=rows.cumsum(0, dtype=torch.int32))
+        if leaves_empty_groups(x.device):
+            out.masked_fill_((rows == 0)[:, None, None], 0)
+        return out
     out = x.new_empty(len(rows), grad.shape[1], x.shape[1])
     for left, right, target in zip(grad.split(rows), x.split(rows), out, strict=True):
         torch.mm(left.T, right, out=target)
     return out
 
 
+def leaves_empty_groups(device: torch.device) -> bool:
+    """Whether F.grouped_mm leaves what was in memory in the products of empty groups: on Blackwell
+    (pytorch#172439, open in November 2026), and not on Hopper.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
 def combine(rows: Tensor, slots: Tensor) -> Tensor:
-    """Sum of the K rows of each token. rows: (rows, C), slots: (N, K) -> (N, C)."""
-    if fused.usable(rows):
-        return fused.kernels.gather_sum(rows, slots)
-    return F.embedding_bag(slots, rows, mode="sum")
+    """Sum of the K rows of each token; a slot of -1 names none. rows: (rows, C), slots: (N, K) ->
+    (N, C). In one order, without atomic additions: the same bits every time.
+    """
+    if (kernels := choice.kernels(rows)) is not None:
+        return kernels.sum_rows(rows, slots)
+    if not len(rows):
+        return rows.new_zeros(len(slots), rows.shape[1])
+    there = (slots >= 0).to(rows.dtype)
+    return F.embedding_bag(slots.clamp(min=0), rows, mode="sum", per_sample_weights=there)
+
+
+def spread(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
+    """x[source], whose gradient is summed by `combine`. x: (N, C); source: (rows,) -> (rows, C);
+    slots: (N, K), where in `source` each row of x is, filled up with -1.
+    """
+    return _Spread.apply(x, source, slots)
+
+
+def gather_sum(rows: Tensor, source: Tensor, slots: Tensor) -> Tensor:
+    """`combine` with a gradient: the counterpart of `spread`. (rows, C) -> (N, C)."""
+    return _GatherSum.apply(rows, source, slots)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, source: Tensor, slots: Tensor):
+        ctx.save_for_backward(slots)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return combine(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+class _GatherSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, source: Tensor, slots: Tensor):
+        ctx.save_for_backward(source)
+        return combine(rows, slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
 # --- the other steps one by one ---------------------------------------------------------------------------------
@@ -202,13 +229,6 @@ def to_experts(x: Tensor, layout: Layout) -> Tensor:
 def from_experts(rows: Tensor, layout: Layout) -> Tensor:
     """The sum of each token's rows, (rows, C) -> (N, C)."""
     return _FromExperts.apply(rows, layout.source, layout.slots)
-
-
-def gated_swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
-    """silu(gate) * up * gates, which keeps its two inputs. gate_up: (rows, 2F), gates: (rows,) ->
-    (rows, F).
-    """
-    return _GatedSwiGLU.apply(gate_up, gates)
 
 
 class _ToExperts(torch.autograd.Function):
@@ -233,18 +253,6 @@ class _FromExperts(torch.autograd.Function):
         return scatter(grad, *ctx.saved_tensors), None, None
 
 
-class _GatedSwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate_up: Tensor, gates: Tensor):
-        ctx.save_for_backward(gate_up, gates)
-        return swiglu(gate_up, gates)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad = grad if fused.usable(grad) else grad.clone()  # which is not ours to overwrite
-        return swiglu_backward(grad, *ctx.saved_tensors)[:2]
-
-
 def scatter(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
     """x: (N, C), source: (rows,), slots: (N, K) -> (rows, C): the rows that `combine` sums, zeros
     in those it skips.
@@ -253,34 +261,3 @@ def scatter(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
         return x.index_select(0, source)
     real = torch.zeros_like(source, dtype=torch.bool).index_fill_(0, slots.flatten(), True)
     return torch.where(real.unsqueeze(1), x[source], 0)
-
-
-# --- silu(gate) * up ---------------------------------------------------------------------------------------------
-
-
-def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
-    """silu(gate) * up * gates. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
-    if fused.usable(gate_up):
-        return fused.kernels.swiglu(gate_up, gates)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up).mul_(gates.unsqueeze(1))
-
-
-def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """grad: (rows, F), overwritten -> gradient of gate_up, gradient of gates, and the forward's
-    result again.
-    """
-    if fused.usable(gate_up):
-        return fused.kernels.swiglu_backward(grad, gate_up, gates)
-    gate, up = gate_up.chunk(2, dim=-1)
-    sigmoid, factor = gate.sigmoid(), gates.unsqueeze(1)
-    silu = gate * sigmoid
-    plain = silu * up  # before the gate
-    grad_gates = torch.linalg.vecdot(grad, plain)
-    grad.mul_(factor)
-    slope = (1 - sigmoid).mul_(silu).add_(sigmoid)
-    return (
-        torch.cat([slope.mul_(up).mul_(grad), silu.mul_(grad)], dim=1),
-        grad_gates,
-        plain.mul_(factor),
-    )

@@ -1,7 +1,7 @@
 """Triton kernels for the passes between the matrix products of a training step on a GPU: the
 counterpart of kernels.c.
 
-Each reads its inputs once (the loss twice) and computes in float32. fused.py says when they are
+Each reads its inputs once (the loss twice) and computes in float32. choice.py says when they are
 used. Every function wants tensors that are contiguous unless it says otherwise.
 """
 
@@ -12,56 +12,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDE = 1024  # numbers of a row that a program takes at a time
+WIDE = 1024  # numbers that a program takes at a time
 HEADS = 16  # heads that a program takes at a time
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of any shape."""
-    out = torch.empty_like(gate)
-    _silu_mul[_blocks(gate)](gate, up, out, gate.numel(), BLOCK=WIDE)
+def swiglu(gate: Tensor, up: Tensor, factor: Tensor | None) -> Tensor:
+    """silu(gate) * up * factor. gate, up: (rows, F), contiguous in F only; factor: (rows,) or
+    None.
+    """
+    _check_halves(gate, up, factor)
+    rows, width = gate.shape
+    out = gate.new_empty(rows, width)
+    if out.numel():
+        inputs = gate, gate.stride(0), up, up.stride(0), factor, out
+        _swiglu[_rows(rows, width)](*inputs, rows, width, **_tile(width))
     return out
 
 
-def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """-> gradients of gate and up."""
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    _silu_mul_backward[_blocks(gate)](grad, gate, up, grad_gate, grad_up, gate.numel(), BLOCK=WIDE)
-    return grad_gate, grad_up
-
-
-def swiglu(gate_up: Tensor, gates: Tensor) -> Tensor:
-    """silu(gate) * up * gates. gate_up: (rows, 2F), gates: (rows,) -> (rows, F)."""
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
-    if rows:
-        _swiglu[rows,](gate_up, gates, out, width, BLOCK=_block(width))
-    return out
-
-
-def swiglu_backward(grad: Tensor, gate_up: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """grad: (rows, F) -> gradients of gate_up and of gates, and the forward's result again."""
-    rows, width = grad.shape
-    grad_gate_up, grad_gates, out = (
-        torch.empty_like(gate_up),
-        torch.empty_like(gates),
-        torch.empty_like(grad),
+def swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, factor: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """grad: (rows, F) -> gradients of gate and up as (rows, 2F), and where there is a factor its
+    gradient (rows,) and the forward's result again.
+    """
+    _check_halves(gate, up, factor)
+    _check("grad", grad, gate.shape, gate.dtype)
+    rows, width = gate.shape
+    both = gate.new_empty(rows, 2 * width)
+    grad_factor, out = (
+        (None, None) if factor is None else (torch.empty_like(factor), torch.empty_like(grad))
     )
-    if rows:
-        tensors = grad, gate_up, gates, grad_gate_up, grad_gates, out
-        _swiglu_backward[rows,](*tensors, width, BLOCK=_block(width))
-    return grad_gate_up, grad_gates, out
+    if grad.numel():
+        inputs = grad, gate, gate.stride(0), up, up.stride(0), factor
+        outputs = both, grad_factor, out
+        _swiglu_backward[_rows(rows, width)](*inputs, *outputs, rows, width, **_tile(width))
+    return both, grad_factor, out
 
 
-def gather_sum(rows: Tensor, slots: Tensor) -> Tensor:
-    """Sum of the K rows of each token. rows: (rows, C), slots: (N, K) -> (N, C)."""
-    (tokens, experts), width = slots.shape, rows.shape[1]
+def sum_rows(rows: Tensor, slots: Tensor) -> Tensor:
+    """Sum of the K rows of each token; -1 names no row. rows: (rows, C), slots: (N, K) int64 ->
+    (N, C). Another slot outside makes its token's sum nan: the host does not wait for a check.
+    """
+    _check("rows", rows, (len(rows), rows.shape[-1]), rows.dtype)
+    _check("slots", slots, (len(slots), slots.shape[-1]), torch.int64)
+    (tokens, many), width = slots.shape, rows.shape[1]
     out = rows.new_empty(tokens, width)
-    if tokens:
-        block = _block(width)
-        _gather_sum[tokens, triton.cdiv(width, block)](
-            rows, slots, out, width, K=experts, BLOCK=block
-        )
+    if out.numel():
+        sizes = tokens, len(rows), width
+        _sum_rows[_rows(tokens, width)](rows, slots, out, *sizes, K=many, **_tile(width))
     return out
 
 
@@ -78,6 +76,13 @@ def to_heads(
         query and key (B, T, H, nope+P), value (B, T, H, v)
     """
     sizes = _head_sizes(query, kv, k_rope)
+    batch, length, heads = query.shape[:3]
+    nope, rope, value = sizes["NOPE"], sizes["ROPE"], sizes["VALUE"]
+    _check("query", query, (batch, length, heads, nope + rope), query.dtype)
+    _check("kv", kv, (batch, length, heads, nope + value), query.dtype)
+    _check("angles", angles, (2, length, rope // 2), torch.float32)
+    if k_rope.stride(2) != 1 or k_rope.stride(0) != length * k_rope.stride(1):
+        raise ValueError(f"k_rope: rows must be equally far apart (strides {k_rope.stride()})")
     q, k, v = (
         torch.empty_like(query),
         torch.empty_like(query),
@@ -121,6 +126,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple
     """logits (rows, V) become row_weight * (softmax - onehot); returns nll and prediction, (rows,)
     each.
     """
+    _check("logits", logits, (len(logits), logits.shape[-1]), logits.dtype)
+    _check("targets", targets, logits.shape[:1], torch.int64)
+    _check("row_weight", row_weight, logits.shape[:1], torch.float32)
     nll, prediction = torch.empty_like(row_weight), torch.empty_like(targets)
     if len(logits):
         tensors = logits, targets, row_weight, nll, prediction
@@ -130,16 +138,46 @@ def cross_entropy_(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple
     return nll, prediction
 
 
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A contiguous tensor with this shape and type: kernels follow raw pointers.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: must be contiguous, {dtype}, of shape {tuple(shape)} (got {tensor.dtype} of "
+            f"shape {tuple(tensor.shape)}, strides {tensor.stride()})"
+        )
+
+
+def _check_halves(gate: Tensor, up: Tensor, factor: Tensor | None) -> None:
+    for name, half in (("gate", gate), ("up", up)):
+        if half.ndim != 2 or half.stride(1) != 1 or half.shape != gate.shape:
+            raise ValueError(
+                f"{name}: must be a matrix of shape {tuple(gate.shape)} with contiguous rows "
+                f"(got {tuple(half.shape)}, strides {half.stride()})"
+            )
+        if half.dtype != gate.dtype:
+            raise ValueError(f"{name}: must be {gate.dtype} (got {half.dtype})")
+    if factor is not None:
+        _check("factor", factor, gate.shape[:1], torch.float32)
+
+
 def _power(size: int) -> int:
     return triton.next_power_of_2(size)
 
 
-def _block(width: int) -> int:
-    return min(WIDE, _power(width))
+def _tile(width: int) -> dict[str, int]:
+    """What one program takes of a matrix: a narrow one's rows several at a time, so that it has
+    WIDE numbers.
+    """
+    block = min(WIDE, _power(width))
+    return {"ROWS": WIDE // block, "BLOCK": block}
 
 
-def _blocks(x: Tensor) -> tuple[int]:
-    return (max(triton.cdiv(x.numel(), WIDE), 1),)
+def _rows(rows: int, width: int) -> tuple[int]:
+    return (triton.cdiv(rows, _tile(width)["ROWS"]),)
 
 
 def _head_sizes(query: Tensor, kv: Tensor, k_rope: Tensor) -> dict[str, Any]:
@@ -158,70 +196,66 @@ def _head_sizes(query: Tensor, kv: Tensor, k_rope: Tensor) -> dict[str, Any]:
 
 
 @triton.jit
-def _silu_mul(gate, up, out, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    a = tl.load(gate + at, at < count).to(tl.float32)
-    b = tl.load(up + at, at < count).to(tl.float32)
-    tl.store(out + at, a * tl.sigmoid(a) * b, at < count)
-
-
-@triton.jit
-def _silu_mul_backward(grad, gate, up, grad_gate, grad_up, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(grad + at, at < count).to(tl.float32)
-    a = tl.load(gate + at, at < count).to(tl.float32)
-    b = tl.load(up + at, at < count).to(tl.float32)
-    sigmoid = tl.sigmoid(a)
-    silu = a * sigmoid
-    tl.store(grad_gate + at, g * b * (sigmoid + silu * (1 - sigmoid)), at < count)
-    tl.store(grad_up + at, g * silu, at < count)
-
-
-@triton.jit
-def _swiglu(gate_up, gates, out, width: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(gates + row).to(tl.float32)
+def _swiglu(
+    gate, gate_stride, up, up_stride, factor, out, rows, width: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    f = tl.full([ROWS, 1], 1.0, tl.float32)
+    if factor is not None:
+        f = tl.load(factor + row, row < rows, other=0.0)
     for start in range(0, width, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        a = tl.load(gate_up + row * 2 * width + c, c < width).to(tl.float32)
-        b = tl.load(gate_up + row * 2 * width + width + c, c < width).to(tl.float32)
-        tl.store(out + row * width + c, a * tl.sigmoid(a) * b * factor, c < width)
+        c = start + tl.arange(0, BLOCK)[None, :]
+        inside = (row < rows) & (c < width)
+        a = tl.load(gate + row * gate_stride + c, inside, other=0.0).to(tl.float32)
+        b = tl.load(up + row * up_stride + c, inside, other=0.0).to(tl.float32)
+        tl.store(out + row * width + c, a * tl.sigmoid(a) * b * f, inside)
 
 
 @triton.jit
 def _swiglu_backward(
-    grad, gate_up, gates, grad_gate_up, grad_gates, out, width: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(gates + row).to(tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    grad, gate, gate_stride, up, up_stride, factor, both, grad_factor, out, rows,
+    width: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    f = tl.full([ROWS, 1], 1.0, tl.float32)
+    if factor is not None:
+        f = tl.load(factor + row, row < rows, other=0.0)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        g = tl.load(grad + row * width + c, c < width, other=0.0).to(tl.float32)
-        a = tl.load(gate_up + row * 2 * width + c, c < width, other=0.0).to(tl.float32)
-        b = tl.load(gate_up + row * 2 * width + width + c, c < width, other=0.0).to(tl.float32)
+        c = start + tl.arange(0, BLOCK)[None, :]
+        inside = (row < rows) & (c < width)
+        g = tl.load(grad + row * width + c, inside, other=0.0).to(tl.float32)
+        a = tl.load(gate + row * gate_stride + c, inside, other=0.0).to(tl.float32)
+        b = tl.load(up + row * up_stride + c, inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(a)
         silu = a * sigmoid
-        total += g * silu * b
-        tl.store(
-            grad_gate_up + row * 2 * width + c,
-            g * factor * b * (sigmoid + silu * (1 - sigmoid)),
-            c < width,
-        )
-        tl.store(grad_gate_up + row * 2 * width + width + c, g * factor * silu, c < width)
-        tl.store(out + row * width + c, silu * b * factor, c < width)
-    tl.store(grad_gates + row, tl.sum(total, 0))
+        at = both + row * 2 * width + c
+        tl.store(at, g * f * b * (sigmoid + silu * (1 - sigmoid)), inside)
+        tl.store(at + width, g * f * silu, inside)
+        if factor is not None:
+            total += g * silu * b
+            tl.store(out + row * width + c, silu * b * f, inside)
+    if factor is not None:
+        tl.store(grad_factor + row, tl.sum(total, 1)[:, None], row < rows)
 
 
 @triton.jit
-def _gather_sum(rows, slots, out, width: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(K):
-        row = tl.load(slots + token * K + k)
-        total += tl.load(rows + row * width + c, c < width, other=0.0).to(tl.float32)
-    tl.store(out + token * width + c, total, c < width)
+def _sum_rows(
+    rows, slots, out, tokens, count, width: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    for start in range(0, width, BLOCK):
+        c = start + tl.arange(0, BLOCK)[None, :]
+        inside = (token < tokens) & (c < width)
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        for k in tl.static_range(K):
+            row = tl.load(slots + token * K + k, token < tokens, other=0)
+            known = (row >= 0) & (row < count)
+            read = tl.load(rows + row * width + c, inside & known, other=0.0).to(tl.float32)
+            total += tl.where(known | (row == -1), read, float("nan"))
+        tl.store(out + token * width + c, total, inside)
 
 
 @triton.jit

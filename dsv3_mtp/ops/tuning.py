@@ -11,18 +11,19 @@ from pathlib import Path
 
 import torch
 
-from dsv3_mtp.ops import fused, kernels
+from dsv3_mtp.ops import choice
 
 
 def tune(device: torch.device) -> list[str]:
-    """Turns on what helps on this device; one line on each for the log. Call it before the model is
+    """Turns on what helps on this device; one line on each for the log, and on the kernels. Call it before the model is
     made.
     """
-    return [fused.enable()] if device.type == "cuda" else tune_cpu()
+    notes = [choice.describe(device)]
+    return notes if device.type == "cuda" else notes + tune_cpu()
 
 
 def tune_cpu() -> list[str]:
-    notes = [kernels.enable()]
+    notes = []
     if not mkl_at_home() and onednn_exact():
         torch.set_float32_matmul_precision("medium")
         notes.append(

@@ -6,22 +6,35 @@ engine.py     DeepSpeed's JSON, one optimizer step;  pipeline.py the same in sta
 experts.py    tokens travel to their experts;  sequence.py slices of rows
 placement.py  which ranges of which tensors a rank holds: for checkpoints, and for average.py
 
-Importing this package imports DeepSpeed with its traps on CPU disarmed.
+Importing this package imports DeepSpeed with its traps on CPU disarmed; the process stays as it was.
 """
 
+import contextlib
 import os
-import warnings
+from collections.abc import Iterator, Mapping
 
 import torch
 
-# else it warns of its guess
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-# DeepSpeed's calls, not ours
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
 
-import deepspeed.ops  # noqa: E402
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for as long as the context lasts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
-if os.environ["DS_ACCELERATOR"] == "cpu":
-    # An inference-only all-reduce: every CPU start would compile it for 45 s, or hang on it after a
-    # killed build.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# DeepSpeed decides at its import, and warns of its guess where nothing is set.
+accelerator = os.environ.get("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+with environment({"DS_ACCELERATOR": accelerator}):
+    from dsv3_mtp.parallel import private
+
+if accelerator == "cpu":
+    private.without_shm_all_reduce()

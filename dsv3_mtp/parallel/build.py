@@ -4,6 +4,7 @@ of each weight) and to the engine that trains it.
 
 import importlib.util
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -12,17 +13,42 @@ from torch import Tensor
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.parallel.engine import Engine
-from dsv3_mtp.parallel.experts import LocalExperts, share_experts
+from dsv3_mtp.parallel.experts import LocalExperts, local_experts
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.parallel.pipeline import PipelineEngine, stage_parts
+from dsv3_mtp.parallel.sequence import shard_of
 
 
-def build_model(config: Config, ds_config: dict[str, Any], world: World) -> DeepseekV3MTP:
+def build_model(
+    config: Config, ds_config: dict[str, Any], world: World, compute: Compute | None = None
+) -> DeepseekV3MTP:
     """The model at its random start, equal for every layout of the ranks.
 
     No rank ever holds more than its part and one whole tensor.
+
+    Args:
+        compute: kernels and precision; None: torch's for this device. The layout's part of it, shards and experts, is added here.
     """
+    with building(laid_out(compute or Compute(), config, world)):
+        return _build(config, ds_config, world)
+
+
+def laid_out(compute: Compute, config: Config, world: World) -> Compute:
+    """What a model computes with in this layout. All ranks call it together."""
+    shard, size = shard_of(world), config.parallel.expert_parallel_size
+    make = local_experts(size, pipeline_stages=world.stages) if size > 1 else None
+
+    def place(part: Compute) -> Compute:
+        core, recompute = shard.attention(part.core), config.train.activation_checkpointing
+        return replace(part, core=core, experts=make, shard=shard, recompute=recompute)
+
+    heads = None if compute.heads is None else place(compute.heads)
+    return replace(place(compute), heads=heads)
+
+
+def _build(config: Config, ds_config: dict[str, Any], world: World) -> DeepseekV3MTP:
     torch.manual_seed(config.run.seed)
     if config.parallel.zero_stage == 3:  # every module is sharded as soon as it is made
         with deepspeed.zero.Init(config_dict_or_path=ds_config), world.device:
@@ -30,17 +56,12 @@ def build_model(config: Config, ds_config: dict[str, Any], world: World) -> Deep
     else:
         with torch.device("meta"):
             model = DeepseekV3MTP(config.model, config.mtp)
-            if config.parallel.expert_parallel_size > 1:
-                share_experts(
-                    model, size=config.parallel.expert_parallel_size, pipeline_stages=world.stages
-                )
         for part in stage_parts(config, model, world) if world.stages > 1 else [model]:
             part.to_empty(device=world.device)
         for module in model.modules():
             if isinstance(module, LocalExperts):
                 module.mark()
     model.init_weights(config.run.seed, writable=writable)
-    model.checkpoint_activations(config.train.activation_checkpointing)
     return model
 
 

@@ -3,9 +3,7 @@ ranks.
 """
 
 import contextlib
-import importlib
 import math
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +17,9 @@ from torch import Tensor
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size, refusals
 from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput
+from dsv3_mtp.parallel import environment, private
 from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
 from dsv3_mtp.parallel.launch import World
-from dsv3_mtp.parallel.sequence import slice_rows
 
 
 def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str, Any]:
@@ -101,14 +99,8 @@ def import_muon() -> None:
     That hands three functions to torch.compile, which loads inductor for one to two seconds; this
     way they stay plain.
     """
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        del os.environ["TORCHDYNAMO_DISABLE"]
-        if before is not None:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
+    with environment({"TORCHDYNAMO_DISABLE": "1"}):
+        private.import_muon()
 
 
 class Engine:
@@ -127,11 +119,8 @@ class Engine:
         """module: what runs, made of the model's parts; None: the model itself. apart: the largest
         gradient norm of trunk and heads each; None: DeepSpeed clips both together.
         """
-        # ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no
-        # weights of its own.
-        deepspeed.runtime.zero.utils.warned = True
+        private.without_output_warning()
         import_muon()
-        slice_rows(model, world)
         # `step` gives the rate; ZeRO-0 in bfloat16 steps once by itself, below
         for group in optimizer.param_groups:
             group["lr"] = 0.0
@@ -157,11 +146,11 @@ class Engine:
         return self.engine.module
 
     def own(self, batch: Batch) -> Batch:
-        """What this rank computes of a batch of whole rows: all of it, or its slice of every
+        """What this rank computes of a batch of whole rows: all of it, or its shard of every
         row.
         """
-        rows, ahead = self.model.rows, 1 + self.model.depths
-        return [tuple(None if x is None else rows.cut(x, ahead) for x in piece) for piece in batch]  # type: ignore[misc]
+        shard, ahead = self.model.shard, 1 + self.model.depths
+        return [tuple(None if x is None else shard.cut(x, ahead) for x in piece) for piece in batch]  # type: ignore[misc]
 
     def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
         """Forward and backward of this rank's micro-batches of one optimizer step; the gradients

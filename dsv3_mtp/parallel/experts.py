@@ -7,15 +7,19 @@ and shares them with the R/P ranks of the same r % P. Experts are in the order o
 ranks in the order of their nodes: V3's groups are nodes.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed.moe.layer
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsv3_mtp.model.moe import Experts, MoE
+from dsv3_mtp.config import ModelConfig
+from dsv3_mtp.model.moe import Experts, count
+from dsv3_mtp.ops.experts import gather_sum, spread
+from dsv3_mtp.parallel import private
 
 
 class LocalExperts(Experts, deepspeed.moe.layer.MoE):
@@ -29,18 +33,13 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
     every expert once in the gradient norm.
     """
 
-    def __init__(self, whole: Experts, size: int):
+    def __init__(self, config: ModelConfig, *, size: int):
         # not DeepSpeed's, which would build a router and experts of its own
-        nn.Module.__init__(self)
+        Experts.__init__(self, config, count=config.n_routed_experts // size)
         self.group_name = f"ep_size_{size}"
-        self.group = groups._get_expert_parallel_group(self.group_name)
-        self.num_experts = len(whole.down_proj)  # of the whole layer
-        count = self.num_experts // size
-        self.first = groups._get_expert_parallel_rank(self.group_name) * count
-        for name, parameter in whole.named_parameters():
-            self.register_parameter(
-                name, nn.Parameter(parameter.new_empty(count, *parameter.shape[1:]))
-            )
+        self.group, place = private.expert_group(self.group_name)
+        self.num_experts = config.n_routed_experts  # of the whole layer
+        self.first = place * len(self.down_proj)
 
     def mark(self) -> None:
         """To be called once the parameters have storage: materialising makes new ones without
@@ -55,40 +54,68 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
         """`Experts.forward` for this rank's tokens, with the experts of all ranks of the group.
 
-        A token travels once to each rank that has experts of it, and the sum of their outputs once
-        back. x: (N, C); chosen, gates: (N, K); counts: (E,), of which only its length counts -> (N,
-        C).
+        A token travels once to each rank that has experts of it (dispatch), and the sum of their
+        outputs once back (combine). The host waits once, for the sizes. x: (N, C); chosen, gates:
+        (N, K); counts: (E,) -> (N, C).
         """
         local = len(self.down_proj)
+        ranks = len(counts) // local
         home = chosen // local  # (N, K) rank of each choice
-        wanted = chosen.new_zeros(len(x), len(counts) // local).scatter_(1, home, 1)  # (N, ranks)
-        rank, token = wanted.T.nonzero(as_tuple=True)  # (M,) each, sorted by rank
-        leaving = wanted.sum(0)
+        wanted = chosen.new_zeros(len(x), ranks).scatter_(1, home, 1)  # (N, ranks)
+        choices = count(home, ranks)  # of this rank's tokens, per rank of the group
+        leaving = torch.stack([wanted.sum(0), choices], dim=1)  # (ranks, 2): rows and choices
         arriving = torch.empty_like(leaving)
         dist.all_to_all_single(arriving, leaving, group=self.group)
-        send, receive = torch.stack([leaving, arriving]).tolist()
-        # (M, K) which of its choices a row is sent for
+        sizes = torch.stack([leaving, arriving]).tolist()
+        send, receive = ([rows for rows, _ in part] for part in sizes)
+        pairs = sum(number for _, number in sizes[1])
+
+        token, slots = _rows_of(wanted, sum(send))  # (M,), (N, ranks): sorted by rank
+        rank = torch.arange(ranks, device=x.device).repeat_interleave(
+            leaving[:, 0], output_size=sum(send)
+        )
         there = home.index_select(0, token) == rank.unsqueeze(1)
+        # (M, K) which of its choices a row is sent for
         numbers = torch.where(there, chosen.index_select(0, token) % local, -1)
 
         # (rows, K) of this rank's experts
         numbers = _Exchange.apply(numbers, send, receive, self.group)
-        weights = _Exchange.apply(gates.index_select(0, token), send, receive, self.group)
-        rows = _Exchange.apply(x.index_select(0, token), send, receive, self.group)  # (rows, C)
-        row, slot = (numbers >= 0).nonzero(as_tuple=True)  # (pairs,) each
-        expert = numbers[row, slot]
-        load = torch.bincount(expert, minlength=local)
-        out = super().forward(
-            rows.index_select(0, row), expert.unsqueeze(1), weights[row, slot].unsqueeze(1), load
+        weights = _Exchange.apply(spread(gates, token, slots), send, receive, self.group)
+        rows = _Exchange.apply(spread(x, token, slots), send, receive, self.group)  # (rows, C)
+        out = self._of_rows(rows, weights, numbers, pairs)
+        back = _Exchange.apply(out, receive, send, self.group)  # (M, C)
+        return gather_sum(back, token, slots)
+
+    def _of_rows(self, rows: Tensor, weights: Tensor, numbers: Tensor, pairs: int) -> Tensor:
+        """rows: (R, C) that have arrived; weights, numbers: (R, K) gates and experts, -1 where the
+        expert is another rank's; pairs: how many are not -1. -> (R, C) sums over these.
+        """
+        local, flat = len(self.down_proj), numbers.flatten()
+        order = torch.where(flat < 0, local, flat).argsort(stable=True)[:pairs]  # by expert
+        row, expert = order // numbers.shape[1], flat.index_select(0, order)
+        slots = torch.full_like(flat, -1).index_copy_(
+            0, order, torch.arange(pairs, device=order.device)
         )
-        back = _Exchange.apply(_add_rows(out, row, len(rows)), receive, send, self.group)  # (M, C)
-        return _add_rows(back, token, len(x))
+        slots = slots.view_as(numbers)
+        out = super().forward(
+            spread(rows, row, slots),
+            expert.unsqueeze(1),
+            weights.flatten().index_select(0, order).unsqueeze(1),
+            count(expert, local),
+        )
+        return gather_sum(out, row, slots)
 
 
-def _add_rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    """Sums of the rows of x (M, C) that share an index, at least in float32 -> (rows, C)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_zeros(rows, x.shape[1], dtype=wide).index_add(0, index, x.to(wide)).to(x.dtype)
+def _rows_of(wanted: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """wanted: (N, ranks) of 0 and 1, `rows` of them 1 -> the token of each row, sorted by rank and
+    token, and in (N, ranks) the row of each pair, -1 where there is none. Without waiting.
+    """
+    flat = wanted.T.flatten()
+    place = torch.where(flat > 0, flat.cumsum(0) - 1, -1)
+    token = torch.arange(len(wanted), device=flat.device).repeat(wanted.shape[1])
+    # what is not wanted goes to a last place that is cut off
+    tokens = token.new_zeros(rows + 1).index_copy_(0, torch.where(flat > 0, place, rows), token)
+    return tokens[:rows], place.view(wanted.shape[1], -1).T.contiguous()
 
 
 class _Exchange(torch.autograd.Function):
@@ -109,12 +136,9 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(grad, receive, send, group), None, None, None
 
 
-def share_experts(model: nn.Module, *, size: int, pipeline_stages: int = 1) -> None:
-    """Replaces the experts of every MoE layer of a model on the meta device by this rank's part of
-    them.
+def local_experts(size: int, *, pipeline_stages: int = 1) -> Callable[[ModelConfig], LocalExperts]:
+    """What makes this rank's part of a layer's experts (`Compute.experts`). All ranks call it
+    together: it makes their groups.
     """
-    if f"ep_size_{size}" not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(size, pp_size=pipeline_stages)
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.experts = LocalExperts(module.experts, size)
+    private.make_expert_groups(size, pipeline_stages)
+    return partial(LocalExperts, size=size)

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +16,8 @@ import psutil
 import torch
 import torch.distributed
 from deepspeed.accelerator import get_accelerator
+
+from dsv3_mtp.parallel import environment, private
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ class World:
 
 
 def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int = 1) -> World:
-    """Joins the process group: nccl on CUDA, gloo on CPU. Without a launcher this process is a
-    world of one.
+    """Joins the process group: nccl on CUDA, gloo on CPU. To be called inside `starting`.
 
     Args:
         threads: CPU threads of this process; None shares the cores this process may use among the
@@ -67,28 +68,42 @@ def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int
         stages: of the pipeline.
         slices: of each row, on as many ranks.
     """
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(free_port())
     # deepspeed's, torchrun's
     local_size = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    cuda = get_accelerator().device_name() == "cuda"  # as DS_ACCELERATOR says, if it is set
-    if not cuda or threads is not None:
+    device = local_device()
+    if device.type == "cpu" or threads is not None:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    # DeepSpeed's sub-groups take torch's module default whatever timeout is passed: that default
-    # has to be set.
     timeout = timedelta(seconds=timeout_s)
-    c10d = torch.distributed.distributed_c10d
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
     with contextlib.redirect_stdout(None):
         deepspeed.init_distributed(verbose=False, timeout=timeout, auto_mpi_discovery=False)
-    return World(
-        int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device, stages, slices
+    rank, size, local_rank = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     )
+    return World(rank, size, local_rank, device, stages, slices)
+
+
+@contextlib.contextmanager
+def starting(timeout_s: float) -> Iterator[None]:
+    """Around the start of a run. Without a launcher the environment is that of a world of one; it
+    and torch's default timeout are as before afterwards.
+
+    DeepSpeed's sub-groups take that default whatever timeout is passed to it.
+    """
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(free_port())
+    with environment({} if "RANK" in os.environ else alone), private.default_timeout(timeout_s):
+        yield
+
+
+def local_device() -> torch.device:
+    """The device of this process, which becomes torch's current one: a GPU by LOCAL_RANK, or the
+    CPU.
+    """
+    if get_accelerator().device_name() != "cuda":  # as DS_ACCELERATOR says, if it is set
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def free_port() -> int:

@@ -31,6 +31,7 @@ from dsv3_mtp.heads.heads import TrunkStates
 from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, meta_model, run_layers
 from dsv3_mtp.model.moe import RouterStats
 from dsv3_mtp.model.size import layer_flops
+from dsv3_mtp.parallel import private
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World
 
@@ -222,9 +223,8 @@ def backward_pass(engine: Any, buffer_id: int) -> None:
         pairs = [
             pair for pair in zip(outputs, engine.grad_layer, strict=True) if pair[0].requires_grad
         ]
-        engine._running_engine_backward = True
-        torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
-        engine._running_engine_backward = False
+        with private.engine_backward(engine):
+            torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
         if engine.using_bf16_optimizer:
             engine.optimizer.update_hp_grads(clear_lp_grads=False)
         engine.pipe_buffers["outputs"][buffer_id] = None
@@ -248,8 +248,7 @@ class PipelineEngine(Engine):
     ):
         self.stages = Stages(model, stage_layers(config), self.add)
         super().__init__(model, optimizer, module=self.stages, **start)
-        instructions = {**self.engine._INSTRUCTION_MAP, schedule.BackwardPass: backward_pass}
-        self.engine._INSTRUCTION_MAP, self.engine._compute_loss = instructions, True
+        private.replace_instruction(self.engine, schedule.BackwardPass, backward_pass)
         self.total, self.counted = model.no_output(), 0
 
     def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
@@ -281,7 +280,7 @@ class PipelineEngine(Engine):
             (t,) if documents is None else (t, documents) for t, documents, _ in self.own(batch)
         ]  # no tasks here
         self.engine.set_dataiterator(iter([(piece, ()) for piece in pieces]))
-        self.engine._exec_schedule(kind(len(batch), self.world.stages, self.world.stage))
+        private.run_schedule(self.engine, kind(len(batch), self.world.stages, self.world.stage))
         return self.total
 
     def add(self, out: MTPOutput, _labels: Any) -> Tensor:
@@ -292,8 +291,7 @@ class PipelineEngine(Engine):
         return out.loss
 
     def reduce(self) -> None:
-        self.engine._exec_reduce_tied_grads()
-        self.engine._exec_reduce_grads()
+        private.reduce_gradients(self.engine)
 
     def update(self) -> None:
-        self.engine._exec_optimizer_step()
+        private.optimizer_step(self.engine)

@@ -19,10 +19,10 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups
 from torch import Tensor
 
 from dsv3_mtp.model.moe import Experts
+from dsv3_mtp.parallel import private
 
 if TYPE_CHECKING:  # the engine imports clip.py, which imports this
     from dsv3_mtp.parallel.engine import Engine
@@ -164,7 +164,7 @@ def _replicas(engine: Any, tensor: Tensor) -> Any:
     """The ranks that hold the same whole tensor."""
     if getattr(tensor, "allreduce", True):
         return engine.data_parallel_group
-    return groups._get_expert_data_parallel_group(tensor.group_name)  # type: ignore[attr-defined]
+    return private.expert_replicas(tensor.group_name)  # type: ignore[attr-defined]
 
 
 def _share(numel: int, peers: Any) -> tuple[int, int]:

@@ -7,13 +7,13 @@ k of its last slot then finds its input and its target there, and needs nothing 
 but four things look at one slot at a time:
 
     attention       between two all-to-alls a rank has all slots of H/S heads
-    document mask   of whole rows, from the document numbers of all slices
-    balance loss    f of the whole row; P, which has the gradient, as a sum over slices (model/moe.py)
-    agreement       depth k of a slot against the main head k slots on, which may be in a later slice
+    document mask   of whole rows, from the document numbers of all shards
+    balance loss    f of the whole row; P, which has the gradient, as a sum over shards (model/moe.py)
+    agreement       depth k of a slot against the main head k slots on, which may be in a later shard
 
 DeepSpeed is told nothing. It sees data parallelism over all ranks of a stage and averages their
 gradients; each loss is normalized for that, and ZeRO, expert parallelism and checkpoints work as
-without slices.
+without shards.
 """
 
 from typing import Any
@@ -23,16 +23,13 @@ import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor
 
-from dsv3_mtp.model.attention import MLA
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.layers import Rows
-from dsv3_mtp.model.moe import Gate
 from dsv3_mtp.ops.attention import Core, sdpa
+from dsv3_mtp.ops.compute import Shard
 from dsv3_mtp.parallel.launch import World
 
 
-class Slices(Rows):
-    """This rank's slice of every row, and the group of ranks that have the others."""
+class SequenceShard(Shard):
+    """This rank's shard of every row, and the group of ranks that have the others."""
 
     def __init__(self, number: int, count: int, group: Any):
         self.number, self.count, self.group = number, count, group
@@ -44,42 +41,33 @@ class Slices(Rows):
         dist.all_gather(parts, x, group=self.group)
         return torch.cat(parts, dim=1)
 
-    def attention(self, core: Core) -> Core:
-        """An attention core for this slice's slots and all heads, around one for all slots and H/S
-        heads.
-        """
+    def attention(self, core: Core | None) -> Core:
+        """A core for this shard's slots and all heads, around one for all slots and H/S heads."""
+        whole = core or sdpa
 
         def whole_rows(
-            query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+            query: Tensor, key: Tensor, value: Tensor, scale: float, first: Tensor | None
         ) -> Tensor:
-            return core(
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, mask
+            return whole(
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, first
             ).transpose(1, 2)
 
         exchange = DistributedAttention(whole_rows, self.group, scatter_idx=2, gather_idx=1)  # H, T
 
-        def sliced(
-            query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+        def sharded(
+            query: Tensor, key: Tensor, value: Tensor, scale: float, first: Tensor | None
         ) -> Tensor:
             parts = [x.transpose(1, 2) for x in (query, key, value)]  # (B, T/S, H, width)
-            return exchange(*parts, 0, None, scale, mask).transpose(1, 2)  # 0 is B; rotated already
+            # 0 is B; rotated already
+            return exchange(*parts, 0, None, scale, first).transpose(1, 2)
 
-        return sliced
+        return sharded
 
 
-def slice_rows(model: DeepseekV3MTP, world: World) -> None:
-    """From now on the model is given this rank's slice of every row (`Rows.cut`), and all ranks
-    call it together.
-    """
+def shard_of(world: World) -> Shard:
+    """What of each row this rank is given. All ranks call it together: it makes their groups."""
     count = world.slices
     if count == 1:
-        return
+        return Shard()
     groups = [dist.new_group(range(first, first + count)) for first in range(0, world.size, count)]
-    number = world.rank % count
-    rows = Slices(number, count, groups[world.rank // count])
-    model.rows = rows
-    for module in model.modules():
-        if isinstance(module, Gate):
-            module.rows = rows
-        elif isinstance(module, MLA):
-            module.core = rows.attention(module.core or sdpa)
+    return SequenceShard(world.rank % count, count, groups[world.rank // count])

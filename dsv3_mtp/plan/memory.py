@@ -13,7 +13,7 @@ from math import comb
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.ops.cross_entropy import CHUNK_ELEMENTS, CHUNKS_ON_GPU
+from dsv3_mtp.ops.cross_entropy import chunk_rows
 from dsv3_mtp.parallel.pipeline import stage_layers
 from dsv3_mtp.plan.parts import Part, activation_elements, parts
 
@@ -181,7 +181,8 @@ def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
     rows = (1 + config.mtp.depths) * config.train.micro_batch_size * config.data.seq_len
     # The loss holds a chunk of logits, which their gradient replaces, and the gradient of the head
     # in float32.
-    logits = min(CHUNKS_ON_GPU * CHUNK_ELEMENTS, rows * model.vocab_size)
+    chunk = chunk_rows(model.vocab_size, on_gpu=True)
+    logits = min(chunk, rows) * model.vocab_size
     size = element * logits + 4 * model.vocab_size * model.hidden_size if head else 0
     if zero:
         size += element * settings["reduce_bucket_size"]

@@ -1,26 +1,22 @@
-"""Puts a model's linear layers into FP8: which layers, by which backend, and why."""
+"""What a run's layers compute in: which of them in FP8, by which backend, on which attention
+kernel, and why.
+"""
 
-import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from dsv3_mtp.config import Config, FP8Config
-from dsv3_mtp.ops.attention import choose_attention
+from dsv3_mtp.ops import compute as high
+from dsv3_mtp.ops.compute import Compute, Kind, building
+from dsv3_mtp.ops.cores import choose_attention
 from dsv3_mtp.precision import hopper, te
 from dsv3_mtp.precision.emulate import Emulated
-from dsv3_mtp.precision.linear import FP8Linear, Recipe
+from dsv3_mtp.precision.linear import FP8Linear, Recipe, RoutedExperts
 from dsv3_mtp.precision.quantise import BLOCK, ROW
 
-# Which of `fp8.modules` a layer belongs to, by its name in the model (V3 Fig. 6 and section 3.3.1).
-KINDS = {
-    "attention": r"\.self_attn\.\w+_proj\w*$",
-    "dense_mlp": r"\.mlp\.(gate|up|down)_proj$",
-    "shared_experts": r"\.mlp\.shared_experts\.\w+_proj$",
-    "routed_experts": r"\.mlp\.experts$",
-    "eh_proj": r"\.eh_proj$",
-}
 UNSUPPORTED: dict[str, Callable[[torch.device], str | None]] = {
     "te": te.unsupported,
     "torch": hopper.unsupported,
@@ -28,9 +24,13 @@ UNSUPPORTED: dict[str, Callable[[torch.device], str | None]] = {
 }
 
 
-def set_precision(model: nn.Module, config: Config, device: torch.device) -> list[str]:
-    """Puts a run's model into the numbers and on the attention kernel of its config; one line on
-    each.
+def choose_compute(
+    config: Config, device: torch.device, make: Callable[[], nn.Module]
+) -> tuple[Compute, list[str]]:
+    """The numbers and the attention kernel of a run's config; one line on each.
+
+    Args:
+        make: builds the run's model on the meta device, to see which layers it has.
 
     Raises:
         ValueError: what the config names cannot run here, or not with this model.
@@ -44,10 +44,60 @@ def set_precision(model: nn.Module, config: Config, device: torch.device) -> lis
         device=device,
         masked=config.data.mask_documents,
     )
-    for module in model.modules():
-        if hasattr(module, "core"):
-            module.core = core  # type: ignore[assignment]
-    return [convert(model, config.fp8, device, dtype), note]
+    compute, fp8_note = fp8_compute(config.fp8, device, dtype, make)
+    heads = None if compute.heads is None else replace(compute.heads, core=core)
+    return replace(compute, core=core, heads=heads), [fp8_note, note]
+
+
+def fp8_compute(
+    fp8: FP8Config, device: torch.device, dtype: torch.dtype, make: Callable[[], nn.Module]
+) -> tuple[Compute, str]:
+    """The layers that the config puts into FP8, and what was decided and why.
+
+    Args:
+        dtype: in which the model will compute. Its weights may still be float32, which DeepSpeed
+            turns into it later.
+        make: see `choose_compute`.
+
+    Raises:
+        ValueError: the backend cannot run here, or not with these layers.
+    """
+    backend, note = choose_backend(fp8, device)
+    if backend is None:
+        return Compute(), note
+    compute = _in_fp8(fp8, backend)
+    with building(compute):
+        layers = fp8_layers(make())
+    if problem := unsuited(layers, fp8, backend, dtype):
+        if fp8.enabled == "auto":
+            return Compute(), f"fp8: off ({problem})"
+        raise ValueError(problem)
+    blocks = "" if fp8.mtp else ", MTP blocks not"
+    return compute, f"{note}: {len(layers)} layers ({', '.join(fp8.modules)}{blocks})"
+
+
+def _in_fp8(fp8: FP8Config, backend: str) -> Compute:
+    tile = BLOCK if fp8.gradient_tile == "block" else ROW
+    emulated = Emulated(fp8.scale, fp8.accumulation)
+    recipe = Recipe(emulated if backend == "emulate" else hopper.ScaledMM(fp8.scale), tile)
+
+    def linear(kind: Kind, inputs: int, outputs: int) -> nn.Linear:
+        if kind not in fp8.modules:
+            return high.linear(kind, inputs, outputs)
+        if backend == "te":
+            return te.TELinear(inputs, outputs, fp8.scale)
+        return FP8Linear(inputs, outputs, recipe)
+
+    def routed() -> RoutedExperts:
+        if backend == "te":  # each keeps buffers of its layer
+            return RoutedExperts(te.TEGroupedLinear(fp8.scale), te.TEGroupedLinear(fp8.scale))
+        product = recipe.grouped_linear
+        return RoutedExperts(product, product, recipe.product.multiple)
+
+    compute = Compute(linear=linear)
+    if "routed_experts" in fp8.modules:
+        compute = replace(compute, routed=routed)
+    return compute if fp8.mtp else replace(compute, heads=Compute())
 
 
 def choose_backend(fp8: FP8Config, device: torch.device) -> tuple[str | None, str]:
@@ -77,53 +127,14 @@ def choose_backend(fp8: FP8Config, device: torch.device) -> tuple[str | None, st
     return chosen, f"fp8: {chosen}" + (f" ({why})" if why else "")
 
 
-def fp8_layers(model: nn.Module, fp8: FP8Config) -> dict[str, nn.Module]:
-    """The layers that the config puts into FP8, by name."""
-    wanted = re.compile("|".join(KINDS[kind] for kind in fp8.modules))
-    layers = {name: module for name, module in model.named_modules() if wanted.search(name)}
+def fp8_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that compute in FP8, by name."""
+    kinds = FP8Linear | te.TELinear
     return {
-        name: module for name, module in layers.items() if fp8.mtp or not name.startswith("mtp.")
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) or isinstance(getattr(module, "routed", None), RoutedExperts)
     }
-
-
-def convert(model: nn.Module, fp8: FP8Config, device: torch.device, dtype: torch.dtype) -> str:
-    """Replaces the chosen layers in place; parameters keep their names and values. Returns what was
-    done and why.
-
-    Args:
-        dtype: in which the model will compute. Its weights may still be float32, which DeepSpeed
-            turns into it later.
-
-    Raises:
-        ValueError: the backend cannot run here, or not with these layers.
-    """
-    backend, note = choose_backend(fp8, device)
-    if backend is None:
-        return note
-    layers = fp8_layers(model, fp8)
-    if problem := unsuited(layers, fp8, backend, dtype):
-        if fp8.enabled == "auto":
-            return f"fp8: off ({problem})"
-        raise ValueError(problem)
-    tile = BLOCK if fp8.gradient_tile == "block" else ROW
-    emulated = Emulated(fp8.scale, fp8.accumulation)
-    recipe = Recipe(emulated if backend == "emulate" else hopper.ScaledMM(fp8.scale), tile)
-    for name, module in layers.items():
-        if isinstance(module, nn.Linear):
-            replacement = (
-                te.TELinear(module, fp8.scale) if backend == "te" else FP8Linear(module, recipe)
-            )
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, replacement)
-        elif backend == "te":
-            module.linear = te.TEGroupedLinear(fp8.scale), te.TEGroupedLinear(fp8.scale)  # type: ignore[assignment]
-        else:
-            module.linear = recipe.grouped_linear, recipe.grouped_linear  # type: ignore[assignment]
-            module.multiple = recipe.product.multiple  # type: ignore[assignment]
-    return (
-        f"{note}: {len(layers)} layers "
-        f"({', '.join(fp8.modules)}{'' if fp8.mtp else ', MTP blocks not'})"
-    )
 
 
 def unsuited(

@@ -19,8 +19,9 @@ class ScaledMM(Product):
     """product(a, b) = a b^T on FP8 tensor cores, accumulated in float32. Same numbers as
     `emulate.Emulated`.
 
-    Groups share one call of the quantiser per operand; their products write into parts of one
-    result. The sides of their weights are multiples of 16.
+    Groups share one call of the quantiser per operand. Their products are one call each:
+    F.scaled_grouped_mm of torch 2.13 takes scales per row and MXFP8, not V3's blocks. The sides of
+    their weights are multiples of 16.
     """
 
     scale: Scale = "pow2"
@@ -36,62 +37,53 @@ class ScaledMM(Product):
         (a_codes, a_inv), (b_codes, b_inv) = (
             _quantise(_aligned(x), t, self.scale) for x, t in ((a, a_tile), (b, b_tile))
         )
-        out = F.scaled_mm(
-            a_codes,
-            b_codes.t(),
-            *(_layout(a_inv, a_tile), _recipe(a_tile), _layout(b_inv, b_tile), _recipe(b_tile)),
-            output_dtype=a.dtype,
-        )
-        return out[:rows, :columns]
+        scales = _layout(a_inv, a_tile), _layout(b_inv, b_tile)
+        return _multiply(a_codes, scales[0], b_codes, scales[1], b_tile, a.dtype)[:rows, :columns]
 
     def grouped(self, x: Tensor, tile: Tile, weight: Tensor, rows: list[int]) -> Tensor:
         assert tile == ROW, "cuBLAS does not multiply blocks by blocks"
-        out = x.new_empty(x.shape[0], weight.shape[1])
         if not len(x):
-            return out
+            return x.new_empty(0, weight.shape[1])
         codes, scale_inv = _quantise(x, ROW, self.scale)  # (M, K), (M, K/128)
         tiles = scale_inv.shape[1]
         scales = _by_group(scale_inv, *_groups_of_blocks(rows, x.device)).split(
             [n * tiles for n in rows]
         )
         matrices = _quantise_matrices(weight, self.scale)
-        for target, part, inverse, (matrix, blocks) in zip(
-            out.split(rows), codes.split(rows), scales, matrices, strict=True
-        ):
-            if len(part):
-                _multiply(part, inverse.view(tiles, -1).t(), matrix, blocks, BLOCK, out=target)
-        return out
+        parts = zip(codes.split(rows), scales, matrices, strict=True)
+        return torch.cat(
+            [
+                _multiply(part, inverse.view(tiles, -1).t(), matrix, blocks, BLOCK, x.dtype)
+                for part, inverse, (matrix, blocks) in parts
+                if len(part)
+            ]
+        )
 
     def grouped_over_rows(self, a: Tensor, b: Tensor, rows: list[int]) -> Tensor:
-        out = a.new_empty(len(rows), a.shape[1], b.shape[1])
         if not len(a):
-            return out.zero_()
+            return a.new_zeros(len(rows), a.shape[1], b.shape[1])
         parts: list[tuple[Tensor, ...]] = []
         for x in (a, b):
             # (N, M), (N, M/128): each group is a part of columns
             codes, scale_inv = _quantise(x.t(), ROW, self.scale)
-            parts += [
-                codes.split(rows, 1),
-                _layout(scale_inv, ROW).split([n // EDGE for n in rows], 1),
+            tiles = [n // EDGE for n in rows]
+            parts += [codes.split(rows, 1), _layout(scale_inv, ROW).split(tiles, 1)]
+        return torch.stack(
+            [
+                _multiply(left, left_inv, right, right_inv, ROW, a.dtype)
+                if left.shape[1]
+                else a.new_zeros(a.shape[1], b.shape[1])
+                for left, left_inv, right, right_inv in zip(*parts, strict=True)
             ]
-        for target, left, left_inv, right, right_inv in zip(out, *parts, strict=True):
-            if left.shape[1]:
-                _multiply(left, left_inv, right, right_inv, ROW, out=target)
-            else:
-                target.zero_()
-        return out
+        )
 
 
 def _multiply(
-    a: Tensor, a_inv: Tensor, b: Tensor, b_inv: Tensor, b_tile: Tile, *, out: Tensor
-) -> None:
-    """out (M, N) = a b^T of codes a (M, K) in 1 x 128 tiles and b (N, K). F.scaled_mm is the same
-    without `out`.
-    """
-    a_recipe, b_recipe = [_recipe(ROW).value], [_recipe(b_tile).value]
-    torch._scaled_mm_v2(
-        a, b.t(), [a_inv], a_recipe, [], [b_inv], b_recipe, [], None, out.dtype, out=out
-    )
+    a: Tensor, a_inv: Tensor, b: Tensor, b_inv: Tensor, b_tile: Tile, dtype: torch.dtype
+) -> Tensor:
+    """a b^T (M, N) of codes a (M, K) in 1 x 128 tiles and b (N, K)."""
+    recipes = _recipe(ROW), _recipe(b_tile)
+    return F.scaled_mm(a, b.t(), a_inv, recipes[0], b_inv, recipes[1], output_dtype=dtype)
 
 
 def _quantise(x: Tensor, tile: Tile, scale: Scale) -> tuple[Tensor, Tensor]:

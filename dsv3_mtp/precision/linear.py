@@ -6,11 +6,14 @@ dy by 1 x 128 tiles (in dW along the tokens), W by 128 x 128 blocks. Parameters 
 in high precision: `weight`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from dsv3_mtp.ops.experts import from_experts, sort_by_expert, to_experts
+from dsv3_mtp.ops.swiglu import gated_swiglu
 from dsv3_mtp.precision.quantise import BLOCK, ROW, Tile
 
 
@@ -105,13 +108,46 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-class FP8Linear(nn.Module):
-    """A bias-free nn.Linear with the same `weight` and FP8 products."""
+class FP8Linear(nn.Linear):
+    """A bias-free nn.Linear with FP8 products."""
 
-    def __init__(self, linear: nn.Linear, recipe: Recipe):
-        super().__init__()
-        self.weight = linear.weight  # (out, in)
+    def __init__(self, inputs: int, outputs: int, recipe: Recipe):
+        super().__init__(inputs, outputs, bias=False)
         self.recipe = recipe
 
     def forward(self, x: Tensor) -> Tensor:
         return self.recipe.linear(x, self.weight)
+
+
+# Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), E counts
+# -> (rows, out).
+GroupedLinear = Callable[[Tensor, Tensor, list[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """The routed experts of a layer (ops/experts.py: `routed`) by grouped products with a backward
+    of their own.
+    """
+
+    gate_up: GroupedLinear
+    down: GroupedLinear
+    multiple: int = 1  # rows of an expert that these want, padded with zeros
+
+    def __call__(
+        self,
+        x: Tensor,
+        gates: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        chosen: Tensor,
+        counts: Tensor,
+    ) -> Tensor:
+        """Sum over the K chosen experts of gate * expert(x): the arguments of `routed`."""
+        multiple = self.multiple
+        # the one time that the host waits
+        rows = [-(-n // multiple) * multiple for n in counts.tolist()]
+        layout = sort_by_expert(chosen, gates, counts, multiple, sum(rows))
+        inner = self.gate_up(to_experts(x, layout), gate_up, rows)  # (rows, 2F)
+        y = self.down(gated_swiglu(inner, layout.gates), down, rows)  # (rows, C)
+        return from_experts(y, layout)

@@ -32,13 +32,8 @@ def load() -> tuple[Any, str]:
 
         available, reason = te.is_fp8_block_scaling_available(return_reason=True)
     except Exception as error:
-        return (
-            None,
-            (
-                f"cannot be imported ({type(error).__name__}: "
-                f"{error}); pip install -e '.[te]' after torch"
-            ),
-        )
+        why = f"{type(error).__name__}: {error}"
+        return None, f"cannot be imported ({why}); pip install -e '.[te]' after torch"
     return (te, "") if available else (None, f"has no FP8 block scaling here: {reason}")
 
 
@@ -60,6 +55,7 @@ def unsupported(device: torch.device) -> str | None:
     return load()[1] or None
 
 
+@functools.cache
 def recipe(scale: Scale) -> Any:
     """V3's products in TE's words: E4M3, x and dy 1 x 128, W 128 x 128, float32 accumulation."""
     from transformer_engine.common.recipe import Float8BlockScaling, QParams
@@ -72,24 +68,24 @@ def recipe(scale: Scale) -> Any:
     return made
 
 
-class TELinear(nn.Module):
-    """A bias-free nn.Linear with the same `weight`, computed by te.Linear."""
+class TELinear(nn.Linear):
+    """A bias-free nn.Linear, computed by te.Linear."""
 
-    def __init__(self, linear: nn.Linear, scale: Scale):
-        super().__init__()
-        te = load()[0]
-        self.weight = linear.weight  # (out, in)
-        out, width = linear.weight.shape
-        inner = te.Linear(width, out, bias=False, params_dtype=linear.weight.dtype, device="meta")
-        self.inner = (inner,)  # in a tuple: no submodule, or the weight would be registered twice
-        self.recipe = recipe(scale)
+    def __init__(self, inputs: int, outputs: int, scale: Scale):
+        super().__init__(inputs, outputs, bias=False)
+        self.scale: Scale = scale
+        self.inner: tuple[Any, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.inner:  # not before: ZeRO-3 would shard it as one of the model's own
+            sides, dtype = (self.in_features, self.out_features), self.weight.dtype
+            inner = load()[0].Linear(*sides, bias=False, params_dtype=dtype, device="meta")
+            self.inner = (inner,)  # no submodule, or the weight would be registered twice
         rows = x.flatten(0, -2)
         padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGN))
         # at each call: loading may have put another one here
         self.inner[0]._parameters["weight"] = self.weight
-        with load()[0].autocast(enabled=True, recipe=self.recipe):
+        with load()[0].autocast(enabled=True, recipe=recipe(self.scale)):
             y = self.inner[0](padded)
         return y[: rows.shape[0]].unflatten(0, x.shape[:-1])
 
@@ -100,7 +96,7 @@ class TEGroupedLinear:
     """
 
     def __init__(self, scale: Scale):
-        self.recipe = recipe(scale)
+        self.scale: Scale = scale
         self.inner: Any = None
 
     def __call__(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -120,7 +116,7 @@ class TEGroupedLinear:
         for group, matrix in enumerate(weight.unbind()):
             setattr(self.inner, f"weight{group}", matrix)
         padded, padded_splits = self.pad(x, counts)
-        with te.autocast(enabled=True, recipe=self.recipe):
+        with te.autocast(enabled=True, recipe=recipe(self.scale)):
             y = self.inner(padded, padded_splits)
         return self.unpad(y, counts)
 

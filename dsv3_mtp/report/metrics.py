@@ -163,8 +163,8 @@ class Clock:
 # they print "with sparsity" is twice this). The first pattern found in the device name counts:
 # slower boards first.
 PEAK_FLOPS = (
-    (r"\bGB200\b", 2500e12),
-    (r"\bB200\b", 2250e12),
+    (r"\bGB[23]00\b", 2500e12),
+    (r"\bB[23]00\b", 2250e12),
     (r"\bH200 NVL\b", 835e12),
     (r"\bG?H200\b", 989e12),
     (r"\bH20\b", 148e12),

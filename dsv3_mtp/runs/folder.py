@@ -11,48 +11,20 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.config.model import OnResume
+from dsv3_mtp.config.resume import FREE, differences, rule_of
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.files.atomic import lock, write_json, write_text
 from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
 from dsv3_mtp.tasks.examples import TaskSource
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
-
-# A checkpoint fits only these settings as they were; all others may change between starts and are
-# reported.
-FIXED = (
-    "model",
-    "mtp.mode",
-    "mtp.num_nextn_predict_layers",
-    "mtp.trunk_hidden",
-    "mtp.chain",
-    "mtp.embed",
-    "mtp.share_weights",
-    "data.task",
-    "data.seq_len",
-    "data.mask_documents",
-    "train.dtype",
-    "train.freeze",
-    "run.seed",
-)
-FREE = (
-    "run.dir",
-    "log",
-    "eval",
-    "checkpoint",
-    "deepspeed",
-    "train.activation_checkpointing",
-    "train.threads",
-    "train.micro_batch_size",
-    "parallel",
-)  # no effect on what is learned: not worth a line
 
 
 def run_folder(config: Config) -> Path:
@@ -105,9 +77,11 @@ def write_run_folder(
     world_size: int,
     command: list[str],
     sources: dict[str, Source | TaskSource],
+    step: int,
 ) -> None:
-    """config.yaml (resolved), ds_config.json, and one more entry in manifest.json for this
-    start.
+    """config.yaml (resolved), ds_config.json, and one more entry in manifest.json for this start,
+    which trains from `step` on. The entry keeps the whole config: the next start may change some of
+    it, and config.yaml is that of the last start that trained.
     """
     folder = run_folder(config)
     manifest = folder / "manifest.json"
@@ -115,7 +89,8 @@ def write_run_folder(
         starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{manifest}: damaged ({error}); delete this file") from None
-    starts.append(describe_start(world_size=world_size, command=command, sources=sources))
+    start = describe_start(world_size=world_size, command=command, sources=sources)
+    starts.append(start | {"step": step, "config": config.to_dict()})
     write_text(folder / "config.yaml", config.to_yaml())
     write_json(folder / "ds_config.json", ds_config)
     write_json(manifest, {"starts": starts})
@@ -152,52 +127,38 @@ def describe_start(
     }
 
 
-def changed_settings(saved: dict[str, Any], config: Config, checkpoint: Path) -> list[str]:
+def changed_settings(
+    saved: dict[str, Any], config: Config, checkpoint: Path, *, finished: bool
+) -> list[str]:
     """One line per setting that differs from the checkpoint's and may.
 
+    finished: no step is left to train with the config.
+
     Raises:
-        ValueError: settings differ that the checkpoint's weights or data position depend on, all of
-            them listed.
+        ValueError: settings differ that the checkpoint's weights or place in the data depend on; or
+            the run is finished, and would not be trained with those that differ. All are listed.
     """
     changes = differences(saved, config.to_dict(), ignoring=FREE)
     lines = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
-    fixed = [line for key, line in lines.items() if _under(key, FIXED)]
+    fixed = [line for key, line in lines.items() if _rule(key) is OnResume.FIXED]
     if fixed:
-        raise ValueError(
-            (
-                f"{checkpoint} does not fit this config; restore "
-                "these settings, or give the run another run.name:\n  "
-            )
-            + "\n  ".join(fixed)
+        text = f"{checkpoint} does not fit this config; restore these settings, or give the run"
+        raise ValueError("\n  ".join([f"{text} another run.name:", *fixed]))
+    if finished and lines:
+        text = (
+            f"{checkpoint.parents[1]} is finished and was trained with other settings; give the "
+            "run another run.name, or a larger train.total_tokens to go on with these:"
         )
+        raise ValueError("\n  ".join([text, *lines.values()]))
     return [f"changed since the checkpoint: {line}" for line in lines.values()]
 
 
-def differences(
-    before: dict[str, Any], now: dict[str, Any], *, ignoring: tuple[str, ...] = ()
-) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (before, now) of every setting in which two resolved configs differ, but those
-    under `ignoring`.
-    """
-    old, new = dict(_flat(before)), dict(_flat(now))
-    keys = [
-        key
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key) and not _under(key, ignoring)
-    ]
-    return {key: (old.get(key), new.get(key)) for key in keys}
-
-
-def _under(key: str, prefixes: tuple[str, ...]) -> bool:
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _rule(key: str) -> OnResume:
+    """Of a key that may be of an older version, which is then one that the weights depend on."""
+    try:
+        return rule_of(key)
+    except KeyError:
+        return OnResume.FIXED
 
 
 def _version(package: str) -> str | None:

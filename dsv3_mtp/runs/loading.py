@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.files.format import check_format
 from dsv3_mtp.runs.fragments import AVERAGE, Fragments
 
 # written last: the step, DeepSpeed's counters, and the size of every file of a checkpoint
@@ -21,9 +22,18 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """COMPLETE.json is there and every file that it lists has its size."""
+    """COMPLETE.json is there and every file that it lists has its size.
+
+    Raises:
+        ValueError: the checkpoint is of a newer format.
+    """
     try:
-        files = json.loads((checkpoint / COMPLETE).read_text())["files"]
+        complete = json.loads((checkpoint / COMPLETE).read_text())
+        files = complete["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    check_format(complete, checkpoint / COMPLETE)
+    try:
         return all((checkpoint / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

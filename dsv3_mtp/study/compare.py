@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.config.resume import differences
 from dsv3_mtp.files.atomic import write_text
-from dsv3_mtp.runs.folder import differences
 from dsv3_mtp.study import hover, tables
 from dsv3_mtp.study.archive import Record, table_of
 from dsv3_mtp.study.dryrun import columns

@@ -10,9 +10,9 @@ from functools import cache
 from typing import Any
 
 from dsv3_mtp.config import Config, ModelConfig, MTPConfig, schedules
+from dsv3_mtp.config.resume import differences
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
-from dsv3_mtp.runs.folder import differences
 from dsv3_mtp.study.load import LoadedStudy
 
 # A run is a pure function of what these are at each step: arms that differ in nothing else may

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.runs.folder import FREE, differences
+from dsv3_mtp.config.resume import FREE, differences
 from dsv3_mtp.runs.loading import checkpoints
 from dsv3_mtp.study.archive import Record, read_archive, read_results, write_results
 from dsv3_mtp.study.expand import Run, expand, whole_steps
@@ -17,7 +17,7 @@ from dsv3_mtp.study.plan import PLAN, freeze, load_archive, read_plan, write_pla
 from dsv3_mtp.study.worker import claim
 
 # Of a run that is there: settings that change neither what is learned nor what is measured.
-IGNORED = (*(k for k in FREE if k not in ("eval", "train.micro_batch_size")), "eval.every")
+IGNORED = tuple(k for k in FREE if k not in ("eval.batches", "train.micro_batch_size"))
 
 
 def records_of(loaded: LoadedStudy) -> list[Record]:

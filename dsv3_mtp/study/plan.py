@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.model import Integer, Section
 from dsv3_mtp.config.reader import problems_of
+from dsv3_mtp.config.resume import differences
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.files.atomic import lock, write_json
-from dsv3_mtp.runs.folder import differences
 from dsv3_mtp.study.load import LoadedStudy, study_of
 
 PLAN = "plan.json"

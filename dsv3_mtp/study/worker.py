@@ -20,7 +20,8 @@ from dsv3_mtp.study.archive import read_results, write_results
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import describe, measure, starts_of
-from dsv3_mtp.train.trainer import NonFiniteError, Trainer
+from dsv3_mtp.train.process import own_process
+from dsv3_mtp.train.trainer import NonFiniteError
 
 TIME = "time.json"  # in a run folder
 STOPPED, ELSEWHERE = 3, 4  # exit codes
@@ -88,7 +89,7 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
         tokens = run.config.train.total_tokens
         fork(study.folder / run.parent, folder, run.fork_step, total_tokens=tokens)
     try:
-        trainer = Trainer(run.config, command=command)
+        trainer = own_process(run.config, command=command)
         begun, first = _seconds(trainer), trainer.tokens
         trainer.run()
     except NonFiniteError as error:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from dsv3_mtp.files.atomic import naming, write_json, write_text
+from dsv3_mtp.files.format import FORMAT, check_format
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import on_all, on_main
@@ -101,12 +102,12 @@ def _commit(
     root = folder.parent
     with naming(folder):
         (folder / INDEX).write_text(json.dumps(index))
-        (folder / "state.json").write_text(json.dumps(state, indent=1))
+        (folder / "state.json").write_text(json.dumps({"format": FORMAT} | state, indent=1))
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-    complete |= {"files": {path.name: path.stat().st_size for path in files}}
+    complete |= {"format": FORMAT, "files": {path.name: path.stat().st_size for path in files}}
     write_json(folder / COMPLETE, complete)
     write_text(root / "latest", folder.name)
     usable = [path for path in checkpoints(root) if is_complete(path)]
@@ -119,12 +120,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The `state` given to `save`: progress, data position, clock, config.
 
     Raises:
-        ValueError: the checkpoint is damaged.
+        ValueError: the checkpoint is damaged, or of a newer format.
     """
     try:
-        return json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise damaged(folder, error) from error
+    check_format(state, folder / "state.json")
+    return state
 
 
 def load(

@@ -1,6 +1,7 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.model.targets import count_targets
-from dsv3_mtp.ops.tuning import tune
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
 from dsv3_mtp.parallel.clip import clipped
 from dsv3_mtp.parallel.engine import deepspeed_config
-from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start
-from dsv3_mtp.precision.convert import set_precision
+from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starting
+from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.report.progress import Progress, floors_line, quantity
 from dsv3_mtp.runs.folder import changed_settings, find_checkpoint, run_folder, write_run_folder
@@ -40,37 +40,57 @@ class NonFiniteError(RuntimeError):
 class Trainer:
     """A run from its config to its results: builds or resumes everything, then `run()`.
 
+    Args:
+        command: what manifest.json says started it.
+        stop: true once the run should save and stop; None: nothing stops it but an exception.
+        notes: lines that `run` says first.
+
     Raises:
         ValueError: the config does not fit these ranks, the data, or the checkpoint in the run
             folder.
     """
 
-    def __init__(self, config: Config, *, command: list[str]):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        command: list[str],
+        stop: StopRequest | None = None,
+        notes: Sequence[str] = (),
+    ):
         self.config = config
         self.folder = run_folder(config)
-        parallel = config.parallel
+        self.stop = stop
+        with starting(config.parallel.timeout_s):
+            self.build(command, notes)
+
+    def build(self, command: list[str], notes: Sequence[str]) -> None:
+        """Everything that a run needs: ranks, data, model, engine, and what was saved."""
+        config, parallel = self.config, self.config.parallel
         self.world = start(
             threads=config.train.threads,
             timeout_s=parallel.timeout_s,
             stages=parallel.pipeline_stages,
             slices=parallel.sequence_parallel_size,
         )
-        self.stop = StopRequest()
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
-        latest, self.notes = on_main(self.world, lambda: find_checkpoint(config))
-        self.notes += tune(self.world.device)
+        latest, found = on_main(self.world, lambda: find_checkpoint(config))
+        self.notes = [*found, *notes]
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
         self.size = model_size(whole, config.data.seq_len)
-        self.model = build_model(config, ds_config, self.world)
+        compute, chosen = choose_compute(
+            config, self.world.device, lambda: meta_model(config.model, config.mtp)
+        )
+        self.model = build_model(config, ds_config, self.world, compute)
         if config.train.init_from is not None and latest is None:
             self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
-        self.notes += set_precision(self.model, config, self.world.device)
+        self.notes += chosen
         heads = self.model.mtp if config.clips_apart else None
         optimizer = build_optimizer(self.model, config.optim, apart=heads)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
@@ -82,17 +102,34 @@ class Trainer:
         self.clock = Clock()
         if latest:
             self.notes += self.resume(latest)
-        on_main(self.world, lambda: self.open_folder(ds_config, command))
-
-    def open_folder(self, ds_config: dict[str, Any], command: list[str]) -> None:
-        """metrics.jsonl up to the step this start begins at, and the description of this start."""
         self.log = MetricsLog(self.folder / "metrics.jsonl")
-        self.log.truncate_after(self.step or -1)
+        on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
+        begin = self.step
+        # What this start is; on resume not before its first step: until then the folder holds what
+        # the settings there made.
+        self.describe: Callable[[], None] | None = lambda: self.write_folder(
+            ds_config, command, begin
+        )
+        if not latest:
+            self.describe_once()
+
+    def describe_once(self) -> None:
+        if self.describe is not None:
+            on_main(self.world, self.describe)
+            self.describe = None
+
+    def write_folder(self, ds_config: dict[str, Any], command: list[str], step: int) -> None:
+        """The description of this start, which trains from `step` on."""
         sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)} | {
             "val": self.val
         }
         write_run_folder(
-            self.config, ds_config, world_size=self.world.size, command=command, sources=sources
+            self.config,
+            ds_config,
+            world_size=self.world.size,
+            command=command,
+            sources=sources,
+            step=step,
         )
 
     @property
@@ -117,6 +154,7 @@ class Trainer:
             stopping = warned = False
             while self.tokens < total and not stopping:
                 record, stopping = self.optimizer_step()
+                self.describe_once()
                 self.display.advance(step=self.step, tokens=self.tokens, eta_s=self.eta())
                 done = self.tokens >= total
                 if self.is_logged(self.step, self.tokens):
@@ -306,7 +344,9 @@ class Trainer:
         user.
         """
         saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
-        notes = changed_settings(saved["config"], self.config, folder)
+        finished = saved["tokens"] >= self.config.train.total_tokens
+        notes = changed_settings(saved["config"], self.config, folder, finished=finished)
+        notes += self.warmed_again(saved)
         self.sampler.load_state_dict(saved["sampler"])
         moments = getattr(torch, self.config.optim.moments)
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)
@@ -314,6 +354,18 @@ class Trainer:
         self.clock.load_state_dict(saved["clock"])
         moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""
         return [f"resumed at step {self.step} from {folder}{moved}", *notes]
+
+    def warmed_again(self, saved: dict[str, Any]) -> list[str]:
+        """A longer train.total_tokens moves the progress back, and with it the schedules."""
+        before, total = saved["config"]["train"]["total_tokens"], self.config.train.total_tokens
+        if total == before:
+            return []
+        tokens = saved["tokens"]
+        old, new = (min(tokens / length, 1.0) for length in (before, total))
+        rates = [schedules.learning_rate(self.config.optim, progress) for progress in (old, new)]
+        text = f"progress goes from {old:.0%} to {new:.0%}, the learning rate from {rates[0]:.2e}"
+        again = ": it is warmed again" if rates[1] > 1.01 * rates[0] else ""
+        return [f"train.total_tokens: {text} to {rates[1]:.2e}{again}"]
 
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
@@ -330,7 +382,7 @@ class Trainer:
         if self.progress < 1:
             end = (
                 f"stopped at step {self.step} by "
-                f"{self.stop.reason or 'another rank'}; the same command continues"
+                f"{(self.stop and self.stop.reason) or 'another rank'}; the same command continues"
             )
         else:
             end = (

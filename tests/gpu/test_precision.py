@@ -1,18 +1,24 @@
 """FP8 products and attention kernels on a GPU, against the formulae and float64."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 from dsv3_mtp.config import FP8Config
-from dsv3_mtp.ops.attention import choose_attention, sdpa
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
+from dsv3_mtp.model.targets import document_starts
+from dsv3_mtp.ops.attention import sdpa
+from dsv3_mtp.ops.compute import building
+from dsv3_mtp.ops.cores import choose_attention
 from dsv3_mtp.precision import te
-from dsv3_mtp.precision.convert import UNSUPPORTED, convert
+from dsv3_mtp.precision.convert import UNSUPPORTED, fp8_compute
 from dsv3_mtp.precision.emulate import Emulated
 from dsv3_mtp.precision.hopper import ScaledMM
 from dsv3_mtp.precision.linear import FP8Linear, Recipe
 from dsv3_mtp.precision.quantise import BLOCK, ROW, quantise
 from tests.gpu.test_model import CUDA, WIDE, deterministic, on, relative
-from tests.ops.test_recompute import build
 from tests.precision.test_linear import rounded
 from tests.precision.test_quantise import samples
 
@@ -49,25 +55,24 @@ def test_codes_and_scales_are_those_of_transformer_engine_bit_for_bit(kind, dtyp
 def test_a_layer_computes_the_products_of_the_rounded_operands(backend, scale):
     needs(backend)
     for tokens, inputs, outputs in ((512, 512, 512), (1000, 1024, 576), (40, 256, 160)):
-        linear = torch.nn.Linear(inputs, outputs, bias=False, device=CUDA, dtype=torch.bfloat16)
         x = torch.randn(tokens, inputs, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(tokens, outputs, device=CUDA, dtype=torch.bfloat16)
         layer = (
-            te.TELinear(linear, scale)
+            te.TELinear(inputs, outputs, scale)
             if backend == "te"
-            else FP8Linear(linear, Recipe(PRODUCTS[backend](scale)))
-        )
+            else FP8Linear(inputs, outputs, Recipe(PRODUCTS[backend](scale)))
+        ).to(CUDA, torch.bfloat16)
         assert [name for name, _ in layer.named_parameters()] == ["weight"]
         y = layer(x.view(2, tokens // 2, inputs)).view(tokens, outputs)
         y.backward(grad)
         with torch.no_grad():
-            weight = rounded(linear.weight, BLOCK, scale).double()
+            weight = rounded(layer.weight, BLOCK, scale).double()
             assert relative(y, rounded(x, ROW, scale).double() @ weight.T) < ROUNDING
             assert relative(x.grad, rounded(grad, ROW, scale).double() @ weight) < ROUNDING
             along_tokens = (
                 rounded(grad.T, ROW, scale).double() @ rounded(x.T, ROW, scale).double().T
             )
-            assert relative(linear.weight.grad, along_tokens) < ROUNDING
+            assert relative(layer.weight.grad, along_tokens) < ROUNDING
             assert torch.equal(layer(x), y)  # as in evaluation
 
 
@@ -115,14 +120,18 @@ def test_checkpointing_activations_of_an_fp8_model_changes_no_bit(make_tiny_conf
     needs(backend)
     results = []
     for used in ("none", mode):
-        model, tokens, _ = build(make_tiny_config(WIDE), used)
-        # as the trainer:
-        note = convert(model, FP8Config(enabled=True, backend=backend), CUDA, torch.bfloat16)
-        model = on(model, CUDA, torch.bfloat16)  # DeepSpeed casts afterwards
+        config = make_tiny_config(WIDE)
+        fp8 = FP8Config(enabled=True, backend=backend)
+        make = partial(meta_model, config.model, config.mtp)
+        compute, note = fp8_compute(fp8, CUDA, torch.bfloat16, make)
         assert backend in note and "layers" in note
-        for module in model.modules():
-            if hasattr(module, "core"):
-                module.core = deterministic
+        with building(replace(compute, core=deterministic, recompute=used)):
+            model = DeepseekV3MTP(config.model, config.mtp)
+        model.init_weights(0)
+        tokens = torch.randint(
+            64, (2, 17 + model.depths), generator=torch.Generator().manual_seed(1)
+        )
+        model = on(model, CUDA, torch.bfloat16)  # DeepSpeed casts afterwards
         out = model(tokens.to(CUDA), balance_loss_weight=0.1)
         out.loss.backward()
         results.append({"loss": out.loss} | {name: p.grad for name, p in model.named_parameters()})
@@ -158,13 +167,13 @@ def test_an_attention_kernel_is_within_bfloat16_of_float32(name, widths):
 
 @pytest.mark.parametrize("widths", [(192, 128), (96, 64)], ids=str)
 def test_sdpa_under_a_document_mask_is_within_bfloat16_of_float32(widths):
-    documents = torch.arange(512, device=CUDA).div(150, rounding_mode="floor")
-    mask = ((documents[:, None] == documents).tril())[None, None].expand(2, 1, -1, -1)
+    documents = torch.arange(512, device=CUDA).div(150, rounding_mode="floor").expand(2, -1)
+    first = document_starts(documents)
     inputs = [torch.randn(2, 4, 512, n, device=CUDA).bfloat16() for n in (widths[0], *widths)]
     results = []
     for function, dtype in ((deterministic, torch.float32), (sdpa, torch.bfloat16)):
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        out = function(*leaves, widths[0] ** -0.5, mask)
+        out = function(*leaves, widths[0] ** -0.5, first)
         results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
     for part, exact, ours in zip(("out", "dq", "dk", "dv"), *results, strict=True):
         assert relative(ours, exact) < 1e-2, part

@@ -64,7 +64,8 @@ def start(config: Path, name: str, log: Path) -> subprocess.Popen:
 
 
 def start_tool(tool: str, *arguments: str, log: Path) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
+    folder = "bench" if tool == "step" else "tools"
+    command = [sys.executable, str(ROOT / folder / f"{tool}.py"), *arguments]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "DS_ACCELERATOR": "cuda"}
     with log.open("w") as out:
@@ -196,7 +197,7 @@ def test_the_benchmark_compares_profiles_and_counts_memory(tmp_path):
     sets += ["--set=mtp.mode=none", "--set=train.dtype=bfloat16"]
     numbers, trace = tmp_path / "numbers.json", tmp_path / "trace.json"
     compared = (
-        "bench",
+        "step",
         *sets,
         "--against",
         "fp8",
@@ -208,7 +209,7 @@ def test_the_benchmark_compares_profiles_and_counts_memory(tmp_path):
     )
     processes = {
         "compare": start_tool(*compared, str(numbers), log=tmp_path / "compare.log"),
-        "loss": start_tool("bench", *sets, "--loss-memory", log=tmp_path / "loss.log"),
+        "loss": start_tool("step", *sets, "--loss-memory", log=tmp_path / "loss.log"),
     }
     finish(tmp_path, processes)
     found = json.loads(numbers.read_text())

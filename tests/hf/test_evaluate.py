@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_mtp.cli import command
 from dsv3_mtp.config import ConfigError, load_config
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.prepare import Arguments, prepare
@@ -19,7 +20,6 @@ from dsv3_mtp.hf import export_hf, import_hf
 from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.train import evaluate
 from dsv3_mtp.train.evaluate import open_model, validate
-from tools import evaluate as tool
 
 CPU = torch.device("cpu")
 VOCAB = 300
@@ -49,7 +49,7 @@ def run(make_run, corpus) -> Path:
 
 def call(monkeypatch, capsys, *arguments: str) -> dict:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--json"])
-    code = tool.main()
+    code = command.run("evaluate")
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return json.loads(captured.out)
@@ -102,7 +102,7 @@ def test_data_of_another_tokenizer_is_refused(run, corpus, tmp_path, monkeypatch
         monkeypatch.setattr(
             sys, "argv", ["evaluate.py", *model, "--data", str(corpus), str(tmp_path / "other")]
         )
-        assert tool.main() == 2
+        assert command.run("evaluate") == 2
         assert (
             f"{model[1]} and {tmp_path / 'other'} have different tokenizers"
             in capsys.readouterr().err
@@ -239,7 +239,7 @@ def test_acceptance_of_a_short_model_is_measured_without_being_told_how(
 )
 def test_user_errors_have_exit_code_2(run, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", str(run), *arguments])
-    assert tool.main() == 2
+    assert command.run("evaluate") == 2
     assert message in capsys.readouterr().err
 
 
@@ -255,7 +255,7 @@ def test_options_that_would_measure_no_acceptance_are_refused(
 ):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--run", "run", *arguments])
     with pytest.raises(SystemExit, match="2"):
-        tool.main()
+        command.run("evaluate")
     assert message in capsys.readouterr().err
 
 
@@ -295,7 +295,7 @@ def test_a_number_of_new_tokens_is_refused_where_a_task_gives_the_answers(
         sys, "argv", ["evaluate.py", "--run", str(make_run(**data)[0]), "--new-tokens", "8"]
     )
     assert (
-        tool.main() == 2
+        command.run("evaluate") == 2
         and "--new-tokens: no effect on data.task suffix_sum" in capsys.readouterr().err
     )
 

@@ -9,10 +9,10 @@ import torch
 
 from dsv3_mtp.files.atomic import lock
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
-from dsv3_mtp.hf.blockfp8 import dequantise
 from dsv3_mtp.hf.export import new_folder
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import slots
+from dsv3_mtp.precision.quantise import BLOCK, dequantise
 from dsv3_mtp.runs.model import load_run
 from tests.conftest import contents
 
@@ -95,7 +95,9 @@ def test_fp8_is_exact_on_the_block_grid_and_leaves_the_rest_alone(make_run, tmp_
         if slot.quantised:
             assert stored.places[slot.name].dtype == "F8_E4M3"
             scale = stored.read(slot.name + "_scale_inv")
-            assert torch.equal(got.float(), dequantise(stored.read(slot.name), scale)), slot.name
+            assert torch.equal(got.float(), dequantise(stored.read(slot.name), scale, BLOCK)), (
+                slot.name
+            )
         else:
             assert torch.equal(got, trained[slot.key][slot.index].to(got.dtype)), slot.name
     names = {name for name in stored.places if name.endswith("_scale_inv")}
@@ -123,7 +125,7 @@ def test_foreign_fp8_scales_are_kept_exact_in_float32_and_their_rounding_is_repo
     assert config.train.dtype == "float32"
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(
-        wide.state_dict()[name], dequantise(tensors[name], tensors[name + "_scale_inv"])
+        wide.state_dict()[name], dequantise(tensors[name], tensors[name + "_scale_inv"], BLOCK)
     )
 
 

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.attention import MLA
-from dsv3_mtp.model.layers import RMSNorm, rotary_angles, rotate, yarn_mscale
-from dsv3_mtp.model.targets import document_mask
-from dsv3_mtp.ops.attention import sdpa
+from dsv3_mtp.model.layers import RMSNorm, rotary_angles, yarn_mscale
+from dsv3_mtp.ops.rotary import rotate
 
 YARN = {
     "type": "yarn",
@@ -74,13 +73,3 @@ def test_rmsnorm_equals_its_definition_and_torchs():
     x = torch.randn(3, 16)
     torch.testing.assert_close(norm(x), F.rms_norm(x, (16,), norm.weight, 1e-6))
     assert norm(x.bfloat16()).dtype == torch.promote_types(torch.float32, torch.bfloat16)
-
-
-@pytest.mark.parametrize("documents", [None, [[0, 0, 0, 1, 1, 1, 1], [0, 1, 2, 2, 2, 3, 3]]])
-def test_attention_core_equals_the_formula_in_float64(documents):
-    q, k = (torch.randn(2, 3, 7, 12, dtype=torch.float64) for _ in range(2))
-    v = torch.randn(2, 3, 7, 8, dtype=torch.float64)
-    mask = None if documents is None else document_mask(torch.tensor(documents))
-    allowed = torch.ones(7, 7).tril().bool() if mask is None else mask
-    scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(~allowed, float("-inf"))
-    torch.testing.assert_close(sdpa(q, k, v, 0.3, mask), scores.softmax(-1) @ v)

@@ -2,20 +2,25 @@
 of products.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from dsv3_mtp.ops import choice
 from dsv3_mtp.ops import experts as dispatch
 from dsv3_mtp.ops.experts import (
     from_experts,
-    gated_swiglu,
+    gather_sum,
     grouped,
     grouped_input_grad,
     grouped_weight_grad,
     routed,
     sort_by_expert,
+    spread,
     to_experts,
 )
+from dsv3_mtp.ops.swiglu import gated_swiglu
 
 
 def inputs(tokens=6, experts=5, top_k=2, hidden=4, width=3, dtype=torch.float64):
@@ -141,3 +146,37 @@ def test_bfloat16_stays_within_its_rounding_of_float64():
     want = torch.autograd.grad(plain(*wide, chosen), wide, cotangent.bfloat16().double())
     for a, b in zip(got, want, strict=True):
         assert (a.double() - b).norm() < 1e-2 * b.norm()
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["torch", "C"])
+def test_rows_are_spread_and_summed_where_some_are_missing(compiled, plain):
+    source, slots = torch.tensor([2, 0, 2]), torch.tensor([[1, -1], [-1, -1], [2, 0]])
+    x, rows = torch.randn(3, 20, requires_grad=True), torch.randn(3, 20, requires_grad=True)
+    with choice.plain() if plain else nullcontext():
+        there, back = spread(x, source, slots), gather_sum(rows, source, slots)
+        (grad_x,) = torch.autograd.grad(there, x, rows.detach())
+        (grad_rows,) = torch.autograd.grad(back, rows, x.detach())
+    assert torch.equal(there, x[source]) and torch.equal(grad_rows, x[source])
+    expected = torch.zeros(3, 20).index_add(0, source, rows)
+    torch.testing.assert_close(back, expected)
+    torch.testing.assert_close(grad_x, expected)
+
+
+def test_an_expert_without_rows_has_no_gradient_where_the_kernel_leaves_memory(monkeypatch):
+    """Blackwell (pytorch#172439): the grouped product leaves empty groups as they were."""
+    grouped_mm = torch.nn.functional.grouped_mm
+
+    def on_blackwell(a, b, *, offs):
+        out = grouped_mm(a, b, offs=offs)
+        if out.ndim == 3:
+            out[torch.diff(offs, prepend=offs.new_zeros(1)) == 0] = float("nan")
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", on_blackwell)
+    counts = torch.tensor([0, 10, 0, 14])
+    x, grad = torch.randn(24, 16).bfloat16(), torch.randn(24, 32).bfloat16()
+    assert grouped_weight_grad(grad, x, counts)[0].isnan().all()  # what the guard is for
+    monkeypatch.setattr(dispatch, "leaves_empty_groups", lambda device: True)
+    found = grouped_weight_grad(grad, x, counts)
+    assert not found[0].any() and not found[2].any() and not found.isnan().any()
+    assert found[1].any() and found[3].any()

@@ -4,6 +4,7 @@ built.
 
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles, rotate
-from dsv3_mtp.ops import kernels
-from dsv3_mtp.ops.causal import causal_attention
+from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
+from dsv3_mtp.ops import c, choice
+from dsv3_mtp.ops.attention import attend
 from dsv3_mtp.ops.cross_entropy import linear_cross_entropy
 from dsv3_mtp.ops.experts import routed
+from dsv3_mtp.ops.rotary import rotate
 from dsv3_mtp.train.optim import build_optimizer
 
 TOLERANCE = {
@@ -65,9 +67,8 @@ def test_numbers_become_bfloat16_as_torch_rounds_them(compiled):
         [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.3e38, 1e-39, torch.inf, -torch.inf, torch.nan]
     )
     x = torch.cat([halves, torch.randn(1000) * 2.0 ** torch.randint(-40, 40, (1000,))])
-    got = kernels.swiglu(torch.full_like(x, 60)[None].bfloat16(), x[None].bfloat16())[
-        0
-    ]  # silu(60) is 60: one product, then rounded
+    # silu(60) is 60: one product, then rounded
+    got = c.swiglu(torch.full_like(x, 60)[None].bfloat16(), x[None].bfloat16(), None)[0]
     torch.testing.assert_close(
         got, (x.bfloat16().float() * 60).bfloat16(), rtol=0, atol=0, equal_nan=True
     )
@@ -97,7 +98,7 @@ def test_swiglu_feed_forward(compiled, dtype):
 def test_large_and_small_inputs_of_swiglu_neither_overflow_nor_vanish(compiled):
     gate = torch.tensor([-200.0, -90.0, -1e-3, 0.0, 1e-3, 90.0, 200.0])
     torch.testing.assert_close(
-        kernels.swiglu(gate[None], torch.ones(1, 7))[0], F.silu(gate), rtol=1e-5, atol=1e-30
+        c.swiglu(gate[None], torch.ones(1, 7), None)[0], F.silu(gate), rtol=1e-5, atol=1e-30
     )
 
 
@@ -125,7 +126,7 @@ def test_attention_of_any_widths_is_that_of_torch(compiled, widths):
         [x.requires_grad_() for x in (query, kv, k_rope)],
         torch.randn(2, 70, rope // 2),
     )
-    got = causal_attention(*leaves, angles, 0.3)
+    got = attend(*leaves, angles, 0.3)
     turned = rotate(k_rope.unsqueeze(2), angles).expand(-1, -1, 3, -1)
     q = torch.cat([query[..., :nope], rotate(query[..., nope:], angles)], -1).transpose(1, 2)
     k = torch.cat([kv[..., :nope], turned], -1).transpose(1, 2)
@@ -153,8 +154,8 @@ def test_inputs_with_gaps_between_their_numbers_are_read_where_they_are(compiled
         torch.rand(1),
     )
     for make in (
-        lambda copy: causal_attention(query, kv, copy(k_rope[:, :9]), angles, 0.3),
-        lambda copy: causal_attention(
+        lambda copy: attend(query, kv, copy(k_rope[:, :9]), angles, 0.3),
+        lambda copy: attend(
             query, kv, copy(k_rope[:, 2:, ::2].expand(2, 9, 2)), angles[..., :1], 0.3
         ),
         lambda copy: routed(copy(leaves[0][::2]), *leaves[1:], chosen, counts),
@@ -181,7 +182,6 @@ def test_routed_experts_with_gradients(compiled, dtype):
     leaves, chosen, counts = experts_and_rows(dtype)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     cotangent = torch.randn(150, 64).to(dtype)
-    assert kernels.experts_usable(leaves[0], *leaves[2:])
     results = []
     for inputs in (wide, leaves):
         y = routed(*inputs, chosen, counts)
@@ -193,18 +193,42 @@ def test_routed_experts_with_gradients(compiled, dtype):
     )  # of the expert without tokens
 
 
+def test_what_c_would_read_beyond_its_tensors_is_refused(compiled):
+    """C follows raw pointers: sizes, types and indices are checked before, in one sentence."""
+    x, index = torch.randn(8, 16), torch.zeros(3, 2, dtype=torch.int64)
+    for outside in (100, 8, -2):
+        index[2, 1] = outside
+        with pytest.raises(IndexError, match=r"index: 1 numbers are outside -1 .. 7"):
+            c.sum_rows(x, index)
+    norm, half, wide = torch.ones(16), x.bfloat16(), torch.randn(8, 32)
+    heads = torch.randn(1, 5, 2, 6), torch.randn(1, 5, 2, 7), torch.randn(1, 5, 2)
+    angles, targets = torch.randn(2, 5, 1), torch.zeros(8, dtype=torch.int64)
+    for call, name in (
+        (lambda: c.sum_rows(x, index.int()), "index"),
+        (lambda: c.sum_rows(x.t(), index), "x"),
+        (lambda: c.rms_norm(x, norm[:8], 1e-6), "weight"),
+        (lambda: c.rms_norm(x, norm.bfloat16(), 1e-6), "weight"),
+        (lambda: c.rms_norm(x[:, ::2], norm[:8], 1e-6), "x"),
+        (lambda: c.swiglu(x, wide, None), "up"),
+        (lambda: c.swiglu(x, half, None), "up"),
+        (lambda: c.swiglu(x, x, norm), "factor"),
+        (lambda: c.swiglu_backward(wide, x, x, None), "grad"),
+        (lambda: c.attention(heads[0][:, :4], *heads[1:], angles, None, 0.3), "k"),
+        (lambda: c.attention(*heads, angles[..., :0], None, 0.3), "angles"),
+        (lambda: c.attention(*heads, angles, index, 0.3), "first"),
+        (lambda: c.cross_entropy_(x, targets[:7], norm[:8]), "targets"),
+        (lambda: c.cross_entropy_(x, targets, norm), "row_weight"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}\w*: "):
+            call()
+
+
 def test_routed_experts_leave_out_the_gradients_of_frozen_weights(compiled):
     leaves, chosen, counts = experts_and_rows(torch.float32)
     whole = torch.autograd.grad(routed(*leaves, chosen, counts).sum(), leaves[:2])
     frozen = [*leaves[:2], *(leaf.detach() for leaf in leaves[2:])]
     part = torch.autograd.grad(routed(*frozen, chosen, counts).sum(), leaves[:2])
     assert all(map(torch.equal, whole, part))
-
-
-@pytest.mark.parametrize(("width", "hidden"), [(48, 32), (2048, 256)])
-def test_experts_of_odd_widths_or_beyond_the_cache_are_left_to_torch(compiled, width, hidden):
-    weights = torch.empty(2, 2 * hidden, width), torch.empty(2, width, hidden)
-    assert not kernels.experts_usable(torch.empty(4, width), *weights)
 
 
 @DTYPES
@@ -236,8 +260,8 @@ def test_cross_entropy(compiled, dtype):
 def test_cross_entropy_of_equal_logits_predicts_the_first_and_nan_stays_nan(compiled, dtype):
     logits = torch.zeros(2, 9, dtype=dtype)
     logits[1, 4] = torch.nan
-    nll, prediction = kernels.cross_entropy_(logits, torch.tensor([3, 3]), torch.ones(2))
-    assert kernels.cross_entropy_(torch.zeros(1, 9), torch.tensor([9]), torch.ones(1))[
+    nll, prediction = c.cross_entropy_(logits, torch.tensor([3, 3]), torch.ones(2))
+    assert c.cross_entropy_(torch.zeros(1, 9), torch.tensor([9]), torch.ones(1))[
         0
     ].isnan()  # no such token
     assert prediction[0] == 0 and 0 <= prediction[1] < 9
@@ -253,7 +277,7 @@ def test_cross_entropy_of_ties_predicts_the_first_and_its_loss_is_exact(compiled
     """
     logits = torch.randint(-4, 3, (50, width)).to(dtype)
     targets, wide = torch.randint(width, (50,)), logits.double()
-    nll, prediction = kernels.cross_entropy_(logits, targets, torch.ones(50))
+    nll, prediction = c.cross_entropy_(logits, targets, torch.ones(50))
     assert torch.equal(prediction, (wide == wide.amax(1, keepdim=True)).int().argmax(1))
     atol = 1e-6 if dtype == torch.float32 else 1e-5
     torch.testing.assert_close(
@@ -270,10 +294,9 @@ def test_the_whole_model_gives_the_loss_and_gradients_of_the_plain_one(
     model.init_weights(0)
     tokens = torch.randint(64, (3, 16 + 3))
     results = []
-    for on in (True, False):
-        if not on:
-            kernels.disable()
-        out = model(tokens, balance_loss_weight=0.01)
+    for scope in (nullcontext(), choice.plain()):
+        with scope:
+            out = model(tokens, balance_loss_weight=0.01)
         results.append([out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))])
     for got, expected in zip(*results, strict=True):
         assert (got - expected).norm() <= 2e-5 * expected.norm()
@@ -294,8 +317,6 @@ def test_the_first_steps_in_bfloat16_are_as_near_to_float64_as_with_torchs_opera
         ("operations", torch.bfloat16),
         ("exact", torch.float64),
     ):
-        if name != "kernels":
-            kernels.disable()
         model = DeepseekV3MTP(config.model, config.mtp)
         model.init_weights(0)
         for parameter in model.parameters():
@@ -304,7 +325,8 @@ def test_the_first_steps_in_bfloat16_are_as_near_to_float64_as_with_torchs_opera
         losses[name] = []
         for _ in range(5):
             optimizer.zero_grad()
-            loss = model(tokens).loss
+            with nullcontext() if name == "kernels" else choice.plain():
+                loss = model(tokens).loss
             loss.backward()
             optimizer.step()
             losses[name].append(loss.item())
@@ -325,7 +347,7 @@ def test_attention_and_experts_give_the_same_bits_for_any_number_of_threads(comp
     angles, results = torch.randn(2, 70, 2), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        mixed, y = causal_attention(query, kv, k_rope, angles, 0.3), routed(*leaves, chosen, counts)
+        mixed, y = attend(query, kv, k_rope, angles, 0.3), routed(*leaves, chosen, counts)
         grads = torch.autograd.grad([mixed.sum(), y.sum()], [query, kv, k_rope, *leaves])
         results.append([mixed, y, *grads])
     assert all(map(torch.equal, *results))
@@ -333,25 +355,35 @@ def test_attention_and_experts_give_the_same_bits_for_any_number_of_threads(comp
 
 def test_any_number_of_threads_gives_the_same_bits(compiled):
     x, weight = torch.randn(1000, 33), torch.rand(33)
-    _, scale = kernels.rms_norm(x, weight, 1e-6)
-    one = kernels.rms_norm_backward(x, x, weight, scale)
+    _, scale = c.rms_norm(x, weight, 1e-6)
+    one = c.rms_norm_backward(x, x, weight, scale)
     torch.set_num_threads(2)
-    assert all(map(torch.equal, one, kernels.rms_norm_backward(x, x, weight, scale)))
+    assert all(map(torch.equal, one, c.rms_norm_backward(x, x, weight, scale)))
 
 
-def test_without_a_compiler_the_model_runs_on_torchs_operations_and_says_so(monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert kernels.enable() == (
+@pytest.fixture
+def anew(monkeypatch):
+    """Libraries are looked for again, and those of the test are forgotten after it."""
+    c._library.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    c._library.cache_clear()
+
+
+def test_without_a_compiler_the_model_runs_on_torchs_operations_and_says_so(anew):
+    anew.setenv("CC", "no-such-compiler")
+    assert choice.describe(torch.device("cpu")) == (
         "C kernels: not built, torch's operations run instead "
         "(there is no C compiler; install one, or name it in CC)"
     )
-    assert not kernels.usable(torch.zeros(1))
+    assert choice.kernels(torch.zeros(1)) is None
+    assert RMSNorm(4, 1e-6)(torch.ones(2, 4)).tolist() == [[pytest.approx(1.0)] * 4] * 2
 
 
 @pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not installed")
-@pytest.mark.parametrize("flags", kernels._STORED.values(), ids=str)
+@pytest.mark.parametrize("flags", c.TYPES.values(), ids=str)
 def test_clang_takes_the_sources_too(flags, tmp_path):
-    for source in (Path(kernels.__file__).parent / "csrc").glob("*.c"):
+    for source in (Path(c.__file__).parent / "csrc").glob("*.c"):
         command = [
             "clang",
             "-c",
@@ -365,11 +397,11 @@ def test_clang_takes_the_sources_too(flags, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-def test_a_failed_build_leaves_nothing_behind(monkeypatch, tmp_path):
+def test_a_failed_build_leaves_nothing_behind(anew, tmp_path):
     failing = tmp_path / "cc"
     failing.write_text("#!/bin/sh\necho 'no space left' >&2; exit 1\n")
     failing.chmod(0o755)
-    monkeypatch.setenv("CC", str(failing))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert kernels.enable().endswith("run instead (no space left)")
+    anew.setenv("CC", str(failing))
+    anew.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert choice.describe(torch.device("cpu")).endswith("run instead (no space left)")
     assert list((tmp_path / "cache" / "dsv3_mtp").iterdir()) == []

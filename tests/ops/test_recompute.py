@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from bench.meter import Meter
 from dsv3_mtp.model import block
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import RMSNorm
+from dsv3_mtp.ops import choice
+from dsv3_mtp.ops.attention import Core
+from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.ops.recompute import again, forgetting
-from tools.meter import Meter
 
 MODES = ("none", "selective", "full")
 HEADS = [
@@ -24,11 +27,13 @@ HEADS = [
 ]
 
 
-def build(config: Any, mode: str) -> tuple[DeepseekV3MTP, torch.Tensor, torch.Tensor]:
+def build(
+    config: Any, mode: Any, core: Core | None = None
+) -> tuple[DeepseekV3MTP, torch.Tensor, torch.Tensor]:
     """A model, tokens and documents."""
-    model = DeepseekV3MTP(config.model, config.mtp)
+    with building(Compute(core=core, recompute=mode)):
+        model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
-    model.checkpoint_activations(mode)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(
         0, config.model.vocab_size, (2, 16 + 1 + config.mtp.depths), generator=generator
@@ -41,6 +46,10 @@ def kernel(request):
     """Both ways to compute a training step on a CPU."""
     if request.param == "C":
         request.getfixturevalue("compiled")
+        yield
+    else:
+        with choice.plain():
+            yield
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

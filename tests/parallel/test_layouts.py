@@ -15,9 +15,11 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import refusals
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.ops.compute import Compute
 from dsv3_mtp.parallel.build import build_model
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.train.evaluate import evaluate
+from dsv3_mtp.train.process import own_process
 from dsv3_mtp.train.trainer import Trainer
 from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
@@ -132,7 +134,7 @@ def train(jobs: list[tuple[str, Config, str]]) -> None:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     for model, config, file in jobs:
-        trainer = Trainer(config, command=["test"])
+        trainer = own_process(config, command=["test"])
         sharded = config.parallel.zero_stage > 0
         if model == "skewed":
             skew(trainer)
@@ -299,7 +301,8 @@ def test_layouts_that_do_not_fit_the_ranks_are_refused_all_at_once(tmp_path):
 
 def test_a_built_model_is_the_plain_model_of_that_seed(tmp_path):
     config = make_config(tmp_path, "data", "D2")
-    built = build_model(config, {}, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")))
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    built = build_model(config, {}, world, Compute())
     plain = DeepseekV3MTP(config.model, config.mtp)
     plain.init_weights(config.run.seed)
     assert list(dict(built.named_buffers())) == list(dict(plain.named_buffers()))

@@ -28,7 +28,7 @@ from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, free_port
 from dsv3_mtp.parallel.pipeline import balanced, stage_layers
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, validate
-from dsv3_mtp.train.trainer import Trainer
+from dsv3_mtp.train.process import own_process
 from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
 from tests.plain_training import plain_steps
@@ -45,7 +45,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "D=1": {"train.batch_size": 12},  # six micro-batches
     "D=2, masked": D2,
     "D=2, masked, recycled": D2 | RECYCLED,
-    "detach all": {"mtp.detach": "all"},
     "parallel D=2": {"mtp.mode": "parallel", "mtp.num_nextn_predict_layers": 2},
     "parallel_linear D=2": {"mtp.mode": "parallel_linear", "mtp.num_nextn_predict_layers": 2},
     "dense": {
@@ -108,7 +107,7 @@ def plain(config: Config) -> dict[str, Any]:
 def train(jobs: list[tuple[Config, str]]) -> None:
     """Trains each job a few steps and writes what this rank saw and held to FILE.rank."""
     for config, file in jobs:
-        trainer = Trainer(config, command=["test"])
+        trainer = own_process(config, command=["test"])
         own = {n: t for n, t in trainer.model.state_dict().items() if not t.is_meta}
         parameters = {n: p for n, p in trainer.model.named_parameters() if n in own}
         seen: dict[str, Any] = {
@@ -346,7 +345,7 @@ def test_deepspeed_is_told_the_data_parallel_batch(data, tmp_path):
 
 
 def killed_in_the_middle(config: Config) -> None:
-    trainer = Trainer(config, command=["test"])
+    trainer = own_process(config, command=["test"])
     trainer.optimizer_step()
     if trainer.world.stage == 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -11,18 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bench.meter import Meter
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe, refusals
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.targets import count_targets
+from dsv3_mtp.ops.compute import Compute, Shard, building
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, start
-from dsv3_mtp.parallel.sequence import slice_rows
+from dsv3_mtp.parallel.sequence import shard_of
 from dsv3_mtp.plan.dryrun import dry_run
 from dsv3_mtp.plan.memory import communication, layout, plan
 from tests.conftest import tiny
 from tests.ranks import run_ranks
-from tools.meter import Meter
 
 RANKS, ROWS, LENGTH, DOCUMENTS = 4, 4, 16, torch.tensor([0] * 3 + [1] * 8 + [2] * 20)
 SETTINGS: dict[
@@ -64,11 +65,12 @@ def configure(settings: dict[str, Any]) -> Config:
     return tiny(base | {key: value for key, value in settings.items() if "." in key})
 
 
-def make(settings: dict[str, Any]) -> DeepseekV3MTP:
-    config = configure(settings)
-    model = DeepseekV3MTP(config.model, config.mtp).double()
+def make(settings: dict[str, Any], shard: Shard | None = None) -> DeepseekV3MTP:
+    config, shard = configure(settings), shard or Shard()
+    mode = config.train.activation_checkpointing
+    with building(Compute(core=shard.attention(None), shard=shard, recompute=mode)):
+        model = DeepseekV3MTP(config.model, config.mtp).double()
     model.init_weights(0)
-    model.checkpoint_activations(config.train.activation_checkpointing)
     if settings.get("freeze"):
         model.freeze_trunk()
     return model
@@ -103,11 +105,11 @@ def compare(folder: Path) -> None:
         counts = count_targets(tokens, documents, model.depths)
         want = learn(model, [tokens, documents], counts) if world.is_main else None
 
-        slice_rows(model, world)
+        model = make(settings, shard_of(world))
         # of 4 rows, S on each group of S ranks
         mine = slice(world.data_rank * slices, (world.data_rank + 1) * slices)
         inputs = [
-            None if x is None else model.rows.cut(x[mine], ahead) for x in (tokens, documents)
+            None if x is None else model.shard.cut(x[mine], ahead) for x in (tokens, documents)
         ]
         with Meter() as meter:
             out, grads = learn(model, inputs, counts / world.replicas)
@@ -133,7 +135,7 @@ def changes(model: DeepseekV3MTP, tokens: torch.Tensor) -> torch.Tensor:
     """
     rows = torch.stack([tokens, *(tokens + torch.eye(len(tokens), dtype=torch.int64))]) % 64
     with torch.no_grad():
-        states, _ = model.hidden_states(model.rows.cut(rows, 1 + model.depths))
+        states, _ = model.hidden_states(model.shard.cut(rows, 1 + model.depths))
     moved = [(state[1:] - state[:1]).abs().amax((1, 2)) > 1e-9 for state in states]
     return torch.stack(moved, dim=1)
 

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.meter import Meter, measure_step
+from bench.parallel import composition
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.size import model_size
+from dsv3_mtp.ops.attention import sdpa
+from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.plan.memory import (
     Layout,
     activation_elements,
@@ -24,8 +28,6 @@ from dsv3_mtp.plan.memory import (
     state_bytes,
 )
 from tests.ranks import run_ranks, write_markov
-from tools.bench_parallel import composition
-from tools.meter import Meter, measure_step
 
 ROOT = Path(__file__).parents[2]
 GB = 1e9
@@ -122,14 +124,13 @@ def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, m
     settings = {"train.activation_checkpointing": mode, "train.dtype": "float32"}
     settings["model.v_head_dim"] = 12  # the keys' width: a CPU pads narrower values
     config = make_tiny_config(wide | settings | heads)
-    model = DeepseekV3MTP(config.model, config.mtp)
+    # attention as on a GPU, which keeps no probabilities
+    with building(Compute(core=sdpa, recompute=mode)):
+        model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
-    model.checkpoint_activations(mode)
     tokens = torch.randint(0, config.model.vocab_size, (16, 16 + 1 + config.mtp.depths))
-    # a mask: attention as on a GPU, which keeps no probabilities
-    documents = torch.zeros_like(tokens)
     with Meter() as meter:
-        out = model(tokens, documents)
+        out = model(tokens)
     weights = {model.head(depth) for depth in range(1 + config.mtp.depths)}
     kept_by_loss = sum(head.weight.numel() for head in weights) * element_size(config)
     estimate = (
@@ -228,6 +229,6 @@ def test_two_ranks_hold_and_send_what_is_planned(make_tiny_config, tmp_path):
 def test_the_documented_table_of_what_composes_is_the_one_that_refuses():
     table = composition(load_config(ROOT / "configs" / "v3_tiny.yaml"))
     documented = (ROOT / "docs" / "parallelism.md").read_text().partition("<!-- refusals -->\n")[2]
-    remedy = "put the output of `python tools/bench_parallel.py refusals` there"
+    remedy = "put the output of `python bench/parallel.py refusals` there"
     assert documented.partition("\n<!-- end -->")[0] == table, remedy
     assert "| ZeRO-1 | - | yes |" in table and "pipeline_stages: needs train.freeze none" in table

@@ -1,19 +1,23 @@
 """Which layers FP8 takes, what is said about it, and what a model computes with it."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 from dsv3_mtp.config import FP8Config
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.ops.attention import choose_attention, sdpa
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
+from dsv3_mtp.ops.attention import sdpa
+from dsv3_mtp.ops.compute import building
+from dsv3_mtp.ops.cores import choose_attention
 from dsv3_mtp.precision.convert import (
     UNSUPPORTED,
     choose_backend,
-    convert,
+    choose_compute,
+    fp8_compute,
     fp8_layers,
-    set_precision,
 )
-from dsv3_mtp.precision.linear import FP8Linear
 
 CPU = torch.device("cpu")
 EMULATE = {"enabled": True, "backend": "emulate"}
@@ -21,17 +25,22 @@ EMULATE = {"enabled": True, "backend": "emulate"}
 
 @pytest.fixture
 def make_model(make_tiny_config):
-    def make(**mtp):
+    """A model, and what was said about it, with these layers in FP8."""
+
+    def make(fp8=None, dtype=torch.float32, **mtp):
         config = make_tiny_config({f"mtp.{key}": value for key, value in mtp.items()})
-        model = DeepseekV3MTP(config.model, config.mtp)
+        meta = partial(meta_model, config.model, config.mtp)
+        compute, note = fp8_compute(fp8 or FP8Config(enabled=False), CPU, dtype, meta)
+        with building(compute):
+            model = DeepseekV3MTP(config.model, config.mtp)
         model.init_weights(0)
-        return model
+        return model, note
 
     return make
 
 
 def test_the_default_layers_are_those_of_v3(make_model):
-    names = set(fp8_layers(make_model(), FP8Config()))
+    names = set(fp8_layers(make_model(FP8Config(**EMULATE))[0]))
     attention = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
     dense, routed = {"gate_proj", "up_proj", "down_proj"}, {"shared_experts.gate_proj", "experts"}
     assert {f"model.layers.1.self_attn.{name}" for name in attention} <= names
@@ -43,19 +52,18 @@ def test_the_default_layers_are_those_of_v3(make_model):
 
 
 def test_mtp_blocks_and_kinds_of_layers_can_be_left_out(make_model):
-    model = make_model()
-    assert not [n for n in fp8_layers(model, FP8Config(mtp=False)) if n.startswith("mtp.")]
-    assert set(fp8_layers(model, FP8Config(modules=["eh_proj"]))) == {"mtp.layers.0.eh_proj"}
-    assert all(
-        name.endswith(".mlp.experts")
-        for name in fp8_layers(model, FP8Config(modules=["routed_experts"]))
-    )
+    def names(**settings):
+        return set(fp8_layers(make_model(FP8Config(**EMULATE, **settings))[0]))
+
+    assert not [name for name in names(mtp=False) if name.startswith("mtp.")]
+    assert names(modules=["eh_proj"]) == {"mtp.layers.0.eh_proj"}
+    assert all(name.endswith(".mlp.experts") for name in names(modules=["routed_experts"]))
+    assert len(names(modules=["attention"], mtp=False)) == 3 * 5
 
 
 @pytest.mark.parametrize("mode", ["sequential", "parallel", "none"])
 def test_parameters_keep_their_names_and_values_and_losses_stay_close(make_model, mode):
-    high, low = make_model(mode=mode), make_model(mode=mode)
-    note = convert(low, FP8Config(**EMULATE), CPU, torch.float32)
+    (high, _), (low, note) = make_model(mode=mode), make_model(FP8Config(**EMULATE), mode=mode)
     assert "emulate" in note and "layers" in note
     assert [n for n, _ in low.named_parameters()] == [n for n, _ in high.named_parameters()]
     assert all(
@@ -69,14 +77,6 @@ def test_parameters_keep_their_names_and_values_and_losses_stay_close(make_model
         loss.backward()
     for name, parameter in low.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-
-
-def test_only_the_chosen_layers_change(make_model):
-    model = make_model()
-    convert(model, FP8Config(**EMULATE, modules=["attention"], mtp=False), CPU, torch.float32)
-    changed = [name for name, module in model.named_modules() if isinstance(module, FP8Linear)]
-    assert len(changed) == 3 * 5 and all(".self_attn." in name for name in changed)
-    assert all(layer.mlp.experts.linear is None for layer in list(model.model.layers)[1:])
 
 
 def test_auto_is_off_without_a_gpu_and_says_why_and_how_to_have_it_all_the_same():
@@ -95,9 +95,7 @@ def test_a_named_backend_runs_or_is_refused(backend):
 
 def test_a_model_without_such_layers_is_refused(make_model):
     with pytest.raises(ValueError, match="no layer of eh_proj"):
-        convert(
-            make_model(mode="none"), FP8Config(**EMULATE, modules=["eh_proj"]), CPU, torch.float32
-        )
+        make_model(FP8Config(**EMULATE, modules=["eh_proj"]), mode="none")
 
 
 @pytest.mark.parametrize(
@@ -114,11 +112,10 @@ def test_layers_that_a_backend_cannot_multiply_stay_as_they_are_or_are_refused(
 ):
     """The dtype is that of the run: the weights are float32 until DeepSpeed casts them."""
     monkeypatch.setitem(UNSUPPORTED, backend, lambda device: None)
-    model = make_model()
-    assert reason in convert(model, FP8Config(backend=backend), CPU, dtype)
-    assert not any(isinstance(module, FP8Linear) for module in model.modules())
+    model, note = make_model(FP8Config(backend=backend), dtype)
+    assert reason in note and not fp8_layers(model)
     with pytest.raises(ValueError, match=reason):
-        convert(model, FP8Config(enabled=True, backend=backend), CPU, dtype)
+        make_model(FP8Config(enabled=True, backend=backend), dtype)
 
 
 @pytest.mark.parametrize("name", ["fa4", "fa3", "fa2", "te"])
@@ -138,9 +135,9 @@ def test_a_named_attention_kernel_is_refused_on_a_cpu(name):
 
 
 def test_another_core_takes_the_place_of_the_models_own(make_model, make_tiny_config):
-    model, seen = make_model(), []
+    seen, config = [], make_tiny_config()
 
-    def core(query, key, value, scale, mask):
+    def core(query, key, value, scale, first):
         seen.append((query.shape, value.shape, scale))
         scores = (query @ key.transpose(-1, -2) * scale).masked_fill(
             torch.ones(16, 16).triu(1).bool(), float("-inf")
@@ -148,9 +145,11 @@ def test_another_core_takes_the_place_of_the_models_own(make_model, make_tiny_co
         return scores.softmax(-1) @ value
 
     tokens = torch.randint(64, (2, 18))
-    expected = model(tokens).loss
-    assert set_precision(model, make_tiny_config(), CPU)[1].startswith("attention: the CPU's own")
-    for layer in [*model.model.layers, *model.mtp.layers]:
-        layer.self_attn.core = core
+    expected = make_model()[0](tokens).loss
+    compute, notes = choose_compute(config, CPU, partial(meta_model, config.model, config.mtp))
+    assert notes[1].startswith("attention: the CPU's own") and compute.core is None
+    with building(replace(compute, core=core)):
+        model = DeepseekV3MTP(config.model, config.mtp)
+    model.init_weights(0)
     torch.testing.assert_close(model(tokens).loss, expected)
     assert seen == [((2, 2, 16, 12), (2, 2, 16, 8), 12**-0.5)] * 4

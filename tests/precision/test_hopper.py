@@ -1,13 +1,16 @@
 """What hopper.py hands to cuBLAS, on any device, against the rules of ScaledBlas.cpp in torch."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from dsv3_mtp.config import FP8Config
 from dsv3_mtp.model.moe import MoE
+from dsv3_mtp.ops.compute import building
 from dsv3_mtp.precision import hopper
-from dsv3_mtp.precision.convert import UNSUPPORTED, convert
+from dsv3_mtp.precision.convert import UNSUPPORTED, fp8_compute, fp8_layers
 from dsv3_mtp.precision.emulate import Emulated
 from dsv3_mtp.precision.linear import Recipe
 from dsv3_mtp.precision.quantise import BLOCK, ROW, dequantise, quantise
@@ -15,7 +18,7 @@ from dsv3_mtp.precision.quantise import BLOCK, ROW, dequantise, quantise
 
 @pytest.fixture(autouse=True)
 def cublas(monkeypatch):
-    """F.scaled_mm calls it too."""
+    """What F.scaled_mm calls."""
     monkeypatch.setattr(torch, "_scaled_mm_v2", scaled_mm)
 
 
@@ -147,18 +150,15 @@ def test_a_layer_of_experts_computes_what_the_emulated_one_does(
     results = []
     for backend in ("torch", "emulate"):
         torch.manual_seed(0)
-        moe = MoE(make_tiny_config().model)
+        fp8 = FP8Config(enabled=True, backend=backend, modules=["routed_experts"])
+        make = partial(MoE, make_tiny_config().model)
+        compute, _ = fp8_compute(fp8, x.device, torch.bfloat16, make)
+        with building(compute):
+            moe = make()
         for parameter in moe.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         moe.gate.e_score_correction_bias[5] = -100.0  # an expert without rows
-        fp8 = FP8Config(enabled=True, backend=backend, modules=["routed_experts"])
-        convert(
-            torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"mlp": moe})}),
-            fp8,
-            x.device,
-            torch.bfloat16,
-        )
-        assert moe.experts.linear is not None
+        assert list(fp8_layers(moe)) == ["experts"]
         a = x.clone().requires_grad_()
         y, _ = moe(a)
         (y * torch.linspace(-1, 1, 32)).sum().backward()

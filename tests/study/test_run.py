@@ -213,7 +213,7 @@ def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path, monkeypatch):
 
     bare = record_of(loaded, run, {"val/main_loss": 4.0})
     module = "dsv3_mtp.study.worker"
-    monkeypatch.setattr(f"{module}.Trainer", Start)
+    monkeypatch.setattr(f"{module}.own_process", Start)
     monkeypatch.setattr(f"{module}._seconds", lambda trainer: trainer.seconds)
     monkeypatch.setattr(f"{module}.measure", lambda *_, **more: bare.model_copy(update=more))
     assert train_and_measure(loaded.study, run, []) == 3

@@ -11,23 +11,13 @@ import pytest
 import torch
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.ops import kernels
 from tests.ranks import markov_chain, markov_tokens
 
 STATES, DEPTHS, T, STEPS = 24, 2, 64, 100
 TOLERANCE = 0.04  # nats
 
 
-@pytest.fixture
-def fast():
-    """The C loops, which training uses on a CPU."""
-    kernels.enable()
-    yield
-    kernels.disable()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
 def test_heads_reach_the_entropy_that_theory_leaves_them(make_tiny_config, mode):
     config = make_tiny_config(

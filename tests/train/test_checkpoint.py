@@ -15,7 +15,7 @@ from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.fragments import Fragments
 from dsv3_mtp.runs.loading import COMPLETE
-from dsv3_mtp.train.trainer import Trainer
+from dsv3_mtp.train.process import own_process
 from tests.made_runs import randomise, write_run
 from tests.ranks import run_ranks, write_markov
 
@@ -123,7 +123,7 @@ def walk(configs: list[Config], previous: Config | None) -> None:
             shutil.copytree(saved(previous), saved(config))
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        trainer = Trainer(config, command=["test"])
+        trainer = own_process(config, command=["test"])
         if trainer.step:  # what was read is no complete checkpoint any more, and is written again
             (saved(config) / COMPLETE).unlink(missing_ok=True)
             torch.distributed.barrier()

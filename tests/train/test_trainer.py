@@ -27,7 +27,8 @@ from dsv3_mtp.runs.loading import newest_checkpoint, newest_weights
 from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.floors import text_floors, trained_on
-from dsv3_mtp.train.trainer import NonFiniteError, Trainer
+from dsv3_mtp.train.process import own_process
+from dsv3_mtp.train.trainer import NonFiniteError
 from tests.made_runs import read_newest, read_state_dict
 from tests.plain_training import plain_steps
 from tests.ranks import run_ranks, timeless, train_to_end, train_until, write_markov
@@ -348,7 +349,7 @@ def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run,
 
 
 def poisoned(config: Config, what: str) -> None:
-    trainer = Trainer(config, command=["test"])
+    trainer = own_process(config, command=["test"])
     backward = trainer.engine.backward
 
     def poison(loss, *, last):
@@ -397,7 +398,7 @@ def test_a_last_step_that_ruins_the_weights_is_neither_saved_nor_called_finished
 
 
 def count_waits(config: Config) -> None:
-    trainer, calls = Trainer(config, command=["test"]), []
+    trainer, calls = own_process(config, command=["test"]), []
     get_accelerator().synchronize = lambda *_: calls.append(1)
     for _ in range(5):
         trainer.optimizer_step()
@@ -414,7 +415,7 @@ def test_deepspeed_never_waits_for_the_device(make_run, zero_stage):
 
 def refused(config: Config) -> None:
     try:
-        Trainer(config, command=["test"])
+        own_process(config, command=["test"])
     except ValueError as error:
         Path(f"{folder_of(config)}.error").write_text(str(error))
 
@@ -515,7 +516,7 @@ def test_optimizer_settings_changed_on_resume_are_those_in_use(make_run):
 
 
 def hyperparameters(config: Config) -> None:
-    trainer = Trainer(config, command=["test"])
+    trainer = own_process(config, command=["test"])
     # the AdamW inside DeepSpeed's ZeRO optimizer
     inner = trainer.engine.optimizer.optimizer.param_groups
     groups = [[group["weight_decay"], group["betas"], group["eps"]] for group in inner]
@@ -545,7 +546,7 @@ def errors_of(config: Config) -> list[str]:
 
 def refused_by_rank(config: Config, run: bool = False) -> None:
     try:
-        trainer = Trainer(config, command=["test"])
+        trainer = own_process(config, command=["test"])
         if run:
             trainer.run()
     except ValueError as error:

@@ -1,5 +1,5 @@
 // Causal attention of MLA's heads, forward and backward, its small products included: one task per sequence and head,
-// whose scores never leave the cache of its core. kernels.py documents the shapes.
+// whose scores never leave the cache of its core. c.py documents the shapes.
 #include "products.h"
 
 // One sequence's head. Matrices in scratch have `padded` rows, a multiple of BLOCK, and columns in whole vectors.
@@ -76,6 +76,7 @@ static void spread(const unit *weights, const unit *rows, i64 start, Shape s, fl
 typedef struct {
     const real *query, *kv, *k_rope;
     i64 stride, heads, length;
+    const i64 *first;  // (batch, length): the slot where each query's document begins, NULL: 0
 } Input;
 
 // Head h of sequence b: rotated queries and keys, values, in rows.
@@ -86,6 +87,11 @@ static void collect_head(Input in, i64 b, i64 h, Shape s, real *q, real *k, real
     collect(query, q_stride, s.nope, query + s.nope, q_stride, s.rope, s, q, s.key_width);
     collect(kv, kv_stride, s.nope, in.k_rope + b * s.length * in.stride, in.stride, s.rope, s, k, s.key_width);
     collect(kv + s.nope, kv_stride, s.value, kv, 0, 0, s, v, s.value_width);
+}
+
+// In a row of the query `slot` the keys before `first` do not count; its own always does.
+static void hide_before(float *row, i64 first, i64 slot) {
+    for (i64 c = 0; c < first && c < slot; c++) row[c] = -INFINITY;
 }
 
 // In a row of which `seen` numbers count, the rest of its last vector becomes `value`. Returns where that ends.
@@ -130,9 +136,9 @@ static NOINLINE void softmax_row_backward(float *x, float *grad, real *p, real *
 
 // out: (batch, length, heads, value); top, inverse: (batch, heads, length), what the backward makes each softmax of.
 void attention(const real *query, const real *kv, const real *k_rope, i64 stride, const float *cos, const float *sin,
-               real *out, float *top, float *inverse, i64 batch, i64 length, i64 heads, i64 nope, i64 rope, i64 value,
+               const i64 *first, real *out, float *top, float *inverse, i64 batch, i64 length, i64 heads, i64 nope, i64 rope, i64 value,
                float scale) {
-    Input in = {query, kv, k_rope, stride, heads, length};
+    Input in = {query, kv, k_rope, stride, heads, length, first};
     float *angles = angles_of(cos, sin, length, rope);
     Shape s = shape_of(length, nope, rope, value, angles);
     i64 kw = s.key_width, vw = s.value_width;
@@ -153,6 +159,8 @@ void attention(const real *query, const real *kv, const real *k_rope, i64 stride
                 all_scores(q, keys, kw, start, s, scores);
                 float *most = top + n * length + start, *factor = inverse + n * length + start;
                 i64 rows = length - start < BLOCK ? length - start : BLOCK;
+                for (i64 r = 0; first && r < rows; r++)
+                    hide_before(scores + r * s.padded, first[b * length + start + r], start + r);
                 for (i64 r = 0; r < rows; r++)
                     softmax_row(scores + r * s.padded, weights + r * s.padded, start + r + 1, start + BLOCK, scale,
                                 most + r, factor + r);
@@ -208,10 +216,10 @@ static Scratch scratch_of(Shape s) {
 }
 
 void attention_backward(const real *query, const real *kv, const real *k_rope, i64 stride, const float *cos,
-                        const float *sin, const real *grad, const float *top, const float *inverse, real *grad_query,
+                        const float *sin, const i64 *first, const real *grad, const float *top, const float *inverse, real *grad_query,
                         real *grad_kv, float *grad_rope, real *grad_k_rope, i64 batch, i64 length, i64 heads, i64 nope,
                         i64 rope, i64 value, float scale) {
-    Input in = {query, kv, k_rope, stride, heads, length};
+    Input in = {query, kv, k_rope, stride, heads, length, first};
     float *angles = angles_of(cos, sin, length, rope);
     Shape s = shape_of(length, nope, rope, value, angles);
     i64 kw = s.key_width, vw = s.value_width, width = nope + rope;
@@ -233,6 +241,7 @@ void attention_backward(const real *query, const real *kv, const real *k_rope, i
                 all_scores(x.g, values, vw, start, s, x.slopes);
                 for (i64 r = 0; r < rows; r++) {
                     i64 at = r * s.padded, row = n * length + start + r;
+                    if (first) hide_before(x.scores + at, first[b * length + start + r], start + r);
                     softmax_row_backward(x.scores + at, x.slopes + at, x.p + at, x.d + at, start + r + 1, end, scale,
                                          top[row], inverse[row]);
                 }

@@ -1,4 +1,4 @@
-// The passes of a training step that torch's CPU operators make in several: read once, written once. kernels.py
+// The passes of a training step that torch's CPU operators make in several: read once, written once. c.py
 // documents the shapes. The products around them stay with torch.
 #include "kernels.h"
 
@@ -38,35 +38,58 @@ void rms_norm_backward(const real *grad, const real *x, i64 stride, const real *
     }
 }
 
-void swiglu(const real *a, const real *b, real *y, i64 rows, i64 width) {
-    PARALLEL
-    for (i64 row = 0; row < rows; row++) swiglu_row(a + row * width, b + row * width, 1, y + row * width, width);
-}
-
-void swiglu_backward(const real *gate_proj, const real *up_proj, const real *grad, real *grad_gate_proj,
-                     real *grad_up_proj, i64 rows, i64 width) {
+// y = silu(a) * b * gates, rows of a and b `stride` apart. gates NULL: 1.
+void swiglu(const real *a, i64 a_stride, const real *b, i64 b_stride, const float *gates, real *y, i64 rows,
+            i64 width) {
     PARALLEL
     for (i64 row = 0; row < rows; row++) {
+        float factor = gates ? gates[row] : 1;
         for (i64 at = row * width, c = 0; c < width; c += LANES) {
-            vec x = get(gate_proj + at + c, width - c), g = get(grad + at + c, width - c);
-            vec sigmoid = sigmoid_of(x), silu = x * sigmoid;
-            vec slope = sigmoid + silu * (1.0f - sigmoid);
-            set(grad_gate_proj + at + c, g * get(up_proj + at + c, width - c) * slope, width - c);
-            set(grad_up_proj + at + c, g * silu, width - c);
+            vec x = get(a + row * a_stride + c, width - c), up = get(b + row * b_stride + c, width - c);
+            set(y + at + c, x / (1.0f + exponential(-x)) * up * factor, width - c);
         }
     }
 }
 
-// y[row] = the sum of x[index[row][0]], x[index[row][1]], ..., `many` of them
-void sum_rows(const real *x, const i64 *index, real *y, i64 rows, i64 many, i64 width) {
+// Rows of grad_a and grad_b are `stride` apart. With gates also their gradient, and y of the forward again.
+void swiglu_backward(const real *grad, const real *a, i64 a_stride, const real *b, i64 b_stride, const float *gates,
+                     real *grad_a, real *grad_b, i64 stride, float *grad_gates, real *y, i64 rows, i64 width) {
+    PARALLEL
+    for (i64 row = 0; row < rows; row++) {
+        float factor = gates ? gates[row] : 1;
+        vec sum = {0};
+        for (i64 at = row * width, c = 0; c < width; c += LANES) {
+            vec x = get(a + row * a_stride + c, width - c), up = get(b + row * b_stride + c, width - c);
+            vec g = get(grad + at + c, width - c), scaled = g * factor;
+            vec sigmoid = 1.0f / (1.0f + exponential(-x)), silu = x * sigmoid;
+            set(grad_a + row * stride + c, scaled * up * (sigmoid + silu * (1.0f - sigmoid)), width - c);
+            set(grad_b + row * stride + c, scaled * silu, width - c);
+            if (!gates) continue;
+            sum += g * silu * up;
+            set(y + at + c, silu * up * factor, width - c);
+        }
+        if (gates) grad_gates[row] = sum_of(sum);
+    }
+}
+
+// y[row] = the sum of x[index[row][0]], x[index[row][1]], ..., `many` of them; -1 stands for none. Returns how many of
+// these indices are outside -1 .. x_rows - 1; then y is not written.
+i64 sum_rows(const real *x, i64 x_rows, const i64 *index, real *y, i64 rows, i64 many, i64 width) {
+    i64 outside = 0;
+    for (i64 n = 0; n < rows * many; n++) outside += index[n] < -1 || index[n] >= x_rows;
+    if (outside) return outside;
     PARALLEL
     for (i64 row = 0; row < rows; row++) {
         for (i64 c = 0; c < width; c += LANES) {
             vec sum = {0};
-            for (i64 j = 0; j < many; j++) sum += get(x + index[row * many + j] * width + c, width - c);
+            for (i64 j = 0; j < many; j++) {
+                i64 from = index[row * many + j];
+                if (from >= 0) sum += get(x + from * width + c, width - c);
+            }
             set(y + row * width + c, sum, width - c);
         }
     }
+    return 0;
 }
 
 // Overwrites logits (rows, width) with row_weight * (softmax - onehot(target)).

@@ -1,4 +1,4 @@
-// What kernels.c, attention.c and experts.c share. kernels.py builds them twice, for float32 tensors and (-DBFLOAT16)
+// What kernels.c and attention.c share. c.py builds them twice, for float32 tensors and (-DBFLOAT16)
 // for bfloat16 ones: `real` is what lies in memory, all arithmetic is float, LANES numbers at a time.
 #include <math.h>
 #include <stdint.h>
@@ -127,28 +127,4 @@ static inline vec exponential(vec x) {
 #endif
     p = (p * (r * r) + (r + 1.0f)) * (vec)((bits)shifted << 23);
     return (vec)((mask)p & counts);
-}
-
-static inline vec sigmoid_of(vec x) { return 1.0f / (1.0f + exponential(-x)); }
-
-static inline void swiglu_row(const real *a, const real *b, float factor, real *out, i64 width) {
-    for (i64 c = 0; c < width; c += LANES) {
-        vec x = get(a + c, width - c);
-        set(out + c, x / (1.0f + exponential(-x)) * get(b + c, width - c) * factor, width - c);
-    }
-}
-
-// grad: of the result, in whole vectors like the rows. Also makes that again, in `out`; returns the gradient of factor.
-static inline float swiglu_row_backward(const real *a, const real *b, float factor, const float *grad, real *grad_a,
-                                        real *grad_b, real *out, i64 width) {
-    vec sum = {0};
-    for (i64 c = 0; c < width; c += LANES) {
-        vec x = get(a + c, LANES), up = get(b + c, LANES), g = *(const vec *)(grad + c), scaled = g * factor;
-        vec sigmoid = sigmoid_of(x), silu = x * sigmoid;
-        sum += g * silu * up;
-        set(grad_a + c, scaled * up * (sigmoid + silu * (1.0f - sigmoid)), LANES);
-        set(grad_b + c, scaled * silu, LANES);
-        set(out + c, silu * up * factor, LANES);
-    }
-    return sum_of(sum);
 }

@@ -1,4 +1,4 @@
-// Small products for attention.c and experts.c, whose operands lie in the cache: TILE rows of the left side, one number
+// Small products for attention.c, whose operands lie in the cache: TILE rows of the left side, one number
 // at a time, times vectors of the right side.
 #include <stdlib.h>
 
@@ -44,22 +44,17 @@ typedef struct { const unit *at; i64 row, deep; } Left;
 // at[k * deep + n].
 typedef struct { const unit *at; i64 deep, next; int wide; } Right;
 
-// Where a tile goes: to floats, added or not, or, where `rows` is not 0, to that many rows as they lie in memory.
-typedef struct { void *at; i64 stride; int add; i64 rows; } Out;
+// Where a tile goes, added or not.
+typedef struct { float *at; i64 stride; int add; } Out;
 
-static Out sums_at(float *at, i64 stride, int add) { return (Out){at, stride, add, 0}; }
-
-static Out rows_at(real *at, i64 stride, i64 rows) { return (Out){at, stride, 0, rows}; }
-
-static i64 bytes_of(Out c, i64 numbers) { return numbers * (c.rows ? sizeof(real) : sizeof(float)); }
+static Out sums_at(float *at, i64 stride, int add) { return (Out){at, stride, add}; }
 
 static inline __attribute__((always_inline)) void tile(Left a, Right b, i64 depth, Out c, const int wide) {
     vec sum[TILE][WIDE];
-    float *sums = c.at;
 #pragma GCC unroll 8
     for (int m = 0; m < TILE; m++)
 #pragma GCC unroll 3
-        for (int n = 0; n < wide; n++) sum[m][n] = c.add ? *(vec *)(sums + m * c.stride + n * LANES) : (vec){0};
+        for (int n = 0; n < wide; n++) sum[m][n] = c.add ? *(vec *)(c.at + m * c.stride + n * LANES) : (vec){0};
     for (i64 k = 0; k < depth; k++) {
         const unit *left = a.at + k * a.deep, *right = b.at + k * b.deep;
         units column[WIDE];
@@ -73,17 +68,13 @@ static inline __attribute__((always_inline)) void tile(Left a, Right b, i64 dept
 #pragma GCC unroll 8
     for (int m = 0; m < TILE; m++)
 #pragma GCC unroll 3
-        for (int n = 0; n < wide; n++) {
-            i64 to = m * c.stride + n * LANES;
-            if (!c.rows) *(vec *)(sums + to) = sum[m][n];
-            else if (m < c.rows) set((real *)c.at + to, sum[m][n], LANES);
-        }
+        for (int n = 0; n < wide; n++) *(vec *)(c.at + m * c.stride + n * LANES) = sum[m][n];
 }
 
 // TILE rows of c, `columns` of them (whole vectors), become a @ b or grow by it.
 static void product(Left a, Right b, i64 depth, Out c, i64 columns) {
     i64 step = b.wide * LANES;
-    for (i64 n = 0; n < columns; n += step, b.at += b.next, c.at = (char *)c.at + bytes_of(c, step)) {
+    for (i64 n = 0; n < columns; n += step, b.at += b.next, c.at += step) {
         i64 wide = (columns - n) / LANES < b.wide ? (columns - n) / LANES : b.wide;
         if (wide == 3) tile(a, b, depth, c, 3);
         else if (wide == 2) tile(a, b, depth, c, 2);
@@ -161,25 +152,4 @@ static NOINLINE Right across(const real *x, i64 columns, i64 width, unit *out) {
         }
     }
     return (Right){out, step, step * depth, step / LANES};
-}
-
-// x as a right side, x: (rows, columns) -> panels of (rows / PER, columns).
-static NOINLINE Right down(const real *x, i64 rows, i64 columns, unit *out) {
-    i64 depth = rows / PER, step = panel_of(columns) * LANES;
-    for (i64 n = 0; n < columns; n += step)
-        packed(x + n, rows, columns, columns - n < step ? columns - n : step, step, out + n * depth);
-    return (Right){out, step, step * depth, step / LANES};
-}
-
-// x @ b for `rows` rows of x, read in whole tiles: `width` numbers each -> `columns`.
-static void multiply(const real *x, i64 rows, i64 width, Right b, Out c, i64 columns) {
-    i64 bytes = bytes_of(c, TILE * c.stride);
-    for (i64 m = 0; m < rows; m += TILE, c.at = (char *)c.at + bytes, c.rows -= c.rows ? TILE : 0)
-        product(rows_of(x, width, m), b, width / PER, c, columns);
-}
-
-// sums (columns of x, columns of b) becomes x^T @ b over a block of rows or, with `add`, grows by it.
-static void multiply_across(const unit *x, i64 rows, i64 width, Right b, float *sums, i64 columns, int add) {
-    for (i64 m = 0; m < width; m += TILE)
-        product((Left){x + m, 1, width}, b, up(rows, PER) / PER, sums_at(sums + m * columns, columns, add), columns);
 }

@@ -1,0 +1,165 @@
+"""What all commands share: how they are found, their `--config` and `--set`, errors to exit codes.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong options, config, data or folder, 130 interrupted.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+# Command -> its file in this folder, and what `dsv3 --help` says of it.
+COMMANDS = {
+    "train": ("train", "train a model, or go on with a run"),
+    "plan": ("plan", "sizes, memory, cost and layout of a run; runs nothing"),
+    "study": ("study", "run a matrix of arms and seeds, and report on it"),
+    "generate": ("generate", "text from a trained model, plain or speculative"),
+    "evaluate": ("evaluate", "losses, agreement and acceptance of a run or checkpoint"),
+    "prepare": ("prepare", "text to token shards for training"),
+    "export": ("export_hf", "a run's checkpoint in DeepSeek-V3's layout"),
+    "import": ("import_hf", "a checkpoint in DeepSeek-V3's layout as a run"),
+    "configs": ("configs", "list the shipped configs, or print one"),
+    "bench": ("bench", "the benchmarks of a clone"),
+}
+
+
+class Failure(Exception):
+    """The work failed, and the input is not to blame: exit code 1 and one message."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`dsv3 COMMAND ...`. arguments: without the program's name; None: those of this process."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words and words[0] in COMMANDS:
+        return run(words[0], words[1:], program=f"dsv3 {words[0]}")
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="dsv3",
+        usage="dsv3 COMMAND [options]",
+        description="Multi-token prediction on DeepSeek-V3: `dsv3 COMMAND --help` says more.",
+        epilog="\n".join(["commands:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    if not words or words[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0
+    if words == ["--version"]:
+        from dsv3_mtp import __version__
+
+        print(__version__)
+        return 0
+    known = ", ".join(COMMANDS)
+    print(f"error: {words[0]}: no such command; there are {known}", file=sys.stderr)
+    return 2
+
+
+def run(name: str, arguments: Sequence[str] | None = None, *, program: str | None = None) -> int:
+    """Runs one command and returns its exit code; never a traceback for input that is wrong.
+
+    Args:
+        arguments: None: those of this process.
+        program: what `--help` calls it; None: the script's name.
+    """
+    # Read when torch starts its threads: one that spins for a core held by another process slows
+    # small machines severalfold.
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+    command = importlib.import_module(f"dsv3_mtp.cli.{COMMANDS[name][0]}")
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_options(parser)
+    options = parser.parse_args(arguments)
+    if (check := getattr(command, "check", None)) and (wrong := check(options)):
+        parser.error(wrong)
+    try:
+        return command.run(options) or 0
+    except BrokenPipeError:  # the reader of stdout has gone (head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is flushed at the end goes nowhere
+        return 0
+    except Failure as failure:
+        return _fail(str(failure), 1)
+    except (ValueError, OSError) as error:
+        return _fail(f"error: {error}", 2)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or getattr(command, "INTERRUPTED", "interrupted"), 130)
+
+
+def add_config(parser: argparse.ArgumentParser, *, flag: str = "--config") -> None:
+    """The options `--config` (a file, or the name of a shipped one) and `--set`."""
+    parser.add_argument(
+        flag,
+        dest="config",
+        required=True,
+        metavar="YAML",
+        type=find_config,
+        help="a file, or the name of a shipped one (`dsv3 configs`)",
+    )
+    add_sets(parser)
+
+
+def add_sets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="sets",
+        metavar="a.b=c",
+        help="override a setting; repeatable",
+    )
+
+
+def at_least(bound: int) -> Callable[[str], int]:
+    """A `type` for argparse: a whole number >= bound."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number") from None
+        if value < bound:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {bound}")
+        return value
+
+    return read
+
+
+def shipped_configs() -> Path:
+    """The folder configs/: in an installed package inside it, in a clone beside it."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> str:
+    """The file `name`, else the shipped one of that name: v3_tiny, v3_tiny.yaml, studies/heads."""
+    if os.path.exists(name):
+        return name
+    shipped = shipped_configs() / name.removeprefix("configs/")
+    found = [path for path in (shipped, shipped.with_suffix(".yaml")) if path.is_file()]
+    return str(found[0]) if found else name
+
+
+def _fail(message: str, code: int) -> int:
+    """Says why and ends with `code`.
+
+    Most errors are found by every rank: rank 0 says it, and the launcher ends the others while they
+    wait.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or code == 130:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)
+        print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # not sys.exit: gloo's threads may abort a normal exit and change the code
+    return code

@@ -1,0 +1,244 @@
+"""Evaluate a run, or any checkpoint in DeepSeek-V3's layout, on prepared data and on tasks.
+
+    dsv3 evaluate --run runs/v3_tiny
+    dsv3 evaluate --hf hf/v3_tiny --data data/pystdlib-2048 data/web --batches 64
+    dsv3 evaluate --run runs/v3_tiny --lm-eval lambada_openai,hellaswag --limit 100
+
+Of a run on a generated task (data.task) also what it gets right: exact match of the generated
+answers. Per depth: loss (nats per token), top1 (argmax equals the text), agreement (argmax equals
+the main model's own along the text), overlap (what a sampled draft is accepted with, along the
+text), bits per byte of the main head; acceptance of free-running drafts. Depth 0 is the main head.
+
+Beside the numbers of a text stand its floors, which need no network: n-gram tables, counted from
+the tokens that the run was trained on (val/floor/unigram and so on), and drafters that are a constant
+distribution or a table of tokens (val/floor/overlap/constant, val/floor/overlap/table). --drafts says how
+drafts differ from the main model: KL, top-k coverage, calibration, what a threshold (p-min) keeps.
+
+Exit codes: 0 done, 2 the model, the data or a task cannot be used.
+"""
+
+import argparse
+import json
+import sys
+
+from dsv3_mtp.cli.command import at_least
+
+# What `check` compares with the given options.
+DEFAULTS = {"split": "val", "prompts": 8, "drafts": False}
+LOSSES_ONLY = (
+    "data",
+    "split",
+    "batches",
+    "seq_len",
+    "prompts",
+    "new_tokens",
+    "temperature",
+    "drafts",
+)
+TASKS_ONLY = ("lm_eval_include", "limit")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", metavar="RUN", help="run folder: its newest checkpoint")
+    what.add_argument("--hf", metavar="DIR", help="folder with config.json and *.safetensors")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help="prepared folders or Megatron prefixes (default: what the run is validated on)",
+    )
+    parser.add_argument(
+        "--split",
+        default="val",
+        choices=["train", "val", "shift"],
+        help="of prepared folders (default: val)",
+    )
+    parser.add_argument(
+        "--batches",
+        type=at_least(1),
+        metavar="N",
+        help="micro-batches (default: the run's eval.batches, as in training; with --hf 16)",
+    )
+    parser.add_argument(
+        "--micro-batch-size", type=at_least(1), metavar="N", help="sequences per forward"
+    )
+    parser.add_argument("--seq-len", type=at_least(1), metavar="T", help="tokens per window")
+    parser.add_argument(
+        "--prompts",
+        type=at_least(0),
+        default=8,
+        metavar="N",
+        help="prompts for acceptance; 0: leave it out (default: 8)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=at_least(3),
+        metavar="N",
+        help="behind each prompt, of which the first and the last have no draft (default: 64, or half of what the model can read)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of acceptance and of --drafts (default: acceptance is greedy, --drafts at 1)",
+    )
+    parser.add_argument(
+        "--drafts", action="store_true", help="statistics of the drafts along the text as well"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
+    )
+    parser.add_argument(
+        "--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead"
+    )
+    parser.add_argument(
+        "--lm-eval-include", metavar="DIR", help="folder with task YAMLs of your own"
+    )
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="documents per task (default: all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def check(options: argparse.Namespace) -> str | None:
+    own = LOSSES_ONLY if options.lm_eval else TASKS_ONLY
+    if unused := [key for key in own if getattr(options, key) != DEFAULTS.get(key)]:
+        names = ", ".join("--" + key.replace("_", "-") for key in unused)
+        return f"{names}: {'no effect with' if options.lm_eval else 'only with'} --lm-eval"
+    if options.new_tokens is not None and not options.prompts:
+        return "--new-tokens: no effect with --prompts 0"
+    if options.temperature is not None and not 0.001 <= options.temperature <= 100:
+        return f"--temperature {options.temperature}: must be in [0.001, 100]"
+    if options.temperature is not None and not (options.prompts or options.drafts):
+        return "--temperature: no effect with --prompts 0 and without --drafts"
+    if options.hf and not options.data and not options.lm_eval:
+        return "--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on"
+    if options.hf and options.ema:
+        return "--ema goes with --run: an exported checkpoint holds one set of weights"
+    return None
+
+
+def run(options: argparse.Namespace) -> None:
+    show(tasks(options) if options.lm_eval else losses(options), options.json)
+
+
+def tasks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Results of lm-evaluation-harness."""
+    from dsv3_mtp.train.evaluate import lm_eval
+
+    where = {
+        "run": options.run,
+        "hf": options.hf,
+        "ema": options.ema,
+        "include": options.lm_eval_include,
+    }
+    size = {"limit": options.limit, "batch_size": options.micro_batch_size or 1}
+    return {"lm-eval": lm_eval(options.lm_eval.split(","), **where, **size)}
+
+
+def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Metrics of every data source."""
+    from pathlib import Path
+    from typing import Any
+
+    import torch
+
+    from dsv3_mtp.data.ngrams import early_training
+    from dsv3_mtp.data.opening import validation_source
+    from dsv3_mtp.data.source import (
+        Source,
+        check_tokenizers,
+        check_vocab,
+        open_source,
+        tokenizer_sha256,
+    )
+    from dsv3_mtp.ops.tuning import tune
+    from dsv3_mtp.runs.loading import tokenizer_of
+    from dsv3_mtp.train.evaluate import acceptance, open_model, validate
+    from dsv3_mtp.train.floors import draft_statistics, drafter_floors, text_floors, trained_on
+
+    model, config = open_model(
+        run=options.run,
+        hf=options.hf,
+        seq_len=options.seq_len,
+        micro_batch_size=options.micro_batch_size,
+        ema=options.ema,
+    )
+    longest, new_tokens, task = (
+        config.model.max_position_embeddings,
+        options.new_tokens,
+        config.data.task,
+    )
+    if new_tokens is not None and new_tokens >= longest:
+        raise ValueError(
+            f"--new-tokens {new_tokens}: must be < model.max_position_embeddings = {longest}"
+        )
+    if new_tokens is not None and task is not None and task.type != "markov" and not options.data:
+        raise ValueError(
+            f"--new-tokens: no effect on data.task {task.type}, "
+            "whose answers have a length of their own"
+        )
+    sources: list = [open_source(path, options.split) for path in options.data or []]
+    tokenizer = (
+        tokenizer_of(config, Path(options.run))
+        if options.run
+        else Path(options.hf, "tokenizer.json")
+    )
+    own = (options.run or options.hf, tokenizer_sha256(tokenizer))
+    for source in sources:
+        check_vocab(source, config.model.vocab_size)
+        check_tokenizers([own, (source.path, source.tokenizer_sha256)])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tune(device)  # as in training: the same bits
+    model.to(device)
+    trained, lost = None, []
+    try:
+        trained = trained_on(options.run) if options.run else None
+    except (ValueError, OSError) as error:  # the model can be evaluated all the same
+        lost = [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
+    if options.drafts and not config.mtp.depths:
+        raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
+    batches, results = options.batches or config.eval.batches, {}
+    for source in sources or [validation_source(config, options.split)]:
+        metrics = validate(model, source, config, batches=batches, device=device)
+        if isinstance(source, Source):
+            where: Any = {"batches": batches, "device": device}
+            floors, notes = drafter_floors(model, source, config, **where)
+            why = None
+            if trained is not None:
+                tables, why = text_floors(trained, source, config, batches=batches)
+                metrics |= tables
+            metrics |= floors
+            for note in filter(None, [early_training(metrics), why, *lost, *notes]):
+                print(f"{source.path}: {note}", file=sys.stderr)
+            if options.drafts:
+                temperature = options.temperature or 1.0
+                metrics |= draft_statistics(model, source, config, temperature=temperature, **where)
+        elif options.drafts:
+            raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
+        if options.prompts and config.mtp.depths:
+            counts = {"prompts": options.prompts, "new_tokens": new_tokens or min(64, longest // 2)}
+            metrics |= acceptance(
+                model,
+                source,
+                depth=config.mtp.depths,
+                seq_len=config.data.seq_len,
+                temperature=options.temperature or 0.0,
+                **counts,
+            )
+        results[source.path] = metrics
+    return results
+
+
+def show(results: dict[str, dict[str, float]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(results, indent=1))
+        return
+    for source, metrics in results.items():
+        width = max(map(len, metrics), default=0)
+        print(
+            "\n".join(
+                [source, *(f"  {name:{width}}  {value:.4f}" for name, value in metrics.items())]
+            )
+        )

@@ -1,0 +1,37 @@
+"""Write a run's newest checkpoint in DeepSeek-V3's layout: loads in transformers, vLLM and SGLang.
+
+    dsv3 export --run runs/v3_tiny --out hf/v3_tiny
+    dsv3 export --run runs/v3_tiny --out hf/v3_tiny_fp8 --dtype fp8
+
+docs/huggingface.md says how to serve the result. Exit codes: 0 done, 2 the run cannot be exported;
+nothing is written.
+"""
+
+import argparse
+
+INTERRUPTED = "interrupted; nothing is written"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run", required=True, metavar="RUN", help="run folder with config.yaml and checkpoints"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--dtype",
+        choices=["bf16", "fp8", "fp32"],
+        default="bf16",
+        help="fp8: E4M3 projections with 128x128 scales, the rest bf16 (default: bf16)",
+    )
+    parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
+    parser.add_argument(
+        "--ema", action="store_true", help="the average of the weights (train.ema_decay)"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    from dsv3_mtp.hf import export_hf
+
+    what = {"dtype": options.dtype, "trunk_only": options.trunk_only, "ema": options.ema}
+    notes = export_hf(options.run, options.out, **what)
+    print("\n".join([*notes, f"wrote {options.out}"]))

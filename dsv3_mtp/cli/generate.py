@@ -1,0 +1,310 @@
+"""Text from a trained model, plain or by lossless self-speculative decoding with its MTP heads.
+
+    dsv3 generate --run runs/v3_tiny --prompt 'def ' --speculative --show-drafts
+    dsv3 generate --run runs/v3_tiny --prompt 'import ' --prompt 'class ' --temperature 0.8
+    dsv3 generate --hf hf/v3_tiny --prompt-file prompt.py --speculative --draft-depth 3
+
+The text goes to stdout, one line of numbers to stderr. Exit codes: 0 done, 2 wrong options, prompt
+or checkpoint.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv3_mtp.cli.command import at_least
+
+INTERRUPTED = "\ninterrupted"
+DRAFT, PLAIN = "\x1b[32m", "\x1b[0m"  # accepted drafts are green
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--run", metavar="DIR", help="run folder, like runs/v3_tiny: its newest complete checkpoint"
+    )
+    source.add_argument(
+        "--hf", metavar="DIR", help="checkpoint in DeepSeek-V3's Hugging Face layout"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
+    )
+    text = parser.add_argument_group(
+        "prompts (each option repeats: a batch; without any, stdin is the prompt)"
+    )
+    text.add_argument("--prompt", action="append", default=[], metavar="TEXT")
+    text.add_argument(
+        "--prompt-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a whole file is one prompt",
+    )
+    text.add_argument(
+        "--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, like '5 9 3'"
+    )
+    choice = parser.add_argument_group("choice of tokens")
+    choice.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    choice.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
+    )
+    choice.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens")
+    choice.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the most likely tokens up to P"
+    )
+    choice.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    choice.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="stop after this token: text or id",
+    )
+    choice.add_argument(
+        "--ignore-eos", action="store_true", help="go on behind the end-of-text token"
+    )
+    drafts = parser.add_argument_group("self-speculative decoding")
+    drafts.add_argument(
+        "--speculative",
+        action="store_true",
+        help="draft with the MTP heads; the output stays the same",
+    )
+    drafts.add_argument(
+        "--draft-depth",
+        type=at_least(1),
+        metavar="K",
+        help="drafts per step (default: the model's D)",
+    )
+    drafts.add_argument(
+        "--show-drafts", action="store_true", help="accepted drafts in colour, in a terminal"
+    )
+    parser.add_argument(
+        "--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu"
+    )
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: a minute or more once, then faster"
+    )
+
+
+def check(options: argparse.Namespace) -> str | None:
+    if not options.speculative and (options.draft_depth is not None or options.show_drafts):
+        return "--draft-depth and --show-drafts go with --speculative"
+    if options.hf and options.ema:
+        return "--ema goes with --run: an exported checkpoint holds one set of weights"
+    return None
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model, encoder = load(options)
+    names, prompts = read_prompts(options, encoder)
+    settings = settings_of(options, model, encoder)
+    result, seconds = timed(model, prompts, settings, encoder=encoder, names=names, options=options)
+    longest = model.config.max_position_embeddings
+    for name, prompt, tokens in zip(names, prompts, result.tokens, strict=True):
+        if len(prompt) + len(tokens) == longest and len(tokens) < settings.max_new_tokens:
+            note = f"note: {name} ends where the model does, after {longest} tokens"
+            print(note, file=sys.stderr)
+    print(summary(model, prompts, settings, result, seconds), file=sys.stderr)
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model on its device, and its tokenizer (None: there is none)."""
+    import torch
+
+    from dsv3_mtp.data.tokenizer import recorded_encoder
+
+    if options.run is not None:
+        from dsv3_mtp.runs.model import load_run
+
+        run = load_run(options.run, ema=options.ema)
+        model, tokenizer = run.model, run.tokenizer
+    else:
+        from dsv3_mtp.hf import load_hf
+
+        model, tokenizer = load_hf(options.hf)
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return model, None if tokenizer is None else recorded_encoder(tokenizer)
+
+
+def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], list[list[int]]]:
+    """What to call each prompt, and its token ids."""
+    texts = [(f"prompt {text!r}", text) for text in options.prompt]
+    for path in options.prompt_file:
+        try:
+            texts.append((path, Path(path).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"--prompt-file {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
+            ) from None
+    if not texts and not options.prompt_ids:
+        texts = [("stdin", sys.stdin.read())]
+    for name, text in texts:
+        # how Python passes on bytes that are none
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name}: not UTF-8 text")
+    if texts and encoder is None:
+        raise ValueError(
+            "the checkpoint's data has no tokenizer.json here: give the prompt with --prompt-ids"
+        )
+    prompts = [encoder.tokenizer.encode(text, add_special_tokens=False).ids for _, text in texts]
+    names = [name for name, _ in texts]
+    for ids in options.prompt_ids:
+        try:
+            prompts.append([int(word) for word in ids.replace(",", " ").split()])
+        except ValueError:
+            raise ValueError(f"--prompt-ids {ids!r}: must be whole numbers") from None
+        names.append(f"prompt ids {ids}")
+    return names, prompts
+
+
+def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
+    from dsv3_mtp.decode.draft import draft_limit
+    from dsv3_mtp.decode.generate import Settings
+
+    stops = [] if options.ignore_eos or encoder is None else [encoder.eos_id]
+    for name in options.stop:
+        known = None if encoder is None else encoder.tokenizer.token_to_id(name)
+        if known is None and encoder is not None:
+            ids = encoder.tokenizer.encode(name, add_special_tokens=False).ids
+            known = ids[0] if len(ids) == 1 else None
+        if known is None and not (name.isdecimal() and int(name) < model.config.vocab_size):
+            raise ValueError(f"--stop {name!r}: not one token of the vocabulary, nor an id")
+        stops.append(int(name) if known is None else known)
+    depth = 0
+    if options.speculative:
+        depth = options.draft_depth or max(model.depths, 1)
+        if model.depths and (limit := draft_limit(model, depth)) < depth:
+            heads = (
+                f"the model has {model.depths} independent "
+                f"heads, which draft at most {limit} tokens"
+            )
+            print(f"note: --draft-depth {depth} drafts {limit}: {heads}", file=sys.stderr)
+            depth = limit
+    return Settings(
+        max_new_tokens=options.max_new_tokens,
+        draft_depth=depth,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop_tokens=tuple(stops),
+        seed=options.seed,
+        compile=options.compile,
+    )
+
+
+class Printer:
+    """Token ids to text as it grows; bytes of an unfinished character wait for the rest."""
+
+    def __init__(self, encoder: Any, *, colour: bool):
+        self.encoder, self.colour = encoder, colour
+        self.ids: list[int] = []
+        self.text = ""
+
+    def push(self, tokens: Sequence[int], accepted: int, *, done: bool) -> str:
+        """What to print for new tokens, of which the first `accepted` were drafts. done: nothing
+        comes after them.
+        """
+        out = ""
+        for number, token in enumerate(tokens):
+            self.ids.append(token)
+            if self.encoder is None:
+                piece = f"{token} "
+            else:
+                text = self.encoder.tokenizer.decode(self.ids, skip_special_tokens=False)
+                if text.endswith("\ufffd") and not (done and number == len(tokens) - 1):
+                    continue
+                piece, self.text = text[len(self.text) :], text
+            out += f"{DRAFT}{piece}{PLAIN}" if self.colour and number < accepted else piece
+        return out
+
+
+def timed(
+    model: Any,
+    prompts: list[list[int]],
+    settings: Any,
+    *,
+    encoder: Any,
+    names: list[str],
+    options: Any,
+) -> Any:
+    """Generates and prints: a single prompt as it comes, several one after the other. Returns
+    result and seconds.
+    """
+    from dsv3_mtp.decode.generate import Acceptance, Generation, stream
+
+    colour = options.show_drafts and sys.stdout.isatty()
+    printers = [Printer(encoder, colour=colour) for _ in prompts]
+    texts, result, started = (
+        [""] * len(prompts),
+        Generation([[] for _ in prompts], Acceptance()),
+        None,
+    )
+    for step in stream(model, prompts, settings):
+        started = started or time.perf_counter()  # the first token ends the (first) prefill
+        result.add(step)
+        piece = printers[step.row].push(step.tokens, step.accepted, done=step.done)
+        if len(prompts) == 1:
+            print(piece, end="", flush=True)
+        texts[step.row] += piece
+    seconds = time.perf_counter() - (started or 0.0)
+    if len(prompts) == 1:
+        print(flush=True)
+    else:
+        for name, text in zip(names, texts, strict=True):
+            print(f"--- {name}\n{text}", flush=True)
+    return result, seconds
+
+
+def summary(
+    model: Any, prompts: list[list[int]], settings: Any, result: Any, seconds: float
+) -> str:
+    """One line: speed, tokens per trunk forward, acceptance by position, speed-up over plain
+    decoding.
+    """
+    from dataclasses import replace
+
+    from dsv3_mtp.decode.generate import generate
+
+    total, decoded = sum(map(len, result.tokens)), result.acceptance.tokens
+    if not decoded:
+        return f"{total} tokens, all from the prefill"
+    if settings.compile:  # the first time was spent on compiling
+        start = time.perf_counter()
+        generate(model, prompts, settings)
+        seconds = time.perf_counter() - start
+    parts = [f"{total} tokens", f"{decoded / seconds:,.1f} tokens/s"]
+    if settings.draft_depth:
+        acceptance = result.acceptance
+        parts.append(f"{acceptance.tokens_per_step:.2f} tokens per trunk forward")
+        joint, conditional = (
+            " ".join(f"{p:.3f}" for p in x) for x in (acceptance.joint, acceptance.conditional)
+        )
+        parts.append(f"acceptance by position {joint} joint, {conditional} conditional")
+        plain_settings = replace(settings, draft_depth=0)
+        times = {0: 0.0, settings.draft_depth: 0.0}
+        plain = generate(model, prompts, plain_settings)
+        for use in (settings, plain_settings):  # both again, without printing, warm
+            start = time.perf_counter()
+            tokens = sum(map(len, generate(model, prompts, use).tokens))
+            times[use.draft_depth] = (time.perf_counter() - start) / tokens
+        parts.append(f"{times[0] / times[settings.draft_depth]:.2f}x plain decoding")
+        if settings.temperature == 0:
+            parts.append(
+                "same tokens"
+                if plain.tokens == result.tokens
+                else "tokens differ: rounding at a near-tie"
+            )
+    return ", ".join(parts)

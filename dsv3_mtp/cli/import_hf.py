@@ -1,0 +1,57 @@
+"""Turn a checkpoint in DeepSeek-V3's layout (bf16, fp32 or block-FP8, any number of shards) into a
+run.
+
+    dsv3 import --from hf/v3_tiny --out runs/continued --data data/pystdlib-2048
+    dsv3 train --config runs/continued/config.yaml
+
+A fresh MTP module on a frozen trunk:
+
+    dsv3 import --from DIR --out runs/head --data data/web --trunk-only \\
+        --set mtp.mode=sequential --set mtp.num_nextn_predict_layers=1 \\
+        --set mtp.detach=trunk --set train.freeze=trunk
+
+Exit codes: 0 done, 2 the checkpoint or the config cannot be used; everything wrong is listed and
+nothing is written.
+"""
+
+import argparse
+
+from dsv3_mtp.cli.command import add_sets, find_config
+
+INTERRUPTED = "interrupted; nothing is written"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="DIR", help="config.json and *.safetensors"
+    )
+    parser.add_argument("--out", required=True, metavar="RUN", help="run folder to make")
+    parser.add_argument(
+        "--config",
+        metavar="YAML",
+        type=find_config,
+        help="take all sections but `model` from this run's config",
+    )
+    parser.add_argument("--data", metavar="DIR", help="prepared folder for data.train and data.val")
+    add_sets(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=["bf16", "fp32"],
+        help="of the weights (default: as stored; bf16 for FP8)",
+    )
+    parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
+
+
+def run(options: argparse.Namespace) -> None:
+    from dsv3_mtp.hf import import_hf
+
+    notes = import_hf(
+        options.source,
+        options.out,
+        base=options.config,
+        sets=options.sets,
+        data=options.data,
+        dtype=options.dtype,
+        trunk_only=options.trunk_only,
+    )
+    print("\n".join([*notes, f"wrote {options.out}"]))

@@ -1,0 +1,149 @@
+"""Text to token shards for training. Interrupted, the same command goes on where it stopped.
+
+Examples:
+    dsv3 prepare --out data/pystdlib-2048 --corpus pystdlib --vocab-size 2048
+    dsv3 prepare --out data/sitelib-512 --corpus sitelib --vocab-size 512
+    dsv3 prepare --out data/web --input 'web/*.jsonl.zst' --tokenizer tokenizer.json
+    dsv3 prepare --verify data/web
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsv3_mtp.cli.command import at_least
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", metavar="DIR", help="folder to make")
+    target.add_argument(
+        "--verify",
+        metavar="DIR",
+        help="compare the files of a prepared folder with their checksums",
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--corpus",
+        choices=["pystdlib", "sitelib"],
+        help="pystdlib: the standard library of this Python; sitelib: that and its site-packages",
+    )
+    text.add_argument(
+        "--input",
+        dest="inputs",
+        nargs="+",
+        metavar="X",
+        help="files, folders, globs: .jsonl[.gz|.zst], "
+        ".parquet, folders of datasets.save_to_disk (a "
+        "document per record); any other file is one document of UTF-8 text",
+    )
+    text.add_argument(
+        "--text-key", metavar="KEY", help="key or column that holds the text (default: text)"
+    )
+    text.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="share of val documents, by hash (default: 0.1)",
+    )
+    tokens = parser.add_argument_group("tokens")
+    tokens.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json")
+    tokens.add_argument(
+        "--vocab-size", type=int, metavar="N", help="train a byte-level BPE with N tokens instead"
+    )
+    tokens.add_argument(
+        "--eos", metavar="TOKEN", help="end-of-text token (default: the first common one it has)"
+    )
+    tokens.add_argument(
+        "--fim-rate",
+        type=float,
+        metavar="P",
+        help="share of train documents made fill-in-the-middle (default: 0)",
+    )
+    tokens.add_argument(
+        "--shard-tokens", type=int, metavar="N", help="tokens per shard (default: 100,000,000)"
+    )
+    tokens.add_argument(
+        "--seed", type=int, metavar="N", help="of the fill-in-the-middle cuts (default: 0)"
+    )
+    parser.add_argument(
+        "--workers", type=at_least(1), metavar="N", help="tokenizer threads (default: all cores)"
+    )
+
+
+def check(options: argparse.Namespace) -> str | None:
+    given = [key for key, value in vars(options).items() if key != "verify" and value is not None]
+    if options.verify is not None and given:
+        name = given[0].replace("_", "-")
+        return f"--verify checks a folder as it is; it does not go with --{name}"
+    return None
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.workers is not None:
+        # read by tokenizers at its first use
+        os.environ["RAYON_NUM_THREADS"] = str(options.workers)
+    from dsv3_mtp.data.prepare import Arguments, prepare
+    from dsv3_mtp.data.shards import verify_folder
+
+    if options.verify is not None:
+        verify_folder(Path(options.verify))
+        print(f"{options.verify}: all checksums are right")
+        return
+    names = Arguments.__dataclass_fields__
+    values = {
+        key: value for key, value in vars(options).items() if key in names and value is not None
+    }
+    if options.inputs is not None:
+        values["inputs"] = tuple(options.inputs)
+    try:
+        with progress_display() as progress:
+            index = prepare(options.out, Arguments(**values), progress=progress)
+    except KeyboardInterrupt:
+        text = f"interrupted; the same command goes on from {options.out}.partial"
+        raise KeyboardInterrupt(text) from None
+    for split, entry in index["splits"].items():
+        counts = (
+            f"{entry['tokens']:,} tokens in {entry['documents']:,} "
+            f"documents of {entry['bytes']:,} bytes"
+        )
+        print(f"{options.out} {split}: {counts}, {len(entry['shards'])} shards")
+
+
+@contextlib.contextmanager
+def progress_display() -> Iterator[Any]:
+    """A function (bytes done, bytes in all, tokens): a bar on a terminal, else a line every ten
+    seconds.
+    """
+    if not sys.stderr.isatty():
+        shown = time.monotonic()
+
+        def line(done: int, total: int, tokens: int) -> None:
+            nonlocal shown
+            if time.monotonic() > shown + 10:
+                shown = time.monotonic()
+                megabytes = f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB"
+                print(f"{megabytes} read, {tokens:,} tokens", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = [
+        rich_progress.TextColumn("{task.fields[tokens]:,} tokens"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    ]
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("prepare", total=None, tokens=0)
+        yield lambda done, total, tokens: bar.update(
+            task, completed=done, total=total, tokens=tokens
+        )

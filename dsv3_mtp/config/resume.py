@@ -1,0 +1,63 @@
+"""Which settings of a run may differ from those of its checkpoint: what each key says of itself."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dsv3_mtp.config.model import OnResume, Section
+from dsv3_mtp.config.run import Config
+
+
+def rule_of(key: str) -> OnResume:
+    """What a start may do with the dotted key where it differs from the checkpoint's.
+
+    Raises:
+        KeyError: neither the key nor a section around it says so.
+    """
+    section: Any = Config
+    rule: OnResume | None = None
+    for name in key.split("."):
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            break  # the rest lies in a value of several kinds, such as a schedule or a task
+        rule = section.on_resume or rule
+        field = section.model_fields[name]
+        own = [entry for entry in field.metadata if isinstance(entry, OnResume)]
+        rule, section = (own[0] if own else rule), field.annotation
+    if rule is None:
+        raise KeyError(f"{key}: give its section an `on_resume`, or its annotation an OnResume")
+    return rule
+
+
+def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    """All keys of a run, dotted; a value of several kinds is one key."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from keys(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+FREE = tuple(key for key in keys() if rule_of(key) is OnResume.FREE)
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, ignoring: tuple[str, ...] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (before, now) of every setting in which two resolved configs differ, but those
+    under `ignoring`.
+    """
+    old, new = dict(_flat(before)), dict(_flat(now))
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return {key: (old.get(key), new.get(key)) for key in changed if not _under(key, ignoring)}
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,79 @@
+"""Which implementation of an operation runs: this is the one place that decides.
+
+A tensor on a CPU in float32 or bfloat16 goes to the C kernels (c.py), one on a GPU in float32,
+bfloat16 or float16 to the Triton kernels (triton_kernels.py). Torch's own operations run in other
+types and on other devices, where there is no compiler for the kernels, under torch's compiler, and
+inside `plain()`. Both agree to a rounding.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dsv3_mtp.ops import c
+
+_inside_plain = 0
+_ON_GPU = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def kernels(*tensors: Tensor) -> ModuleType | None:
+    """The module whose kernels take these tensors, `c` or `triton_kernels`; None: torch's
+    operations.
+    """
+    x = tensors[0]
+    if _inside_plain or torch.compiler.is_compiling():
+        return None
+    for other in tensors[1:]:
+        if other.dtype != x.dtype or other.device.type != x.device.type:
+            return None
+    if x.device.type == "cpu":
+        return c if c.unavailable(x.dtype) is None else None
+    return triton()[0] if x.is_cuda and x.dtype in _ON_GPU else None
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Inside, torch's operations run, in every thread: for comparisons.
+
+    A backward uses what its forward did, and needs to be inside only where activation checkpointing
+    computes whole blocks again.
+    """
+    global _inside_plain
+    _inside_plain += 1
+    try:
+        yield
+    finally:
+        _inside_plain -= 1
+
+
+@functools.cache
+def triton() -> tuple[ModuleType | None, str]:
+    """(triton_kernels, "") or (None, why not): compiles one of them to see."""
+    try:
+        from dsv3_mtp.ops import triton_kernels
+
+        gate, up = torch.zeros(2, 1, 8, device="cuda")
+        triton_kernels.swiglu(gate, up, None)
+    except Exception as error:  # of Triton, its compiler, or the C compiler that its launchers need
+        lines = str(error).strip().splitlines() or [""]
+        return None, f"{type(error).__name__}: {lines[0]}"
+    return triton_kernels, ""
+
+
+def describe(device: torch.device) -> str:
+    """One line for the log: what runs on this device."""
+    if device.type == "cuda":
+        reason = triton()[1]
+        return (
+            f"Triton kernels: none, torch's operations run instead ({reason})"
+            if reason
+            else "Triton kernels between the products"
+        )
+    for dtype in c.TYPES:
+        if (missing := c.unavailable(dtype)) is not None:
+            return f"C kernels: not built, torch's operations run instead ({missing})"
+    return "C kernels for float32 and bfloat16 on the CPU"
