@@ -17,6 +17,7 @@ from dsv3_mtp.model.output import Batch, MTPOutput
 from dsv3_mtp.model.overlap import row_overlap
 from dsv3_mtp.model.targets import agreement, count_targets, document_starts, valid_targets
 from dsv3_mtp.ops.compute import building, given
+from dsv3_mtp.ops.ranges import named
 
 
 class Trunk(nn.Module):
@@ -184,6 +185,7 @@ class DeepseekV3MTP(nn.Module):
         )
         return rotary_angles(self.config, slots), mask
 
+    @named("heads")
     def head_states(
         self,
         trunk: TrunkStates,
@@ -231,6 +233,7 @@ class DeepseekV3MTP(nn.Module):
         """(B, n, C) hidden states of a depth -> (B, n, V), for model/overlap.py."""
         return self.head(depth)(hidden)
 
+    @named("loss")
     def _head_losses(
         self, hiddens: list[Tensor], targets: Tensor, row_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

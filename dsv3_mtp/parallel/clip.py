@@ -54,9 +54,7 @@ def clip_apart(model: Any, engine: Any, limit: float) -> dict[str, float]:
         }
     if isinstance(optimizer, BF16_Optimizer):
         norms = (
-            _generic_norms(model, engine)
-            if optimizer.has_moe_layers
-            else _float32_norms(optimizer)
+            _generic_norms(model, engine) if optimizer.has_moe_layers else _float32_norms(optimizer)
         )
         scales = torch.clamp(limit / (norms.float() + _TINY), max=1.0)
     else:

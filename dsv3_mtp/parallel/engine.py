@@ -17,6 +17,7 @@ from torch import Tensor
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size, refusals
 from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput
+from dsv3_mtp.ops.ranges import named
 from dsv3_mtp.parallel import environment, private
 from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
 from dsv3_mtp.parallel.launch import World
@@ -161,10 +162,14 @@ class Engine:
         """
         total = self.model.no_output()
         for number, (tokens, documents, scored) in enumerate(self.own(batch), start=1):
-            out = self.engine(tokens, documents, scored=scored, **settings)
+            out = self.forward(tokens, documents, scored=scored, **settings)
             self.backward(out.loss, last=number == len(batch))
             total += out.sums()
         return total
+
+    @named("forward")
+    def forward(self, *inputs: Any, **settings: Any) -> MTPOutput:
+        return self.engine(*inputs, **settings)
 
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
         """The model's `evaluate`: the sums of the outputs for this rank's micro-batches but the
@@ -172,6 +177,7 @@ class Engine:
         """
         return self.model.evaluate(self.own(batch), blanks=blanks)
 
+    @named("backward")
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates the gradient; on the `last` micro-batch of the step the ranks' gradients are
         averaged.
@@ -188,6 +194,7 @@ class Engine:
         if not last:
             self.engine.step()
 
+    @named("optimizer")
     def step(self, lr: float, *, sides: bool) -> tuple[float, dict[str, float]]:
         """Clips and updates; the gradient norms before clipping: of all, and of trunk and heads
         ("trunk", "mtp") where they are clipped apart or asked for (`sides`).

@@ -23,6 +23,7 @@ class Part:
     moe_blocks: int
     merges: int  # computations of eh_proj
     learned: tuple[int, int]  # `dense` and `experts` less what is frozen
+    largest: int  # elements of the largest parameter that is not frozen
 
 
 def parts(model: DeepseekV3MTP) -> list[Part]:
@@ -48,8 +49,10 @@ def _part(name: str, module: nn.Module, blocks: Sequence[nn.Module], merges: int
     for parameter in module.parameters():
         sizes[id(parameter) in routed] += parameter.numel()
         learned[id(parameter) in routed] += parameter.numel() * parameter.requires_grad
+    largest = max((p.numel() for p in module.parameters() if p.requires_grad), default=0)
     moe = sum(isinstance(block.mlp, MoE) for block in blocks)
-    return Part(name, sizes[0], sizes[1], len(blocks) - moe, moe, merges, (learned[0], learned[1]))
+    dense = len(blocks) - moe
+    return Part(name, sizes[0], sizes[1], dense, moe, merges, (learned[0], learned[1]), largest)
 
 
 def activation_elements(config: Config, part: Part) -> float:
