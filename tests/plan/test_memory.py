@@ -86,7 +86,8 @@ def test_v3_on_2048_gpus_is_planned_stage_by_stage(v3):
     assert [stage.in_flight for stage in stages] == list(range(16, 0, -1))
     middle, expert = stages[8], 3 * 7168 * 2048
     assert middle.experts == 4 * 256 // 64 * expert
-    assert middle.weights == middle.gradients == 2 * (middle.dense + middle.experts)
+    assert middle.weights == 2 * (middle.dense + middle.experts)
+    assert middle.gradients == 3 * middle.weights  # a float32 sum, and a micro-batch's in bfloat16
     # master, moments in bfloat16
     assert middle.states == (4 + 2 + 2) * (middle.dense / 128 + middle.experts / 2)
     assert middle.host == 0
@@ -156,10 +157,10 @@ def test_a_frozen_trunk_has_weights_and_neither_gradients_nor_states(make_tiny_c
     learned = model_size(model, 1).mtp_total
     assert frozen.weights == whole.weights
     assert (
-        frozen.gradients == 2 * learned / (2 if stage == 3 else 1)
+        frozen.gradients == 4 * learned / (2 if stage == 3 else 1)
         and frozen.states == 12 * learned / 2
     )
-    assert communication(config, stages, shape)["gradients"] == 2 * learned / 2 * (
+    assert communication(config, stages, shape)["gradients"] == 4 * learned / 2 * (
         1 if stage == 3 else 2
     )
 
@@ -252,7 +253,10 @@ def peaks(configs: list[Config], out: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_steps_peak_is_within_3_percent_of_the_planned_one(make_tiny_config, tmp_path, ranks):
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_a_steps_peak_is_within_3_percent_of_the_planned_one(
+    make_tiny_config, tmp_path, zero_stage, ranks
+):
     """Parameters outweigh activations here, as the bucket's share of them is a real run's."""
     prefix = write_markov(tmp_path / "markov", tokens=4000, documents=20)
     zero = {"reduce_bucket_size": 200_000, "stage3_param_persistence_threshold": 0}
@@ -266,7 +270,7 @@ def test_a_steps_peak_is_within_3_percent_of_the_planned_one(make_tiny_config, t
         "model.hidden_size": 128,
         "model.moe_intermediate_size": 64,
         "model.intermediate_size": 512,
-        "model.num_hidden_layers": 6,
+        "model.num_hidden_layers": 4,
         "deepspeed.zero_optimization": zero,
     }
     configs = [make_tiny_config(common | {"run.name": name} | keys) for name, keys in PEAKS.items()]

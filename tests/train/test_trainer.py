@@ -338,7 +338,7 @@ def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run,
     that one alone.
     """
     common = BFLOAT16 | {"parallel__pipeline_stages": stages, "mtp__detach": detach}
-    common["deepspeed__data_types"] = {"grad_accum_dtype": "fp32"}
+    common["optim__grad_clip"] = 0.0  # stages refuse to clip trunk and heads apart
     norms = [
         train(make_run(f"by{micro}", train__micro_batch_size=micro, **common), world_size=stages)[
             0
