@@ -179,10 +179,11 @@ def _buffers(config: Config, mine: list[Part], learned: Sizes, parameters: int) 
     logits = min(chunk, rows) * model.vocab_size
     size = element * logits + 4 * model.vocab_size * model.hidden_size if head else 0
     if zero >= 2 or (zero == 1 and not sums_in_float32(config)):
-        # the bucket, and the gradients that are in it (the one that is larger than it)
+        # the bucket, the gradients that are in it, and the one that comes next
         bucket, wide = setting(config, "reduce_bucket_size"), communication_size(config)
         size += wide * max(bucket, learned.largest)
-        size += element * min(max(bucket, learned.largest), learned.whole) if zero >= 2 else 0
+        if zero >= 2:
+            size += element * min(max(bucket, learned.largest) + learned.largest, learned.whole)
     if zero == 3:
         size += element * min(setting(config, "stage3_max_live_parameters"), parameters)
     return size

@@ -96,8 +96,8 @@ def update_bytes(config: Config, sizes: Sizes) -> float:
         masters = (4 if element == 2 else 0) * sizes.whole + moments * largest
         copy = element * min(sizes.whole, ALLREDUCE)
         return element * sizes.whole + max(copy, masters)
-    if config.parallel.offload_optimizer:  # the rest is on the host
-        return sums * (sizes.shard if zero == 2 else sizes.whole if zero == 1 else 0)
+    if config.parallel.offload_optimizer:  # the rest is on the host; ZeRO-1 copies all to reduce it
+        return sums * {1: 2 * sizes.whole, 2: sizes.shard, 3: 0}[zero]
     group = min(sizes.group, setting(config, "sub_group_size")) if zero == 3 else sizes.group
     moments *= min(CHUNK, group)
     norm = 8.0 * min(sizes.largest, sizes.shard)  # of one parameter, in float64

@@ -259,18 +259,19 @@ def test_a_steps_peak_is_within_3_percent_of_the_planned_one(
 ):
     """Parameters outweigh activations here, as the bucket's share of them is a real run's."""
     prefix = write_markov(tmp_path / "markov", tokens=4000, documents=20)
-    zero = {"reduce_bucket_size": 200_000, "stage3_param_persistence_threshold": 0}
+    zero = {"reduce_bucket_size": 400_000, "stage3_param_persistence_threshold": 0}
     zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     common = {
         "data.train": prefix,
         "data.val": prefix,
         "run.dir": str(tmp_path),
-        "train.micro_batch_size": 1,
-        "train.batch_size": 2 * ranks,
+        "train.micro_batch_size": 2,
+        "train.batch_size": 4 * ranks,
         "model.hidden_size": 128,
         "model.moe_intermediate_size": 64,
         "model.intermediate_size": 512,
-        "model.num_hidden_layers": 4,
+        "model.num_hidden_layers": 3,
+        "model.n_routed_experts": 16,
         "deepspeed.zero_optimization": zero,
     }
     configs = [make_tiny_config(common | {"run.name": name} | keys) for name, keys in PEAKS.items()]
