@@ -263,6 +263,8 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
 
     from dsv3_mtp.decode.cache import Slots
     from dsv3_mtp.decode.decoder import Decoder
+    from dsv3_mtp.decode.draft import no_drafter
+    from dsv3_mtp.decode.sample import Sampler
 
     most = max(options.depths, default=1)
     slots = Slots(model, len(prompt) + most + 2)
@@ -278,17 +280,16 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
             decoder.logits(states.post_norm).argmax(-1).tolist()
 
     steps: dict[str, Callable[[], Any]] = {str(n): partial(forward, n) for n in range(1, most + 2)}
-    if model.mtp_config.mode == "sequential":
-        hidden, own = (
-            torch.zeros(1, model.config.hidden_size, dtype=slots.dtype),
-            slots.caches(1, 1)[0],
-        )
+    if no_drafter(model.mtp_config) is None:
+        kind = model.mtp.drafter(model.mtp_config)
+        drafter = kind(decoder, slots, rows=1, depth=1, chunk=start + 2)
+        ids = torch.zeros(1, slots.slots, dtype=torch.long)
 
         @torch.inference_mode()
         def draft() -> None:
             for _ in range(20):
-                _, normed = decoder.module(1, hidden, tokens[0, :1], own, slots.window([start], 1))
-                decoder.logits(normed).argmax(-1).tolist()
+                drafter.filled = [[start - 1] for _ in drafter.filled]  # one slot is new
+                drafter.draft(ids, [start], 1, Sampler())[0].tolist()
 
         steps["draft"] = draft
     seconds = measure(steps, 4 * options.rounds)

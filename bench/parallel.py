@@ -149,7 +149,7 @@ def activations(args: argparse.Namespace, sets: list[str]) -> None:
         with building(compute):
             model = DeepseekV3MTP(config.model, config.mtp)
         model.init_weights(config.run.seed)
-        ahead = 1 + config.mtp.depths
+        ahead = config.mtp.lookahead
         shape = config.train.micro_batch_size, config.data.seq_len + ahead
         tokens = shard.cut(torch.randint(0, config.model.vocab_size, shape), ahead)
         with Meter() as meter:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.hf.settings import to_config_json
+from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
 from dsv3_mtp.model.moe import MoE
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.ops import choice, tuning
 from dsv3_mtp.ops.compute import Compute, building
@@ -44,7 +46,7 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any, list[str]]:
     model.to_empty(device=DEVICE)
     model.init_weights(config.run.seed)
     generator = torch.Generator().manual_seed(config.run.seed)
-    shape = (config.train.micro_batch_size, config.data.seq_len + 1 + config.mtp.depths)
+    shape = (config.train.micro_batch_size, config.data.seq_len + config.mtp.lookahead)
     tokens = torch.randint(config.model.vocab_size, shape, generator=generator).to(DEVICE)
     if spec["kind"] == "transformers":
         return *transformers_step(model, tokens, config, tuned=spec["tuned"]), notes
@@ -58,7 +60,7 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any, list[str]]:
         parameter.data = parameter.data.to(dtype)
     if spec["compiled"]:
         for module in model.modules():
-            if type(module).__name__ in ("DecoderLayer", "MTPModule", "ParallelHead"):
+            if isinstance(module, DecoderLayer):
                 module.compile()
     # Its states in the type of the weights that it updates, as transformers'.
     optimizer = build_optimizer(masters, config.optim.model_copy(update={"moments": "float32"}))
@@ -70,7 +72,7 @@ def build(spec: dict[str, Any]) -> tuple[Step, nn.Module, Any, list[str]]:
 
     def step() -> Tensor:
         model.zero_grad()
-        out = model(tokens, balance_loss_weight=alpha)
+        out = model(tokens, settings=LossSettings(balance_loss_weight=alpha))
         out.loss.backward()
         for master, parameter in pairs:
             assert parameter.grad is not None  # for mypy
@@ -160,15 +162,12 @@ def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
             2
         ]  # the first run, which also compiles and allocates, is never the third fastest of six
 
-    stack = [model.model, *([model.mtp] if hasattr(model.mtp, "layers") else [])]
-    if config.mtp.share_weights:
-        stack[1:] *= config.mtp.depths  # one module, run at every depth
-    layers = [layer for part in stack for layer in part.layers]
+    layers: list[Any] = [*model.model.layers, *(model.mtp.cost().blocks if model.depths else ())]
     sparse: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, MoE)]
     dense: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, MLP)]
     norms = sum(
         isinstance(m, RMSNorm) and m.weight.numel() == width
-        for part in stack
+        for part in layers
         for m in part.modules()
     )
     result = {"attention": len(layers) * median(lambda: layers[0].self_attn(x, angles, None))}

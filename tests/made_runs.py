@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.data.tokenizer import train_tokenizer
+from dsv3_mtp.files.digest import file_digest
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.fragments import INDEX, Fragment, Fragments, merge_index, write_fragments
 from dsv3_mtp.runs.loading import COMPLETE, newest_checkpoint
@@ -71,12 +72,17 @@ def write_state(checkpoint: Path, state: dict[str, torch.Tensor], *, ranks: int 
                     name, tuple(tensor.shape), start, tensor.float().flatten()[start:stop], {}, {}
                 )
             )
-        parts.append(write_fragments(checkpoint, rank, fragments))
+        parts.append(write_fragments(checkpoint, rank, fragments)[0])
     (checkpoint / INDEX).write_text(json.dumps(merge_index(parts)))
-    sizes = {
-        path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != COMPLETE
-    }
-    (checkpoint / COMPLETE).write_text(json.dumps({"files": sizes}))
+    complete(checkpoint)
+
+
+def complete(checkpoint: Path) -> None:
+    """The file that completes a checkpoint, for its files as they are now."""
+    files = [path for path in sorted(checkpoint.iterdir()) if path.name != COMPLETE]
+    sizes = {path.name: path.stat().st_size for path in files}
+    digests = {path.name: file_digest(path) for path in files}
+    (checkpoint / COMPLETE).write_text(json.dumps({"files": sizes, "digests": digests}))
 
 
 def read_newest(run: Path) -> dict[str, Tensor]:

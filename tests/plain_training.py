@@ -12,6 +12,7 @@ from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.train.evaluate import to_device
 
 
@@ -44,9 +45,8 @@ def plain_steps(model: DeepseekV3MTP, config: Config, steps: int) -> Iterator[Pl
         (batch,) = sampler.next_batch(size)
         weights = schedules.depth_loss_weights(config.mtp, progress)
         inputs = to_device(*batch, config=config, device=torch.device("cpu"))[:2]
-        out = model(
-            *inputs, loss_weights=weights, balance_loss_weight=config.train.balance_loss_weight
-        )
+        settings = LossSettings(weights, config.train.balance_loss_weight)
+        out = model(*inputs, settings=settings)
         optimizer.zero_grad()
         out.loss.backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]

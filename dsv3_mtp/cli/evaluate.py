@@ -90,6 +90,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
     )
     parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the code outside the package that the run's config names",
+    )
+    parser.add_argument(
         "--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead"
     )
     parser.add_argument(
@@ -131,6 +136,7 @@ def tasks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         "run": options.run,
         "hf": options.hf,
         "ema": options.ema,
+        "trust_code": options.trust_code,
         "include": options.lm_eval_include,
     }
     size = {"limit": options.limit, "batch_size": options.micro_batch_size or 1}
@@ -146,13 +152,8 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from dsv3_mtp.data.ngrams import early_training
     from dsv3_mtp.data.opening import validation_source
-    from dsv3_mtp.data.source import (
-        Source,
-        check_tokenizers,
-        check_vocab,
-        open_source,
-        tokenizer_sha256,
-    )
+    from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
+    from dsv3_mtp.decode.draft import no_drafter
     from dsv3_mtp.ops.tuning import tune
     from dsv3_mtp.runs.loading import tokenizer_of
     from dsv3_mtp.train.evaluate import acceptance, open_model, validate
@@ -164,6 +165,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         seq_len=options.seq_len,
         micro_batch_size=options.micro_batch_size,
         ema=options.ema,
+        trust_code=options.trust_code,
     )
     longest, new_tokens, task = (
         config.model.max_position_embeddings,
@@ -174,7 +176,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         raise ValueError(
             f"--new-tokens {new_tokens}: must be < model.max_position_embeddings = {longest}"
         )
-    if new_tokens is not None and task is not None and task.type != "markov" and not options.data:
+    if new_tokens is not None and task is not None and task.has_answers and not options.data:
         raise ValueError(
             f"--new-tokens: no effect on data.task {task.type}, "
             "whose answers have a length of their own"
@@ -194,7 +196,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     model.to(device)
     trained, lost = None, []
     try:
-        trained = trained_on(options.run) if options.run else None
+        trained = trained_on(options.run, trust_code=options.trust_code) if options.run else None
     except (ValueError, OSError) as error:  # the model can be evaluated all the same
         lost = [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
     if options.drafts and not config.mtp.depths:
@@ -202,22 +204,25 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     batches, results = options.batches or config.eval.batches, {}
     for source in sources or [validation_source(config, options.split)]:
         metrics = validate(model, source, config, batches=batches, device=device)
-        if isinstance(source, Source):
+        if (text := source.text) is not None:
             where: Any = {"batches": batches, "device": device}
-            floors, notes = drafter_floors(model, source, config, **where)
+            floors, notes = drafter_floors(model, text, config, **where)
             why = None
             if trained is not None:
-                tables, why = text_floors(trained, source, config, batches=batches)
+                tables, why = text_floors(trained, text, config, batches=batches)
                 metrics |= tables
             metrics |= floors
             for note in filter(None, [early_training(metrics), why, *lost, *notes]):
                 print(f"{source.path}: {note}", file=sys.stderr)
             if options.drafts:
                 temperature = options.temperature or 1.0
-                metrics |= draft_statistics(model, source, config, temperature=temperature, **where)
+                metrics |= draft_statistics(model, text, config, temperature=temperature, **where)
         elif options.drafts:
             raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
-        if options.prompts and config.mtp.depths:
+        why = no_drafter(config.mtp)
+        if options.prompts and config.mtp.depths and why:
+            print(f"{source.path}: {why}; acceptance is not measured", file=sys.stderr)
+        elif options.prompts and config.mtp.depths:
             counts = {"prompts": options.prompts, "new_tokens": new_tokens or min(64, longest // 2)}
             metrics |= acceptance(
                 model,

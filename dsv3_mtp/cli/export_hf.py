@@ -20,12 +20,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=["bf16", "fp8", "fp32"],
-        default="bf16",
-        help="fp8: E4M3 projections with 128x128 scales, the rest bf16 (default: bf16)",
+        help="fp8: E4M3 projections with 128x128 scales, the rest bf16 (default: bf16; of a "
+        "frozen trunk its own files, copied as they are, and the modules in their type)",
     )
     parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
     parser.add_argument(
         "--ema", action="store_true", help="the average of the weights (train.ema_decay)"
+    )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the code outside the package that the run's config names",
     )
 
 
@@ -33,5 +38,6 @@ def run(options: argparse.Namespace) -> None:
     from dsv3_mtp.hf import export_hf
 
     what = {"dtype": options.dtype, "trunk_only": options.trunk_only, "ema": options.ema}
+    what["trust_code"] = options.trust_code
     notes = export_hf(options.run, options.out, **what)
     print("\n".join([*notes, f"wrote {options.out}"]))

@@ -32,6 +32,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
     )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the code outside the package that the run's config names",
+    )
     text = parser.add_argument_group(
         "prompts (each option repeats: a batch; without any, stdin is the prompt)"
     )
@@ -124,7 +129,9 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.run is not None:
         from dsv3_mtp.runs.model import load_run
 
-        run = load_run(options.run, ema=options.ema)
+        run = load_run(options.run, ema=options.ema, trust_code=options.trust_code)
+        for note in run.notes:
+            print(f"note: {note}", file=sys.stderr)
         model, tokenizer = run.model, run.tokenizer
     else:
         from dsv3_mtp.hf import load_hf
@@ -186,7 +193,7 @@ def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
     depth = 0
     if options.speculative:
         depth = options.draft_depth or max(model.depths, 1)
-        if model.depths and (limit := draft_limit(model, depth)) < depth:
+        if 0 < (limit := draft_limit(model, depth)) < depth:
             heads = (
                 f"the model has {model.depths} independent "
                 f"heads, which draft at most {limit} tokens"

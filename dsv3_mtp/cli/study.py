@@ -41,6 +41,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--compare", nargs="+", type=Path, metavar="RUN", help="ordinary run folders, side by side"
     )
     parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="with --compare: import the code outside the package that the runs' configs name",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
@@ -101,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     if options.compare:
         from dsv3_mtp.study.compare import compare
 
-        text, page = compare(options.compare, options.out)
+        text, page = compare(options.compare, options.out, trust_code=options.trust_code)
         print(f"{text}\npage: {page}")
         return 0
     return rebuild(options) if options.archive and not options.resume else study_of(options)

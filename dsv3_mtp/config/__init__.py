@@ -9,27 +9,10 @@ which numbers, layout.py how ranks may share the work, reader.py files and repor
 keys that a run may hand to DeepSpeed.
 """
 
-from dsv3_mtp.config.data import (
-    DataConfig,
-    DataEntry,
-    InductionTask,
-    MarkovTask,
-    PolynomialTask,
-    StarTask,
-    SuffixSumTask,
-    Task,
-)
-from dsv3_mtp.config.model import (
-    ConstantWeight,
-    LossWeight,
-    ModelConfig,
-    MTPConfig,
-    PiecewiseWeight,
-    RampWeight,
-    RopeScaling,
-    StepWeight,
-    WarmupWeight,
-)
+from dsv3_mtp.config.data import DataConfig, DataEntry
+from dsv3_mtp.config.loss_weights import AdaptiveSchedule, LambdaSchedule, LossWeight
+from dsv3_mtp.config.loss_weights.step import StepWeight
+from dsv3_mtp.config.model import ModelConfig, MTPConfig, RopeScaling
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import ConfigError
 from dsv3_mtp.config.run import (
@@ -40,3 +23,5 @@ from dsv3_mtp.config.run import (
     TrainConfig,
     load_config,
 )
+from dsv3_mtp.config.source import SOURCES, SourceSection
+from dsv3_mtp.config.task import TASKS, Task

@@ -78,12 +78,12 @@ def _experts(config: Any) -> Iterator[Problem]:
                 f"= {model.num_hidden_layers}; set 1"
             ),
         )
-    if config.train.freeze == "trunk" and config.mtp.mode == "parallel_linear":
+    if config.train.freeze == "trunk" and not has_experts(model, config.mtp):
         yield (
             key,
             (
                 "has no experts that learn with train.freeze: "
-                "trunk and mtp.mode: parallel_linear; set 1"
+                f"trunk and mtp.mode: {config.mtp.mode}; set 1"
             ),
         )
     if stage == 0:
@@ -128,6 +128,12 @@ def _pipeline(config: Any) -> Iterator[Problem]:
     if parallel.pipeline_stages == 1:
         return
     key = "parallel.pipeline_stages"
+    if inner := layers_read(config.mtp):
+        which = ", ".join(map(str, inner))
+        text = (
+            f"needs 1: heads of mtp.mode {config.mtp.mode} read the output of trunk layer {which}"
+        )
+        yield key, f"{text}, which the last stage does not have (got {parallel.pipeline_stages})"
     head, tail = uncut(config)
     pieces = model.num_hidden_layers + 1 - (head - 1) - (tail - 1)
     if parallel.pipeline_stages > pieces:
@@ -149,6 +155,12 @@ def _pipeline(config: Any) -> Iterator[Problem]:
             "DeepSpeed's pipeline reduces gradients once per step, ZeRO-2 and 3 in every backward"
         )
         yield key, f"needs parallel.zero_stage 1: {reason} (got {parallel.zero_stage})"
+    if config.data.mask != "none":
+        yield (
+            key,
+            "needs data.mask none: stages pass on tokens, not which of them are targets; use "
+            "data, expert or sequence parallelism",
+        )
     if train.freeze == "trunk":
         yield (
             key,
@@ -173,19 +185,37 @@ def _sequence(config: Any) -> Iterator[Problem]:
         )
     if length % size:
         yield key, f"must divide data.seq_len = {length}: slices of a row are equal (got {size})"
+    ahead = config.mtp.lookahead - 1
+    if ahead > length // size and any(kind.teacher for kind, _ in config.mtp.objectives):
+        text = (
+            f"must leave each rank at least {ahead} of the data.seq_len = {length} slots of a row"
+        )
+        why = "so far away is the main head's slot that mtp.objective compares the last depth with"
+        yield key, f"{text}: {why} (got {size})"
 
 
 def uncut(config: Any) -> tuple[int, int]:
     """How many of the first and of the last pieces of a pipeline stay together; pieces are the
     trunk's layers and, as the last one, all that follows. (1, 1): everything may be cut apart.
 
-    Parallel heads read the input of the trunk's last layer. And with expert parallelism every stage
-    has an MoE layer, because DeepSpeed adds up the gradient norm over the stages once per kind of
+    Heads may read the input of the trunk's last layer. And with expert parallelism every stage has
+    an MoE layer, because DeepSpeed adds up the gradient norm over the stages once per kind of
     parameter.
     """
     model, mtp, shared = config.model, config.mtp, config.parallel.expert_parallel_size > 1
-    with_heads = mtp.mode == "parallel" or (shared and mtp.mode != "sequential")
+    with_heads = mtp.depths > 0 and "last_input" in mtp.kind.reads(mtp)
+    with_heads = with_heads or (shared and not has_experts(model, mtp))
     return 1 + model.first_k_dense_replace if shared else 1, 2 if with_heads else 1
+
+
+def has_experts(model: Any, mtp: Any) -> bool:
+    """The heads have routed experts."""
+    return mtp.depths > 0 and mtp.kind.has_experts(model, mtp)
+
+
+def layers_read(mtp: Any) -> list[int]:
+    """The trunk layers whose outputs heads read."""
+    return sorted(j for j in mtp.kind.reads(mtp) if isinstance(j, int)) if mtp.depths else []
 
 
 def data_size(config: Any, world_size: int) -> int:

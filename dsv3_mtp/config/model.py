@@ -1,80 +1,35 @@
-"""What is trained: the `model` and `mtp` sections, and the base class of all sections.
+"""What is trained: the `model` and `mtp` sections.
 
 "V3" is arXiv 2412.19437; numbers in brackets are DeepSeek-V3's own. Import these names from
 dsv3_mtp.config.
 """
 
-import os
+import importlib
 from collections.abc import Iterator, Mapping
-from enum import Enum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
-from dsv3_mtp.config.reader import KeyProblems, Problem, show
+from dsv3_mtp.config import code
+from dsv3_mtp.config.depth_weights import DepthWeights
+from dsv3_mtp.config.loss_weights import LossWeight
+from dsv3_mtp.config.loss_weights.step import StepWeight
+from dsv3_mtp.config.reader import UNKNOWN, KeyProblems, Problem, not_among, problems_of, show
+from dsv3_mtp.config.section import (
+    Count,
+    Integer,
+    Layers,
+    NotNegative,
+    Number,
+    OnResume,
+    Positive,
+    Section,
+    Width,
+)
 
 # V3 4.2: the length of pre-training, against which the paper's token counts become fractions
 V3_TOKENS = 14.8e12
-
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic would read true as 1
-        raise ValueError("must be a number")
-    return value
-
-
-def _plain_name(name: str) -> str:
-    if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
-        raise ValueError("must be a plain folder name; put folders into run.dir")
-    return name
-
-
-Integer = Annotated[int, BeforeValidator(_not_bool)]
-Number = Annotated[float, BeforeValidator(_not_bool)]
-Count = Annotated[Integer, Field(ge=1)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Positive = Annotated[Number, Field(gt=0)]
-Fraction = Annotated[Number, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
-FilePath = Annotated[
-    Text, AfterValidator(os.path.expanduser)
-]  # no shell expands the ~ of a config or of --set
-FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name
-
-
-class OnResume(Enum):
-    """What a start may do with a key whose value differs from the checkpoint's. A key says it in
-    its annotation, else its section does in `on_resume`, else the section that holds that one
-    (resume.py).
-    """
-
-    FIXED = "refused: the weights or the place in the data fit the old value only"
-    RECORDED = "said and recorded; refused where the run is finished"
-    FREE = "accepted: no effect on what is learned"
-
-
-class Section(BaseModel):
-    """A frozen group of keys. `rules` yields what is wrong between them, as (key, text)."""
-
-    on_resume: ClassVar[OnResume | None] = None
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-    def rules(self) -> Iterator[Problem]:
-        yield from ()
-
-    @model_validator(mode="after")
-    def _check_rules(self) -> Self:
-        if problems := list(self.rules()):
-            raise KeyProblems(problems)
-        return self
-
 
 # --- model --------------------------------------------------------------------------------------------------
 
@@ -108,37 +63,37 @@ class ModelConfig(Section):
 
     on_resume = OnResume.FIXED
 
-    vocab_size: Annotated[Integer, Field(ge=2)]
+    vocab_size: Annotated[Integer, Field(ge=2, le=2**24)]
     """Rows of the embedding and of the output head (129280)."""
-    hidden_size: Count
+    hidden_size: Width
     """Width of the residual stream (7168)."""
-    intermediate_size: Count
+    intermediate_size: Width
     """FFN width of the dense layers (18432)."""
-    moe_intermediate_size: Count
+    moe_intermediate_size: Width
     """FFN width of one expert (2048)."""
-    num_hidden_layers: Count
+    num_hidden_layers: Layers
     """Trunk layers, MTP modules not counted (61)."""
-    num_attention_heads: Count
+    num_attention_heads: Width
     """Heads (128)."""
-    q_lora_rank: Count | None
+    q_lora_rank: Width | None
     """Rank of the query compression (1536); null: none, a plain projection."""
-    kv_lora_rank: Count
+    kv_lora_rank: Width
     """Rank of the key-value latent, the cached one (512)."""
-    qk_nope_head_dim: Count
+    qk_nope_head_dim: Width
     """Per-head key width without position (128)."""
-    qk_rope_head_dim: Count
+    qk_rope_head_dim: Width
     """Width of the rotary key shared by the heads, even (64)."""
-    v_head_dim: Count
+    v_head_dim: Width
     """Per-head value width (128)."""
-    n_routed_experts: Count
+    n_routed_experts: Width
     """Routed experts of a MoE layer (256)."""
-    n_shared_experts: Annotated[Integer, Field(ge=0)] = 1
+    n_shared_experts: Annotated[Integer, Field(ge=0, le=2**16)] = 1
     """Experts that see every token (1)."""
-    num_experts_per_tok: Count
+    num_experts_per_tok: Width
     """Routed experts per token, top-k (8)."""
-    n_group: Count
+    n_group: Width
     """Expert groups; a token may use experts of topk_group of them (8)."""
-    topk_group: Count
+    topk_group: Width
     """Groups per token (4)."""
     routed_scaling_factor: Positive = 2.5
     """Factor on the routed gates (2.5; released code, not in the paper)."""
@@ -146,7 +101,7 @@ class ModelConfig(Section):
     """Gates of the chosen experts sum to one before scaling (V3 eq. 13)."""
     first_k_dense_replace: Annotated[Integer, Field(ge=0)]
     """Leading layers with a dense FFN (3)."""
-    max_position_embeddings: Count
+    max_position_embeddings: Annotated[Integer, Field(ge=1, le=2**26)]
     """Longest sequence, tokens (4096 in pre-training)."""
     rope_theta: Annotated[Number, Field(gt=1)] = 10000.0
     """Rotary base."""
@@ -193,79 +148,6 @@ class ModelConfig(Section):
 # --- multi-token prediction ---------------------------------------------------------------------------------
 
 
-class ConstantWeight(Section):
-    """lambda = value."""
-
-    type: Literal["constant"] = "constant"
-    value: NotNegative
-
-
-class StepWeight(Section):
-    """values[i], where i counts the fractions `at` that progress has reached (V3 4.2)."""
-
-    type: Literal["step"] = "step"
-    values: tuple[NotNegative, ...]
-    at: tuple[Annotated[Number, Field(gt=0, lt=1)], ...]
-
-    def rules(self) -> Iterator[Problem]:
-        if len(self.values) != len(self.at) + 1:
-            yield (
-                "values",
-                f"must hold one number more than 'at' (got {len(self.values)} and {len(self.at)})",
-            )
-        if list(self.at) != sorted(set(self.at)):
-            yield "at", f"must increase (got {show(self.at)})"
-
-
-class RampWeight(Section):
-    """From `start` to `end` while progress goes from `begin` to `until`; constant outside."""
-
-    type: Literal["linear", "cosine"]
-    start: NotNegative
-    end: NotNegative
-    begin: Fraction = 0.0
-    until: Fraction = 1.0
-
-    def rules(self) -> Iterator[Problem]:
-        if self.begin >= self.until:
-            yield "until", f"must be > 'begin' = {self.begin} (got {self.until})"
-
-
-class WarmupWeight(Section):
-    """From 0 to `value` while progress goes from 0 to `until`; then constant."""
-
-    type: Literal["warmup"] = "warmup"
-    value: NotNegative
-    until: Annotated[Number, Field(gt=0, le=1)]
-
-
-class PiecewiseWeight(Section):
-    """Straight lines through [progress, value] points; constant outside."""
-
-    type: Literal["piecewise"] = "piecewise"
-    points: tuple[tuple[Fraction, NotNegative], ...]
-
-    def rules(self) -> Iterator[Problem]:
-        if len(self.points) < 2:
-            yield "points", f"must hold at least two points (got {show(self.points)})"
-        at = [progress for progress, _ in self.points]
-        if at != sorted(set(at)):
-            yield "points", f"must be in order of progress, none twice (got {show(at)})"
-
-
-def _number_is_constant(value: Any) -> Any:
-    return value if isinstance(value, Mapping | Section) else {"type": "constant", "value": value}
-
-
-LossWeight = Annotated[
-    Annotated[
-        ConstantWeight | StepWeight | RampWeight | WarmupWeight | PiecewiseWeight,
-        Field(discriminator="type"),
-    ],
-    BeforeValidator(_number_is_constant),
-]
-
-
 class MTPConfig(Section):
     """The extra heads and their loss: L = L_main + lambda(progress) / D * sum_k w_k L_k (V3 eq.
     24-25).
@@ -273,11 +155,13 @@ class MTPConfig(Section):
 
     on_resume = OnResume.FIXED
 
-    mode: Literal["none", "sequential", "parallel", "parallel_linear"] = "sequential"
+    model_config = ConfigDict(extra="allow")  # the keys of the head's own options, checked below
+
+    mode: str = "sequential"
     """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; parallel_linear: linear
-    heads.
+    heads; package.module:Class: a kind of head of your own (docs/extend.md).
     """
-    num_nextn_predict_layers: Annotated[Integer, Field(ge=0)] = 1
+    num_nextn_predict_layers: Annotated[Integer, Field(ge=0, le=64)] = 1
     """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see
     `depths`.
     """
@@ -287,26 +171,26 @@ class MTPConfig(Section):
     """lambda over progress (V3 4.2: 0.3 for the first 10T tokens, then 0.1). A bare number is
     constant.
     """
-    depth_weights: Annotated[tuple[NotNegative, ...] | None, OnResume.RECORDED] = None
-    """w_k for k = 1..D; null: all 1 (V3 eq. 25)."""
+    depth_weights: Annotated[DepthWeights | None, OnResume.RECORDED] = None
+    """w_k for k = 1..D: numbers, or {type: exponential, beta: 0.6} (FastMTP); null: all 1 (V3 eq.
+    25).
+    """
     curriculum: Annotated[Literal["none", "forward", "reverse"], OnResume.RECORDED] = "none"
     """Active depths over equal stages: forward grows 1..D, reverse shrinks D..1 (arXiv
     2505.22757).
     """
-    trunk_hidden: Literal["post_norm", "pre_norm"] = "post_norm"
-    """Sequential: the trunk state that module 1 reads, after or before the final norm (open in V3
-    2.2).
-    """
-    chain: Literal["hidden", "trunk"] = "hidden"
-    """Sequential: module k reads h_{k-1} (V3 eq. 21), or always the trunk's state."""
-    embed: bool = True
-    """Sequential: modules read the embedding of the token at i+k (V3 eq. 21)."""
-    share_weights: bool = False
-    """Sequential: one module, used at every depth."""
     detach: Annotated[Literal["none", "trunk", "all"], OnResume.RECORDED] = "none"
     """Gradient stopped: none (V3), into the trunk, or into the trunk, the embedding and the output
     head.
     """
+
+    objective: dict[str, Positive] = {"ce": 1.0}
+    """What each depth is trained on, name: weight, added up: ce (label), kl, tv, lk, lk_hybrid
+    (docs/mtp.md), or package.module:Class (docs/extend.md).
+    """
+
+    def __hash__(self) -> int:  # a dict has none, and sizes are cached by section
+        return hash((self.mode, self.num_nextn_predict_layers))
 
     @property
     def depths(self) -> int:
@@ -314,34 +198,176 @@ class MTPConfig(Section):
         return 0 if self.mode == "none" else self.num_nextn_predict_layers
 
     @property
-    def reads_tokens(self) -> bool:
-        """The heads read the embedding of the token before their target: what data/markov.py
-        distinguishes.
+    def kind(self) -> Any:
+        """The class of the heads (heads/base.py); None for the baseline. Imports torch."""
+        return head_kind(self.mode)
+
+    @property
+    def options(self) -> Any:
+        """The keys that only this kind of head has, as its `Options`; None for the baseline."""
+        return None if self.mode == "none" else self.kind.Options(**(self.model_extra or {}))
+
+    @property
+    def objectives(self) -> list[tuple[Any, float]]:
+        """The objectives (objectives/base.py) with their weights; none for the baseline."""
+        named = self.objective.items() if self.depths else ()
+        return [(objective_kind(name)(), weight) for name, weight in named]
+
+    @property
+    def term_names(self) -> list[str]:
+        """Under which names the terms of the loss other than the label's cross-entropy are logged:
+        mtp_term/NAME of those that the heads own, NAME/k of the objectives.
         """
-        return self.mode == "sequential" and self.embed
+        own = [f"mtp_term/{name}" for name in self.kind.terms(self)] if self.depths else []
+        kinds = [kind for kind, _ in self.objectives if not kind.cross_entropy]
+        return own + [f"{kind.name}/{k}" for kind in kinds for k in range(1, 1 + self.depths)]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """(1+D): slot i of depth k is scored against t_{i+offset}; 1 for the main head."""
+        return 1, *(self.kind.offset(self, depth) for depth in range(1, 1 + self.depths))
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens of a sample after its T inputs: 1+D where depth k predicts t_{i+k+1}."""
+        return max(self.offsets)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Some depth reads the embedding of a token after t_i."""
+        return any(self.kind.horizon(self, depth) > 0 for depth in range(1, 1 + self.depths))
+
+    @classmethod
+    def more_keys(cls) -> list[str]:
+        """The keys of all registered kinds of heads, for suggestions."""
+        return [key for kind in heads().values() for key in kind.Options.model_fields]
+
+    @field_validator("mode")
+    @classmethod
+    def _known_mode(cls, mode: str) -> str:
+        try:
+            head_kind(mode)
+        except ValueError as error:
+            raise KeyProblems([("", str(error))]) from None
+        return mode
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objectives(cls, objective: dict[str, float]) -> dict[str, float]:
+        problems: list[Problem] = []
+        found: dict[str, str] = {}
+        for name in objective:
+            try:
+                kind = objective_kind(name)
+            except ValueError as error:
+                problems.append((name, str(error)))
+                continue
+            if (other := found.setdefault(kind.name, name)) != name:
+                text = f"is logged under the name of {other}, {kind.name}; give the class another"
+                problems.append((name, text))
+        if not objective:
+            problems.append(("", "must name at least one objective, as in {ce: 1.0} (got {})"))
+        if problems:
+            raise KeyProblems(problems)
+        return objective
 
     def rules(self) -> Iterator[Problem]:
+        extra = self.model_extra or {}
+        yield from option_problems(self.mode, extra)
+        kept = {} if self.mode == "none" else self.kind.Options.model_fields
+        own = {key: value for key, value in extra.items() if key in kept}
+        with suppress(ValidationError):  # reported above
+            parsed = dict(self.kind.Options(**own)) if kept else {}
+            object.__setattr__(self, "__pydantic_extra__", parsed)
         if self.mode != "none" and self.num_nextn_predict_layers < 1:
             text = f"must be >= 1 with mode {self.mode} (got {self.num_nextn_predict_layers})"
             yield "num_nextn_predict_layers", f"{text}; mtp.mode=none turns the heads off"
         if (
             self.mode != "none"
-            and self.depth_weights is not None
+            and isinstance(self.depth_weights, tuple)
             and len(self.depth_weights) != self.depths
         ):
             text = f"must hold num_nextn_predict_layers = {self.depths} numbers"
             yield "depth_weights", f"{text} (got {len(self.depth_weights)})"
-        for key in self.without_effect(self.mode):
-            default, value = type(self).model_fields[key].default, getattr(self, key)
-            if value != default:
-                text = f"has no effect with mode {self.mode}; remove it or set {show(default)}"
-                yield key, f"{text} (got {show(value)})"
+        for key, default in unused_keys(self.mode).items():
+            if key in type(self).model_fields and getattr(self, key) != default:
+                yield key, without_effect(self.mode, getattr(self, key), default)
 
-    @staticmethod
-    def without_effect(mode: str) -> tuple[str, ...]:
-        """Keys that heads of this mode do not have."""
-        keys: tuple[str, ...] = ()
-        if mode != "sequential":
-            keys = ("trunk_hidden", "chain", "embed", "share_weights")
-        # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
-        return (*keys, "depth_weights", "curriculum", "detach") if mode == "none" else keys
+
+def unused_keys(mode: str) -> dict[str, Any]:
+    """Keys of `mtp:` that heads of this mode do not have, with their defaults."""
+    kind = head_kind(mode)
+    own = {} if kind is None else kind.Options.model_fields
+    fields = [item for other in heads().values() for item in other.Options.model_fields.items()]
+    # D and lambda may stay, so that mtp.mode=none turns a file into its own baseline
+    common = () if kind else ("depth_weights", "curriculum", "detach", "objective")
+    fields += [(key, MTPConfig.model_fields[key]) for key in common]
+    return {key: field.default for key, field in fields if key not in own}
+
+
+def without_effect(mode: str, value: Any, default: Any) -> str:
+    """What is said of a key that this kind of head does not have."""
+    remedy = f"remove it or set {show(default)}"
+    return f"has no effect with mode {mode}; {remedy} (got {show(value)})"
+
+
+def heads() -> dict[str, Any]:
+    """Every registered kind of head by its name in `mtp.mode`. Imports torch."""
+    return importlib.import_module("dsv3_mtp.heads").registry()
+
+
+def head_kind(mode: str) -> Any:
+    """The class that `mtp.mode` names; None for none.
+
+    Raises:
+        ValueError: there is no such kind of head, or no such class.
+    """
+    if mode == "none":
+        return None
+    if not code.is_code(mode):
+        known = heads()
+        if mode not in known:
+            raise ValueError(not_among(["none", *known], mode))
+        return known[mode]
+    found, base = code.find(mode), importlib.import_module("dsv3_mtp.heads.base").Head
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{mode} is no subclass of dsv3_mtp.heads.base.Head")
+    return found
+
+
+def objective_kind(name: str) -> Any:
+    """The class that a name in `mtp.objective` stands for. Imports torch.
+
+    Raises:
+        ValueError: there is no such objective, or no such class.
+    """
+    if not code.is_code(name):
+        known = importlib.import_module("dsv3_mtp.objectives").registry()
+        if name not in known:
+            raise ValueError(not_among(list(known), name))
+        return known[name]
+    found, base = code.find(name), importlib.import_module("dsv3_mtp.objectives.base").Objective
+    if not (isinstance(found, type) and issubclass(found, base) and hasattr(found, "name")):
+        raise ValueError(f"{name} is no subclass of dsv3_mtp.objectives.base.Objective with a name")
+    return found
+
+
+def option_problems(mode: str, extra: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the keys of `mtp:` that not every kind of head has. A key of another
+    registered kind may stand at that one's default.
+    """
+    kind = head_kind(mode)
+    own: dict[str, Any] = {}
+    foreign = unused_keys(mode)
+    for key, value in extra.items():
+        if kind is not None and key in kind.Options.model_fields:
+            own[key] = value
+        elif key not in foreign:
+            yield key, UNKNOWN
+        elif value != foreign[key]:
+            yield key, without_effect(mode, value, foreign[key])
+    if kind is not None:
+        try:
+            kind.Options(**own)
+        except ValidationError as error:
+            yield from problems_of(error, own, kind.Options)

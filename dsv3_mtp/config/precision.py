@@ -5,8 +5,8 @@ kernel.
 from collections.abc import Iterator
 from typing import Literal
 
-from dsv3_mtp.config.model import OnResume, Section
 from dsv3_mtp.config.reader import Problem, show
+from dsv3_mtp.config.section import OnResume, Section
 
 FP8Module = Literal["attention", "dense_mlp", "shared_experts", "routed_experts", "eh_proj"]
 

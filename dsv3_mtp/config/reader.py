@@ -16,6 +16,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 Problem = tuple[str, str]  # (dotted key, what is wrong with it and what to do)
+UNKNOWN = "unknown key"  # said of a key; `problems_of` adds the one that it most likely stands for
 
 
 class ConfigError(ValueError):
@@ -69,9 +70,12 @@ def problems_of(error: ValidationError, tree: Any, schema: type[BaseModel]) -> l
         key = _dotted(item["loc"], tree, missing=item["type"] == "missing")
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, KeyProblems):
-            problems += [(f"{key}.{name}".strip("."), text) for name, text in cause.problems]
+            for name, text in cause.problems:
+                name = f"{key}.{name}".strip(".")
+                more = did_you_mean(name, paths) if text == UNKNOWN else ""
+                problems.append((name, text + more))
         elif item["type"] == "extra_forbidden":
-            problems.append((key, "unknown key" + did_you_mean(key, paths)))
+            problems.append((key, UNKNOWN + did_you_mean(key, paths)))
         else:
             problems.append((key, _describe(item)))
     return problems
@@ -84,9 +88,9 @@ def _describe(item: Any) -> str:
     if kind in _BOUNDS:
         return f"must be {_BOUNDS[kind].format(**context)} {got}"
     if kind == "literal_error":
-        return _not_among(context["expected"], item["input"])
+        return not_among(_options(context["expected"]), item["input"])
     if kind == "union_tag_invalid":
-        return f"type {_not_among(context['expected_tags'], context['tag'])}"
+        return f"type {not_among(_options(context['expected_tags']), context['tag'])}"
     if kind == "union_tag_not_found":
         return f"must be a mapping with a 'type' {got}"
     if kind == "string_too_short":
@@ -101,9 +105,13 @@ def _describe(item: Any) -> str:
     return f"{item['msg'][0].lower()}{item['msg'][1:]} {got}"
 
 
-def _not_among(allowed: str, value: Any) -> str:
-    # pydantic: "'a', 'b' or 'c'"
-    names = allowed.replace("'", "").replace(" or ", ", ").split(", ")
+def _options(allowed: str) -> list[str]:
+    """pydantic's "'a', 'b' or 'c'" as a list."""
+    return allowed.replace("'", "").replace(" or ", ", ").split(", ")
+
+
+def not_among(names: Sequence[str], value: Any) -> str:
+    """What is said of a value that is none of `names`."""
     text = f"must be {'one of ' * (len(names) > 1)}{', '.join(names)} (got {show(value)})"
     close = get_close_matches(str(value), names, n=1)
     return text + (f"; did you mean '{close[0]}'?" if close else "")
@@ -158,8 +166,10 @@ def did_you_mean(key: str, paths: Iterable[str]) -> str:
 
 
 def key_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of a schema, through optional sections, unions and lists of sections."""
-    paths = []
+    """Every dotted key of a schema, through optional sections, unions and lists of sections, and
+    those that a section takes from elsewhere (`more_keys`).
+    """
+    paths = [f"{prefix}{name}" for name in getattr(schema, "more_keys", list)()]
     for name, field in schema.model_fields.items():
         paths.append(f"{prefix}{name}")
         for nested in _models_in(field.annotation):
@@ -169,5 +179,6 @@ def key_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
+        kinds = annotation.__subclasses__()  # of a section that is chosen by its type
+        return [annotation, *(model for kind in kinds for model in _models_in(kind))]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]

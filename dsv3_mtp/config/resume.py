@@ -1,10 +1,10 @@
 """Which settings of a run may differ from those of its checkpoint: what each key says of itself."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
-from dsv3_mtp.config.model import OnResume, Section
 from dsv3_mtp.config.run import Config
+from dsv3_mtp.config.section import OnResume, Section
 
 
 def rule_of(key: str) -> OnResume:
@@ -16,7 +16,7 @@ def rule_of(key: str) -> OnResume:
     section: Any = Config
     rule: OnResume | None = None
     for name in key.split("."):
-        if not (isinstance(section, type) and issubclass(section, Section)):
+        if not _is_section(section):
             break  # the rest lies in a value of several kinds, such as a schedule or a task
         rule = section.on_resume or rule
         field = section.model_fields[name]
@@ -27,11 +27,16 @@ def rule_of(key: str) -> OnResume:
     return rule
 
 
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
+    """Not one that is chosen by its type."""
+    return isinstance(kind, type) and issubclass(kind, Section) and not kind.__subclasses__()
+
+
 def keys(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
     """All keys of a run, dotted; a value of several kinds is one key."""
     for name, field in section.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if _is_section(kind):
             yield from keys(kind, f"{prefix}{name}.")
         else:
             yield prefix + name

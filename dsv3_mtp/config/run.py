@@ -7,7 +7,7 @@ without effect are errors.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -16,18 +16,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from dsv3_mtp.config import layout
+from dsv3_mtp.config import code, layout
 from dsv3_mtp.config.data import DataConfig, Task
 from dsv3_mtp.config.deepspeed import check_deepspeed
-from dsv3_mtp.config.model import (
-    V3_TOKENS,
+from dsv3_mtp.config.model import V3_TOKENS, ModelConfig, MTPConfig, option_problems, unused_keys
+from dsv3_mtp.config.precision import AttentionConfig, FP8Config
+from dsv3_mtp.config.reader import (
+    UNKNOWN,
+    ConfigError,
+    Problem,
+    did_you_mean,
+    key_paths,
+    problems_of,
+    show,
+)
+from dsv3_mtp.config.section import (
     Count,
     FilePath,
     FolderName,
     Fraction,
     Integer,
-    ModelConfig,
-    MTPConfig,
     NotNegative,
     Number,
     OnResume,
@@ -35,8 +43,6 @@ from dsv3_mtp.config.model import (
     Section,
     Text,
 )
-from dsv3_mtp.config.precision import AttentionConfig, FP8Config
-from dsv3_mtp.config.reader import ConfigError, Problem, problems_of, show
 from dsv3_mtp.config.tree import Document, dump_tree, read_document
 
 _LOG = logging.getLogger("dsv3_mtp")  # without a handler Python prints its warnings to stderr
@@ -257,7 +263,7 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     model: ModelConfig
-    mtp: MTPConfig = MTPConfig()
+    mtp: MTPConfig = Field(default_factory=MTPConfig)
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
@@ -305,6 +311,9 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
             )
         elif mtp.detach == "none":
             yield "train.freeze", "trunk needs mtp.detach: trunk or all (got none)"
+        if mtp.depths and _never_weighed(mtp):
+            text = "is 0 from start to end, and with train.freeze: trunk only the heads learn"
+            yield "mtp.loss_weight", f"{text}; give it a positive value"
         if train.init_from is None:
             yield (
                 "train.freeze",
@@ -313,6 +322,13 @@ def _rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
 
     if all(sections.get(name) is not None for name in layout.NEEDS):
         yield from layout.problems(SimpleNamespace(**sections))
+
+
+def _never_weighed(mtp: MTPConfig) -> bool:
+    """No head has a weight in the loss at any time."""
+    from dsv3_mtp.config.schedules import depth_loss_weights  # which needs the sections
+
+    return not any(any(depth_loss_weights(mtp, step / 1000)) for step in range(1001))
 
 
 def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:
@@ -324,48 +340,73 @@ def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:
         yield "model.max_position_embeddings", f"{text} (got {model.max_position_embeddings})"
 
 
-def load_config(path: str | Path, sets: Iterable[str] = ()) -> Config:
+def load_config(
+    path: str | Path, sets: Iterable[str] = (), *, trust_code: bool | Collection[str] = True
+) -> Config:
     """Reads and checks a run's YAML. sets: overrides such as "mtp.mode=none", values in YAML,
     applied first.
+
+    trust_code: import what the file names as package.module:Class; or which of these names. True
+        only for a file that the user has named as a config, not for one found in a run folder.
 
     Raises ConfigError, whose text is a report of every problem in the file and in the overrides.
     """
     document = read_document(path, sets)
+    if trust_code is not True:
+        code.refuse(str(path), document.tree, trust_code or ())
     _drop_unused(document)
     tree, problems = document.tree, document.problems
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         found = problems_of(error, tree, Config)
-        found += [problem for problem in _rules_between(_parsed(tree)) if problem not in found]
+        more = [*_rules_between(_parsed(tree)), *_option_problems(tree.get("mtp"))]
+        found += [problem for problem in more if problem not in found]
         problems += map(document.traced, found)
     if problems:
         raise ConfigError(str(path), problems)
     return config
 
 
-def _drop_unused(document: Document) -> None:
-    """Takes out what a base says of heads that this run has not, and says so.
+def _option_problems(section: Any) -> Iterator[Problem]:
+    """What is wrong with the options of the heads in a faulty `mtp` section."""
+    given = section if isinstance(section, Mapping) else {}
+    extra = {key: value for key, value in given.items() if key not in MTPConfig.model_fields}
+    with suppress(ValueError):  # of an unknown mode, which is reported
+        for key, text in option_problems(given.get("mode", MTPConfig().mode), extra):
+            more = did_you_mean(f"mtp.{key}", key_paths(Config)) if text == UNKNOWN else ""
+            yield f"mtp.{key}", text + more
 
-    Such a key beside the mode, or by --set, is an error instead: MTPConfig.rules.
+
+def _drop_unused(document: Document) -> None:
+    """Takes out what is said of heads that this run has not, and says so: keys of another kind at
+    their defaults, and those that a base has set.
+
+    Such a key of another value beside the mode, or by --set, is an error: `option_problems`.
     """
     mtp = document.tree.get("mtp")
     if not isinstance(mtp, dict):
         return
     mode = mtp.get("mode", MTPConfig.model_fields["mode"].default)
-    keys = [
-        key
-        for key in MTPConfig.without_effect(mode)
-        if key in mtp
-        and mtp[key] != MTPConfig.model_fields[key].default
-        and document.inherited(f"mtp.{key}", beside="mtp.mode")
-    ]
-    for key in keys:
-        origin = document.origin(f"mtp.{key}")
-        _LOG.warning(
-            "mtp.%s: %s of %s has no effect with mode %s: left out",
-            *(key, show(mtp[key]), origin, mode),
-        )
+    try:
+        unused = unused_keys(mode)
+    except (ValueError, TypeError):  # of an unknown mode, which is reported
+        return
+    keys, default_keys = [], []
+    for key, default in unused.items():
+        if key not in mtp:
+            continue
+        if document.inherited(f"mtp.{key}", beside="mtp.mode") and mtp[key] != default:
+            origin = document.origin(f"mtp.{key}")
+            _LOG.warning(
+                "mtp.%s: %s of %s has no effect with mode %s: left out",
+                *(key, show(mtp[key]), origin, mode),
+            )
+            keys.append(key)
+        elif mtp[key] == default and key not in MTPConfig.model_fields:
+            default_keys.append(f"mtp.{key}")
+    if default_keys:
+        _LOG.info("%s: left out, mode %s has no such key", ", ".join(default_keys), mode)
     document.tree["mtp"] = {key: value for key, value in mtp.items() if key not in keys}
 
 

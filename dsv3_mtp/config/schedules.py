@@ -1,26 +1,20 @@
 """What changes during a run, as pure functions of progress: the fraction of train.total_tokens
 consumed.
 
-Nothing here has state, so a resumed run needs only its token count. "V3" is arXiv 2412.19437. A
+Nothing here has state, so a resumed run needs only its token count, and the state of lambda's
+schedule where that has one. The schedules of lambda themselves are in loss_weights/. "V3" is arXiv 2412.19437. A
 threshold belongs to what follows it: at exactly 10T of 14.8T tokens the MTP weight is already 0.1.
 A progress outside [0, 1] is a ValueError in every function.
 """
 
-from itertools import pairwise
-from math import ceil, cos, floor, pi
+import json
+from math import ceil, floor, inf
 from typing import Literal, NamedTuple
 
-from dsv3_mtp.config import (
-    Config,
-    ConstantWeight,
-    LossWeight,
-    MTPConfig,
-    OptimConfig,
-    RampWeight,
-    StepWeight,
-    TrainConfig,
-    WarmupWeight,
-)
+from dsv3_mtp.config import Config, MTPConfig, OptimConfig, TrainConfig
+from dsv3_mtp.config.curves import cosine, line, position
+from dsv3_mtp.config.depth_weights import DepthRule
+from dsv3_mtp.config.loss_weights import AdaptiveSchedule, LambdaSchedule, State
 
 _ROUNDING = 1e-9  # progress is a rounded quotient: 2/3 of the run times 3 must count as 2
 
@@ -35,27 +29,55 @@ def learning_rate(optim: OptimConfig, progress: float) -> float:
     if progress >= schedule.final_start:
         return optim.lr * schedule.final_ratio
     if progress >= schedule.decay_start:
-        x = _position(progress, schedule.decay_start, schedule.decay_end)
-        return optim.lr * _cosine(1.0, schedule.decay_ratio, x)
-    return optim.lr * _position(progress, 0.0, schedule.warmup)
+        x = position(progress, schedule.decay_start, schedule.decay_end)
+        return optim.lr * cosine(1.0, schedule.decay_ratio, x)
+    return optim.lr * position(progress, 0.0, schedule.warmup)
 
 
-def mtp_loss_weight(loss_weight: LossWeight, progress: float) -> float:
-    """lambda of V3 eq. 25. V3 4.2: 0.3 for the first 10T of 14.8T tokens, then 0.1."""
+def mtp_loss_weight(
+    loss_weight: LambdaSchedule, progress: float, state: State | None = None
+) -> float:
+    """lambda of V3 eq. 25. V3 4.2: 0.3 for the first 10T of 14.8T tokens, then 0.1.
+
+    state: of a schedule that has one; None: that before the first step.
+
+    Raises:
+        ValueError: the schedule gives no number >= 0.
+    """
     progress = _checked(progress)
-    match loss_weight:
-        case ConstantWeight():
-            return loss_weight.value
-        case StepWeight():
-            return loss_weight.values[sum(progress >= at for at in loss_weight.at)]
-        case RampWeight():
-            x = _position(progress, loss_weight.begin, loss_weight.until)
-            between = _cosine if loss_weight.type == "cosine" else _line
-            return between(loss_weight.start, loss_weight.end, x)
-        case WarmupWeight():
-            return _line(0.0, loss_weight.value, _position(progress, 0.0, loss_weight.until))
-        case _:
-            return _piecewise(loss_weight.points, progress)
+    if isinstance(loss_weight, AdaptiveSchedule) and state is not None:
+        weight = loss_weight.weight_in(state, progress)
+    else:
+        weight = loss_weight.weight(progress)
+    if not 0 <= weight < inf:  # also false for nan
+        raise ValueError(
+            f"mtp.loss_weight: {loss_weight.type} must give a number >= 0 "
+            f"(got {weight} at progress {progress})"
+        )
+    return weight
+
+
+def first_state(mtp: MTPConfig) -> State | None:
+    """The state of lambda's schedule before the first step; None: it has none."""
+    schedule = mtp.loss_weight
+    return schedule.first_state() if isinstance(schedule, AdaptiveSchedule) else None
+
+
+def next_state(mtp: MTPConfig, state: State | None, metrics: dict[str, float]) -> State | None:
+    """The state after a step with these metrics, as JSON gives it back.
+
+    Raises:
+        ValueError: JSON cannot hold the state, so that no checkpoint could.
+    """
+    schedule = mtp.loss_weight
+    if state is None or not isinstance(schedule, AdaptiveSchedule):
+        return None
+    try:
+        return json.loads(json.dumps(schedule.next_state(state, metrics), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"mtp.loss_weight: the state of {schedule.type} cannot be saved: {error}"
+        ) from None
 
 
 def active_depths(
@@ -72,16 +94,28 @@ def active_depths(
     return depths
 
 
-def depth_loss_weights(mtp: MTPConfig, progress: float) -> tuple[float, ...]:
+def depth_shares(mtp: MTPConfig, progress: float) -> tuple[float, ...]:
+    """(D,) w_k of V3 eq. 25, 0 for depths that the curriculum has switched off."""
+    rule, depths = mtp.depth_weights, mtp.depths
+    shares = rule.weights(depths, _checked(progress)) if isinstance(rule, DepthRule) else rule
+    shares = (1.0,) * depths if shares is None or not depths else shares
+    if len(shares) != depths or not all(0 <= share < inf for share in shares):
+        raise ValueError(f"mtp.depth_weights: must be {depths} numbers >= 0 (got {shares})")
+    active = active_depths(mtp.curriculum, depths, progress)
+    return tuple(share if k < active else 0.0 for k, share in enumerate(shares))
+
+
+def depth_loss_weights(
+    mtp: MTPConfig, progress: float, state: State | None = None
+) -> tuple[float, ...]:
     """The factor of each L_k in the total loss: lambda / D * w_k (V3 eq. 25), 0 for inactive
     depths.
 
-    D is the number of depths of the model, active or not. Length D; () for mode none.
+    D is the number of depths of the model, active or not. Length D; () for mode none. state: as for
+    mtp_loss_weight.
     """
-    active = active_depths(mtp.curriculum, mtp.depths, progress)
-    weight = mtp_loss_weight(mtp.loss_weight, progress)
-    shares = mtp.depth_weights or (1.0,) * mtp.depths
-    return tuple(weight * shares[k] / mtp.depths if k < active else 0.0 for k in range(mtp.depths))
+    weight = mtp_loss_weight(mtp.loss_weight, progress, state)
+    return tuple(weight * share / mtp.depths for share in depth_shares(mtp, progress))
 
 
 def bias_update_speed(train: TrainConfig, progress: float) -> float:
@@ -100,7 +134,7 @@ def batch_size(train: TrainConfig, progress: float, multiple: int = 1) -> int:
     """
     size, progress, ramp = float(train.batch_size), _checked(progress), train.batch_size_ramp
     if ramp is not None:
-        size = _line(ramp.start, train.batch_size, _position(progress, 0.0, ramp.until))
+        size = line(ramp.start, train.batch_size, position(progress, 0.0, ramp.until))
     return max(1, floor(size / multiple + _ROUNDING)) * multiple
 
 
@@ -110,12 +144,13 @@ class Step(NamedTuple):
     batch_size: int  # sequences over all ranks
     tokens: int  # consumed once it is done
     lr: float
+    loss_weight: float  # lambda
     loss_weights: tuple[float, ...]  # (D,) factor of each L_k
     bias_speed: float
 
 
-def coming_step(config: Config, tokens: int, multiple: int) -> Step:
-    """The step after `tokens` tokens. multiple: as for `batch_size`."""
+def coming_step(config: Config, tokens: int, multiple: int, state: State | None = None) -> Step:
+    """The step after `tokens` tokens. multiple: as for `batch_size`; state: of lambda's schedule."""
     total = config.train.total_tokens
     progress = min(tokens / total, 1.0)
     size = batch_size(config.train, progress, multiple)
@@ -123,7 +158,9 @@ def coming_step(config: Config, tokens: int, multiple: int) -> Step:
     # A step has the learning rate of the progress it reaches, or the first one would not move.
     lr = learning_rate(config.optim, min(after / total, 1.0))
     speed = bias_update_speed(config.train, progress)
-    return Step(size, after, lr, depth_loss_weights(config.mtp, progress), speed)
+    weight = mtp_loss_weight(config.mtp.loss_weight, progress, state)
+    weights = depth_loss_weights(config.mtp, progress, state)
+    return Step(size, after, lr, weight, weights, speed)
 
 
 def total_steps(train: TrainConfig, seq_len: int, multiple: int = 1) -> int:
@@ -148,27 +185,3 @@ def _checked(progress: float) -> float:
             f"over train.total_tokens (got {progress})"
         )
     return min(max(progress, 0.0), 1.0)
-
-
-def _position(progress: float, begin: float, end: float) -> float:
-    """Where progress stands between two fractions, in [0, 1]; 1 from `end` on."""
-    if progress >= end:
-        return 1.0
-    return max(0.0, (progress - begin) / (end - begin))
-
-
-def _line(start: float, end: float, x: float) -> float:
-    return start * (1 - x) + end * x
-
-
-def _cosine(start: float, end: float, x: float) -> float:
-    return _line(start, end, (1 - cos(pi * x)) / 2)
-
-
-def _piecewise(points: tuple[tuple[float, float], ...], progress: float) -> float:
-    if progress <= points[0][0]:
-        return points[0][1]
-    for (begin, start), (end, value) in pairwise(points):
-        if progress < end:
-            return _line(start, value, _position(progress, begin, end))
-    return points[-1][1]

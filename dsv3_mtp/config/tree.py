@@ -162,6 +162,10 @@ def _read(path: Path, wanted_by: Path | None) -> tuple[dict[str, Any], list[Prob
     return tree, problems
 
 
+# Bounds that no config comes near: a few bytes of aliases can stand for more values than memory has.
+LARGEST, MOST_VALUES, DEEPEST = 1_000_000, 100_000, 50
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 3e-4 and 14.8e12 as numbers (YAML 1.2), where PyYAML (YAML 1.1) reads
     strings.
@@ -206,16 +210,50 @@ def dump_tree(tree: Any) -> str:
 
 
 def _parse(text: str) -> tuple[Any, list[Problem]]:
+    if len(text) > LARGEST:
+        raise yaml.YAMLError(f"{len(text):,} characters, more than {LARGEST:,}")
     try:
+        _require_shallow(text)
         node = yaml.compose(text, Loader=_Loader)
-        problems = list(_duplicates(node, "")) if node is not None else []
+        if node is None:
+            return None, []
+        if (count := _values(node, {}, 0)) > MOST_VALUES:
+            raise yaml.YAMLError(
+                f"its aliases stand for {count:,} values, more than {MOST_VALUES:,}"
+            )
+        problems = list(_duplicates(node, ""))
         return yaml.load(text, Loader=_Loader), problems
     except RecursionError:
-        raise yaml.YAMLError("an anchor contains itself") from None
+        raise yaml.YAMLError(f"nested deeper than {DEEPEST} levels") from None
     except yaml.YAMLError:
         raise
     except ValueError as error:  # a date that is none, say
         raise yaml.YAMLError(f"{error}; put quotes around a value that is text") from None
+
+
+def _require_shallow(text: str) -> None:
+    """Raises RecursionError where brackets nest so deep that the scanner would take seconds."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > 4 * DEEPEST:  # no text in quotes has so many that are not closed
+            raise RecursionError
+
+
+def _values(node: yaml.Node, counted: dict[int, int], depth: int) -> int:
+    """How many values a node holds, each alias written out. counted: by node, 0 while it is being
+    counted.
+    """
+    if depth > DEEPEST:
+        raise RecursionError
+    if id(node) not in counted:
+        counted[id(node)] = 0
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        nodes = [n for item in inner for n in (item if isinstance(item, tuple) else (item,))]
+        counted[id(node)] = 1 + sum(_values(n, counted, depth + 1) for n in nodes)
+    elif not counted[id(node)]:
+        raise yaml.YAMLError("an anchor contains itself")
+    return counted[id(node)]
 
 
 def _duplicates(node: yaml.Node, path: str) -> Iterator[Problem]:

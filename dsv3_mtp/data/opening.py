@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.config.source import SourceSection
 from dsv3_mtp.data.prepare import Arguments, prepare
-from dsv3_mtp.data.sampler import Sampler
+from dsv3_mtp.data.sampler import Sampler, is_masked
 from dsv3_mtp.data.source import (
-    Source,
+    DataSource,
     check_documents,
     check_tokenizers,
     check_vocab,
     open_source,
     tokenizer_sha256,
 )
-from dsv3_mtp.tasks.examples import TaskSource
+from dsv3_mtp.tasks.base import TaskSource
 
 
 def build_missing(config: Config) -> None:
@@ -31,7 +32,7 @@ def build_missing(config: Config) -> None:
         prepare(folder, Arguments(corpus=config.data.build, vocab_size=config.model.vocab_size))
 
 
-def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
+def open_sources(config: Config) -> tuple[Sampler, DataSource]:
     """The training sampler and the validation source.
 
     Raises:
@@ -39,17 +40,18 @@ def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
     """
     windows: Any = {
         "seq_len": config.data.seq_len,
-        "lookahead": 1 + config.mtp.depths,
+        "lookahead": config.mtp.lookahead,
         "seed": config.run.seed,
     }
     val = validation_source(config)
-    if isinstance(val, TaskSource):
+    if val.task is not None:
         return Sampler([val], **windows), val
-    sources = [open_source(entry.path, "train") for entry in config.data.entries]
+    sources = [_open(entry.path, "train") for entry in config.data.entries]
+    check_masks(config.data.mask, sources, val)
     for source in sources:
         check_vocab(source, config.model.vocab_size)
     for source in [*sources, val] if config.data.mask_documents else []:
-        check_documents(source, config.mtp.depths)
+        check_documents(source, config.mtp.depths, config.mtp.lookahead)
     made = [(source.path, source.tokenizer_sha256) for source in [*sources, val]]
     if (weights_of := config.train.init_from) is not None:
         made.append((weights_of, tokenizer_sha256(Path(weights_of, "tokenizer.json"))))
@@ -57,7 +59,24 @@ def open_sources(config: Config) -> tuple[Sampler, Source | TaskSource]:
     return Sampler(sources, [entry.weight for entry in config.data.entries], **windows), val
 
 
-def validation_source(config: Config, split: str = "val") -> Source | TaskSource:
+def check_masks(mask: str, sources: list[DataSource], val: DataSource) -> None:
+    """Raise ValueError when `data.mask` says another thing than the data: none of it would be
+    noticed in the losses.
+    """
+    masked = [source.path for source in sources if is_masked(source)]
+    if mask == "prompts" and not masked:
+        raise ValueError(
+            f"data.mask: prompts, but {', '.join(s.path for s in sources)} was not prepared with "
+            "--mask prompts; prepare it so, or set data.mask: none"
+        )
+    if mask == "none" and (found := masked or [val.path] * is_masked(val)):
+        raise ValueError(
+            f"{found[0]} was prepared with --mask prompts; set data.mask: prompts, or prepare it "
+            "without"
+        )
+
+
+def validation_source(config: Config, split: str = "val") -> DataSource:
     """What a run is validated on: data.val, or other examples of its task than it is trained on.
 
     Raises:
@@ -65,7 +84,7 @@ def validation_source(config: Config, split: str = "val") -> Source | TaskSource
             examples only.
     """
     if config.data.task is None:
-        source = open_source(config.data.val or "", split)
+        source = _open(config.data.val or "", split)
         check_vocab(source, config.model.vocab_size)
         return source
     if split != "val":
@@ -74,3 +93,7 @@ def validation_source(config: Config, split: str = "val") -> Source | TaskSource
             f"{split!r}: its training examples are all new"
         )
     return TaskSource(config.data.task)
+
+
+def _open(data: str | SourceSection, split: str) -> DataSource:
+    return open_source(data, split) if isinstance(data, str) else data.open(split)

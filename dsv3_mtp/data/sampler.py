@@ -1,28 +1,20 @@
-"""Windows of T + lookahead tokens from one or several sources, endless, resumable, the same for any
+"""Batches of T + lookahead tokens from one or several sources, endless, resumable, the same for any
 ranks.
 
-Per source, epoch e is a seeded permutation of the documents, and the epochs run on as one endless
-token stream. Window w covers stream[w * T : w * T + T + lookahead]; the inputs of consecutive
-windows touch and never overlap, so that each token is a main input once per epoch and (the stream's
-very first token apart) a main target once per epoch. The windows that start in an epoch are visited
-in a second permutation, so that a batch is not one file. Reading sample j of a source needs no
-history: the state of the whole sampler is a few integers.
+Row j of a source needs no history (config/task.py: Stream): the state of the whole sampler is a few
+integers.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dsv3_mtp.data.source import Source
-from dsv3_mtp.tasks.examples import TaskSource, TaskStream
+from dsv3_mtp.data.source import DataSource, Source
 
-# tokens and documents (b, T + lookahead) int64; of a task also (b, T + lookahead) bool: which
-# tokens are targets
+# tokens and documents (b, T + lookahead) int64; of a task, and of text with masked prompts, also
+# (b, T + lookahead) bool: which tokens are targets
 Batch = tuple[np.ndarray, ...]
-
-DOCUMENTS, WINDOWS = 0, 1  # which of the two permutations of an epoch
 
 
 class Sampler:
@@ -35,7 +27,7 @@ class Sampler:
 
     def __init__(
         self,
-        sources: Sequence[Source | TaskSource],
+        sources: Sequence[DataSource],
         weights: Sequence[float] | None = None,
         *,
         seq_len: int,
@@ -57,9 +49,8 @@ class Sampler:
         self.samples = 0
         self.counts = [0] * len(sources)
         self._prepared: tuple[list[tuple[int, int]], int, list[Batch]] | None = None
-        self._streams = [
-            _open_stream(source, seq_len, (seed, i)) for i, source in enumerate(sources)
-        ]
+        self.masked = any(is_masked(source) for source in sources)
+        self._streams = [source.stream(seq_len, (seed, i)) for i, source in enumerate(sources)]
 
     def next_batch(
         self,
@@ -103,7 +94,7 @@ class Sampler:
         rows = [
             stream.sample(index, self.seq_len + 1)
             for stream, count in zip(self._streams, self.counts, strict=True)
-            for index in range(min(count, stream.windows))  # type: ignore[union-attr]
+            for index in range(min(count, stream.windows))  # type: ignore[attr-defined]
         ]
         return _stack(rows)
 
@@ -116,13 +107,15 @@ class Sampler:
             **self._identity(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; ValueError with every difference when it is of another
         stream.
         """
         now = self._identity()
         differences = [
-            f"{key}: saved {state[key]}, now {now[key]}" for key in now if state[key] != now[key]
+            f"{key}: saved {state.get(key)}, now {now[key]}"
+            for key in now
+            if state.get(key) != now[key]
         ]
         if differences:
             raise ValueError(
@@ -173,7 +166,7 @@ class Sampler:
 
 
 def sequential_windows(
-    source: Source | TaskSource,
+    source: DataSource,
     *,
     seq_len: int,
     lookahead: int,
@@ -191,7 +184,7 @@ def sequential_windows(
     Micro-batches of `micro_batch_size` rows (None: one slice per rank) are dealt to the ranks in
     turn, see `deal`.
     """
-    stream = _open_stream(source, seq_len, None)
+    stream = source.stream(seq_len, None)
     batches = deal(count, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
     return [
         _stack([stream.spread(row, count, seq_len + lookahead) for row in rows]) for rows in batches
@@ -202,7 +195,7 @@ def spare_windows(source: Source, *, seq_len: int, lookahead: int, count: int, m
     """At most `most` windows, evenly spread, that are none of the `count` of `sequential_windows`:
     (tokens, documents), each (n, T + lookahead), where n may be 0.
     """
-    stream = _Stream(source, seq_len, None)
+    stream = source.stream(seq_len, None)
     taken = {stream.place(index, count) for index in range(count)}
     free = [window for window in range(stream.available) if window not in taken]
     chosen = [free[n * len(free) // most] for n in range(most)] if len(free) > most else free
@@ -217,89 +210,9 @@ def deal(count: int, *, rank: int, world_size: int, micro_batch_size: int | None
     return [range(i, min(i + micro, count)) for i in range(0, count, micro)][rank::world_size]
 
 
-def _open_stream(
-    source: Source | TaskSource, seq_len: int, key: tuple[int, int] | None
-) -> "_Stream | TaskStream":
-    if isinstance(source, TaskSource):
-        return TaskStream(source, seq_len, key)
-    return _Stream(source, seq_len, key)
-
-
-class _Stream:
-    """The endless token stream of one source: all its documents, epoch after epoch.
-
-    key: (seed, number of the source), or None for the natural order in every epoch.
-    """
-
-    def __init__(self, source: Source, seq_len: int, key: tuple[int, int] | None) -> None:
-        self.source, self.seq_len, self.key = source, seq_len, key
-        self.lengths = np.diff(source.document_starts)
-        # A window touches its epoch and the next, and a batch may lie on both sides of an epoch
-        # border.
-        self._documents = functools.lru_cache(maxsize=3)(self._document_order)
-        self._windows = functools.lru_cache(maxsize=2)(self._window_order)
-
-    def sample(self, index: int, length: int) -> Batch:
-        """Sample `index` >= 0 of the source: (tokens (length,), documents (length,))."""
-        epoch = index * self.seq_len // self.source.tokens
-        first = self._first_window(epoch)
-        window = first + int(self._windows(epoch)[index - first])
-        return self.span(window * self.seq_len, length)
-
-    def spread(self, index: int, count: int, length: int) -> Batch:
-        """Window `index` of `count` that are evenly spread over the source."""
-        return self.span(self.place(index, count) * self.seq_len, length)
-
-    def place(self, index: int, count: int) -> int:
-        return index * self.available // count
-
-    @property
-    def available(self) -> int:
-        """Windows of the natural order that have all of their targets, and at least one."""
-        return max((self.source.tokens - 1) // self.seq_len, 1)
-
-    @property
-    def windows(self) -> int:
-        """Windows that start in the first epoch."""
-        return self._first_window(1)
-
-    def span(self, start: int, length: int) -> Batch:
-        """stream[start : start + length] and the document number of each token, from 0."""
-        tokens, documents = np.empty(length, np.int64), np.empty(length, np.int64)
-        filled = number = 0
-        while filled < length:
-            epoch, offset = divmod(start + filled, self.source.tokens)
-            order, ends = self._documents(epoch)
-            slot = int(np.searchsorted(ends, offset, side="right"))
-            stop = min(int(ends[slot]) - offset, length - filled) + filled
-            begin = int(self.source.document_starts[order[slot] + 1]) - (int(ends[slot]) - offset)
-            tokens[filled:stop] = self.source.read(begin, begin + stop - filled)
-            documents[filled:stop] = number
-            filled, number = stop, number + 1
-        return tokens, documents
-
-    def _first_window(self, epoch: int) -> int:
-        return -(-epoch * self.source.tokens // self.seq_len)
-
-    def _document_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in the order of this epoch, token offset in the epoch at which each of them
-        ends).
-        """
-        order = self._permutation(epoch, DOCUMENTS, len(self.lengths))
-        return order, np.cumsum(self.lengths[order])
-
-    def _window_order(self, epoch: int) -> np.ndarray:
-        return self._permutation(
-            epoch, WINDOWS, self._first_window(epoch + 1) - self._first_window(epoch)
-        )
-
-    def _permutation(self, epoch: int, kind: int, n: int) -> np.ndarray:
-        if self.key is None:
-            return np.arange(n)
-        # numpy fixes the raw output of a generator for ever, but not what Generator.permutation
-        # makes of it.
-        generator = np.random.PCG64(np.random.SeedSequence([*self.key, epoch, kind]))
-        return np.argsort(generator.random_raw(n), kind="stable")
+def is_masked(source: DataSource) -> bool:
+    """It is text of which not every token is a target."""
+    return source.text is not None and source.text.masks is not None
 
 
 def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
@@ -316,4 +229,7 @@ def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> i
 
 
 def _stack(samples: list[Batch]) -> Batch:
+    """Rows of one source or of several: one that says nothing of targets has them everywhere."""
+    if len({len(sample) for sample in samples}) > 1:
+        samples = [(*sample, np.ones(len(sample[0]), np.bool_))[:3] for sample in samples]
     return tuple(np.stack(parts) for parts in zip(*samples, strict=True))

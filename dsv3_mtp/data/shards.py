@@ -5,23 +5,92 @@ DIR/tokenizer.json    the tokenizer, as Hugging Face `tokenizers` writes it
 DIR/manifest.json     pystdlib and sitelib: every file with its sha256 and split, and of sitelib every
                       package with its version
 DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
+DIR/train-00000.scored, ...   with --mask prompts: a byte per token, 1 where it is a target
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, NotRequired
 
 import numpy as np
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.data.megatron import write_index
+from dsv3_mtp.files.checked import OPEN, read_json
 
 INDEX = "index.json"
 FORMAT, VERSION = "dsv3_mtp.tokens", 1
+MASKED_VERSION = 2  # with .scored files, which programs of version 1 would pass over
+AGAIN = "delete the folder and prepare it again"
+Amount = Annotated[int, Field(ge=0)]
+# as `_name` makes them: of a file in this folder
+ShardName = Annotated[str, Field(pattern=r"^[a-z]+-\d+$")]
 
 
-def read_folder_index(folder: Path) -> dict[str, Any]:
+@with_config(OPEN)
+class Digests(TypedDict):
+    """sha256 of the files of a shard."""
+
+    bin: str
+    idx: str
+    scored: NotRequired[str]
+
+
+@with_config(OPEN)
+class Shard(TypedDict):
+    """One `.bin/.idx` pair in index.json."""
+
+    file: ShardName
+    tokens: Amount
+    documents: Amount
+    sha256: Digests
+
+
+@with_config(OPEN)
+class Split(TypedDict):
+    """All shards of train or val, and the UTF-8 bytes of their text."""
+
+    tokens: Amount
+    documents: Amount
+    bytes: Amount
+    shards: list[Shard]
+    scored_tokens: NotRequired[Amount]
+
+
+@with_config(OPEN)
+class FolderIndex(TypedDict):
+    """index.json."""
+
+    vocab_size: Annotated[int, Field(ge=1)]
+    eos_id: Amount
+    tokenizer_sha256: str
+    manifest_hash: str
+    arguments: dict[str, Any]
+    splits: dict[str, Split]
+
+
+@with_config(OPEN)
+class OpenShard(TypedDict):
+    """What is on disk of a shard that is still being written."""
+
+    tokens: Amount
+    documents: Amount
+    sha256: str
+    scored_sha256: NotRequired[str]
+
+
+@with_config(OPEN)
+class SplitState(TypedDict):
+    """`SplitWriter.state`."""
+
+    shards: list[Shard]
+    bytes: Amount
+    open: OpenShard
+
+
+def read_folder_index(folder: Path) -> FolderIndex:
     """index.json of a prepared folder. Raises ValueError when it is missing or of another
     format.
     """
@@ -31,17 +100,22 @@ def read_folder_index(folder: Path) -> dict[str, Any]:
             f"{folder}: has no {INDEX}, so it is no prepared "
             "folder; make one with tools/prepare_data.py"
         )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); prepare the folder again") from None
-    found = (index.get("format"), index.get("version")) if isinstance(index, dict) else None
-    if found != (FORMAT, VERSION):
+    head = read_json(path, dict[str, Any], AGAIN)
+    found = (head.get("format"), head.get("version"))
+    if found not in ((FORMAT, VERSION), (FORMAT, MASKED_VERSION)):
         raise ValueError(
             f"{path}: format {found}, this program reads "
-            f"{(FORMAT, VERSION)}; prepare the folder again"
+            f"{(FORMAT, VERSION)} and {(FORMAT, MASKED_VERSION)}; prepare the folder again"
         )
+    index = read_json(path, FolderIndex, AGAIN)
+    for name, split in index["splits"].items():
+        if split["shards"] and not split["bytes"]:
+            raise ValueError(f"{path}: damaged (splits.{name}: tokens of 0 bytes); {AGAIN}")
     return index
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -57,8 +131,7 @@ def verify_folder(folder: Path) -> None:
     expected = {"tokenizer.json": index["tokenizer_sha256"]}
     for split in index["splits"].values():
         for shard in split["shards"]:
-            for suffix, digest in shard["sha256"].items():
-                expected[f"{shard['file']}.{suffix}"] = digest
+            expected |= {f"{shard['file']}.{key}": str(x) for key, x in shard["sha256"].items()}
     problems = _differences(folder, expected)
     if problems:
         raise ValueError(
@@ -90,22 +163,32 @@ class SplitWriter:
         *,
         dtype: np.dtype,
         shard_tokens: int,
+        masked: bool = False,
         state: dict[str, Any] | None = None,
     ) -> None:
+        """masked: not every token is a target, and .scored files say which are."""
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
+        self.masked = masked
         self.shards: list[dict[str, Any]] = []
-        self.bytes = 0  # of the whole split
+        self.bytes = self.scored_tokens = 0  # of the whole split
         self.tokens = self.documents = 0  # of the open shard
-        self._files: tuple[BinaryIO, BinaryIO] | None = None  # .bin and .sizes of the open shard
-        self._hash = hashlib.sha256()
+        # .bin and .sizes of the open shard, and .scored
+        self._files: list[BinaryIO] = []
+        self._hash, self._scored_hash = hashlib.sha256(), hashlib.sha256()
         if state is not None:
             self._restore(state)
 
-    def append(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """Add one document: its token ids, end of text included, and the UTF-8 bytes of its
-        text.
+    def append(self, tokens: np.ndarray, text_bytes: int, scored: np.ndarray | None = None) -> None:
+        """Add one document: its token ids, end of text included, the UTF-8 bytes of its text, and
+        where the split is masked which tokens are targets, (n,) bool.
         """
-        binary, sizes = self._files or self._open("wb")
+        binary, sizes, *mask = self._files or self._open("wb")
+        if self.masked:
+            assert scored is not None and len(scored) == len(tokens)
+            flags = scored.astype(np.uint8).tobytes()
+            mask[0].write(flags)
+            self._scored_hash.update(flags)
+            self.scored_tokens += int(scored.sum())
         raw = tokens.astype(self.dtype).tobytes()
         binary.write(raw)
         self._hash.update(raw)
@@ -118,7 +201,7 @@ class SplitWriter:
 
     def close_shard(self) -> None:
         """Finish the open shard, if there is one."""
-        if self._files is None:
+        if not self._files:
             return
         digest = self._hash.hexdigest()
         self.flush()
@@ -126,6 +209,8 @@ class SplitWriter:
             file.close()
         write_index(self._path("idx"), self.dtype, np.fromfile(self._path("sizes"), np.int32))
         sha256 = {"bin": digest, "idx": file_sha256(self._path("idx"))}
+        if self.masked:
+            sha256["scored"] = self._scored_hash.hexdigest()
         shard = {
             "file": self._name(),
             "tokens": self.tokens,
@@ -134,11 +219,11 @@ class SplitWriter:
         }
         self.shards.append(shard)
         self.tokens = self.documents = 0
-        self._files = None
-        self._hash = hashlib.sha256()
+        self._files = []
+        self._hash, self._scored_hash = hashlib.sha256(), hashlib.sha256()
 
     def flush(self) -> None:
-        for file in self._files or ():
+        for file in self._files:
             file.flush()
             os.fsync(file.fileno())
 
@@ -149,7 +234,11 @@ class SplitWriter:
             "documents": self.documents,
             "sha256": self._hash.hexdigest(),
         }
-        return {"shards": list(self.shards), "bytes": self.bytes, "open": open_shard}
+        state = {"shards": list(self.shards), "bytes": self.bytes, "open": open_shard}
+        if self.masked:
+            open_shard["scored_sha256"] = self._scored_hash.hexdigest()
+            state["scored_tokens"] = self.scored_tokens
+        return state
 
     @property
     def total_tokens(self) -> int:
@@ -162,7 +251,7 @@ class SplitWriter:
             "documents": sum(shard["documents"] for shard in self.shards),
             "bytes": self.bytes,
             "shards": self.shards,
-        }
+        } | ({"scored_tokens": self.scored_tokens} if self.masked else {})
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Check the finished shards and cut the open one back to what `state` describes."""
@@ -172,11 +261,12 @@ class SplitWriter:
         problems = _differences(self.folder, expected)
         self.shards, self.bytes = list(state["shards"]), state["bytes"]
         self.tokens, self.documents = state["open"]["tokens"], state["open"]["documents"]
+        self.scored_tokens = state.get("scored_tokens", 0)
         if self.documents:
-            for suffix, size in (
-                ("bin", self.tokens * self.dtype.itemsize),
-                ("sizes", self.documents * 4),
-            ):
+            sizes = {"bin": self.tokens * self.dtype.itemsize, "sizes": self.documents * 4}
+            if self.masked:
+                sizes["scored"] = self.tokens
+            for suffix, size in sizes.items():
                 path = self._path(suffix)
                 actual = path.stat().st_size if path.is_file() else 0
                 if actual < size:
@@ -184,9 +274,10 @@ class SplitWriter:
                 else:
                     os.truncate(path, size)
             if not problems:
-                problems = _differences(
-                    self.folder, {self._path("bin").name: state["open"]["sha256"]}
-                )
+                digests = {self._path("bin").name: state["open"]["sha256"]}
+                if self.masked:
+                    digests[self._path("scored").name] = state["open"]["scored_sha256"]
+                problems = _differences(self.folder, digests)
         if problems:
             raise ValueError(
                 "\n".join(
@@ -195,10 +286,13 @@ class SplitWriter:
             )
         if self.documents:
             self._hash.update(self._path("bin").read_bytes())
+            if self.masked:
+                self._scored_hash.update(self._path("scored").read_bytes())
             self._open("ab")
 
-    def _open(self, mode: Literal["wb", "ab"]) -> tuple[BinaryIO, BinaryIO]:
-        self._files = open(self._path("bin"), mode), open(self._path("sizes"), mode)  # noqa: SIM115
+    def _open(self, mode: Literal["wb", "ab"]) -> list[BinaryIO]:
+        suffixes = ("bin", "sizes", "scored") if self.masked else ("bin", "sizes")
+        self._files = [open(self._path(suffix), mode) for suffix in suffixes]  # noqa: SIM115
         return self._files
 
     def _name(self) -> str:

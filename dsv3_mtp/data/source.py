@@ -1,20 +1,69 @@
-"""A split of tokenised documents, opened for reading: a prepared folder or any Megatron `.bin/.idx`
-pair.
+"""What training asks of a data source, and the one of tokenised documents: a split of a prepared
+folder, or any Megatron `.bin/.idx` pair.
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from dsv3_mtp.config.task import Stream, Task
 from dsv3_mtp.data.megatron import open_pair
 from dsv3_mtp.data.shards import INDEX, file_sha256, read_folder_index
+from dsv3_mtp.data.stream import DocumentStream
 
 HASH_BLOCK_TOKENS = 1 << 12
 VOCAB_SCAN_TOKENS = 1 << 24  # tokens looked at by check_vocab when the vocabulary is not recorded
+
+
+class DataSource(Protocol):
+    """Where rows of tokens come from. None: unknown, or without a number."""
+
+    @property
+    def path(self) -> str:
+        """What messages and the manifest call it."""
+
+    @property
+    def manifest_hash(self) -> str:
+        """Of all that its rows depend on: a run is not resumed on other data."""
+
+    @property
+    def tokens(self) -> int | None: ...
+
+    @property
+    def documents(self) -> int | None: ...
+
+    @property
+    def bytes(self) -> int | None:
+        """UTF-8 bytes of the text."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """All token ids are below it; None: it was not recorded, `id_range` looks."""
+
+    def id_range(self) -> tuple[int, int]:
+        """The smallest and the largest token id, as far as the source can tell."""
+
+    @property
+    def longest_document(self) -> int | None:
+        """In tokens; None: it has no end."""
+
+    @property
+    def tokenizer_sha256(self) -> str | None: ...
+
+    @property
+    def task(self) -> Task | None:
+        """The generated task that it is; None: text."""
+
+    @property
+    def text(self) -> "Source | None":
+        """Itself where its tokens can be read by position, so that n-gram floors can be counted."""
+
+    def stream(self, seq_len: int, key: tuple[int, int] | None) -> Stream:
+        """key: (seed, number of the source) for training; None for validation, in natural order."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +82,25 @@ class Source:
     shards: tuple[np.ndarray, ...]
     shard_starts: np.ndarray  # (shards + 1,) int64, in tokens
     document_starts: np.ndarray  # (documents + 1,) int64, in tokens
+    # as `shards`: a byte per token, 1 where it is a target; None: every token is one
+    masks: tuple[np.ndarray, ...] | None = None
+    scored_tokens: int | None = None  # of `masks`, all of its ones
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are targets."""
+        return self.tokens if self.scored_tokens is None else self.scored_tokens
+
+    @property
+    def task(self) -> None:
+        return None
+
+    @property
+    def text(self) -> "Source":
+        return self
+
+    def stream(self, seq_len: int, key: tuple[int, int] | None) -> DocumentStream:
+        return DocumentStream(self, seq_len, key)
 
     @property
     def tokens(self) -> int:
@@ -42,14 +110,37 @@ class Source:
     def documents(self) -> int:
         return len(self.document_starts) - 1
 
+    @property
+    def longest_document(self) -> int:
+        return int(np.diff(self.document_starts).max())
+
+    def id_range(self) -> tuple[int, int]:
+        """Of 16 stretches that are spread evenly: reading all of a large corpus takes hours."""
+        chunk = VOCAB_SCAN_TOKENS // 16
+        starts = np.linspace(0, max(self.tokens - chunk, 0), 16).astype(np.int64)
+        low, high = 0, 0
+        for start in np.unique(starts):
+            ids = self.read(int(start), min(int(start) + chunk, self.tokens))
+            low, high = min(low, int(ids.min())), max(high, int(ids.max()))
+        return low, high
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64."""
-        out = np.empty(stop - start, np.int64)
+        return self._gather(self.shards, np.empty(stop - start, np.int64), start)
+
+    def read_scored(self, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens [start, stop) are targets, bool."""
+        if self.masks is None:
+            return np.ones(stop - start, np.bool_)
+        return self._gather(self.masks, np.empty(stop - start, np.bool_), start)
+
+    def _gather(self, arrays: tuple[np.ndarray, ...], out: np.ndarray, start: int) -> np.ndarray:
+        """Fills `out` from position `start` of the arrays of all shards."""
         shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
         filled = 0
         while filled < len(out):
             offset = start + filled - int(self.shard_starts[shard])
-            piece = self.shards[shard][offset : offset + len(out) - filled]
+            piece = arrays[shard][offset : offset + len(out) - filled]
             out[filled : filled + len(piece)] = piece
             filled, shard = filled + len(piece), shard + 1
         return out
@@ -104,28 +195,19 @@ def _pair_hash(index: Path, tokens: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def check_vocab(source: Source, vocab_size: int) -> None:
+def check_vocab(source: DataSource, vocab_size: int) -> None:
     """Raise ValueError when `source` has token ids that a model with `vocab_size` embeddings lacks.
 
-    A plain Megatron pair does not record its vocabulary: evenly spread tokens are looked at
-        instead.
+    Evenly spread tokens are looked at: a plain Megatron pair does not record its vocabulary, and a
+    file of a prepared folder may be damaged.
     """
-    if source.vocab_size is not None:
-        if source.vocab_size > vocab_size:
-            raise ValueError(
-                f"{source.path} was tokenised with vocab_size "
-                f"{source.vocab_size}, but model.vocab_size is "
-                f"{vocab_size}; set that to at least "
-                f"{source.vocab_size}, or prepare the data with a smaller "
-                "tokenizer"
-            )
-        return
-    chunk = VOCAB_SCAN_TOKENS // 16
-    starts = np.linspace(0, max(source.tokens - chunk, 0), 16).astype(np.int64)
-    low, high = 0, 0
-    for start in np.unique(starts):
-        ids = source.read(int(start), min(int(start) + chunk, source.tokens))
-        low, high = min(low, int(ids.min())), max(high, int(ids.max()))
+    if source.vocab_size is not None and source.vocab_size > vocab_size:
+        raise ValueError(
+            f"{source.path} was tokenised with vocab_size {source.vocab_size}, but "
+            f"model.vocab_size is {vocab_size}; set that to at least {source.vocab_size}, or "
+            "prepare the data with a smaller tokenizer"
+        )
+    low, high = source.id_range()
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"{source.path} holds token id {low if low < 0 else high}, "
@@ -135,12 +217,12 @@ def check_vocab(source: Source, vocab_size: int) -> None:
         )
 
 
-def check_documents(source: Source, depths: int) -> None:
-    """Raise ValueError when masked documents leave the deepest of `depths` heads without a single
-    target.
+def check_documents(source: DataSource, depths: int, lookahead: int) -> None:
+    """Raise ValueError when masked documents leave the deepest of `depths` heads, which predicts
+    t_{i+lookahead}, without a single target.
     """
-    longest = int(np.diff(source.document_starts).max())
-    if longest < 2 + depths:
+    longest = source.longest_document
+    if longest is not None and longest < 1 + lookahead:
         raise ValueError(
             f"{source.path}: its longest document has {longest} "
             "tokens, so that with data.mask_documents: true depth "
@@ -182,7 +264,7 @@ def _open_folder(folder: Path, split: str) -> Source:
         raise ValueError(
             f"{folder}: the split {split!r} is empty; prepare it again with another --val-fraction"
         )
-    tokens, lengths = [], []
+    tokens, lengths, masks = [], [], []
     for shard in entry["shards"]:
         array, sizes = open_pair(folder / shard["file"])
         if (len(array), len(sizes)) != (shard["tokens"], shard["documents"]):
@@ -193,13 +275,33 @@ def _open_folder(folder: Path, split: str) -> Source:
             )
         tokens.append(array)
         lengths.append(sizes)
-    return _source(folder, index["manifest_hash"], index, entry["bytes"], tokens, lengths)
+        if "scored_tokens" in entry:
+            masks.append(_open_mask(folder / f"{shard['file']}.scored", len(array)))
+    source = _source(folder, index["manifest_hash"], index, entry["bytes"], tokens, lengths)
+    if "scored_tokens" not in entry:
+        return source
+    return replace(source, masks=tuple(masks), scored_tokens=entry["scored_tokens"])
+
+
+def _open_mask(path: Path, tokens: int) -> np.ndarray:
+    """(tokens,) uint8, memory-mapped.
+
+    Raises:
+        ValueError: it is missing or of another length.
+    """
+    found = path.stat().st_size if path.is_file() else 0
+    if found != tokens:
+        raise ValueError(
+            f"{path}: {found:,} bytes, one for each of {tokens:,} tokens is needed; delete the "
+            "folder and prepare it again"
+        )
+    return np.memmap(path, np.uint8, mode="r")
 
 
 def _source(
     path: Path,
     manifest_hash: str,
-    index: dict[str, Any],
+    index: Mapping[str, Any],
     text_bytes: int | None,
     tokens: list[np.ndarray],
     lengths: list[np.ndarray],

@@ -1,4 +1,4 @@
-"""A model made ready to decode: the trunk, the output head and the MTP heads, built of `layers`."""
+"""A model made ready to decode: the trunk and the output head, and the forms of its heads."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dsv3_mtp.decode.cache import Window
 from dsv3_mtp.decode.layers import Layer, Norm
-from dsv3_mtp.heads.heads import MTPModule, ParallelHead, TrunkStates
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.states import TrunkStates
 
 DYNAMIC = r"L\['(window|caches?|tokens|hidden|x)'\].*"  # arguments whose sizes differ between calls
 
@@ -33,39 +33,26 @@ class Decoder:
             self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
         self.layers = Trunk(model)
         self.output = model.lm_head.weight.t()
-        self.heads: list[Any] = []
-        if model.mtp_config.mode == "sequential":
-            self.heads = [Module(module, model) for module in model.mtp.layers]
-        elif model.mtp_config.mode == "parallel":
-            self.heads = [Head(head) for head in model.mtp.layers]
+        self.heads: list[Any] = model.mtp.decode_forms(model) if model.depths else []
 
     def trunk(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
         """tokens: (B, T) of the window's slots; caches: (B, S, R+P) of each layer -> states, each
         (B*T, C).
         """
-        return self._run(Trunk.forward, self.layers, tokens, caches, window=window)
+        return self.run(Trunk.forward, self.layers, tokens, caches, window)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed states (N, C) -> (N, V)."""
         return torch.mm(hidden, self.output)
 
-    def module(
-        self, depth: int, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window
-    ) -> tuple[Tensor, Tensor]:
-        """Sequential module of `depth`, the last one beyond: states (N, C) and tokens (N,) ->
-        state, normed state.
+    def run(self, function: Callable, *arguments: Any) -> Any:
+        """function(*arguments), compiled where a window is small enough. The last argument is the
+        window; the first is one of `heads` or the trunk, whose weights do not change.
         """
-        head = self.heads[min(depth, len(self.heads)) - 1]
-        return self._run(Module.forward, head, hidden, tokens, cache, window=window)
-
-    def head(self, number: int, x: Tensor, cache: Tensor, window: Window) -> Tensor:
-        """Parallel head: inputs of the trunk's last layer (N, C) -> normed states (N, C)."""
-        return self._run(Head.forward, self.heads[number], x, cache, window=window)
-
-    def _run(self, function: Callable, *arguments: Any, window: Window) -> Any:
+        window = arguments[-1]
         if window.shape[1] <= self.compile_up_to:
             function = compiled(function, self.output.device.type, self.kind)
-        return function(*arguments, window)
+        return function(*arguments)
 
 
 @cache
@@ -103,43 +90,14 @@ class Trunk:
         self.table = model.model.embed_tokens.weight
         self.layers = [Layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]
         self.norm = Norm(model.model.norm)
+        self.kept = model.model.kept  # numbers of the layers whose output heads read
 
     def forward(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
         x = last_input = F.embedding(tokens.flatten(), self.table)
-        for layer, latents in zip(self.layers, caches, strict=True):
+        layers = {}
+        for number, (layer, latents) in enumerate(zip(self.layers, caches, strict=True)):
             last_input = x
             x = layer(x, latents, window)
-        return TrunkStates(last_input, x, self.norm(x))
-
-
-class Module:
-    """A sequential module. `eh_proj` takes the weights of both norms in front of it."""
-
-    def __init__(self, module: MTPModule, model: DeepseekV3MTP):
-        norms = [Norm(norm) for norm in (module.enorm, module.hnorm) if norm is not None]
-        gain = torch.cat([norm.gain for norm in norms])
-        self.table, self.norms = model.model.embed_tokens.weight, norms
-        self.layer, self.out_norm = Layer(module), Norm(module.shared_head.norm)
-        self.merge = (module.eh_proj.weight * gain).to(module.eh_proj.weight.dtype).t()
-        self.normed = model.mtp_config.trunk_hidden == "post_norm"
-
-    def forward(
-        self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window
-    ) -> tuple[Tensor, Tensor]:
-        inputs = [hidden] if len(self.norms) == 1 else [F.embedding(tokens, self.table), hidden]
-        merged = torch.cat(
-            [norm.direction(x) for norm, x in zip(self.norms, inputs, strict=True)], dim=-1
-        )
-        out = self.layer(torch.mm(merged, self.merge), cache, window)
-        normed = self.out_norm(out)
-        return (normed if self.normed else out), normed
-
-
-class Head:
-    """A parallel head."""
-
-    def __init__(self, head: ParallelHead):
-        self.layer, self.norm = Layer(head), Norm(head.shared_head.norm)
-
-    def forward(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
-        return self.norm(self.layer(x, cache, window))
+            if number in self.kept:
+                layers[number] = x
+        return TrunkStates(last_input, x, self.norm(x), layers)

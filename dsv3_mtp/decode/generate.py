@@ -16,7 +16,7 @@ import torch
 
 from dsv3_mtp.decode.cache import Slots, span
 from dsv3_mtp.decode.decoder import Decoder
-from dsv3_mtp.decode.draft import KINDS, Drafter, draft_limit
+from dsv3_mtp.decode.draft import Drafter, draft_limit, no_drafter
 from dsv3_mtp.decode.sample import Sampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
@@ -157,10 +157,8 @@ def stream(
     """
     settings = settings or Settings()
     problems = [*settings.problems(), *prompt_problems(model, prompts)]
-    if settings.draft_depth and not model.depths:
-        problems.append(
-            "the model has no MTP heads to draft with (mtp.mode: none); decode without speculation"
-        )
+    if settings.draft_depth and (why := no_drafter(model.mtp_config)):
+        problems.append(f"{why}; decode without speculation")
     if problems:
         raise ValueError("; ".join(problems))
     return _stream(model, [list(prompt) for prompt in prompts], settings)
@@ -203,7 +201,7 @@ class _Batch:
         self.chunk = max(settings.prefill_chunk, depth + 2)
         self.drafter: Drafter | None = None
         if depth:
-            kind = KINDS[model.mtp_config.mode]
+            kind = model.mtp.drafter(model.mtp_config)
             self.drafter = kind(decoder, slots, rows=len(prompts), depth=depth, chunk=self.chunk)
         # (B, S, R+P) per layer
         self.caches = slots.caches(model.config.num_hidden_layers, len(prompts))

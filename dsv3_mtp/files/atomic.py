@@ -5,11 +5,15 @@ time. No torch.
 import fcntl
 import json
 import os
+import re
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+LEFT = re.compile(r"\..+\.\d+\.tmp")  # as `replacing` names them
 
 
 @contextmanager
@@ -37,6 +41,28 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, *, older_than: float = 0.0) -> None:
+    """Deletes the temporary files that killed processes left in a folder.
+
+    older_than: seconds; 0 where this process holds the folder's lock, so that no other writes there.
+    """
+    for path in folder.glob(".*.tmp"):
+        if LEFT.fullmatch(path.name) and path.is_file():
+            with suppress(OSError):  # another process swept it just now
+                if time.time() - path.stat().st_mtime >= older_than:
+                    path.unlink()
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """The file lies in the folder, or where a link in it leads within the same download.
+
+    The cache of the Hugging Face Hub has snapshots of links to the blobs beside them.
+    """
+    real, home = path.resolve(), folder.resolve()
+    cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
+    return real.is_relative_to(home) or (cached and real.parent == home.parents[1] / "blobs")
 
 
 def lock(path: Path, busy: str, *, wait: bool = False) -> int:

@@ -1,9 +1,9 @@
 """One safetensors file, read and written one tensor, or one range of a tensor, at a time.
 
 The format (huggingface/safetensors): 8 bytes little-endian header size, a JSON header {name:
-{dtype, shape, data_offsets}}, then the data. Read here rather than through the library for three
-reasons: a streaming writer never holds a file, a plain read leaves no mapped pages in memory, and
-truncation is found without touching the data.
+{dtype, shape, data_offsets}}, then the data. The library judges the header. The data is read and
+written here for two reasons: a streaming writer never holds a file, and a plain read leaves no
+mapped pages in memory.
 """
 
 import json
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.files.atomic import naming
+from dsv3_mtp.files.checked import parse_json
+from dsv3_mtp.files.digest import Digest
 
 DTYPES = {
     "F32": torch.float32,
@@ -26,6 +28,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100_000_000  # bytes, as in the library
 
 
 class Entry(NamedTuple):
@@ -72,11 +75,12 @@ class Place(NamedTuple):
                 view = view[count:]
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Entries, offset of the data, size of the file.
+def read_places(path: Path) -> dict[str, Place]:
+    """Where each tensor of a file lies. Reads the header only.
 
     Raises:
-        OSError, ValueError: no such file, or no safetensors file.
+        OSError, ValueError: no such file, or none that the safetensors library reads: cut off, not
+            covered wholly or covered twice, sizes that are no sizes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -84,31 +88,36 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if 8 + length > size:
             raise ValueError(f"cut off: {size:,} bytes, its header alone is longer")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError("no safetensors header")
+        if length > LONGEST_HEADER:
+            raise ValueError(f"a header of {length:,} bytes, more than {LONGEST_HEADER:,}")
+        header = parse_json(file.read(length), dict[str, Any])
+    _ask_the_library(path, size)
     header.pop("__metadata__", None)
-    return header, 8 + length, size
+    places = {}
+    for name, about in header.items():
+        start, stop = (8 + length + offset for offset in about["data_offsets"])
+        places[name] = Place(path, about["dtype"], tuple(about["shape"]), start, stop)
+    return places
 
 
-def place_of(path: Path, value: dict[str, Any], data: int) -> Place:
-    """An entry of `read_header`, whose data begins at `data`.
+def _ask_the_library(path: Path, size: int) -> None:
+    """Raises ValueError where the safetensors library refuses the header, whatever for."""
+    from safetensors import SafetensorError, safe_open
 
-    Raises:
-        ValueError, KeyError, TypeError: the entry is not one.
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        if "not fully covered" in reason:
+            reason = f"cut off, or too long: {size:,} bytes are not those of its tensors"
+        raise ValueError(reason) from None
+
+
+def write_file(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> str:
+    """Writes the tensors, which come in the order of `entries`, and flushes them to disk. Returns
+    the digest of the file.
     """
-    shape = tuple(int(size) for size in value["shape"])
-    start, stop = value["data_offsets"]
-    if not 0 <= start <= stop:
-        raise ValueError(f"data_offsets {start} .. {stop}")
-    found = Place(path, value["dtype"], shape, data + start, data + stop)
-    if found.dtype in DTYPES and math.prod(shape) * DTYPES[found.dtype].itemsize != stop - start:
-        raise ValueError(f"{stop - start} bytes for {found.dtype} {list(shape)}")
-    return found
-
-
-def write_file(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> None:
-    """Writes the tensors, which come in the order of `entries`, and flushes them to disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
@@ -122,11 +131,17 @@ def write_file(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> N
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     stream = iter(tensors)
     with naming(path), path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        head = struct.pack("<Q", len(text)) + text
+        file.write(head)
+        digest = Digest()
+        digest.update(head)
         for entry in entries:
             tensor = next(stream)
             if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
                 raise RuntimeError(f"{entry}: got {tensor.dtype} {tuple(tensor.shape)}")
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            data = tensor.contiguous().view(torch.uint8).numpy().data
+            digest.update(data)
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    return str(digest)

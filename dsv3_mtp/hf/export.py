@@ -1,9 +1,8 @@
 """A run's weights as a folder that transformers, vLLM and SGLang read."""
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_mtp.config import Config, load_config, schedules
+from dsv3_mtp.config import AdaptiveSchedule, Config, load_config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
+from dsv3_mtp.hf.readers import reader_notes
 from dsv3_mtp.hf.settings import (
     SPECIAL_IDS,
     TYPES,
@@ -26,9 +27,10 @@ from dsv3_mtp.hf.settings import (
     to_config_json,
     write_settings,
 )
+from dsv3_mtp.hf.splice import Trunk, splice
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
-from dsv3_mtp.runs.loading import IMPORTED, newest_weights, tokenizer_of
+from dsv3_mtp.runs.loading import IMPORTED, newest_weights, read_reached, tokenizer_of
 
 Read = Callable[[Slot], Tensor]
 TOKENIZER_FILES = (
@@ -41,9 +43,10 @@ def export_hf(
     run: str | Path,
     out: str | Path,
     *,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     trunk_only: bool = False,
     ema: bool = False,
+    trust_code: bool | Collection[str] = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Writes the newest checkpoint of a run to the new folder `out`. Returns what the user should
@@ -51,8 +54,11 @@ def export_hf(
 
     Args:
         dtype: bf16; fp8 (E4M3 in 128 x 128 blocks, see `keys.QUANTISED`, the rest bf16); fp32.
+            None: bf16, except that modules on a frozen trunk are put beside the files it came
+            from, which are copied as they are (hf/splice.py).
         trunk_only: leave MTP modules out.
         ema: the moving average of the weights instead of the weights.
+        trust_code: import what the run's config names as package.module:Class.
 
     Raises:
         ValueError: `out` exists, there is no checkpoint or no average in it, the layout cannot
@@ -60,8 +66,11 @@ def export_hf(
             reasons at once, and nothing is written.
     """
     run, out = Path(run), Path(out)
-    config = load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml", trust_code=trust_code)
     modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
+    if dtype is None and config.train.freeze == "trunk" and modules and not ema:
+        return _beside_trunk(run, out, config, modules, notes)
+    dtype = dtype or "bf16"
     expected = list(slots(config.model, modules))
     read, origin, more = _open_run(run, config, expected, modules, ema)
     notes = [
@@ -90,6 +99,41 @@ def export_hf(
             )
         open_checkpoint(temporary)  # the key contract, on the files as a reader finds them
     return notes
+
+
+def _beside_trunk(
+    run: Path, out: Path, config: Config, modules: int, notes: list[str]
+) -> list[str]:
+    """`export_hf` of modules that learned on a frozen trunk."""
+    trunk = Trunk(Path(config.train.init_from or ""))
+    expected = list(slots(config.model, modules))
+    read, origin, more = _open_run(run, config, expected, modules, ema=False)
+    if other := trunk.differences(read, getattr(torch, config.train.dtype)):
+        raise ValueError(
+            f"{trunk.folder}: {len(other)} tensors are not those that {origin} was trained on, "
+            f"{other[0]} among them; name the trunk's folder in train.init_from, or write all "
+            "weights anew with --dtype bf16, fp8 or fp32"
+        )
+    bad: list[str] = []
+    # a module repeats the embedding and the output head: these are the trunk's
+    new = [slot for slot in expected if slot.alias or slot.key.startswith("mtp.")]
+
+    def read_new(slot: Slot) -> Tensor:
+        return trunk.checkpoint.read(slot.key) if slot.alias else read(slot)
+
+    with new_folder(out) as temporary:
+        entries = [entry for slot in new for entry in entries_of(slot, trunk.dtype)]
+        tensors = _converted(new, read_new, trunk.dtype, bad)
+        splice(trunk, temporary, modules, entries, tensors)
+        if bad:
+            raise ValueError(f"{origin}: {len(bad)} tensor(s) hold nan or infinity:\n{bad[0]}")
+        open_checkpoint(temporary)  # the key contract, on the files as a reader finds them
+    return [
+        f"{modules} MTP module(s) from {origin}, stored as the trunk is: {trunk.dtype}",
+        f"the trunk's files are those of {trunk.folder}, byte for byte",
+        *dict.fromkeys([*notes, *more]),
+        *reader_notes(config.model, modules, trunk.dtype),
+    ]
 
 
 def entries_of(slot: Slot, dtype: str) -> list[Entry]:
@@ -122,7 +166,7 @@ def _open_run(
     """(function from a slot to its tensor, where they come from, notes) of a run's newest
     weights.
     """
-    stored = newest_weights(run, ema=ema)
+    stored, notes = newest_weights(run, ema=ema)
     if stored is None and (run / IMPORTED).is_dir():
         return _open_imported(run, expected, modules)
     if stored is None:
@@ -132,9 +176,7 @@ def _open_run(
     newest = stored.folder
     state = meta_model(config.model, config.mtp).state_dict()
     problems = summarise(misfits(stored.shapes, state))
-    progress = min(
-        json.loads((newest / "state.json").read_text())["tokens"] / config.train.total_tokens, 1.0
-    )
+    progress = min(read_reached(newest)["tokens"] / config.train.total_tokens, 1.0)
     deepest = (
         f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
     )
@@ -153,7 +195,7 @@ def _open_run(
         start = int(part.storage_offset())
         return stored.read(slot.key, start, start + part.numel()).view(part.shape)
 
-    return read, newest, []
+    return read, newest, notes
 
 
 def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read, Path, list[str]]:
@@ -176,6 +218,8 @@ def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
     """MTP modules that are as they were initialised: no loss reached them, theirs or, by the chain,
     a deeper one.
     """
+    if isinstance(config.mtp.loss_weight, AdaptiveSchedule):
+        return  # its weights were the run's own: the config does not tell them
     source = Path(config.train.init_from or "")
     # trained before this run
     brought = read_settings(source).modules if (source / "config.json").is_file() else 0
@@ -198,7 +242,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
         if (imported / name).is_file():
             shutil.copyfile(imported / name, folder / name)
     if (imported / "config.json").is_file():
-        content = json.loads((imported / "config.json").read_text(encoding="utf-8"))
+        content = read_json(imported / "config.json", dict[str, Any], "import the run again")
         return {key: content[key] for key in SPECIAL_IDS if key in content}, []
     tokenizer = tokenizer_of(config, run)
     if tokenizer is None:
@@ -206,7 +250,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
             return {}, [
                 f"no tokenizer: data.task {config.data.task.type} generates token ids, not text"
             ]
-        where = ", ".join(entry.path for entry in config.data.entries)
+        where = ", ".join(str(entry.path) for entry in config.data.entries)
         return {}, [
             (
                 f"no tokenizer: no tokenizer.json in {where}; "

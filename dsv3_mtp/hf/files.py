@@ -1,16 +1,31 @@
 """A folder of safetensors files; every fault of its files in one list."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NotRequired
 
+from pydantic import with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from dsv3_mtp.files.atomic import write_json
-from dsv3_mtp.files.tensorfile import Entry, Place, place_of, read_header, write_file
+from dsv3_mtp.files.atomic import inside, write_json
+from dsv3_mtp.files.checked import OPEN, read_json
+from dsv3_mtp.files.digest import difference
+from dsv3_mtp.files.tensorfile import Entry, Place, read_places, write_file
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+
+
+DIGESTS = "dsv3_mtp_digests"  # key in the index's metadata, where each writer may put its own
+
+
+@with_config(OPEN)
+class WeightMap(TypedDict):
+    """The index of a folder of shards."""
+
+    weight_map: dict[str, str]
+    metadata: NotRequired[dict[str, Any] | None]
 
 
 class Checkpoint:
@@ -22,6 +37,7 @@ class Checkpoint:
         self.folder = folder
         self.places: dict[str, Place] = {}
         self.problems: list[tuple[str, str]] = []
+        self.digests: dict[str, str] = {}  # of files that this project wrote
         weight_map = self._index()
         files = sorted(set(weight_map.values())) or sorted(
             path.name for path in folder.glob("*.safetensors")
@@ -43,38 +59,39 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         return self.places[name].read()
 
+    def differences(self) -> list[str]:
+        """Files whose content is not what this project wrote; reads all of them."""
+        recorded = sorted(self.digests.items())
+        found = (difference(self.folder / name, digest) for name, digest in recorded)
+        return [text for text in found if text is not None]
+
     def _index(self) -> dict[str, str]:
         path = self.folder / INDEX
         if not path.is_file():
             return {}
         try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            return {str(key): Path(value).name for key, value in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self.problems.append(
-                (INDEX, f"not an index of safetensors files ({type(error).__name__}: {error})")
-            )
+            index = read_json(path, WeightMap, "download or export it again")
+        except ValueError as error:
+            self.problems.append((INDEX, str(error)))
             return {}
+        recorded = (index.get("metadata") or {}).get(DIGESTS)
+        if isinstance(recorded, dict):
+            self.digests = {Path(str(name)).name: str(x) for name, x in recorded.items()}
+        return {key: Path(value).name for key, value in index["weight_map"].items()}
 
     def _add(self, path: Path) -> None:
+        if not inside(path, self.folder):
+            self.problems.append((path.name, "is a link out of the folder; put the file there"))
+            return
         try:
-            header, data, size = read_header(path)
+            places = read_places(path)
         except (OSError, ValueError) as error:
             self.problems.append((path.name, getattr(error, "strerror", None) or str(error)))
             return
-        for name, value in header.items():
-            try:
-                found = place_of(path, value, data)
-            except (ValueError, KeyError, TypeError) as error:
-                self.problems.append((name, f"bad entry in the header of {path.name} ({error})"))
-                continue
+        for name, found in places.items():
             if name in self.places:
                 self.problems.append(
                     (name, f"in {self.places[name].file.name} and again in {path.name}")
-                )
-            elif found.stop > size:
-                self.problems.append(
-                    (name, f"cut off: {path.name} has {size:,} bytes, it ends at {found.stop:,}")
                 )
             self.places.setdefault(name, found)
 
@@ -95,12 +112,13 @@ def write_checkpoint(
         shards[-1].append(entry)
     stream = iter(tensors)
     weight_map: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {entry.name: name for entry in shard}
-        write_file(folder / name, shard, stream)
+        digests[name] = write_file(folder / name, shard, stream)
     index = {
-        "metadata": {"total_size": sum(entry.size for entry in entries)},
+        "metadata": {"total_size": sum(entry.size for entry in entries), DIGESTS: digests},
         "weight_map": weight_map,
     }
     write_json(folder / INDEX, index)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
-from dsv3_mtp.heads.heads import MTPModule
+from dsv3_mtp.heads.sequential import layout_module
 from dsv3_mtp.model.causal_lm import meta_model
 
 BIAS = "mlp.gate.e_score_correction_bias"
@@ -49,10 +49,7 @@ def slots(config: ModelConfig, modules: int) -> Iterator[Slot]:
     """Every tensor of a checkpoint with `modules` MTP modules, in file order."""
     trunk = meta_model(config, MTPConfig(mode="none")).state_dict()
     with torch.device("meta"):
-        # The layout's modules are MoE, whatever the trunk's last layer is.
-        module = MTPModule(
-            config.model_copy(update={"first_k_dense_replace": 0}), MTPConfig()
-        ).state_dict()
+        module = layout_module(config).state_dict()
     for name, tensor in trunk.items():
         yield from _slots_of(name, name, tuple(tensor.shape))
     for number in range(modules):
@@ -64,6 +61,13 @@ def slots(config: ModelConfig, modules: int) -> Iterator[Slot]:
             yield Slot(f"{disk}{alias}.weight", tuple(trunk[key].shape), key, alias=True)
         for name, tensor in module.items():
             yield from _slots_of(disk + name, memory + name, tuple(tensor.shape))
+
+
+def slot_count(config: ModelConfig, modules: int) -> int:
+    """About how many `slots` there are: three of each expert, some dozen of each layer."""
+    layers = config.num_hidden_layers + modules
+    moe = layers - min(config.first_k_dense_replace, config.num_hidden_layers)
+    return 3 * config.n_routed_experts * moe + 12 * layers
 
 
 def _slots_of(name: str, key: str, shape: tuple[int, ...]) -> Iterator[Slot]:

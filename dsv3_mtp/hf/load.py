@@ -13,10 +13,11 @@ from torch import Tensor
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.tensorfile import DTYPES
 from dsv3_mtp.hf.files import Checkpoint
-from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
+from dsv3_mtp.hf.keys import SCALE, Slot, slot_count, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
+from dsv3_mtp.model.size import require_memory
 from dsv3_mtp.precision.quantise import dequantise, scale_shape
 
 # Keys of the model section that leave what given weights compute as it is.
@@ -44,9 +45,15 @@ def open_checkpoint(
     module_names = tuple(f"model.layers.{layer}." for layer in range(first, stop))
     modules = 0 if trunk_only else settings.modules
     ignored = {name for name in checkpoint.places if trunk_only and name.startswith(module_names)}
+    if (most := slot_count(settings.model, modules)) > 2 * len(checkpoint.places) + 10_000:
+        raise ValueError(
+            f"{folder}: config.json describes {most:,} tensors, the files hold "
+            f"{len(checkpoint.places):,}"
+        )
     expected = list(slots(settings.model, modules))
+    # A shard that cannot be read lacks all its tensors: its own line says enough.
     lines = summarise(
-        checkpoint.problems + key_problems(checkpoint, expected, settings.block, ignored)
+        checkpoint.problems or key_problems(checkpoint, expected, settings.block, ignored)
     )
     if lines:
         if modules and not any(name.startswith(module_names) for name in checkpoint.places):
@@ -62,6 +69,13 @@ def open_checkpoint(
         settings,
         [slot for slot in expected if not slot.alias or slot.name in checkpoint.places],
     )
+
+
+def require_same(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where a file is not what this project wrote there."""
+    if problems := checkpoint.differences():
+        lines = [f"{checkpoint.folder}: damaged; make it again", *problems]
+        raise ValueError("\n  ".join(lines))
 
 
 def key_problems(
@@ -144,10 +158,11 @@ def load_weights(
         writable: context in which a tensor can be written, for parameters that are kept in parts.
 
     Raises:
-        ValueError: the checkpoint is damaged or does not fit the model; every reason is listed,
-            nothing was copied.
+        ValueError: the checkpoint is damaged or does not fit the model, and nothing was copied; or
+            it holds values that are not finite. Every reason is listed.
     """
     checkpoint, settings, _ = open_checkpoint(folder)
+    require_same(checkpoint)
     modules, notes = fit(settings, settings.modules, model.config, model.mtp_config, folder=folder)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     first = {
@@ -160,6 +175,7 @@ def load_weights(
         (slot for slot in slots(settings.model, modules) if not slot.alias),
         key=lambda slot: slot.key,
     )
+    bad: list[tuple[str, str]] = []
     for key, group in itertools.groupby(wanted, key=lambda slot: slot.key):
         if tensors[key].is_meta:  # on another pipeline stage
             continue
@@ -171,7 +187,13 @@ def load_weights(
                     index = (number - first[key], rows)
                     if not 0 <= index[0] < len(tensors[key]):
                         continue
-                tensors[key][index].copy_(read_slot(checkpoint, slot, settings.block))
+                values = read_slot(checkpoint, slot, settings.block)
+                if not is_finite(values):
+                    bad.append((slot.name, "holds nan or infinity"))
+                tensors[key][index].copy_(values)
+    if bad:
+        lines = summarise(bad)
+        raise ValueError("\n  ".join([f"{folder}: {len(lines)} problem(s)", *lines]))
     return [f"weights from {folder}", *settings.notes, *notes]
 
 
@@ -186,23 +208,9 @@ def fit(
             listed.
     """
     problems = _differences(settings.model, config)
-    own = mtp.depths if mtp.mode == "sequential" else 0
-    own = min(own, 1) if mtp.share_weights else own
-    modules = min(own, stored)
-    if modules:
-        usual = {"trunk_hidden": "post_norm", "embed": True} | (
-            {"chain": "hidden"} if own > 1 else {}
-        )
-        problems += [
-            f"mtp.{key}: {getattr(mtp, key)}, the checkpoint's MTP modules have {value}"
-            for key, value in usual.items()
-            if getattr(mtp, key) != value
-        ]
-    if modules and config.first_k_dense_replace == config.num_hidden_layers:
-        problems.append(
-            "model.first_k_dense_replace: all layers are "
-            "dense here, the checkpoint's MTP modules are MoE"
-        )
+    taken = mtp.kind.load(config, mtp, stored) if mtp.depths else None
+    modules = taken.modules if taken else 0
+    problems += taken.problems if taken else []
     if problems:
         raise ValueError(
             "\n".join([f"{folder} does not fit this config:", *(f"  {text}" for text in problems)])
@@ -210,10 +218,7 @@ def fit(
     notes = []
     if modules < stored:
         notes.append(f"not used: MTP module(s) {modules + 1}..{stored} of {folder}")
-    if mtp.depths and modules < max(own, 1):
-        fresh = (
-            f"MTP module(s) {modules + 1}..{own}" if own else f"the {mtp.depths} {mtp.mode} head(s)"
-        )
+    for fresh in taken.notes if taken else []:
         notes.append(f"not in {folder}, at their random start: {fresh}")
     return modules, notes
 
@@ -272,6 +277,7 @@ def empty_model(config: ModelConfig, mtp: MTPConfig, dtype: torch.dtype) -> Deep
     float32.
     """
     model = meta_model(config, mtp)
+    require_memory(model, bytes_per_value=dtype.itemsize)
     # not model.to(dtype): that would convert the router biases too
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

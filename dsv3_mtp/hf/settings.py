@@ -2,7 +2,6 @@
 what is refused.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.precision.quantise import BLOCK
 
 # Of a tensor that is not quantised, by the `dtype` of an export or import.
@@ -25,7 +25,8 @@ QUANTIZATION = {
 }
 # What this code computes and has no key for: (value written, values accepted when read).
 FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "model_type": ("deepseek_v3", ("deepseek_v3",)),
+    # kimi_k2: the same model, so that engines can tell it (moonshotai/Kimi-K2, deploy_guidance)
+    "model_type": ("deepseek_v3", ("deepseek_v3", "kimi_k2")),
     "hidden_act": ("silu", ("silu",)),
     "scoring_func": ("sigmoid", ("sigmoid",)),
     "topk_method": ("noaux_tc", ("noaux_tc",)),
@@ -76,6 +77,7 @@ YARN_PROBLEM = (
     "both must be > 0, or 1 and 0"
 )
 LATENT_EPS = 1e-6
+MOST_MODULES = 64
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -109,24 +111,16 @@ def representable(model: ModelConfig, mtp: MTPConfig, *, trunk_only: bool) -> tu
     yarn = model.rope_scaling
     if yarn is not None and not _same_yarn(yarn.mscale, yarn.mscale_all_dim):
         problems.append("model." + YARN_PROBLEM.format(**yarn.model_dump()))
-    sequential = mtp.mode == "sequential" and mtp.depths > 0
-    if sequential and not trunk_only:
-        problems += _sequential_problems(model, mtp)
+    heads = mtp.kind.export(model, mtp) if mtp.depths and not trunk_only else None
+    problems += heads.problems if heads else []
     if problems:
         raise ValueError(
             "\n".join(["this run cannot be written in DeepSeek-V3's layout:", *problems])
         )
-    if mtp.depths and (trunk_only or not sequential):
-        why = "as asked" if trunk_only else "the layout has no place for them"
-        notes.append(
-            f"not exported: the {mtp.depths} {mtp.mode} MTP "
-            f"head(s), {why}; the trunk is complete without them"
-        )
-    if not sequential or trunk_only:
-        return 0, notes
-    if mtp.share_weights and mtp.depths > 1:
-        notes.append(f"one MTP module is written: this run recycles it for its {mtp.depths} depths")
-    return (1 if mtp.share_weights else mtp.depths), notes
+    if mtp.depths and trunk_only:
+        which = f"the {mtp.depths} {mtp.mode} MTP head(s)"
+        notes.append(f"not exported: {which}, as asked; the trunk is complete without them")
+    return (heads.modules, notes + heads.notes) if heads else (0, notes)
 
 
 def _latent_notes(model: ModelConfig) -> list[str]:
@@ -137,28 +131,6 @@ def _latent_notes(model: ModelConfig) -> list[str]:
         f"SGLang, and with {LATENT_EPS:g} in transformers"
     )
     return [f"rms_norm_eps {model.rms_norm_eps:g}: {how}, whose results differ"]
-
-
-def _sequential_problems(model: ModelConfig, mtp: MTPConfig) -> Iterator[str]:
-    remedy = "; export the trunk alone with --trunk-only"
-    if mtp.trunk_hidden == "pre_norm":
-        yield (
-            "mtp.trunk_hidden: pre_norm: every reader of the "
-            f"layout feeds the trunk's normed output{remedy}"
-        )
-    if mtp.chain == "trunk" and mtp.depths > 1:
-        yield (
-            f"mtp.chain: trunk with {mtp.depths} depths: "
-            f"readers chain the modules' hidden states{remedy}"
-        )
-    if not mtp.embed:
-        yield f"mtp.embed: false: the layout's eh_proj reads the token embedding{remedy}"
-    if model.first_k_dense_replace == model.num_hidden_layers:
-        text = (
-            "model.first_k_dense_replace: all layers are "
-            "dense, so the MTP modules are; the layout's are MoE"
-        )
-        yield f"{text}{remedy}"
 
 
 def to_config_json(
@@ -201,19 +173,18 @@ def read_settings(folder: Path) -> Settings:
             reasons are listed.
     """
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a mapping")
+    content = read_json(path, dict[str, Any], "download or export it again")
+    _require_architecture(path, content)
     problems = list(_fixed_problems(content))
     block, quantization_problems = _block(content.get("quantization_config"))
     problems += quantization_problems
     values = {key: content[key] for key in ModelConfig.model_fields if content.get(key) is not None}
     values["q_lora_rank"] = content.get("q_lora_rank")
+    # What its readers make of null, which is not this project's default: gates that are not
+    # normalised, and no shared expert.
+    for key, meaning in (("norm_topk_prob", False), ("n_shared_experts", 0)):
+        if key in content and content[key] is None:
+            values[key] = meaning
     try:
         values |= _rope(content)
         model = ModelConfig.model_validate(values)
@@ -222,9 +193,13 @@ def read_settings(folder: Path) -> Settings:
             problems.append(f"{'.'.join(map(str, fault['loc'])) or 'model'}: {fault['msg']}")
     except ValueError as error:
         problems.append(str(error))
-    modules: Any = content.get("num_nextn_predict_layers", content.get("num_mtp_layers", 0))
-    if not isinstance(modules, int) or modules < 0:
-        problems.append(f"num_nextn_predict_layers: must be a number >= 0 (got {modules!r})")
+    modules: Any = content.get("num_nextn_predict_layers", content.get("num_mtp_layers"))
+    modules = 0 if modules is None else modules
+    if type(modules) is not int or not 0 <= modules <= MOST_MODULES:
+        problems.append(
+            f"num_nextn_predict_layers: must be a number >= 0 and <= {MOST_MODULES} "
+            f"(got {modules!r})"
+        )
     if problems:
         raise ValueError(
             "\n".join([f"{path}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)])
@@ -237,14 +212,22 @@ def read_settings(folder: Path) -> Settings:
     return Settings(model, modules, block, ids, notes + _latent_notes(model))
 
 
+def _require_architecture(path: Path, content: dict[str, Any]) -> None:
+    """Raises ValueError, one sentence: what else another architecture's keys say is no news."""
+    kinds = FIXED["model_type"][1]
+    if (found := content.get("model_type")) not in kinds:
+        raise ValueError(
+            f"{path}: model_type: {found!r} is not supported, only {' and '.join(map(repr, kinds))}"
+            ": checkpoints of the architecture DeepseekV3ForCausalLM"
+        )
+
+
 def _fixed_problems(content: dict[str, Any]) -> Iterator[str]:
     accepted = {key: values for key, (_, values) in FIXED.items()} | READ_ONLY
     for key, values in accepted.items():
         value = content.get(key, values[0])
         if value not in values:
             yield f"{key}: {value!r} is not supported, only {values[0]!r}"
-    if content.get("model_type") is None:
-        yield "model_type: missing; it must be 'deepseek_v3'"
     heads = content.get("num_attention_heads")
     if (groups := content.get("num_key_value_heads")) not in (None, heads):
         yield (
@@ -257,10 +240,10 @@ def _block(quantization: Any) -> tuple[tuple[int, int] | None, list[str]]:
     """Block size of an FP8 checkpoint, and what is not supported about its quantisation."""
     if quantization is None:
         return None, []
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
-        method = (
-            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        )
+    if not isinstance(quantization, dict):
+        return None, [f"quantization_config: must be a mapping (got {quantization!r})"]
+    if quantization.get("quant_method") != "fp8":
+        method = quantization.get("quant_method")
         return None, [f"quantization_config: quant_method {method!r} is not supported, only 'fp8'"]
     block = quantization.get("weight_block_size")
     if not (
@@ -278,7 +261,10 @@ def _block(quantization: Any) -> tuple[tuple[int, int] | None, list[str]]:
 
 def _rope(content: dict[str, Any]) -> dict[str, Any]:
     """rope_theta and rope_scaling, from DeepSeek's two keys or transformers 5's rope_parameters."""
-    scaling = dict(content.get("rope_parameters") or content.get("rope_scaling") or {})
+    scaling = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(f"rope_scaling: must be a mapping (got {scaling!r})")
+    scaling = dict(scaling)
     theta = scaling.pop("rope_theta", None) or content.get("rope_theta", 10000.0)
     kind = scaling.pop("rope_type", None)
     kind = scaling.pop("type", kind) or "default"

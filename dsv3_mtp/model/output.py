@@ -11,6 +11,23 @@ Batch = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
+class LossSettings:
+    """What the losses of all micro-batches of one optimizer step have in common (V3 eqs. 17, 24,
+    25).
+    """
+
+    # (D,) lambda * w_k / D, the factor of each L_k; None: of the model's own `mtp` section at the
+    # start of a run
+    loss_weights: tuple[float, ...] | None = None
+    balance_loss_weight: float = 0.0  # alpha of eq. 17
+    # (2+D+terms,) from `DeepseekV3MTP.counts`, of the whole optimizer step; None: of the
+    # micro-batch alone
+    normalizer: Tensor | None = None
+    # measure it too, without gradient: about twice the losses' logits again
+    overlap: bool = False
+
+
+@dataclass(frozen=True)
 class MTPOutput:
     """One micro-batch. `loss` has a gradient; everything else is detached and adds up over
     micro-batches and ranks.
@@ -27,6 +44,8 @@ class MTPOutput:
     agreed: Tensor
     compared: Tensor  # (D,) slots in which that comparison exists
     overlap: Tensor  # (4, D) of model/overlap.py `overlap_sums`: zeros where it was not asked for
+    term_sum: Tensor  # (terms,) losses that the heads own, summed; heads/base.py: `terms`
+    term_count: Tensor  # (terms,)
     balance: Tensor  # scalar: sum over sequences and routers of sum_i f_i P_i
     load: Tensor  # (routers, E) tokens per expert, trunk routers first
     # (routers,) sum over tokens of the groups (V3: nodes) that the token's experts lie in

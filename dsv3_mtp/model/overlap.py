@@ -14,14 +14,17 @@ vocab, D depths.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_mtp.model.states import HeadRows
 from dsv3_mtp.ops.compute import Shard
 
-HeadLogits = Callable[[int, Tensor], Tensor]
+HeadLogits = Callable[[int, Any], Tensor]
+States = Tensor | HeadRows | None
 CHUNK_ELEMENTS = 2**22  # log-probabilities of a chunk: 16 MiB in float32, and some copies
 
 
@@ -44,37 +47,39 @@ class Pair:
 
 def pairs(
     head_logits: HeadLogits,
-    hiddens: Sequence[Tensor],
+    hiddens: Sequence[States],
     following: Tensor,
     vocab_size: int,
+    offsets: Sequence[int],
     *,
     temperature: float = 1.0,
 ) -> Iterator[Pair]:
     """Every slot of every depth beside its teacher, one chunk after another.
 
     Args:
-        hiddens: of depth 0..D, (B, T, C) each, as `head_logits` reads them.
-        following: (B, D, C) of the main head: the slots behind these T, where the row goes on in
+        hiddens: of depth 0..D as `head_logits` reads them: of depth 0 (B, T, C), of others that or
+            the rows of a head; None: the depth has none.
+        offsets: of depth 0..D; the largest is 1 + A.
+        following: (B, A, C) of the main head: the slots behind these T, where the row goes on in
             another process, or anything: `teachers` says which of them exist. Every process makes
             the same calls, because ZeRO-3 gathers weights in them.
         temperature: > 0, of both distributions.
     """
-    length, depths = hiddens[0].shape[1], len(hiddens) - 1
-    main = torch.cat([hiddens[0], following], dim=1)  # (B, T+D, C)
-    for start, stop in chunks(1, length + depths, len(main), vocab_size):
+    own = hiddens[0]
+    assert isinstance(own, Tensor)
+    length, main = own.shape[1], torch.cat([own, following], dim=1)  # (B, T+A, C)
+    for start, stop in chunks(1, main.shape[1], len(main), vocab_size):
         teacher = log_probabilities(head_logits(0, main[:, start:stop]), temperature)
-        for depth in range(1, 1 + depths):
-            first, end = max(start - depth, 0), min(stop - depth, length)
-            if first < end:
-                draft = log_probabilities(
-                    head_logits(depth, hiddens[depth][:, first:end]), temperature
+        for depth, states in enumerate(hiddens[1:], start=1):
+            ahead = offsets[depth] - 1
+            first, end = max(start - ahead, 0), min(stop - ahead, length)
+            if first < end and states is not None:
+                part = (
+                    states[:, first:end] if isinstance(states, Tensor) else states.cut(first, end)
                 )
-                yield Pair(
-                    depth,
-                    slice(first, end),
-                    teacher[:, first + depth - start : end + depth - start],
-                    draft,
-                )
+                draft = log_probabilities(head_logits(depth, part), temperature)
+                beside = teacher[:, first + ahead - start : end + ahead - start]
+                yield Pair(depth, slice(first, end), beside, draft)
 
 
 def chunks(first: int, last: int, rows: int, vocab_size: int) -> Iterator[tuple[int, int]]:
@@ -88,51 +93,58 @@ def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     return (wide / temperature).log_softmax(-1)
 
 
-def teachers(valid: Tensor, following: int) -> Tensor:
-    """(D, B, T) bool: the label of depth k at slot i counts, and the main head has a slot i+k.
+def teachers(valid: Tensor, following: int, offsets: Sequence[int]) -> Tensor:
+    """(D, B, T) bool: the label of depth k at slot i counts, and the main head has a slot i+offset-1.
 
     valid: (1+D, B, T) of `valid_targets`. following: how many slots of the row lie behind these T.
     """
     depths, length = valid.shape[0] - 1, valid.shape[2]
     slot = torch.arange(length, device=valid.device)
-    exists = [slot + depth < length + following for depth in range(1, 1 + depths)]
+    exists = [slot + offset - 1 < length + following for offset in offsets[1:]]
     return valid[1:] & torch.stack(exists)[:, None] if depths else valid[1:]
 
 
 @torch.no_grad()
 def row_overlap(
-    head_logits: HeadLogits, hiddens: Sequence[Tensor], valid: Tensor, shard: Shard, vocab_size: int
+    head_logits: HeadLogits,
+    hiddens: Sequence[States],
+    valid: Tensor,
+    shard: Shard,
+    vocab_size: int,
+    offsets: Sequence[int],
 ) -> Tensor:
     """`overlap_sums` of this process's slots of rows of text.
 
     valid: (1+D, B, T) of `valid_targets`. The teachers of the last D slots may lie in the next
     slice of the rows (sequence parallelism): the first D states of every slice are exchanged.
     """
-    depths, length = valid.shape[0] - 1, valid.shape[2]
-    if not depths:
+    ahead, length = max(offsets) - 1, valid.shape[2]
+    if len(offsets) == 1:
         return valid.new_zeros((4, 0), dtype=torch.float64)
-    first = min(depths, length)  # or all of a short slice, and then they follow on each other
+    assert isinstance(hiddens[0], Tensor)
+    first = min(ahead, length)  # or all of a short slice, and then they follow on each other
     states = shard.gather(hiddens[0][:, :first])  # (B, slices * first, C)
-    following = states[:, (shard.number + 1) * first :][:, :depths]
-    taught = teachers(valid, following.shape[1])
-    following = F.pad(following, (0, 0, 0, depths - following.shape[1]))
-    return overlap_sums(head_logits, hiddens, following, taught, vocab_size)
+    following = states[:, (shard.number + 1) * first :][:, :ahead]
+    taught = teachers(valid, following.shape[1], offsets)
+    following = F.pad(following, (0, 0, 0, ahead - following.shape[1]))
+    return overlap_sums(head_logits, hiddens, following, taught, vocab_size, offsets)
 
 
 @torch.no_grad()
 def overlap_sums(
     head_logits: HeadLogits,
-    hiddens: Sequence[Tensor],
+    hiddens: Sequence[States],
     following: Tensor,
     taught: Tensor,
     vocab_size: int,
+    offsets: Sequence[int],
 ) -> Tensor:
     """(4, D) float64, adds up over micro-batches and ranks: see `overlap_means`.
 
     taught: (D, B, T) from `teachers`. hiddens, following: see `pairs`.
     """
     overlap = taught.new_zeros(taught.shape, dtype=torch.float64)
-    for pair in pairs(head_logits, hiddens, following, vocab_size):
+    for pair in pairs(head_logits, hiddens, following, vocab_size, offsets):
         overlap[pair.depth - 1][:, pair.slots] = pair.overlap.double()
     counted = overlap.where(taught, 0.0)
     joint = taught.cumprod(0)

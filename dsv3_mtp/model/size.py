@@ -2,9 +2,11 @@
 the meta device.
 """
 
+import os
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from dsv3_mtp.config import ModelConfig
@@ -42,22 +44,29 @@ def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
     mtp_total, mtp_active = count(heads)
     total, active = count(nn.ModuleList([model.model, model.lm_head]))
     embedding = model.model.embed_tokens.weight.numel()
-    # A recycled module is computed at every depth; the shared output head is applied once per
-    # depth.
-    mtp_matmul = mtp_active * (mtp.depths if mtp.share_weights else 1)
     learns = model.lm_head.weight.requires_grad
-    flops, blocks = (
-        (6 if learns else 2) * (active - embedding),
-        config.num_hidden_layers / (1 if learns else 3),
-    )
-    if mtp.mode in ("sequential", "parallel"):
-        half = mtp.detach == "all" or not learns  # the shared head is a constant
-        flops += 6 * mtp_matmul + (4 if half else 6) * mtp.depths * model.lm_head.weight.numel()
-        blocks += mtp.depths
-    else:
-        flops += (6 if mtp.detach == "none" else 4) * mtp_matmul  # their input is the trunk's state
-    flops += blocks * _attention_flops(config, seq_len)
+    blocks = config.num_hidden_layers / (1 if learns else 3)
+    flops = (6 if learns else 2) * (active - embedding) + blocks * _attention_flops(config, seq_len)
+    if mtp.depths:
+        flops += _head_flops(model, seq_len)
     return ModelSize(total, active, embedding, mtp_total, mtp_active, flops)
+
+
+def _head_flops(model: DeepseekV3MTP, seq_len: int) -> float:
+    """Of what the heads say that they compute (heads/base.py: `cost`)."""
+    config, mtp, cost = model.config, model.mtp_config, model.mtp.cost()
+    flops = len(cost.blocks) * _attention_flops(config, seq_len)
+    flops += sum(6 * _total_and_active(config, part)[1] for part in (*cost.blocks, *cost.products))
+    into_rows = not cost.rows_of_trunk or mtp.detach == "none"  # there is a gradient
+    learns = model.lm_head.weight.requires_grad and mtp.detach != "all"
+    size = model.lm_head.weight.numel()
+    own = sum(_total_and_active(config, output)[1] for output in cost.own)
+    # logits with their backward, of the rows of all depths
+    rows = cost.shared * (2 + 2 * into_rows + 2 * learns) * size + (4 + 2 * into_rows) * own
+    # The label's cross-entropy is computed in any case. Other objectives make the logits anew, and
+    # those of the teacher.
+    flops += rows if model.label_weight else 2 * (cost.shared * size + own)
+    return flops + (rows + 2 * size if model.objectives else 0)
 
 
 def layer_flops(model: DeepseekV3MTP, seq_len: int) -> list[float]:
@@ -86,3 +95,20 @@ def _attention_flops(config: ModelConfig, seq_len: int) -> float:
     """Of one layer, forward and backward, per token: causal, so half of the square."""
     width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return 6 * config.num_attention_heads * width * seq_len / 2
+
+
+def require_memory(model: nn.Module, *, bytes_per_value: float, ranks: int = 1) -> None:
+    """Raises ValueError where the weights of a model, shared by all ranks at best, are more than the
+    memory of this machine and its GPUs; the model may be on the meta device.
+    """
+    values = sum(p.numel() for p in model.parameters())
+    needed = values * bytes_per_value / ranks
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there += sum(
+        torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())
+    )
+    if needed > there:
+        raise ValueError(
+            f"the model has {values:,} parameters, {needed / 2**30:,.0f} GiB on each of {ranks} "
+            f"rank(s) at the least; this machine has {there / 2**30:,.0f} GiB"
+        )

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3_mtp.files.atomic import replacing
+from dsv3_mtp.files.atomic import lock, replacing, sweep, write_text
+from dsv3_mtp.files.digest import difference, file_digest
 
 FLAGS = (
     "-O3",
@@ -59,8 +61,8 @@ def unavailable(dtype: torch.dtype) -> str | None:
 def _library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
     """The library for tensors of this type, or why there is none. Made once."""
     try:
-        library = ctypes.CDLL(str(_build(TYPES[dtype])))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        library = _load(_build(TYPES[dtype]))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         return None, (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
@@ -75,21 +77,70 @@ def _build(flags: tuple[str, ...]) -> Path:
     """
     folder = Path(__file__).parent / "csrc"
     sources = sorted(folder.glob("*.c"))
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    name, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]  # such as "ccache gcc"
+    compiler = shutil.which(name)
     if compiler is None:
         raise OSError("there is no C compiler; install one, or name it in CC")
     key = hashlib.sha256(
         b"".join(source.read_bytes() for source in (*folder.glob("*.h"), *sources))
     )
-    key.update(repr((compiler, FLAGS, flags, platform.node(), _processor())).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_mtp"
-    target = cache / f"kernels-{key.hexdigest()[:16]}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as temporary:  # a process that dies or races leaves no half library
-            command = [compiler, *FLAGS, *flags, *map(str, sources), "-o", str(temporary), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    key.update(repr((compiler, arguments, FLAGS, flags, platform.node(), _processor())).encode())
+    target = _cache() / f"kernels-{key.hexdigest()[:16]}.so"
+    made = (target, target.with_suffix(".digest"))
+    if all(path.exists() for path in made):
+        return target
+    descriptor = lock(target.with_name(".lock"), "waiting for the C kernels' build", wait=True)
+    try:
+        if not all(path.exists() for path in made):
+            with replacing(target) as temporary:  # a process that dies leaves no half library
+                output = ["-o", str(temporary), "-lm"]
+                command = [compiler, *arguments, *FLAGS, *flags, *map(str, sources), *output]
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+                temporary.chmod(0o700)
+                write_text(made[1], file_digest(temporary))
+    finally:
+        os.close(descriptor)
     return target
+
+
+def _cache() -> Path:
+    """The folder of the libraries, which nobody else may write: what lies there is run.
+
+    Raises:
+        OSError: it is another user's, or others may write there.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    # a relative one is to be ignored (XDG Base Directory Specification)
+    cache = (base if base.is_absolute() else Path.home() / ".cache") / "dsv3_mtp"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _require_own(cache)
+    sweep(cache, older_than=3600.0)
+    return cache
+
+
+def _require_own(path: Path) -> None:
+    about = path.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        raise OSError(
+            f"{path} is another user's, or others may write it; delete it or chmod go-w it"
+        )
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """A built library.
+
+    Raises:
+        OSError, ValueError: it cannot be loaded, lacks a function, or is not what was built there.
+    """
+    _require_own(path)
+    # the loader would crash on a library that is cut off
+    if difference(path, path.with_suffix(".digest").read_text()) is not None:
+        path.unlink()
+        raise ValueError(f"{path} was damaged and is deleted; the next start builds it again")
+    library = ctypes.CDLL(str(path))
+    if missing := [name for name in _SIGNATURES if not hasattr(library, name)]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; delete it")
+    return library
 
 
 def _processor() -> str:

@@ -42,6 +42,16 @@ class Shard:
         """
         return x
 
+    def beyond(self, count: int) -> int:
+        """How many of the next `count` slots of each row other processes have."""
+        return 0
+
+    def following(self, x: Tensor, count: int) -> Tensor:
+        """(B, T, ..) of this shard -> (B, beyond(count), ..), the slots that follow it, without
+        gradient.
+        """
+        return x[:, :0].detach()
+
     def attention(self, core: Core | None) -> Core | None:
         """The core for the slots of this shard, around one for whole rows."""
         return core

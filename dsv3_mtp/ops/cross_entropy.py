@@ -3,10 +3,13 @@
 Shapes: M rows (tokens of any number of heads), C hidden_size, V vocab.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from dsv3_mtp.ops import choice
+from dsv3_mtp.ops.chunked import chunked
 
 # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
 CHUNK_ELEMENTS = 2**24
@@ -35,15 +38,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(weight.shape[0], on_gpu=hidden.is_cuda)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         targets, row_weight = targets.contiguous(), row_weight.to(wide).contiguous()
+        cross_entropy = _cross_entropy if targets.ndim == 1 else _of_several_targets
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (M, C)
         # (V, C)
         grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)  # (M,)
-        prediction = torch.empty_like(targets)  # (M,)
+        nll = torch.empty(targets.shape, dtype=wide, device=hidden.device)  # (M,) or (M, n)
+        prediction = targets.new_empty(len(targets))  # (M,)
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
             logits = hidden[chunk] @ weight.T  # (rows, V)
-            grad_logits, nll[chunk], prediction[chunk] = _cross_entropy(
+            grad_logits, nll[chunk], prediction[chunk] = cross_entropy(
                 logits, targets[chunk], row_weight[chunk]
             )
             if grad_hidden is not None:
@@ -58,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits, grad_logits  # or two chunks are held while the next is made
         ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.mark_non_differentiable(nll, prediction)
-        return torch.dot(nll, row_weight), nll, prediction
+        return torch.dot(nll.flatten(), row_weight.flatten()), nll, prediction
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _nll, _prediction):
@@ -93,6 +97,24 @@ def _cross_entropy(
     return logits.to(dtype), nll, prediction
 
 
+def _of_several_targets(
+    logits: Tensor, targets: Tensor, row_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_cross_entropy` of rows that are scored against n targets each. targets, row_weight: (M,
+    n).
+
+    The nll of two targets of a row differ by their logits, and the gradients by the two entries of
+    these targets: the first target takes the weight of all, the others are put right.
+    """
+    picked = logits.gather(1, targets).to(row_weight.dtype)  # (M, n)
+    total = row_weight.sum(1)
+    grad, first, prediction = _cross_entropy(logits, targets[:, 0].contiguous(), total)
+    change = -row_weight
+    change[:, 0] += total
+    grad.scatter_add_(1, targets, change.to(grad.dtype))
+    return grad, first[:, None] + picked[:, :1] - picked, prediction
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,12 +124,12 @@ def linear_cross_entropy(
     Args:
         hidden: (M, C) normed hidden states of one or several heads, concatenated.
         weight: (V, C) output head, the same Parameter for all rows.
-        targets: (M,) int64 in [0, V).
-        row_weight: (M,) any float.
+        targets: (M,) int64 in [0, V); or (M, n), several for each row.
+        row_weight: (M,) or (M, n), any float.
 
     Returns:
         loss: scalar `sum(row_weight * nll)`, differentiable in `hidden` and `weight`, once.
-        nll: (M,) float32 (float64 for float64 input), no gradient.
+        nll: (M,) or (M, n) float32 (float64 for float64 input), no gradient.
         prediction: (M,) int64 argmax of the logits.
 
     Peak extra memory is one chunk of logits plus the two gradients, independent of M and of the
@@ -116,3 +138,30 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # or forward would compute the gradients all the same
         hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, row_weight)
+
+
+def chunked_cross_entropy(
+    logits: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    targets: Tensor,
+    row_weight: Tensor,
+    *,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_cross_entropy` of any `logits(inputs, weights)`: of n rows (n, V). inputs: (M, .)
+    each; the other arguments and the result as there.
+
+    Peak extra memory is a few chunks of logits and the gradients, independent of M.
+    """
+    wide = torch.promote_types(inputs[0].dtype, torch.float32)
+    row_weight = row_weight.to(wide)
+
+    def chunk_loss(chunk: slice, inputs: Sequence[Tensor], weights: Sequence[Tensor]):
+        log_p = logits(inputs, weights).to(wide).log_softmax(-1)
+        aims = targets[chunk] if targets.ndim == 2 else targets[chunk, None]
+        nll = -log_p.gather(1, aims).view_as(targets[chunk])
+        return (nll * row_weight[chunk]).sum(), nll, log_p.argmax(-1)
+
+    rows = chunk_rows(vocab_size, on_gpu=inputs[0].is_cuda)
+    return chunked(chunk_loss, inputs, weights, rows=rows, name="chunked_cross_entropy")

@@ -5,25 +5,25 @@ Without a profiler a range costs one comparison.
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from torch.profiler import record_function
 
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 recording = False  # train/profile.py sets it while a profiler runs in this process
 
 
-def named(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def named(name: str) -> Callable[[F], F]:
     """Decorator: what the function does has this name in a trace."""
 
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+    def decorate(function: F) -> F:
         @wraps(function)
-        def inside(*args: P.args, **keywords: P.kwargs) -> R:
+        def inside(*arguments: Any, **keywords: Any) -> Any:
             if not recording:
-                return function(*args, **keywords)
+                return function(*arguments, **keywords)
             with record_function(name):
-                return function(*args, **keywords)
+                return function(*arguments, **keywords)
 
-        return inside
+        return inside  # type: ignore[return-value]
 
     return decorate

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size, refusals
-from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
 from dsv3_mtp.ops.ranges import named
 from dsv3_mtp.parallel import environment, private
 from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
@@ -150,26 +151,23 @@ class Engine:
         """What this rank computes of a batch of whole rows: all of it, or its shard of every
         row.
         """
-        shard, ahead = self.model.shard, 1 + self.model.depths
+        shard, ahead = self.model.shard, self.model.lookahead
         return [tuple(None if x is None else shard.cut(x, ahead) for x in piece) for piece in batch]  # type: ignore[misc]
 
-    def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
+    def accumulate(self, batch: Batch, settings: LossSettings) -> MTPOutput:
         """Forward and backward of this rank's micro-batches of one optimizer step; the gradients
-        are then averaged.
-
-        settings: keywords of the model's forward, normalized over the whole step. Returns the sums
-            of the outputs.
+        are then averaged. Returns the sums of the outputs.
         """
         total = self.model.no_output()
         for number, (tokens, documents, scored) in enumerate(self.own(batch), start=1):
-            out = self.forward(tokens, documents, scored=scored, **settings)
+            out = self.forward(tokens, documents, scored, settings)
             self.backward(out.loss, last=number == len(batch))
             total += out.sums()
         return total
 
     @named("forward")
-    def forward(self, *inputs: Any, **settings: Any) -> MTPOutput:
-        return self.engine(*inputs, **settings)
+    def forward(self, *inputs: Any) -> MTPOutput:
+        return self.engine(*inputs)
 
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
         """The model's `evaluate`: the sums of the outputs for this rank's micro-batches but the

@@ -19,6 +19,9 @@ from deepspeed.accelerator import get_accelerator
 
 from dsv3_mtp.parallel import environment, private
 
+LOOPBACK = "127.0.0.1"
+LOCAL = ("localhost", LOOPBACK, "::1")
+
 
 @dataclass(frozen=True)
 class World:
@@ -74,6 +77,7 @@ def start(*, threads: int | None, timeout_s: float, stages: int = 1, slices: int
     if device.type == "cpu" or threads is not None:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     timeout = timedelta(seconds=timeout_s)
+    _join("nccl" if device.type == "cuda" else "gloo", timeout)
     with contextlib.redirect_stdout(None):
         deepspeed.init_distributed(verbose=False, timeout=timeout, auto_mpi_discovery=False)
     rank, size, local_rank = (
@@ -89,9 +93,13 @@ def starting(timeout_s: float) -> Iterator[None]:
 
     DeepSpeed's sub-groups take that default whatever timeout is passed to it.
     """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    alone["MASTER_PORT"] = str(free_port())
-    with environment({} if "RANK" in os.environ else alone), private.default_timeout(timeout_s):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK}
+    alone["MASTER_PORT"] = "0"  # DeepSpeed wants one named; nothing listens
+    own = {} if "RANK" in os.environ else alone
+    local = (own or os.environ).get("MASTER_ADDR") in LOCAL
+    if local and "GLOO_SOCKET_IFNAME" not in os.environ and (name := _loopback_interface()):
+        own = own | {"GLOO_SOCKET_IFNAME": name}
+    with environment(own), private.default_timeout(timeout_s):
         yield
 
 
@@ -104,6 +112,36 @@ def local_device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Joins torch's process group so that, where all ranks are on this host, no other host can
+    connect.
+
+    A world of one meets in its own memory. Ranks whose MASTER_ADDR is the loopback address meet
+    there; torchrun's agent keeps their store, on the addresses that it chooses. gloo listens on one
+    port per group, on the loopback interface then, unless GLOO_SOCKET_IFNAME names another.
+    """
+    if torch.distributed.is_initialized():
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    local = host in LOCAL
+    store: torch.distributed.Store | None = None
+    if local and size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        store = torch.distributed.HashStore()
+    elif local and "TORCHELASTIC_RUN_ID" not in os.environ:
+        listening = socket.create_server((LOOPBACK, port)).detach() if rank == 0 else None
+        store = torch.distributed.TCPStore(
+            LOOPBACK, port, size, rank == 0, timeout, master_listen_fd=listening
+        )
+    where = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+    torch.distributed.init_process_group(backend, timeout=timeout, **where)  # type: ignore[arg-type]
+
+
+def _loopback_interface() -> str | None:
+    addresses = psutil.net_if_addrs().items()
+    return next((name for name, own in addresses if any(a.address == LOOPBACK for a in own)), None)
 
 
 def free_port() -> int:

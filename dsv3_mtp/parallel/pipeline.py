@@ -17,7 +17,8 @@ the routers' loads, and the tokens.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import uncut
-from dsv3_mtp.heads.heads import TrunkStates
-from dsv3_mtp.model.causal_lm import Batch, DeepseekV3MTP, MTPOutput, meta_model, run_layers
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model, run_layers
 from dsv3_mtp.model.moe import RouterStats
+from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
 from dsv3_mtp.model.size import layer_flops
+from dsv3_mtp.model.states import HeadOutput, TrunkStates
 from dsv3_mtp.parallel import private
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World
@@ -93,7 +95,7 @@ class Stage(nn.Module):
     """Consecutive trunk layers. Takes and gives (x, balance, load, tokens[, documents]):
 
     x (B, T, C); balance (1+r,) and counts (1+r, E+1) int64, load and nodes, of nothing and of the r
-    routers so far (an empty tensor cannot be sent); tokens and documents (B, T+1+D).
+    routers so far (an empty tensor cannot be sent); tokens and documents (B, T+1+A).
     """
 
     def __init__(self, model: DeepseekV3MTP, layers: range):
@@ -111,31 +113,48 @@ class Stage(nn.Module):
         return x, balance, counts, tokens, *documents
 
 
+class Final(NamedTuple):
+    """What the last stage gives to the loss: the rows of all heads, the stats of every router of
+    the model, and the micro-batch's tokens and documents (B, T+1+A).
+    """
+
+    output: HeadOutput
+    tokens: Tensor
+    documents: Tensor | None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the last stage is given of a micro-batch beside `Final`. DeepSpeed hands it from the
+    data to the loss function as the micro-batch's labels.
+    """
+
+    scored: Tensor | None  # (B, T+1+A)
+    settings: LossSettings
+
+
 class LastStage(Stage):
-    """The last trunk layers and all that follows. Also takes the embeddings (B, T-1+D, C) of the
-    tokens ahead.
+    """The last trunk layers and the heads. Also takes the embeddings (B, T-1+A, C) of the tokens
+    ahead.
     """
 
     def __init__(self, model: DeepseekV3MTP, layers: range):
         super().__init__(model, layers)
         self.norm, self.mtp, self.lm_head = model.model.norm, model.mtp, model.lm_head
-        # of the model: they use the three above
-        self.head_states, self.losses = model.head_states, model.losses
-        self.settings: dict[
-            str, Any
-        ] = {}  # keywords of `losses`, the same for all micro-batches of a step
+        self.rows_from = model.rows_from  # of the model: it uses the heads above
 
-    def forward(self, carried: tuple[Tensor, ...]) -> MTPOutput:
+    def forward(self, carried: tuple[Tensor, ...]) -> Final:
         x, balance, counts, tokens, *documents, ahead = carried
         angles, mask = self.positions(tokens, *documents)
         last_input, x, own = run_layers(self.layers, x, angles, mask)
         trunk = TrunkStates(last_input, x, self.norm(x))
-        hiddens, of_heads = self.head_states(trunk, ahead, angles, mask, *documents)
         earlier = [
             RouterStats(c[:-1].float(), b, c[-1])
             for c, b in zip(counts[1:], balance[1:], strict=True)
         ]
-        return self.losses(hiddens, earlier + own + of_heads, tokens, *documents, **self.settings)
+        stats = earlier + own
+        output = self.rows_from(trunk, stats, ahead, angles, mask, tokens, *documents)
+        return Final(output, tokens, documents[0] if documents else None)
 
 
 class SharedEmbedding(TiedLayerSpec):
@@ -155,13 +174,13 @@ class Stages(PipelineModule):
     """The model as DeepSpeed's pipeline: `stage_layers` decides which layer is on which stage."""
 
     def __init__(
-        self, model: DeepseekV3MTP, layers: list[range], loss: Callable[[MTPOutput, Any], Tensor]
+        self, model: DeepseekV3MTP, layers: list[range], loss: Callable[[Final, Targets], Tensor]
     ):
-        depths, experts = model.depths, model.config.n_routed_experts
+        following, experts = model.lookahead, model.config.n_routed_experts
 
         def embed(embedding: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             tokens, *documents = inputs
-            x = embedding(tokens[:, : -1 - depths])
+            x = embedding(tokens[:, :-following])
             return (
                 x,
                 x.new_zeros(1, dtype=torch.float32),
@@ -246,12 +265,12 @@ class PipelineEngine(Engine):
         config: Config,
         **start: Any,
     ):
-        self.stages = Stages(model, stage_layers(config), self.add)
+        self.stages = Stages(model, stage_layers(config), self.loss)
         super().__init__(model, optimizer, module=self.stages, **start)
         private.replace_instruction(self.engine, schedule.BackwardPass, backward_pass)
         self.total, self.counted = model.no_output(), 0
 
-    def accumulate(self, batch: Batch, **settings: Any) -> MTPOutput:
+    def accumulate(self, batch: Batch, settings: LossSettings) -> MTPOutput:
         for weight, _ in self.stages.get_tied_weights_and_groups():
             # detached on the last stage: its zeros are waited for
             if weight.requires_grad and weight.grad is None:
@@ -261,7 +280,7 @@ class PipelineEngine(Engine):
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
         self.module.eval()
-        total = self.run(schedule.InferenceSchedule, batch, {"overlap": True}, blanks)
+        total = self.run(schedule.InferenceSchedule, batch, LossSettings(overlap=True), blanks)
         self.module.train()
         return total
 
@@ -269,22 +288,24 @@ class PipelineEngine(Engine):
         self,
         kind: type[schedule.PipeSchedule],
         batch: Batch,
-        settings: dict[str, Any],
+        settings: LossSettings,
         blanks: int = 0,
     ) -> MTPOutput:
-        """All micro-batches through all stages."""
+        """All micro-batches through all stages; the first takes their tokens, the last their
+        targets.
+        """
         self.total, self.counted = self.model.no_output(), len(batch) - blanks
-        if self.world.stage == self.world.stages - 1:
-            self.stages.forward_funcs[-1].settings = settings
         pieces = [
-            (t,) if documents is None else (t, documents) for t, documents, _ in self.own(batch)
-        ]  # no tasks here
-        self.engine.set_dataiterator(iter([(piece, ()) for piece in pieces]))
+            ((tokens,) if documents is None else (tokens, documents), Targets(scored, settings))
+            for tokens, documents, scored in self.own(batch)
+        ]
+        self.engine.set_dataiterator(iter(pieces))
         private.run_schedule(self.engine, kind(len(batch), self.world.stages, self.world.stage))
         return self.total
 
-    def add(self, out: MTPOutput, _labels: Any) -> Tensor:
+    def loss(self, final: Final, targets: Targets) -> Tensor:
         """The last stage's loss function."""
+        out = self.model.losses(*final, targets.scored, targets.settings)
         if self.counted > 0:
             self.total += out.sums()
         self.counted -= 1

@@ -41,6 +41,15 @@ class SequenceShard(Shard):
         dist.all_gather(parts, x, group=self.group)
         return torch.cat(parts, dim=1)
 
+    def beyond(self, count: int) -> int:
+        return count if self.number + 1 < self.count else 0
+
+    @torch.no_grad()
+    def following(self, x: Tensor, count: int) -> Tensor:
+        first = self.gather(x[:, :count])  # (B, S * count, ..): of each slice as many as are wanted
+        begin = (self.number + 1) * count
+        return first[:, begin : begin + self.beyond(count)]
+
     def attention(self, core: Core | None) -> Core:
         """A core for this shard's slots and all heads, around one for all slots and H/S heads."""
         whole = core or sdpa

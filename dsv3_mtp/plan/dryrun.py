@@ -3,15 +3,13 @@
 import json
 from typing import Any
 
-from dsv3_mtp.config import Config, MarkovTask, schedules
+from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.plan.memory import Layout, Stage, bubbles, communication, layout, plan
 from dsv3_mtp.report.plots import plot_schedules
 from dsv3_mtp.runs.folder import run_folder
-from dsv3_mtp.tasks.examples import TaskSource, TaskStream
-from dsv3_mtp.tasks.grade import reference
 
 DEVICES = (
     8,
@@ -177,19 +175,7 @@ def cost_rows(config: Config, size: ModelSize, shape: Layout) -> dict[str, Any]:
 def task_rows(config: Config) -> dict[str, Any]:
     """What is known about data.task beforehand; nothing for text."""
     task = config.data.task
-    if task is None:
-        return {}
-    if not isinstance(task, MarkovTask):
-        per_row = TaskStream(TaskSource(task), config.data.seq_len, None).per_row
-        text = (
-            f"examples of {task.example_length} tokens, "
-            f"{per_row} per row of {config.data.seq_len + 1}"
-        )
-        return {f"task {task.type}": f"{text}; {task.vocab_size} token ids"}
-    return {
-        f"task markov: best {name}": f"{value:.4f}"
-        for name, value in reference(task, config.mtp).items()
-    }
+    return {} if task is None else task.facts(config.data.seq_len, config.mtp)
 
 
 def _rows(rows: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from math import comb
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.objectives import losses
 from dsv3_mtp.ops.cross_entropy import chunk_rows
 from dsv3_mtp.parallel.engine import sums_in_float32
 from dsv3_mtp.parallel.pipeline import stage_layers
@@ -171,17 +172,23 @@ def _buffers(config: Config, mine: list[Part], learned: Sizes, parameters: int) 
     gathered.
     """
     model, zero, element = config.model, config.parallel.zero_stage, element_size(config)
-    head = any(part.name.endswith("head") for part in mine)
-    rows = (1 + config.mtp.depths) * config.train.micro_batch_size * config.data.seq_len
+    scored = sum(part.rows for part in mine)
+    head, rows = scored > 0, scored * config.train.micro_batch_size * config.data.seq_len
     # The loss holds a chunk of logits, which their gradient replaces, and the gradient of the head
     # in float32.
     chunk = chunk_rows(model.vocab_size, on_gpu=True)
     logits = min(chunk, rows) * model.vocab_size
-    size = element * logits + 4 * model.vocab_size * model.hidden_size if head else 0
+    # none of a frozen one
+    wide = 0 if config.train.freeze == "trunk" else 4 * model.vocab_size * model.hidden_size
+    size = float(element * logits + wide if head else 0)
+    if head and any(not kind.cross_entropy for kind, _ in config.mtp.objectives):
+        # other objectives: eight chunks in float32, and one more gradient of the head
+        size += 8 * 4 * min(losses.CHUNKS_ON_GPU * losses.CHUNK_ELEMENTS, rows * model.vocab_size)
+        size += wide
     if zero >= 2 or (zero == 1 and not sums_in_float32(config)):
         # the bucket, the gradients that are in it, and the one that comes next
-        bucket, wide = setting(config, "reduce_bucket_size"), communication_size(config)
-        size += wide * max(bucket, learned.largest)
+        bucket, summed = setting(config, "reduce_bucket_size"), communication_size(config)
+        size += summed * max(bucket, learned.largest)
         if zero >= 2:
             size += element * min(max(bucket, learned.largest) + learned.largest, learned.whole)
     if zero == 3:

@@ -21,7 +21,8 @@ class Part:
     experts: int  # parameters of routed experts, spread over expert-parallel ranks
     dense_blocks: int  # decoder layers with a dense feed-forward, each time one is computed
     moe_blocks: int
-    merges: int  # computations of eh_proj
+    kept: float  # elements per token that heads keep for the backward beside their blocks
+    rows: int  # of a slot, that output heads score
     learned: tuple[int, int]  # `dense` and `experts` less what is frozen
     largest: int  # elements of the largest parameter that is not frozen
 
@@ -31,19 +32,22 @@ def parts(model: DeepseekV3MTP) -> list[Part]:
     head.
     """
     trunk, mtp = model.model, model.mtp_config
-    blocks = list(model.mtp.layers) if mtp.mode in ("sequential", "parallel") else []
-    if mtp.share_weights:
-        blocks *= mtp.depths
     end = nn.ModuleList([trunk.norm, model.lm_head, *([model.mtp] if mtp.depths else [])])
-    merges = len(blocks) if mtp.mode == "sequential" else 0
+    cost = model.mtp.cost() if mtp.depths else None
+    blocks = list(cost.blocks) if cost else []
+    kept, rows = (cost.kept, 1 + cost.shared + len(cost.own)) if cost else (0, 1)
+    if model.objectives and model.label_weight:  # each has made a gradient for every row
+        kept += (rows - 1) * model.config.hidden_size
     return [
         _part("embedding", trunk.embed_tokens, []),
         *(_part(str(number), layer, [layer]) for number, layer in enumerate(trunk.layers)),
-        _part("norm, MTP, head" if mtp.depths else "norm, head", end, blocks, merges),
+        _part("norm, MTP, head" if mtp.depths else "norm, head", end, blocks, kept, rows),
     ]
 
 
-def _part(name: str, module: nn.Module, blocks: Sequence[nn.Module], merges: int = 0) -> Part:
+def _part(
+    name: str, module: nn.Module, blocks: Sequence[nn.Module], kept: float = 0, rows: int = 0
+) -> Part:
     routed = {id(p) for m in module.modules() if isinstance(m, Experts) for p in m.parameters()}
     sizes, learned = [0, 0], [0, 0]  # dense, experts
     for parameter in module.parameters():
@@ -52,7 +56,8 @@ def _part(name: str, module: nn.Module, blocks: Sequence[nn.Module], merges: int
     largest = max((p.numel() for p in module.parameters() if p.requires_grad), default=0)
     moe = sum(isinstance(block.mlp, MoE) for block in blocks)
     dense = len(blocks) - moe
-    return Part(name, sizes[0], sizes[1], dense, moe, merges, (learned[0], learned[1]), largest)
+    trained = learned[0], learned[1]
+    return Part(name, sizes[0], sizes[1], dense, moe, kept, rows, trained, largest)
 
 
 def activation_elements(config: Config, part: Part) -> float:
@@ -62,13 +67,14 @@ def activation_elements(config: Config, part: Part) -> float:
     model, mode = config.model, config.train.activation_checkpointing
     hidden, sliced = model.hidden_size, config.parallel.sequence_parallel_size > 1
     spread = config.parallel.expert_parallel_size > 1
+    if not any(part.learned):  # of a frozen trunk, which runs without gradient
+        return 0
     if part.name == "embedding":
         return hidden
     kept = part.dense_blocks * block_elements(model, mode, moe=False, spread=False, sliced=sliced)
     kept += part.moe_blocks * block_elements(model, mode, moe=True, spread=spread, sliced=sliced)
-    kept += 4 * hidden * part.merges  # what is merged, its two normed halves, and their projection
-    # gradients that the loss has made
-    return kept + hidden * (1 + config.mtp.depths) * part.name.endswith("head")
+    # and gradients that the loss has made
+    return kept + part.kept + hidden * part.rows
 
 
 def block_elements(

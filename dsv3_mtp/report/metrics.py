@@ -11,13 +11,27 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.files.atomic import naming, write_text
+from dsv3_mtp.files.checked import OPEN, parse_json
 
 Record = Mapping[str, Any]
 # a depth sees no more than the main head sees later: a much lower loss means a leaked target
 LEAK_RATIO = 0.8
+
+
+@with_config(OPEN)
+class Line(TypedDict):
+    """What every line of metrics.jsonl has; the other keys are metrics."""
+
+    step: int
+    tokens: NotRequired[int]
+    progress: NotRequired[float]
+    time_s: NotRequired[float]
 
 
 class MetricsLog:
@@ -56,17 +70,19 @@ class MetricsLog:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl in file order, less a half-written last line.
 
-    ValueError: any other line is not a JSON object.
+    ValueError: any other line is not a JSON object with a step.
     """
     records = []
     for number, line in enumerate(_whole_lines(Path(path)), start=1):
         try:
-            record = json.loads(line)
-            records.append({key: _decode(value) for key, value in record.items()})
-        except (json.JSONDecodeError, AttributeError) as error:
+            record = parse_json(line, Line)
+            if nested := [key for key, value in record.items() if isinstance(value, dict | list)]:
+                raise ValueError(f"{nested[0]} is no number")
+        except ValueError as error:
             raise ValueError(
-                f"{path}:{number}: not a JSON object ({error}); delete this line"
+                f"{path}:{number}: not a JSON object of metrics ({error}); delete this line"
             ) from None
+        records.append({key: _decode(value) for key, value in record.items()})
     return records
 
 

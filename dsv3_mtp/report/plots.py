@@ -83,17 +83,8 @@ def plot_schedules(config: Config, out: Path) -> None:
     figure, axes = _figure(f"{config.run.name}: schedules")
     axes[0].set_title("learning rate")
     axes[0].plot(tokens, [learning_rate(config.optim, p) for p in progress], color="#0072b2")
-    axes[1].set_title("MTP loss weights")
+    _loss_weights(axes[1], config, progress)
     if config.mtp.depths:
-        total = [mtp_loss_weight(config.mtp.loss_weight, p) for p in progress]
-        axes[1].plot(tokens, total, color="#c8c8c8", linewidth=5.0, label="lambda")
-        weights = np.array([depth_loss_weights(config.mtp, p) for p in progress])  # (points, D)
-        for depth, column in enumerate(weights.T, start=1):
-            # equal weights stay visible under one another
-            width = 1.6 + 2.6 * (config.mtp.depths - depth)
-            axes[1].plot(
-                tokens, column, color=_color(depth), linewidth=width, label=f"depth {depth}"
-            )
         figure.legend(
             handles=axes[1].lines, loc="outside lower center", ncols=1 + config.mtp.depths
         )
@@ -109,6 +100,32 @@ def plot_schedules(config: Config, out: Path) -> None:
         ax.set_ylim(bottom=0.0)
         _token_axis(ax, config.train.total_tokens)
     save_figure(figure, out)
+
+
+@matplotlib.rc_context(STYLE)
+def plot_loss_weights(config: Config, out: Path) -> None:
+    """Draw lambda and the factor of every depth over a run into the PNG file `out`."""
+    figure = Figure(figsize=(6, 2.6), dpi=100, layout="constrained")
+    ax = figure.subplots()
+    _loss_weights(ax, config, np.linspace(0.0, 1.0, 1001).tolist())
+    ax.set_ylim(bottom=0.0)
+    _token_axis(ax, config.train.total_tokens)
+    ax.legend(handles=ax.lines)
+    save_figure(figure, out)
+
+
+def _loss_weights(ax: Axes, config: Config, progress: Sequence[float]) -> None:
+    ax.set_title("MTP loss weights")
+    if not config.mtp.depths:
+        return
+    tokens = [p * config.train.total_tokens for p in progress]
+    total = [mtp_loss_weight(config.mtp.loss_weight, p) for p in progress]
+    ax.plot(tokens, total, color="#c8c8c8", linewidth=5.0, label="lambda")
+    weights = np.array([depth_loss_weights(config.mtp, p) for p in progress])  # (points, D)
+    for depth, column in enumerate(weights.T, start=1):
+        # equal weights stay visible under one another
+        width = 1.6 + 2.6 * (config.mtp.depths - depth)
+        ax.plot(tokens, column, color=_color(depth), linewidth=width, label=f"depth {depth}")
 
 
 def _losses(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:

@@ -5,26 +5,58 @@ runs/NAME/  config.yaml  ds_config.json  manifest.json  metrics.jsonl  curves.pn
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
-from dsv3_mtp.config import Config
-from dsv3_mtp.config.model import OnResume
+from dsv3_mtp.config import Config, MTPConfig, code
 from dsv3_mtp.config.resume import FREE, differences, rule_of
-from dsv3_mtp.data.source import Source
-from dsv3_mtp.files.atomic import lock, write_json, write_text
+from dsv3_mtp.config.section import OnResume
+from dsv3_mtp.data.source import DataSource
+from dsv3_mtp.files.atomic import lock, sweep, write_json, write_text
+from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
-from dsv3_mtp.tasks.examples import TaskSource
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
+MANIFEST = "manifest.json"
+
+
+@with_config(OPEN)
+class DataUsed(TypedDict):
+    """A data source of a start."""
+
+    path: str
+    manifest_hash: str
+
+
+@with_config(OPEN)
+class Start(TypedDict):
+    """What a report says of a start; `describe_start` writes more."""
+
+    time: str
+    git: str | None
+    git_dirty: bool
+    python: str
+    versions: dict[str, str | None]
+    device: str
+    threads: int
+    data: dict[str, DataUsed]
+    code: NotRequired[dict[str, str]]  # SHA-256 of each source file outside the package
+
+
+@with_config(OPEN)
+class Manifest(TypedDict):
+    """manifest.json: what each start of the run ran with."""
+
+    starts: Annotated[list[Start], Field(min_length=1)]
 
 
 def run_folder(config: Config) -> Path:
@@ -33,18 +65,21 @@ def run_folder(config: Config) -> Path:
 
 def lock_folder(folder: Path) -> int:
     """Holds the folder for this process until it ends, or until the returned descriptor is closed.
+    What a killed process left half-written there is deleted.
 
     Raises:
         ValueError: another process holds it.
     """
-    return lock(
-        folder / ".lock", f"{folder}: another process works in this folder; choose another run.name"
-    )
+    busy = f"{folder}: another process works in this folder; choose another run.name"
+    descriptor = lock(folder / ".lock", busy)
+    for left in (folder, folder / "checkpoints", *checkpoints(folder / "checkpoints")):
+        sweep(left)
+    return descriptor
 
 
-def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
-    """Claims the run folder for this process; the checkpoint to resume there, and what to tell the
-    user about it.
+def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
+    """Claims the run folder for this process; the complete checkpoints to resume there, the newest
+    first, and what to tell the user about others.
 
     Raises:
         ValueError: another process trains in the folder; `checkpoint.resume: never` and there is a
@@ -65,7 +100,8 @@ def find_checkpoint(config: Config) -> tuple[Path | None, list[str]]:
             "more; delete the run folder to start again, "
             "or choose another run.name"
         )
-    return newest, [
+    complete = [folder for folder in reversed(checkpoints(root)) if folder not in damaged]
+    return complete, [
         f"{folder} is incomplete: not used, and deleted at the next save" for folder in damaged
     ]
 
@@ -76,7 +112,7 @@ def write_run_folder(
     *,
     world_size: int,
     command: list[str],
-    sources: dict[str, Source | TaskSource],
+    sources: dict[str, DataSource],
     step: int,
 ) -> None:
     """config.yaml (resolved), ds_config.json, and one more entry in manifest.json for this start,
@@ -84,20 +120,28 @@ def write_run_folder(
     it, and config.yaml is that of the last start that trained.
     """
     folder = run_folder(config)
-    manifest = folder / "manifest.json"
-    try:
-        starts = json.loads(manifest.read_text())["starts"] if manifest.exists() else []
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{manifest}: damaged ({error}); delete this file") from None
+    manifest = folder / MANIFEST
+    starts: list[Any] = [*read_starts(folder)] if manifest.exists() else []
     start = describe_start(world_size=world_size, command=command, sources=sources)
-    starts.append(start | {"step": step, "config": config.to_dict()})
+    start |= {"step": step, "config": config.to_dict(), "code": code.hashes(config.to_dict())}
+    starts.append(start)
     write_text(folder / "config.yaml", config.to_yaml())
     write_json(folder / "ds_config.json", ds_config)
     write_json(manifest, {"starts": starts})
 
 
+def read_starts(folder: Path) -> list[Start]:
+    """What manifest.json says of every start of a run.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    remedy = "delete this file: it describes the starts of the run, and the next one writes it anew"
+    return read_json(folder / MANIFEST, Manifest, remedy)["starts"]
+
+
 def describe_start(
-    *, world_size: int, command: list[str], sources: dict[str, Source | TaskSource]
+    *, world_size: int, command: list[str], sources: dict[str, DataSource]
 ) -> dict[str, Any]:
     """Versions, command, git commit, hardware, and the hash of every data source (of a task: of its
     settings).
@@ -138,7 +182,7 @@ def changed_settings(
         ValueError: settings differ that the checkpoint's weights or place in the data depend on; or
             the run is finished, and would not be trained with those that differ. All are listed.
     """
-    changes = differences(saved, config.to_dict(), ignoring=FREE)
+    changes = differences(_without_defaults(saved, config), config.to_dict(), ignoring=FREE)
     lines = {key: f"{key}: {old} -> {new}" for key, (old, new) in changes.items()}
     fixed = [line for key, line in lines.items() if _rule(key) is OnResume.FIXED]
     if fixed:
@@ -159,6 +203,30 @@ def _rule(key: str) -> OnResume:
         return rule_of(key)
     except KeyError:
         return OnResume.FIXED
+
+
+def _without_defaults(saved: dict[str, Any], config: Config) -> dict[str, Any]:
+    """A saved config as this version would save it: without the keys of other kinds of heads, and
+    with options of this kind that it did not have yet at their defaults.
+    """
+    mtp = saved.get("mtp", {})
+    if mtp.get("mode") != config.mtp.mode:
+        return saved
+    common = {key: value for key, value in mtp.items() if key in MTPConfig.model_fields}
+    own = MTPConfig(mode=config.mtp.mode).model_extra or {}
+    return saved | {"mtp": common | {key: mtp.get(key, default) for key, default in own.items()}}
+
+
+def changed_code(config: Config) -> list[str]:
+    """One line for each class outside the package whose source is not that of the last start."""
+    folder = run_folder(config)
+    starts = read_starts(folder) if (folder / MANIFEST).exists() else []
+    before = starts[-1].get("code", {}) if starts else {}
+    return [
+        f"changed since the last start: the source of {name}"
+        for name, digest in code.hashes(config.to_dict()).items()
+        if before.get(name, digest) != digest
+    ]
 
 
 def _version(package: str) -> str | None:

@@ -12,19 +12,31 @@ Names and shapes are those of the unsharded model's state dict; ranges count ele
 flattened tensor.
 """
 
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from dsv3_mtp.files.tensorfile import DTYPES, Entry, Place, place_of, read_header, write_file
+from dsv3_mtp.files.checked import OPEN, read_json
+from dsv3_mtp.files.tensorfile import DTYPES, Entry, Place, read_places, write_file
 
 INDEX = "index.json"
 AVERAGE = "ema"  # the state that is the average of the weights
+
+
+@with_config(OPEN)
+class Stored(TypedDict):
+    """A tensor in the index."""
+
+    shape: list[int]
+    states: list[str]
+    scalars: dict[str, float]
+    ranges: list[tuple[int, int, int]]  # start, stop, rank
 
 
 class Fragment(NamedTuple):
@@ -42,15 +54,20 @@ def shard_name(rank: int) -> str:
     return f"shard_rank{rank}.safetensors"
 
 
-def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment]) -> list[dict[str, Any]]:
-    """Writes this rank's shard; returns its part of the index, for `merge_index`."""
+def write_fragments(
+    folder: Path, rank: int, fragments: Sequence[Fragment]
+) -> tuple[list[dict[str, Any]], str]:
+    """Writes this rank's shard; returns its part of the index, for `merge_index`, and the digest of
+    the file.
+    """
     tensors = {}
     for fragment in fragments:
         tensors[fragment.name] = fragment.values
         tensors |= {f"{fragment.name}/{key}": state for key, state in fragment.states.items()}
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_file(folder / shard_name(rank), entries, (tensor.cpu() for tensor in tensors.values()))
-    return [
+    stream = (tensor.cpu() for tensor in tensors.values())
+    digest = write_file(folder / shard_name(rank), entries, stream)
+    part = [
         {
             "name": fragment.name,
             "shape": list(fragment.shape),
@@ -60,6 +77,7 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment]) -> l
         }
         for fragment in fragments
     ]
+    return part, digest
 
 
 def merge_index(parts: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -76,15 +94,20 @@ def merge_index(parts: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
             if any(tensor[key] != value for key, value in about.items()):
                 raise RuntimeError(f"{entry['name']}: ranks disagree: {tensor}, {about}")
             tensor["ranges"].append(entry["range"])
-    for name, tensor in index.items():
+    for tensor in index.values():
         tensor["ranges"].sort()
+    if problems := list(gaps(index)):
+        raise RuntimeError("; ".join(problems))
+    return index
+
+
+def gaps(index: Mapping[str, Stored]) -> Iterator[str]:
+    """What keeps an index from giving each element of each tensor exactly once."""
+    for name, tensor in index.items():
         starts = [start for start, _, _ in tensor["ranges"]] + [math.prod(tensor["shape"])]
         stops = [0] + [stop for _, stop, _ in tensor["ranges"]]
-        if starts != stops:
-            raise RuntimeError(
-                f"{name} {tensor['shape']}: not written once and wholly: {tensor['ranges']}"
-            )
-    return index
+        if starts != stops or min(tensor["shape"], default=1) < 0 or starts != sorted(starts):
+            yield f"{name} {tensor['shape']}: not written once and wholly: {tensor['ranges']}"
 
 
 class Fragments:
@@ -104,11 +127,10 @@ class Fragments:
                 "version of dsv3_mtp in DeepSpeed's own format, which "
                 "this one does not read; go on with that version, or choose another run.name"
             )
-        try:
-            self.index: dict[str, Any] = json.loads((folder / INDEX).read_text())
-            self.shapes = {name: torch.Size(tensor["shape"]) for name, tensor in self.index.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(self.folder, error) from error
+        self.index = read_json(folder / INDEX, dict[str, Stored], remedy(folder))
+        if problem := next(gaps(self.index), None):
+            raise damaged(folder, ValueError(problem))
+        self.shapes = {name: torch.Size(tensor["shape"]) for name, tensor in self.index.items()}
         self._headers: dict[int, dict[str, Place]] = {}
 
     def read(
@@ -126,11 +148,19 @@ class Fragments:
                 (first, last, rank) for first, last, rank in ranges if first < stop and start < last
             ]
             found = [(first, last, self._place(rank, key)) for first, last, rank in overlapping]
-            flat = torch.empty(stop - start, dtype=DTYPES[found[0][2].dtype])
+            dtype = found[0][2].dtype
+            if dtype not in DTYPES:
+                raise ValueError(f"{key}: has type {dtype}; supported are {', '.join(DTYPES)}")
+            flat = torch.empty(stop - start, dtype=DTYPES[dtype])
             for first, last, place in found:
+                if (place.shape, place.dtype) != ((last - first,), dtype):
+                    raise ValueError(
+                        f"{key}: {place.dtype} {list(place.shape)} in {place.file.name}, "
+                        f"{INDEX} promises {last - first} of {dtype}"
+                    )
                 begin, end = max(first, start), min(last, stop)
                 place.read_into(flat[begin - start : end - start], begin - first)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise damaged(self.folder, error) from error
         return flat
 
@@ -141,16 +171,18 @@ class Fragments:
     def _place(self, rank: int, key: str) -> Place:
         if rank not in self._headers:
             path = self.folder / shard_name(rank)
-            header, data, size = read_header(path)
-            places = {name: place_of(path, value, data) for name, value in header.items()}
-            if (stop := max(place.stop for place in places.values())) != size:
-                raise ValueError(f"{path.name} has {size:,} bytes, its header promises {stop:,}")
-            self._headers[rank] = places
+            try:
+                self._headers[rank] = read_places(path)
+            except ValueError as error:
+                raise ValueError(f"{path.name}: {error}") from None
+        if key not in self._headers[rank]:
+            raise ValueError(f"{shard_name(rank)} holds no {key}")
         return self._headers[rank][key]
 
 
 def damaged(folder: Path, error: Exception) -> ValueError:
-    reason = f"{type(error).__name__}: {error}"
-    return ValueError(
-        f"{folder}: damaged ({reason}); delete this folder to use the checkpoint before it"
-    )
+    return ValueError(f"{folder}: damaged ({error}); {remedy(folder)}")
+
+
+def remedy(folder: Path) -> str:
+    return f"delete {folder} to use the checkpoint before it"

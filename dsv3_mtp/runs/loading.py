@@ -1,16 +1,42 @@
 """What a run folder holds, read without DeepSpeed: for training, decoding, export and analysis."""
 
-import json
 import re
 from pathlib import Path
+from typing import Annotated, NotRequired
+
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.files.checked import OPEN, read_json
+from dsv3_mtp.files.digest import difference
 from dsv3_mtp.files.format import check_format
 from dsv3_mtp.runs.fragments import AVERAGE, Fragments
 
 # written last: the step, DeepSpeed's counters, and the size of every file of a checkpoint
 COMPLETE = "COMPLETE.json"
+STATE = "state.json"
 IMPORTED = "weights"  # folder of an imported run, in DeepSeek-V3's layout
+
+
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # in this folder
+
+
+@with_config(OPEN)
+class Complete(TypedDict):
+    """COMPLETE.json."""
+
+    files: dict[FileName, int]  # bytes
+    digests: NotRequired[dict[FileName, str]]
+    counters: NotRequired[dict[str, int]]
+
+
+@with_config(OPEN)
+class Reached(TypedDict):
+    """How far a run is: the head of state.json."""
+
+    step: int
+    tokens: int
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -28,15 +54,25 @@ def is_complete(checkpoint: Path) -> bool:
         ValueError: the checkpoint is of a newer format.
     """
     try:
-        complete = json.loads((checkpoint / COMPLETE).read_text())
-        files = complete["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        complete = read_complete(checkpoint)
+    except ValueError:
         return False
     check_format(complete, checkpoint / COMPLETE)
     try:
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = complete["files"].items()
+        return all((checkpoint / name).stat().st_size == size for name, size in files)
+    except OSError:
         return False
+
+
+def read_complete(checkpoint: Path) -> Complete:
+    """Raises ValueError: COMPLETE.json is missing or damaged."""
+    return read_json(checkpoint / COMPLETE, Complete, f"delete {checkpoint}")
+
+
+def read_reached(checkpoint: Path) -> Reached:
+    """Raises ValueError: state.json is missing or damaged."""
+    return read_json(checkpoint / STATE, Reached, f"delete {checkpoint}")
 
 
 def newest_checkpoint(root: Path) -> Path | None:
@@ -44,32 +80,73 @@ def newest_checkpoint(root: Path) -> Path | None:
     return next((path for path in reversed(checkpoints(root)) if is_complete(path)), None)
 
 
-def newest_weights(run: Path, *, ema: bool = False) -> Fragments | None:
-    """The weights in a run's newest complete checkpoint, or their moving average; None if there is
-    no checkpoint.
+def differences(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> list[str]:
+    """Files of a complete checkpoint whose content is not what was written: of all, or of this
+    rank's share.
+
+    A checkpoint of a version that kept no digests has no differences.
+    """
+    recorded = sorted(read_complete(checkpoint).get("digests", {}).items())
+    mine = recorded[rank::world_size]
+    found = (difference(checkpoint / name, digest) for name, digest in mine)
+    return [text for text in found if text is not None]
+
+
+def newest_sound(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint whose content is what was written, None if there is none; and
+    what is wrong with newer ones.
+    """
+    notes = []
+    for path in reversed(checkpoints(root)):
+        if not is_complete(path):
+            notes.append(f"{path} is incomplete: not used")
+        elif problems := differences(path):
+            notes.append(f"{path}: {'; '.join(problems)}; not used")
+        else:
+            return path, notes
+    return None, notes
+
+
+def newest_weights(run: Path, *, ema: bool = False) -> tuple[Fragments | None, list[str]]:
+    """The weights in a run's newest sound checkpoint, or their moving average, None if there is no
+    checkpoint; and what is wrong with newer ones.
 
     Raises:
-        ValueError: ema, and the run has no average; or the checkpoint is damaged or of another
+        ValueError: ema, and the run has no average; or no checkpoint is sound, or it is of another
             format.
     """
-    newest = newest_checkpoint(run / "checkpoints")
+    newest, notes = newest_sound(run / "checkpoints")
+    if newest is None and notes:
+        raise ValueError(
+            "\n".join([f"{run}: no complete checkpoint there", *(f"  {note}" for note in notes)])
+        )
     stored = None if newest is None else Fragments(newest, state=AVERAGE if ema else None)
     if ema and (stored is None or not stored.has(AVERAGE)):
         raise ValueError(
             f"{run}: no average of the weights there; train "
             "it with train.ema_decay, or leave --ema out"
         )
-    return stored
+    return stored, notes
+
+
+def start_weights(config: Config, run: Path) -> Path | None:
+    """The folder, in DeepSeek-V3's layout, that a run without a checkpoint has its weights from:
+    imported into it, or the frozen trunk's own; None: it starts at random.
+    """
+    if (run / IMPORTED).is_dir():
+        return run / IMPORTED
+    return Path(config.train.init_from or "") if config.train.freeze == "trunk" else None
 
 
 def tokenizer_of(config: Config, run: Path) -> Path | None:
     """tokenizer.json of a run: the imported one, else that of its data (a path relative to where
     training started).
     """
-    corpora = [Path(entry.path) for entry in config.data.entries]
+    corpora = [Path(path) for path in config.data.paths]
     runs = Path(config.run.dir)
     started = [*run.resolve().parents][: 1 + (1 if runs.is_absolute() else len(runs.parts))][-1]
-    places = [run / IMPORTED, *corpora, *(started / corpus for corpus in corpora)]
+    own = start_weights(config, run)
+    places = [*([own] if own else []), *corpora, *(started / corpus for corpus in corpora)]
     return next(
         (place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None
     )

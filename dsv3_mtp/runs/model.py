@@ -1,5 +1,6 @@
 """The model of a run folder: its newest checkpoint, or the weights that it was imported with."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,24 +8,30 @@ import torch
 
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.hf.keys import summarise
-from dsv3_mtp.hf.load import empty_model, load_weights, misfits
+from dsv3_mtp.hf.load import empty_model, is_finite, load_weights, misfits
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.runs.loading import IMPORTED, newest_weights, tokenizer_of
+from dsv3_mtp.runs.loading import newest_weights, start_weights, tokenizer_of
 
 
 class LoadedRun(NamedTuple):
-    """`tokenizer` is the run's tokenizer.json, None where its data has none (Megatron files)."""
+    """`tokenizer` is the run's tokenizer.json, None where its data has none (Megatron files);
+    `notes` say which newer checkpoints could not be used.
+    """
 
     model: DeepseekV3MTP
     config: Config
     tokenizer: Path | None
+    notes: list[str]
 
 
-def load_run(folder: str | Path, *, ema: bool = False) -> LoadedRun:
+def load_run(
+    folder: str | Path, *, ema: bool = False, trust_code: bool | Collection[str] = False
+) -> LoadedRun:
     """A run's model on the CPU, in eval mode and in the dtype of the run.
 
     The newest complete checkpoint; for an imported run without one, the imported weights as
     training would start. ema: the moving average of the weights instead of the weights.
+    trust_code: import what the run's config names as package.module:Class, or which of these names.
 
     Raises:
         ValueError: no run there, no average in it, neither checkpoint nor imported weights, or
@@ -35,9 +42,10 @@ def load_run(folder: str | Path, *, ema: bool = False) -> LoadedRun:
         raise ValueError(
             f"{folder}: no config.yaml there; name the folder of a run, like runs/v3_tiny"
         )
-    config = load_config(folder / "config.yaml")
-    stored = newest_weights(folder, ema=ema)
-    if stored is None and not (folder / IMPORTED).is_dir():
+    config = load_config(folder / "config.yaml", trust_code=trust_code)
+    stored, notes = newest_weights(folder, ema=ema)
+    start = start_weights(config, folder)
+    if stored is None and start is None:
         raise ValueError(f"{folder}: no complete checkpoint there; train the run first, or further")
     model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
     if stored is not None:
@@ -50,8 +58,17 @@ def load_run(folder: str | Path, *, ema: bool = False) -> LoadedRun:
             raise ValueError("\n  ".join(lines))
         for name, tensor in state.items():
             # one at a time: never two models in memory
-            tensor.copy_(stored.read(name).view_as(tensor))
-    else:
+            values = stored.read(name)
+            if not is_finite(values):
+                problems.append(f"{name}: holds nan or infinity")
+            tensor.copy_(values.view_as(tensor))
+        if problems:
+            raise ValueError(
+                "\n  ".join([f"{stored.folder}: {len(problems)} problem(s)", *problems])
+            )
+    elif start is not None:
         model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module
-        load_weights(model, folder / IMPORTED)
-    return LoadedRun(model.requires_grad_(False).eval(), config, tokenizer_of(config, folder))
+        load_weights(model, start)
+    return LoadedRun(
+        model.requires_grad_(False).eval(), config, tokenizer_of(config, folder), notes
+    )

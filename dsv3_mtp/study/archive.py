@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dsv3_mtp.config.model import Integer, Number, Section
 from dsv3_mtp.config.reader import Problem, problems_of
+from dsv3_mtp.config.section import Integer, Number, Section
 from dsv3_mtp.files.atomic import write_text
+from dsv3_mtp.files.checked import parse_json
 
 RESULTS, ARCHIVE = "results.json", "results.jsonl"
 Status = Literal["finished", "diverged"]
@@ -119,7 +120,7 @@ def parse_record(text: str, where: str, remedy: str) -> Record:
         ValueError: one sentence that names the place, what is wrong and what to do.
     """
     try:
-        tree = json.loads(text)
+        tree = parse_json(text, dict[str, Any])
         return Record.model_validate(tree)
     except ValidationError as error:
         key, what = problems_of(error, tree, Record)[0]

@@ -6,7 +6,6 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.study.archive import Table
 from dsv3_mtp.study.findings import values_of
 from dsv3_mtp.study.page import Block, Heading, Paragraph, Rows
-from dsv3_mtp.tasks.grade import reference
 
 
 def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Block]:
@@ -16,7 +15,7 @@ def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Block
     known = {
         arm: c
         for arm, c in configs.items()
-        if c.data.task is not None and c.data.task.type == "markov"
+        if c.data.task is not None and c.data.task.reference(c.mtp)
     }
     if not known:
         return []
@@ -51,12 +50,13 @@ def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Block
 def acceptances(table: Table, arm: str, config: Config) -> str:
     """Mean measured acceptance of drafts 1..k, and in brackets the best possible."""
     assert config.data.task is not None
-    best, cells = reference(config.data.task, config.mtp), []
+    best, cells = config.data.task.reference(config.mtp), []
     for k in range(1, 1 + config.mtp.depths):
         name = f"acceptance/T1/joint/{k}"
         values = list(values_of(table, arm, name).values())
         measured = f"{sum(values) / len(values):.3f}" if values else "-"
-        cells.append(f"{measured} ({best[name]:.3f})")
+        known = f"{best[name]:.3f}" if name in best else "not known"
+        cells.append(f"{measured} ({known})")
     return ", ".join(cells) or "-"
 
 

@@ -26,7 +26,7 @@ from dsv3_mtp.study.pictures.base import Data
 FREE = (*IGNORED, "run.name", "run.seed")
 
 
-def compare(folders: Sequence[Path], out: Path) -> tuple[str, Path]:
+def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> tuple[str, Path]:
     """Compares run folders with the first of them; returns (a table for the terminal, the page).
 
     Raises:
@@ -34,7 +34,9 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[str, Path]:
     """
     if len(folders) < 2:
         raise ValueError("--compare needs two runs or more")
-    configs = {folder: load_config(folder / "config.yaml") for folder in folders}
+    configs = {
+        folder: load_config(folder / "config.yaml", trust_code=trust_code) for folder in folders
+    }
     arms = _arms(configs)
     study = _study(arms, [config.run.seed for config in configs.values()])
     records = [

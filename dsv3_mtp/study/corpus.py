@@ -18,7 +18,7 @@ def corpus_note(loaded: LoadedStudy) -> str | None:
     """
     if loaded.study.corpus is None:
         return None
-    places = {entry.path for config in loaded.configs.values() for entry in config.data.entries}
+    places = {path for config in loaded.configs.values() for path in config.data.paths}
     missing = [place for place in sorted(places) if not Path(place).is_dir()]
     if missing:
         return (

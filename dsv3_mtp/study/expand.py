@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from dsv3_mtp.config import Config, ModelConfig, MTPConfig, schedules
+from dsv3_mtp.config import AdaptiveSchedule, Config, ModelConfig, MTPConfig, schedules
 from dsv3_mtp.config.resume import differences
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
@@ -145,6 +145,9 @@ def shared_steps(a: Config, b: Config) -> int:
     """
     free = ("run.name", "run.dir", "log", "checkpoint", "train.threads")
     if differences(a.to_dict(), b.to_dict(), ignoring=(*SCHEDULED, *free)):
+        return 0
+    # its lambda depends on what the run measures, not on the config alone
+    if any(isinstance(run.mtp.loss_weight, AdaptiveSchedule) for run in (a, b)):
         return 0
     count = 0
     for left, right in zip(_steps(a), _steps(b), strict=False):

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.config import Config, code, load_config
 from dsv3_mtp.config.resume import FREE, differences
+from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.runs.loading import checkpoints
 from dsv3_mtp.study.archive import Record, read_archive, read_results, write_results
 from dsv3_mtp.study.expand import Run, expand, whole_steps
@@ -68,7 +69,8 @@ def _budgets_begun(study: Study, arm: str) -> Iterator[int]:
         if record is not None:
             yield record.config["train"]["total_tokens"]
         elif (folder / "config.yaml").exists():
-            yield load_config(folder / "config.yaml").train.total_tokens
+            tree, _ = read_tree(folder / "config.yaml")
+            yield tree["train"]["total_tokens"]
 
 
 def _closed(study: Study, arm: str) -> list[Record]:
@@ -86,11 +88,14 @@ def check_folders(study: Study, runs: Sequence[Run]) -> None:
     """Raises ValueError when a run folder holds a run of other settings than the study's."""
     problems = []
     for run in runs:
-        folder = study.folder / run.name
+        folder, own = study.folder / run.name, code.named(run.config.to_dict())
         if (folder / "config.yaml").exists():
-            there, place = load_config(folder / "config.yaml").to_dict(), folder / "config.yaml"
+            place = folder / "config.yaml"
+            there = load_config(place, trust_code=own).to_dict()
         elif (record := read_results(folder)) is not None:
-            there, place = Config.model_validate(record.config).to_dict(), folder / "results.json"
+            place = folder / "results.json"
+            code.refuse(str(place), record.config, own)
+            there = Config.model_validate(record.config).to_dict()
         else:
             continue
         other = differences(there, run.config.to_dict(), ignoring=IGNORED)
@@ -159,7 +164,8 @@ def adopt(loaded: LoadedStudy, folders: Iterable[Path], say: Callable[[str], Non
     freeze(loaded, len(records_of(loaded)))
     runs = expand(loaded, budgets_of(loaded))
     for folder in folders:
-        there = load_config(folder / "config.yaml").to_dict()
+        own = [name for run in runs for name in code.named(run.config.to_dict())]
+        there = load_config(folder / "config.yaml", trust_code=own).to_dict()
         others = [
             differences(there, run.config.to_dict(), ignoring=(*IGNORED, "run.name"))
             for run in runs

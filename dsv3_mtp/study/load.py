@@ -124,7 +124,7 @@ def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator
     texts = [
         name
         for name, config in configs.items()
-        if config.data.task is None or config.data.task.type == "markov"
+        if config.data.task is None or not config.data.task.has_answers
     ]
     if study.solve_threshold is not None and texts:
         yield (

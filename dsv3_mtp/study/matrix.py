@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.config.model import (
+from dsv3_mtp.config.reader import Problem, show
+from dsv3_mtp.config.section import (
     Count,
     FilePath,
     FolderName,
@@ -23,7 +24,6 @@ from dsv3_mtp.config.model import (
     Section,
     Text,
 )
-from dsv3_mtp.config.reader import Problem, show
 from dsv3_mtp.study.metric_names import METRICS, NEEDS, family, is_rate_over_seeds
 
 EVERY_ARM = "every arm"

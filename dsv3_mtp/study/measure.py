@@ -6,7 +6,6 @@ The report adds `train/main_loss_error` and its like, which need the runs of ano
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,14 @@ from typing import Any
 
 import torch
 
+from dsv3_mtp.config import code
 from dsv3_mtp.data.opening import validation_source
 from dsv3_mtp.data.source import open_source, splits_of
+from dsv3_mtp.decode.draft import no_drafter
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.report.metrics import Record as Logged
 from dsv3_mtp.report.metrics import depths_of, read_metrics
+from dsv3_mtp.runs.folder import read_starts
 from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.study.archive import Curve, Data, Fork, Record, Start
 from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
@@ -53,7 +56,7 @@ def measure(study: Study, run: Run, folder: Path, **more: Any) -> Record:
         metrics |= along_text(folder, run)
     metrics |= above_table(metrics)
     draw_sd: dict[str, float] = {}
-    if study.acceptance is not None and run.config.mtp.depths:
+    if study.acceptance is not None and no_drafter(run.config.mtp) is None:
         drafted, draw_sd = free_running(folder, run, study.acceptance)
         metrics |= drafted
     if study.solve_threshold is not None:
@@ -90,7 +93,7 @@ def describe(study: Study, run: Run, records: Sequence[Logged], starts: list[Sta
 def starts_of(folder: Path) -> list[Start]:
     """Every start of the run, from its manifest; those that ran on the same are one."""
     starts: dict[str, Start] = {}
-    for start in json.loads((folder / "manifest.json").read_text())["starts"]:
+    for start in read_starts(folder):
         data = start["data"].items()
         found = Start(
             time=start["time"],
@@ -132,10 +135,12 @@ def along_text(folder: Path, run: Run) -> dict[str, float]:
     """The table drafters' floors with this run's main model; and `shift/...`, the validation on
     packages that were held out whole, where the corpus has them.
     """
-    config, model = run.config, load_run(folder).model
+    if not isinstance(run.config.data.val, str):
+        return {}  # a source of another kind has no text to read by position
+    config, model = run.config, _model(folder, run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    path, batches = config.data.val or "", config.eval.batches
+    path, batches = run.config.data.val, config.eval.batches
     val = open_source(path, "val")
     metrics, _ = drafter_floors(model, val, config, batches=batches, device=device)
     if SHIFT in splits_of(path):
@@ -221,7 +226,7 @@ def free_running(
     The prefixes are dealt to `draws` sets, each decoded with random numbers of its own: (means over
     the sets, standard deviations of these means, from the spread over the sets).
     """
-    model = load_run(folder).model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = _model(folder, run).to("cuda" if torch.cuda.is_available() else "cpu")
     source = validation_source(run.config)
     found: dict[str, list[float]] = {}
     for temperature in (0, 1):
@@ -246,6 +251,11 @@ def free_running(
         for key, values in found.items()
         if len(values) > 1
     }
+
+
+def _model(folder: Path, run: Run) -> DeepseekV3MTP:
+    """The study's own file has named the code that the run's config names."""
+    return load_run(folder, trust_code=code.named(run.config.to_dict())).model
 
 
 def _draw_seed(name: str, draw: int) -> int:

@@ -4,6 +4,8 @@ needs; k is a number.
 
 import re
 
+from dsv3_mtp.config import TASKS
+
 # In words, {} being k; which way is better, None: neither.
 METRICS: dict[str, tuple[str, str | None]] = {
     "val/main_loss": ("main validation loss, nats per token", "lower"),
@@ -46,15 +48,6 @@ METRICS: dict[str, tuple[str, str | None]] = {
         "tokens per step along the text, of drafts from a table of tokens",
         None,
     ),
-    "task/exact_match": ("exact match by generation", "higher"),
-    "task/exact_match/k": ("task/exact_match/{}", None),
-    "task/excess_loss/k": (
-        "loss of depth {} above that of the true source, nats per token",
-        "lower",
-    ),
-    "task/first_node": ("first node of the path, by generation", "higher"),
-    "task/first_sum": ("first sum, by generation", "higher"),
-    "task/second_token": ("second token of a known name, by generation", "higher"),
     "train/max_violation": ("MaxVio of the trunk's routers, last quarter of training", "lower"),
     "train/mtp_max_violation/1": (
         "MaxVio of the first MTP router, last quarter of training",
@@ -87,6 +80,8 @@ METRICS: dict[str, tuple[str, str | None]] = {
     ),
     "task/solved": ("share of seeds that solved the task", "higher"),
 }
+for _task in TASKS.values():
+    METRICS |= _task.METRICS
 # How names begin that are measured only with a key of the study file, and that key.
 NEEDS = {
     "acceptance/": "acceptance",

@@ -14,11 +14,12 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.config.model import Integer, Section
 from dsv3_mtp.config.reader import problems_of
 from dsv3_mtp.config.resume import differences
+from dsv3_mtp.config.section import Integer, Section
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.files.checked import parse_json
 from dsv3_mtp.study.load import LoadedStudy, study_of
 
 PLAN = "plan.json"
@@ -111,7 +112,7 @@ def read_plan(folder: Path) -> Plan:
     """
     path = folder / PLAN
     try:
-        tree = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        tree = parse_json(path.read_bytes(), dict[str, Any])
         plan = Plan.model_validate(tree)
     except ValidationError as error:
         key, what = problems_of(error, tree, Plan)[0]

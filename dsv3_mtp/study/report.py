@@ -232,9 +232,7 @@ def settings_lines(overrides: Mapping[str, Any]) -> list[str]:
 
 def drafts_line(loaded: LoadedStudy) -> str:
     drafts = loaded.study.acceptance
-    answers = [
-        c.data.task is not None and c.data.task.type != "markov" for c in loaded.configs.values()
-    ]
+    answers = [c.data.task is not None and c.data.task.has_answers for c in loaded.configs.values()]
     if drafts is None:
         return "Free-running drafts: not measured."
     if all(answers):

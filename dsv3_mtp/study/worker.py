@@ -1,6 +1,5 @@
 """The process of one run of a study: claims its folder, trains, measures, writes results.json."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -13,7 +12,11 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from pydantic import with_config
+from typing_extensions import TypedDict
+
 from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.report.metrics import MetricsLog, read_metrics
 from dsv3_mtp.runs.loading import is_complete, newest_checkpoint
 from dsv3_mtp.study.archive import read_results, write_results
@@ -111,6 +114,14 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
     return 0
 
 
+@with_config(OPEN)
+class Spent(TypedDict):
+    """time.json."""
+
+    seconds: float
+    tokens: int
+
+
 def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
     """What training has cost in all starts of a run: (seconds, tokens), kept in time.json.
 
@@ -119,7 +130,7 @@ def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
     """
     path = folder / TIME
     if path.exists():
-        earlier = json.loads(path.read_text())
+        earlier = read_json(path, Spent, "delete it: the time of this start alone will count")
         seconds, tokens = earlier["seconds"] + seconds * (tokens > 0), earlier["tokens"] + tokens
     if tokens:
         write_json(path, {"seconds": seconds, "tokens": tokens})

@@ -7,36 +7,78 @@
 No state of a random generator: after its start, training draws no random numbers.
 
 A folder counts only when its COMPLETE.json exists and every file listed there has its size. Files
-are flushed to disk before that.
+are flushed to disk before that. Their digests, computed as they are written, stand there too: a
+start that resumes compares them, and takes the checkpoint before one that differs.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.files.atomic import naming, write_json, write_text
+from dsv3_mtp.files.checked import OPEN, read_json
+from dsv3_mtp.files.digest import file_digest
 from dsv3_mtp.files.format import FORMAT, check_format
+from dsv3_mtp.hf.load import is_finite
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.engine import Engine
-from dsv3_mtp.parallel.launch import on_all, on_main
+from dsv3_mtp.parallel.launch import World, on_all, on_main
 from dsv3_mtp.parallel.placement import Held, held, restoring
 from dsv3_mtp.runs.fragments import (
     AVERAGE,
     INDEX,
     Fragment,
     Fragments,
-    damaged,
     merge_index,
+    remedy,
+    shard_name,
     write_fragments,
 )
-from dsv3_mtp.runs.loading import COMPLETE, checkpoints, is_complete
+from dsv3_mtp.runs.loading import (
+    COMPLETE,
+    STATE,
+    Reached,
+    checkpoints,
+    differences,
+    is_complete,
+    read_complete,
+)
 
 COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: what it counts by itself
+
+
+@with_config(OPEN)
+class Position(TypedDict):
+    """What `Sampler.load_state_dict` reads beside the identity of its stream."""
+
+    samples: int
+    counts: list[int]
+
+
+@with_config(OPEN)
+class Seconds(TypedDict):
+    """Of a `Clock`."""
+
+    seconds: float
+
+
+@with_config(OPEN)
+class State(Reached):
+    """state.json."""
+
+    config: dict[str, Any]
+    sampler: Position
+    clock: Seconds
+    layout: str
 
 
 def save(
@@ -70,7 +112,7 @@ def save(
     dist.gather_object(part, parts if world.is_main else None)
     counters = {name: getattr(engine.engine, name) for name in COUNTERS}
     complete = {"step": step, "counters": counters}
-    on_main(world, lambda: _commit(folder, merge_index(parts), state, complete, keep))
+    on_main(world, lambda: _commit(folder, parts, state, complete, keep))
     return folder
 
 
@@ -96,18 +138,28 @@ def _fragment(mine: Held, optimizer: Any, averages: dict[str, torch.Tensor]) -> 
 
 
 def _commit(
-    folder: Path, index: dict[str, Any], state: dict[str, Any], complete: dict[str, Any], keep: int
+    folder: Path,
+    parts: list[tuple[list[dict[str, Any]], str]],
+    state: dict[str, Any],
+    complete: dict[str, Any],
+    keep: int,
 ) -> None:
-    """Completes the folder that all ranks have written into, and deletes what is not kept."""
+    """Completes the folder that all ranks have written into, and deletes what is not kept.
+
+    parts: what `write_fragments` returned to each rank.
+    """
     root = folder.parent
     with naming(folder):
-        (folder / INDEX).write_text(json.dumps(index))
-        (folder / "state.json").write_text(json.dumps({"format": FORMAT} | state, indent=1))
+        (folder / INDEX).write_text(json.dumps(merge_index(part for part, _ in parts)))
+        (folder / STATE).write_text(json.dumps({"format": FORMAT} | state, indent=1))
+    digests = {shard_name(rank): digest for rank, (_, digest) in enumerate(parts)}
+    digests |= {name: file_digest(folder / name) for name in (INDEX, STATE)}
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-    complete |= {"format": FORMAT, "files": {path.name: path.stat().st_size for path in files}}
+    sizes = {path.name: path.stat().st_size for path in files}
+    complete |= {"format": FORMAT, "files": sizes, "digests": digests}
     write_json(folder / COMPLETE, complete)
     write_text(root / "latest", folder.name)
     usable = [path for path in checkpoints(root) if is_complete(path)]
@@ -116,17 +168,53 @@ def _commit(
         shutil.rmtree(old)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def first_sound(world: World, newest_first: list[Path]) -> tuple[Path | None, list[str]]:
+    """The first of these complete checkpoints whose content is what was written, and what to tell
+    the user.
+
+    The ranks share the files of each. A damaged one is set aside, so that its step is saved again.
+
+    Raises:
+        ValueError: all are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for folder in newest_first:
+        share = partial(differences, folder, rank=world.rank, world_size=world.size)
+        found: list[Any] = [None] * world.size
+        dist.all_gather_object(found, on_all(world, share))
+        problems = [text for texts in found for text in texts]
+        if not problems:
+            on_main(world, lambda: _set_aside(damaged))
+            return folder, [
+                f"{text}; not used, and kept as {_aside(old).name}" for old, text in damaged.items()
+            ]
+        damaged[folder] = f"{folder}: damaged ({'; '.join(problems)})"
+    if damaged:
+        last = "no other checkpoint is left: start again under another run.name"
+        raise ValueError("\n".join([*damaged.values(), last]))
+    return None, []
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.damaged")
+
+
+def _set_aside(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(_aside(folder), ignore_errors=True)
+        os.replace(folder, _aside(folder))
+
+
+def read_state(folder: Path) -> State:
     """The `state` given to `save`: progress, data position, clock, config.
 
     Raises:
         ValueError: the checkpoint is damaged, or of a newer format.
     """
-    try:
-        state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise damaged(folder, error) from error
-    check_format(state, folder / "state.json")
+    check_format(read_json(folder / STATE, dict[str, Any], remedy(folder)), folder / STATE)
+    state = read_json(folder / STATE, State, remedy(folder))
+    if min(state["step"], state["tokens"], state["sampler"]["samples"]) < 0:
+        raise ValueError(f"{folder / STATE}: damaged (a count < 0); {remedy(folder)}")
     return state
 
 
@@ -150,15 +238,19 @@ def load(
         )
     with torch.no_grad(), restoring(engine):
         on_all(engine.world, lambda: _restore(mine, stored, engine.engine.optimizer, moments))
-    for name, value in json.loads((folder / COMPLETE).read_text())["counters"].items():
-        setattr(engine.engine, name, value)
+    counters = read_complete(folder).get("counters", {})
+    for name in COUNTERS:
+        setattr(engine.engine, name, counters.get(name, 0))
     return [] if average is None else on_all(engine.world, lambda: average.load(stored))
 
 
 def _restore(parts: list[Held], stored: Fragments, optimizer: Any, moments: torch.dtype) -> None:
     for mine in parts:
         start, stop = mine.start, mine.start + mine.numel
-        mine.of(mine.flat).copy_(stored.read(mine.name, start, stop))
+        weights = stored.read(mine.name, start, stop)
+        if not is_finite(weights):
+            raise ValueError(f"{stored.folder}: {mine.name} holds nan or infinity")
+        mine.of(mine.flat).copy_(weights)
         about = stored.index[mine.name]
         states = [key for key in about["states"] if key != AVERAGE]
         if not states:

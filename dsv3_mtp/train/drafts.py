@@ -5,11 +5,19 @@ Shapes: B rows, T slots, C hidden_size, V vocab, D depths.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv3_mtp.model.overlap import HeadLogits, chunks, log_probabilities, overlap_sums, pairs
+from dsv3_mtp.model.overlap import (
+    HeadLogits,
+    States,
+    chunks,
+    log_probabilities,
+    overlap_sums,
+    pairs,
+)
 
 # The main model's first choice is among so many first ones of the draft.
 COVERAGE = (1, 2, 4, 8)
@@ -37,8 +45,12 @@ class DraftStatistics:
 
     COLUMNS = ("slots", "top", "label", "main", "overlap")
 
-    def __init__(self, depths: int, vocab_size: int, *, temperature: float, device: torch.device):
+    def __init__(
+        self, offsets: Sequence[int], vocab_size: int, *, temperature: float, device: torch.device
+    ):
+        """offsets: of depth 1..D."""
         self.vocab_size, self.temperature = vocab_size, temperature
+        self.offsets, depths = (1, *offsets), len(offsets)
         self.coverage = [k for k in COVERAGE if k <= vocab_size]
         self.kl = torch.zeros(depths, dtype=torch.float64, device=device)
         self.covered = torch.zeros(depths, len(self.coverage), dtype=torch.float64, device=device)
@@ -46,15 +58,21 @@ class DraftStatistics:
 
     @torch.no_grad()
     def add(
-        self, head_logits: HeadLogits, hiddens: Sequence[Tensor], tokens: Tensor, taught: Tensor
+        self, head_logits: HeadLogits, hiddens: Sequence[States], tokens: Tensor, taught: Tensor
     ) -> None:
         """One micro-batch of whole rows. tokens: (B, T+1+D); taught: (D, B, T) from `teachers`."""
-        nothing = hiddens[0].new_zeros(len(tokens), len(hiddens) - 1, *hiddens[0].shape[2:])
+        main: Any = hiddens[0]
+        nothing = main.new_zeros(len(tokens), max(self.offsets) - 1, *main.shape[2:])
         for pair in pairs(
-            head_logits, hiddens, nothing, self.vocab_size, temperature=self.temperature
+            head_logits,
+            hiddens,
+            nothing,
+            self.vocab_size,
+            self.offsets,
+            temperature=self.temperature,
         ):
             counts = taught[pair.depth - 1][:, pair.slots]
-            shift = pair.depth + 1
+            shift = self.offsets[pair.depth]
             labels = tokens[:, pair.slots.start + shift : pair.slots.stop + shift][counts]  # (M,)
             teacher, draft, overlap = pair.teacher[counts], pair.draft[counts], pair.overlap[counts]
             self.kl[pair.depth - 1] += (
@@ -114,9 +132,16 @@ class TableDrafters:
 
     MOST_ENTRIES = 2**26  # of all tables: 256 MiB
 
-    def __init__(self, depths: int, vocab_size: int, *, reads_tokens: bool, device: torch.device):
-        self.depths, self.vocab_size, self.reads_tokens = depths, vocab_size, reads_tokens
-        tables = 1 if reads_tokens else depths
+    def __init__(
+        self, reads: Sequence[int], offsets: Sequence[int], vocab_size: int, *, device: torch.device
+    ):
+        """Depth k = 1.. has read up to t_{i+reads[k-1]} and predicts t_{i+offsets[k-1]}."""
+        self.vocab_size, self.reads, self.offsets = vocab_size, reads, (1, *offsets)
+        # from the slot of the teacher back to the last token that was read; a table for each
+        backs = [offset - 1 - read for read, offset in zip(reads, offsets, strict=True)]
+        self.backs = sorted(set(backs))
+        self.table_of = [self.backs.index(back) for back in backs]
+        tables = len(self.backs)
         self.has_tables = tables * vocab_size**2 <= self.MOST_ENTRIES
         size = (tables if self.has_tables else 0, vocab_size, vocab_size)
         self.sums = torch.zeros(size, device=device)
@@ -131,8 +156,7 @@ class TableDrafters:
             logits = head_logits(0, hidden[:, start:stop])
             p = log_probabilities(logits, 1.0).exp().float()  # (B, n, V)
             self.total += p.sum((0, 1)).double()
-            for number in range(len(self.sums)):
-                back = 0 if self.reads_tokens else number + 1  # from the slot of the teacher to t_i
+            for number, back in enumerate(self.backs if self.has_tables else ()):
                 first = max(start, back)
                 if first < stop:
                     behind = tokens[:, first - back : stop - back].flatten()
@@ -147,19 +171,18 @@ class TableDrafters:
         """`overlap_sums` of the drafters on other rows: {"constant": (4, D), "table": (4, D)}."""
         length = hidden.shape[1]
         constant = (self.total / self.total.sum()).float()
-        nothing = hidden.new_zeros(len(hidden), self.depths, *hidden.shape[2:])
-        behind = [tokens[:, k * self.reads_tokens :][:, :length] for k in range(1, 1 + self.depths)]
+        nothing = hidden.new_zeros(len(hidden), max(self.offsets) - 1, *hidden.shape[2:])
+        behind = [tokens[:, read:][:, :length] for read in self.reads]
 
         def overlaps(draft: Callable[[int, Tensor], Tensor]) -> Tensor:
             def logits(depth: int, x: Tensor) -> Tensor:
                 return head_logits(0, x) if depth == 0 else draft(depth, x).log()
 
-            return overlap_sums(logits, [hidden, *behind], nothing, taught, self.vocab_size)
+            states = [hidden, *behind]
+            return overlap_sums(logits, states, nothing, taught, self.vocab_size, self.offsets)
 
         found = {"constant": overlaps(lambda _, token: constant.expand(*token.shape, -1))}
         if self.has_tables:
             tables = (self.sums + constant) / (self.counts + 1)[..., None]
-            found["table"] = overlaps(
-                lambda k, token: tables[0 if self.reads_tokens else k - 1][token]
-            )
+            found["table"] = overlaps(lambda k, token: tables[self.table_of[k - 1]][token])
         return found

@@ -8,6 +8,7 @@ and `lm_eval`.
 import contextlib
 import importlib.util
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,23 +19,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dsv3_mtp.config import Config, ConfigError, MarkovTask, load_config
+from dsv3_mtp.config import Config, ConfigError, load_config
 from dsv3_mtp.config.reader import problems_of
+from dsv3_mtp.config.task import Generate
 from dsv3_mtp.data.sampler import deal, sequential_windows
-from dsv3_mtp.data.source import Source
+from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import export_hf, load_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
 from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.runs.model import load_run
-from dsv3_mtp.tasks.examples import TaskSource, TaskStream
-from dsv3_mtp.tasks.grade import Grade
 
 if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
     from dsv3_mtp.parallel.engine import Engine
 
 
-def evaluate(engine: "Engine", source: Source | TaskSource, config: Config) -> dict[str, Any]:
+def evaluate(engine: "Engine", source: DataSource, config: Config) -> dict[str, Any]:
     """`validate` in a training run: all ranks share the work and get the same metrics."""
     world = engine.world
     return validate(
@@ -51,7 +51,7 @@ def evaluate(engine: "Engine", source: Source | TaskSource, config: Config) -> d
 
 def validate(
     model: "DeepseekV3MTP | Engine",
-    source: Source | TaskSource,
+    source: DataSource,
     config: Config,
     *,
     batches: int,
@@ -74,32 +74,38 @@ def validate(
     )
     share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro}
     windows = sequential_windows(
-        source, seq_len=config.data.seq_len, lookahead=1 + depths, count=count, **share
+        source, seq_len=config.data.seq_len, lookahead=config.mtp.lookahead, count=count, **share
     )
     batch = [to_device(*window, config=config, device=device) for window in windows]
     # every rank computes as often: they may share experts or weights
     blanks = -(-batches // world_size) - len(batch)
-    blank = np.zeros((micro, config.data.seq_len + 1 + depths), np.int64)
+    blank = np.zeros((micro, config.data.seq_len + config.mtp.lookahead), np.int64)
     batch += [to_device(blank, blank, config=config, device=device)] * blanks
     sums = metric_sums(model.evaluate(batch, blanks=blanks))
     grade = None
-    if isinstance(source, TaskSource):
+    if source.task is not None:
         rows = [row for part in deal(count, **share) for row in part]
-        grade = Grade(model if isinstance(model, DeepseekV3MTP) else model.model, source.task)
-        grade.mark(TaskStream(source, config.data.seq_len, None), rows, windows)
-        sums = torch.cat([sums, grade.sums.to(device)])
+        whole = model if isinstance(model, DeepseekV3MTP) else model.model
+        grade = source.task.grading(config.data.seq_len, config.mtp, greedy(whole))
+        grade.mark(rows, windows)
+        sums = torch.cat([sums, torch.from_numpy(grade.sums).to(device)])
+    own = len(sums) if grade is None else len(sums) - len(grade.sums)
     totals = all_reduce(sums).tolist()
-    metrics = {
-        f"val/{name}": value
-        for name, value in metric_means(totals[: 3 + 9 * depths], depths).items()
-    }
+    means = metric_means(totals[:own], depths, config.mtp.term_names)
+    metrics = {f"val/{name}": value for name, value in means.items()}
     if grade is not None:
-        metrics |= grade.metrics(totals[3 + 9 * depths :], metrics)
-    if isinstance(source, Source) and source.bytes is not None:
+        metrics |= grade.metrics(totals[own:], metrics)
+    if source.bytes is not None and source.tokens is not None:
+        targets = source.tokens if source.text is None else source.text.targets
         metrics["val/bits_per_byte"] = (
-            metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes
+            metrics["val/main_loss"] / math.log(2) * targets / source.bytes
         )
     return metrics
+
+
+def greedy(model: DeepseekV3MTP) -> Generate:
+    """How a task asks the model for its answers."""
+    return lambda prompts, tokens: generate(model, prompts, Settings(max_new_tokens=tokens)).tokens
 
 
 def to_device(tokens, documents, scored=None, *, config: Config, device: torch.device):
@@ -114,22 +120,23 @@ def to_device(tokens, documents, scored=None, *, config: Config, device: torch.d
 
 
 def metric_sums(out: MTPOutput) -> torch.Tensor:
-    """(3+9D,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D | overlap 4 D]:
-    adds up over batches and ranks.
+    """(3+9D+2n,) float64 [nll 1+D | targets 1+D | correct 1+D | agreed D | compared D | overlap 4 D
+    | sums and counts of the n terms]: adds up over batches and ranks.
     """
     counts = (out.nll_sum, out.targets, out.correct, out.agreed, out.compared, out.overlap)
-    return torch.cat([part.double().flatten() for part in counts])
+    return torch.cat([x.double().flatten() for x in (*counts, out.term_sum, out.term_count)])
 
 
-def metric_means(sums: list[float], depths: int) -> dict[str, float]:
+def metric_means(sums: list[float], depths: int, terms: Sequence[str] = ()) -> dict[str, float]:
     """Names and ratios of `metric_sums`: main_loss, mtp_loss/k, top1/0..D, agreement/k,
-    overlap/k, overlap/tokens_per_step.
+    overlap/k, overlap/tokens_per_step, and those of `MTPConfig.term_names`.
 
     A depth without a valid target (masked documents shorter than it reaches) has no entry.
     """
     heads = 1 + depths
     nll, targets, correct = sums[:heads], sums[heads : 2 * heads], sums[2 * heads : 3 * heads]
     agreed, compared, *overlap = (sums[3 * heads + n * depths :][:depths] for n in range(6))
+    values, counts = (sums[3 * heads + 6 * depths + n * len(terms) :][: len(terms)] for n in (0, 1))
     losses = [value / max(count, 1) for value, count in zip(nll, targets, strict=True)]
     metrics = {"main_loss": losses[0]}
     metrics |= {f"mtp_loss/{depth}": losses[depth] for depth in range(1, heads) if targets[depth]}
@@ -137,6 +144,8 @@ def metric_means(sums: list[float], depths: int) -> dict[str, float]:
         f"top1/{depth}": correct[depth] / targets[depth] for depth in range(heads) if targets[depth]
     }
     metrics |= {f"agreement/{k + 1}": agreed[k] / compared[k] for k in range(depths) if compared[k]}
+    rest = zip(terms, values, counts, strict=True)
+    metrics |= {name: value / count for name, value, count in rest if count}
     return metrics | overlap_means(overlap)
 
 
@@ -147,6 +156,7 @@ def open_model(
     seq_len: int | None,
     micro_batch_size: int | None,
     ema: bool = False,
+    trust_code: bool = False,
 ) -> tuple[DeepseekV3MTP, Config]:
     """The model of a run, or of a folder in DeepSeek-V3's layout, and the config that `validate`
     reads.
@@ -155,12 +165,15 @@ def open_model(
         seq_len: tokens per window; None: the run's, for a folder the model's longest, at most 4096.
         micro_batch_size: sequences per forward; None: the run's, for a folder 1.
         ema: of a run, the moving average of the weights.
+        trust_code: import what the run's config names as package.module:Class.
 
     Raises:
         ValueError: there is nothing to load, or the windows do not fit the model or the task.
     """
     if run is not None:
-        model, config, _ = load_run(run, ema=ema)
+        model, config, _, notes = load_run(run, ema=ema, trust_code=trust_code)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         sections = config.to_dict()
     else:
         model, _ = load_hf(hf or "")
@@ -197,7 +210,7 @@ def open_model(
 
 def acceptance(
     model: DeepseekV3MTP,
-    source: Source | TaskSource,
+    source: DataSource,
     *,
     depth: int,
     prompts: int,
@@ -222,8 +235,9 @@ def acceptance(
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
     """
-    if isinstance(source, TaskSource) and not isinstance(source.task, MarkovTask):
-        texts, new_tokens = task_prompts(source, prompts)
+    asked = source.task.prompts(prompts) if source.task is not None else None
+    if asked is not None:
+        texts, new_tokens = asked
     else:
         length = min(seq_len // 2, model.config.max_position_embeddings - new_tokens)
         if length < 1:
@@ -245,23 +259,13 @@ def acceptance(
     return metrics | {"val/distinct": out.distinct}
 
 
-def task_prompts(source: TaskSource, count: int) -> tuple[list[list[int]], int]:
-    """The text before the last answer of each of `count` validation examples, and the length of the
-    answers.
-    """
-    stream = TaskStream(source, source.task.example_length - 1, None)  # one example per row
-    examples = [example for row in range(count) for example in stream.examples(row)]
-    spans = [example.answers[-1] for example in examples]
-    prompts = [example.tokens[:start] for example, (start, _) in zip(examples, spans, strict=True)]
-    return prompts, max(stop - start for start, stop in spans)
-
-
 def lm_eval(
     tasks: Sequence[str],
     *,
     run: str | None,
     hf: str | None,
     ema: bool = False,
+    trust_code: bool = False,
     include: str | None = None,
     limit: int | None = None,
     batch_size: int = 1,
@@ -291,7 +295,7 @@ def lm_eval(
         manager = TaskManager(include_path=include)  # its thousands of tasks take a while to index
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(f"--lm-eval: lm-evaluation-harness does not know {', '.join(unknown)}")
-    with _exported(run, hf, ema) as folder:
+    with _exported(run, hf, ema, trust_code) as folder:
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{run or hf}: has no tokenizer.json, and tasks are text")
         results = simple_evaluate(
@@ -314,18 +318,20 @@ def lm_eval(
 
 
 @contextlib.contextmanager
-def _exported(run: str | None, hf: str | None, ema: bool) -> Iterator[Path]:
+def _exported(run: str | None, hf: str | None, ema: bool, trust_code: bool) -> Iterator[Path]:
     """The folder of weights, for a run a temporary export in the run's own dtype."""
     if hf is not None:
         yield Path(hf)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        wide = load_config(Path(run or "") / "config.yaml").train.dtype == "float32"
+        config = load_config(Path(run or "") / "config.yaml", trust_code=trust_code)
+        wide = config.train.dtype == "float32"
         export_hf(
             run or "",
             Path(temporary) / "hf",
             dtype="fp32" if wide else "bf16",
             trunk_only=True,
             ema=ema,
+            trust_code=trust_code,
         )
         yield Path(temporary) / "hf"

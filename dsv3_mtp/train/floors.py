@@ -16,7 +16,7 @@ from dsv3_mtp.data.source import Source
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.overlap import overlap_means, teachers
 from dsv3_mtp.model.targets import valid_targets
-from dsv3_mtp.runs.loading import newest_checkpoint
+from dsv3_mtp.runs.loading import newest_checkpoint, read_reached
 from dsv3_mtp.train.checkpoint import read_state
 from dsv3_mtp.train.drafts import DraftStatistics, TableDrafters
 from dsv3_mtp.train.evaluate import to_device
@@ -24,19 +24,19 @@ from dsv3_mtp.train.evaluate import to_device
 FIT_SLOTS = 2**16  # of the table drafters: other windows of the validation text
 
 
-def trained_on(run: str | Path) -> Sampler | None:
+def trained_on(run: str | Path, *, trust_code: bool = False) -> Sampler | None:
     """The sampler of a run of text at its newest checkpoint; None: it has not trained on text.
 
     Raises:
         ValueError: the data it was trained on is not there, or is another text by now.
     """
-    config = load_config(Path(run) / "config.yaml")
+    config = load_config(Path(run) / "config.yaml", trust_code=trust_code)
     newest = newest_checkpoint(Path(run) / "checkpoints")
     if config.data.task is not None or newest is None:
         return None
-    state = read_state(newest)
-    if "sampler" not in state:  # weights without a training run
+    if "sampler" not in read_reached(newest):  # weights without a training run
         return None
+    state = read_state(newest)
     sampler, _ = open_sources(config)
     sampler.load_state_dict(state["sampler"])
     return sampler
@@ -52,6 +52,8 @@ def text_floors(
     if tokens > MOST_TOKENS:
         why = f"{tokens:,} tokens were consumed, and at most {MOST_TOKENS:,} are counted"
         return {}, f"no n-gram floors: {why}"
+    if sampler.masked:
+        return {}, "no n-gram floors: they are of whole texts, and data.mask leaves prompts out"
     if sampler.samples < 2:
         return {}, "no n-gram floors: fewer than two rows of training text were consumed"
     rows, documents = sampler.consumed()
@@ -77,24 +79,23 @@ def drafter_floors(
     """
     depths, micro = model.depths, config.train.micro_batch_size
     length, count = config.data.seq_len, batches * micro
-    windows = {"seq_len": length, "lookahead": 1 + depths}
+    windows = {"seq_len": length, "lookahead": model.lookahead}
     spare = spare_windows(source, **windows, count=count, most=max(1, FIT_SLOTS // length))
     if not depths:
         return {}, []
     if not len(spare[0]):
         why = f"{source.path} has no window beside the {count} of the validation"
         return {}, [f"no table drafters: {why}"]
-    tables = TableDrafters(
-        depths, config.model.vocab_size, reads_tokens=model.mtp_config.reads_tokens, device=device
-    )
+    reads = [model.mtp.horizon(model.mtp_config, depth) for depth in range(1, 1 + depths)]
+    tables = TableDrafters(reads, model.offsets[1:], config.model.vocab_size, device=device)
     for start in range(0, len(spare[0]), micro):
         rows = (array[start : start + micro] for array in spare)
         tokens, documents, _ = to_device(*rows, config=config, device=device)
         tables.fit(model.head_logits, main_states(model, tokens, documents), tokens)
     sums: dict[str, Tensor] = {}
     for window in sequential_windows(source, **windows, count=count, micro_batch_size=micro):
-        tokens, documents, _ = to_device(*window, config=config, device=device)
-        taught = teachers(valid_targets(tokens, documents, depths), 0)
+        tokens, documents, scored = to_device(*window, config=config, device=device)
+        taught = teachers(valid_targets(tokens, documents, model.offsets, scored), 0, model.offsets)
         hidden = main_states(model, tokens, documents)
         for name, part in tables.sums_of(model.head_logits, hidden, tokens, taught).items():
             sums[name] = sums[name] + part if name in sums else part
@@ -125,13 +126,16 @@ def draft_statistics(
     device: torch.device,
 ) -> dict[str, float]:
     """Metrics of `DraftStatistics` at a temperature, on the validation windows of `source`."""
-    depths, micro = model.depths, config.train.micro_batch_size
+    micro = config.train.micro_batch_size
     size = config.model.vocab_size
-    statistics = DraftStatistics(depths, size, temperature=temperature, device=device)
-    windows = {"seq_len": config.data.seq_len, "lookahead": 1 + depths, "count": batches * micro}
+    statistics = DraftStatistics(model.offsets[1:], size, temperature=temperature, device=device)
+    windows = {"seq_len": config.data.seq_len, "lookahead": model.lookahead}
+    windows |= {"count": batches * micro}
     for window in sequential_windows(source, **windows, micro_batch_size=micro):
-        tokens, documents, _ = to_device(*window, config=config, device=device)
-        hiddens, _ = model.hidden_states(tokens, documents)
-        taught = teachers(valid_targets(tokens, documents, depths), 0)
-        statistics.add(model.head_logits, hiddens, tokens, taught)
+        tokens, documents, scored = to_device(*window, config=config, device=device)
+        output = model.head_rows(tokens, documents)
+        taught = teachers(valid_targets(tokens, documents, model.offsets, scored), 0, model.offsets)
+        states = model.by_depth(output)
+        taught = model.scored_slots(taught, output, first=1)
+        statistics.add(model.head_logits, states, tokens, taught)
     return statistics.metrics()

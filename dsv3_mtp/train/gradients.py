@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.model.causal_lm import Batch
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.parallel.engine import Engine
 
 # The heads' gradient is a difference, (main + GAIN * heads) - main: with a large factor the rounding
@@ -36,7 +37,7 @@ def gradient_angle(engine: Engine, batch: Batch, loss_weights: Sequence[float]) 
     ]
 
     def gradient(weights: tuple[float, ...]) -> Tensor:
-        loss = model(tokens, documents, scored=scored, loss_weights=weights).loss
+        loss = model(tokens, documents, scored, LossSettings(weights)).loss
         found = torch.autograd.grad(loss, trunk, allow_unused=True, materialize_grads=True)
         return engine.all_reduce(torch.cat([part.float().flatten() for part in found]))
 

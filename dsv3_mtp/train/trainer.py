@@ -1,7 +1,7 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.ngrams import early_training
 from dsv3_mtp.data.opening import build_missing, open_sources
-from dsv3_mtp.data.source import Source
 from dsv3_mtp.hf import load_weights
-from dsv3_mtp.model.causal_lm import Batch, meta_model
-from dsv3_mtp.model.size import model_size
-from dsv3_mtp.model.targets import count_targets
+from dsv3_mtp.model.causal_lm import meta_model
+from dsv3_mtp.model.output import Batch, LossSettings
+from dsv3_mtp.model.size import model_size, require_memory
 from dsv3_mtp.ops.ranges import named
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
@@ -25,7 +24,13 @@ from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starti
 from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
 from dsv3_mtp.report.progress import Progress, floors_line, quantity
-from dsv3_mtp.runs.folder import changed_settings, find_checkpoint, run_folder, write_run_folder
+from dsv3_mtp.runs.folder import (
+    changed_code,
+    changed_settings,
+    find_checkpoints,
+    run_folder,
+    write_run_folder,
+)
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
@@ -84,10 +89,13 @@ class Trainer:
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
-        latest, found = on_main(self.world, lambda: find_checkpoint(config))
-        self.notes = [*found, *notes]
+        complete, found = on_main(self.world, lambda: find_checkpoints(config))
+        latest, damaged = checkpoint.first_sound(self.world, complete)
+        self.notes = [*found, *damaged, *notes]
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
+        # bfloat16 weights, float32 masters and two moments at the least
+        require_memory(whole, bytes_per_value=12, ranks=self.world.size)
         self.size = model_size(whole, config.data.seq_len)
         compute, chosen = choose_compute(
             config, self.world.device, lambda: meta_model(config.model, config.mtp)
@@ -106,6 +114,7 @@ class Trainer:
         self.average = None if decay is None else WeightAverage(self.engine, decay)
 
         self.step = self.tokens = 0
+        self.lambda_state = schedules.first_state(config.mtp)
         self.clock = Clock()
         if latest:
             self.notes += self.resume(latest)
@@ -187,19 +196,22 @@ class Trainer:
         """
         config, world, depths = self.config, self.world, self.config.mtp.depths
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
-        step = schedules.coming_step(config, self.tokens, micro * world.data_size)
+        step = schedules.coming_step(
+            config, self.tokens, micro * world.data_size, self.lambda_state
+        )
         share = {"rank": world.data_rank, "world_size": world.data_size, "micro_batch_size": micro}
         batch = self.next_batch(step.batch_size, share)
         # Valid targets of the whole step, per rank over which DeepSpeed averages gradients,
         # world.replicas. (Pipeline stages and slices of rows count the same batch once on each of
         # their ranks.)
         counts = torch.stack(
-            [count_targets(t, documents, depths, scored) for t, documents, scored in batch]
+            [self.model.counts(t, documents, scored) for t, documents, scored in batch]
         ).sum(0)
         normalizer = self.engine.all_reduce(counts) / world.size / world.slices
 
-        weights = {"loss_weights": step.loss_weights, "balance_loss_weight": alpha}
-        out = self.engine.accumulate(batch, normalizer=normalizer, **weights)
+        settings = LossSettings(step.loss_weights, alpha, normalizer)
+        self.model.draw = config.run.seed, self.step
+        out = self.engine.accumulate(batch, settings)
         # A GPU is still computing. What follows waits for it, once here and once for the norm of
         # the gradient.
         coming = schedules.coming_step(config, step.tokens, micro * world.data_size)
@@ -212,7 +224,8 @@ class Trainer:
         load, on_host = reduced[len(totals) :].view_as(out.load), reduced.cpu()
         total_loss, balance, node_count, stopping, *sums = on_host[: len(totals)].tolist()
         record = {"train/loss": total_loss / world.replicas}
-        record |= {f"train/{name}": value for name, value in metric_means(sums, depths).items()}
+        means = metric_means(sums, depths, config.mtp.term_names)
+        record |= {f"train/{name}": value for name, value in means.items()}
         self.require_finite(record)
         if config.log.gradients and (self.step + 1) % config.log.gradients == 0:
             record |= gradient_angle(self.engine, batch, step.loss_weights)
@@ -231,15 +244,19 @@ class Trainer:
 
         record["train/balance_loss"] = alpha * balance / step.batch_size
         if depths:
-            record["train/mtp_weight"] = schedules.mtp_loss_weight(
-                config.mtp.loss_weight, self.progress
-            )
+            record["train/mtp_weight"] = step.loss_weight
+            record |= {f"train/mtp_weight/{k}": w for k, w in enumerate(step.loss_weights, 1)}
         record |= {
             "optim/lr": step.lr,
             "moe/bias_update_speed": step.bias_speed,
             "train/batch_size": step.batch_size,
         }
         record |= self.load_metrics(on_host[len(totals) :].view_as(out.load), node_count)
+        if self.lambda_state is not None:  # rank 0's, so that no rank can have another
+            state = self.lambda_state
+            self.lambda_state = on_main(
+                world, lambda: schedules.next_state(config.mtp, state, record)
+            )
         self.step += 1
         self.tokens = step.tokens
         return record, stopping > 0
@@ -297,9 +314,10 @@ class Trainer:
         # the last update of a run has no step behind it that would show it
         self.require_finite(record)
         notes = []
-        if self.progress >= 1 and self.world.is_main and isinstance(self.val, Source):
+        text, readable = self.val.text, all(source.text for source in self.sampler.sources)
+        if self.progress >= 1 and self.world.is_main and text is not None and readable:
             batches = self.config.eval.batches
-            floors, why = text_floors(self.sampler, self.val, self.config, batches=batches)
+            floors, why = text_floors(self.sampler, text, self.config, batches=batches)
             record |= floors
             notes = [floors_line(record) if floors else why, early_training(record)]
         self.display.validation(record)
@@ -334,7 +352,7 @@ class Trainer:
         if (
             not low
             or self.progress < self.config.optim.schedule.warmup
-            or self.config.data.task is not None
+            or self.val.task is not None
         ):
             return False
         self.display.say(
@@ -347,6 +365,7 @@ class Trainer:
         state = {"step": self.step, "tokens": self.tokens, "config": self.config.to_dict()}
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
         state |= {"layout": describe(self.config, self.world.size)}
+        state |= {"loss_weight": self.lambda_state}
         root = self.folder / "checkpoints"
         keep = self.config.checkpoint.keep
         checkpoint.save(
@@ -361,15 +380,27 @@ class Trainer:
         finished = saved["tokens"] >= self.config.train.total_tokens
         notes = changed_settings(saved["config"], self.config, folder, finished=finished)
         notes += self.warmed_again(saved)
+        notes += changed_code(self.config)
         self.sampler.load_state_dict(saved["sampler"])
         moments = getattr(torch, self.config.optim.moments)
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)
         self.step, self.tokens = saved["step"], saved["tokens"]
-        self.clock.load_state_dict(saved["clock"])
+        self.clock.load_state_dict({"seconds": saved["clock"]["seconds"]})
+        notes += self.resume_lambda(saved)
         moved = f", a checkpoint of {saved['layout']}, on {here}" if saved["layout"] != here else ""
         return [f"resumed at step {self.step} from {folder}{moved}", *notes]
 
-    def warmed_again(self, saved: dict[str, Any]) -> list[str]:
+    def resume_lambda(self, saved: Mapping[str, Any]) -> list[str]:
+        """The state of lambda's schedule; a schedule of another type begins with its first state."""
+        if self.lambda_state is None:
+            return []
+        before = saved["config"]["mtp"]["loss_weight"]["type"]
+        if saved.get("loss_weight") is None or before != self.config.mtp.loss_weight.type:
+            return ["mtp.loss_weight: of another type than before, begins with its first state"]
+        self.lambda_state = saved["loss_weight"]
+        return []
+
+    def warmed_again(self, saved: Mapping[str, Any]) -> list[str]:
         """A longer train.total_tokens moves the progress back, and with it the schedules."""
         before, total = saved["config"]["train"]["total_tokens"], self.config.train.total_tokens
         if total == before:
@@ -413,7 +444,7 @@ class Trainer:
             if config.mtp.mode == "none"
             else f"{config.mtp.mode} D={config.mtp.depths}"
         )
-        tokens = [source.tokens for source in self.sampler.sources if isinstance(source, Source)]
+        tokens = [source.tokens for source in self.sampler.sources if source.tokens is not None]
         data = quantity(sum(tokens)) if tokens else self.val.path
         experts = (
             f", EP {config.parallel.expert_parallel_size}"

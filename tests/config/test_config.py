@@ -86,8 +86,8 @@ MISTAKES = [
     ("mtp.loss_weight=.nan", "mtp.loss_weight: must be finite (got nan)"),
     (
         "mtp.loss_weight={type: stp}",
-        "mtp.loss_weight: type must be one of constant, "
-        "step, linear, cosine, warmup, piecewise (got 'stp'); "
+        "mtp.loss_weight: type must be one of constant, cosine, "
+        "exponential, linear, piecewise, step, warmup (got 'stp'); "
         "did you mean 'step'?",
     ),
     (
@@ -533,8 +533,8 @@ STAR = "data.task={type: star, degree: 2, path_length: 3, nodes: 10}"
         ),
         (
             ["data.task.type=sufix_sum"],
-            "data.task: type must be one of markov, star, "
-            "induction, suffix_sum, polynomial (got 'sufix_sum'); "
+            "data.task: type must be one of induction, "
+            "markov, polynomial, star, suffix_sum (got 'sufix_sum'); "
             "did you mean 'suffix_sum'?",
         ),
         (["data.task.nodes=9"], "data.task.nodes: unknown key of this type"),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dsv3_mtp.config.model import OnResume
 from dsv3_mtp.config.resume import FREE, differences, keys, rule_of
+from dsv3_mtp.config.section import OnResume
 
 
 @pytest.mark.parametrize("key", list(keys()))

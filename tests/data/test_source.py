@@ -67,11 +67,7 @@ def test_nothing_to_open_says_how_to_prepare_or_finish(tmp_path: Path):
 def test_a_folder_that_is_not_ours_or_lacks_the_split_is_refused(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="no split 'test', there are"):
         open_source(folder, "test")
-    for content, message in [
-        ("{", "not valid JSON"),
-        ('{"format": "x"}', "format"),
-        ("[]", "format"),
-    ]:
+    for content, message in [("{", "damaged"), ('{"format": "x"}', "format"), ("[]", "damaged")]:
         (tmp_path / "index.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             open_source(tmp_path, "train")

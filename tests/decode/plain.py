@@ -2,18 +2,20 @@
 
 import torch
 
+from dsv3_mtp.decode.draft import no_drafter
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import rotary_angles
+from tests import heads_under_test
+from tests.conftest import tiny
 
 HEADS = {
     "one_module": {},
-    "two_modules": {"mtp.num_nextn_predict_layers": 2},
-    "shared_weights": {"mtp.num_nextn_predict_layers": 3, "mtp.share_weights": True},
-    "chain_trunk": {"mtp.num_nextn_predict_layers": 2, "mtp.chain": "trunk"},
-    "no_embedding": {"mtp.num_nextn_predict_layers": 2, "mtp.embed": False},
-    "pre_norm": {"mtp.num_nextn_predict_layers": 2, "mtp.trunk_hidden": "pre_norm"},
-    "parallel": {"mtp.num_nextn_predict_layers": 2, "mtp.mode": "parallel"},
-    "parallel_linear": {"mtp.num_nextn_predict_layers": 2, "mtp.mode": "parallel_linear"},
+    "shared_three": {"mtp.num_nextn_predict_layers": 3, "mtp.share_weights": True},
+    **{
+        name: {"mtp.num_nextn_predict_layers": 2, **keys}
+        for name, keys in heads_under_test.HEADS.items()
+        if no_drafter(tiny({"mtp.num_nextn_predict_layers": 2, **keys}).mtp) is None
+    },
 }
 CYCLE = [
     3,
@@ -42,7 +44,7 @@ def train_on_cycle(model: DeepseekV3MTP, steps: int = 25) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(steps):
         starts = torch.randint(len(cycle), (8, 1), generator=generator)
-        tokens = cycle[(starts + torch.arange(25 + model.depths)) % len(cycle)]
+        tokens = cycle[(starts + torch.arange(24 + model.lookahead)) % len(cycle)]
         noise = torch.rand(tokens.shape, generator=generator) < 0.1
         tokens = torch.where(noise, torch.randint(64, tokens.shape, generator=generator), tokens)
         optimizer.zero_grad()
@@ -53,9 +55,7 @@ def train_on_cycle(model: DeepseekV3MTP, steps: int = 25) -> None:
 def plain_logits(model: DeepseekV3MTP, tokens: list[int]) -> torch.Tensor:
     """(1+D, L, V) logits of the training forward at every slot, without any cache."""
     with torch.no_grad():
-        return model.logits(torch.tensor([[*tokens, *[0] * (1 + model.depths)]]))[
-            :, 0, : len(tokens)
-        ]
+        return model.logits(torch.tensor([[*tokens, *[0] * model.lookahead]]))[:, 0, : len(tokens)]
 
 
 def plain_greedy(model: DeepseekV3MTP, prompt: list[int], count: int) -> list[int]:

@@ -46,7 +46,7 @@ def cached_states(model, tokens, chunks):
 def test_cached_trunk_equals_the_training_forward(make_model, case, chunks):
     model = make_model(overrides=CASES[case])
     tokens = torch.randint(64, (2, 20))
-    expected = model.hidden_states(torch.cat([tokens, tokens[:, :2]], 1))[0][0]
+    expected = model.head_rows(torch.cat([tokens, tokens[:, :2]], 1)).rows[0].inputs[0]
     torch.testing.assert_close(cached_states(model, tokens, chunks), expected, rtol=2e-5, atol=2e-5)
 
 
@@ -141,7 +141,7 @@ def test_no_tensor_of_a_long_prefill_grows_with_the_square_of_the_prompt(make_mo
 
 
 def test_the_chunk_of_the_prefill_changes_neither_tokens_nor_drafts(make_model, monkeypatch):
-    model, verify, drafted = make_model("two_modules"), Sampler.verify, []
+    model, verify, drafted = make_model("sequential"), Sampler.verify, []
 
     def recording(sampler, logits, drafts, probability):
         drafted[-1].append(probability)

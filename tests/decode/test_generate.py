@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_mtp.decode import draft as draft_module
 from dsv3_mtp.decode.generate import Acceptance, Settings, Step, generate, stream
+from dsv3_mtp.heads.sequential import ChainDrafter
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.conftest import tiny
 from tests.decode.plain import CYCLE, HEADS, plain_greedy
@@ -33,7 +33,7 @@ def test_greedy_speculative_output_is_plain_greedy_output(make_model, heads, tra
 
 
 @pytest.mark.parametrize(
-    "heads", ["two_modules", "shared_weights", "chain_trunk", "parallel", "parallel_linear"]
+    "heads", [name for name in HEADS if name not in ("no_embedding", "pre_norm")]
 )
 def test_a_batch_of_different_lengths_equals_each_prompt_alone(make_model, heads):
     model = make_model(heads, trained=True)
@@ -46,7 +46,7 @@ def test_a_batch_of_different_lengths_equals_each_prompt_alone(make_model, heads
         assert together.acceptance.tokens == sum(one.acceptance.tokens for one in alone)
 
 
-@pytest.mark.parametrize("heads", ["two_modules", "parallel"])
+@pytest.mark.parametrize("heads", ["sequential", "parallel"])
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_max_new_tokens_is_kept_whatever_the_drafts(make_model, heads, depth):
     model = make_model(heads, trained=True)
@@ -59,7 +59,7 @@ def test_max_new_tokens_is_kept_whatever_the_drafts(make_model, heads, depth):
 
 
 def test_decoding_ends_at_a_stop_token_wherever_it_falls_in_a_step(make_model):
-    model = make_model("two_modules", trained=True)
+    model = make_model("sequential", trained=True)
     places = set()
     for prompt in (CYCLE[:k] for k in range(2, 7)):
         whole = plain_greedy(model, prompt, 12)
@@ -94,7 +94,7 @@ def test_output_is_plain_when_the_drafts_fail_at_any_position(make_model, monkey
             ids[0, m + 1 : m + 1 + count] = torch.tensor(drafts)
             return torch.tensor([drafts]), None
 
-        monkeypatch.setattr(draft_module.ChainDrafter, "draft", oracle)
+        monkeypatch.setattr(ChainDrafter, "draft", oracle)
         result = generate(model, [prompt], Settings(max_new_tokens=20, draft_depth=depth))
         assert result.tokens[0] == whole[len(prompt) :]
         assert result.acceptance.joint == [1.0] * wrong + [0.0] * (depth - wrong)
@@ -126,8 +126,8 @@ def test_lossless_for_any_weights(seed, scale, heads, depth, prompt, dense):
 @pytest.mark.parametrize(
     ("heads", "truncation"),
     [
-        ("two_modules", {}),
-        ("two_modules", {"top_p": 0.8}),
+        ("sequential", {}),
+        ("sequential", {"top_p": 0.8}),
         ("parallel", {"top_k": 4}),
         ("parallel_linear", {}),
     ],
@@ -156,7 +156,7 @@ def test_sampled_speculative_output_has_the_plain_distribution(make_model, heads
 
 
 def test_weights_changed_between_two_calls_are_seen(make_model):
-    model = copy.deepcopy(make_model("two_modules", trained=True))
+    model = copy.deepcopy(make_model("sequential", trained=True))
     generate(model, [[5]], Settings(draft_depth=2))
     for parameter in model.parameters():
         # autograd's version counters do not see what goes through .data

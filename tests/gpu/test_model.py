@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dsv3_mtp.config import Config
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.targets import count_targets
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops.attention import sdpa
 from dsv3_mtp.ops.experts import grouped_kernel, routed
 from tests.decode.plain import CYCLE, HEADS, train_on_cycle
@@ -61,7 +61,9 @@ def losses_and_gradients(
     model, tokens, documents = build(config, "none")
     model = on(model, device, dtype)
     out = model(
-        tokens.to(device), documents.to(device) if masked else None, balance_loss_weight=0.1
+        tokens.to(device),
+        documents.to(device) if masked else None,
+        settings=LossSettings(balance_loss_weight=0.1),
     )
     out.loss.backward()
     found = {"loss": out.loss.detach(), "nll": out.nll_sum, "load": out.load}
@@ -133,17 +135,13 @@ def test_the_host_never_waits_within_forward_and_backward(make_tiny_config, mask
     documents = (
         torch.arange(tokens.shape[1], device=CUDA).div(50, rounding_mode="floor").expand_as(tokens)
     )
-    settings = {
-        "documents": documents if masked else None,
-        "loss_weights": (0.3,),
-        "balance_loss_weight": 1e-4,
-    }
-    settings["normalizer"] = count_targets(tokens, settings["documents"], model.depths)
+    inputs = tokens, documents if masked else None, None
+    settings = LossSettings((0.3,), 1e-4, model.counts(*inputs[:2]))
     for mode in ("default", "default", "error"):  # the first calls load kernels and make workspaces
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            model(tokens, **settings).loss.backward()
+            model(*inputs, settings).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -169,7 +167,9 @@ def test_checkpointing_activations_changes_no_bit(make_tiny_config, mode, dtype)
             make_tiny_config({"mtp.num_nextn_predict_layers": 2}), used, deterministic
         )
         model = on(model, CUDA, dtype)
-        out = model(tokens.to(CUDA), documents.to(CUDA), balance_loss_weight=0.1)
+        out = model(
+            tokens.to(CUDA), documents.to(CUDA), settings=LossSettings(balance_loss_weight=0.1)
+        )
         out.loss.backward()
         results.append(vars(out) | {name: p.grad for name, p in model.named_parameters()})
     for name, value in results[0].items():

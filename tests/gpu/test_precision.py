@@ -8,6 +8,7 @@ import torch
 
 from dsv3_mtp.config import FP8Config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.targets import document_starts
 from dsv3_mtp.ops.attention import sdpa
 from dsv3_mtp.ops.compute import building
@@ -132,7 +133,7 @@ def test_checkpointing_activations_of_an_fp8_model_changes_no_bit(make_tiny_conf
             64, (2, 17 + model.depths), generator=torch.Generator().manual_seed(1)
         )
         model = on(model, CUDA, torch.bfloat16)  # DeepSpeed casts afterwards
-        out = model(tokens.to(CUDA), balance_loss_weight=0.1)
+        out = model(tokens.to(CUDA), settings=LossSettings(balance_loss_weight=0.1))
         out.loss.backward()
         results.append({"loss": out.loss} | {name: p.grad for name, p in model.named_parameters()})
     for name, value in results[0].items():

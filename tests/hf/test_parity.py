@@ -12,6 +12,7 @@ import torch
 from dsv3_mtp.hf import export_hf, load_hf
 from dsv3_mtp.model.layers import rotary_angles
 from dsv3_mtp.model.moe import Gate
+from dsv3_mtp.model.output import LossSettings
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 
@@ -137,7 +138,7 @@ def test_mtp_hidden_states_agree_with_transformers_own_inference(pair, tmp_path)
     ours, theirs = pair
     module, cache = mtp_model(theirs, tmp_path / "hf")
     tokens = torch.randint(64, (1, 12 + 1 + 2))
-    hidden, _ = ours.hidden_states(tokens)
+    hidden = [rows.inputs[0] for rows in ours.head_rows(tokens).rows]
     for depth, state in enumerate(their_hidden_states(theirs, module, cache, tokens, 12)):
         close(hidden[depth], state, f"depth {depth}")
 
@@ -146,7 +147,7 @@ def test_gradients_of_one_training_step_agree_main_loss_and_mtp(pair, tmp_path):
     ours, theirs = pair
     module, cache = mtp_model(theirs, tmp_path / "hf")
     tokens, length, weights = torch.randint(64, (1, 12 + 1 + 2)), 12, (0.3, 0.15)
-    out = ours(tokens, loss_weights=weights)
+    out = ours(tokens, settings=LossSettings(weights))
     out.loss.backward()
     loss = torch.zeros(())
     for depth, state in enumerate(their_hidden_states(theirs, module, cache, tokens, length)):

@@ -13,19 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsv3_mtp.config import load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import rotary_angles
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size
-from dsv3_mtp.model.targets import agreement, count_targets, valid_targets
+from dsv3_mtp.model.states import Scores
+from dsv3_mtp.model.targets import agreement, count_targets, target_tokens, valid_targets
+from tests.heads_under_test import HEADS, MODES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-VARIANTS = {
-    "sequential": {},
-    "shared": {"mtp.share_weights": True},
-    "chain_trunk": {"mtp.chain": "trunk"},
-    "no_embedding": {"mtp.embed": False},
-    "pre_norm": {"mtp.trunk_hidden": "pre_norm"},
-    "parallel": {"mtp.mode": "parallel"},
-    "parallel_linear": {"mtp.mode": "parallel_linear"},
-}
 T = 10
 
 
@@ -44,42 +38,40 @@ def build(make_tiny_config):
 
 
 def tokens_for(model, rows=2):
-    return torch.randint(model.config.vocab_size, (rows, T + 1 + model.depths))
+    return torch.randint(model.config.vocab_size, (rows, T + model.lookahead))
 
 
 @pytest.mark.parametrize("depths", [1, 2, 3, 4])
 def test_alignment_is_the_closed_form_on_arange_tokens(build, depths):
     model = build(depths)
     seen = {}
-    model.mtp.register_forward_pre_hook(lambda _, args: seen.update(embeddings=args[1]))
-    model.lm_head.register_forward_pre_hook(lambda _, args: seen.update(targets=args[1]))
+    model.mtp.register_forward_pre_hook(lambda _, args: seen.update(inputs=args[0]))
     tokens = torch.arange(T + 1 + depths).unsqueeze(0)
     out = model(tokens)
-    targets = seen["targets"].view(1 + depths, T)
+    targets = target_tokens(tokens, model.offsets)[:, 0]
     for depth in range(1 + depths):
         assert targets[depth].tolist() == [i + depth + 1 for i in range(T)]
         if depth:
             expected = model.model.embed_tokens(torch.arange(T) + depth)
-            assert torch.equal(seen["embeddings"][depth - 1][0], expected)
+            assert torch.equal(seen["inputs"].ahead(depth)[0], expected)
     assert out.targets.tolist() == [T] * (1 + depths)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", HEADS)
 def test_no_leak_from_future_tokens(build, variant):
     """Perturbing t_{i+k+1} or later never changes depth k at slot i; t_{i+k} does, where the head
     reads it.
     """
-    model = build(3, torch.float64, **VARIANTS[variant])
+    model = build(3, torch.float64, **HEADS[variant])
     tokens = tokens_for(model, rows=1)
     base = model.logits(tokens)  # (1+D, 1, T, V)
-    reads_ahead = variant not in ("no_embedding", "parallel", "parallel_linear")
+    horizons = [0, *(model.mtp.horizon(model.mtp_config, k) for k in (1, 2, 3))]
     for position in range(1, tokens.shape[1]):
         changed = tokens.clone()
         changed[0, position] = (tokens[0, position] + 1) % model.config.vocab_size
         moved = ((model.logits(changed) - base).abs() > 1e-9).any(-1)[:, 0]  # (1+D, T)
         for depth in range(4):
-            horizon = depth if reads_ahead else 0
-            first = position - horizon  # the slot whose farthest input is this token
+            first = position - horizons[depth]  # the slot whose farthest input is this token
             assert not moved[depth, : max(first, 0)].any(), (depth, position)
             if 0 <= first < T:
                 assert moved[depth, first], (depth, position)
@@ -109,7 +101,7 @@ def reference_losses(model, tokens, weights, copies=None):
 def test_losses_and_gradients_equal_the_equations_written_out(build):
     model = build(2, torch.float64)
     tokens, weights = tokens_for(model), (0.2, 0.05)
-    out = model(tokens, loss_weights=weights)
+    out = model(tokens, settings=LossSettings(weights))
     expected, parts = reference_losses(model, tokens, weights)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert (out.nll_sum / out.targets).tolist() == pytest.approx(
@@ -125,7 +117,7 @@ def test_losses_and_gradients_equal_the_equations_written_out(build):
 def test_shared_embedding_and_head_gradients_are_the_sum_over_separate_copies(build):
     model = build(2, torch.float64)
     tokens, weights = tokens_for(model), (0.3, 0.3)
-    model(tokens, loss_weights=weights).loss.backward()
+    model(tokens, settings=LossSettings(weights)).loss.backward()
     shared = model.model.embed_tokens.weight, model.lm_head.weight
     copies = [tuple(w.detach().clone().requires_grad_() for w in shared) for _ in range(3)]
     reference_losses(model, tokens, weights, copies)[0].backward()
@@ -142,15 +134,18 @@ def test_embedding_and_head_are_one_storage_for_all_depths(build):
         "model.embed_tokens.weight",
         "lm_head.weight",
     ]
-    assert all(model.head(depth) is model.lm_head for depth in range(4))
+    rows = model.head_rows(tokens_for(model)).rows
+    assert all(one.outputs == (model.lm_head,) for one in rows) and len(rows) == 4
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", HEADS)
 def test_the_loss_recombines_from_what_is_reported(build, variant):
-    model = build(2, **VARIANTS[variant])
-    out = model(tokens_for(model), loss_weights=(0.15, 0.05), balance_loss_weight=0.01)
+    model = build(2, **HEADS[variant])
+    out = model(tokens_for(model), settings=LossSettings((0.15, 0.05), 0.01))
     mean = out.nll_sum / out.targets
     total = mean[0] + 0.15 * mean[1] + 0.05 * mean[2] + 0.01 * out.balance / 2
+    for factor, value in zip(model.terms.values(), out.term_sum / out.term_count, strict=True):
+        total = total + factor * value
     assert out.loss.item() == pytest.approx(total.item(), rel=1e-6)
 
 
@@ -160,7 +155,7 @@ def test_mode_none_is_the_plain_language_model_bit_for_bit(build):
     mtp.lm_head.load_state_dict(plain.lm_head.state_dict())
     tokens = torch.randint(64, (2, T + 3))
     out = plain(tokens[:, : T + 1])
-    logits = plain.lm_head(plain.hidden_states(tokens[:, : T + 1])[0][0])
+    logits = plain.lm_head(plain.head_rows(tokens[:, : T + 1]).rows[0].inputs[0])
     assert torch.equal(mtp.logits(tokens)[0], logits)
     torch.testing.assert_close(
         out.loss,
@@ -169,7 +164,7 @@ def test_mode_none_is_the_plain_language_model_bit_for_bit(build):
         atol=1e-6,
     )
     assert out.agreed.numel() == 0 and out.nll_sum.shape == (1,)
-    weighted = mtp(tokens, loss_weights=(0.0, 0.0))
+    weighted = mtp(tokens, settings=LossSettings((0.0, 0.0)))
     out.loss.backward()
     weighted.loss.backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), mtp.named_parameters(), strict=False):
@@ -178,7 +173,7 @@ def test_mode_none_is_the_plain_language_model_bit_for_bit(build):
 
 def test_the_trunk_starts_the_same_whatever_the_heads(build, make_tiny_config):
     states = []
-    for mode in ("none", "sequential", "parallel", "parallel_linear"):
+    for mode in ("none", *MODES):
         config = make_tiny_config({"mtp.mode": mode})
         model = DeepseekV3MTP(config.model, config.mtp)
         model.init_weights(5)
@@ -202,13 +197,13 @@ def test_init_is_normal_with_the_configured_range_and_norms_are_one(make_tiny_co
 
 
 @pytest.mark.parametrize("detach", ["none", "trunk", "all"])
-@pytest.mark.parametrize("mode", ["sequential", "parallel", "parallel_linear"])
+@pytest.mark.parametrize("mode", MODES)
 def test_detach_stops_exactly_the_gradients_it_names(build, mode, detach):
     model = build(2, **{"mtp.mode": mode, "mtp.detach": detach})
     tokens = tokens_for(model)
     before = copy.deepcopy(model)
-    model(tokens, loss_weights=(1.0, 1.0)).loss.backward()
-    before(tokens, loss_weights=(0.0, 0.0)).loss.backward()
+    model(tokens, settings=LossSettings((1.0, 1.0))).loss.backward()
+    before(tokens, settings=LossSettings((0.0, 0.0))).loss.backward()
     trunk_moved = not torch.allclose(
         model.model.layers[0].mlp.up_proj.weight.grad,
         before.model.layers[0].mlp.up_proj.weight.grad,
@@ -217,8 +212,9 @@ def test_detach_stops_exactly_the_gradients_it_names(build, mode, detach):
     head_moved = not torch.allclose(
         model.lm_head.weight.grad, before.lm_head.weight.grad, atol=1e-9
     )
+    shared = any(model.lm_head in rows.outputs for rows in model.head_rows(tokens).rows[1:])
     assert trunk_moved == (detach == "none")
-    assert head_moved == (detach != "all" and mode != "parallel_linear")
+    assert head_moved == (detach != "all" and shared)
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0
         for n, p in model.mtp.named_parameters()
@@ -231,7 +227,7 @@ def test_the_chain_carries_gradient_from_depth_two_to_module_one(build):
     for chain, reaches in (("hidden", True), ("trunk", False)):
         model = build(2, **{"mtp.chain": chain, "mtp.detach": "all"})
         tokens = tokens_for(model) if tokens is None else tokens
-        model(tokens, loss_weights=(0.0, 1.0)).loss.backward()
+        model(tokens, settings=LossSettings((0.0, 1.0))).loss.backward()
         assert (model.mtp.layers[0].eh_proj.weight.grad.abs().sum() > 0) == reaches
 
 
@@ -266,8 +262,8 @@ def test_one_recycled_module_counts_its_load_for_every_depth_and_its_balance_los
     for module in separate.mtp.layers:
         module.load_state_dict(shared.mtp.layers[0].state_dict())
     separate.model.load_state_dict(shared.model.state_dict())
-    per_depth = separate.hidden_states(tokens)[1][2:]
-    only_mtp = shared.hidden_states(tokens)[1][2].balance
+    per_depth = separate.head_rows(tokens).routed[2:]
+    only_mtp = shared.head_rows(tokens).routed[2].balance
     torch.testing.assert_close(only_mtp, sum(s.balance for s in per_depth) / 3)
 
 
@@ -310,10 +306,10 @@ def test_masked_documents_give_the_losses_of_each_document_alone(build):
 def test_valid_targets_stay_inside_the_slots_document():
     documents = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3]])
     tokens = torch.zeros(1, 8)
-    valid = valid_targets(tokens, documents, 2)[:, 0]  # T = 5
+    valid = valid_targets(tokens, documents, range(1, 4))[:, 0]  # T = 5
     assert valid.int().tolist() == [[1, 1, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
-    assert count_targets(tokens, documents, 2).tolist() == [3, 1, 0, 1]
-    assert count_targets(tokens, None, 2).tolist() == [5, 5, 5, 1]
+    assert count_targets(tokens, documents, range(1, 4)).tolist() == [3, 1, 0, 1]
+    assert count_targets(tokens, None, range(1, 4)).tolist() == [5, 5, 5, 1]
 
 
 def test_a_micro_batch_without_valid_targets_gives_zero_loss_and_finite_gradients(build):
@@ -337,19 +333,12 @@ def test_one_batch_equals_its_micro_batches_with_uneven_valid_counts(build, mask
         )
     rows = [slice(0, 1), slice(1, 2), slice(2, 4)]
     part = (lambda s: None) if documents is None else (lambda s: documents[s])
-    whole = model(tokens, documents, loss_weights=(0.3, 0.1), balance_loss_weight=0.01)
+    whole = model(tokens, documents, settings=LossSettings((0.3, 0.1), 0.01))
     parameters = list(model.parameters())
     want = torch.autograd.grad(whole.loss, parameters)
-    normalizer = sum(count_targets(tokens[s], part(s), 2) for s in rows)
+    normalizer = sum(count_targets(tokens[s], part(s), range(1, 4)) for s in rows)
     outs = [
-        model(
-            tokens[s],
-            part(s),
-            loss_weights=(0.3, 0.1),
-            balance_loss_weight=0.01,
-            normalizer=normalizer,
-        )
-        for s in rows
+        model(tokens[s], part(s), settings=LossSettings((0.3, 0.1), 0.01, normalizer)) for s in rows
     ]
     got = torch.autograd.grad(sum(out.loss for out in outs), parameters)
     assert sum(out.loss for out in outs).item() == pytest.approx(whole.loss.item(), rel=1e-12)
@@ -364,21 +353,21 @@ def test_agreement_by_hand():
     #        slots:           0  1  2  3
     # main, depth 1, depth 2
     prediction = torch.tensor([[[5, 6, 7, 8]], [[6, 7, 9, 0]], [[7, 8, 0, 0]]])
-    agreed, compared = agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool), prediction[0])
+    every = torch.ones(3, 1, 4, dtype=torch.bool)
+    agreed, compared = agreement(prediction, every, prediction[0], (1, 2, 3))
     # depth 1: slot i against main i+1: 6=6, 7=7, 9!=8 -> 2 of 3; depth 2 jointly: 7=7, 8=8 -> 2 of
     # 2
     assert (agreed.tolist(), compared.tolist()) == ([2, 2], [3, 2])
     prediction[1, 0, 0] = 1  # depth 1 wrong at slot 0: depth 2 no longer counts there
-    assert agreement(prediction, torch.ones(3, 1, 4, dtype=torch.bool), prediction[0])[
-        0
-    ].tolist() == [1, 1]
+    assert agreement(prediction, every, prediction[0], (1, 2, 3))[0].tolist() == [1, 1]
 
 
 def test_a_model_that_is_right_everywhere_agrees_everywhere_also_where_few_tokens_are_scored():
     tokens = torch.arange(9)[None]  # T = 6, D = 2
     scored = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0, 0]]).bool()
     right = torch.stack([tokens[:, k + 1 : k + 7] for k in range(3)])
-    agreed, compared = agreement(right, valid_targets(tokens, None, 2, scored), right[0])
+    valid = valid_targets(tokens, None, (1, 2, 3), scored)
+    agreed, compared = agreement(right, valid, right[0], (1, 2, 3))
     # no slot has t_4 at depth 1 and t_3 ahead of it as a target
     assert agreed.tolist() == compared.tolist() == [3, 2]
 
@@ -417,9 +406,9 @@ def test_v3_16b_has_v2_lites_parameter_counts():
     assert (size.active - size.embedding) / 1e9 == pytest.approx(2.45, abs=0.01)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", HEADS)
 def test_counts_equal_the_parameters_that_exist(build, variant):
-    model = build(2, **VARIANTS[variant])
+    model = build(2, **HEADS[variant])
     size = model_size(model, T)
     assert size.total + size.mtp_total == sum(p.numel() for p in model.parameters())
     assert 0 < size.active < size.total
@@ -431,11 +420,11 @@ def test_a_depth_with_fewer_targets_than_ranks_weighs_as_on_one_rank(build):
     documents = torch.arange(T + 3).expand(4, -1) // 2  # two tokens each: no target of depth 1
     documents = documents.clone()
     documents[0, 2] = 0  # but this one, of three; depth 2 has none anywhere
-    counts = count_targets(tokens, documents, 2)
+    counts = count_targets(tokens, documents, range(1, 4))
     assert counts[1:].tolist() == [1, 0, 4]
     whole = model(tokens, documents).loss
     parts = [
-        model(*rows, normalizer=counts / 4).loss
+        model(*rows, settings=LossSettings(normalizer=counts / 4)).loss
         for rows in zip(tokens.split(1), documents.split(1), strict=True)
     ]
     assert sum(parts).item() / 4 == pytest.approx(whole.item(), rel=1e-12)
@@ -445,12 +434,12 @@ def test_a_depth_with_fewer_targets_than_ranks_weighs_as_on_one_rank(build):
     ("frozen", "detach"),
     [(False, "none"), (False, "trunk"), (False, "all"), (True, "trunk"), (True, "all")],
 )
-@pytest.mark.parametrize("variant", ["sequential", "shared", "parallel", "parallel_linear"])
+@pytest.mark.parametrize("variant", HEADS)
 def test_flops_are_those_that_torch_counts(build, variant, frozen, detach):
     # With a frozen trunk the gradient of the main head's rows is computed beside that of the
     # others, and not used.
     sizes = {"model.hidden_size": 128, "model.vocab_size": 64 if frozen else 256}
-    model = build(2, **VARIANTS[variant], **{"mtp.detach": detach}, **sizes)
+    model = build(2, **HEADS[variant], **{"mtp.detach": detach}, **sizes)
     if frozen:
         model.freeze_trunk()
     tokens = tokens_for(model)
@@ -473,8 +462,8 @@ def test_scored_tokens_are_the_targets_of_every_depth_by_hand():
         [0, 0, 0, 1, 1, 1, 1, 0],  # depth 1: token i + 2, the last slot's is padding
         [0, 0, 1, 1, 1, 1, 0, 0],  # depth 2: token i + 3
     ]
-    assert valid_targets(tokens, None, 2, scored).int().squeeze(1).tolist() == by_hand
-    assert count_targets(tokens, None, 2, scored).tolist() == [4, 4, 4, 1]
+    assert valid_targets(tokens, None, range(1, 4), scored).int().squeeze(1).tolist() == by_hand
+    assert count_targets(tokens, None, range(1, 4), scored).tolist() == [4, 4, 4, 1]
 
 
 def test_scored_tokens_count_only_inside_their_own_document_by_hand():
@@ -487,30 +476,53 @@ def test_scored_tokens_count_only_inside_their_own_document_by_hand():
         [1, 1, 0, 1, 1, 0],  # depth 0: slot 2 would predict the next example's first token
         [1, 0, 0, 1, 0, 0],  # depth 1: slot 2 would predict 6, scored, but of the next example
     ]
-    assert valid_targets(tokens, documents, 1, scored).int().squeeze(1).tolist() == by_hand
-    assert count_targets(tokens, documents, 1, scored).tolist() == [4, 2, 1]
+    assert (
+        valid_targets(tokens, documents, range(1, 3), scored).int().squeeze(1).tolist() == by_hand
+    )
+    assert count_targets(tokens, documents, range(1, 3), scored).tolist() == [4, 2, 1]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", HEADS)
 def test_tokens_that_are_not_scored_change_neither_loss_nor_gradient_as_targets(build, variant):
-    model = build(**VARIANTS[variant])
+    model = build(**HEADS[variant])
     tokens = tokens_for(model)
     scored = torch.zeros_like(tokens, dtype=torch.bool)
     scored[:, 5:8] = True
-    out = model(tokens, scored=scored)
+    weight = 0.2
+    out = model(tokens, scored=scored, settings=LossSettings((weight, weight)))
     assert out.targets.tolist() == [6, 6, 6]
     out.loss.backward()
-    logits = model.logits(tokens)  # (1+D, B, T, V)
-    want = torch.zeros(())
-    for depth in range(3):
-        rows = logits[
-            depth, :, 5 - depth - 1 : 8 - depth - 1
-        ]  # the slots whose target is token 5, 6 or 7
-        loss = F.cross_entropy(rows.flatten(0, 1), tokens[:, 5:8].flatten())
-        assert out.nll_sum[depth].item() == pytest.approx(6 * loss.item(), rel=1e-5)
-        want = want + (loss if depth == 0 else loss / 2)
     got = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
+    nll, want = whole_losses(model, tokens, scored, (weight, weight))
+    assert out.nll_sum.tolist() == pytest.approx(nll, rel=1e-5)
     want.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def whole_losses(model, tokens, scored, weights):
+    """By the definition of a depth, on logits of all slots at once: slot i of depth k is scored
+    against t_{i+offset}. The summed nll of each depth, and the loss.
+    """
+    output, logits = model.head_rows(tokens), model.logits(tokens)  # (1+D, B, T, V)
+    targets = torch.stack([tokens[:, o:][:, :T] for o in model.offsets])
+    valid = torch.stack([scored[:, o:][:, :T] for o in model.offsets])
+    nll = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    sums, counts = (nll * valid).sum((1, 2)), valid.sum((1, 2))
+    loss = (sums / counts * torch.tensor([1.0, *weights])).sum()
+    if model.terms:
+        scores = Scores(nll.detach(), logits.argmax(-1), targets, valid)
+        found = model.mtp.loss_terms(output, scores)
+        count = model.mtp.count_terms(model.mtp_config, valid)
+        for (name, factor), times in zip(model.terms.items(), count, strict=True):
+            loss = loss + factor * found[name] / times
+    return sums.tolist(), loss
+
+
+def test_a_bare_call_weighs_the_heads_as_the_model_s_own_mtp_section_says(build):
+    """Lambda of the V3 schedule at the start of a run: 0.3, over D = 2 depths."""
+    model = build(2, torch.float64)
+    tokens = tokens_for(model)
+    mean = (out := model(tokens)).nll_sum / out.targets
+    assert out.loss.item() == pytest.approx((mean[0] + 0.15 * (mean[1] + mean[2])).item(), rel=1e-9)

@@ -10,10 +10,12 @@ import torch
 from dsv3_mtp.decode.sample import Sampler
 from dsv3_mtp.model import overlap as module
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.overlap import overlap_means, overlap_sums, pairs, teachers
 from dsv3_mtp.model.targets import valid_targets
+from tests.heads_under_test import MODES
 
-T, MODES = 12, ("sequential", "parallel", "parallel_linear")
+T = 12
 
 
 @pytest.fixture
@@ -31,21 +33,22 @@ def build(make_tiny_config):
 
 def rows_for(model, *, masked: bool, rows=3):
     torch.manual_seed(1)
-    tokens = torch.randint(model.config.vocab_size, (rows, T + 1 + model.depths))
+    tokens = torch.randint(model.config.vocab_size, (rows, T + model.lookahead))
     documents = (torch.rand(tokens.shape) < 0.15).cumsum(1) if masked else None
     scored = torch.rand(tokens.shape) < 0.8
     return tokens, documents, scored
 
 
 def parts(model, tokens, documents, scored):
-    hiddens, _ = model.hidden_states(tokens, documents)
-    taught = teachers(valid_targets(tokens, documents, model.depths, scored), 0)
-    nothing = hiddens[0].new_zeros(len(tokens), model.depths, model.config.hidden_size)
+    hiddens = model.by_depth(model.head_rows(tokens, documents))
+    valid = valid_targets(tokens, documents, model.offsets, scored)
+    taught = teachers(valid, 0, model.offsets)
+    nothing = hiddens[0].new_zeros(len(tokens), model.lookahead - 1, model.config.hidden_size)
     return hiddens, nothing, taught
 
 
 def head_logits(model):
-    return lambda depth, hidden: model.head(depth)(hidden)
+    return model.head_logits
 
 
 def by_hand(model, tokens, documents, scored):
@@ -56,9 +59,10 @@ def by_hand(model, tokens, documents, scored):
         for i in range(T):
             product, all_have_one = 1.0, True
             for k in range(1, 1 + model.depths):
-                own = documents is None or documents[row, i + k + 1] == documents[row, i]
-                has_one = bool(own and scored[row, i + k + 1] and i + k < T)
-                both = [probability[0, row, i + k], probability[k, row, i]] if i + k < T else None
+                aim = i + model.offsets[k]
+                own = documents is None or documents[row, aim] == documents[row, i]
+                has_one = bool(own and scored[row, aim] and aim - 1 < T)
+                both = [probability[0, row, aim - 1], probability[k, row, i]] if aim <= T else None
                 value = float(torch.minimum(*both).sum()) if both else 0.0
                 all_have_one, product = all_have_one and has_one, product * value
                 sums[:, k - 1] += torch.tensor(
@@ -79,9 +83,11 @@ def test_overlap_is_the_sum_over_the_vocabulary_in_float64(
     model = build(mode, dtype=torch.float64)
     rows = rows_for(model, masked=masked)
     hiddens, nothing, taught = parts(model, *rows)
-    found = overlap_sums(head_logits(model), hiddens, nothing, taught, model.config.vocab_size)
+    found = overlap_sums(
+        head_logits(model), hiddens, nothing, taught, model.config.vocab_size, model.offsets
+    )
     torch.testing.assert_close(found, by_hand(model, *rows), rtol=1e-12, atol=1e-12)
-    out = model(rows[0], rows[1], scored=rows[2], overlap=True)
+    out = model(*rows, LossSettings(overlap=True))
     torch.testing.assert_close(out.overlap, found, rtol=1e-12, atol=1e-12)
 
 
@@ -90,7 +96,9 @@ def test_float32_overlap_is_that_of_float64(build):
     found = {}
     for dtype in (torch.float32, torch.float64):
         model = build("sequential", dtype=dtype)
-        found[dtype] = model(rows_for(model, masked=False)[0], overlap=True).overlap
+        found[dtype] = model(
+            rows_for(model, masked=False)[0], settings=LossSettings(overlap=True)
+        ).overlap
     torch.testing.assert_close(found[torch.float32], found[torch.float64], rtol=1e-4, atol=1e-5)
 
 
@@ -99,16 +107,20 @@ def test_a_row_in_two_parts_has_the_overlap_of_the_whole_row(build):
     model = build("sequential", depths=2)
     rows = rows_for(model, masked=False)
     hiddens, nothing, taught = parts(model, *rows)
-    whole = overlap_sums(head_logits(model), hiddens, nothing, taught, model.config.vocab_size)
-    valid, cut = valid_targets(rows[0], None, 2, rows[2]), T // 2
+    whole = overlap_sums(
+        head_logits(model), hiddens, nothing, taught, model.config.vocab_size, model.offsets
+    )
+    valid, cut = valid_targets(rows[0], None, model.offsets, rows[2]), T // 2
     total = torch.zeros_like(whole)
     for slots, following, count in (
         (slice(0, cut), hiddens[0][:, cut : cut + 2], 2),
         (slice(cut, T), nothing, 0),
     ):
-        own = [hidden[:, slots] for hidden in hiddens]
-        has_one = teachers(valid[:, :, slots], count)
-        total += overlap_sums(head_logits(model), own, following, has_one, model.config.vocab_size)
+        own = [hiddens[0][:, slots], *(h.cut(slots.start, slots.stop) for h in hiddens[1:])]
+        has_one = teachers(valid[:, :, slots], count, model.offsets)
+        total += overlap_sums(
+            head_logits(model), own, following, has_one, model.config.vocab_size, model.offsets
+        )
     torch.testing.assert_close(total, whole)
 
 
@@ -121,7 +133,9 @@ def test_overlap_is_the_share_of_drawn_drafts_that_the_verifier_accepts(build, t
     sampler = Sampler(temperature, generator=torch.Generator().manual_seed(5))
     logits = model.logits(tokens)[:, 0]  # (1+D, T, V)
     vocab = model.config.vocab_size
-    for pair in pairs(head_logits(model), hiddens, nothing, vocab, temperature=temperature):
+    for pair in pairs(
+        head_logits(model), hiddens, nothing, vocab, model.offsets, temperature=temperature
+    ):
         for n, i in enumerate(range(pair.slots.start, pair.slots.stop)):
             if i + pair.depth >= T:
                 continue
@@ -138,10 +152,10 @@ def test_equal_distributions_overlap_wholly_and_disjoint_ones_not_at_all():
     taught = torch.ones(1, 1, 3, dtype=torch.bool)
     taught[:, :, 2] = False
     nothing = torch.zeros(1, 1, 2)
-    same = overlap_sums(lambda _, x: x, [hidden, hidden.roll(-1, 1)], nothing, taught, 2)
+    same = overlap_sums(lambda _, x: x, [hidden, hidden.roll(-1, 1)], nothing, taught, 2, (1, 2))
     assert overlap_means(same.tolist()) == {"overlap/1": 1.0, "overlap/tokens_per_step": 2.0}
     turned = torch.tensor([[[0.0, -200.0]] * 3])
-    none = overlap_sums(lambda _, x: x, [hidden, turned], nothing, taught, 2)
+    none = overlap_sums(lambda _, x: x, [hidden, turned], nothing, taught, 2, (1, 2))
     assert (
         overlap_means(none.tolist())["overlap/1"] < 1e-80
         or overlap_means(none.tolist())["overlap/1"] == 0

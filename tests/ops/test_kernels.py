@@ -2,6 +2,7 @@
 built.
 """
 
+import platform
 import shutil
 import subprocess
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops import c, choice
 from dsv3_mtp.ops.attention import attend
 from dsv3_mtp.ops.cross_entropy import linear_cross_entropy
@@ -296,7 +298,7 @@ def test_the_whole_model_gives_the_loss_and_gradients_of_the_plain_one(
     results = []
     for scope in (nullcontext(), choice.plain()):
         with scope:
-            out = model(tokens, balance_loss_weight=0.01)
+            out = model(tokens, settings=LossSettings(balance_loss_weight=0.01))
         results.append([out.loss, *torch.autograd.grad(out.loss, list(model.parameters()))])
     for got, expected in zip(*results, strict=True):
         assert (got - expected).norm() <= 2e-5 * expected.norm()
@@ -404,4 +406,25 @@ def test_a_failed_build_leaves_nothing_behind(anew, tmp_path):
     anew.setenv("CC", str(failing))
     anew.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert choice.describe(torch.device("cpu")).endswith("run instead (no space left)")
-    assert list((tmp_path / "cache" / "dsv3_mtp").iterdir()) == []
+    assert [x.name for x in (tmp_path / "cache" / "dsv3_mtp").iterdir()] == [".lock"]
+
+
+def test_a_library_that_was_damaged_or_lies_open_to_others_is_not_loaded(anew, tmp_path):
+    anew.setenv("XDG_CACHE_HOME", str(tmp_path))
+    anew.setenv("CC", "cc -m64" if platform.machine() == "x86_64" else "cc -O2")
+    if c.unavailable(torch.float32):
+        pytest.skip("no C compiler")
+    cache = tmp_path / "dsv3_mtp"
+    [library] = cache.glob("*.so")
+    assert cache.stat().st_mode & 0o777 == 0o700
+    content = library.read_bytes()
+    library.unlink()  # not in place: this process still runs it
+    library.write_bytes(content[: len(content) // 2])
+    library.chmod(0o700)
+    c._library.cache_clear()
+    assert "was damaged and is deleted" in str(c.unavailable(torch.float32))
+    c._library.cache_clear()
+    assert c.unavailable(torch.float32) is None  # built again
+    cache.chmod(0o777)
+    c._library.cache_clear()
+    assert "others may write it" in str(c.unavailable(torch.float32))

@@ -11,6 +11,7 @@ from bench.meter import Meter
 from dsv3_mtp.model import block
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import RMSNorm
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops import choice
 from dsv3_mtp.ops.attention import Core
 from dsv3_mtp.ops.compute import Compute, building
@@ -59,7 +60,11 @@ def test_gradients_and_loads_are_bitwise_those_without_it(make_tiny_config, head
     config, results = make_tiny_config(heads), {}
     for used in ("none", mode):
         model, tokens, documents = build(config, used)
-        out = model(tokens, None if "mtp.mode" in heads else documents, balance_loss_weight=0.1)
+        out = model(
+            tokens,
+            None if "mtp.mode" in heads else documents,
+            settings=LossSettings(balance_loss_weight=0.1),
+        )
         out.loss.backward()
         routed = 2 + (config.mtp.depths if config.mtp.mode in ("sequential", "parallel") else 0)
         assert (

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops import choice, rotary, swiglu
 from dsv3_mtp.ops.compute import Compute, building
 
@@ -199,7 +200,7 @@ def test_a_model_with_the_kernels_has_the_loss_and_gradients_of_one_without(
                 patch.setattr(
                     choice, "kernels", lambda *x, on=not plain: interpreter() if on else None
                 )
-            out = model(tokens, balance_loss_weight=1e-4)
+            out = model(tokens, settings=LossSettings(balance_loss_weight=1e-4))
             grads = torch.autograd.grad(out.loss, list(model.parameters()))
         results.append([out.loss, out.nll_sum, *grads])
     for plain, ours in zip(*results, strict=True):

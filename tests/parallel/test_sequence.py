@@ -15,7 +15,7 @@ from bench.meter import Meter
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe, refusals
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.targets import count_targets
+from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops.compute import Compute, Shard, building
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World, start
@@ -81,9 +81,7 @@ def learn(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the model returns, and its gradients."""
     weights = tuple(0.3 + depth for depth in range(model.depths))
-    out = model(
-        *inputs, loss_weights=weights, balance_loss_weight=0.5, normalizer=counts, overlap=True
-    )
+    out = model(*inputs, settings=LossSettings(weights, 0.5, counts, overlap=True))
     out.loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
@@ -102,7 +100,7 @@ def compare(folder: Path) -> None:
         ahead = 1 + model.depths
         tokens = torch.randint(0, 64, (ROWS, LENGTH + ahead))
         documents = DOCUMENTS[: LENGTH + ahead].expand(ROWS, -1) if settings.get("masked") else None
-        counts = count_targets(tokens, documents, model.depths)
+        counts = model.counts(tokens, documents)
         want = learn(model, [tokens, documents], counts) if world.is_main else None
 
         model = make(settings, shard_of(world))
@@ -135,7 +133,8 @@ def changes(model: DeepseekV3MTP, tokens: torch.Tensor) -> torch.Tensor:
     """
     rows = torch.stack([tokens, *(tokens + torch.eye(len(tokens), dtype=torch.int64))]) % 64
     with torch.no_grad():
-        states, _ = model.hidden_states(model.shard.cut(rows, 1 + model.depths))
+        found = model.head_rows(model.shard.cut(rows, model.lookahead)).rows
+        states = [one.inputs[0] for one in found]
     moved = [(state[1:] - state[:1]).abs().amax((1, 2)) > 1e-9 for state in states]
     return torch.stack(moved, dim=1)
 

@@ -131,7 +131,7 @@ def test_activations_are_what_a_forward_leaves_behind(make_tiny_config, heads, m
     tokens = torch.randint(0, config.model.vocab_size, (16, 16 + 1 + config.mtp.depths))
     with Meter() as meter:
         out = model(tokens)
-    weights = {model.head(depth) for depth in range(1 + config.mtp.depths)}
+    weights = {one.outputs[-1] for one in model.head_rows(tokens).rows}
     kept_by_loss = sum(head.weight.numel() for head in weights) * element_size(config)
     estimate = (
         sum(

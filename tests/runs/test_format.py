@@ -12,7 +12,9 @@ from dsv3_mtp.train.checkpoint import read_state
 def checkpoint(folder, version):
     made = folder / "global_step3"
     made.mkdir(parents=True)
-    (made / "state.json").write_text(json.dumps({"format": version, "step": 3}))
+    state = {"format": version, "step": 3, "tokens": 30, "config": {}, "layout": "1 rank"}
+    state |= {"sampler": {"samples": 3, "counts": [3]}, "clock": {"seconds": 1.0}}
+    (made / "state.json").write_text(json.dumps(state))
     size = (made / "state.json").stat().st_size
     complete = {"format": version, "step": 3, "files": {"state.json": size}}
     (made / COMPLETE).write_text(json.dumps(complete))

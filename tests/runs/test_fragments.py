@@ -37,7 +37,7 @@ def write(folder, tensors, cuts):
             )
             for name, values in flat.items()
         ]
-        parts.append(write_fragments(folder, rank, fragments))
+        parts.append(write_fragments(folder, rank, fragments)[0])
     return parts
 
 
@@ -103,7 +103,9 @@ def test_a_damaged_shard_is_told_by_its_folder(stored, keep):
     folder, _ = stored
     shard = folder / shard_name(1)
     shard.write_bytes(shard.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=f"{folder}: damaged .*delete this folder"):
+    with pytest.raises(
+        ValueError, match=f"{folder}: damaged .*delete {folder} to use the checkpoint before"
+    ):
         read_state_dict(folder)
 
 

@@ -8,10 +8,14 @@ import json
 import numpy as np
 import pytest
 
-from dsv3_mtp.config import InductionTask, MarkovTask, PolynomialTask, StarTask, SuffixSumTask
+from dsv3_mtp.config import TASKS
 from dsv3_mtp.data.sampler import Sampler, sequential_windows
-from dsv3_mtp.tasks.examples import TaskSource, TaskStream
-from dsv3_mtp.tasks.markov import stationary, transition_matrix
+from dsv3_mtp.tasks.base import TaskSource
+from dsv3_mtp.tasks.induction import InductionTask
+from dsv3_mtp.tasks.markov import MarkovTask, stationary, transition_matrix
+from dsv3_mtp.tasks.polynomial import PolynomialTask
+from dsv3_mtp.tasks.star import StarTask
+from dsv3_mtp.tasks.suffix_sum import SuffixSumTask
 
 STAR = StarTask(type="star", degree=3, path_length=4, nodes=20)
 INDUCTION = InductionTask(type="induction", length=30, names=2, mentions=5)
@@ -19,12 +23,13 @@ SUFFIX = SuffixSumTask(type="suffix_sum", terms=4, modulus=3)
 POLYNOMIAL = PolynomialTask(type="polynomial", max_operations=4)
 MARKOV = MarkovTask(type="markov", states=8)
 ALL = [STAR, INDUCTION, SUFFIX, POLYNOMIAL, MARKOV]
+assert {task.type for task in ALL} == set(TASKS)  # a new task is listed here
 names = pytest.mark.parametrize("task", ALL, ids=lambda task: task.type)
 LOOKAHEAD = 3
 
 
 def examples(task, count=200):
-    stream = TaskStream(TaskSource(task), task.example_length - 1, (5, 0))
+    stream = task.stream(task.example_length - 1, (5, 0))
     return [example for index in range(count) for example in stream.examples(index)]
 
 
@@ -135,7 +140,7 @@ def evaluate_prefix(rest):
 
 
 def test_a_walk_has_the_transitions_of_its_chain_and_starts_stationary():
-    stream = TaskStream(TaskSource(MARKOV), 50, (1, 0))
+    stream = MARKOV.stream(50, (1, 0))
     rows = np.stack([stream.sample(index, 53)[0] for index in range(2000)])
     chain = transition_matrix(8, sharpness=2.0, chain_seed=0)
     pairs = np.zeros((8, 8))
@@ -147,16 +152,14 @@ def test_a_walk_has_the_transitions_of_its_chain_and_starts_stationary():
 @names
 def test_a_row_holds_whole_examples_then_padding_and_only_answers_count(task):
     if task.type == "markov":
-        tokens, documents, scored = TaskStream(TaskSource(task), 20, (1, 0)).sample(
-            0, 20 + LOOKAHEAD
-        )
+        tokens, documents, scored = task.stream(20, (1, 0)).sample(0, 20 + LOOKAHEAD)
         assert scored.all() and not documents.any() and tokens.max() < 8
         return
     # three examples and two tokens over
     length, seq_len = task.example_length, 3 * task.example_length + 1
     for loss_on in ("answer", "all"):
         changed = task.model_copy(update={"loss_on": loss_on})
-        stream = TaskStream(TaskSource(changed), seq_len, (1, 0))
+        stream = changed.stream(seq_len, (1, 0))
         row = stream.sample(4, seq_len + LOOKAHEAD)
         tokens, documents, scored = ([], [], [])
         for number, example in enumerate(stream.examples(4)):

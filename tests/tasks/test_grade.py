@@ -4,22 +4,22 @@ tasks.
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from dsv3_mtp.config import MarkovTask, MTPConfig, PolynomialTask, StarTask
+from dsv3_mtp.config import MTPConfig
 from dsv3_mtp.data.opening import validation_source
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.report.metrics import read_metrics
-from dsv3_mtp.tasks import grade as module
-from dsv3_mtp.tasks.examples import TaskSource, TaskStream
-from dsv3_mtp.tasks.grade import Grade, hard_token, reference
-from dsv3_mtp.tasks.markov import step_entropy, transition_matrix
+from dsv3_mtp.tasks import base
+from dsv3_mtp.tasks.base import TaskSource
+from dsv3_mtp.tasks.markov import MarkovTask, step_entropy, transition_matrix
+from dsv3_mtp.tasks.polynomial import PolynomialTask
+from dsv3_mtp.tasks.star import StarTask
 from dsv3_mtp.train.evaluate import acceptance, open_model, validate
 from tests.ranks import run_ranks, timeless, train_to_end, train_until
 
@@ -29,7 +29,7 @@ STAR = StarTask(type="star", degree=2, path_length=3, nodes=10)
 
 def graded(monkeypatch, task, answer, *, rows=20):
     """The metrics of a model that answers `answer(example number, true answer)`."""
-    stream = TaskStream(TaskSource(task), task.example_length - 1, None)
+    stream = task.stream(task.example_length - 1, None)
     true = {
         tuple(e.tokens[:a]): e.tokens[a:b]
         for row in range(rows)
@@ -38,15 +38,14 @@ def graded(monkeypatch, task, answer, *, rows=20):
     }
     number = {prompt: i for i, prompt in enumerate(true)}
 
-    def generate(model, prompts, settings):
+    def generate(prompts, tokens):
         given = [answer(number[tuple(prompt)], list(true[tuple(prompt)])) for prompt in prompts]
-        assert all(len(tokens) <= settings.max_new_tokens for tokens in given)
-        return SimpleNamespace(tokens=given)
+        assert all(len(one) <= tokens for one in given)
+        return given
 
-    monkeypatch.setattr(module, "generate", generate)
-    monkeypatch.setattr(module, "ROWS", 7)  # several calls
-    grade = Grade(SimpleNamespace(depths=0), task)
-    grade.mark(stream, range(rows), [])
+    monkeypatch.setattr(base, "ROWS", 7)  # several calls
+    grade = task.grading(task.example_length - 1, MTPConfig(mode="none"), generate)
+    grade.mark(range(rows), [])
     return grade.metrics(grade.sums.tolist(), {})
 
 
@@ -64,14 +63,13 @@ def test_one_wrong_token_is_no_exact_match_and_the_first_node_is_counted_alone(
 
     found = graded(monkeypatch, task, answer)
     assert found == {"task/exact_match": 12 / 20, "task/first_node": 15 / 20}
-    assert hard_token(StarTask(type="star", path_length=5, nodes=20, reverse=reverse)) == (
-        3 if reverse else 1
-    )
+    longer = StarTask(type="star", path_length=5, nodes=20, reverse=reverse)
+    assert longer.hard_token == (3 if reverse else 1)
 
 
 def test_polynomials_are_also_counted_by_their_number_of_operations(monkeypatch):
     task = PolynomialTask(type="polynomial", max_operations=3)
-    stream = TaskStream(TaskSource(task), task.example_length - 1, None)
+    stream = task.stream(task.example_length - 1, None)
     groups = [stream.examples(row)[0].group for row in range(20)]
     found = graded(
         monkeypatch, task, lambda number, true: true if groups[number] == 2 else [true[0], 9]
@@ -97,11 +95,11 @@ def test_the_true_source_has_no_excess_loss_at_any_depth(mtp, sees):
     chain = transition_matrix(8, sharpness=2.0, chain_seed=0)
     mtp = MTPConfig(num_nextn_predict_layers=depths, **mtp)
     assert mtp.reads_tokens == sees
-    grade = Grade(SimpleNamespace(depths=depths, mtp_config=mtp), task)
+    grade = task.grading(64, mtp, lambda prompts, tokens: [])
     window = Sampler([TaskSource(task)], seq_len=64, lookahead=1 + depths, seed=0).next_batch(256)[
         0
     ]
-    grade.mark(None, [], [window])
+    grade.mark([], [window])
     # by the definition of depth k: slot i predicts t_{i+k+1}, from t_{i+k} or from t_i
     tokens, losses = window[0], []
     for k in range(1 + depths):
@@ -124,7 +122,7 @@ def test_the_reference_has_the_names_of_the_metrics_and_the_values_of_the_closed
         MarkovTask(type="markov", states=8),
         transition_matrix(8, sharpness=2.0, chain_seed=0),
     )
-    parallel = reference(task, MTPConfig(mode="parallel", num_nextn_predict_layers=2))
+    parallel = task.reference(MTPConfig(mode="parallel", num_nextn_predict_layers=2))
     assert parallel["val/main_loss"] == step_entropy(chain, 1) and parallel[
         "val/mtp_loss/2"
     ] == step_entropy(chain, 3)
@@ -132,10 +130,10 @@ def test_the_reference_has_the_names_of_the_metrics_and_the_values_of_the_closed
     assert (
         parallel["acceptance/T1/tokens_per_step"] == 1 + sum(joint) and 0 < joint[1] < joint[0] < 1
     )
-    sequential = reference(task, MTPConfig(num_nextn_predict_layers=2))
+    sequential = task.reference(MTPConfig(num_nextn_predict_layers=2))
     assert sequential.keys() == parallel.keys() and sequential["acceptance/T0/tokens_per_step"] == 3
-    assert reference(task, MTPConfig(mode="none")) == {"val/main_loss": step_entropy(chain, 1)}
-    assert reference(STAR, MTPConfig()) == {}
+    assert task.reference(MTPConfig(mode="none")) == {"val/main_loss": step_entropy(chain, 1)}
+    assert STAR.reference(MTPConfig()) == {}
 
 
 @pytest.fixture
@@ -184,7 +182,7 @@ def test_a_task_run_resumes_bitwise_and_validates_as_its_saved_model_does(make_r
     for key in ("task/exact_match", "task/first_sum", "val/main_loss"):
         assert again[key] == pytest.approx(last[key], rel=1e-5), key
     # by generating each answer alone, and counting
-    stream = TaskStream(source, 6, None)
+    stream = source.stream(6, None)
     examples = [stream.examples(row)[0] for row in range(16)]
     given = [
         generate(model, [e.tokens[:4]], Settings(max_new_tokens=3)).tokens[0] for e in examples

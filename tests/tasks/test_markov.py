@@ -19,6 +19,10 @@ from dsv3_mtp.tasks.markov import (
 
 CHAIN = transition_matrix(4, sharpness=1.5, chain_seed=3)
 DEPTHS = 3
+# of heads that see only t_i: what they predict, where, and what they draft
+HEADS = [np.linalg.matrix_power(CHAIN, 1 + k) for k in range(1, 1 + DEPTHS)]
+OFFSETS = [1 + k for k in range(1, 1 + DEPTHS)]
+GREEDY = [head.argmax(1) for head in HEADS]
 
 
 def test_the_matrix_is_a_function_of_its_settings_with_rows_that_sum_to_one():
@@ -36,9 +40,11 @@ def test_the_two_state_chain_has_its_textbook_answers():
     entropy = [-sum(p * math.log(p) for p in row) for row in chain]
     assert step_entropy(chain, 1) == pytest.approx(0.8 * entropy[0] + 0.2 * entropy[1])
     # P^2 = [[.85, .15], [.6, .4]]: the best guess two steps ahead is state 0 from both
-    assert best_agreement(chain, 1, reads_tokens=False) == pytest.approx([0.8 * 0.9 + 0.2 * 0.4])
+    assert best_agreement(chain, [chain @ chain], [2]) == pytest.approx([0.8 * 0.9 + 0.2 * 0.4])
     # greedy: 0 goes on with 0 and 0, 1 with 1 and 1, and the head drafts 0
-    assert best_acceptance(chain, 1, temperature=0, reads_tokens=False) == pytest.approx([0.8])
+    assert best_acceptance(
+        chain, [chain @ chain], [np.array([0, 0])], temperature=0
+    ) == pytest.approx([0.8])
 
 
 def paths():
@@ -69,7 +75,7 @@ def test_agreement_equals_its_sum_over_every_path():
         same = [powers(path)[k].argmax() == CHAIN[path[k + 1]].argmax() for k in range(DEPTHS)]
         for k in range(DEPTHS):
             brute[k] += p * all(same[: k + 1])
-    assert best_agreement(CHAIN, DEPTHS, reads_tokens=False) == pytest.approx(brute)
+    assert best_agreement(CHAIN, HEADS, OFFSETS) == pytest.approx(brute)
     assert 0 < brute[-1] < brute[0] < 1
 
 
@@ -82,7 +88,7 @@ def test_greedy_acceptance_equals_drafting_from_every_state():
             stands = stands and CHAIN[token].argmax() == draft
             brute[k] += p * stands
             token = draft
-    assert best_acceptance(CHAIN, DEPTHS, temperature=0, reads_tokens=False) == pytest.approx(brute)
+    assert best_acceptance(CHAIN, HEADS, GREEDY, temperature=0) == pytest.approx(brute)
 
 
 def test_acceptance_at_temperature_1_equals_its_sum_over_every_draft():
@@ -96,16 +102,12 @@ def test_acceptance_at_temperature_1_equals_its_sum_over_every_draft():
             # of the later drafts every one is enumerated
             brute[k] += weight / len(CHAIN) ** (DEPTHS - 1 - k)
             before = draft
-    assert best_acceptance(CHAIN, DEPTHS, temperature=1, reads_tokens=False) == pytest.approx(brute)
+    assert best_acceptance(CHAIN, HEADS, GREEDY, temperature=1) == pytest.approx(brute)
 
 
-def test_heads_that_see_the_tokens_before_their_target_are_always_accepted():
-    assert best_agreement(CHAIN, 2, reads_tokens=True) == [1.0, 1.0]
-    assert [best_acceptance(CHAIN, 2, temperature=t, reads_tokens=True) for t in (0, 1)] == [
-        [1.0, 1.0]
-    ] * 2
+def test_acceptance_is_known_at_two_temperatures():
     with pytest.raises(ValueError, match="temperature must be 0 or 1"):
-        best_acceptance(CHAIN, 2, temperature=2, reads_tokens=True)
+        best_acceptance(CHAIN, HEADS, GREEDY, temperature=2)
 
 
 def test_acceptance_at_temperature_1_is_that_of_the_decoder_s_own_verification():
@@ -131,7 +133,7 @@ def test_acceptance_at_temperature_1_is_that_of_the_decoder_s_own_verification()
     logits = torch.log(chain[torch.cat([token[:, None], drafts], 1)])  # (B, 1+K, V)
     accepted, _ = Sampler(1.0, None, 1.0, walk).verify(logits.float(), drafts, q.float())
     measured = [(accepted > k).double().mean().item() for k in range(depths)]
-    expected = best_acceptance(CHAIN, depths, temperature=1, reads_tokens=False)
+    expected = best_acceptance(CHAIN, HEADS[:depths], GREEDY[:depths], temperature=1)
     # four standard errors
     assert measured == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(rows))
 
@@ -143,5 +145,6 @@ def test_the_source_loses_its_entropy_on_its_own_text():
         walk.append(int(np.searchsorted(CHAIN[walk[-1]].cumsum()[:-1], draw)))
     tokens = np.array(walk)
     for steps in (1, 2):
-        mean = source_nll(CHAIN, tokens[:-steps], tokens[steps:], steps) / (len(tokens) - steps)
+        head = np.linalg.matrix_power(CHAIN, steps)
+        mean = source_nll(head, tokens[:-steps], tokens[steps:]) / (len(tokens) - steps)
         assert mean == pytest.approx(step_entropy(CHAIN, steps), abs=0.02)

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import LossSettings
+from dsv3_mtp.tasks.markov import heads_on, source_nll
 from tests.ranks import markov_chain, markov_tokens
 
 STATES, DEPTHS, T, STEPS = 24, 2, 64, 100
@@ -18,7 +20,9 @@ TOLERANCE = 0.04  # nats
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize(
+    "mode", ["sequential", "parallel", "examples.bag_head:BagHead", "tests.example_heads:LeapHead"]
+)
 def test_heads_reach_the_entropy_that_theory_leaves_them(make_tiny_config, mode):
     config = make_tiny_config(
         {
@@ -35,28 +39,31 @@ def test_heads_reach_the_entropy_that_theory_leaves_them(make_tiny_config, mode)
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)
     chain = markov_chain(STATES, sharpness=2.0)
-    tokens = torch.from_numpy(markov_tokens(chain, 16 * T * STEPS + T, seed=1).astype(np.int64))
+    tokens = torch.from_numpy(markov_tokens(chain, 16 * T * STEPS + 2 * T, seed=1).astype(np.int64))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = (
                 1e-2 * min(1, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * step / STEPS))
             )
-        rows = [tokens[(step * 16 + row) * T :][: T + 1 + DEPTHS] for row in range(16)]
-        out = model(torch.stack(rows), loss_weights=(0.5,) * DEPTHS)
+        rows = [tokens[(step * 16 + row) * T :][: T + model.lookahead] for row in range(16)]
+        out = model(torch.stack(rows), settings=LossSettings((0.5,) * DEPTHS))
         optimizer.zero_grad()
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         model.update_router_bias(out.load, 1e-3)
-    held_out = torch.from_numpy(markov_tokens(chain, 256 * T + DEPTHS + 1, seed=2).astype(np.int64))
+    held_out = torch.from_numpy(
+        markov_tokens(chain, 256 * T + model.lookahead, seed=2).astype(np.int64)
+    )
     with torch.no_grad():
-        out = model(torch.stack([held_out[row * T :][: T + 1 + DEPTHS] for row in range(256)]))
+        out = model(torch.stack([held_out[row * T :][: T + model.lookahead] for row in range(256)]))
     losses = (out.nll_sum / out.targets).tolist()
-    reach = [
-        step_entropy(chain, held_out, 1 if mode == "sequential" else 1 + k)
-        for k in range(1 + DEPTHS)
-    ]
+    walk = held_out.numpy()
+    reach = []
+    for head, read, aim in heads_on(chain, config.mtp):
+        reach.append(source_nll(head, walk[read : len(walk) + read - aim], walk[aim:]))
+        reach[-1] /= len(walk) - aim
     assert losses == pytest.approx(reach, abs=TOLERANCE)
     # the two differ
     assert step_entropy(chain, held_out, 2) - step_entropy(chain, held_out, 1) > 10 * TOLERANCE

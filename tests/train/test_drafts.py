@@ -22,10 +22,11 @@ def test_draft_statistics_are_those_by_hand(make_tiny_config):
     torch.manual_seed(1)
     tokens = torch.randint(model.config.vocab_size, (3, T + 3))
     rows = tokens, (torch.rand(tokens.shape) < 0.15).cumsum(1)
-    hiddens, _ = model.hidden_states(*rows)
-    taught = teachers(valid_targets(*rows, 2, torch.rand(tokens.shape) < 0.8), 0)
+    hiddens = model.by_depth(model.head_rows(*rows))
+    scored = torch.rand(tokens.shape) < 0.8
+    taught = teachers(valid_targets(*rows, model.offsets, scored), 0, model.offsets)
     vocab = model.config.vocab_size
-    statistics = DraftStatistics(2, vocab, temperature=0.7, device=torch.device("cpu"))
+    statistics = DraftStatistics((2, 3), vocab, temperature=0.7, device=torch.device("cpu"))
     statistics.add(model.head_logits, hiddens, rows[0], taught)
     found = statistics.metrics()
     probability = (model.logits(*rows[:2]) / 0.7).softmax(-1)
@@ -72,9 +73,9 @@ def test_a_table_drafter_is_perfect_where_the_main_model_is_that_table(reads_tok
     def logits(_depth, x):
         return (x @ chain).log()
 
-    tables = TableDrafters(1, vocab, reads_tokens=reads_tokens, device=torch.device("cpu"))
+    tables = TableDrafters([int(reads_tokens)], [2], vocab, device=torch.device("cpu"))
     tables.fit(logits, hidden[:300], tokens[:300])
-    taught = teachers(torch.ones(2, 100, length, dtype=torch.bool), 0)
+    taught = teachers(torch.ones(2, 100, length, dtype=torch.bool), 0, (1, 2))
     sums = tables.sums_of(logits, hidden[300:], tokens[300:], taught)
     found = {name: overlap_means(part.tolist())["overlap/1"] for name, part in sums.items()}
     pi = torch.linalg.matrix_power(chain, 60)[0]

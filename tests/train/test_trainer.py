@@ -29,6 +29,7 @@ from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.floors import text_floors, trained_on
 from dsv3_mtp.train.process import own_process
 from dsv3_mtp.train.trainer import NonFiniteError
+from tests.conftest import contents
 from tests.made_runs import read_newest, read_state_dict
 from tests.plain_training import plain_steps
 from tests.ranks import run_ranks, timeless, train_to_end, train_until, write_markov
@@ -103,7 +104,7 @@ def weights_of(config: Config) -> dict[str, torch.Tensor]:
 
 
 def averages_of(config: Config) -> dict[str, torch.Tensor]:
-    stored = newest_weights(folder_of(config), ema=True)
+    stored, _ = newest_weights(folder_of(config), ema=True)
     return {name: stored.read(name).view(shape) for name, shape in stored.shapes.items()}
 
 
@@ -184,7 +185,7 @@ def test_moments_and_average_may_be_switched_on_resume(make_run):
         "the checkpoint has no average; it begins here",
     ):
         assert line in text
-    stored = newest_weights(folder_of(changed), ema=True)
+    stored, _ = newest_weights(folder_of(changed), ema=True)
     assert {stored.read(n, state="exp_avg").dtype for n in stored.shapes if "bias" not in n} == {
         torch.bfloat16
     }
@@ -321,7 +322,7 @@ def test_zero_0_and_1_take_the_same_steps_in_bfloat16(make_run):
         found.append(
             (
                 weights_of(config),
-                newest_weights(folder_of(config)).index["lm_head.weight"]["scalars"],
+                newest_weights(folder_of(config))[0].index["lm_head.weight"]["scalars"],
             )
         )
     (zero, steps), (one, _) = found
@@ -465,11 +466,32 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_not_begun_anew(finis
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-def test_a_damaged_checkpoint_file_is_named(finished):
-    file = folder_of(finished) / "checkpoints" / "global_step12" / shard_name(0)
-    file.write_bytes(b"x" * file.stat().st_size)
+@pytest.mark.parametrize("name", [shard_name(0), "index.json", "state.json"])
+def test_a_flipped_bit_is_named_and_training_goes_on_from_the_checkpoint_before(finished, name):
+    root = folder_of(finished) / "checkpoints"
+    expected, before = timeless(train(finished)), contents(root / "global_step12")
+    content = bytearray(before[name])
+    content[len(content) // 2] ^= 1
+    (root / "global_step12" / name).write_bytes(content)
+    assert timeless(train(finished)) == expected
+    again = contents(root / "global_step12")
+    assert again[shard_name(0)] == before[shard_name(0)]
+    assert contents(root / "global_step12.damaged")[name] == bytes(content)
+    log = Path(f"{root.parents[2]}/run.log.rank0").read_text()
+    assert f"global_step12: damaged ({name}: is not what was written" in log
+    assert "resumed at step 10" in log
+
+
+def test_where_no_checkpoint_is_sound_all_are_named_and_left_as_they_are(finished):
+    root = folder_of(finished) / "checkpoints"
+    for folder in root.glob("global_step*"):
+        file = folder / shard_name(0)
+        file.write_bytes(b"x" * file.stat().st_size)
+    before = contents(root)
     train(finished, function=refused)
-    assert "global_step12: damaged" in Path(f"{folder_of(finished)}.error").read_text()
+    error = Path(f"{folder_of(finished)}.error").read_text()
+    assert "global_step12: damaged" in error and "global_step10: damaged" in error
+    assert "no other checkpoint is left" in error and contents(root) == before
 
 
 def test_what_one_rank_cannot_read_every_rank_names(make_run):

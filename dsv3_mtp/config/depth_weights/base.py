@@ -1,0 +1,17 @@
+"""What is asked of a rule for the weights of the depths."""
+
+from dsv3_mtp.config.registry import Registry
+from dsv3_mtp.config.section import Section
+
+
+class DepthRule(Section):
+    """w_1 .. w_D as a function of D and of progress. Its keys are the fields of the class."""
+
+    type: str
+
+    def weights(self, depths: int, progress: float) -> tuple[float, ...]:
+        """(D,) numbers >= 0; their mean is 1 where lambda shall keep its meaning."""
+        raise NotImplementedError(f"{type(self).__name__} has no weights(depths, progress)")
+
+
+DEPTH_WEIGHTS: Registry[DepthRule] = Registry("rule of depth weights", DepthRule)

@@ -1,0 +1,72 @@
+"""The base class of all sections, and the kinds of values that their keys have."""
+
+import os
+from collections.abc import Iterator
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from dsv3_mtp.config.reader import KeyProblems, Problem
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic would read true as 1
+        raise ValueError("must be a number")
+    return value
+
+
+def _plain_name(name: str) -> str:
+    if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        raise ValueError("must be a plain folder name; put folders into run.dir")
+    return name
+
+
+Integer = Annotated[int, BeforeValidator(_not_bool)]
+Number = Annotated[float, BeforeValidator(_not_bool)]
+Count = Annotated[Integer, Field(ge=1, le=2**62)]
+# Bounds that no model comes near: a stranger's config.json must not keep this machine busy.
+Width = Annotated[Integer, Field(ge=1, le=2**20)]
+Layers = Annotated[Integer, Field(ge=1, le=1024)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[
+    Text, AfterValidator(os.path.expanduser)
+]  # no shell expands the ~ of a config or of --set
+FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name
+
+
+class OnResume(Enum):
+    """What a start may do with a key whose value differs from the checkpoint's. A key says it in
+    its annotation, else its section does in `on_resume`, else the section that holds that one
+    (resume.py).
+    """
+
+    FIXED = "refused: the weights or the place in the data fit the old value only"
+    RECORDED = "said and recorded; refused where the run is finished"
+    FREE = "accepted: no effect on what is learned"
+
+
+class Section(BaseModel):
+    """A frozen group of keys. `rules` yields what is wrong between them, as (key, text)."""
+
+    on_resume: ClassVar[OnResume | None] = None
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    def rules(self) -> Iterator[Problem]:
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        if problems := list(self.rules()):
+            raise KeyProblems(problems)
+        return self

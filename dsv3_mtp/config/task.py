@@ -1,0 +1,94 @@
+"""What the program asks of a generated task. The tasks themselves are files of dsv3_mtp/tasks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+from dsv3_mtp.config.registry import Registry
+from dsv3_mtp.config.section import Section
+
+Array = Any  # of numpy, which the config does without
+# prompts, and how many tokens to give for each: the greedy continuations
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+
+
+class Stream(Protocol):
+    """Rows of a data source, each a pure function of its index."""
+
+    def sample(self, index: int, length: int) -> tuple[Array, ...]:
+        """Training row `index` of `length` = T + 1 + D tokens: tokens (length,) int64; number of the
+        document of each (length,) int64, from 0; of a task also (length,) bool: which are targets.
+        """
+
+    def spread(self, index: int, count: int, length: int) -> tuple[Array, ...]:
+        """Validation row `index` of `count`."""
+
+
+class Grading(Protocol):
+    """Counts of one validation that add up over ranks: `mark`, sum `sums` over the ranks,
+    `metrics`.
+    """
+
+    sums: Array  # (n,) float64
+
+    def mark(self, rows: Sequence[int], windows: Sequence[Sequence[Array]]) -> None:
+        """The examples of some validation rows; `windows` are the same rows as the model has read
+        them.
+        """
+
+    def metrics(self, sums: list[float], losses: dict[str, float]) -> dict[str, float]:
+        """`task/...` from the sums over all ranks. losses: `val/main_loss` and `val/mtp_loss/k` of
+        the same rows.
+        """
+
+
+class Task(Section):
+    """A generated source of tokens and how well a model does it. Its keys are the fields of the
+    class.
+    """
+
+    type: str
+
+    METRICS: ClassVar[dict[str, tuple[str, str | None]]] = {}
+    """Name of a metric -> (its words, {} being k; which way is better: lower, higher or None)."""
+    VERSION: ClassVar[int] = 1
+    """To be raised with any change to the examples, so that no run is resumed on other data."""
+    has_answers: ClassVar[bool] = True
+    """A model answers by generating; false: there is a known theory of its losses."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids, padding included."""
+        raise NotImplementedError(f"{type(self).__name__} has no vocab_size")
+
+    @property
+    def example_length(self) -> int:
+        """Tokens of the longest example."""
+        raise NotImplementedError(f"{type(self).__name__} has no example_length")
+
+    def stream(self, seq_len: int, key: tuple[int, int] | None) -> Stream:
+        """key: (seed, number of the source) for training; None for validation, the same in every
+        run.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no stream(seq_len, key)")
+
+    def grading(self, seq_len: int, mtp: Any, generate: Generate) -> Grading:
+        """mtp: the heads' MTPConfig."""
+        raise NotImplementedError(f"{type(self).__name__} has no grading(seq_len, mtp, generate)")
+
+    def prompts(self, count: int) -> tuple[list[list[int]], int] | None:
+        """The text before the last answer of `count` validation examples, and the length of the
+        answers; None: rows of the stream are prompts.
+        """
+        return None
+
+    def reference(self, mtp: Any) -> dict[str, float]:
+        """What heads at their lowest cross-entropy reach, by the name of the metric; {}: unknown."""
+        return {}
+
+    def facts(self, seq_len: int, mtp: Any) -> dict[str, str]:
+        """Lines of the dry run."""
+        text = f"examples of {self.example_length} tokens; {self.vocab_size} token ids"
+        return {f"task {self.type}": text}
+
+
+TASKS: Registry[Task] = Registry("task", Task, "dsv3_mtp.tasks")

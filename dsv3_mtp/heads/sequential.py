@@ -1,0 +1,310 @@
+"""DeepSeek-V3's heads: a causal chain of modules, each reading the one before it and the next token.
+
+V3 section 2.2, eqs. 21-25. Ablations: `chain`, `embed`, `trunk_hidden`, `share_weights`, `block`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.config.section import Section
+from dsv3_mtp.decode.cache import Window, span
+from dsv3_mtp.decode.draft import Drafter, stacked
+from dsv3_mtp.decode.layers import Layer, Norm
+from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.heads.base import Cost, Export, Head, SharedHead
+from dsv3_mtp.model.block import DecoderLayer
+from dsv3_mtp.model.layers import RMSNorm
+from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, TrunkStates
+from dsv3_mtp.ops.compute import given
+
+
+class SequentialOptions(Section):
+    """Keys of `mtp:` with mode sequential."""
+
+    trunk_hidden: Literal["post_norm", "pre_norm"] = "post_norm"
+    """The trunk state that module 1 reads, after or before the final norm (open in V3 2.2)."""
+    chain: Literal["hidden", "trunk"] = "hidden"
+    """Module k reads h_{k-1} (V3 eq. 21), or always the trunk's state."""
+    embed: bool = True
+    """Modules read the embedding of the token at i+k (V3 eq. 21)."""
+    share_weights: bool = False
+    """One module, used at every depth."""
+    block: Literal["trunk", "dense"] = "trunk"
+    """The module's layer is of the kind of the trunk's last one (V3), or dense (MiMo, LongCat)."""
+
+
+class MTPModule(DecoderLayer):
+    """DeepSeek-V3's module k (eqs. 21-23): merge the previous hidden state with the token k ahead,
+    one block.
+
+        h'_k = eh_proj([enorm(Emb(t_{i+k})) ; hnorm(h_{k-1})])
+        h_k  = Block(h'_k), read through shared_head.norm
+
+    The embedding half comes FIRST in eh_proj, as in all released weights and engines; the paper's
+    eq. 21 writes it second. The two differ by a permutation of eh_proj's columns. With `embed:
+    false` (ablation) eh_proj is (C, C) and reads the hidden half alone.
+    """
+
+    def __init__(self, config: ModelConfig, options: SequentialOptions):
+        # the trunk's layers before layer 0, so to speak, are dense
+        super().__init__(
+            config, layer=config.num_hidden_layers - 1 if options.block == "trunk" else -1
+        )
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps) if options.embed else None
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        inputs = config.hidden_size * (2 if options.embed else 1)
+        self.eh_proj = given().linear("eh_proj", inputs, config.hidden_size)
+        self.shared_head = SharedHead(config)
+
+    def merge(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """hidden h_{k-1} and embedding of t_{i+k}, both (B, T, C) -> h'_k (B, T, C)."""
+        parts = (
+            [self.hnorm(hidden)]
+            if self.enorm is None
+            else [self.enorm(embedding), self.hnorm(hidden)]
+        )
+        return self.eh_proj(torch.cat(parts, dim=-1))
+
+
+class Sequential(Head):
+    """The causal chain: module k reads module k-1 (`chain: hidden`) or always the trunk (`chain:
+    trunk`).
+
+    `share_weights` recycles one module D times. The state fed at k=1 and the state chained are of
+    the same stage: both normed (`trunk_hidden: post_norm`) or both not (`pre_norm`).
+    """
+
+    name, default = "sequential", True
+    Options = SequentialOptions
+    options: SequentialOptions
+
+    def __init__(self, config: ModelConfig, mtp: MTPConfig):
+        super().__init__(config, mtp)
+        count = 1 if self.options.share_weights else mtp.depths
+        self.layers = nn.ModuleList(MTPModule(config, self.options) for _ in range(count))
+
+    @classmethod
+    def reads(cls, mtp: MTPConfig) -> frozenset[str | int]:
+        return frozenset({mtp.options.trunk_hidden})
+
+    @classmethod
+    def horizon(cls, mtp: MTPConfig, depth: int) -> int:
+        return depth if mtp.options.embed else 0
+
+    def forward(self, inputs: HeadInputs) -> HeadOutput:
+        normed = self.options.trunk_hidden == "post_norm"
+        trunk_hidden = inputs.trunk.post_norm if normed else inputs.trunk.pre_norm
+        hidden, rows, stats = trunk_hidden, [], []
+        for depth in range(1, 1 + self.mtp.depths):
+            module: Any = self.layers[min(depth, len(self.layers)) - 1]
+            source = hidden if self.options.chain == "hidden" else trunk_hidden
+            merged = module.merge(source, inputs.ahead(depth))
+            out, routed = module(merged, inputs.angles, inputs.mask)
+            read = module.shared_head(out)
+            rows.append(HeadRows((read,), (depth,), (inputs.lm_head,)))
+            hidden = read if normed else out
+            stats.append(routed)
+        # one router: its D forwards count once in the balance loss
+        if self.options.share_weights and stats[0] is not None:
+            total = sum(stats[1:], start=stats[0])
+            stats = [total._replace(balance=total.balance / self.mtp.depths)]
+        return HeadOutput(rows, stats)
+
+    def cost(self) -> Cost:
+        depths, hidden = self.mtp.depths, self.config.hidden_size
+        blocks = [self.layers[min(k, len(self.layers)) - 1] for k in range(1, 1 + depths)]
+        # what is merged, its two normed halves, and their projection
+        return Cost(blocks, shared=depths, kept=4 * hidden * depths)
+
+    @classmethod
+    def drafter(cls, mtp: MTPConfig) -> type[Drafter]:
+        return ChainDrafter
+
+    def decode_forms(self, model: Any) -> list[Any]:
+        return [Module(module, model, self.options) for module in self.layers]  # type: ignore[arg-type]
+
+    # --- DeepSeek-V3's layout: model.layers.{L+k-1} ----------------------------------------------
+
+    @classmethod
+    def export(cls, config: ModelConfig, mtp: MTPConfig) -> Export:
+        options, remedy = mtp.options, "; export the trunk alone with --trunk-only"
+        problems = []
+        if options.trunk_hidden == "pre_norm":
+            reads = "every reader of the layout feeds the trunk's normed output"
+            problems.append(f"mtp.trunk_hidden: pre_norm: {reads}{remedy}")
+        if options.chain == "trunk" and mtp.depths > 1:
+            reads = "readers chain the modules' hidden states"
+            problems.append(f"mtp.chain: trunk with {mtp.depths} depths: {reads}{remedy}")
+        if not options.embed:
+            reads = "the layout's eh_proj reads the token embedding"
+            problems.append(f"mtp.embed: false: {reads}{remedy}")
+        if options.block == "dense":
+            problems.append(f"mtp.block: dense: the layout's MTP modules are MoE{remedy}")
+        elif config.first_k_dense_replace == config.num_hidden_layers:
+            text = (
+                "model.first_k_dense_replace: all layers are "
+                "dense, so the MTP modules are; the layout's are MoE"
+            )
+            problems.append(f"{text}{remedy}")
+        notes = []
+        if options.share_weights and mtp.depths > 1:
+            once = f"this run recycles it for its {mtp.depths} depths"
+            notes.append(f"one MTP module is written: {once}")
+        return Export(1 if options.share_weights else mtp.depths, problems, notes)
+
+    @classmethod
+    def load(cls, config: ModelConfig, mtp: MTPConfig, stored: int) -> Export:
+        own = min(mtp.depths, 1) if mtp.options.share_weights else mtp.depths
+        modules, problems, notes = min(own, stored), [], []
+        usual = {"trunk_hidden": "post_norm", "embed": True, "block": "trunk"}
+        usual |= {"chain": "hidden"} if own > 1 else {}
+        if modules:
+            problems = [
+                f"mtp.{key}: {getattr(mtp.options, key)}, the checkpoint's MTP modules have {value}"
+                for key, value in usual.items()
+                if getattr(mtp.options, key) != value
+            ]
+            if config.first_k_dense_replace == config.num_hidden_layers:
+                problems.append(
+                    "model.first_k_dense_replace: all layers are "
+                    "dense here, the checkpoint's MTP modules are MoE"
+                )
+        if modules < own:
+            notes.append(f"MTP module(s) {modules + 1}..{own}")
+        return Export(modules, problems, notes)
+
+
+def layout_module(config: ModelConfig) -> MTPModule:
+    """An MTP module as the layout has it: MoE, whatever the trunk's last layer is."""
+    return MTPModule(config.model_copy(update={"first_k_dense_replace": 0}), SequentialOptions())
+
+
+# --- decoding -----------------------------------------------------------------------------------
+
+
+class Module:
+    """A module made ready to decode. `eh_proj` takes the weights of both norms in front of it."""
+
+    def __init__(self, module: MTPModule, model: Any, options: SequentialOptions):
+        norms = [Norm(norm) for norm in (module.enorm, module.hnorm) if norm is not None]
+        gain = torch.cat([norm.gain for norm in norms])
+        self.table, self.norms = model.model.embed_tokens.weight, norms
+        self.layer, self.out_norm = Layer(module), Norm(module.shared_head.norm)
+        self.merge = (module.eh_proj.weight * gain).to(module.eh_proj.weight.dtype).t()
+        self.normed = options.trunk_hidden == "post_norm"
+
+    def forward(
+        self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window
+    ) -> tuple[Tensor, Tensor]:
+        """States (N, C) and tokens (N,) -> state, normed state."""
+        inputs = [hidden] if len(self.norms) == 1 else [F.embedding(tokens, self.table), hidden]
+        merged = torch.cat(
+            [norm.direction(x) for norm, x in zip(self.norms, inputs, strict=True)], dim=-1
+        )
+        out = self.layer(torch.mm(merged, self.merge), cache, window)
+        normed = self.out_norm(out)
+        return (normed if self.normed else out), normed
+
+
+class ChainDrafter(Drafter):
+    """Sequential modules: depth k reads the state of depth k-1 and the embedding of the token k
+    ahead.
+
+    Beyond the trained depths the last module goes on, one slot further per draft, as serving
+    engines recycle it: its own state stands in for the trunk state of a slot that the trunk has not
+    seen.
+
+    Two modules, three drafts; t_m is the last known token, so that the trunk has states of slots
+    0..m-1:
+
+        module 1, slot m-1   reads the trunk's state of m-1      and t_m       drafts t_{m+1}
+        module 2, slot m-1   reads module 1's state of m-1       and t_{m+1}   drafts t_{m+2}
+        module 2, slot m     reads its own state of m-1          and t_{m+2}   drafts t_{m+3}
+
+    If t_{m+1} stands and t_{m+2} is replaced, m grows by 2. Module 1 then computes slots m and m+1
+    (old m). Module 2 begins at m-1 again: the token it read there was a draft. `filled` holds where
+    each module begins.
+    """
+
+    options: SequentialOptions
+
+    @classmethod
+    def limit(cls, depths: int, depth: int) -> int:
+        return depth
+
+    def rings_needed(self) -> int:
+        return self.modules if self.options.chain == "hidden" else 1
+
+    def source(self, states: TrunkStates) -> Tensor:
+        return states.post_norm if self.options.trunk_hidden == "post_norm" else states.pre_norm
+
+    def observe(
+        self, states: TrunkStates, starts: Sequence[int], ids: Tensor, known: int = 0
+    ) -> None:
+        super().observe(states, starts, ids, known)
+        length = states.post_norm.shape[0] // len(starts)
+        if length <= self.depth + 1:  # a decode step: `draft` comes next and catches up
+            return
+        for depth in range(
+            1, 1 + self.modules
+        ):  # prefill: slots whose token k ahead is in the prompt
+            first = self.filled[depth - 1]
+            stop = min(starts[0] + length, known - depth)
+            if stop > first[0]:
+                self._run(depth, first, stop - first[0], ids)
+                self.filled[depth - 1] = [stop] * len(starts)
+
+    def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
+        rows = torch.arange(len(last), device=ids.device)
+        drawn, hidden = [], None
+        for depth in range(1, 1 + count):
+            if depth <= self.modules:
+                starts = self.filled[depth - 1]
+                counts = [m - start for m, start in zip(last, starts, strict=True)]
+                out, normed = self._run(depth, starts, max(counts), ids)  # (B, T, C)
+                self.filled[depth - 1] = [
+                    max(s, m - depth + 1) for s, m in zip(starts, last, strict=True)
+                ]
+                pick: Any = slice(None), slice(-1, None)  # the last slot of each row
+                if min(counts) != max(counts):
+                    pick = rows, torch.tensor(counts, device=ids.device) - 1
+                hidden, normed = (
+                    state[pick].view(len(last), -1) for state in (out, normed)
+                )  # (B, C)
+            else:
+                starts = [m - 1 + depth - self.modules for m in last]
+                if self.options.chain == "trunk":
+                    hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)
+                hidden, normed = self._module(self.modules, hidden, starts, 1, ids)
+            drawn.append(sampler.draw(self.decoder.logits(normed)))  # (B,), (B, V)
+            ids[rows, torch.tensor(last, device=ids.device) + depth] = drawn[-1][0]
+        return stacked(drawn)
+
+    def _run(
+        self, depth: int, starts: Sequence[int], length: int, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Depth's chained and normed states of `length` slots from starts[b]; the next depth's ring
+        gets them.
+        """
+        chained = self.options.chain == "hidden"
+        hidden = self.rings[depth - 1 if chained else 0].read(starts, length).flatten(0, 1)
+        out, normed = (
+            x.view(len(starts), length, -1)
+            for x in self._module(depth, hidden, starts, length, ids)
+        )
+        if chained and depth < self.modules:
+            self.rings[depth].write(starts, out)
+        return out, normed
+
+    def _module(self, depth: int, hidden: Any, starts: Sequence[int], length: int, ids: Tensor):
+        """One module on (B*T, C) states -> its chained and its normed state, each (B*T, C)."""
+        tokens = span(ids, [start + depth for start in starts], length)
+        window = self.slots.window(starts, length)
+        head = self.decoder.heads[min(depth, len(self.decoder.heads)) - 1]
+        cache = self.caches[depth - 1]
+        return self.decoder.run(Module.forward, head, hidden, tokens.flatten(), cache, window)

@@ -1,0 +1,153 @@
+"""Kinds of heads that exist for the tests alone: what the protocol allows beyond the package's own.
+
+They are named in a config as a stranger's would be: `mtp.mode: tests.example_heads:LeapHead`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.config.section import Fraction, NotNegative, Section
+from dsv3_mtp.decode.draft import Drafter
+from dsv3_mtp.heads.base import Cost, Head
+from dsv3_mtp.heads.parallel import Parallel, ParallelDrafter
+from dsv3_mtp.model.layers import RMSNorm
+from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, Output, Scores
+
+
+class LeapHead(Parallel):
+    """Parallel heads of which depth k predicts t_{i+2k+1} (arXiv 2505.17505, stride 2)."""
+
+    name = None
+
+    @classmethod
+    def offset(cls, mtp: MTPConfig, depth: int) -> int:
+        return 2 * depth + 1
+
+    @classmethod
+    def drafter(cls, mtp: MTPConfig) -> str:
+        return "has no drafter: every second token is left to another slot"
+
+
+class ConfidenceOptions(Section):
+    confidence: NotNegative = 0.5
+    noise: Fraction = 0.25
+
+
+class ConfidenceHead(Parallel):
+    """Parallel heads, each with a guess whether its own argmax is right: a loss term of its own.
+
+    And noise on the hidden states that the guess reads, while it trains: it draws random numbers.
+    """
+
+    name = None
+    Options = ConfidenceOptions
+
+    def __init__(self, config: ModelConfig, mtp: MTPConfig):
+        super().__init__(config, mtp)
+        self.confidence = nn.ModuleList(
+            nn.Linear(config.hidden_size, 1, bias=False) for _ in range(mtp.depths)
+        )
+
+    def forward(self, inputs: HeadInputs) -> HeadOutput:
+        output, guesses = super().forward(inputs), []
+        for depth, (rows, guess) in enumerate(zip(output.rows, self.confidence, strict=True), 1):
+            hidden = rows.inputs[0]
+            if self.training:
+                kept = inputs.uniform(depth) >= self.options.noise
+                hidden = hidden * kept.unsqueeze(-1)
+            guesses.append(guess(hidden).squeeze(-1))
+        return HeadOutput(output.rows, output.stats, {"guess": torch.stack(guesses)})  # (D, B, T)
+
+    @classmethod
+    def terms(cls, mtp: MTPConfig) -> dict[str, float]:
+        return {"confidence": mtp.options.confidence}
+
+    @classmethod
+    def count_terms(cls, mtp: MTPConfig, valid: Tensor) -> Tensor:
+        return valid[1:].sum().view(1)
+
+    def loss_terms(self, output: HeadOutput, scores: Scores) -> dict[str, Tensor]:
+        right = (scores.prediction == scores.targets)[1:]
+        guess, valid = output.kept["guess"], scores.valid[1:]
+        loss = F.binary_cross_entropy_with_logits(guess, right.to(guess), reduction="none")
+        return {"confidence": (loss * valid).sum()}
+
+    def cost(self) -> Cost:
+        cost = super().cost()
+        return Cost(cost.blocks, list(self.confidence), cost.shared)
+
+
+class BiasedHead(Head):
+    """The trunk's state and a bias by the token before the target: logits that are no product with
+    the shared head alone. Depth k reads t_{i+k} and nothing between.
+    """
+
+    def __init__(self, config: ModelConfig, mtp: MTPConfig):
+        super().__init__(config, mtp)
+        self.norms = nn.ModuleList(
+            RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(mtp.depths)
+        )
+        self.bias = nn.ModuleList(Bias(config) for _ in range(mtp.depths))
+
+    @classmethod
+    def reads(cls, mtp: MTPConfig) -> frozenset[str | int]:
+        return frozenset({"pre_norm"})
+
+    @classmethod
+    def horizon(cls, mtp: MTPConfig, depth: int) -> int:
+        return depth
+
+    def forward(self, inputs: HeadInputs) -> HeadOutput:
+        state, rows = inputs.trunk.pre_norm, []
+        for depth, (norm, bias) in enumerate(zip(self.norms, self.bias, strict=True), 1):
+            rows.append(
+                HeadRows((norm(state), inputs.ahead(depth)), (depth,), (inputs.lm_head, bias))
+            )
+        return HeadOutput(rows)
+
+    def cost(self) -> Cost:
+        return Cost(products=list(self.bias), shared=self.mtp.depths)
+
+    @classmethod
+    def drafter(cls, mtp: MTPConfig) -> "type[Drafter] | str":
+        return "has no drafter: it is there for its logits"
+
+
+class Bias(Output):
+    """logits = hidden @ head + (embedding @ down) @ up."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(4, config.hidden_size))
+        self.up = nn.Parameter(torch.empty(config.vocab_size, 4))
+
+    def logits(self, inputs: Any, weights: Any) -> Tensor:
+        (hidden, before), (head, down, up) = inputs, weights
+        return hidden @ head.T + before @ down.T @ up.T
+
+
+class InnerHead(Parallel):
+    """Parallel heads on the output of trunk layer 0: what pipeline stages cannot give it."""
+
+    name = None
+
+    @classmethod
+    def reads(cls, mtp: MTPConfig) -> frozenset[str | int]:
+        return frozenset({0})
+
+    def forward(self, inputs: HeadInputs) -> HeadOutput:
+        trunk = inputs.trunk._replace(last_input=inputs.trunk.layers[0])
+        return super().forward(HeadInputs(**{**vars(inputs), "trunk": trunk}))
+
+    @classmethod
+    def drafter(cls, mtp: MTPConfig) -> type[Drafter]:
+        return InnerDrafter
+
+
+class InnerDrafter(ParallelDrafter):
+    def source(self, states: Any) -> Tensor:
+        return states.layers[0]
