@@ -339,7 +339,6 @@ def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run,
     that one alone.
     """
     common = BFLOAT16 | {"parallel__pipeline_stages": stages, "mtp__detach": detach}
-    common["deepspeed__data_types"] = {"grad_accum_dtype": "fp32"}
     if detach == "all":
         common["optim__grad_clip"] = 0.0  # stages are refused where trunk and heads are clipped apart
     norms = [
