@@ -20,8 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=["bf16", "fp8", "fp32"],
-        default="bf16",
-        help="fp8: E4M3 projections with 128x128 scales, the rest bf16 (default: bf16)",
+        help="fp8: E4M3 projections with 128x128 scales, the rest bf16 (default: bf16; of a "
+        "frozen trunk its own files, copied as they are, and the modules in their type)",
     )
     parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
     parser.add_argument(

@@ -6,9 +6,7 @@ run.
 
 A fresh MTP module on a frozen trunk:
 
-    dsv3 import --from DIR --out runs/head --data data/web --trunk-only \\
-        --set mtp.mode=sequential --set mtp.num_nextn_predict_layers=1 \\
-        --set mtp.detach=trunk --set train.freeze=trunk
+    dsv3 import --from DIR --out runs/head --data data/web --frozen
 
 Exit codes: 0 done, 2 the checkpoint or the config cannot be used; everything wrong is listed and
 nothing is written.
@@ -39,11 +37,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=["bf16", "fp32"],
         help="of the weights (default: as stored; bf16 for FP8)",
     )
+    parser.add_argument(
+        "--frozen",
+        action="store_true",
+        help="train MTP modules on this trunk, which stays as it is and where it is",
+    )
     parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
 
 
 def run(options: argparse.Namespace) -> None:
     from dsv3_mtp.hf import import_hf
+    from dsv3_mtp.plan.outlook import outlook
 
     notes = import_hf(
         options.source,
@@ -53,5 +57,7 @@ def run(options: argparse.Namespace) -> None:
         data=options.data,
         dtype=options.dtype,
         trunk_only=options.trunk_only,
+        frozen=options.frozen,
     )
+    notes += outlook(options.out)
     print("\n".join([*notes, f"wrote {options.out}"]))

@@ -4,6 +4,8 @@ Examples:
     dsv3 prepare --out data/pystdlib-2048 --corpus pystdlib --vocab-size 2048
     dsv3 prepare --out data/sitelib-512 --corpus sitelib --vocab-size 512
     dsv3 prepare --out data/web --input 'web/*.jsonl.zst' --tokenizer tokenizer.json
+    dsv3 prepare --out data/chats --input chats.jsonl --mask prompts --tokenizer DIR/tokenizer.json
+    dsv3 prepare --out data/own --from-run runs/head --prompts prompts.jsonl
     dsv3 prepare --verify data/web
 """
 
@@ -27,6 +29,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="compare the files of a prepared folder with their checksums",
     )
+    answers = parser.add_argument_group("text that a run writes itself, instead of files")
+    answers.add_argument("--from-run", metavar="RUN", help="whose main model answers")
+    answers.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=".jsonl with {prompt} or {messages}; of any other file each line is a prompt",
+    )
+    answers.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)"
+    )
+    answers.add_argument(
+        "--temperature", type=float, metavar="X", help="of the answers (default: 1)"
+    )
+    answers.add_argument("--top-p", type=float, metavar="P", help="of the answers (default: 1)")
+    answers.add_argument(
+        "--batch", type=int, metavar="N", help="prompts answered together (default: 32)"
+    )
     text = parser.add_argument_group("text")
     text.add_argument(
         "--corpus",
@@ -44,6 +63,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument(
         "--text-key", metavar="KEY", help="key or column that holds the text (default: text)"
+    )
+    text.add_argument(
+        "--mask",
+        choices=["prompts"],
+        help="records are {prompt, completion} or {messages}: only answers are targets",
     )
     text.add_argument(
         "--val-fraction",
@@ -81,6 +105,15 @@ def check(options: argparse.Namespace) -> str | None:
     if options.verify is not None and given:
         name = given[0].replace("_", "-")
         return f"--verify checks a folder as it is; it does not go with --{name}"
+    own = {"from_run", "prompts", "max_new_tokens", "temperature", "top_p", "batch"}
+    if options.from_run is None and (alone := sorted(own.intersection(given))):
+        return f"--{alone[0].replace('_', '-')} goes with --from-run"
+    if options.from_run is not None:
+        if options.prompts is None:
+            return "--from-run needs --prompts FILE"
+        shared = own | {"out", "seed", "val_fraction", "shard_tokens", "workers"}
+        if other := sorted(set(given) - shared):
+            return f"--from-run: the run has its own text; drop --{other[0].replace('_', '-')}"
     return None
 
 
@@ -95,6 +128,8 @@ def run(options: argparse.Namespace) -> None:
         verify_folder(Path(options.verify))
         print(f"{options.verify}: all checksums are right")
         return
+    if options.from_run is not None:
+        return write_answers_of(options)
     names = Arguments.__dataclass_fields__
     values = {
         key: value for key, value in vars(options).items() if key in names and value is not None
@@ -113,6 +148,31 @@ def run(options: argparse.Namespace) -> None:
             f"documents of {entry['bytes']:,} bytes"
         )
         print(f"{options.out} {split}: {counts}, {len(entry['shards'])} shards")
+
+
+def write_answers_of(options: argparse.Namespace) -> None:
+    """`--from-run`."""
+    from dsv3_mtp.train.answers import AnswerArguments, write_answers
+
+    names = AnswerArguments.__dataclass_fields__
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    values = {key: value for key, value in given.items() if key in names}
+
+    def report(done: int, total: int, tokens: int) -> None:
+        print(f"{done:,} of {total:,} prompts, {tokens:,} tokens", file=sys.stderr, flush=True)
+
+    try:
+        arguments = AnswerArguments(run=options.from_run, **values)
+        index = write_answers(options.out, arguments, progress=report)
+    except KeyboardInterrupt:
+        text = f"interrupted; the same command goes on from {options.out}.partial"
+        raise KeyboardInterrupt(text) from None
+    for split, entry in index["splits"].items():
+        print(
+            f"{options.out} {split}: {entry['documents']:,} answers, "
+            f"{entry['scored_tokens']:,} targets of {entry['tokens']:,} tokens"
+        )
+    print("next: set data.train and data.val to it, and data.mask: prompts")
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-code",
         action="store_true",
-        help="with --compare: import the code outside the package that the runs' configs name",
+        help="with --from or --compare: import the code outside the package that configs there name",
     )
     parser.add_argument(
         "--out",
@@ -119,7 +119,7 @@ def rebuild(options: argparse.Namespace) -> int:
     from dsv3_mtp.study.report import write_report
 
     folder = options.archive
-    loaded = load_archive(folder, tuple(options.sets))
+    loaded = load_archive(folder, tuple(options.sets), trust_code=options.trust_code)
     out = options.out or folder
     print(f"report: {write_report(loaded, read_plan(folder), read_archive(folder), out)}")
     return 0
@@ -129,7 +129,7 @@ def study_of(options: argparse.Namespace) -> int:
     if options.archive:
         from dsv3_mtp.study.folder import load_archived
 
-        loaded = load_archived(options.archive, tuple(options.sets))
+        loaded = load_archived(options.archive, tuple(options.sets), trust_code=options.trust_code)
     else:
         from dsv3_mtp.study.load import load_study
 

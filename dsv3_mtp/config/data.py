@@ -60,6 +60,8 @@ class DataConfig(Section):
     """
     seq_len: Annotated[Integer, Field(ge=2), OnResume.FIXED]
     """Positions per sequence, T (V3 4.2: 4096). A sample holds T + 1 + D tokens."""
+    mask: Literal["none", "prompts"] = "none"
+    """What is no target. prompts: all but the answers, in data prepared with --mask prompts."""
     mask_documents: Annotated[bool, OnResume.FIXED] = False
     """Mask attention, targets and MTP inputs across document boundaries (V3 4.1: not done)."""
 
@@ -93,6 +95,8 @@ class DataConfig(Section):
             )
 
     def _task_rules(self, task: Task) -> Iterator[Problem]:
+        if self.mask != "none":
+            yield "mask", f"must be none: data.task knows its answers itself (got {self.mask})"
         for key in ("train", "val", "build"):
             if (value := getattr(self, key)) is not None:
                 yield key, f"must be null: data.task generates the data (got {show(value)})"

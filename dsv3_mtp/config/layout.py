@@ -155,6 +155,12 @@ def _pipeline(config: Any) -> Iterator[Problem]:
             "DeepSpeed's pipeline reduces gradients once per step, ZeRO-2 and 3 in every backward"
         )
         yield key, f"needs parallel.zero_stage 1: {reason} (got {parallel.zero_stage})"
+    if config.data.mask != "none":
+        yield (
+            key,
+            "needs data.mask none: stages pass on tokens, not which of them are targets; use "
+            "data, expert or sequence parallelism",
+        )
     if train.freeze == "trunk":
         yield (
             key,

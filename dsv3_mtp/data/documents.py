@@ -19,10 +19,12 @@ from typing import Any, NotRequired, Protocol, runtime_checkable
 from pydantic import with_config
 from typing_extensions import TypedDict
 
+from dsv3_mtp.data.chat import ChatTemplate, Piece, record_pieces
 from dsv3_mtp.files.atomic import inside
 from dsv3_mtp.files.checked import OPEN, read_json
 
 VAL_BUCKETS = 1_000_000
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 @with_config(OPEN)
@@ -48,6 +50,7 @@ class Document:
     file: int  # number of the input file
     record: int  # of the next record in this file: where to go on after this document
     done: int  # bytes of this file read so far, for the progress display
+    pieces: tuple[Piece, ...] = ()  # of a record with answers (`--mask prompts`); else none
 
 
 class Inputs(Protocol):
@@ -75,6 +78,14 @@ class Corpus(Inputs, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Masking:
+    """What records with answers are read with."""
+
+    template: ChatTemplate | None
+    specials: frozenset[str]
+
+
 # Number of the next record, bytes read, text (not checked yet), where it stands.
 Record = tuple[int, int, Any, str]
 
@@ -89,14 +100,30 @@ class FileInputs:
     splits = ("train", "val")
 
     def __init__(
-        self, patterns: list[str], *, text_key: str, val_fraction: float, out: Path
+        self,
+        patterns: list[str],
+        *,
+        text_key: str,
+        val_fraction: float,
+        out: Path,
+        masking: Masking | None = None,
     ) -> None:
-        """out: the folder that is being made, and is no input where a pattern covers it."""
-        self.text_key, self.val_fraction = text_key, val_fraction
+        """out: the folder that is being made, and is no input where a pattern covers it.
+        masking: records are questions and answers.
+
+        Raises:
+            ValueError: nothing matches; or, with `masking`, files that are no JSON lines.
+        """
+        self.text_key, self.val_fraction, self.masking = text_key, val_fraction, masking
         own = {out.resolve(), out.with_name(out.name + ".partial").resolve()}
         self.files = [
             path for path in _find_files(patterns) if own.isdisjoint(path.resolve().parents)
         ]
+        other = [str(path) for path in self.files if not path.name.endswith(JSONL)]
+        if masking is not None and other:
+            raise ValueError(
+                f"--mask prompts reads {', '.join(JSONL)}, no other files: {', '.join(other[:3])}"
+            )
         self.sizes = [path.stat().st_size for path in self.files]
         stamps = "".join(
             f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n" for path in self.files
@@ -108,7 +135,12 @@ class FileInputs:
         """All documents from record `record` of input file `file` on."""
         for number in range(file, len(self.files)):
             path = self.files[number]
-            for following, done, text, place in _open_records(path, self.text_key, record):
+            key = self.text_key if self.masking is None else None
+            for following, done, text, place in _open_records(path, key, record):
+                pieces: tuple[Piece, ...] = ()
+                if self.masking is not None:
+                    pieces = record_pieces(text, **vars(self.masking), place=place)
+                    text = "".join(piece.text for piece in pieces)
                 if not isinstance(text, str):
                     raise ValueError(
                         f"{place}: {self.text_key!r} is {type(text).__name__}, must be a string"
@@ -119,10 +151,11 @@ class FileInputs:
                     raise ValueError(
                         f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})"
                     ) from None
-                digest = hashlib.sha256(content).digest()
+                marks = json.dumps([[len(p.text), p.scored] for p in pieces]) if pieces else ""
+                digest = hashlib.sha256(content + marks.encode()).digest()
                 bucket = int.from_bytes(digest, "big") % VAL_BUCKETS
                 split = "val" if bucket < self.val_fraction * VAL_BUCKETS else "train"
-                yield Document(text, digest, split, number, following, done)
+                yield Document(text, digest, split, number, following, done, pieces)
             record = 0
 
 
@@ -190,10 +223,12 @@ def _saved_dataset(folder: Path) -> list[Path]:
     return files
 
 
-def _open_records(path: Path, key: str, start: int) -> Iterator[Record]:
+def _open_records(path: Path, key: str | None, start: int) -> Iterator[Record]:
+    """key: of the text in a record; None: the whole record, of JSON lines."""
     name = path.name
-    if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+    if name.endswith(JSONL):
         return _jsonl_records(path, key, start)
+    assert key is not None
     if name.endswith((".parquet", ".arrow")):
         return _table_records(path, key, start)
     return _text_records(path, start)
@@ -214,7 +249,12 @@ def _text_records(path: Path, start: int) -> Iterator[Record]:
         yield 1, len(content), text, str(path)
 
 
-def _jsonl_records(path: Path, key: str, start: int) -> Iterator[Record]:
+def json_lines(path: Path) -> Iterator[Record]:
+    """Every record of JSON lines, whole."""
+    return _jsonl_records(path, None, 0)
+
+
+def _jsonl_records(path: Path, key: str | None, start: int) -> Iterator[Record]:
     with open(path, "rb") as raw:
         number = 0
         try:
@@ -237,11 +277,13 @@ def _decompressed(raw: Any, suffix: str) -> Any:
     return raw
 
 
-def _json_text(line: bytes, key: str, place: str) -> Any:
+def _json_text(line: bytes, key: str | None, place: str) -> Any:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # JSON or UTF-8; nested without end
         raise ValueError(f"{place}: not valid JSON ({error})") from None
+    if key is None:
+        return record
     if not isinstance(record, dict):
         raise ValueError(
             f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}"

@@ -8,7 +8,7 @@ from typing import Any
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.source import SourceSection
 from dsv3_mtp.data.prepare import Arguments, prepare
-from dsv3_mtp.data.sampler import Sampler
+from dsv3_mtp.data.sampler import Sampler, is_masked
 from dsv3_mtp.data.source import (
     DataSource,
     check_documents,
@@ -47,6 +47,7 @@ def open_sources(config: Config) -> tuple[Sampler, DataSource]:
     if val.task is not None:
         return Sampler([val], **windows), val
     sources = [_open(entry.path, "train") for entry in config.data.entries]
+    check_masks(config.data.mask, sources, val)
     for source in sources:
         check_vocab(source, config.model.vocab_size)
     for source in [*sources, val] if config.data.mask_documents else []:
@@ -56,6 +57,23 @@ def open_sources(config: Config) -> tuple[Sampler, DataSource]:
         made.append((weights_of, tokenizer_sha256(Path(weights_of, "tokenizer.json"))))
     check_tokenizers(made)
     return Sampler(sources, [entry.weight for entry in config.data.entries], **windows), val
+
+
+def check_masks(mask: str, sources: list[DataSource], val: DataSource) -> None:
+    """Raise ValueError when `data.mask` says another thing than the data: none of it would be
+    noticed in the losses.
+    """
+    masked = [source.path for source in sources if is_masked(source)]
+    if mask == "prompts" and not masked:
+        raise ValueError(
+            f"data.mask: prompts, but {', '.join(s.path for s in sources)} was not prepared with "
+            "--mask prompts; prepare it so, or set data.mask: none"
+        )
+    if mask == "none" and (found := masked or [val.path] * is_masked(val)):
+        raise ValueError(
+            f"{found[0]} was prepared with --mask prompts; set data.mask: prompts, or prepare it "
+            "without"
+        )
 
 
 def validation_source(config: Config, split: str = "val") -> DataSource:

@@ -14,16 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.data.documents import Corpus, FileInputs, Inputs
+from dsv3_mtp.data.chat import read_template
+from dsv3_mtp.data.documents import Corpus, FileInputs, Inputs, Masking
 from dsv3_mtp.data.megatron import token_dtype
 from dsv3_mtp.data.shards import (
     FORMAT,
     INDEX,
+    MASKED_VERSION,
     VERSION,
     FolderIndex,
     SplitWriter,
     file_sha256,
     read_folder_index,
+    text_sha256,
 )
 from dsv3_mtp.data.sitelib import sitelib_inputs
 from dsv3_mtp.data.stdlib import stdlib_inputs
@@ -35,7 +38,7 @@ from dsv3_mtp.files.checked import read_json
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
 # what a preparation writes into DIR.partial
 OWN = re.compile(
-    r"\.?(tokenizer|manifest|index|progress)\.json(\.\d+\.tmp)?|[a-z]+-\d+\.(bin|idx|sizes)"
+    r"\.?(tokenizer|manifest|index|progress)\.json(\.\d+\.tmp)?|[a-z]+-\d+\.(bin|idx|sizes|scored)"
 )
 TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is trained on
 # Text that every environment brings along, by `data.build`.
@@ -52,6 +55,8 @@ class Arguments:
     val_fraction   share of val documents, chosen by content hash (a corpus has a fixed one)
     fim_rate       share of train documents made fill-in-the-middle; val stays plain so that losses compare
     shard_tokens   a shard ends with the document that reaches this
+    mask           "prompts": records are questions and answers (data/chat.py), and only answers are
+                   targets; None: text, all of it
     """
 
     corpus: str | None = None
@@ -64,6 +69,7 @@ class Arguments:
     fim_rate: float = 0.0
     shard_tokens: int = 100_000_000
     seed: int = 0
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -85,6 +91,13 @@ class Arguments:
             )
         if not 0 <= self.fim_rate <= 1:
             problems.append(f"fim_rate {self.fim_rate}: must be in [0, 1]")
+        if self.mask not in (None, "prompts"):
+            problems.append(f"mask {self.mask!r}: must be prompts")
+        if self.mask is not None and (self.corpus is not None or self.fim_rate > 0):
+            problems.append(
+                "--mask prompts reads questions and answers: it goes neither with --corpus nor "
+                "with --fim-rate"
+            )
         if self.shard_tokens < 1:
             problems.append(f"shard_tokens {self.shard_tokens}: must be at least 1")
         if problems:
@@ -103,9 +116,22 @@ def prepare(
     out = Path(out_dir)
     if not out.name:
         raise ValueError(f"{str(out_dir)!r}: names no folder to make; give --out one")
-    partial = out.with_name(out.name + ".partial")
     inputs = _open_inputs(arguments, out)
     recorded = _recorded(arguments, inputs)
+
+    def build(partial: Path) -> None:
+        _build(partial, arguments, recorded, inputs, progress)
+
+    return make_folder(out, recorded, build)
+
+
+def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], None]) -> FolderIndex:
+    """The prepared folder `out`, which `build` makes in `out`.partial where it is not there yet.
+
+    Raises:
+        ValueError: `out` was made with other arguments than `recorded`.
+    """
+    partial = out.with_name(out.name + ".partial")
     if not _taken(out):
         locked = out.with_name(f".{out.name}.lock")
         descriptor = lock(locked, f"waiting for the process that holds {locked}", wait=True)
@@ -113,7 +139,7 @@ def prepare(
             if not _taken(out):  # another process may have made it while this one waited
                 partial.mkdir(exist_ok=True)
                 with naming(partial):
-                    _build(partial, arguments, recorded, inputs, progress)
+                    build(partial)
                 os.replace(partial, out)
             locked.unlink(missing_ok=True)  # whoever still waits for it will find `out`
         finally:
@@ -126,9 +152,17 @@ def prepare(
 def _open_inputs(arguments: Arguments, out: Path) -> Inputs:
     if arguments.corpus is not None:
         return CORPORA[arguments.corpus]()
-    share = arguments.val_fraction
+    masking, given = None, Path(arguments.tokenizer or "")
+    if arguments.mask is not None:
+        masking = Masking(None, frozenset())
+    if masking is not None and given.is_file():
+        masking = Masking(read_template(given), load_encoder(given, eos=arguments.eos).specials)
     return FileInputs(
-        list(arguments.inputs), text_key=arguments.text_key, val_fraction=share, out=out
+        list(arguments.inputs),
+        text_key=arguments.text_key,
+        val_fraction=arguments.val_fraction,
+        out=out,
+        masking=masking,
     )
 
 
@@ -137,9 +171,13 @@ def _recorded(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
     size.
     """
     recorded = asdict(arguments) | {"inputs": list(arguments.inputs)}
+    if arguments.mask is None:  # folders of older versions have no such key
+        del recorded["mask"]
     if arguments.tokenizer is not None and Path(arguments.tokenizer).is_file():
         recorded["tokenizer"] = file_sha256(Path(arguments.tokenizer))
     if isinstance(inputs, FileInputs):
+        if inputs.masking is not None and inputs.masking.template is not None:
+            recorded["chat_template"] = text_sha256(inputs.masking.template.source)
         recorded["files"] = [
             [str(path), size] for path, size in zip(inputs.files, inputs.sizes, strict=True)
         ]
@@ -208,6 +246,7 @@ def _build(
             split,
             dtype=dtype,
             shard_tokens=arguments.shard_tokens,
+            masked=arguments.mask is not None,
             state=state["splits"].get(split),
         )
         for split in inputs.splits
@@ -305,7 +344,7 @@ def _finish(
         )
     index = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if arguments.mask is None else MASKED_VERSION,
         "vocab_size": encoder.vocab_size,
         "dtype": token_dtype(encoder.vocab_size).name,
         "eos_id": encoder.eos_id,

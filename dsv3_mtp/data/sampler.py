@@ -12,8 +12,8 @@ import numpy as np
 
 from dsv3_mtp.data.source import DataSource, Source
 
-# tokens and documents (b, T + lookahead) int64; of a task also (b, T + lookahead) bool: which
-# tokens are targets
+# tokens and documents (b, T + lookahead) int64; of a task, and of text with masked prompts, also
+# (b, T + lookahead) bool: which tokens are targets
 Batch = tuple[np.ndarray, ...]
 
 
@@ -49,6 +49,7 @@ class Sampler:
         self.samples = 0
         self.counts = [0] * len(sources)
         self._prepared: tuple[list[tuple[int, int]], int, list[Batch]] | None = None
+        self.masked = any(is_masked(source) for source in sources)
         self._streams = [source.stream(seq_len, (seed, i)) for i, source in enumerate(sources)]
 
     def next_batch(
@@ -209,6 +210,11 @@ def deal(count: int, *, rank: int, world_size: int, micro_batch_size: int | None
     return [range(i, min(i + micro, count)) for i in range(0, count, micro)][rank::world_size]
 
 
+def is_masked(source: DataSource) -> bool:
+    """It is text of which not every token is a target."""
+    return source.text is not None and source.text.masks is not None
+
+
 def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
     """Rows per rank."""
     rows = batch_size // world_size
@@ -223,4 +229,7 @@ def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> i
 
 
 def _stack(samples: list[Batch]) -> Batch:
+    """Rows of one source or of several: one that says nothing of targets has them everywhere."""
+    if len({len(sample) for sample in samples}) > 1:
+        samples = [(*sample, np.ones(len(sample[0]), np.bool_))[:3] for sample in samples]
     return tuple(np.stack(parts) for parts in zip(*samples, strict=True))

@@ -5,12 +5,13 @@ DIR/tokenizer.json    the tokenizer, as Hugging Face `tokenizers` writes it
 DIR/manifest.json     pystdlib and sitelib: every file with its sha256 and split, and of sitelib every
                       package with its version
 DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
+DIR/train-00000.scored, ...   with --mask prompts: a byte per token, 1 where it is a target
 """
 
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, NotRequired
 
 import numpy as np
 from pydantic import Field, with_config
@@ -21,6 +22,7 @@ from dsv3_mtp.files.checked import OPEN, read_json
 
 INDEX = "index.json"
 FORMAT, VERSION = "dsv3_mtp.tokens", 1
+MASKED_VERSION = 2  # with .scored files, which programs of version 1 would pass over
 AGAIN = "delete the folder and prepare it again"
 Amount = Annotated[int, Field(ge=0)]
 # as `_name` makes them: of a file in this folder
@@ -29,10 +31,11 @@ ShardName = Annotated[str, Field(pattern=r"^[a-z]+-\d+$")]
 
 @with_config(OPEN)
 class Digests(TypedDict):
-    """sha256 of the two files of a shard."""
+    """sha256 of the files of a shard."""
 
     bin: str
     idx: str
+    scored: NotRequired[str]
 
 
 @with_config(OPEN)
@@ -53,6 +56,7 @@ class Split(TypedDict):
     documents: Amount
     bytes: Amount
     shards: list[Shard]
+    scored_tokens: NotRequired[Amount]
 
 
 @with_config(OPEN)
@@ -74,6 +78,7 @@ class OpenShard(TypedDict):
     tokens: Amount
     documents: Amount
     sha256: str
+    scored_sha256: NotRequired[str]
 
 
 @with_config(OPEN)
@@ -97,16 +102,20 @@ def read_folder_index(folder: Path) -> FolderIndex:
         )
     head = read_json(path, dict[str, Any], AGAIN)
     found = (head.get("format"), head.get("version"))
-    if found != (FORMAT, VERSION):
+    if found not in ((FORMAT, VERSION), (FORMAT, MASKED_VERSION)):
         raise ValueError(
             f"{path}: format {found}, this program reads "
-            f"{(FORMAT, VERSION)}; prepare the folder again"
+            f"{(FORMAT, VERSION)} and {(FORMAT, MASKED_VERSION)}; prepare the folder again"
         )
     index = read_json(path, FolderIndex, AGAIN)
     for name, split in index["splits"].items():
         if split["shards"] and not split["bytes"]:
             raise ValueError(f"{path}: damaged (splits.{name}: tokens of 0 bytes); {AGAIN}")
     return index
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -154,22 +163,32 @@ class SplitWriter:
         *,
         dtype: np.dtype,
         shard_tokens: int,
+        masked: bool = False,
         state: dict[str, Any] | None = None,
     ) -> None:
+        """masked: not every token is a target, and .scored files say which are."""
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
+        self.masked = masked
         self.shards: list[dict[str, Any]] = []
-        self.bytes = 0  # of the whole split
+        self.bytes = self.scored_tokens = 0  # of the whole split
         self.tokens = self.documents = 0  # of the open shard
-        self._files: tuple[BinaryIO, BinaryIO] | None = None  # .bin and .sizes of the open shard
-        self._hash = hashlib.sha256()
+        # .bin and .sizes of the open shard, and .scored
+        self._files: list[BinaryIO] = []
+        self._hash, self._scored_hash = hashlib.sha256(), hashlib.sha256()
         if state is not None:
             self._restore(state)
 
-    def append(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """Add one document: its token ids, end of text included, and the UTF-8 bytes of its
-        text.
+    def append(self, tokens: np.ndarray, text_bytes: int, scored: np.ndarray | None = None) -> None:
+        """Add one document: its token ids, end of text included, the UTF-8 bytes of its text, and
+        where the split is masked which tokens are targets, (n,) bool.
         """
-        binary, sizes = self._files or self._open("wb")
+        binary, sizes, *mask = self._files or self._open("wb")
+        if self.masked:
+            assert scored is not None and len(scored) == len(tokens)
+            flags = scored.astype(np.uint8).tobytes()
+            mask[0].write(flags)
+            self._scored_hash.update(flags)
+            self.scored_tokens += int(scored.sum())
         raw = tokens.astype(self.dtype).tobytes()
         binary.write(raw)
         self._hash.update(raw)
@@ -182,7 +201,7 @@ class SplitWriter:
 
     def close_shard(self) -> None:
         """Finish the open shard, if there is one."""
-        if self._files is None:
+        if not self._files:
             return
         digest = self._hash.hexdigest()
         self.flush()
@@ -190,6 +209,8 @@ class SplitWriter:
             file.close()
         write_index(self._path("idx"), self.dtype, np.fromfile(self._path("sizes"), np.int32))
         sha256 = {"bin": digest, "idx": file_sha256(self._path("idx"))}
+        if self.masked:
+            sha256["scored"] = self._scored_hash.hexdigest()
         shard = {
             "file": self._name(),
             "tokens": self.tokens,
@@ -198,11 +219,11 @@ class SplitWriter:
         }
         self.shards.append(shard)
         self.tokens = self.documents = 0
-        self._files = None
-        self._hash = hashlib.sha256()
+        self._files = []
+        self._hash, self._scored_hash = hashlib.sha256(), hashlib.sha256()
 
     def flush(self) -> None:
-        for file in self._files or ():
+        for file in self._files:
             file.flush()
             os.fsync(file.fileno())
 
@@ -213,7 +234,11 @@ class SplitWriter:
             "documents": self.documents,
             "sha256": self._hash.hexdigest(),
         }
-        return {"shards": list(self.shards), "bytes": self.bytes, "open": open_shard}
+        state = {"shards": list(self.shards), "bytes": self.bytes, "open": open_shard}
+        if self.masked:
+            open_shard["scored_sha256"] = self._scored_hash.hexdigest()
+            state["scored_tokens"] = self.scored_tokens
+        return state
 
     @property
     def total_tokens(self) -> int:
@@ -226,7 +251,7 @@ class SplitWriter:
             "documents": sum(shard["documents"] for shard in self.shards),
             "bytes": self.bytes,
             "shards": self.shards,
-        }
+        } | ({"scored_tokens": self.scored_tokens} if self.masked else {})
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Check the finished shards and cut the open one back to what `state` describes."""
@@ -236,11 +261,12 @@ class SplitWriter:
         problems = _differences(self.folder, expected)
         self.shards, self.bytes = list(state["shards"]), state["bytes"]
         self.tokens, self.documents = state["open"]["tokens"], state["open"]["documents"]
+        self.scored_tokens = state.get("scored_tokens", 0)
         if self.documents:
-            for suffix, size in (
-                ("bin", self.tokens * self.dtype.itemsize),
-                ("sizes", self.documents * 4),
-            ):
+            sizes = {"bin": self.tokens * self.dtype.itemsize, "sizes": self.documents * 4}
+            if self.masked:
+                sizes["scored"] = self.tokens
+            for suffix, size in sizes.items():
                 path = self._path(suffix)
                 actual = path.stat().st_size if path.is_file() else 0
                 if actual < size:
@@ -248,9 +274,10 @@ class SplitWriter:
                 else:
                     os.truncate(path, size)
             if not problems:
-                problems = _differences(
-                    self.folder, {self._path("bin").name: state["open"]["sha256"]}
-                )
+                digests = {self._path("bin").name: state["open"]["sha256"]}
+                if self.masked:
+                    digests[self._path("scored").name] = state["open"]["scored_sha256"]
+                problems = _differences(self.folder, digests)
         if problems:
             raise ValueError(
                 "\n".join(
@@ -259,10 +286,13 @@ class SplitWriter:
             )
         if self.documents:
             self._hash.update(self._path("bin").read_bytes())
+            if self.masked:
+                self._scored_hash.update(self._path("scored").read_bytes())
             self._open("ab")
 
-    def _open(self, mode: Literal["wb", "ab"]) -> tuple[BinaryIO, BinaryIO]:
-        self._files = open(self._path("bin"), mode), open(self._path("sizes"), mode)  # noqa: SIM115
+    def _open(self, mode: Literal["wb", "ab"]) -> list[BinaryIO]:
+        suffixes = ("bin", "sizes", "scored") if self.masked else ("bin", "sizes")
+        self._files = [open(self._path(suffix), mode) for suffix in suffixes]  # noqa: SIM115
         return self._files
 
     def _name(self) -> str:

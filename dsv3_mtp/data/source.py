@@ -4,7 +4,7 @@ folder, or any Megatron `.bin/.idx` pair.
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,6 +82,14 @@ class Source:
     shards: tuple[np.ndarray, ...]
     shard_starts: np.ndarray  # (shards + 1,) int64, in tokens
     document_starts: np.ndarray  # (documents + 1,) int64, in tokens
+    # as `shards`: a byte per token, 1 where it is a target; None: every token is one
+    masks: tuple[np.ndarray, ...] | None = None
+    scored_tokens: int | None = None  # of `masks`, all of its ones
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are targets."""
+        return self.tokens if self.scored_tokens is None else self.scored_tokens
 
     @property
     def task(self) -> None:
@@ -118,12 +126,21 @@ class Source:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64."""
-        out = np.empty(stop - start, np.int64)
+        return self._gather(self.shards, np.empty(stop - start, np.int64), start)
+
+    def read_scored(self, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens [start, stop) are targets, bool."""
+        if self.masks is None:
+            return np.ones(stop - start, np.bool_)
+        return self._gather(self.masks, np.empty(stop - start, np.bool_), start)
+
+    def _gather(self, arrays: tuple[np.ndarray, ...], out: np.ndarray, start: int) -> np.ndarray:
+        """Fills `out` from position `start` of the arrays of all shards."""
         shard = int(np.searchsorted(self.shard_starts, start, side="right")) - 1
         filled = 0
         while filled < len(out):
             offset = start + filled - int(self.shard_starts[shard])
-            piece = self.shards[shard][offset : offset + len(out) - filled]
+            piece = arrays[shard][offset : offset + len(out) - filled]
             out[filled : filled + len(piece)] = piece
             filled, shard = filled + len(piece), shard + 1
         return out
@@ -247,7 +264,7 @@ def _open_folder(folder: Path, split: str) -> Source:
         raise ValueError(
             f"{folder}: the split {split!r} is empty; prepare it again with another --val-fraction"
         )
-    tokens, lengths = [], []
+    tokens, lengths, masks = [], [], []
     for shard in entry["shards"]:
         array, sizes = open_pair(folder / shard["file"])
         if (len(array), len(sizes)) != (shard["tokens"], shard["documents"]):
@@ -258,7 +275,27 @@ def _open_folder(folder: Path, split: str) -> Source:
             )
         tokens.append(array)
         lengths.append(sizes)
-    return _source(folder, index["manifest_hash"], index, entry["bytes"], tokens, lengths)
+        if "scored_tokens" in entry:
+            masks.append(_open_mask(folder / f"{shard['file']}.scored", len(array)))
+    source = _source(folder, index["manifest_hash"], index, entry["bytes"], tokens, lengths)
+    if "scored_tokens" not in entry:
+        return source
+    return replace(source, masks=tuple(masks), scored_tokens=entry["scored_tokens"])
+
+
+def _open_mask(path: Path, tokens: int) -> np.ndarray:
+    """(tokens,) uint8, memory-mapped.
+
+    Raises:
+        ValueError: it is missing or of another length.
+    """
+    found = path.stat().st_size if path.is_file() else 0
+    if found != tokens:
+        raise ValueError(
+            f"{path}: {found:,} bytes, one for each of {tokens:,} tokens is needed; delete the "
+            "folder and prepare it again"
+        )
+    return np.memmap(path, np.uint8, mode="r")
 
 
 def _source(

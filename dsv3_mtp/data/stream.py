@@ -9,6 +9,7 @@ history.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -26,8 +27,15 @@ class Documents(Protocol):
     @property
     def tokens(self) -> int: ...
 
+    @property
+    def masks(self) -> Sequence[np.ndarray] | None:
+        """None: every token is a target."""
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64."""
+
+    def read_scored(self, start: int, stop: int) -> np.ndarray:
+        """Which of the tokens [start, stop) are targets, bool."""
 
 
 class DocumentStream:
@@ -44,14 +52,14 @@ class DocumentStream:
         self._documents = functools.lru_cache(maxsize=3)(self._document_order)
         self._windows = functools.lru_cache(maxsize=2)(self._window_order)
 
-    def sample(self, index: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, index: int, length: int) -> tuple[np.ndarray, ...]:
         """Sample `index` >= 0 of the source: (tokens (length,), documents (length,))."""
         epoch = index * self.seq_len // self.source.tokens
         first = self._first_window(epoch)
         window = first + int(self._windows(epoch)[index - first])
         return self.span(window * self.seq_len, length)
 
-    def spread(self, index: int, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def spread(self, index: int, count: int, length: int) -> tuple[np.ndarray, ...]:
         """Window `index` of `count` that are evenly spread over the source."""
         return self.span(self.place(index, count) * self.seq_len, length)
 
@@ -68,8 +76,11 @@ class DocumentStream:
         """Windows that start in the first epoch."""
         return self._first_window(1)
 
-    def span(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """stream[start : start + length] and the document number of each token, from 0."""
+    def span(self, start: int, length: int) -> tuple[np.ndarray, ...]:
+        """stream[start : start + length], the document number of each token, from 0, and where not
+        every token is a target whether it is one.
+        """
+        masked, scored = self.source.masks is not None, np.empty(length, np.bool_)
         tokens, documents = np.empty(length, np.int64), np.empty(length, np.int64)
         filled = number = 0
         while filled < length:
@@ -80,8 +91,10 @@ class DocumentStream:
             begin = int(self.source.document_starts[order[slot] + 1]) - (int(ends[slot]) - offset)
             tokens[filled:stop] = self.source.read(begin, begin + stop - filled)
             documents[filled:stop] = number
+            if masked:
+                scored[filled:stop] = self.source.read_scored(begin, begin + stop - filled)
             filled, number = stop, number + 1
-        return tokens, documents
+        return (tokens, documents, scored) if masked else (tokens, documents)
 
     def _first_window(self, epoch: int) -> int:
         return -(-epoch * self.source.tokens // self.seq_len)

@@ -41,6 +41,7 @@ class Position(TypedDict):
     tokenizer_sha256: str
 
 
+Encoded = tuple[np.ndarray, np.ndarray | None]  # token ids; which are targets (None: all)
 Progress = Callable[[int, int, int], None]  # input bytes done, input bytes in all, tokens written
 
 
@@ -67,7 +68,7 @@ class Tokenising:
     def run(self) -> None:
         self._save()
         number = self.state["documents"]
-        waiting: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
+        waiting: deque[tuple[list[Document], Future[list[Encoded]]]] = deque()
         with ThreadPoolExecutor(2) as pool:
             for batch in _batches(self.inputs.read(self.state["file"], self.state["record"])):
                 waiting.append((batch, pool.submit(self._encode, batch, number)))
@@ -77,18 +78,23 @@ class Tokenising:
             while waiting:
                 self._write(*waiting.popleft())
 
-    def _encode(self, batch: list[Document], number: int) -> list[np.ndarray]:
+    def _encode(self, batch: list[Document], number: int) -> list[Encoded]:
+        if any(document.pieces for document in batch):
+            return [self.encoder.encode_pieces(document.pieces) for document in batch]
         pieces = []
         for i, document in enumerate(batch):
             rate = self.fim_rate if document.split == "train" else 0.0
             pieces.append(fim_split(document.text, rate=rate, seed=self.seed, document=number + i))
-        return self.encoder.encode(pieces)
+        return [(ids, None) for ids in self.encoder.encode(pieces)]
 
-    def _write(self, batch: list[Document], encoded: Future[list[np.ndarray]]) -> None:
+    def _write(self, batch: list[Document], encoded: Future[list[Encoded]]) -> None:
         state, shards = self.state, sum(len(writer.shards) for writer in self.writers.values())
-        for document, tokens in zip(batch, encoded.result(), strict=True):
+        for document, (tokens, scored) in zip(batch, encoded.result(), strict=True):
             if document.text:
-                self.writers[document.split].append(tokens, len(document.text.encode()))
+                text = document.text
+                if scored is not None:  # bits per byte are of what is scored
+                    text = "".join(piece.text for piece in document.pieces if piece.scored)
+                self.writers[document.split].append(tokens, len(text.encode()), scored)
             state["empty"] += not document.text
             link = f"{state['manifest_hash']} {document.split} {document.sha256.hex()}"
             state["manifest_hash"] = hashlib.sha256(link.encode()).hexdigest()

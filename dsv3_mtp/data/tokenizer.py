@@ -5,11 +5,13 @@ import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dsv3_mtp.data.chat import Piece, join
 from dsv3_mtp.files.checked import read_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -82,6 +84,43 @@ class DocumentEncoder:
     eos_id: int
     fim_ids: tuple[int, int, int] | None  # begin, hole, end
     sha256: str  # of the tokenizer.json
+
+    @cached_property
+    def specials(self) -> frozenset[str]:
+        """The tokenizer's special tokens, as text."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    @cached_property
+    def _with_specials(self) -> Any:
+        """The same tokenizer, for text in which special tokens are special."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.encode_special_tokens = False
+        return tokenizer
+
+    def encode_prompt(self, pieces: tuple[Piece, ...]) -> list[int]:
+        """Token ids of the text in front of an answer: as `encode_pieces`, without the end of
+        text.
+        """
+        return [token for piece in pieces for token in self._ids(piece)]
+
+    def encode_pieces(self, pieces: tuple[Piece, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (n,) int64 of a document in pieces, and which of them are targets (n,) bool.
+
+        The end of text comes last, unless the pieces end with it; it is a target as the piece in
+        front of it is.
+        """
+        parts = [(self._ids(piece), piece.scored) for piece in pieces]
+        ids, scored = join(parts)
+        if not len(ids) or ids[-1] != self.eos_id:
+            ids, scored = join([*parts, ([self.eos_id], pieces[-1].scored)])
+        return ids, scored
+
+    def _ids(self, piece: Piece) -> list[int]:
+        tokenizer = self._with_specials if piece.special else self.tokenizer
+        return tokenizer.encode(piece.text, add_special_tokens=False).ids
 
     def encode(self, documents: list[tuple[str, ...]]) -> list[np.ndarray]:
         """Token ids (n,) int64 per document, EOS last; a document is (text,) or (prefix, middle,

@@ -18,6 +18,7 @@ from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
 from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
+from dsv3_mtp.hf.readers import reader_notes
 from dsv3_mtp.hf.settings import (
     SPECIAL_IDS,
     TYPES,
@@ -26,6 +27,7 @@ from dsv3_mtp.hf.settings import (
     to_config_json,
     write_settings,
 )
+from dsv3_mtp.hf.splice import Trunk, splice
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
 from dsv3_mtp.runs.loading import IMPORTED, newest_weights, read_reached, tokenizer_of
@@ -41,7 +43,7 @@ def export_hf(
     run: str | Path,
     out: str | Path,
     *,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     trunk_only: bool = False,
     ema: bool = False,
     trust_code: bool | Collection[str] = False,
@@ -52,6 +54,8 @@ def export_hf(
 
     Args:
         dtype: bf16; fp8 (E4M3 in 128 x 128 blocks, see `keys.QUANTISED`, the rest bf16); fp32.
+            None: bf16, except that modules on a frozen trunk are put beside the files it came
+            from, which are copied as they are (hf/splice.py).
         trunk_only: leave MTP modules out.
         ema: the moving average of the weights instead of the weights.
         trust_code: import what the run's config names as package.module:Class.
@@ -64,6 +68,9 @@ def export_hf(
     run, out = Path(run), Path(out)
     config = load_config(run / "config.yaml", trust_code=trust_code)
     modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
+    if dtype is None and config.train.freeze == "trunk" and modules and not ema:
+        return _beside_trunk(run, out, config, modules, notes)
+    dtype = dtype or "bf16"
     expected = list(slots(config.model, modules))
     read, origin, more = _open_run(run, config, expected, modules, ema)
     notes = [
@@ -92,6 +99,41 @@ def export_hf(
             )
         open_checkpoint(temporary)  # the key contract, on the files as a reader finds them
     return notes
+
+
+def _beside_trunk(
+    run: Path, out: Path, config: Config, modules: int, notes: list[str]
+) -> list[str]:
+    """`export_hf` of modules that learned on a frozen trunk."""
+    trunk = Trunk(Path(config.train.init_from or ""))
+    expected = list(slots(config.model, modules))
+    read, origin, more = _open_run(run, config, expected, modules, ema=False)
+    if other := trunk.differences(read, getattr(torch, config.train.dtype)):
+        raise ValueError(
+            f"{trunk.folder}: {len(other)} tensors are not those that {origin} was trained on, "
+            f"{other[0]} among them; name the trunk's folder in train.init_from, or write all "
+            "weights anew with --dtype bf16, fp8 or fp32"
+        )
+    bad: list[str] = []
+    # a module repeats the embedding and the output head: these are the trunk's
+    new = [slot for slot in expected if slot.alias or slot.key.startswith("mtp.")]
+
+    def read_new(slot: Slot) -> Tensor:
+        return trunk.checkpoint.read(slot.key) if slot.alias else read(slot)
+
+    with new_folder(out) as temporary:
+        entries = [entry for slot in new for entry in entries_of(slot, trunk.dtype)]
+        tensors = _converted(new, read_new, trunk.dtype, bad)
+        splice(trunk, temporary, modules, entries, tensors)
+        if bad:
+            raise ValueError(f"{origin}: {len(bad)} tensor(s) hold nan or infinity:\n{bad[0]}")
+        open_checkpoint(temporary)  # the key contract, on the files as a reader finds them
+    return [
+        f"{modules} MTP module(s) from {origin}, stored as the trunk is: {trunk.dtype}",
+        f"the trunk's files are those of {trunk.folder}, byte for byte",
+        *dict.fromkeys([*notes, *more]),
+        *reader_notes(config.model, modules, trunk.dtype),
+    ]
 
 
 def entries_of(slot: Slot, dtype: str) -> list[Entry]:

@@ -42,6 +42,7 @@ def import_hf(
     data: str | None = None,
     dtype: str | None = None,
     trunk_only: bool = False,
+    frozen: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Writes the new run folder `out`. Returns what the user should know.
@@ -53,6 +54,8 @@ def import_hf(
         data: prepared folder for data.train and data.val.
         dtype: bf16 or fp32 for all weights; None: as stored, bf16 for FP8.
         trunk_only: leave the checkpoint's MTP modules out.
+        frozen: the run trains MTP modules on a trunk that stays as it is (docs/posthoc.md). No
+            weights are copied: `train.init_from` names `source`, which has to stay there.
 
     Raises:
         ValueError: `out` exists; the checkpoint is damaged, incomplete or of another architecture;
@@ -62,6 +65,8 @@ def import_hf(
     source, out = Path(source), Path(out)
     checkpoint, settings, stored = open_checkpoint(source, trunk_only=trunk_only)
     require_same(checkpoint)
+    if frozen and dtype is not None:
+        raise ValueError("--frozen leaves the weights where and as they are; drop --dtype")
     modules = 0 if trunk_only else settings.modules
     keep = {slot.key: _kept(checkpoint, slot, dtype) for slot in stored if not slot.alias}
     wide = keep["model.embed_tokens.weight"] == torch.float32
@@ -70,8 +75,12 @@ def import_hf(
         tree = _tree(
             out, settings, modules, base=base, data=data, dtype="float32" if wide else "bfloat16"
         )
+        if frozen:
+            _freeze(tree, source, modules)
         config = _resolve(tree, temporary / "config.yaml", sets)
         notes += fit(settings, modules, config.model, config.mtp, folder=source)[1]
+        if frozen:
+            return [*notes, *_tokenizer_notes(source, source, config)]
         weights = temporary / IMPORTED
         weights.mkdir()
         for name in TOKENIZER_FILES:
@@ -97,18 +106,32 @@ def import_hf(
         )
         write_settings(weights, content)
         open_checkpoint(weights)  # the key contract, on the files as the trainer finds them
-    notes += reader.notes
+    return notes + reader.notes + _tokenizer_notes(source, out / IMPORTED, config)
+
+
+def _freeze(tree: dict[str, Any], source: Path, modules: int) -> None:
+    """Makes a run's config that of post-hoc training; what a base says of the heads stays."""
+    tree["train"] |= {"freeze": "trunk", "init_from": str(source.resolve())}
+    mtp = dict(tree.get("mtp") or {})
+    if mtp.get("mode") == "none":
+        mtp = {"mode": "sequential", "num_nextn_predict_layers": max(modules, 1)}
+    # lambda 1: there is no main loss to weigh it against (FastMTP)
+    tree["mtp"] = {"loss_weight": 1.0} | mtp | {"detach": mtp.get("detach", "all")}
+
+
+def _tokenizer_notes(source: Path, kept: Path, config: Config) -> list[str]:
+    """What to do about the data; `kept`: where the run finds the tokenizer."""
     if not (source / "tokenizer.json").is_file():
-        notes.append(
-            f"{source} has no tokenizer.json: only data that is tokenised already can be used"
-        )
-    elif not Path(config.data.train if isinstance(config.data.train, str) else "").exists():
-        notes.append(
-            "next: python tools/prepare_data.py --tokenizer "
-            f"{out / IMPORTED / 'tokenizer.json'} --input ... "
-            f"--out {config.data.train}"
-        )
-    return notes
+        note = f"{source} has no tokenizer.json: only data that is tokenised already can be used"
+        if own := next((path.name for path in source.glob("*.model")), None):
+            note += f"; or make one of {own} (docs/posthoc.md) and put it there"
+        return [note]
+    if Path(config.data.train if isinstance(config.data.train, str) else "").exists():
+        return []
+    return [
+        f"next: python tools/prepare_data.py --tokenizer {kept / 'tokenizer.json'} --input ... "
+        f"--out {config.data.train}"
+    ]
 
 
 def _kept(checkpoint: Checkpoint, slot: Slot, dtype: str | None) -> torch.dtype:

@@ -25,7 +25,8 @@ QUANTIZATION = {
 }
 # What this code computes and has no key for: (value written, values accepted when read).
 FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "model_type": ("deepseek_v3", ("deepseek_v3",)),
+    # kimi_k2: the same model, so that engines can tell it (moonshotai/Kimi-K2, deploy_guidance)
+    "model_type": ("deepseek_v3", ("deepseek_v3", "kimi_k2")),
     "hidden_act": ("silu", ("silu",)),
     "scoring_func": ("sigmoid", ("sigmoid",)),
     "topk_method": ("noaux_tc", ("noaux_tc",)),
@@ -173,6 +174,7 @@ def read_settings(folder: Path) -> Settings:
     """
     path = folder / "config.json"
     content = read_json(path, dict[str, Any], "download or export it again")
+    _require_architecture(path, content)
     problems = list(_fixed_problems(content))
     block, quantization_problems = _block(content.get("quantization_config"))
     problems += quantization_problems
@@ -210,14 +212,22 @@ def read_settings(folder: Path) -> Settings:
     return Settings(model, modules, block, ids, notes + _latent_notes(model))
 
 
+def _require_architecture(path: Path, content: dict[str, Any]) -> None:
+    """Raises ValueError, one sentence: what else another architecture's keys say is no news."""
+    kinds = FIXED["model_type"][1]
+    if (found := content.get("model_type")) not in kinds:
+        raise ValueError(
+            f"{path}: model_type: {found!r} is not supported, only {' and '.join(map(repr, kinds))}"
+            ": checkpoints of the architecture DeepseekV3ForCausalLM"
+        )
+
+
 def _fixed_problems(content: dict[str, Any]) -> Iterator[str]:
     accepted = {key: values for key, (_, values) in FIXED.items()} | READ_ONLY
     for key, values in accepted.items():
         value = content.get(key, values[0])
         if value not in values:
             yield f"{key}: {value!r} is not supported, only {values[0]!r}"
-    if content.get("model_type") is None:
-        yield "model_type: missing; it must be 'deepseek_v3'"
     heads = content.get("num_attention_heads")
     if (groups := content.get("num_key_value_heads")) not in (None, heads):
         yield (

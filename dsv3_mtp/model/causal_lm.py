@@ -91,6 +91,8 @@ class DeepseekV3MTP(nn.Module):
     bit.
     """
 
+    frozen = False  # by `freeze_trunk`: only the heads learn
+
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__()
         self.config, self.mtp_config, self.shard = config, mtp, given().shard
@@ -291,8 +293,11 @@ class DeepseekV3MTP(nn.Module):
         """tokens (B, T+1+A) -> the rows of depth 0..D and the stats of every router."""
         angles, mask = self.positions(tokens, documents)
         length = angles.shape[1]
-        embedded = self.model.embed_tokens(tokens[:, :-1])  # (B, T+A, C), each token looked up once
-        trunk, stats = self.model(embedded[:, :length], angles, mask)
+        # A frozen trunk keeps nothing for a backward.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            # (B, T+A, C), each token looked up once
+            embedded = self.model.embed_tokens(tokens[:, :-1])
+            trunk, stats = self.model(embedded[:, :length], angles, mask)
         return self.rows_from(trunk, stats, embedded[:, 1:], angles, mask, tokens, documents)
 
     def positions(
@@ -498,6 +503,7 @@ class DeepseekV3MTP(nn.Module):
         """Only the MTP heads go on learning: no gradient into embedding, trunk, its routers and the
         output head.
         """
+        self.frozen = True
         for part in (self.model, self.lm_head):
             part.requires_grad_(False)
 

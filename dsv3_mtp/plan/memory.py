@@ -184,11 +184,13 @@ def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
     # in float32.
     chunk = chunk_rows(model.vocab_size, on_gpu=True)
     logits = min(chunk, rows) * model.vocab_size
-    size = element * logits + 4 * model.vocab_size * model.hidden_size if head else 0
+    # none of a frozen one
+    wide = 0 if config.train.freeze == "trunk" else 4 * model.vocab_size * model.hidden_size
+    size = element * logits + wide if head else 0
     if head and any(not kind.cross_entropy for kind, _ in config.mtp.objectives):
         # other objectives: eight chunks in float32, and one more gradient of the head
         size += 8 * 4 * min(losses.CHUNKS_ON_GPU * losses.CHUNK_ELEMENTS, rows * model.vocab_size)
-        size += 4 * model.vocab_size * model.hidden_size
+        size += wide
     if zero:
         size += element * settings["reduce_bucket_size"]
     if zero == 3:

@@ -64,6 +64,8 @@ def activation_elements(config: Config, part: Part) -> float:
     model, mode = config.model, config.train.activation_checkpointing
     hidden, sliced = model.hidden_size, config.parallel.sequence_parallel_size > 1
     spread = config.parallel.expert_parallel_size > 1
+    if not any(part.learned):  # of a frozen trunk, which runs without gradient
+        return 0
     if part.name == "embedding":
         return hidden
     kept = part.dense_blocks * block_elements(model, mode, moe=False, spread=False, sliced=sliced)

@@ -129,6 +129,15 @@ def newest_weights(run: Path, *, ema: bool = False) -> tuple[Fragments | None, l
     return stored, notes
 
 
+def start_weights(config: Config, run: Path) -> Path | None:
+    """The folder, in DeepSeek-V3's layout, that a run without a checkpoint has its weights from:
+    imported into it, or the frozen trunk's own; None: it starts at random.
+    """
+    if (run / IMPORTED).is_dir():
+        return run / IMPORTED
+    return Path(config.train.init_from or "") if config.train.freeze == "trunk" else None
+
+
 def tokenizer_of(config: Config, run: Path) -> Path | None:
     """tokenizer.json of a run: the imported one, else that of its data (a path relative to where
     training started).
@@ -136,7 +145,8 @@ def tokenizer_of(config: Config, run: Path) -> Path | None:
     corpora = [Path(path) for path in config.data.paths]
     runs = Path(config.run.dir)
     started = [*run.resolve().parents][: 1 + (1 if runs.is_absolute() else len(runs.parts))][-1]
-    places = [run / IMPORTED, *corpora, *(started / corpus for corpus in corpora)]
+    own = start_weights(config, run)
+    places = [*([own] if own else []), *corpora, *(started / corpus for corpus in corpora)]
     return next(
         (place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None
     )

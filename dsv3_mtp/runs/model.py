@@ -10,7 +10,7 @@ from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.hf.keys import summarise
 from dsv3_mtp.hf.load import empty_model, is_finite, load_weights, misfits
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.runs.loading import IMPORTED, newest_weights, tokenizer_of
+from dsv3_mtp.runs.loading import newest_weights, start_weights, tokenizer_of
 
 
 class LoadedRun(NamedTuple):
@@ -44,7 +44,8 @@ def load_run(
         )
     config = load_config(folder / "config.yaml", trust_code=trust_code)
     stored, notes = newest_weights(folder, ema=ema)
-    if stored is None and not (folder / IMPORTED).is_dir():
+    start = start_weights(config, folder)
+    if stored is None and start is None:
         raise ValueError(f"{folder}: no complete checkpoint there; train the run first, or further")
     model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
     if stored is not None:
@@ -65,9 +66,9 @@ def load_run(
             raise ValueError(
                 "\n  ".join([f"{stored.folder}: {len(problems)} problem(s)", *problems])
             )
-    else:
+    elif start is not None:
         model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module
-        load_weights(model, folder / IMPORTED)
+        load_weights(model, start)
     return LoadedRun(
         model.requires_grad_(False).eval(), config, tokenizer_of(config, folder), notes
     )

@@ -126,14 +126,16 @@ def report_study(loaded: LoadedStudy, out: Path | None = None) -> Path:
     return write_report(loaded, freeze(loaded, len(records)), records, out or study.folder)
 
 
-def load_archived(folder: Path, sets: tuple[str, ...] = ()) -> LoadedStudy:
+def load_archived(
+    folder: Path, sets: tuple[str, ...] = (), *, trust_code: bool = False
+) -> LoadedStudy:
     """The study of an archive, with its records and its plan in the study's folder: to go on with
     it.
 
     Raises:
         ValueError: the archive is damaged, or the folder has a plan of its own.
     """
-    loaded, plan = load_archive(folder, sets), read_plan(folder)
+    loaded, plan = load_archive(folder, sets, trust_code=trust_code), read_plan(folder)
     target = loaded.study.folder
     target.mkdir(parents=True, exist_ok=True)
     if (target / PLAN).exists() and read_plan(target).hash != plan.hash:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from dsv3_mtp.config import Config
+from dsv3_mtp.config import Config, code
 from dsv3_mtp.config.reader import problems_of
 from dsv3_mtp.config.resume import differences
 from dsv3_mtp.config.section import Integer, Section
@@ -126,10 +126,13 @@ def read_plan(folder: Path) -> Plan:
     return plan
 
 
-def load_archive(folder: Path, sets: tuple[str, ...] = ()) -> LoadedStudy:
+def load_archive(
+    folder: Path, sets: tuple[str, ...] = (), *, trust_code: bool = False
+) -> LoadedStudy:
     """The study that an archive is of, without its file.
 
-    sets: overrides of run and seeds; others would make it another study.
+    sets: overrides of run and seeds; others would make it another study. trust_code: import what
+    its configs name as package.module:Class.
 
     Raises:
         ValueError: plan.json is damaged, or an override is of another key. OSError: there is none.
@@ -149,6 +152,8 @@ def load_archive(folder: Path, sets: tuple[str, ...] = ()) -> LoadedStudy:
     configs = {}
     for arm, config in plan.current["configs"].items():
         config["run"] |= {"dir": str(study.folder)}
+        if not trust_code:
+            code.refuse(f"{path}: configs.{arm}", config, ())
         try:
             configs[arm] = Config.model_validate(config)
         except ValidationError as error:
@@ -168,13 +173,16 @@ def _edited(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any,
         for arm, config in now["configs"].items()
         if arm in before["configs"]
         for key, values in differences(
-            _of_this_version(before["configs"][arm]), config, ignoring=("run",)
+            _of_this_version(before["configs"][arm], code.named(config)), config, ignoring=("run",)
         ).items()
     }
     return study | configs
 
 
-def _of_this_version(config: dict[str, Any]) -> dict[str, Any]:
+def _of_this_version(config: dict[str, Any], trusted: list[str]) -> dict[str, Any]:
+    """With the defaults of this version. trusted: the code that the study's own file names."""
+    if not set(code.named(config)) <= set(trusted):
+        return config
     try:
         return Config.model_validate(config).to_dict()
     except ValidationError:

@@ -96,8 +96,9 @@ def validate(
     if grade is not None:
         metrics |= grade.metrics(totals[own:], metrics)
     if source.bytes is not None and source.tokens is not None:
+        targets = source.tokens if source.text is None else source.text.targets
         metrics["val/bits_per_byte"] = (
-            metrics["val/main_loss"] / math.log(2) * source.tokens / source.bytes
+            metrics["val/main_loss"] / math.log(2) * targets / source.bytes
         )
     return metrics
 

@@ -52,6 +52,8 @@ def text_floors(
     if tokens > MOST_TOKENS:
         why = f"{tokens:,} tokens were consumed, and at most {MOST_TOKENS:,} are counted"
         return {}, f"no n-gram floors: {why}"
+    if sampler.masked:
+        return {}, "no n-gram floors: they are of whole texts, and data.mask leaves prompts out"
     if sampler.samples < 2:
         return {}, "no n-gram floors: fewer than two rows of training text were consumed"
     rows, documents = sampler.consumed()
@@ -92,8 +94,8 @@ def drafter_floors(
         tables.fit(model.head_logits, main_states(model, tokens, documents), tokens)
     sums: dict[str, Tensor] = {}
     for window in sequential_windows(source, **windows, count=count, micro_batch_size=micro):
-        tokens, documents, _ = to_device(*window, config=config, device=device)
-        taught = teachers(valid_targets(tokens, documents, model.offsets), 0, model.offsets)
+        tokens, documents, scored = to_device(*window, config=config, device=device)
+        taught = teachers(valid_targets(tokens, documents, model.offsets, scored), 0, model.offsets)
         hidden = main_states(model, tokens, documents)
         for name, part in tables.sums_of(model.head_logits, hidden, tokens, taught).items():
             sums[name] = sums[name] + part if name in sums else part
@@ -130,9 +132,9 @@ def draft_statistics(
     windows = {"seq_len": config.data.seq_len, "lookahead": model.lookahead}
     windows |= {"count": batches * micro}
     for window in sequential_windows(source, **windows, micro_batch_size=micro):
-        tokens, documents, _ = to_device(*window, config=config, device=device)
+        tokens, documents, scored = to_device(*window, config=config, device=device)
         output = model.head_rows(tokens, documents)
-        taught = teachers(valid_targets(tokens, documents, model.offsets), 0, model.offsets)
+        taught = teachers(valid_targets(tokens, documents, model.offsets, scored), 0, model.offsets)
         states = model.by_depth(output)
         taught = model.scored_slots(taught, output, first=1)
         statistics.add(model.head_logits, states, tokens, taught)

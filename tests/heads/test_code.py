@@ -10,9 +10,12 @@ import torch
 
 from dsv3_mtp.config import ConfigError, code, load_config
 from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.verify import verify
+from dsv3_mtp.study.plan import freeze, load_archive
 from tests.heads_under_test import OTHERS
 from tests.made_runs import read_newest
 from tests.ranks import run_tool, write_markov
+from tests.study.toy import load_toy
 
 ROOT = Path(__file__).parents[2]
 BAG = "examples.bag_head:BagHead"
@@ -137,3 +140,17 @@ def test_a_strangers_folder_imports_nothing(tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="names code outside the package, evil_head:Head"):
         load_run(tmp_path)
+    assert verify(tmp_path) == []  # whole, and not imported
+
+
+def test_a_strangers_archive_imports_nothing(tmp_path):
+    loaded = load_toy(tmp_path)
+    folder = loaded.study.folder
+    folder.mkdir(parents=True)
+    freeze(loaded, 0)
+    plan = json.loads((folder / "plan.json").read_text())
+    for config in plan["current"]["configs"].values():
+        config["mtp"]["mode"] = "evil_head:Head"
+    (folder / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match="names code outside the package, evil_head:Head"):
+        load_archive(folder)
