@@ -96,6 +96,19 @@ def measure_step(config: Config) -> tuple[int, dict[str, int]]:
     return held[0], dict(meter.sent)
 
 
+def measure_peak(config: Config) -> int:
+    """Most bytes of tensors that this rank holds at once in its third optimizer step, host memory
+    included. (The first makes the optimizer's states, the second may still settle buffers.)
+    """
+    with Meter() as meter:
+        trainer = own_process(config, command=[])
+        trainer.optimizer_step()
+        trainer.optimizer_step()
+        meter.peak = meter.held
+        trainer.optimizer_step()
+    return meter.peak
+
+
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [tensor.untyped_storage() for tensor in _tensors(tree) if tensor.device.type != "meta"]
 

@@ -23,6 +23,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="print what the run would be, as `dsv3 plan` does"
     )
     plan.add_plan_options(parser, "with --dry-run: ")
+    parser.add_argument(
+        "--profile",
+        metavar="steps=FIRST:LAST",
+        help="write a trace of these steps into the run folder: trace.rank0.json.gz",
+    )
     # the deepspeed launcher adds it
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
@@ -32,6 +37,8 @@ def check(options: argparse.Namespace) -> str | None:
         return "--plot goes with --dry-run; a run draws its own curves.png"
     if options.world_size is not None and not options.dry_run:
         return "--world-size goes with --dry-run; a run has the ranks that its launcher starts"
+    if options.profile is not None and options.dry_run:
+        return "--profile is of a run; --dry-run has no steps"
     return None
 
 
@@ -43,12 +50,14 @@ def run(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.sets)
     from dsv3_mtp.train.process import own_process
+    from dsv3_mtp.train.profile import parse_steps
     from dsv3_mtp.train.trainer import NonFiniteError
 
+    steps = range(0) if options.profile is None else parse_steps(options.profile)
     # DeepSpeed collects garbage up to six times as it starts: 0.2 s each over all that was imported
     gc.freeze()
     try:
-        own_process(config, command=sys.argv).run()
+        own_process(config, command=sys.argv, profile=steps).run()
     except NonFiniteError as error:
         raise Failure(f"training stopped: {error}") from error
     from dsv3_mtp.parallel.launch import finish

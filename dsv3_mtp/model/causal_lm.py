@@ -37,6 +37,7 @@ from dsv3_mtp.model.targets import (
 from dsv3_mtp.objectives.losses import Teacher, objective_losses
 from dsv3_mtp.ops.compute import building, given
 from dsv3_mtp.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
+from dsv3_mtp.ops.ranges import named
 
 
 class Trunk(nn.Module):
@@ -313,6 +314,7 @@ class DeepseekV3MTP(nn.Module):
         )
         return rotary_angles(self.config, slots), mask
 
+    @named("heads")
     def rows_from(
         self,
         trunk: TrunkStates,
@@ -378,6 +380,7 @@ class DeepseekV3MTP(nn.Module):
         """Of some slots of `by_depth` -> (B, n, V), for model/overlap.py."""
         return self.lm_head(states) if isinstance(states, Tensor) else self.row_logits(states)
 
+    @named("loss")
     def _head_losses(
         self, rows: list[HeadRows], targets: Tensor, row_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import clip_grad_norm_, combine_grad_norm_groups
+from deepspeed.runtime.utils import (
+    clip_grad_norm_,
+    combine_grad_norm_groups,
+    get_global_norm_of_tensors,
+)
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
@@ -48,11 +52,19 @@ def clip_apart(model: Any, engine: Any, limit: float) -> dict[str, float]:
             side: float(clip_grad_norm_(_parameters(model, side), limit, mpu=engine.mpu))
             for side in SIDES
         }
-    exact = isinstance(optimizer, DeepSpeedZeroOptimizer) and not (
-        optimizer.cpu_offload or optimizer.has_moe_layers or optimizer.model_parallel_world_size > 1
-    )
-    norms = _deepspeeds_norms(optimizer) if exact else _generic_norms(model, engine)
-    scales = 1.0 / torch.clamp((norms.float() + _TINY) / limit, min=1.0)
+    if isinstance(optimizer, BF16_Optimizer):
+        norms = (
+            _generic_norms(model, engine) if optimizer.has_moe_layers else _float32_norms(optimizer)
+        )
+        scales = torch.clamp(limit / (norms.float() + _TINY), max=1.0)
+    else:
+        exact = isinstance(optimizer, DeepSpeedZeroOptimizer) and not (
+            optimizer.cpu_offload
+            or optimizer.has_moe_layers
+            or optimizer.model_parallel_world_size > 1
+        )
+        norms = _deepspeeds_norms(optimizer) if exact else _generic_norms(model, engine)
+        scales = 1.0 / torch.clamp((norms.float() + _TINY) / limit, min=1.0)
     for group in optimizer.param_groups:
         group["grad_scale"] = scales[SIDES.index(group["side"])]
     return dict(zip(SIDES, norms.tolist(), strict=True))
@@ -82,6 +94,16 @@ def _deepspeeds_norms(optimizer: DeepSpeedZeroOptimizer) -> Tensor:
         norm = optimizer.get_grad_norm_direct(gradients[number], parameters[number])
         by_side[group["side"]].append(norm)
     return torch.stack([combine_grad_norm_groups(norms) for norms in by_side.values()])
+
+
+def _float32_norms(optimizer: BF16_Optimizer) -> Tensor:
+    """(2,) as ZeRO-1 computes the norm of float32 sums, of which every rank has all."""
+    by_side: dict[str, list[Tensor]] = {side: [] for side in SIDES}
+    for group, gradients in zip(
+        optimizer.param_groups, optimizer.fp32_groups_gradients, strict=True
+    ):
+        by_side[group["side"]] += gradients
+    return torch.stack([get_global_norm_of_tensors(found) for found in by_side.values()])
 
 
 def _generic_norms(model: Any, engine: Any) -> Tensor:

@@ -18,6 +18,7 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size, refusals
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
+from dsv3_mtp.ops.ranges import named
 from dsv3_mtp.parallel import environment, private
 from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
 from dsv3_mtp.parallel.launch import World
@@ -45,7 +46,12 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
             "throughput": {"enabled": False}
         },  # it waits for the GPU twice in every micro-batch
         "zero_optimization": _zero(config),
-        "bf16": {"enabled": train.dtype == "bfloat16"},
+        "bf16": {
+            "enabled": train.dtype == "bfloat16",
+            # A gradient joins the float32 sum as soon as it is there, and is let go of. A pipeline
+            # needs it longer: the tied embedding's is sent between stages.
+            "immediate_grad_update": config.parallel.pipeline_stages == 1,
+        },
         "data_types": {"keep_in_fp32_modules": ["e_score_correction_bias"]},
         "zero_allow_untested_optimizer": config.optim.moments
         == "bfloat16",  # which it does not know (optim.py)
@@ -53,12 +59,25 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         "zero_force_ds_cpu_optimizer": False,
         "tensorboard": {"enabled": log.tensorboard, "output_path": run_dir, "job_name": "tb"},
     }
+    if sums_in_float32(config):
+        generated["data_types"]["grad_accum_dtype"] = "fp32"
+        generated["communication_data_type"] = "fp32"
     if log.wandb is not None:
         wandb = {"project": log.wandb.project, "team": log.wandb.entity, "group": log.wandb.group}
         generated["wandb"] = {"enabled": True} | {
             key: value for key, value in wandb.items() if value is not None
         }
     return _merge(generated, config.deepspeed)
+
+
+def sums_in_float32(config: Config) -> bool:
+    """Whether the gradients of a bfloat16 run are summed over micro-batches and ranks in float32,
+    as V3 does (section 3.3.3): ZeRO 1 to 3, unless `deepspeed.data_types.grad_accum_dtype` says
+    bf16. DeepSpeed's ZeRO-0 refuses it.
+    """
+    asked = config.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    wide = config.train.dtype == "bfloat16" and config.parallel.zero_stage > 0
+    return wide and asked in (None, "fp32")
 
 
 def _zero(config: Config) -> dict[str, Any]:
@@ -141,10 +160,14 @@ class Engine:
         """
         total = self.model.no_output()
         for number, (tokens, documents, scored) in enumerate(self.own(batch), start=1):
-            out = self.engine(tokens, documents, scored, settings)
+            out = self.forward(tokens, documents, scored, settings)
             self.backward(out.loss, last=number == len(batch))
             total += out.sums()
         return total
+
+    @named("forward")
+    def forward(self, *inputs: Any) -> MTPOutput:
+        return self.engine(*inputs)
 
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
         """The model's `evaluate`: the sums of the outputs for this rank's micro-batches but the
@@ -152,6 +175,7 @@ class Engine:
         """
         return self.model.evaluate(self.own(batch), blanks=blanks)
 
+    @named("backward")
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates the gradient; on the `last` micro-batch of the step the ranks' gradients are
         averaged.
@@ -168,6 +192,7 @@ class Engine:
         if not last:
             self.engine.step()
 
+    @named("optimizer")
     def step(self, lr: float, *, sides: bool) -> tuple[float, dict[str, float]]:
         """Clips and updates; the gradient norms before clipping: of all, and of trunk and heads
         ("trunk", "mtp") where they are clipped apart or asked for (`sides`).

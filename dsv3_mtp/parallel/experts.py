@@ -19,6 +19,7 @@ from torch import Tensor
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.moe import Experts, count
 from dsv3_mtp.ops.experts import gather_sum, spread
+from dsv3_mtp.ops.ranges import named
 from dsv3_mtp.parallel import private
 
 
@@ -118,6 +119,13 @@ def _rows_of(wanted: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return tokens[:rows], place.view(wanted.shape[1], -1).T.contiguous()
 
 
+@named("all-to-all")
+def _all_to_all(
+    out: Tensor, x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+) -> None:
+    dist.all_to_all_single(out, x, receive, send, group=group)
+
+
 class _Exchange(torch.autograd.Function):
     """All-to-all of rows with uneven splits; its gradient is the all-to-all back."""
 
@@ -127,7 +135,7 @@ class _Exchange(torch.autograd.Function):
     ) -> Tensor:
         ctx.exchange = send, receive, group
         out = x.new_empty(sum(receive), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+        _all_to_all(out, x.contiguous(), receive, send, group)
         return out
 
     @staticmethod

@@ -39,6 +39,7 @@ FIELDS: dict[type, tuple[str, ...]] = {
         "real_dp_process_group",
         "update_lp_params",
         "clear_lp_grads",
+        "fp32_groups_gradients",
         "update_hp_grads",
     ),
     DeepSpeedZeroOptimizer_Stage3: (

@@ -89,7 +89,8 @@ def memory_table(config: Config, stages: list[Stage]) -> str:
         "optimizer",
         "activations",
         "buffers",
-        "sum",
+        "update",
+        "peak",
     ]
     lines = [head]
     for number, stage in enumerate(stages):
@@ -100,6 +101,7 @@ def memory_table(config: Config, stages: list[Stage]) -> str:
             stage.states,
             stage.activations,
             stage.buffers,
+            stage.update,
             stage.total,
         ]
         cells = [_bytes(value) for value in sizes]
@@ -112,6 +114,10 @@ def memory_table(config: Config, stages: list[Stage]) -> str:
     ]
     largest = max(stage.total for stage in stages)
     fitting = next((f"{size} GiB" for size in DEVICES if largest <= size * 2**30), "no device")
+    text.append(
+        "peak: weights, optimizer, and the larger of update (gradients with their copies) and "
+        "gradients + activations + buffers"
+    )
     text.append(
         f"largest: {_bytes(largest)}, fits in {fitting} "
         "(allocator and driver come on top: leave 10 %)"

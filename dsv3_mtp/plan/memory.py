@@ -15,13 +15,19 @@ from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.objectives import losses
 from dsv3_mtp.ops.cross_entropy import chunk_rows
+from dsv3_mtp.parallel.engine import sums_in_float32
 from dsv3_mtp.parallel.pipeline import stage_layers
 from dsv3_mtp.plan.parts import Part, activation_elements, parts
-
-DEEPSPEED_DEFAULTS = {
-    "reduce_bucket_size": 5e8,
-    "stage3_max_live_parameters": 1e9,
-}  # zero_optimization, in elements
+from dsv3_mtp.plan.states import (
+    Sizes,
+    communication_size,
+    element_size,
+    gradient_size,
+    host_bytes,
+    setting,
+    state_bytes,
+    update_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,13 @@ class Stage:
     activations: float  # of all micro-batches in flight
     in_flight: int  # micro-batches whose activations are held at once (1F1B)
     buffers: float
+    update: float  # gradients and all that the update takes beside weights and states
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.states + self.activations + self.buffers
+        """The peak: at the end of a forward, or in the update, when activations are gone."""
+        working = self.gradients + self.activations + self.buffers
+        return self.weights + self.states + max(working, self.update)
 
 
 def layout(config: Config, world_size: int) -> Layout:
@@ -118,9 +127,20 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         sum(part.learned[1] for part in mine) // shape.experts,
     )
     _, gradients, states = state_bytes(*learned, shape, **sizes)
+    shards = [learned[0] / shape.data, learned[1] / shape.copies]
+    elements = Sizes(
+        whole=sum(learned),
+        shard=sum(shards),
+        group=max(shards) if shape.experts > 1 else sum(shards),
+        dense=learned[0] if shape.experts > 1 else sum(learned),
+        largest=max(part.largest for part in mine),
+    )
     average = (
         0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
     )
+    buffers = _buffers(config, mine, elements, dense + experts)
+    if zero == 2 and shape.micro_batches > 1 and not sums_in_float32(config):
+        buffers += element * elements.shard  # the last micro-batch's, until it is added
     offload = config.parallel.offload_optimizer
     # from the stage before
     received = 0 if mine[0].name == "embedding" else config.model.hidden_size
@@ -139,45 +159,19 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         weights=weights,
         gradients=gradients,
         states=0.0 if offload else states,
-        host=average + (states if offload else 0.0),
+        host=average + (host_bytes(config, elements, states) if offload else 0.0),
         activations=activations * in_flight,
         in_flight=in_flight,
-        buffers=_buffers(config, mine, dense + experts),
+        buffers=buffers,
+        update=update_bytes(config, elements),
     )
 
 
-def state_bytes(
-    dense: int,
-    experts: int,
-    shape: Layout,
-    *,
-    zero_stage: int,
-    element: int,
-    gradient: int,
-    moment: int = 4,
-) -> tuple[float, float, float]:
-    """Weights, gradients and optimizer states of a rank that computes with these parameters (ZeRO
-    paper, Figure 1).
-
-    The master copy of the weights is float32; only float32 ZeRO-0 has no second copy. Experts are
-    sharded over the ranks that hold copies of them, everything else over the data ranks. element,
-    gradient: bytes of a weight, and of its gradient; moment: of each of AdamW's two moments.
-    """
-    whole, shard = dense + experts, dense / shape.data + experts / shape.copies
-    states = 2 * moment + (4 if zero_stage or element == 2 else 0)
-    return (
-        element * (shard if zero_stage == 3 else whole),
-        gradient * (shard if zero_stage >= 2 else whole),
-        states * (shard if zero_stage else whole),
-    )
-
-
-def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
+def _buffers(config: Config, mine: list[Part], learned: Sizes, parameters: int) -> float:
     """Working memory: of the loss, of DeepSpeed's reduction bucket, of the weights that ZeRO-3 has
     gathered.
     """
     model, zero, element = config.model, config.parallel.zero_stage, element_size(config)
-    settings = DEEPSPEED_DEFAULTS | config.deepspeed.get("zero_optimization", {})
     scored = sum(part.rows for part in mine)
     head, rows = scored > 0, scored * config.train.micro_batch_size * config.data.seq_len
     # The loss holds a chunk of logits, which their gradient replaces, and the gradient of the head
@@ -186,42 +180,27 @@ def _buffers(config: Config, mine: list[Part], parameters: int) -> float:
     logits = min(chunk, rows) * model.vocab_size
     # none of a frozen one
     wide = 0 if config.train.freeze == "trunk" else 4 * model.vocab_size * model.hidden_size
-    size = element * logits + wide if head else 0
+    size = float(element * logits + wide if head else 0)
     if head and any(not kind.cross_entropy for kind, _ in config.mtp.objectives):
         # other objectives: eight chunks in float32, and one more gradient of the head
         size += 8 * 4 * min(losses.CHUNKS_ON_GPU * losses.CHUNK_ELEMENTS, rows * model.vocab_size)
         size += wide
-    if zero:
-        size += element * settings["reduce_bucket_size"]
+    if zero >= 2 or (zero == 1 and not sums_in_float32(config)):
+        # the bucket, the gradients that are in it, and the one that comes next
+        bucket, summed = setting(config, "reduce_bucket_size"), communication_size(config)
+        size += summed * max(bucket, learned.largest)
+        if zero >= 2:
+            size += element * min(max(bucket, learned.largest) + learned.largest, learned.whole)
     if zero == 3:
-        size += element * min(settings["stage3_max_live_parameters"], parameters)
+        size += element * min(setting(config, "stage3_max_live_parameters"), parameters)
     return size
-
-
-def element_size(config: Config) -> int:
-    """Bytes of a weight and of an activation."""
-    return 2 if config.train.dtype == "bfloat16" else 4
-
-
-def gradient_size(config: Config) -> int:
-    """Bytes of a gradient between micro-batches; in ZeRO-1 a float32 sum stands beside that of the
-    last one.
-    """
-    element, wide = (
-        element_size(config),
-        config.deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32",
-    )
-    if element == 4 or not wide:
-        return element
-    return 4 if config.parallel.zero_stage >= 2 else element + 4
 
 
 def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[str, float]:
     """Bytes that a rank of the busiest stage sends in one optimizer step, by purpose."""
     zero, element, model = config.parallel.zero_stage, element_size(config), config.model
     every, learned = (
-        element
-        * max(ring(shape.data) * dense + ring(shape.copies) * experts for dense, experts in sizes)
+        max(ring(shape.data) * dense + ring(shape.copies) * experts for dense, experts in sizes)
         for sizes in (
             [(stage.dense, stage.experts) for stage in stages],
             [stage.learned for stage in stages],
@@ -230,11 +209,10 @@ def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[st
     # DeepSpeed all-reduces whole buckets up to ZeRO-2, twice the reduce-scatter that would do.
     # ZeRO-2 and 3 reduce in every backward; ZeRO-3 gathers the weights in every forward and
     # backward, ZeRO-1 and 2 once after the update.
-    rows = {
-        "gradients": learned * (shape.micro_batches if zero >= 2 else 1) * (1 if zero == 3 else 2)
-    }
+    gradients = communication_size(config) * learned * (shape.micro_batches if zero >= 2 else 1)
+    rows = {"gradients": gradients * (1 if zero == 3 else 2)}
     if zero:
-        rows["weights"] = every * 2 * shape.micro_batches if zero == 3 else learned
+        rows["weights"] = element * (every * 2 * shape.micro_batches if zero == 3 else learned)
     if shape.experts > 1:
         rows |= _expert_exchange(config, shape, max(stage.moe_blocks for stage in stages))
     if shape.slices > 1:
@@ -252,7 +230,7 @@ def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[st
         rows["pipeline: activations, their gradients"] = boundary * (2 if shape.stages > 2 else 1)
         if "embedding" in stages[-1].names:
             rows["pipeline: gradient of the tied embedding"] = (
-                element * model.vocab_size * model.hidden_size
+                communication_size(config) * model.vocab_size * model.hidden_size
             )
     return rows
 

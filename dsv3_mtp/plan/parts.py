@@ -24,6 +24,7 @@ class Part:
     kept: float  # elements per token that heads keep for the backward beside their blocks
     rows: int  # of a slot, that output heads score
     learned: tuple[int, int]  # `dense` and `experts` less what is frozen
+    largest: int  # elements of the largest parameter that is not frozen
 
 
 def parts(model: DeepseekV3MTP) -> list[Part]:
@@ -52,9 +53,11 @@ def _part(
     for parameter in module.parameters():
         sizes[id(parameter) in routed] += parameter.numel()
         learned[id(parameter) in routed] += parameter.numel() * parameter.requires_grad
+    largest = max((p.numel() for p in module.parameters() if p.requires_grad), default=0)
     moe = sum(isinstance(block.mlp, MoE) for block in blocks)
     dense = len(blocks) - moe
-    return Part(name, sizes[0], sizes[1], dense, moe, kept, rows, (learned[0], learned[1]))
+    trained = learned[0], learned[1]
+    return Part(name, sizes[0], sizes[1], dense, moe, kept, rows, trained, largest)
 
 
 def activation_elements(config: Config, part: Part) -> float:

@@ -15,7 +15,7 @@ from dsv3_mtp.train.trainer import Trainer
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds; read by torchrun
 
 
-def own_process(config: Config, *, command: list[str]) -> Trainer:
+def own_process(config: Config, *, command: list[str], profile: range = range(0)) -> Trainer:
     """A Trainer in a process that is there for it alone: SIGTERM and SIGINT save and stop the run,
     and what makes training faster on this device is turned on.
 
@@ -24,9 +24,12 @@ def own_process(config: Config, *, command: list[str]) -> Trainer:
     """
     # DeepSpeed's calls, not ours
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    # Rows per expert change with every micro-batch: blocks of fixed size would leave gaps. Read
+    # when CUDA starts.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     stop = StopRequest()
     notes = [*tune(local_device()), *torchrun_notes()]
-    return Trainer(config, command=command, stop=stop, notes=notes)
+    return Trainer(config, command=command, stop=stop, notes=notes, profile=profile)
 
 
 def torchrun_notes() -> list[str]:

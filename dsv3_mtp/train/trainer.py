@@ -13,8 +13,9 @@ from dsv3_mtp.data.ngrams import early_training
 from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.hf import load_weights
 from dsv3_mtp.model.causal_lm import meta_model
-from dsv3_mtp.model.output import LossSettings
+from dsv3_mtp.model.output import Batch, LossSettings
 from dsv3_mtp.model.size import model_size, require_memory
+from dsv3_mtp.ops.ranges import named
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
 from dsv3_mtp.parallel.clip import clipped
@@ -36,6 +37,7 @@ from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_devi
 from dsv3_mtp.train.floors import text_floors
 from dsv3_mtp.train.gradients import gradient_angle
 from dsv3_mtp.train.optim import build_optimizer
+from dsv3_mtp.train.profile import StepProfile
 
 
 class NonFiniteError(RuntimeError):
@@ -49,6 +51,7 @@ class Trainer:
         command: what manifest.json says started it.
         stop: true once the run should save and stop; None: nothing stops it but an exception.
         notes: lines that `run` says first.
+        profile: the steps, of those from 1, whose trace is written into the run folder.
 
     Raises:
         ValueError: the config does not fit these ranks, the data, or the checkpoint in the run
@@ -62,12 +65,16 @@ class Trainer:
         command: list[str],
         stop: StopRequest | None = None,
         notes: Sequence[str] = (),
+        profile: range = range(0),
     ):
         self.config = config
         self.folder = run_folder(config)
         self.stop = stop
         with starting(config.parallel.timeout_s):
             self.build(command, notes)
+        self.profile = StepProfile(profile, self.folder, self.world.rank)
+        if self.world.device.type == "cuda":  # perf/peak_gib is of training, not of the start
+            torch.cuda.reset_peak_memory_stats(self.world.device)
 
     def build(self, command: list[str], notes: Sequence[str]) -> None:
         """Everything that a run needs: ranks, data, model, engine, and what was saved."""
@@ -162,7 +169,8 @@ class Trainer:
             self.clock.start(self.tokens)
             stopping = warned = False
             while self.tokens < total and not stopping:
-                record, stopping = self.optimizer_step()
+                with self.profile.step(self.step + 1):
+                    record, stopping = self.optimizer_step()
                 self.describe_once()
                 self.display.advance(step=self.step, tokens=self.tokens, eta_s=self.eta())
                 done = self.tokens >= total
@@ -174,6 +182,7 @@ class Trainer:
                         self.validate()
                     if done or stopping or self.step % config.checkpoint.every == 0:
                         self.save()
+            self.profile.close()
             return self.finish()
 
     def is_logged(self, step: int, tokens: int) -> bool:
@@ -191,8 +200,7 @@ class Trainer:
             config, self.tokens, micro * world.data_size, self.lambda_state
         )
         share = {"rank": world.data_rank, "world_size": world.data_size, "micro_batch_size": micro}
-        pieces = self.sampler.next_batch(step.batch_size, **share)
-        batch = [to_device(*piece, config=config, device=world.device) for piece in pieces]
+        batch = self.next_batch(step.batch_size, share)
         # Valid targets of the whole step, per rank over which DeepSpeed averages gradients,
         # world.replicas. (Pipeline stages and slices of rows count the same batch once on each of
         # their ranks.)
@@ -252,6 +260,12 @@ class Trainer:
         self.step += 1
         self.tokens = step.tokens
         return record, stopping > 0
+
+    @named("data")
+    def next_batch(self, rows: int, share: dict[str, int]) -> Batch:
+        """This rank's micro-batches of the next global batch, on its device."""
+        pieces = self.sampler.next_batch(rows, **share)
+        return [to_device(*piece, config=self.config, device=self.world.device) for piece in pieces]
 
     def load_metrics(self, load: torch.Tensor, nodes: float) -> dict[str, float]:
         """MaxVio = (max load - mean) / mean (arXiv 2408.15664): mean over the trunk's routers, then

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.meter import Meter, measure_step
+from bench.meter import Meter, measure_peak, measure_step
 from bench.parallel import composition
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
@@ -21,12 +21,11 @@ from dsv3_mtp.plan.memory import (
     activation_elements,
     bubbles,
     communication,
-    element_size,
     layout,
     parts,
     plan,
-    state_bytes,
 )
+from dsv3_mtp.plan.states import element_size, state_bytes
 from tests.ranks import run_ranks, write_markov
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +86,8 @@ def test_v3_on_2048_gpus_is_planned_stage_by_stage(v3):
     assert [stage.in_flight for stage in stages] == list(range(16, 0, -1))
     middle, expert = stages[8], 3 * 7168 * 2048
     assert middle.experts == 4 * 256 // 64 * expert
-    assert middle.weights == middle.gradients == 2 * (middle.dense + middle.experts)
+    assert middle.weights == 2 * (middle.dense + middle.experts)
+    assert middle.gradients == 3 * middle.weights  # a float32 sum, and a micro-batch's in bfloat16
     # master, moments in bfloat16
     assert middle.states == (4 + 2 + 2) * (middle.dense / 128 + middle.experts / 2)
     assert middle.host == 0
@@ -157,19 +157,23 @@ def test_a_frozen_trunk_has_weights_and_neither_gradients_nor_states(make_tiny_c
     learned = model_size(model, 1).mtp_total
     assert frozen.weights == whole.weights
     assert (
-        frozen.gradients == 2 * learned / (2 if stage == 3 else 1)
+        frozen.gradients == 4 * learned / (2 if stage == 3 else 1)
         and frozen.states == 12 * learned / 2
     )
-    assert communication(config, stages, shape)["gradients"] == 2 * learned / 2 * (
+    assert communication(config, stages, shape)["gradients"] == 4 * learned / 2 * (
         1 if stage == 3 else 2
     )
 
 
-WIDE = {"deepspeed.data_types": {"grad_accum_dtype": "fp32"}}
+NARROW = {
+    "deepspeed.data_types": {"grad_accum_dtype": "bf16"},
+    "deepspeed.communication_data_type": "bf16",
+}
 LAYOUTS: dict[str, dict] = {
     **{f"ZeRO-{stage}": {"parallel.zero_stage": stage} for stage in (0, 1, 3)},
     "EP=2": {"parallel.expert_parallel_size": 2},
-    **{f"ZeRO-{stage}, float32 sums": {"parallel.zero_stage": stage} | WIDE for stage in (1, 2)},
+    **{f"ZeRO-{stage}, bf16 sums": {"parallel.zero_stage": stage} | NARROW for stage in (1, 2)},
+    "ZeRO-2": {"parallel.zero_stage": 2},
 }
 
 
@@ -224,6 +228,65 @@ def test_two_ranks_hold_and_send_what_is_planned(make_tiny_config, tmp_path):
             ), config.run.name
             reduced = sent.get("all_reduce", 0) + sent.get("reduce_scatter", 0)
             assert reduced == pytest.approx(planned["gradients"], rel=0.05), config.run.name
+
+
+PEAKS: dict[str, dict] = {
+    f"ZeRO-{stage}, {dtype}{' sums' * narrow}, {moments} moments": {
+        "parallel.zero_stage": stage,
+        "train.dtype": "bfloat16" if dtype == "bf16" else dtype,
+        "optim.moments": moments,
+    }
+    | (NARROW if narrow else {})
+    for stage in range(4)
+    for dtype, narrow in (("float32", False), ("bfloat16", False), ("bf16", True))
+    for moments in ("float32", "bfloat16")
+    if not (narrow and stage == 0)
+}
+
+
+def peaks(configs: list[Config], out: Path) -> None:
+    out.with_suffix(f".{os.environ['RANK']}").write_text(
+        json.dumps([measure_peak(config) for config in configs])
+    )
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_a_steps_peak_is_within_3_percent_of_the_planned_one(
+    make_tiny_config, tmp_path, zero_stage, ranks
+):
+    """Parameters outweigh activations here, as the bucket's share of them is a real run's."""
+    prefix = write_markov(tmp_path / "markov", tokens=4000, documents=20)
+    zero = {"reduce_bucket_size": 400_000, "stage3_param_persistence_threshold": 0}
+    zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    common = {
+        "data.train": prefix,
+        "data.val": prefix,
+        "run.dir": str(tmp_path),
+        "train.micro_batch_size": 2,
+        "train.batch_size": 4 * ranks,
+        "model.hidden_size": 128,
+        "model.moe_intermediate_size": 64,
+        "model.intermediate_size": 512,
+        "model.num_hidden_layers": 3,
+        "model.n_routed_experts": 16,
+        "deepspeed.zero_optimization": zero,
+    }
+    configs = [make_tiny_config(common | {"run.name": name} | keys) for name, keys in PEAKS.items()]
+    configs.sort(key=lambda config: config.parallel.zero_stage == 3)
+    out, log = tmp_path / "out", tmp_path / "log"
+    assert run_ranks(peaks, configs, out, world_size=ranks, log=log, timeout=280) == [0] * ranks
+    measured = json.loads((tmp_path / "out.0").read_text())
+    rows = []
+    for config, peak in zip(configs, measured, strict=True):
+        shape = layout(config, ranks)
+        (stage,) = plan(config, meta_model(config.model, config.mtp), shape)
+        rows.append((config.run.name, peak, stage.total + stage.host))
+        print(f"{config.run.name:45} {peak:12,} {rows[-1][2]:14,.0f} {rows[-1][2] / peak:.3f}")
+    for name, peak, planned in rows:
+        assert planned == pytest.approx(peak, rel=0.03), name
 
 
 def test_the_documented_table_of_what_composes_is_the_one_that_refuses():
