@@ -111,7 +111,7 @@ def _arm_name(name: str) -> str:
 
 def _record(study: Study, arm: str, config: Config, folder: Path) -> Record:
     try:
-        return measure(study, Run(arm, config.run.seed, config), folder)
+        return measure(study, Run(arm, config.run.seed, config), folder, from_log=True)
     except IndexError:
         raise ValueError(f"{folder}: has not been validated yet") from None
 

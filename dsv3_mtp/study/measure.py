@@ -45,14 +45,20 @@ def measured_settings(study: Study) -> dict[str, Any]:
     }
 
 
-def measure(study: Study, run: Run, folder: Path, **more: Any) -> Record:
-    """The record of a trained run. folder: of the run. more: further fields of the record."""
+def measure(study: Study, run: Run, folder: Path, *, from_log: bool = False, **more: Any) -> Record:
+    """The record of a trained run.
+
+    Args:
+        folder: of the run.
+        from_log: what its log says, and nothing that needs its weights.
+        more: further fields of the record.
+    """
     records = read_metrics(folder / "metrics.jsonl")
     last = [record for record in records if "val/main_loss" in record][-1]
     metrics = {key: value for key, value in last.items() if key.startswith(("val/", "task/"))}
     metrics |= late_mean(records, "moe/max_violation", "train/max_violation")
     metrics |= late_mean(records, "moe/mtp_max_violation/1", "train/mtp_max_violation/1")
-    if run.config.data.task is None:
+    if run.config.data.task is None and not from_log:
         metrics |= along_text(folder, run)
     metrics |= above_table(metrics)
     draw_sd: dict[str, float] = {}

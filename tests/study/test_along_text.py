@@ -47,8 +47,11 @@ def test_packages_held_out_whole_are_a_validation_of_their_own(run: tuple[Path, 
     for split, seed in (("train", 1), ("val", 2), ("shift", 3)):
         write_markov(corpus / f"{split}-00000", tokens=3000, documents=40, seed=seed)
         shard = {"file": f"{split}-00000", "tokens": 3000, "documents": 40}
+        shard["sha256"] = {"bin": "0" * 64, "idx": "0" * 64}
         splits[split] = {"tokens": 3000, "documents": 40, "bytes": 6000, "shards": [shard]}
     index = {"format": FORMAT, "version": VERSION, "manifest_hash": "0", "splits": splits}
+    index |= {"vocab_size": plan.config.model.vocab_size, "eos_id": 0, "arguments": {}}
+    index |= {"tokenizer_sha256": "0" * 64}
     (corpus / "index.json").write_text(json.dumps(index))
     tree = plan.config.to_dict()
     tree["data"] |= {"train": str(corpus), "val": str(corpus)}

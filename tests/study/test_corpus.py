@@ -15,7 +15,16 @@ def test_a_folder_of_another_corpus_is_named_by_its_hash(tmp_path: Path, monkeyp
     assert "not there, and will be made" in (corpus_note(load_study(path, sets)) or "")
     folder = tmp_path / "data/prepared"
     folder.mkdir()
-    index = {"format": "dsv3_mtp.tokens", "version": 1, "manifest_hash": "abc123def"}
+    index = {
+        "format": "dsv3_mtp.tokens",
+        "version": 1,
+        "manifest_hash": "abc123def",
+        "vocab_size": 64,
+        "eos_id": 0,
+        "tokenizer_sha256": "0" * 64,
+        "arguments": {},
+        "splits": {},
+    }
     (folder / "index.json").write_text(json.dumps(index))
     assert corpus_note(load_study(path, sets)) is None
     (folder / "index.json").write_text(json.dumps(index | {"manifest_hash": "9" * 64}))

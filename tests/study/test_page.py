@@ -90,7 +90,7 @@ def test_the_page_is_whole_in_a_real_browser(folder, tmp_path, width):
     found = json.loads(re.search(r'data-found="([^"]*)"', done.stdout)[1].replace("&quot;", '"'))
     live = 3 if LIVE else 0
     assert len(found["images"]) == len(PICTURES) - live
-    assert all(whole and height > 120 for whole, height in found["images"])
+    assert all(whole and height > 120 for whole, height in found["images"]), found["images"]
     assert len(found["tables"]) >= 4 and all(found["tables"])
     assert min(found["text"]) >= 14 and "width=device-width" in found["viewport"]
     assert not found["wide"] and found["outside"] == 0
