@@ -25,7 +25,7 @@ def draw_answer(data: Data) -> Figure:
     effects = [e for e in data.effects if is_primary(study, e)]
     arms = [data.reference, *study.comparisons[study.primary.comparison].arms]
     rows = len(arms) if is_rate_over_seeds(metric) else len(effects)
-    figure = Figure(figsize=(7, 1.5 + 0.5 * rows), layout="constrained")
+    figure = Figure(figsize=(7, max(2.6, 1.5 + 0.5 * rows)), layout="constrained")
     ax = figure.subplots()
     words, better = describe_metric(metric)
     if is_rate_over_seeds(metric):
