@@ -167,7 +167,7 @@ def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
     dense: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, MLP)]
     norms = sum(
         isinstance(m, RMSNorm) and m.weight.numel() == width
-        for part in layers
+        for part in [*layers, model.model.norm]
         for m in part.modules()
     )
     result = {"attention": len(layers) * median(lambda: layers[0].self_attn(x, angles, None))}

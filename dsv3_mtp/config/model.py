@@ -184,7 +184,7 @@ class MTPConfig(Section):
     head.
     """
 
-    objective: dict[str, Positive] = {"ce": 1.0}
+    objective: Annotated[dict[str, Positive], OnResume.RECORDED] = {"ce": 1.0}
     """What each depth is trained on, name: weight, added up: ce (label), kl, tv, lk, lk_hybrid
     (docs/mtp.md), or package.module:Class (docs/extend.md).
     """

@@ -340,6 +340,9 @@ def _task_fits(model: ModelConfig, task: Task) -> Iterator[Problem]:
         yield "model.max_position_embeddings", f"{text} (got {model.max_position_embeddings})"
 
 
+WHOLE = ("mtp.objective",)  # {kl: 1} over a base's {ce: 1} is kl alone
+
+
 def load_config(
     path: str | Path, sets: Iterable[str] = (), *, trust_code: bool | Collection[str] = True
 ) -> Config:
@@ -351,7 +354,7 @@ def load_config(
 
     Raises ConfigError, whose text is a report of every problem in the file and in the overrides.
     """
-    document = read_document(path, sets)
+    document = read_document(path, sets, whole=WHOLE)
     if trust_code is not True:
         code.refuse(str(path), document.tree, trust_code or ())
     _drop_unused(document)

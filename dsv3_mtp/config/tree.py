@@ -4,8 +4,8 @@
     document.tree["optim"]["lr"], document.origin("optim.lr")
 
 A file with `base: OTHER.yaml` holds what differs from that file, whose path is relative to its own.
-Mappings are merged key by key. All else is replaced: numbers, lists, an empty mapping, and a mapping
-of another `type`. Nothing here knows the keys of a run.
+Mappings are merged key by key. All else is replaced: numbers, lists, an empty mapping, a mapping of
+another `type`, and one that the caller calls a single value. Nothing here knows the keys of a run.
 """
 
 import re
@@ -27,6 +27,7 @@ class Document:
     """A tree, the problems met so far, and which of `layers` each value was written in.
 
     layers: the files from the innermost base to the file itself, then each override as it was typed.
+    whole: dotted keys of mappings that are one value.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -34,6 +35,7 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
     origins: dict[str, int] = field(default_factory=dict)
     files: int = 0
+    whole: frozenset[str] = frozenset()
 
     def layer(self, key: str) -> int | None:
         """Number of the layer that a dotted key, or the mapping it stands in, was written in."""
@@ -67,7 +69,7 @@ class Document:
 
     def _merged(self, old: Any, new: Any, key: str, layer: int) -> Any:
         both = isinstance(old, dict) and isinstance(new, dict) and (new or not key)
-        if not both or old.get("type") != new.get("type", old.get("type")):
+        if not both or key in self.whole or old.get("type") != new.get("type", old.get("type")):
             self._forget(key)
             self._trace(new, key, layer)
             return new
@@ -96,14 +98,19 @@ class Document:
             self.origins[key] = len(self.layers) - 1
 
 
-def read_document(path: str | Path, sets: Iterable[str] = ()) -> Document:
+def read_document(
+    path: str | Path, sets: Iterable[str] = (), *, whole: Iterable[str] = ()
+) -> Document:
     """Reads a YAML file over the files that it builds on, and applies `a.b=value` overrides.
+
+    whole: dotted keys of mappings that are one value, replaced and not merged.
 
     Raises ConfigError when there is no tree to look at: a file is missing, is invalid YAML or not a
         mapping, or the files build on one another in a circle.
     """
     chain = _chain(Path(path))
-    document = Document(layers=[str(file) for file, _, _ in chain], files=len(chain))
+    layers = [str(file) for file, _, _ in chain]
+    document = Document(layers=layers, files=len(chain), whole=frozenset(whole))
     for layer, (file, tree, problems) in enumerate(chain):
         last = layer == len(chain) - 1
         document.problems += [(k, text if last else f"{text}, in {file}") for k, text in problems]

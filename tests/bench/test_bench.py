@@ -180,7 +180,7 @@ def test_depths_are_compared_for_a_run_with_any_heads(make_tiny_config, monkeypa
     assert len(tool.variants(config, options)) == 7
     missing = tool.left_out(config, options)[0]
     assert (
-        missing == "not in these steps: mtp.depth_weights, mtp.chain, mtp.share_weights, mtp.detach"
+        missing == "not in these steps: mtp.depth_weights, mtp.detach, mtp.chain, mtp.share_weights"
     )
 
 

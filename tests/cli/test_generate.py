@@ -139,7 +139,7 @@ def test_accepted_drafts_are_green_in_a_terminal_and_nowhere_else(run_tool, fold
     """On a real pseudo-terminal: colours stand around the accepted drafts, and without them the
     text is the same.
     """
-    from dsv3_mtp.decode.draft import ChainDrafter
+    from dsv3_mtp.heads.sequential import ChainDrafter
 
     text = generate(load_run(folder).model, [[5]], Settings(max_new_tokens=6)).tokens[0]
 

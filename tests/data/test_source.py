@@ -99,11 +99,11 @@ def test_a_vocabulary_above_the_models_is_refused_with_both_numbers(folder: Path
 def test_masked_documents_too_short_for_a_depth_are_refused(megatron):
     """All losses would be 0 where there is no target."""
     source = open_source(megatron([[[1, 2, 3]], [[4]]]), "train")
-    check_documents(source, 1)
+    check_documents(source, 1, 2)
     with pytest.raises(
         ValueError, match=r"longest document has 3 tokens, .* depth 2 never has a target"
     ):
-        check_documents(source, 2)
+        check_documents(source, 2, 3)
 
 
 def test_data_of_different_tokenizers_is_refused_where_it_says_of_which(folder: Path, megatron):

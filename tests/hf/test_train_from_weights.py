@@ -66,9 +66,12 @@ def test_a_run_starts_from_the_weights_of_an_export(tmp_path, train):
     source, cpu = open_source(config.data.val, "val"), torch.device("cpu")
     tune_cpu()  # as training does
     found = validate(model, source, config, batches=config.eval.batches, device=cpu)
+    # bit for bit; the floors of a run's text are counted by the trainer, not by `validate`
     assert found == {
-        key: value for key, value in last.items() if key.startswith("val/")
-    }  # bit for bit
+        key: value
+        for key, value in last.items()
+        if key.startswith("val/") and not key.startswith("val/floor/")
+    }
     for key in ("val/main_loss", "val/mtp_loss/1", "val/top1/0", "val/agreement/1"):
         assert again[-1][key] == pytest.approx(last[key], abs=1e-6), key
 

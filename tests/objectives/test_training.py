@@ -145,3 +145,11 @@ def test_what_cannot_be_is_said_in_one_sentence(change, make, tmp_path):
     others = ("train.freeze", "mtp.detach")  # of mode none
     said = [problem for problem in error.value.problems if problem[0] not in others]
     assert len(said) == 1 and BAD[change] in ": ".join(said[0])
+
+
+def test_an_objective_replaces_that_of_a_base(make, tmp_path):
+    (tmp_path / "base.yaml").write_text(make("base", {"mtp.objective": {"ce": 1.0}}).to_yaml())
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nmtp:\n  objective: {kl: 2.0}\n")
+    assert load_config(tmp_path / "mine.yaml").mtp.objective == {"kl": 2.0}
+    changed = load_config(tmp_path / "mine.yaml", ["mtp.objective={tv: 1}"])
+    assert changed.mtp.objective == {"tv": 1.0}

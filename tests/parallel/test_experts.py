@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_mtp.model.moe import MoE, count
 from dsv3_mtp.ops.compute import Compute, building
-from dsv3_mtp.parallel import experts as module
+from dsv3_mtp.parallel import private
 from dsv3_mtp.parallel.experts import _rows_of, local_experts
 
 WAITS = {"aten.nonzero.default", "aten.bincount.default", "aten._local_scalar_dense.default"}
@@ -39,9 +39,8 @@ def test_a_group_of_one_computes_what_all_experts_do_and_asks_the_host_for_sizes
     none.
     """
     monkeypatch.setattr(dist, "all_to_all_single", lambda out, x, *rest, group: out.copy_(x))
-    monkeypatch.setattr(module.groups, "_get_expert_parallel_group_dict", lambda: {"ep_size_1": 0})
-    monkeypatch.setattr(module.groups, "_get_expert_parallel_group", lambda name: None)
-    monkeypatch.setattr(module.groups, "_get_expert_parallel_rank", lambda name: 0)
+    monkeypatch.setattr(private, "make_expert_groups", lambda size, stages: None)
+    monkeypatch.setattr(private, "expert_group", lambda name: (None, 0))
     config = make_tiny_config().model
     whole = MoE(config)
     for parameter in whole.parameters():

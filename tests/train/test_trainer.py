@@ -340,7 +340,9 @@ def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run,
     """
     common = BFLOAT16 | {"parallel__pipeline_stages": stages, "mtp__detach": detach}
     if detach == "all":
-        common["optim__grad_clip"] = 0.0  # stages are refused where trunk and heads are clipped apart
+        common["optim__grad_clip"] = (
+            0.0  # stages are refused where trunk and heads are clipped apart
+        )
     norms = [
         train(make_run(f"by{micro}", train__micro_batch_size=micro, **common), world_size=stages)[
             0
@@ -533,6 +535,7 @@ def full_disk(config: Config) -> None:
 @pytest.mark.usefixtures("finished")
 def test_optimizer_settings_changed_on_resume_are_those_in_use(make_run):
     changed = {"optim__weight_decay": 0.7, "optim__betas": [0.5, 0.6], "optim__eps": 0.1}
+    changed["train__total_tokens"] = 8192  # a run that is to go on: a finished one refuses them
     config = make_run(**changed)
     train(config, function=hyperparameters)
     groups = json.loads(Path(f"{folder_of(config)}.groups").read_text())
