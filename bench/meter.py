@@ -96,17 +96,24 @@ def measure_step(config: Config) -> tuple[int, dict[str, int]]:
     return held[0], dict(meter.sent)
 
 
-def measure_peak(config: Config) -> int:
-    """Most bytes of tensors that this rank holds at once in its third optimizer step, host memory
-    included. (The first makes the optimizer's states, the second may still settle buffers.)
+def measure_peaks(config: Config) -> tuple[int, int]:
+    """Most bytes of tensors that this rank holds at once in its third optimizer step, and in the
+    update of that step; host memory included. (The first step makes the optimizer's states.)
     """
     with Meter() as meter:
         trainer = own_process(config, command=[])
         trainer.optimizer_step()
         trainer.optimizer_step()
         meter.peak = meter.held
+        whole, step = [0], trainer.engine.step
+
+        def update(*arguments: Any, **keywords: Any) -> Any:
+            whole[0], meter.peak = meter.peak, meter.held
+            return step(*arguments, **keywords)
+
+        trainer.engine.step = update  # type: ignore[method-assign]
         trainer.optimizer_step()
-    return meter.peak
+    return max(whole[0], meter.peak), meter.peak
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -114,7 +114,9 @@ def update_bytes(config: Config, sizes: Sizes) -> float:
     else:
         peak = max(norm, moments)
     bucket = communication_size(config) * setting(config, "reduce_bucket_size")
-    return sums * sizes.shard + peak + (bucket if zero == 3 else 0)
+    update = sums * sizes.shard + peak + (bucket if zero == 3 else 0)
+    # ZeRO-1 copies all gradients once more as the last backward ends, its bucket still there
+    return max(update, 2 * element * sizes.whole + bucket) if zero == 1 else update
 
 
 def host_bytes(config: Config, sizes: Sizes, states: float) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.meter import Meter, measure_peak, measure_step
+from bench.meter import Meter, measure_peaks, measure_step
 from bench.parallel import composition
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
@@ -246,7 +246,7 @@ PEAKS: dict[str, dict] = {
 
 def peaks(configs: list[Config], out: Path) -> None:
     out.with_suffix(f".{os.environ['RANK']}").write_text(
-        json.dumps([measure_peak(config) for config in configs])
+        json.dumps([measure_peaks(config) for config in configs])
     )
 
 
@@ -254,10 +254,12 @@ def peaks(configs: list[Config], out: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("zero_stage", range(4))
-def test_a_steps_peak_is_within_3_percent_of_the_planned_one(
+def test_an_updates_peak_is_within_3_percent_of_the_planned_one(
     make_tiny_config, tmp_path, zero_stage, ranks
 ):
-    """Parameters outweigh activations here, as the bucket's share of them is a real run's."""
+    """Where the copy for the last reduction is planned as part of the update, the whole step's peak
+    is compared. The others' is that of a backward here: a CPU's products pad so few tokens.
+    """
     prefix = write_markov(tmp_path / "markov", tokens=4000, documents=20)
     zero = {"reduce_bucket_size": 400_000, "stage3_param_persistence_threshold": 0}
     zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
@@ -274,17 +276,23 @@ def test_a_steps_peak_is_within_3_percent_of_the_planned_one(
         "model.n_routed_experts": 16,
         "deepspeed.zero_optimization": zero,
     }
-    configs = [make_tiny_config(common | {"run.name": name} | keys) for name, keys in PEAKS.items()]
-    configs.sort(key=lambda config: config.parallel.zero_stage == 3)
+    configs = [
+        make_tiny_config(common | {"run.name": name} | keys)
+        for name, keys in PEAKS.items()
+        if keys["parallel.zero_stage"] == zero_stage
+    ]
     out, log = tmp_path / "out", tmp_path / "log"
     assert run_ranks(peaks, configs, out, world_size=ranks, log=log, timeout=280) == [0] * ranks
     measured = json.loads((tmp_path / "out.0").read_text())
     rows = []
-    for config, peak in zip(configs, measured, strict=True):
-        shape = layout(config, ranks)
-        (stage,) = plan(config, meta_model(config.model, config.mtp), shape)
-        rows.append((config.run.name, peak, stage.total + stage.host))
-        print(f"{config.run.name:45} {peak:12,} {rows[-1][2]:14,.0f} {rows[-1][2] / peak:.3f}")
+    for config, (whole, update) in zip(configs, measured, strict=True):
+        (stage,) = plan(config, meta_model(config.model, config.mtp), layout(config, ranks))
+        planned = stage.weights + stage.states + stage.update
+        peak = whole if zero_stage < 2 else update
+        rows.append((config.run.name, peak, planned))
+        print(
+            f"{ranks} {config.run.name:40} {whole:,} {update:,} {planned:,.0f} {stage.total:,.0f}"
+        )
     for name, peak, planned in rows:
         assert planned == pytest.approx(peak, rel=0.03), name
 
