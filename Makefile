@@ -29,10 +29,10 @@ IN_VENV := PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPAT
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install corpus train test lint format check clean
+.PHONY: help install corpus train test test-slow lint format check clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## create the virtual environment $(VENV) and install the project into it
 
@@ -53,8 +53,11 @@ $(CORPUS)/index.json: | $(STAMP)
 train: $(STAMP) $(CORPUS)/index.json  ## train $(CONFIG) with DeepSpeed; resumes, or says that the run is finished
 	@$(IN_VENV) deepspeed -q tools/train.py --config $(CONFIG)
 
-test: $(STAMP)  ## run the whole test suite
-	@$(IN_VENV) python -m pytest $(PYTEST_FLAGS)
+test: $(STAMP)  ## run the test suite, but for what takes long
+	@$(IN_VENV) python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-slow: $(STAMP)  ## run what takes long: the wheel, launchers, Triton for other GPUs, measured memory
+	@$(IN_VENV) python -m pytest $(PYTEST_FLAGS) -m slow
 
 lint: $(STAMP)  ## check format, lint and types
 	@$(IN_VENV) ruff format --check .
