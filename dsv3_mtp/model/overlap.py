@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_mtp.model.states import HeadRows
+from dsv3_mtp.model.targets import teacher_slots
 from dsv3_mtp.ops.compute import Shard
 
 HeadLogits = Callable[[int, Any], Tensor]
@@ -93,17 +94,6 @@ def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     return (wide / temperature).log_softmax(-1)
 
 
-def teachers(valid: Tensor, following: int, offsets: Sequence[int]) -> Tensor:
-    """(D, B, T) bool: the label of depth k at slot i counts, and the main head has a slot i+offset-1.
-
-    valid: (1+D, B, T) of `valid_targets`. following: how many slots of the row lie behind these T.
-    """
-    depths, length = valid.shape[0] - 1, valid.shape[2]
-    slot = torch.arange(length, device=valid.device)
-    exists = [slot + offset - 1 < length + following for offset in offsets[1:]]
-    return valid[1:] & torch.stack(exists)[:, None] if depths else valid[1:]
-
-
 @torch.no_grad()
 def row_overlap(
     head_logits: HeadLogits,
@@ -125,7 +115,7 @@ def row_overlap(
     first = min(ahead, length)  # or all of a short slice, and then they follow on each other
     states = shard.gather(hiddens[0][:, :first])  # (B, slices * first, C)
     following = states[:, (shard.number + 1) * first :][:, :ahead]
-    taught = teachers(valid, following.shape[1], offsets)
+    taught = teacher_slots(valid, offsets, following.shape[1])
     following = F.pad(following, (0, 0, 0, ahead - following.shape[1]))
     return overlap_sums(head_logits, hiddens, following, taught, vocab_size, offsets)
 

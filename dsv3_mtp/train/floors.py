@@ -14,8 +14,8 @@ from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.sampler import Sampler, sequential_windows, spare_windows
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.overlap import overlap_means, teachers
-from dsv3_mtp.model.targets import valid_targets
+from dsv3_mtp.model.overlap import overlap_means
+from dsv3_mtp.model.targets import teacher_slots, valid_targets
 from dsv3_mtp.runs.loading import newest_checkpoint, read_reached
 from dsv3_mtp.train.checkpoint import read_state
 from dsv3_mtp.train.drafts import DraftStatistics, TableDrafters
@@ -95,7 +95,9 @@ def drafter_floors(
     sums: dict[str, Tensor] = {}
     for window in sequential_windows(source, **windows, count=count, micro_batch_size=micro):
         tokens, documents, scored = to_device(*window, config=config, device=device)
-        taught = teachers(valid_targets(tokens, documents, model.offsets, scored), 0, model.offsets)
+        taught = teacher_slots(
+            valid_targets(tokens, documents, model.offsets, scored), model.offsets
+        )
         hidden = main_states(model, tokens, documents)
         for name, part in tables.sums_of(model.head_logits, hidden, tokens, taught).items():
             sums[name] = sums[name] + part if name in sums else part
@@ -134,7 +136,9 @@ def draft_statistics(
     for window in sequential_windows(source, **windows, micro_batch_size=micro):
         tokens, documents, scored = to_device(*window, config=config, device=device)
         output = model.head_rows(tokens, documents)
-        taught = teachers(valid_targets(tokens, documents, model.offsets, scored), 0, model.offsets)
+        taught = teacher_slots(
+            valid_targets(tokens, documents, model.offsets, scored), model.offsets
+        )
         states = model.by_depth(output)
         taught = model.scored_slots(taught, output, first=1)
         statistics.add(model.head_logits, states, tokens, taught)

@@ -11,8 +11,8 @@ from dsv3_mtp.decode.sample import Sampler
 from dsv3_mtp.model import overlap as module
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings
-from dsv3_mtp.model.overlap import overlap_means, overlap_sums, pairs, teachers
-from dsv3_mtp.model.targets import valid_targets
+from dsv3_mtp.model.overlap import overlap_means, overlap_sums, pairs
+from dsv3_mtp.model.targets import teacher_slots, valid_targets
 from tests.heads_under_test import MODES
 
 T = 12
@@ -42,7 +42,7 @@ def rows_for(model, *, masked: bool, rows=3):
 def parts(model, tokens, documents, scored):
     hiddens = model.by_depth(model.head_rows(tokens, documents))
     valid = valid_targets(tokens, documents, model.offsets, scored)
-    taught = teachers(valid, 0, model.offsets)
+    taught = teacher_slots(valid, model.offsets)
     nothing = hiddens[0].new_zeros(len(tokens), model.lookahead - 1, model.config.hidden_size)
     return hiddens, nothing, taught
 
@@ -117,7 +117,7 @@ def test_a_row_in_two_parts_has_the_overlap_of_the_whole_row(build):
         (slice(cut, T), nothing, 0),
     ):
         own = [hiddens[0][:, slots], *(h.cut(slots.start, slots.stop) for h in hiddens[1:])]
-        has_one = teachers(valid[:, :, slots], count, model.offsets)
+        has_one = teacher_slots(valid[:, :, slots], model.offsets, count)
         total += overlap_sums(
             head_logits(model), own, following, has_one, model.config.vocab_size, model.offsets
         )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.overlap import overlap_means, teachers
-from dsv3_mtp.model.targets import valid_targets
+from dsv3_mtp.model.overlap import overlap_means
+from dsv3_mtp.model.targets import teacher_slots, valid_targets
 from dsv3_mtp.train.drafts import DraftStatistics, TableDrafters
 
 T = 12
@@ -24,7 +24,7 @@ def test_draft_statistics_are_those_by_hand(make_tiny_config):
     rows = tokens, (torch.rand(tokens.shape) < 0.15).cumsum(1)
     hiddens = model.by_depth(model.head_rows(*rows))
     scored = torch.rand(tokens.shape) < 0.8
-    taught = teachers(valid_targets(*rows, model.offsets, scored), 0, model.offsets)
+    taught = teacher_slots(valid_targets(*rows, model.offsets, scored), model.offsets)
     vocab = model.config.vocab_size
     statistics = DraftStatistics((2, 3), vocab, temperature=0.7, device=torch.device("cpu"))
     statistics.add(model.head_logits, hiddens, rows[0], taught)
@@ -75,7 +75,7 @@ def test_a_table_drafter_is_perfect_where_the_main_model_is_that_table(reads_tok
 
     tables = TableDrafters([int(reads_tokens)], [2], vocab, device=torch.device("cpu"))
     tables.fit(logits, hidden[:300], tokens[:300])
-    taught = teachers(torch.ones(2, 100, length, dtype=torch.bool), 0, (1, 2))
+    taught = teacher_slots(torch.ones(2, 100, length, dtype=torch.bool), (1, 2))
     sums = tables.sums_of(logits, hidden[300:], tokens[300:], taught)
     found = {name: overlap_means(part.tolist())["overlap/1"] for name, part in sums.items()}
     pi = torch.linalg.matrix_power(chain, 60)[0]
