@@ -2,6 +2,7 @@
 DeepSpeed already.
 """
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -38,7 +39,8 @@ def run_ranks(
     port, context = free_port(), multiprocessing.get_context("fork")
     ranks = [
         context.Process(
-            target=_child, args=(function, args, rank, world_size, port, f"{log}.rank{rank}")
+            target=_child,
+            args=(function, args, rank, world_size, port, f"{log}.rank{rank}", timeout),
         )
         for rank in range(world_size)
     ]
@@ -61,7 +63,13 @@ def touch(metrics: Any, out: Path, *, title: str) -> None:
 
 
 def _child(
-    function: Callable[..., Any], args: tuple, rank: int, world_size: int, port: int, log: str
+    function: Callable[..., Any],
+    args: tuple,
+    rank: int,
+    world_size: int,
+    port: int,
+    log: str,
+    timeout: float,
 ) -> None:
     # DeepSpeed collects garbage many times; all that was there before the fork would be copied each
     # time
@@ -70,6 +78,7 @@ def _child(
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    faulthandler.dump_traceback_later(timeout - 5, file=2)  # what hangs is killed: the log says where
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(
         RANK=str(rank),

@@ -97,7 +97,8 @@ def _build(flags: tuple[str, ...]) -> Path:
                 command = [compiler, *arguments, *FLAGS, *flags, *map(str, sources), *output]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
                 temporary.chmod(0o700)
-                write_text(made[1], file_digest(temporary))
+                digest = file_digest(temporary)
+            write_text(made[1], digest)  # last: who finds it finds the library that it belongs to
     finally:
         os.close(descriptor)
     return target

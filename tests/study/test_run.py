@@ -327,7 +327,7 @@ def test_two_programs_share_a_study_and_repeat_nothing(tmp_path):
     runs = {f"{arm}-seed{seed}" for arm in ("constant", "none") for seed in (1, 2)}
     said = [(tmp_path / f"said{number}").read_text() for number in range(2)]
     lines = [line for text in said for line in text.splitlines() if line.startswith("[")]
-    assert len(lines) == len(runs) and all("main_loss" in text for text in said)  # both have worked
+    assert len(lines) == len(runs)  # by either: on a busy machine one may have done them all
     for name in runs:
         assert read_results(folder / name).finished
         assert len(json.loads((folder / name / "manifest.json").read_text())["starts"]) == 1
