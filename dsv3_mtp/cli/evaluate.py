@@ -10,9 +10,10 @@ the main model's own along the text), overlap (what a sampled draft is accepted 
 text), bits per byte of the main head; acceptance of free-running drafts. Depth 0 is the main head.
 
 Beside the numbers of a text stand its floors, which need no network: n-gram tables, counted from
-the tokens that the run was trained on (val/floor/unigram and so on), and drafters that are a constant
-distribution or a table of tokens (val/floor/overlap/constant, val/floor/overlap/table). --drafts says how
-drafts differ from the main model: KL, top-k coverage, calibration, what a threshold (p-min) keeps.
+the tokens that the run was trained on (val/floor/unigram and so on), and drafters that are a
+constant distribution or a table of tokens (val/floor/overlap/constant, val/floor/overlap/table).
+--drafts says how drafts differ from the main model: KL, top-k coverage, calibration, what a
+threshold (p-min) keeps.
 
 Exit codes: 0 done, 2 the model, the data or a task cannot be used.
 """
@@ -75,7 +76,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--new-tokens",
         type=at_least(3),
         metavar="N",
-        help="behind each prompt, of which the first and the last have no draft (default: 64, or half of what the model can read)",
+        help="behind each prompt, of which the first and the last have no draft (default: 64, "
+        "or half of what the model can read)",
     )
     parser.add_argument(
         "--temperature",

@@ -46,7 +46,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def sweep(folder: Path, *, older_than: float = 0.0) -> None:
     """Deletes the temporary files that killed processes left in a folder.
 
-    older_than: seconds; 0 where this process holds the folder's lock, so that no other writes there.
+    older_than: seconds; 0 where this process holds the folder's lock, so that no other writes
+    there.
     """
     for path in folder.glob(".*.tmp"):
         if LEFT.fullmatch(path.name) and path.is_file():

@@ -111,7 +111,7 @@ def routed(
     return _Routed.apply(x.contiguous(), gates, gate_up, down, chosen, counts)
 
 
-# --- the products -----------------------------------------------------------------------------------------------
+# --- the products ---------------------------------------------------------------------------------
 # `rows`: rows of each expert, an int64 tensor (E,) where one kernel does all experts, else a list
 # of E numbers.
 
@@ -216,7 +216,7 @@ class _GatherSum(torch.autograd.Function):
         return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
-# --- the other steps one by one ---------------------------------------------------------------------------------
+# --- the other steps one by one -------------------------------------------------------------------
 
 
 def to_experts(x: Tensor, layout: Layout) -> Tensor:

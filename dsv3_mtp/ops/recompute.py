@@ -1,7 +1,7 @@
-"""Activation checkpointing: what the backward makes again instead of keeping it (V3 section 3.2.3).
+"""Activation checkpointing: what the backward recomputes instead of keeping it (V3 section 3.2.3).
 
     with forgetting():
-        hidden = again(norm, x)    # not kept: whatever later saves `hidden` for its backward gets norm(x), made again
+        hidden = again(norm, x)  # dropped; a backward that needs `hidden` computes norm(x) anew
         y = linear(hidden)
 
 `torch.utils.checkpoint` repeats a whole region; here the results of single cheap functions are

@@ -15,8 +15,8 @@ from dsv3_mtp.ops import choice
 
 
 def tune(device: torch.device) -> list[str]:
-    """Turns on what helps on this device; one line on each for the log, and on the kernels. Call it before the model is
-    made.
+    """Turns on what helps on this device; one line on each for the log, and on the kernels. Call it
+    before the model is made.
     """
     notes = [choice.describe(device)]
     return notes if device.type == "cuda" else notes + tune_cpu()

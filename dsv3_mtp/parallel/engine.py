@@ -212,7 +212,7 @@ class Engine:
         return math.nan if norm is None else float(norm), apart
 
     def reduce(self) -> None:
-        """Averages what the last backward has not averaged over the ranks: nothing, without stages."""
+        """Averages over the ranks what the last backward has not: nothing, without stages."""
 
     def update(self) -> None:
         self.engine.step()

@@ -7,8 +7,9 @@ therefore those of the model without a pipeline, and a parameter is this rank's 
 
     stage 0       embedding, trunk layers
     stage s       trunk layers
-    last stage    trunk layers, final norm, all MTP depths, output head, losses; and the embedding again, if the MTP
-                  modules read it: tied, its gradients summed over both copies before every update
+    last stage    trunk layers, final norm, all MTP depths, output head, losses; and a tied copy of
+                  the embedding where the MTP modules read it: the gradients of both copies are
+                  summed before every update
 
 Between stages travel the hidden states, the balance loss of every router so far (with gradient),
 the routers' loads, and the tokens.
@@ -226,9 +227,11 @@ class Accumulation(schedule.TrainSchedule):
 def backward_pass(engine: Any, buffer_id: int) -> None:
     """DeepSpeed's instruction, except that
 
-    - the loss, normalized over the whole optimizer step, is not divided by the number of micro-batches;
+    - the loss, which is normalized over the whole optimizer step, is not divided by the number of
+      micro-batches;
     - the outputs of a stage go backward together, not one after another through all of its layers;
-    - an input on which nothing depends (the balance before the first router) gets its zeros, which are waited for.
+    - an input on which nothing depends (the balance before the first router) gets zeros as its
+      gradient, because the stage before waits for one.
     """
     if engine.using_bf16_optimizer:
         engine.optimizer.clear_lp_grads()

@@ -68,7 +68,7 @@ def without_output_warning() -> None:
 
 
 def import_muon() -> None:
-    """The module that DeepSpeed imports on every start, to find that a run uses another optimizer."""
+    """The module that DeepSpeed imports on every start, only to find another optimizer in use."""
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
@@ -86,7 +86,7 @@ def default_timeout(seconds: float) -> Iterator[None]:
             setattr(c10d, name, value)
 
 
-# --- groups of ranks that share the experts of a layer ------------------------------------------------
+# --- groups of ranks that share the experts of a layer --------------------------------------------
 
 
 def make_expert_groups(size: int, pipeline_stages: int) -> None:
@@ -105,7 +105,7 @@ def expert_replicas(name: str) -> Any:
     return groups._get_expert_data_parallel_group(name)
 
 
-# --- DeepSpeed's pipeline engine ----------------------------------------------------------------------
+# --- DeepSpeed's pipeline engine ------------------------------------------------------------------
 
 
 def replace_instruction(engine: Any, instruction: type, act: Callable[[Any, int], None]) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints that a kill at any moment cannot break, and that any layout of ranks can continue.
 
     checkpoints/latest            name of the newest complete folder
-    checkpoints/global_step{N}/   shard_rank{r}.safetensors and index.json (fragments.py): every rank writes what it
-                                  holds; state.json; and, last of all, COMPLETE.json
+    checkpoints/global_step{N}/   shard_rank{r}.safetensors and index.json (fragments.py), of every
+                                  rank what it has; state.json; and, last of all, COMPLETE.json
 
 No state of a random generator: after its start, training draws no random numbers.
 

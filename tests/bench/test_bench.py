@@ -254,8 +254,8 @@ def test_a_child_that_does_not_answer_in_time_is_ended(tmp_path):
 
 
 def test_a_child_ends_with_its_parent_in_the_middle_of_something(tmp_path):
-    code = """import child, time
-child.serve(lambda spec: ({"pid": __import__("os").getpid()}, {"step": lambda _: time.sleep(60)}))"""
+    code = """import child, os, time
+child.serve(lambda spec: ({"pid": os.getpid()}, {"step": lambda _: time.sleep(60)}))"""
     path = script(tmp_path, code)
     parent = f"""import sys; sys.path.insert(0, {str(ROOT / "bench")!r})
 import child, os

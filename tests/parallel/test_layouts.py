@@ -48,8 +48,8 @@ BF16 = {
 # experts.
 SKEWED = {"mtp.num_nextn_predict_layers": 2, "mtp.share_weights": True}
 FROZEN = {"train.init_from": "hf", "train.freeze": "trunk", "mtp.detach": "trunk"}
-# Adam divides by the gradient: with less, it makes a whole step of a gradient of -4e-9 that is +3e-10
-# in another order of the sums.
+# Adam divides by the gradient: with less, it makes a whole step of a gradient of -4e-9 that is
+# +3e-10 in another order of the sums.
 EPS = {"optim.eps": 1e-5}
 DRAFTS = D2 | EPS | {"mtp.objective": {"ce": 0.1, "kl": 0.5, "tv": 0.4, "lk_hybrid": 0.3}}
 # Heads with weights of their own beside the main head's, which is their teacher: under ZeRO-3 both

@@ -18,7 +18,8 @@ from dsv3_mtp.parallel import private
 PACKAGE = Path(__file__).resolve().parents[2] / "dsv3_mtp"
 # Names with an underscore that are documented, or of the standard library.
 PUBLIC = {"_replace", "_exit", "_fields", "_asdict", "_make"}
-# Outside parallel/: file -> names of torch and Transformer Engine, each with the object that has it.
+# Outside parallel/: file -> names of torch and Transformer Engine, each with the object that has
+# it.
 ELSEWHERE = {
     "ops/recompute.py": {"_cdata"},
     "precision/hopper.py": {"_scaled_mm_v2"},
