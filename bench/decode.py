@@ -4,7 +4,7 @@ the same weights.
 Examples:
     python bench/decode.py                                   # a random model of 12M parameters
     python bench/decode.py --run runs/v3_tiny --prompt 'def '
-    python bench/decode.py --compile                         # also with torch.compile (minutes to compile)
+    python bench/decode.py --compile                         # also with torch.compile (minutes)
 All variants take turns in one process, round by round; times are CPU seconds of one thread, ratios
 are medians of the rounds' ratios, so that other work on the machine touches them little. Exit
 codes: 0 done, 2 wrong options or run.
@@ -235,8 +235,8 @@ def report(
     seconds: dict[str, list[float]],
     options: argparse.Namespace,
 ) -> str:
-    names = f"{'us/token':>10}{'tokens/cpu-s':>14}{'x transformers':>16}{'x plain':>9}{'tokens/step':>13}  acceptance"
-    rows = [" " * 28 + names]
+    names = f"{'us/token':>10}{'tokens/cpu-s':>14}{'x transformers':>16}{'x plain':>9}"
+    rows = [f"{'':28}{names}{'tokens/step':>13}  acceptance"]
     outputs = {name: run() for name, run in variants.items()}
     expected = outputs["plain"].tokens[0]
     for name, times in seconds.items():
@@ -246,7 +246,8 @@ def report(
             statistics.median(base / own for base, own in zip(seconds[against], times, strict=True))
             for against in ("transformers generate()", "plain")
         ]
-        row = f"{name:28}{per_token * 1e6:>10.0f}{1 / per_token:>14.0f}{ratios[0]:>16.2f}{ratios[1]:>9.2f}"
+        row = f"{name:28}{per_token * 1e6:>10.0f}{1 / per_token:>14.0f}"
+        row += f"{ratios[0]:>16.2f}{ratios[1]:>9.2f}"
         if hasattr(out, "acceptance"):
             joint = " ".join(f"{p:.2f}" for p in out.acceptance.joint)
             row += f"{out.acceptance.tokens_per_step:>13.2f}  {joint}"

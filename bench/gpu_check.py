@@ -3,7 +3,7 @@ FP8 training.
 
     python bench/gpu_check.py --out gpu_check.md
     python bench/gpu_check.py --steps 0                      # without the training
-    python bench/gpu_check.py --runs bf16 te --steps 200     # only these of its runs; the emulated ones take longest
+    python bench/gpu_check.py --runs bf16 te --steps 200     # only these of its runs
 
 Writes a report; a part that fails is in it with its error, and the exit code is then 1. Exit code
 2: there is no CUDA device.
@@ -150,8 +150,9 @@ def quantisers() -> Iterator[Row]:
                 for scale in ("pow2", "fp32"):
                     codes, scale_inv = quantise(x, tile, scale)
                     their_codes, their_scale = te.quantise(x, tile, scale)
-                    yield [list(shape), str(dtype)[6:], tile, scale, *map(verdict, (codes.view(torch.uint8), scale_inv),
-                           (their_codes, their_scale))]  # fmt: skip
+                    ours, theirs = (codes.view(torch.uint8), scale_inv), (their_codes, their_scale)
+                    same = map(verdict, ours, theirs)
+                    yield [list(shape), str(dtype)[6:], tile, scale, *same]
 
 
 def verdict(ours, theirs) -> str:

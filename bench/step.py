@@ -1,12 +1,12 @@
 """Training speed and memory, as ratios from interleaved processes.
 
 Examples:
-    python bench/step.py --preset tiny --against transformers             # the same weights and batch in both
-    python bench/step.py --config configs/v3_tiny.yaml --parts            # where the time of a step goes
-    python bench/step.py --preset tiny --against depths                   # D = 0, 1, 2, 4, sequential and parallel
-    python bench/step.py --config configs/v3_3b.yaml --against fp8        # on a Hopper GPU: both FP8 backends
+    python bench/step.py --preset tiny --against transformers         # the same weights and batch
+    python bench/step.py --config configs/v3_tiny.yaml --parts        # where the time of a step goes
+    python bench/step.py --preset tiny --against depths               # D = 0, 1, 2, 4, of two kinds
+    python bench/step.py --config configs/v3_3b.yaml --against fp8    # on a Hopper GPU: both backends
     python bench/step.py --preset tiny --loss-memory --set model.vocab_size=32768
-    python bench/step.py --startup                                        # from the command to the first step
+    python bench/step.py --startup                                    # from command to first step
 Every variant has a process of its own; in each round each runs one step, in random order. With one
 thread of a CPU the times are CPU seconds of the process, so that other work on the machine touches
 the ratios little; with more threads, and on a GPU, wall seconds. A ratio is the median of the
@@ -362,7 +362,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     for name, row in rows.items():
         low, median, high = row["speedup"]
         ms, memory = row["seconds_per_step"][1] * 1e3, f"{row['peak_bytes'] / 2**20:.0f} MiB"
-        line = f"{name:26}{ms:>9.0f}{row['tokens_per_second']:>10.0f}{row['mfu']:>7.1%}{memory:>13}{median:>9.2f}x"
+        line = f"{name:26}{ms:>9.0f}{row['tokens_per_second']:>10.0f}{row['mfu']:>7.1%}{memory:>13}"
+        line += f"{median:>9.2f}x"
         line += f" [{low:.2f}, {high:.2f}]{1 / median / row['flop_ratio']:>16.2f}"
         lines.append(line + "  " + " ".join(f"{loss:.5f}" for loss in row["losses"]))
     return "\n".join(lines)

@@ -18,7 +18,7 @@ LEFT = re.compile(r"\..+\.\d+\.tmp")  # as `replacing` names them
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError inside says what could not be written: that of a full disk does not by itself."""
+    """Adds the path to an OSError raised inside where it has none, as that of a full disk."""
     try:
         yield
     except OSError as error:

@@ -40,8 +40,8 @@ def padding(x: Tensor) -> int:
 def sort_by_expert(
     chosen: Tensor, gates: Tensor, counts: Tensor, multiple: int, padded_rows: int | None = None
 ) -> Layout:
-    """chosen, gates: (N, K), counts: (E,). `padded_rows` of all experts, where the caller knows it:
-    nobody waits.
+    """chosen, gates: (N, K), counts: (E,). padded_rows: of all experts together. A caller on a GPU
+    that knows this number gives it, so that the host need not wait for `counts`.
     """
     order = chosen.flatten().argsort(stable=True)  # (N*K,) pairs grouped by expert
     place, rows = torch.arange(order.numel(), device=order.device), order.numel()

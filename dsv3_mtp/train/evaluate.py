@@ -189,7 +189,8 @@ def open_model(
             f"--seq-len {seq_len}: must be 2 .. model.max_position_embeddings = {longest}"
         )
     micro = micro_batch_size or sections["train"]["micro_batch_size"]
-    # What the training was like, and on how many ranks, sets no bounds to these windows.
+    # The rules between batch size, total tokens and layout are about training: these values meet
+    # all of them.
     length = {
         "micro_batch_size": micro,
         "batch_size": micro,

@@ -59,6 +59,21 @@ def test_private_names_of_others_stand_in_one_file():
             assert foreign_private_names(path) <= ELSEWHERE.get(name, set()), name
 
 
+def test_every_field_that_is_read_of_deepspeeds_optimizers_is_listed():
+    public = {"param_groups", "state"}  # of torch's optimizers
+    listed = {field for fields in private.FIELDS.values() for field in fields}
+    for file in ("clip.py", "placement.py"):
+        tree = ast.parse((PACKAGE / "parallel" / file).read_text())
+        read = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "optimizer"
+        }
+        assert read and read <= listed | public, file
+
+
 @pytest.mark.parametrize(
     ("kind", "field"),
     [(kind, field) for kind, fields in private.FIELDS.items() for field in fields],
