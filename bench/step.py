@@ -2,9 +2,9 @@
 
 Examples:
     python bench/step.py --preset tiny --against transformers         # the same weights and batch
-    python bench/step.py --config configs/v3_tiny.yaml --parts        # where the time of a step goes
+    python bench/step.py --config configs/v3_tiny.yaml --parts        # where the time goes
     python bench/step.py --preset tiny --against depths               # D = 0, 1, 2, 4, of two kinds
-    python bench/step.py --config configs/v3_3b.yaml --against fp8    # on a Hopper GPU: both backends
+    python bench/step.py --config configs/v3_3b.yaml --against fp8    # on a Hopper: both backends
     python bench/step.py --preset tiny --loss-memory --set model.vocab_size=32768
     python bench/step.py --startup                                    # from command to first step
 Every variant has a process of its own; in each round each runs one step, in random order. With one
