@@ -29,8 +29,8 @@ class MTPConfig(Section):
     model_config = ConfigDict(extra="allow")  # the keys of the head's own options, checked below
 
     mode: str = "sequential"
-    """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; parallel_linear: linear
-    heads; package.module:Class: a kind of head of your own (docs/extend.md).
+    """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; the others: docs/mtp.md;
+    package.module:Class: a kind of head of your own (docs/extend.md).
     """
     num_nextn_predict_layers: Annotated[Integer, Field(ge=0, le=64)] = 1
     """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see

@@ -23,7 +23,8 @@ a student's and the teacher's logits can be made side by side: pass `[*teacher.o
 constant for every depth but 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,7 +36,7 @@ from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.section import Section
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.moe import Experts
-from dsv3_mtp.model.states import HeadInputs, HeadOutput, Output, Scores
+from dsv3_mtp.model.states import HeadInputs, HeadOutput, LMHead, Output, Scores
 
 if TYPE_CHECKING:
     from dsv3_mtp.decode.draft import Drafter
@@ -62,6 +63,9 @@ class Cost:
 
     blocks: Sequence[nn.Module] = ()  # decoder layers, one entry for each time one is computed
     products: Sequence[nn.Module] = ()  # other modules with weights, likewise
+    # products of the trunk's own states, and of embeddings where tokens are read: there is no
+    # gradient into what they read where these learn nothing (mtp.detach, train.freeze)
+    first: Sequence[nn.Module] = ()
     shared: int = 0  # rows of a slot that the shared output head scores
     own: Sequence[Output] = ()  # output heads of its own, one entry for each row that one scores
     # The rows are the trunk's own states: with mtp.detach there is no gradient into them.
@@ -141,6 +145,16 @@ class Head(nn.Module):
         return 0
 
     # --- training -------------------------------------------------------------------------------
+
+    def start(
+        self, lm_head: LMHead, writable: Callable[[Tensor], AbstractContextManager[Any]]
+    ) -> None:
+        """What does not start at N(0, initializer_range) is set here, under torch.no_grad: once all
+        weights are drawn, and again once a trunk is read from elsewhere.
+
+        lm_head: the main output head; writable: context in which a parameter that is kept in parts
+        can be read and written.
+        """
 
     def forward(self, inputs: HeadInputs) -> HeadOutput:
         """The rows of all depths, and the stats of every router in the order of `modules()`."""

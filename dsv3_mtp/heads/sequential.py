@@ -234,7 +234,7 @@ class ChainDrafter(Drafter):
     options: SequentialOptions
 
     @classmethod
-    def limit(cls, depths: int, depth: int) -> int:
+    def limit(cls, mtp: MTPConfig, depth: int) -> int:
         return depth
 
     def rings_needed(self) -> int:

@@ -549,6 +549,15 @@ class DeepseekV3MTP(nn.Module):
                     parameter.copy_(values[first : first + count])
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
+        self.start_heads(writable=writable)
+
+    @torch.no_grad()
+    def start_heads(
+        self, *, writable: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
+        """What of the heads starts at other values than random ones (heads/base.py: `start`)."""
+        if self.depths and not self.lm_head.weight.is_meta:  # else on another pipeline stage
+            self.mtp.start(self.lm_head, writable)
 
 
 def _vector(values: Sequence[float], like: Tensor) -> Tensor:
