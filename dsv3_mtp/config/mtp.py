@@ -147,12 +147,15 @@ class MTPConfig(Section):
         yield from option_problems(self.mode, extra)
         kept = {} if self.mode == "none" else self.kind.Options.model_fields
         own = {key: value for key, value in extra.items() if key in kept}
+        parsed = None
         with suppress(ValidationError):  # reported above
             parsed = dict(self.kind.Options(**own)) if kept else {}
             object.__setattr__(self, "__pydantic_extra__", parsed)
         if self.mode != "none" and self.num_nextn_predict_layers < 1:
             text = f"must be >= 1 with mode {self.mode} (got {self.num_nextn_predict_layers})"
             yield "num_nextn_predict_layers", f"{text}; mtp.mode=none turns the heads off"
+        elif self.mode != "none" and parsed is not None:
+            yield from self.kind.problems(self)
         if (
             self.mode != "none"
             and isinstance(self.depth_weights, tuple)

@@ -23,7 +23,7 @@ a student's and the teacher's logits can be made side by side: pass `[*teacher.o
 constant for every depth but 0.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.config.reader import Problem
 from dsv3_mtp.config.section import Section
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.moe import Experts
@@ -63,14 +64,14 @@ class Cost:
 
     blocks: Sequence[nn.Module] = ()  # decoder layers, one entry for each time one is computed
     products: Sequence[nn.Module] = ()  # other modules with weights, likewise
-    # products of the trunk's own states, and of embeddings where tokens are read: there is no
-    # gradient into what they read where these learn nothing (mtp.detach, train.freeze)
-    first: Sequence[nn.Module] = ()
     shared: int = 0  # rows of a slot that the shared output head scores
     own: Sequence[Output] = ()  # output heads of its own, one entry for each row that one scores
     # The rows are the trunk's own states: with mtp.detach there is no gradient into them.
     rows_of_trunk: bool = False
     kept: float = 0  # elements per token kept for the backward, those of `blocks` not counted
+    # products of the trunk's own states, and of embeddings where tokens are read: there is no
+    # gradient into what they read where these learn nothing (mtp.detach, train.freeze)
+    first: Sequence[nn.Module] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,11 @@ class Head(nn.Module):
         super().__init__()
         self.config, self.mtp = config, mtp
         self.options: Any = mtp.options
+
+    @classmethod
+    def problems(cls, mtp: MTPConfig) -> Iterator[Problem]:
+        """What it cannot be asked for beside the types of its options: (key of `mtp:`, text)."""
+        yield from ()
 
     # --- what it reads and predicts -------------------------------------------------------------
 

@@ -347,6 +347,7 @@ class DeepseekV3MTP(nn.Module):
             documents=documents,
             lm_head=self.lm_head,
             keys=keys,
+            shard=self.shard,
         )
         heads = self.mtp(inputs)
         return HeadOutput([main, *heads.rows], [*stats, *heads.stats], heads.kept)

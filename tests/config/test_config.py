@@ -83,6 +83,11 @@ MISTAKES = [
     ("log.wandb={}", "log.wandb.project: missing; it has no default"),
     ("data.train=[{path: a}]", "data.train[0].weight: missing; it has no default"),
     ("mtp.stride=3", "mtp.stride: has no effect with mode sequential; remove it or set 2 (got 3)"),
+    (
+        "mtp.mode=hsm",
+        "mtp.num_nextn_predict_layers: must be >= 2 with mode hsm: module 1 has the trunk's state "
+        "alone to read (got 1)",
+    ),
     # MTP loss weights
     ("mtp.loss_weight=-0.1", "mtp.loss_weight: must be >= 0 (got -0.1)"),
     ("mtp.loss_weight=.nan", "mtp.loss_weight: must be finite (got nan)"),
