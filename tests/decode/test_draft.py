@@ -53,14 +53,17 @@ def test_draft_logits_equal_the_training_forward_with_the_drafts_as_text(
 ):
     """Caches after any number of rejections equal those of a fresh prefill, lag slots included."""
     model = make_model(heads, trained=True)
-    generate(model, prompts, Settings(max_new_tokens=24, draft_depth=model.depths))
+    # as far as the heads predict
+    generate(model, prompts, Settings(max_new_tokens=24, draft_depth=model.lookahead - 1))
     assert len(recorded) > 5
+    origin = model.mtp.drafter(model.mtp_config).origin
     for known, drafts, logits in recorded:
         for row, tokens in enumerate(known):
             expected = plain_logits(model, tokens + drafts[row])
-            # depth k at slot m-1, m the last known token
-            for k, drawn in enumerate(logits, start=1):
-                want = expected[k, len(tokens) - 2]
+            for number, drawn in enumerate(logits, start=1):
+                depth, back = origin(model.mtp_config, number)
+                # of slot m-1, m the last known token, or before it
+                want = expected[depth, max(len(tokens) - 2 - back, 0)]
                 want = torch.where(drawn[row] == float("-inf"), drawn[row], want)  # ruled out
                 torch.testing.assert_close(drawn[row], want, rtol=1e-4, atol=1e-4)
 
