@@ -216,8 +216,8 @@ def train(jobs: list[tuple[str, Config, str]]) -> None:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory, request) -> dict[str, list[dict[str, Any]]]:
-    """What every rank saw of every layout that is asked for and, under the names of MODELS, of one rank without
-    any.
+    """What every rank saw of every layout that is asked for and, under the names of MODELS, of one
+    rank without any.
     """
     folder = tmp_path_factory.mktemp("layouts")
     data = write_markov(folder / "data" / "markov", tokens=3000, documents=40)
