@@ -67,6 +67,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--depths", type=int, nargs="*", default=[1, 2, 3, 4], metavar="K", help="default: 1 2 3 4"
     )
+    parser.add_argument(
+        "--thresholds",
+        type=float,
+        nargs="*",
+        default=[],
+        metavar="P",
+        help="also the largest K with --draft-threshold P",
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--compile", action="store_true", help="also measure compiled steps")
     parser.add_argument(
@@ -162,6 +170,9 @@ def make_variants(
         variants |= {
             f"K={k}": ours(draft_depth=k) for k in options.depths if draft_limit(model, k) == k
         }
+        most = max((k for k in options.depths if draft_limit(model, k) == k), default=1)
+        for p in options.thresholds:
+            variants[f"K={most}, P={p:g}"] = ours(draft_depth=most, draft_threshold=p)
     if options.compile:
         variants["plain, compiled"] = ours(compile=True)
         if model.depths:
