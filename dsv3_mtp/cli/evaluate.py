@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.cli.command import add_run_options, at_least
+from dsv3_mtp.cli.drafting import add_draft_options, draft_settings
 
 # What `check` compares with the given options.
 DEFAULTS = {"split": "val", "prompts": 8, "drafts": False}
@@ -37,6 +38,8 @@ LOSSES_ONLY = (
     "new_tokens",
     "temperature",
     "drafts",
+    "draft_threshold",
+    "draft_vocab",
 )
 TASKS_ONLY = ("lm_eval_include", "limit")
 
@@ -90,7 +93,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafts", action="store_true", help="statistics of the drafts along the text as well"
     )
+    add_draft_options(parser)
     add_run_options(parser)
+    _add_tasks(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead"
     )
@@ -100,7 +109,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=at_least(1), metavar="N", help="documents per task (default: all)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def check(options: argparse.Namespace) -> str | None:
@@ -114,6 +122,10 @@ def check(options: argparse.Namespace) -> str | None:
         return f"--temperature {options.temperature}: must be in [0.001, 100]"
     if options.temperature is not None and not (options.prompts or options.drafts):
         return "--temperature: no effect with --prompts 0 and without --drafts"
+    if options.draft_threshold is not None and not options.prompts:
+        return "--draft-threshold: no effect with --prompts 0"
+    if options.draft_vocab is not None and not (options.prompts or options.drafts):
+        return "--draft-vocab: no effect with --prompts 0 and without --drafts"
     if options.hf and not options.data and not options.lm_eval:
         return "--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on"
     if options.hf and options.ema:
@@ -168,15 +180,22 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         lost = [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
     if options.drafts and not config.mtp.depths:
         raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
+    if (options.draft_threshold or options.draft_vocab) and not config.mtp.depths:
+        raise ValueError(
+            "--draft-threshold, --draft-vocab: the model has no MTP heads to draft with"
+        )
+    drafting = draft_settings(options, config)
     where: dict[str, Any] = {"batches": options.batches or config.eval.batches, "device": device}
     results = {}
     for source in sources or [validation_source(config, options.split)]:
         metrics = validate(model, source, config, **where)
         if source.text is not None:
-            metrics |= beside_text(options, model, source, config, trained, lost, metrics, where)
+            metrics |= beside_text(model, source, config, trained, lost, metrics, where)
+            if options.drafts:
+                metrics |= along_text(options, model, source, config, drafting, where)
         elif options.drafts:
             raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
-        results[source.path] = metrics | accepted(options, model, source, config)
+        results[source.path] = metrics | accepted(options, model, source, config, drafting)
     return results
 
 
@@ -214,7 +233,6 @@ def opened(options: argparse.Namespace, config: Any) -> list[Any]:
 
 
 def beside_text(
-    options: argparse.Namespace,
     model: Any,
     source: Any,
     config: Any,
@@ -223,12 +241,12 @@ def beside_text(
     metrics: dict[str, float],
     where: dict[str, Any],
 ) -> dict[str, float]:
-    """Floors beside the `metrics` of a text, and with --drafts the drafts' statistics.
+    """Floors beside the `metrics` of a text.
 
     trained: the sampler of the run's training text; None: there is none, and `lost` may say why.
     """
     from dsv3_mtp.data.ngrams import early_training
-    from dsv3_mtp.train.floors import draft_statistics, drafter_floors, text_floors
+    from dsv3_mtp.train.floors import drafter_floors, text_floors
 
     found, notes = drafter_floors(model, source.text, config, **where)
     tables: dict[str, float] = {}
@@ -238,13 +256,27 @@ def beside_text(
     found = tables | found
     for note in filter(None, [early_training(metrics | found), why, *lost, *notes]):
         print(f"{source.path}: {note}", file=sys.stderr)
-    if options.drafts:
-        temperature = options.temperature or 1.0
-        found |= draft_statistics(model, source.text, config, temperature=temperature, **where)
     return found
 
 
-def accepted(options: argparse.Namespace, model: Any, source: Any, config: Any) -> dict[str, float]:
+def along_text(
+    options: argparse.Namespace,
+    model: Any,
+    source: Any,
+    config: Any,
+    drafting: dict[str, Any],
+    where: dict[str, Any],
+) -> dict[str, float]:
+    """Statistics of the drafts along a text."""
+    from dsv3_mtp.train.floors import draft_statistics
+
+    among = {"temperature": options.temperature or 1.0, "vocab": drafting.get("draft_vocab", ())}
+    return draft_statistics(model, source.text, config, **among, **where)
+
+
+def accepted(
+    options: argparse.Namespace, model: Any, source: Any, config: Any, drafting: dict[str, Any]
+) -> dict[str, float]:
     """Acceptance of free-running drafts, where it is asked for and something drafts."""
     from dsv3_mtp.decode.draft import no_drafter
     from dsv3_mtp.train.evaluate import acceptance
@@ -262,6 +294,7 @@ def accepted(options: argparse.Namespace, model: Any, source: Any, config: Any) 
         temperature=options.temperature or 0.0,
         prompts=options.prompts,
         new_tokens=options.new_tokens or min(64, config.model.max_position_embeddings // 2),
+        **drafting,
     )
 
 
