@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -26,6 +27,12 @@ from dsv3_mtp.parallel.engine import import_muon
 import_muon()  # this too
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_ranks(
     function: Callable[..., Any], *args: Any, world_size: int = 1, log: Path, timeout: float = 120
 ) -> list[int]:
@@ -35,8 +42,6 @@ def run_ranks(
     Output and tracebacks go to log.rank{r}. As a launcher does, the first failure ends the others
     (exit code -9).
     """
-    from dsv3_mtp.parallel.launch import free_port
-
     port, context = free_port(), multiprocessing.get_context("fork")
     ranks = [
         context.Process(
