@@ -232,9 +232,8 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
     batch.join(batches[1:])
     del batches
     while rows:
-        room = [
-            ends[row] - 1 - m for row, m in zip(rows, batch.last, strict=True)
-        ]  # tokens that still fit, >= 1
+        # tokens that still fit, >= 1
+        room = [ends[row] - 1 - m for row, m in zip(rows, batch.last, strict=True)]
         count = min(depth, max(room) - 1)
         drafted, accepted, new = batch.step(count, sampler)
         steps = [

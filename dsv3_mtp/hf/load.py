@@ -107,9 +107,8 @@ def key_problems(
         elif place.dtype == "F8_E4M3":
             unused.discard(slot.name + SCALE)
             problems += _scale_problems(checkpoint, slot, block)
-    unused -= {
-        name for name in unused if name.endswith("rotary_emb.inv_freq")
-    }  # what rope_theta already says
+    # what rope_theta already says
+    unused -= {name for name in unused if name.endswith("rotary_emb.inv_freq")}
     return problems + [(name, "not used by this architecture") for name in sorted(unused)]
 
 

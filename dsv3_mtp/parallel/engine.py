@@ -42,9 +42,8 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         "gradient_accumulation_steps": train.batch_size // rows,
         "gradient_clipping": 0.0 if config.clips_apart else config.optim.grad_clip,
         "steps_per_print": None,
-        "timers": {
-            "throughput": {"enabled": False}
-        },  # it waits for the GPU twice in every micro-batch
+        # it waits for the GPU twice in every micro-batch
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": _zero(config),
         "bf16": {
             "enabled": train.dtype == "bfloat16",

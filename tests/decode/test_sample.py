@@ -75,9 +75,8 @@ def test_speculative_sampling_has_the_main_models_distribution(settings):
     """
     sampler, rows, vocab = seeded(**settings), 60_000, 6
     generator = torch.Generator().manual_seed(1)
-    p_logits = [
-        torch.randn(*[vocab] * k, vocab, generator=generator) * 1.5 for k in range(3)
-    ]  # by earlier tokens
+    # by earlier tokens
+    p_logits = [torch.randn(*[vocab] * k, vocab, generator=generator) * 1.5 for k in range(3)]
     q_logits = [torch.randn(*[vocab] * k, vocab, generator=generator) * 1.5 for k in range(2)]
     drafts, q = [], []
     for k in range(2):
@@ -126,9 +125,8 @@ def test_a_stop_is_lossless_unless_it_looks_at_the_draft_that_it_drops(rule):
     rows, vocab, wrong = 60_000, 4, rule == "the draft itself"
     q = torch.tensor([[0.9, 0.1, 0, 0], [0.4, 0.3, 0.2, 0.1]])[torch.arange(rows) % 2]
     p = torch.tensor([0.5, 0.2, 0.2, 0.1])
-    confidence = (
-        2 * q[:, 1] if rule == "confidence" else None
-    )  # any function of what is known before
+    # any function of what is known before
+    confidence = 2 * q[:, 1] if rule == "confidence" else None
     draws = DraftSampler(seeded(), threshold=0.0 if wrong else 0.5)
     drawn = [draws.draw(q.log(), confidence) for _ in range(2)]
     drafts, probability = (torch.stack(part, 1) for part in zip(*drawn, strict=True))

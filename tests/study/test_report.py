@@ -337,9 +337,8 @@ def test_the_relative_loss_error_is_v3s_against_the_reference_run_of_the_same_se
     def log(loaded):
         for run in expand(loaded, {}):
             factor = 1.001 if run.arm == "constant" else 1
-            losses = [
-                (4 + 1 / n + run.seed) * factor for n in range(1, 41)
-            ]  # another base per seed
+            # another base per seed
+            losses = [(4 + 1 / n + run.seed) * factor for n in range(1, 41)]
             curve = Curve(tokens=[10 * n for n in range(1, 41)], values=losses)
             edit(loaded, run.name, curves={"train/main_loss": curve}, tokens=400)
 

@@ -328,9 +328,8 @@ def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run,
     """
     common = BFLOAT16 | {"parallel__pipeline_stages": stages, "mtp__detach": detach}
     if detach == "all":
-        common["optim__grad_clip"] = (
-            0.0  # stages are refused where trunk and heads are clipped apart
-        )
+        # stages are refused where trunk and heads are clipped apart
+        common["optim__grad_clip"] = 0.0
     norms = [
         train(make_run(f"by{micro}", train__micro_batch_size=micro, **common), world_size=stages)[
             0

@@ -189,9 +189,8 @@ def draw_solved(data: Data) -> Figure | None:
         if runs:
             curve = solve_curve([r.solved_at for r in runs], [r.tokens for r in runs])
             end = max(record.tokens for record in runs)
-            left = (
-                np.array([1, *curve.unsolved, (1, *curve.unsolved)[-1]]) + 0.004 * n
-            )  # side by side
+            # side by side
+            left = np.array([1, *curve.unsolved, (1, *curve.unsolved)[-1]]) + 0.004 * n
             style: Any = {"color": data.colors[arm], "marker": data.markers[arm], "ms": 5}
             label = f"{arm} (n = {len(runs)})"
             ax.step([0, *curve.times, end], left, where="post", label=label, **style)

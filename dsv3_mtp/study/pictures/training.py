@@ -34,9 +34,8 @@ def draw_losses(data: Data) -> Figure | None:
         ax.axhline(0, color=data.colors[data.reference], lw=1)
         for n, (arm, (tokens, values, _)) in enumerate(differences.items()):
             color, marker = data.colors[arm], data.markers[arm]
-            late = (
-                tokens >= tokens[-1] / 5
-            )  # the first steps, where losses fall fast, would set the scale
+            # the first steps, where losses fall fast, would set the scale
+            late = tokens >= tokens[-1] / 5
             ax.plot(tokens[late], values.mean(0)[late], marker=marker, ms=4, color=color, label=arm)
             if len(values) > 1:
                 i = t_interval(values[:, -1].tolist())
