@@ -229,7 +229,7 @@ def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> i
 
 
 def _stack(samples: list[Batch]) -> Batch:
-    """Rows of one source or of several: one that says nothing of targets has them everywhere."""
+    """Rows of one source or of several. Where a source names no targets, every token is one."""
     if len({len(sample) for sample in samples}) > 1:
         samples = [(*sample, np.ones(len(sample[0]), np.bool_))[:3] for sample in samples]
     return tuple(np.stack(parts) for parts in zip(*samples, strict=True))

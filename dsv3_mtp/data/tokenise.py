@@ -92,7 +92,7 @@ class Tokenising:
         for document, (tokens, scored) in zip(batch, encoded.result(), strict=True):
             if document.text:
                 text = document.text
-                if scored is not None:  # bits per byte are of what is scored
+                if scored is not None:  # bits per byte count the targets alone
                     text = "".join(piece.text for piece in document.pieces if piece.scored)
                 self.writers[document.split].append(tokens, len(text.encode()), scored)
             state["empty"] += not document.text

@@ -47,7 +47,7 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         "zero_optimization": _zero(config),
         "bf16": {
             "enabled": train.dtype == "bfloat16",
-            # A gradient joins the float32 sum as soon as it is there, and is let go of. A pipeline
+            # A gradient is added to the float32 sum when it is ready, and then freed. A pipeline
             # needs it longer: the tied embedding's is sent between stages.
             "immediate_grad_update": config.parallel.pipeline_stages == 1,
         },
@@ -134,7 +134,7 @@ class Engine:
                 config=ds_config,
                 dist_init_required=False,
             )
-        # What DeepSpeed writes by itself, Train/Samples/lr, has another x axis than `write_events`.
+        # DeepSpeed would write Train/Samples/lr too, over another x axis than `write_events` uses.
         self.monitor, self.engine.monitor = self.engine.monitor, SimpleNamespace(enabled=False)
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
             self.optimizer.state.clear()  # of that step

@@ -54,7 +54,7 @@ class MarkovTask(Task):
 
     @property
     def example_length(self) -> int:
-        """A walk is as long as its row; the shortest has one target."""
+        """The shortest row: one token and its target. A walk fills its row."""
         return 2
 
     @property

@@ -53,7 +53,7 @@ from dsv3_mtp.runs.loading import (
     read_complete,
 )
 
-COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: what it counts by itself
+COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed, which counts them
 
 
 @with_config(OPEN)
