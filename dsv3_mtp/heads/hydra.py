@@ -111,7 +111,7 @@ class Hydra(Head):
     def cost(self) -> Cost:
         heads = cast(list[HydraHead], self.heads)
         first = [part for head in heads for part in (head.residual, head.layers[0])]
-        more = [layer for head in heads for layer in head.layers[1:]]  # type: ignore[index]
+        more = [layer for head in heads for layer in head.layers[1:]]
         wide = sum(k + 1 for k in range(1, 1 + len(heads)))  # what the heads read
         return Cost(
             blocks=[] if self.prefix is None else [self.prefix],
@@ -149,7 +149,7 @@ class HydraDrafter(ParallelDrafter):
             state = self.run(0, last)  # (B, C)
         else:
             state = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)
-        table, parts, drawn = self.model.model.embed_tokens.weight, [state], []
+        table, parts, drawn = self.model.model.embed_tokens.weight, [state], list[Any]()
         rows, end = torch.arange(len(last), device=ids.device), torch.tensor(last).to(ids.device)
         while len(drawn) < count:
             parts.append(F.embedding(ids[rows, end + len(drawn)], table))
