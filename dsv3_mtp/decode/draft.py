@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv3_mtp.config import MTPConfig
 from dsv3_mtp.decode.cache import Ring, Slots
 from dsv3_mtp.decode.decoder import Decoder
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.states import TrunkStates
 
@@ -27,13 +27,17 @@ class Drafter:
     batch.
     """
 
+    # Slots that a module may fall behind while the drafts end before its depth: it computes them in
+    # one forward, which costs little more than one slot.
+    LAG = 16
+
     def __init__(self, decoder: Decoder, slots: Slots, *, rows: int, depth: int, chunk: int):
         """depth: most drafts per step; chunk: most slots that one `observe` brings."""
         model = decoder.model
         self.decoder, self.model, self.slots, self.depth = decoder, model, slots, depth
         self.options: Any = model.mtp_config.options
         self.modules = min(depth, model.depths)
-        width = max(chunk, depth + 1) + 2 * (self.modules + 1)
+        width = max(chunk, depth + 1) + 2 * (self.modules + depth + self.LAG)
         self.rings = [
             Ring(rows, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())
         ]
@@ -76,15 +80,19 @@ class Drafter:
         )
 
     def draft(
-        self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler
+        self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler
     ) -> tuple[Tensor, Tensor | None]:
-        """`count` drafts t_{m+1}.. for each row, m = last[b]: (B, count), and for sampling their
-        probabilities.
+        """K <= `count` drafts t_{m+1}.. for each row, m = last[b]: (B, K), and for sampling their
+        probabilities. Fewer than `count` where `sampler.ended` before.
 
-        ids: (B, >S) with the drafts written into it on return; probabilities: (B, count, V) or None
+        ids: (B, >S) with the drafts written into it on return; probabilities: (B, K, V) or None
             when greedy.
         """
         raise NotImplementedError
+
+    def lag(self, module: int, last: Sequence[int]) -> int:
+        """Slots that a module has to catch up with, in the row where they are most."""
+        return max(m - filled for m, filled in zip(last, self.filled[module], strict=True))
 
     def join(self, others: "Sequence[Drafter]") -> None:
         """Appends the rows of drafters of the same shape."""

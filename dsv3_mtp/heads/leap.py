@@ -26,7 +26,7 @@ from dsv3_mtp.config.section import Integer, Section
 from dsv3_mtp.decode.cache import Slots
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.draft import Drafter, write_drafts
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.linear import LinearDrafter
 from dsv3_mtp.heads.medusa import Medusa
 
@@ -71,7 +71,7 @@ class LeapDrafter(LinearDrafter):
         return head + 1, mtp.options.stride - 1 - back
 
     def draft(
-        self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler
+        self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler
     ) -> tuple[Tensor, Tensor | None]:
         drawn = []
         for number in range(1, 1 + count):
@@ -81,4 +81,6 @@ class LeapDrafter(LinearDrafter):
             slots = [max(m - 1 - back, 0) for m in last]
             hidden = self.rings[0].read(slots, 1).squeeze(1)  # (B, C)
             drawn.append(sampler.draw(self.model.mtp.heads[depth - 1](hidden)))
+            if sampler.ended:
+                break
         return write_drafts(ids, last, drawn)
