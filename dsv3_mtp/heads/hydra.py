@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.section import Integer, Section
 from dsv3_mtp.decode.draft import Drafter, stacked
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head
 from dsv3_mtp.heads.medusa import copy_weight
 from dsv3_mtp.heads.parallel import Block, ParallelDrafter, ParallelHead, trunk_alone
@@ -143,7 +143,7 @@ class HydraDrafter(ParallelDrafter):
         return states.post_norm
 
     def draft(
-        self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler
+        self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler
     ) -> tuple[Tensor, Tensor | None]:
         if self.options.prefix:
             state = self.run(0, last)  # (B, C)
@@ -151,7 +151,7 @@ class HydraDrafter(ParallelDrafter):
             state = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)
         table, parts, drawn = self.model.model.embed_tokens.weight, [state], list[Any]()
         rows, end = torch.arange(len(last), device=ids.device), torch.tensor(last).to(ids.device)
-        while len(drawn) < count:
+        while len(drawn) < count and not sampler.ended:
             parts.append(F.embedding(ids[rows, end + len(drawn)], table))
             drawn.append(sampler.draw(self.model.mtp.heads[len(drawn)](parts)))
             ids[rows, end + len(drawn)] = drawn[-1][0]
