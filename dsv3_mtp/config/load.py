@@ -21,7 +21,7 @@ from dsv3_mtp.config.reader import (
 )
 from dsv3_mtp.config.run import Config, rules_between
 from dsv3_mtp.config.section import Section
-from dsv3_mtp.config.tree import Document, read_document
+from dsv3_mtp.config.tree import ConfigDocument, read_document
 
 _LOG = logging.getLogger("dsv3_mtp")  # without a handler Python prints its warnings to stderr
 
@@ -67,7 +67,7 @@ def _option_problems(section: Any) -> Iterator[Problem]:
             yield f"mtp.{key}", text + more
 
 
-def _drop_unused(document: Document) -> None:
+def _drop_unused(document: ConfigDocument) -> None:
     """Takes out what is said of heads that this run has not, and says so: keys of another kind at
     their defaults, and those that a base has set.
 

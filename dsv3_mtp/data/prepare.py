@@ -26,7 +26,7 @@ from dsv3_mtp.data.shards import (
     file_sha256,
     read_folder_index,
 )
-from dsv3_mtp.data.tokenise import PROGRESS, Position, Progress, Tokenising
+from dsv3_mtp.data.tokenise import PROGRESS, Position, ProgressCallback, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
 from dsv3_mtp.files.atomic import lock, naming, replacing, write_json
 from dsv3_mtp.files.checked import read_json
@@ -40,7 +40,7 @@ TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is
 
 
 def prepare(
-    out_dir: str | Path, arguments: Arguments, *, progress: Progress | None = None
+    out_dir: str | Path, arguments: Arguments, *, progress: ProgressCallback | None = None
 ) -> FolderIndex:
     """Make the prepared folder `out_dir`, or go on where an interrupted call with the same
     arguments stopped.
@@ -93,7 +93,7 @@ def _build(
     arguments: Arguments,
     recorded: dict[str, Any],
     inputs: Inputs,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> None:
     state = _saved_state(partial, recorded, inputs)
     if state is None:

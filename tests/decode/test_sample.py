@@ -5,7 +5,7 @@ model's distribution.
 import pytest
 import torch
 
-from dsv3_mtp.decode.sample import DraftSampler, Sampler
+from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
 
 
 def chi_square_p(counts: torch.Tensor, probability: torch.Tensor) -> float:
@@ -25,8 +25,10 @@ def chi_square_p(counts: torch.Tensor, probability: torch.Tensor) -> float:
     return torch.special.gammaincc(half, statistic / 2).item() if len(counts) > 1 else 1.0
 
 
-def seeded(**settings) -> Sampler:
-    return Sampler(generator=torch.Generator().manual_seed(0), **{"temperature": 1.0, **settings})
+def seeded(**settings) -> TokenSampler:
+    return TokenSampler(
+        generator=torch.Generator().manual_seed(0), **{"temperature": 1.0, **settings}
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,14 +36,14 @@ def seeded(**settings) -> Sampler:
 )
 def test_greedy_keeps_the_longest_agreeing_prefix_and_the_token_after_it(accepted, drafts):
     logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 4]]), 10).float()
-    got, following = Sampler().verify(logits, torch.tensor([drafts]), None)
+    got, following = TokenSampler().verify(logits, torch.tensor([drafts]), None)
     assert got.tolist() == [accepted]
     assert following.tolist() == [accepted + 1]
 
 
 def test_a_match_behind_a_rejection_does_not_count():
     logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3], [1, 2, 3]]), 10).float()
-    accepted, following = Sampler().verify(logits, torch.tensor([[9, 2], [1, 2]]), None)
+    accepted, following = TokenSampler().verify(logits, torch.tensor([[9, 2], [1, 2]]), None)
     assert (accepted.tolist(), following.tolist()) == ([0, 2], [1, 3])
 
 
@@ -143,7 +145,7 @@ def test_a_stop_is_lossless_unless_it_looks_at_the_draft_that_it_drops(rule):
 
 def test_drafts_stop_where_the_head_is_unsure_and_stay_in_their_vocabulary():
     logits = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4]]).log()
-    draws = DraftSampler(Sampler(), threshold=0.55)
+    draws = DraftSampler(TokenSampler(), threshold=0.55)
     for _ in range(2):
         draws.draw(logits)
     assert draws.lengths.tolist() == [2, 0] and not draws.ended
