@@ -28,7 +28,7 @@ DEVICES = (
 
 
 def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
-    """The report that `tools/train.py --dry-run` prints. With `plot`, draws schedules.png into the
+    """The report that `dsv3 plan` prints. With `plot`, draws schedules.png into the
     run folder.
 
     Raises:

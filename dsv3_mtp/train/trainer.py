@@ -23,7 +23,7 @@ from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starting
 from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
-from dsv3_mtp.report.progress import Progress, floors_line, quantity
+from dsv3_mtp.report.progress import Progress, floors_line
 from dsv3_mtp.runs.folder import (
     changed_code,
     changed_settings,
@@ -36,6 +36,7 @@ from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
 from dsv3_mtp.train.floors import text_floors
 from dsv3_mtp.train.gradients import gradient_angle
+from dsv3_mtp.train.header import header
 from dsv3_mtp.train.optim import build_optimizer
 from dsv3_mtp.train.profile import StepProfile
 
@@ -164,7 +165,8 @@ class Trainer:
         rows = config.train.micro_batch_size * self.world.data_size
         steps = schedules.total_steps(config.train, config.data.seq_len, rows)
         with Progress(total, total_steps=steps, silent=not self.world.is_main) as self.display:
-            for note in [self.headline(), *self.notes]:
+            lines = header(config, self.size, self.world, self.sampler)
+            for note in [*lines, *self.notes]:
                 self.display.say(note)
             self.clock.start(self.tokens)
             stopping = warned = False
@@ -436,29 +438,3 @@ class Trainer:
             )
         self.display.say(f"{end}\nresults: {self.folder} (curves.png, metrics.jsonl, checkpoints/)")
         return self.folder
-
-    def headline(self) -> str:
-        config, size = self.config, self.size
-        heads = (
-            config.mtp.mode
-            if config.mtp.mode == "none"
-            else f"{config.mtp.mode} D={config.mtp.depths}"
-        )
-        tokens = [source.tokens for source in self.sampler.sources if source.tokens is not None]
-        data = quantity(sum(tokens)) if tokens else self.val.path
-        experts = (
-            f", EP {config.parallel.expert_parallel_size}"
-            if config.parallel.expert_parallel_size > 1
-            else ""
-        )
-        stages = f", {self.world.stages} pipeline stages" if self.world.stages > 1 else ""
-        stages += f", rows over {self.world.slices} ranks" if self.world.slices > 1 else ""
-        return (
-            f"{config.run.name}: {quantity(size.total)} parameters "
-            f"({quantity(size.active)} active) + MTP {heads} "
-            f"({quantity(size.mtp_total)}), "
-            f"{quantity(config.train.total_tokens)} tokens of {data}, "
-            f"{self.world.size} x {self.world.device.type}{stages}, "
-            f"ZeRO-{config.parallel.zero_stage}{experts}, "
-            f"{config.train.dtype}"
-        )
