@@ -9,7 +9,6 @@ ALLOWED = frozenset(
     {
         "comms_logger",
         "communication_data_type",
-        "csv_monitor",
         "data_types",
         "disable_python_gc",
         "dump_state",
@@ -68,6 +67,7 @@ OWNED = {
     "zero_force_ds_cpu_optimizer": _NOT_READ,
     "flops_profiler": "is not supported: --dry-run prints the FLOPs per token",
     "wall_clock_breakdown": "is not supported: perf/tokens_per_s is logged",
+    "csv_monitor": "is not supported: metrics.jsonl holds every number",
     "comet": "is not supported: set log.tensorboard or log.wandb",
     "autotuning": (
         "is not supported: its launcher rewrites the batch size, which train.batch_size owns"

@@ -228,11 +228,16 @@ class EvalConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases."""
+    """Weights & Biases: docs/monitors.md."""
 
     project: Text
+    """Project there."""
     entity: Text | None = None
+    """User or team; null: W&B's default for this login."""
     group: Text | None = None
+    """Group of the run; null: none, and for a run of a study the study's name."""
+    tags: tuple[Text, ...] = ()
+    """Tags beside the kind of heads, D and the type of lambda's schedule."""
 
 
 class LogConfig(Section):

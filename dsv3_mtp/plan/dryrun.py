@@ -35,7 +35,7 @@ def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
         ValueError: `world_size` ranks cannot be laid out as the config says.
     """
     folder = run_folder(config)
-    ds_config = deepspeed_config(config, world_size, str(folder))
+    ds_config = deepspeed_config(config, world_size)
     model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
     size, shape = model_size(model, config.data.seq_len), layout(config, world_size)
     stages = plan(config, model, shape)

@@ -23,6 +23,7 @@ from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starting
 from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.report.metrics import LEAK_RATIO, Clock, MetricsLog, mfu, read_metrics
+from dsv3_mtp.report.monitors import Monitor, open_monitors
 from dsv3_mtp.report.progress import Progress, floors_line
 from dsv3_mtp.runs.folder import (
     changed_code,
@@ -87,7 +88,7 @@ class Trainer:
             slices=parallel.sequence_parallel_size,
         )
         check_monitors(config)
-        ds_config = deepspeed_config(config, self.world.size, str(self.folder))
+        ds_config = deepspeed_config(config, self.world.size)
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
         complete, found = on_main(self.world, lambda: find_checkpoints(config))
@@ -115,12 +116,15 @@ class Trainer:
         self.average = None if decay is None else WeightAverage(self.engine, decay)
 
         self.step = self.tokens = 0
+        self.monitors: list[Monitor] = []
+        self.table: dict[str, float] = {}  # of the last validation
         self.lambda_state = schedules.first_state(config.mtp)
         self.clock = Clock()
         if latest:
             self.notes += self.resume(latest)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
+        on_main(self.world, self.open_monitors)
         begin = self.step
         # What this start is; on resume not before its first step: until then the folder holds what
         # the settings there made.
@@ -129,6 +133,9 @@ class Trainer:
         )
         if not latest:
             self.describe_once()
+
+    def open_monitors(self) -> None:
+        self.monitors = open_monitors(self.config, self.folder, self.tokens)
 
     def describe_once(self) -> None:
         if self.describe is not None:
@@ -322,6 +329,7 @@ class Trainer:
             floors, why = text_floors(self.sampler, text, self.config, batches=batches)
             record |= floors
             notes = [floors_line(record) if floors else why, early_training(record)]
+        self.table = {key: value for key, value in record.items() if "/" in key}
         self.display.validation(record)
         for note in filter(None, notes):
             self.display.say(note)
@@ -341,7 +349,9 @@ class Trainer:
     def write(self, record: dict[str, Any]) -> None:
         if self.world.is_main:
             self.log.append(record)
-            self.engine.write_events({k: v for k, v in record.items() if "/" in k}, self.tokens)
+            metrics = {key: value for key, value in record.items() if "/" in key}
+            for monitor in self.monitors:
+                monitor.log(metrics, self.tokens)
 
     def warn_of_leak(self, record: dict[str, Any]) -> bool:
         main = record["train/main_loss"]
@@ -417,6 +427,8 @@ class Trainer:
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
         if self.world.is_main:
+            for monitor in self.monitors:
+                monitor.finish(self.table)
             from dsv3_mtp.report.plots import (
                 plot_run,  # here, because matplotlib would make every start wait for it
             )
