@@ -146,18 +146,16 @@ def tasks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Metrics of every data source."""
     from pathlib import Path
-    from typing import Any
 
     import torch
 
-    from dsv3_mtp.data.ngrams import early_training
     from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
-    from dsv3_mtp.decode.draft import no_drafter
     from dsv3_mtp.ops.tuning import tune
     from dsv3_mtp.runs.loading import tokenizer_of
-    from dsv3_mtp.train.evaluate import acceptance, open_model, validate
-    from dsv3_mtp.train.floors import draft_statistics, drafter_floors, text_floors, trained_on
+    from dsv3_mtp.train.evaluate import open_model
+    from dsv3_mtp.train.evaluation import evaluation
+    from dsv3_mtp.train.floors import trained_on
 
     model, config = open_model(
         run=options.run,
@@ -203,35 +201,20 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
     batches, results = options.batches or config.eval.batches, {}
     for source in sources or [validation_source(config, options.split)]:
-        metrics = validate(model, source, config, batches=batches, device=device)
-        if (text := source.text) is not None:
-            where: Any = {"batches": batches, "device": device}
-            floors, notes = drafter_floors(model, text, config, **where)
-            why = None
-            if trained is not None:
-                tables, why = text_floors(trained, text, config, batches=batches)
-                metrics |= tables
-            metrics |= floors
-            for note in filter(None, [early_training(metrics), why, *lost, *notes]):
-                print(f"{source.path}: {note}", file=sys.stderr)
-            if options.drafts:
-                temperature = options.temperature or 1.0
-                metrics |= draft_statistics(model, text, config, temperature=temperature, **where)
-        elif options.drafts:
-            raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
-        why = no_drafter(config.mtp)
-        if options.prompts and config.mtp.depths and why:
-            print(f"{source.path}: {why}; acceptance is not measured", file=sys.stderr)
-        elif options.prompts and config.mtp.depths:
-            counts = {"prompts": options.prompts, "new_tokens": new_tokens or min(64, longest // 2)}
-            metrics |= acceptance(
-                model,
-                source,
-                depth=config.mtp.depths,
-                seq_len=config.data.seq_len,
-                temperature=options.temperature or 0.0,
-                **counts,
-            )
+        metrics, notes = evaluation(
+            model,
+            source,
+            config,
+            batches=batches,
+            device=device,
+            trained=trained,
+            prompts=options.prompts,
+            new_tokens=new_tokens,
+            temperature=options.temperature,
+            drafts=options.drafts,
+        )
+        for note in [*notes, *(lost if source.text is not None else [])]:
+            print(f"{source.path}: {note}", file=sys.stderr)
         results[source.path] = metrics
     return results
 

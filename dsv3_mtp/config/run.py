@@ -288,6 +288,18 @@ class Config(Section):
     def clips_apart(self) -> bool:
         return layout.clips_apart(self)
 
+    def replace(self, key: str, value: Any) -> "Config":
+        """A config with another value under a dotted key, checked as a file of its own would be:
+        `config.replace("mtp.loss_weight", 0.1)`. What differs by more keys, which are only valid
+        together, is written to `load_config(path, [...])`.
+
+        Raises:
+            ConfigError: as `load_config`.
+        """
+        document = Document(["the config"], self.to_dict(), files=1, whole=frozenset(WHOLE))
+        document.put(key, value)
+        return _checked(document, "the config")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, every default filled in."""
         return self.model_dump(mode="json")
@@ -362,6 +374,11 @@ def load_config(
     document = read_document(path, sets, whole=WHOLE)
     if trust_code is not True:
         code.refuse(str(path), document.tree, trust_code or ())
+    return _checked(document, str(path))
+
+
+def _checked(document: Document, source: str) -> Config:
+    """The config of a document. Raises ConfigError: `source` has problems, which are all listed."""
     _drop_unused(document)
     tree, problems = document.tree, document.problems
     try:
@@ -372,7 +389,7 @@ def load_config(
         found += [problem for problem in more if problem not in found]
         problems += map(document.traced, found)
     if problems:
-        raise ConfigError(str(path), problems)
+        raise ConfigError(source, problems)
     return config
 
 

@@ -89,13 +89,32 @@ class Document:
 
     def override(self, text: str) -> None:
         """Applies one `a.b=value`; the value is YAML, mappings on the way are created."""
-        self.layers.append(f"--set {text}")
-        problems = _apply(self.tree, text)
-        self.problems += problems
-        if not problems:
-            key = text.partition("=")[0].strip()
-            self._forget(key)
-            self.origins[key] = len(self.layers) - 1
+        key, equals, value_text = text.partition("=")
+        if key.strip() == BASE:
+            problem = "is for files: write a file with this base, or name another"
+            self.problems.append((f"--set {text}", problem))
+        elif not equals or not all(key.strip().split(".")):
+            problem = "must be KEY=VALUE, for example --set mtp.mode=parallel"
+            self.problems.append((f"--set {text}", problem))
+        else:
+            try:
+                value, problems = _parse(value_text)
+            except yaml.YAMLError as error:
+                problems = [(f"--set {text}", f"the value is {_yaml_problem(error)[1]}")]
+            self.problems += problems
+            if not problems:
+                self.put(key.strip(), value, f"--set {text}")
+
+    def put(self, key: str, value: Any, layer: str = "") -> None:
+        """Sets one dotted key; mappings on the way are created. layer: what a problem of it is
+        called; empty: its key.
+        """
+        self.layers.append(layer)
+        if (problem := _put(self.tree, key.split("."), value)) is not None:
+            self.problems.append((layer or key, problem))
+            return
+        self._forget(key)
+        self.origins[key] = len(self.layers) - 1
 
 
 def read_document(
@@ -285,30 +304,17 @@ def _yaml_problem(error: yaml.YAMLError) -> Problem:
     return "file", f"invalid YAML: {' '.join(str(error).split())}"
 
 
-def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
-    """Applies one `a.b=value` in place; the value is YAML, mappings on the way are created."""
-    dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if keys == [BASE]:
-        return [(f"--set {override}", "is for files: write a file with this base, or name another")]
-    if not equals or not all(keys):
-        return [(f"--set {override}", "must be KEY=VALUE, for example --set mtp.mode=parallel")]
-    try:
-        value, problems = _parse(text)
-    except yaml.YAMLError as error:
-        return [(f"--set {override}", f"the value is {_yaml_problem(error)[1]}")]
-    if problems:
-        return problems
+def _put(tree: dict[str, Any], keys: list[str], value: Any) -> str | None:
+    """Sets the value in place; mappings on the way are created. What is in the way, None: nothing."""
     node = tree
     for depth, key in enumerate(keys[:-1], start=1):
         if node.get(key) is None:
             node[key] = {}
         if not isinstance(node[key], dict):
             parent = ".".join(keys[:depth])
-            text = f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
-            return [(f"--set {override}", text)]
+            return f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
         # its own: a YAML alias may stand for the same mapping elsewhere
         node[key] = dict(node[key])
         node = node[key]
     node[keys[-1]] = value
-    return []
+    return None

@@ -1,6 +1,7 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dsv3_mtp.runs.folder import (
     changed_code,
     changed_settings,
     find_checkpoints,
+    lock_folder,
     run_folder,
     write_run_folder,
 )
@@ -72,8 +74,13 @@ class Trainer:
         self.config = config
         self.folder = run_folder(config)
         self.stop = stop
-        with starting(config.parallel.timeout_s):
-            self.build(command, notes)
+        self.held: int | None = None  # descriptor of the folder's lock, on rank 0
+        try:
+            with starting(config.parallel.timeout_s):
+                self.build(command, notes)
+        except BaseException:
+            self.release()
+            raise
         self.profile = StepProfile(profile, self.folder, self.world.rank)
         if self.world.device.type == "cuda":  # perf/peak_gib is of training, not of the start
             torch.cuda.reset_peak_memory_stats(self.world.device)
@@ -91,6 +98,7 @@ class Trainer:
         ds_config = deepspeed_config(config, self.world.size)
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
+        on_main(self.world, self.claim)
         complete, found = on_main(self.world, lambda: find_checkpoints(config))
         latest, damaged = checkpoint.first_sound(self.world, complete)
         self.notes = [*found, *damaged, *notes]
@@ -133,6 +141,16 @@ class Trainer:
         )
         if not latest:
             self.describe_once()
+
+    def claim(self) -> None:
+        """Holds the run folder for this process until it ends, or `release`."""
+        self.held = lock_folder(self.folder)
+
+    def release(self) -> None:
+        """Another trainer, of this process too, may go on with the run."""
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
 
     def open_monitors(self) -> None:
         self.monitors = open_monitors(self.config, self.folder, self.tokens)
