@@ -11,6 +11,7 @@ from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.report.monitors import TensorBoard, flat, open_monitors
 from tests.conftest import tiny
 from tests.ranks import run_ranks, write_markov
+from tests.test_pages import unexplained
 
 WANDB = {"log.wandb": {"project": "mtp", "group": "sweep", "tags": ["night"]}}
 
@@ -131,6 +132,7 @@ def _train(config: Any, runs: list[RecordingRun]) -> None:
     last = [line for line in sent if "val/main_loss" in line][-1]
     assert run.summary == {key: value for key, value in last.items() if "/" in key}
     assert run.finished
+    assert unexplained(name for record in records for name in record) == []
 
 
 @pytest.mark.dist
