@@ -25,6 +25,7 @@ from dsv3_mtp.files.checked import OPEN, read_json
 
 VAL_BUCKETS = 1_000_000
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+TABLES = (".parquet", ".arrow")
 
 
 @with_config(OPEN)
@@ -90,6 +91,10 @@ class Masking:
 Record = tuple[int, int, Any, str]
 
 
+class Unreadable(ValueError):
+    """A file that is no UTF-8 text, or cannot be opened."""
+
+
 class FileInputs:
     """The documents of files, folders and globs; `val_fraction` of them, by content hash, are val.
 
@@ -107,12 +112,16 @@ class FileInputs:
         val_fraction: float,
         out: Path,
         masking: Masking | None = None,
+        val_by_position: bool = False,
+        skip_unreadable: bool = False,
     ) -> None:
         """out: the folder that is being made, and is no input where a pattern covers it.
-        masking: records are questions and answers.
+        masking: records are questions and answers. val_by_position: the end of every text file is
+        val. skip_unreadable: `skipped` names what `read` has left out.
 
         Raises:
-            ValueError: nothing matches; or, with `masking`, files that are no JSON lines.
+            ValueError: nothing matches; with `masking`, files that are no JSON lines; with
+                `val_by_position`, files that hold records.
         """
         self.text_key, self.val_fraction, self.masking = text_key, val_fraction, masking
         own = {out.resolve(), out.with_name(out.name + ".partial").resolve()}
@@ -124,6 +133,14 @@ class FileInputs:
             raise ValueError(
                 f"--mask prompts reads {', '.join(JSONL)}, no other files: {', '.join(other[:3])}"
             )
+        self.skip_unreadable, self.skipped = skip_unreadable, dict[Path, str]()
+        self.cut = 1 - val_fraction if val_by_position else None
+        records = [str(path) for path in self.files if path.name.endswith((*JSONL, *TABLES))]
+        if val_by_position and records:
+            raise ValueError(
+                f"--val-by-position splits text files; {records[0]} holds a document per record, "
+                "of which --val-fraction chooses some"
+            )
         self.sizes = [path.stat().st_size for path in self.files]
         stamps = "".join(
             f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n" for path in self.files
@@ -134,29 +151,37 @@ class FileInputs:
     def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
         """All documents from record `record` of input file `file` on."""
         for number in range(file, len(self.files)):
-            path = self.files[number]
-            key = self.text_key if self.masking is None else None
-            for following, done, text, place in _open_records(path, key, record):
-                pieces: tuple[Piece, ...] = ()
-                if self.masking is not None:
-                    pieces = record_pieces(text, **vars(self.masking), place=place)
-                    text = "".join(piece.text for piece in pieces)
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{place}: {self.text_key!r} is {type(text).__name__}, must be a string"
-                    )
-                try:
-                    content = text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise ValueError(
-                        f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})"
-                    ) from None
-                marks = json.dumps([[len(p.text), p.scored] for p in pieces]) if pieces else ""
-                digest = hashlib.sha256(content + marks.encode()).digest()
-                bucket = int.from_bytes(digest, "big") % VAL_BUCKETS
-                split = "val" if bucket < self.val_fraction * VAL_BUCKETS else "train"
-                yield Document(text, digest, split, number, following, done, pieces)
+            try:
+                yield from self._documents(number, record)
+            except Unreadable as error:
+                if not self.skip_unreadable:
+                    raise
+                self.skipped[self.files[number]] = str(error)
             record = 0
+
+    def _documents(self, number: int, record: int) -> Iterator[Document]:
+        path, key = self.files[number], self.text_key if self.masking is None else None
+        for following, done, text, place in _open_records(path, key, record, self.cut):
+            pieces: tuple[Piece, ...] = ()
+            if self.masking is not None:
+                pieces = record_pieces(text, **vars(self.masking), place=place)
+                text = "".join(piece.text for piece in pieces)
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{place}: {self.text_key!r} is {type(text).__name__}, must be a string"
+                )
+            try:
+                content = text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})"
+                ) from None
+            marks = json.dumps([[len(p.text), p.scored] for p in pieces]) if pieces else ""
+            digest = hashlib.sha256(content + marks.encode()).digest()
+            bucket = int.from_bytes(digest, "big") % VAL_BUCKETS
+            val = bucket < self.val_fraction * VAL_BUCKETS if self.cut is None else following == 2
+            split = "val" if val else "train"
+            yield Document(text, digest, split, number, following, done, pieces)
 
 
 def _find_files(patterns: list[str]) -> list[Path]:
@@ -223,30 +248,43 @@ def _saved_dataset(folder: Path) -> list[Path]:
     return files
 
 
-def _open_records(path: Path, key: str | None, start: int) -> Iterator[Record]:
-    """key: of the text in a record; None: the whole record, of JSON lines."""
+def _open_records(path: Path, key: str | None, start: int, cut: float | None) -> Iterator[Record]:
+    """key: of the text in a record; None: the whole record, of JSON lines. cut: where to divide a
+    text file in two, as a share of its characters; None: nowhere.
+    """
     name = path.name
     if name.endswith(JSONL):
         return _jsonl_records(path, key, start)
     assert key is not None
-    if name.endswith((".parquet", ".arrow")):
+    if name.endswith(TABLES):
         return _table_records(path, key, start)
-    return _text_records(path, start)
+    return _text_records(path, start, cut)
 
 
-def _text_records(path: Path, start: int) -> Iterator[Record]:
-    if start == 0:
+def _text_records(path: Path, start: int, cut: float | None) -> Iterator[Record]:
+    """The whole file; or what lies before and behind the first line end from `cut` on."""
+    if start == (1 if cut is None else 2):
+        return
+    try:
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # how editors mark UTF-8: no text
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise ValueError(
-                f"{path}, line {line}: byte 0x{content[error.start]:02x} "
-                "is not UTF-8; convert the file, or "
-                f"leave it out with a glob such as '{path.parent}/**/*.txt'"
-            ) from None
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise Unreadable(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise Unreadable(
+            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the "
+            f"file, leave it out with a glob such as '{path.parent}/**/*.txt', or leave out all "
+            "such files with --skip-unreadable"
+        ) from None
+    if cut is None:
         yield 1, len(content), text, str(path)
+        return
+    at = int(cut * len(text))
+    at = max(text.find("\n", at) + 1, at)  # at the cut itself where no line ends behind it
+    for number, part in enumerate((text[:at], text[at:]), start=1):
+        if number > start:
+            yield number, len(content) * number // 2, part, str(path)
 
 
 def json_lines(path: Path) -> Iterator[Record]:

@@ -55,6 +55,8 @@ class Arguments:
     val_fraction   share of val documents, chosen by content hash (a corpus has a fixed one)
     fim_rate       share of train documents made fill-in-the-middle; val stays plain so that losses compare
     shard_tokens   a shard ends with the document that reaches this
+    val_by_position  the end of every text file is val, `val_fraction` of it: for one long file
+    skip_unreadable  leave out files that are no UTF-8 text, where else the preparation stops
     mask           "prompts": records are questions and answers (data/chat.py), and only answers are
                    targets; None: text, all of it
     """
@@ -70,6 +72,8 @@ class Arguments:
     shard_tokens: int = 100_000_000
     seed: int = 0
     mask: str | None = None
+    val_by_position: bool = False
+    skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -98,6 +102,8 @@ class Arguments:
                 "--mask prompts reads questions and answers: it goes neither with --corpus nor "
                 "with --fim-rate"
             )
+        if self.corpus is not None and (self.val_by_position or self.skip_unreadable):
+            problems.append("--val-by-position and --skip-unreadable go with --input")
         if self.shard_tokens < 1:
             problems.append(f"shard_tokens {self.shard_tokens}: must be at least 1")
         if problems:
@@ -105,13 +111,17 @@ class Arguments:
 
 
 def prepare(
-    out_dir: str | Path, arguments: Arguments, *, progress: Progress | None = None
+    out_dir: str | Path,
+    arguments: Arguments,
+    *,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
 ) -> FolderIndex:
     """Make the prepared folder `out_dir`, or go on where an interrupted call with the same
     arguments stopped.
 
-    Returns the contents of its index.json. Raises ValueError for bad input, naming file and record,
-    and when `out_dir` or `out_dir`.partial were made with other arguments.
+    Returns the contents of its index.json. `say` is told what was left out. Raises ValueError for
+    bad input, naming file and record, and when `out_dir` or `out_dir`.partial were made with other arguments.
     """
     out = Path(out_dir)
     if not out.name:
@@ -120,9 +130,18 @@ def prepare(
     recorded = _recorded(arguments, inputs)
 
     def build(partial: Path) -> None:
-        _build(partial, arguments, recorded, inputs, progress)
+        try:
+            _build(partial, arguments, recorded, inputs, progress)
+        except ValueError:  # with other arguments, as it advises, nothing of it would be of use
+            if partial.is_dir() and not _begun(partial) and not _foreign(partial):
+                shutil.rmtree(partial)
+            raise
 
-    return make_folder(out, recorded, build)
+    index = make_folder(out, recorded, build)
+    if isinstance(inputs, FileInputs) and (skipped := list(map(str, inputs.skipped))):
+        more = ", ..." if len(skipped) > 3 else ""
+        say(f"left out {len(skipped)} unreadable file(s): {', '.join(skipped[:3])}{more}")
+    return index
 
 
 def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], None]) -> FolderIndex:
@@ -163,6 +182,8 @@ def _open_inputs(arguments: Arguments, out: Path) -> Inputs:
         val_fraction=arguments.val_fraction,
         out=out,
         masking=masking,
+        val_by_position=arguments.val_by_position,
+        skip_unreadable=arguments.skip_unreadable,
     )
 
 
@@ -171,8 +192,9 @@ def _recorded(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
     size.
     """
     recorded = asdict(arguments) | {"inputs": list(arguments.inputs)}
-    if arguments.mask is None:  # folders of older versions have no such key
-        del recorded["mask"]
+    for key in ("mask", "val_by_position", "skip_unreadable"):
+        if not recorded[key]:  # folders of older versions have no such key
+            del recorded[key]
     if arguments.tokenizer is not None and Path(arguments.tokenizer).is_file():
         recorded["tokenizer"] = file_sha256(Path(arguments.tokenizer))
     if isinstance(inputs, FileInputs):
@@ -271,18 +293,16 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
     Raises:
         ValueError: the folder holds other files, or the state of another preparation.
     """
-    path = partial / PROGRESS
-    foreign = sorted(left.name for left in partial.iterdir() if not OWN.fullmatch(left.name))
-    if foreign:
+    if foreign := _foreign(partial):
         raise ValueError(
             f"{partial}: holds {', '.join(foreign[:3])}, which no preparation wrote; move it away, "
             "or choose another --out"
         )
-    if not path.is_file():
+    if not _begun(partial):
         for left in partial.iterdir():
             left.unlink()
         return None
-    state: dict[str, Any] = {**read_json(path, Position, f"delete {partial} and start again")}
+    state: dict[str, Any] = {**_read_position(partial)}
     _compare(partial, state["arguments"], recorded)
     if state["inputs"] != inputs.fingerprint:
         raise ValueError(
@@ -297,6 +317,20 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
             f"{partial / TOKENIZER}: is missing or was changed; delete {partial} and start again"
         )
     return state
+
+
+def _foreign(partial: Path) -> list[str]:
+    """What no preparation wrote there."""
+    return sorted(left.name for left in partial.iterdir() if not OWN.fullmatch(left.name))
+
+
+def _begun(partial: Path) -> bool:
+    """Some document is tokenised: there is work to go on with."""
+    return (partial / PROGRESS).is_file() and _read_position(partial)["documents"] > 0
+
+
+def _read_position(partial: Path) -> Position:
+    return read_json(partial / PROGRESS, Position, f"delete {partial} and start again")
 
 
 def _make_tokenizer(partial: Path, arguments: Arguments, inputs: Inputs) -> DocumentEncoder:
@@ -340,7 +374,8 @@ def _finish(
         raise ValueError(
             f"{state['documents']} documents ({state['empty']} "
             f"empty) gave {documents['train']} for train "
-            f"and {documents['val']} for val; give more text, or another --val-fraction (0: no val)"
+            f"and {documents['val']} for val; give more text, another --val-fraction (0: no val), or, for few long text files, "
+            "--val-by-position"
         )
     index = {
         "format": FORMAT,
