@@ -179,7 +179,7 @@ def test_the_end_of_a_text_file_can_be_its_validation_text(tmp_path: Path):
     again = [(d.split, d.text) for d in read(0, 1)]  # after an interruption
     assert again == found[1:]
     (tmp_path / "c.jsonl").write_bytes(jsonl(["x"]))
-    with pytest.raises(ValueError, match="--val-by-position splits text files; .*c.jsonl holds"):
+    with pytest.raises(ValueError, match=r"--val-by-position splits text files; .*c\.jsonl holds"):
         FileInputs([str(tmp_path)], val_by_position=True, **options)
 
 

@@ -275,7 +275,7 @@ def test_what_failed_before_its_first_document_leaves_nothing_behind(tmp_path):
 def test_one_text_file_is_split_by_position_and_the_error_says_how(tmp_path):
     (tmp_path / "whole.txt").write_text("\n".join(texts(100)))
     options = {"inputs": (str(tmp_path / "whole.txt"),), "vocab_size": 280}
-    with pytest.raises(ValueError, match="1 for train and 0 for val.*--val-by-position"):
+    with pytest.raises(ValueError, match=r"1 for train and 0 for val.*--val-by-position"):
         prepare(tmp_path / "out", Arguments(**options))
     splits = prepare(tmp_path / "out", Arguments(val_by_position=True, **options))["splits"]
     assert splits["train"]["documents"] == splits["val"]["documents"] == 1
