@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dsv3_mtp.ops import c
+from dsv3_mtp.ops import c, c_library
 
 _inside_plain = 0
 _ON_GPU = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,7 +31,7 @@ def kernels(*tensors: Tensor) -> ModuleType | None:
         if other.dtype != x.dtype or other.device.type != x.device.type:
             return None
     if x.device.type == "cpu":
-        return c if c.unavailable(x.dtype) is None else None
+        return c if c_library.unavailable(x.dtype) is None else None
     return triton()[0] if x.is_cuda and x.dtype in _ON_GPU else None
 
 
@@ -72,7 +72,7 @@ def missing(device: torch.device) -> str | None:
     if device.type == "cuda":
         why = triton()[1]
         return f"Triton kernels: none, {instead} ({why})" if why else None
-    reasons = filter(None, map(c.unavailable, c.TYPES))
+    reasons = filter(None, map(c_library.unavailable, c_library.TYPES))
     return next((f"C kernels: not built, {instead} ({reason})" for reason in reasons), None)
 
 
