@@ -22,7 +22,8 @@ from dsv3_mtp.data.sampler import deal, sequential_windows
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import load_hf
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import MTPOutput
 from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.runs.model import load_model
 

@@ -11,7 +11,7 @@ from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.report.progress import WIDTH
-from dsv3_mtp.train.header import data_pieces, header, lambda_pieces
+from dsv3_mtp.train.words import data_pieces, header, lambda_pieces
 from tests.config.test_loss_weights import EXAMPLES
 from tests.conftest import tiny
 
