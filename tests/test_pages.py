@@ -3,7 +3,11 @@ links lead somewhere.
 """
 
 import importlib.util
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +90,32 @@ def test_links_of_a_page_lead_somewhere(page: Path):
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(1200)
+def test_the_tutorial_runs(tmp_path: Path):
+    """Its study file and its commands, in a folder with the clone's configs and fewer tokens."""
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    (yaml,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_lambda.yaml").write_text(yaml)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = []
+    for command in commands:
+        program, *words = shlex.split(command)
+        assert program == "dsv3"
+        less = ["--set", "train.total_tokens=20480"] if "--study" in words else []
+        arguments = [sys.executable, "-m", "dsv3_mtp", *words, *less]
+        done = subprocess.run(
+            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        output.append(done.stdout)
+    assert "12 runs" in output[0] and "[12/12]" in output[1] and "[4/4]" in output[2]
+    report = (tmp_path / "runs/my_lambda/report.md").read_text()
+    assert "not interpretable" in report.split("## Question")[0].lower() and "seed 4" in report
+    assert (tmp_path / "my_archive/report.md").exists()
