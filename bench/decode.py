@@ -67,6 +67,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--depths", type=int, nargs="*", default=[1, 2, 3, 4], metavar="K", help="default: 1 2 3 4"
     )
+    parser.add_argument(
+        "--thresholds",
+        type=float,
+        nargs="*",
+        default=[],
+        metavar="P",
+        help="also the largest K with --draft-threshold P",
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--compile", action="store_true", help="also measure compiled steps")
     parser.add_argument(
@@ -162,6 +170,9 @@ def make_variants(
         variants |= {
             f"K={k}": ours(draft_depth=k) for k in options.depths if draft_limit(model, k) == k
         }
+        most = max((k for k in options.depths if draft_limit(model, k) == k), default=1)
+        for p in options.thresholds:
+            variants[f"K={most}, P={p:g}"] = ours(draft_depth=most, draft_threshold=p)
     if options.compile:
         variants["plain, compiled"] = ours(compile=True)
         if model.depths:
@@ -264,7 +275,7 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
     from dsv3_mtp.decode.cache import Slots
     from dsv3_mtp.decode.decoder import Decoder
     from dsv3_mtp.decode.draft import no_drafter
-    from dsv3_mtp.decode.sample import Sampler
+    from dsv3_mtp.decode.sample import DraftSampler, Sampler
 
     most = max(options.depths, default=1)
     slots = Slots(model, len(prompt) + most + 2)
@@ -289,7 +300,7 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
         def draft() -> None:
             for _ in range(20):
                 drafter.filled = [[start - 1] for _ in drafter.filled]  # one slot is new
-                drafter.draft(ids, [start], 1, Sampler())[0].tolist()
+                drafter.draft(ids, [start], 1, DraftSampler(Sampler()))[0].tolist()
 
         steps["draft"] = draft
     seconds = measure(steps, 4 * options.rounds)

@@ -22,6 +22,7 @@ import json
 import sys
 
 from dsv3_mtp.cli.command import at_least
+from dsv3_mtp.cli.drafting import add_draft_options, draft_settings
 
 # What `check` compares with the given options.
 DEFAULTS = {"split": "val", "prompts": 8, "drafts": False}
@@ -34,6 +35,8 @@ LOSSES_ONLY = (
     "new_tokens",
     "temperature",
     "drafts",
+    "draft_threshold",
+    "draft_vocab",
 )
 TASKS_ONLY = ("lm_eval_include", "limit")
 
@@ -86,6 +89,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafts", action="store_true", help="statistics of the drafts along the text as well"
     )
+    add_draft_options(parser)
     parser.add_argument(
         "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
     )
@@ -117,6 +121,10 @@ def check(options: argparse.Namespace) -> str | None:
         return f"--temperature {options.temperature}: must be in [0.001, 100]"
     if options.temperature is not None and not (options.prompts or options.drafts):
         return "--temperature: no effect with --prompts 0 and without --drafts"
+    if options.draft_threshold is not None and not options.prompts:
+        return "--draft-threshold: no effect with --prompts 0"
+    if options.draft_vocab is not None and not (options.prompts or options.drafts):
+        return "--draft-vocab: no effect with --prompts 0 and without --drafts"
     if options.hf and not options.data and not options.lm_eval:
         return "--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on"
     if options.hf and options.ema:
@@ -199,6 +207,11 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         lost = [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
     if options.drafts and not config.mtp.depths:
         raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
+    if (options.draft_threshold or options.draft_vocab) and not config.mtp.depths:
+        raise ValueError(
+            "--draft-threshold, --draft-vocab: the model has no MTP heads to draft with"
+        )
+    drafting = draft_settings(options, config)
     batches, results = options.batches or config.eval.batches, {}
     for source in sources or [validation_source(config, options.split)]:
         metrics, notes = evaluation(
@@ -212,6 +225,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             new_tokens=new_tokens,
             temperature=options.temperature,
             drafts=options.drafts,
+            drafting=drafting,
         )
         for note in [*notes, *(lost if source.text is not None else [])]:
             print(f"{source.path}: {note}", file=sys.stderr)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.cli.command import at_least
+from dsv3_mtp.cli.drafting import add_draft_options, draft_settings
 
 INTERRUPTED = "\ninterrupted"
 DRAFT, PLAIN = "\x1b[32m", "\x1b[0m"  # accepted drafts are green
@@ -83,6 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="drafts per step (default: the model's D)",
     )
+    add_draft_options(drafts)
     drafts.add_argument(
         "--show-drafts", action="store_true", help="accepted drafts in colour, in a terminal"
     )
@@ -96,8 +98,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> str | None:
-    if not options.speculative and (options.draft_depth is not None or options.show_drafts):
-        return "--draft-depth and --show-drafts go with --speculative"
+    own = ("draft_depth", "draft_threshold", "draft_vocab", "show_drafts")
+    given = [
+        f"--{key.replace('_', '-')}" for key in own if getattr(options, key) not in (None, False)
+    ]
+    if not options.speculative and given:
+        return f"{', '.join(given)}: only with --speculative"
     if options.hf and options.ema:
         return "--ema goes with --run: an exported checkpoint holds one set of weights"
     return None
@@ -108,9 +114,9 @@ def run(options: argparse.Namespace) -> None:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model, encoder = load(options)
+    model, config, encoder = load(options)
     names, prompts = read_prompts(options, encoder)
-    settings = settings_of(options, model, encoder)
+    settings = settings_of(options, model, config, encoder)
     result, seconds = timed(model, prompts, settings, encoder=encoder, names=names, options=options)
     longest = model.config.max_position_embeddings
     for name, prompt, tokens in zip(names, prompts, result.tokens, strict=True):
@@ -120,8 +126,10 @@ def run(options: argparse.Namespace) -> None:
     print(summary(model, prompts, settings, result, seconds), file=sys.stderr)
 
 
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model on its device, and its tokenizer (None: there is none)."""
+def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model on its device, its config (None: of a folder without a run), and its tokenizer
+    (None: there is none).
+    """
     import torch
 
     from dsv3_mtp.data.tokenizer import recorded_encoder
@@ -132,18 +140,18 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
         run = load_model(options.run, ema=options.ema, trust_code=options.trust_code)
         for note in run.notes:
             print(f"note: {note}", file=sys.stderr)
-        model, tokenizer = run.model, run.tokenizer
+        model, config, tokenizer = run.model, run.config, run.tokenizer
     else:
         from dsv3_mtp.hf import load_hf
 
-        model, tokenizer = load_hf(options.hf)
+        (model, tokenizer), config = load_hf(options.hf), None
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return model, None if tokenizer is None else recorded_encoder(tokenizer)
+    return model, config, None if tokenizer is None else recorded_encoder(tokenizer)
 
 
 def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], list[list[int]]]:
@@ -177,7 +185,7 @@ def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], 
     return names, prompts
 
 
-def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
+def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: Any) -> Any:
     from dsv3_mtp.decode.draft import draft_limit
     from dsv3_mtp.decode.generate import Settings
 
@@ -203,6 +211,7 @@ def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
     return Settings(
         max_new_tokens=options.max_new_tokens,
         draft_depth=depth,
+        **draft_settings(options, config),
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,

@@ -130,6 +130,7 @@ class DeepseekV3MTP(nn.Module):
             documents=documents,
             lm_head=self.lm_head,
             keys=keys,
+            shard=self.shard,
         )
         heads = self.mtp(inputs)
         return HeadOutput([main, *heads.rows], [*stats, *heads.stats], heads.kept)
@@ -243,6 +244,15 @@ class DeepseekV3MTP(nn.Module):
                     parameter.copy_(values[first : first + count])
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
+        self.start_heads(writable=writable)
+
+    @torch.no_grad()
+    def start_heads(
+        self, *, writable: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
+        """What of the heads starts at other values than random ones (heads/base.py: `start`)."""
+        if self.depths and not self.lm_head.weight.is_meta:  # else on another pipeline stage
+            self.mtp.start(self.lm_head, writable)
 
 
 def meta_model(config: ModelConfig, mtp: MTPConfig, *, freeze: str = "none") -> DeepseekV3MTP:

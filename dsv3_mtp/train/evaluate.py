@@ -216,18 +216,20 @@ def acceptance(
     temperature: float = 0.0,
     part: tuple[int, int] = (0, 1),
     seed: int = 0,
+    **drafting: Any,
 ) -> dict[str, float]:
     """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
 
     A prompt is half a window of seq_len tokens, shorter where `new_tokens` need the room. On a task
     it is the text before an answer, and the answers are decoded; those of one or two tokens have
     nothing to draft: the first comes with the prompt, the last of a step from the main head.
-    Returns `val/acceptance/k`, joint for drafts 1..k, `val/tokens_per_step`, and `val/distinct`,
-    the share of distinct tokens: a model that repeats itself accepts everything.
+    Returns `val/acceptance/k`, joint for drafts 1..k over the steps that put k drafts to the test,
+    `val/tokens_per_step`, with a threshold `val/drafts_per_step`, and `val/distinct`, the share of distinct tokens: a model that repeats itself accepts everything.
 
     Args:
         part: (first, step): only every `step`-th of the prompts, from number `first` on.
         seed: of the random numbers at a temperature.
+        drafting: `draft_threshold` and `draft_vocab` of `Settings`.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
@@ -246,11 +248,13 @@ def acceptance(
     if new_tokens < 3:
         return {}
     settings = Settings(
-        max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed
+        max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed, **drafting
     )
     out = generate(model, texts[part[0] :: part[1]], settings)
     metrics = {
         f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)
     }
     metrics["val/tokens_per_step"] = out.acceptance.tokens_per_step
+    if settings.draft_threshold:
+        metrics["val/drafts_per_step"] = sum(out.acceptance.tried) / max(out.acceptance.steps, 1)
     return metrics | {"val/distinct": out.distinct}

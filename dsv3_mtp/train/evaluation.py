@@ -1,5 +1,7 @@
 """All that can be said of a trained model on one data source: `dsv3 evaluate`, `Run.evaluate`."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ def evaluation(
     new_tokens: int | None = None,
     temperature: float | None = None,
     drafts: bool = False,
+    drafting: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, float], list[str]]:
     """Metrics by name (docs/metrics.md), and what a reader should know about them.
 
@@ -36,6 +39,7 @@ def evaluation(
         prompts: for free-running acceptance; 0: it is not measured.
         temperature: of acceptance, None: greedy; and of the drafts' statistics, None: 1.
         drafts: the statistics of drafts along the text as well.
+        drafting: `draft_threshold` and `draft_vocab` of acceptance, where they are asked for.
 
     Raises:
         ValueError: `drafts` of a task, whose answers are no text.
@@ -52,9 +56,8 @@ def evaluation(
         metrics |= floors
         notes += [early_training(metrics), why, *missing]
         if drafts:
-            metrics |= draft_statistics(
-                model, text, config, temperature=temperature or 1.0, **where
-            )
+            among = {"temperature": temperature or 1.0, "vocab": drafting.get("draft_vocab", ())}
+            metrics |= draft_statistics(model, text, config, **among, **where)
     elif drafts:
         raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
     if prompts and config.mtp.depths:
@@ -70,5 +73,6 @@ def evaluation(
                 seq_len=config.data.seq_len,
                 new_tokens=new_tokens or min(NEW_TOKENS, longest // 2),
                 temperature=temperature or 0.0,
+                **drafting,
             )
     return metrics, [note for note in notes if note]

@@ -3,7 +3,9 @@ on, and drafters without a network that are measured with its own main model.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,11 +132,17 @@ def draft_statistics(
     batches: int,
     temperature: float,
     device: torch.device,
+    vocab: Sequence[int] = (),
 ) -> dict[str, float]:
-    """Metrics of `DraftStatistics` at a temperature, on the validation windows of `source`."""
+    """Metrics of `DraftStatistics` at a temperature, on the validation windows of `source`. vocab: the
+    tokens that drafts are drawn among; (): all.
+    """
     micro = config.train.micro_batch_size
     size = config.model.vocab_size
-    statistics = DraftStatistics(model.offsets[1:], size, temperature=temperature, device=device)
+    outside = torch.ones(size, dtype=torch.bool, device=device)
+    outside[list(vocab) or slice(None)] = False
+    how: Any = {"temperature": temperature, "device": device, "outside": outside if vocab else None}
+    statistics = DraftStatistics(model.offsets[1:], size, **how)
     windows = {"seq_len": config.data.seq_len, "lookahead": model.lookahead}
     windows |= {"count": batches * micro}
     for window in sequential_windows(source, **windows, micro_batch_size=micro):

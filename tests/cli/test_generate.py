@@ -241,6 +241,7 @@ def test_a_text_that_ends_with_the_context_says_so(run_tool, folder):
         (["--prompt", "a", "--stop", "gone"], "--stop 'gone': not one token"),
         (["--prompt", "a", "--top-p", "0.5"], "no effect at temperature 0"),
         (["--prompt", "a", "--device", "abacus"], "--device abacus:"),
+        (["--prompt", "a", "--speculative", "--draft-vocab", "261"], "--draft-vocab 261: a draft"),
     ],
     ids=lambda value: str(value)[:30],
 )
