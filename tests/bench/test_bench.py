@@ -98,6 +98,7 @@ def test_a_frozen_trunk_stays_as_it_is(make_tiny_config):
     assert losses[0] == losses[1] and model.lm_head.weight.grad is None
 
 
+@pytest.mark.slow
 def test_a_comparison_prints_a_table_and_writes_the_numbers_and_says_which_fp8_backend_cannot_run(
     tmp_path,
 ):

@@ -77,6 +77,7 @@ def test_speculative_text_is_plain_text_and_the_summary_says_so(run_tool, folder
     )
 
 
+@pytest.mark.slow
 def test_compiled_steps_generate_the_same_text_and_few_graphs_serve_all_lengths(
     run_tool, folder, monkeypatch
 ):
