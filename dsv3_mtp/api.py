@@ -6,9 +6,9 @@
     run.evaluate()["val/main_loss"], run.metrics["train/main_loss"]
 
 Nothing here has an effect on the process that outlives the call: no signal handler, no environment
-variable, no seed, no number of threads. That has a price: Ctrl-C in `train_run` goes back to the last
-checkpoint, where `dsv3 train` saves first; and on a CPU `dsv3 train` also turns on faster products,
-which round otherwise.
+variable, no seed, no number of threads. That has a price: Ctrl-C in `train_run` goes back to the
+last checkpoint, where `dsv3 train` saves first; and on a CPU `dsv3 train` also turns on faster
+products, which round otherwise.
 """
 
 import gc
@@ -96,8 +96,8 @@ class LanguageModel:
 
 
 class Run(LanguageModel):
-    """A run folder: its config, metrics, and the model of its newest checkpoint, which is loaded when
-    it is first asked for.
+    """A run folder: its config, metrics, and the model of its newest checkpoint, which is loaded
+    when it is first asked for.
 
     Raises:
         ValueError: the folder is no run, or, once the model is asked for, it has no checkpoint.
@@ -215,8 +215,8 @@ def load_run(folder: str | Path, *, trust_code: bool = False) -> Run:
 
 
 def load_hf(folder: str | Path) -> LanguageModel:
-    """A checkpoint in DeepSeek-V3's layout (config.json, *.safetensors, tokenizer.json), with its MTP
-    modules, on the CPU.
+    """A checkpoint in DeepSeek-V3's layout (config.json, *.safetensors, tokenizer.json), with its
+    MTP modules, on the CPU.
 
     Raises:
         ValueError: it is of another architecture, damaged or incomplete.

@@ -50,7 +50,8 @@ def prepare(
     arguments stopped.
 
     Returns the contents of its index.json. `say` is told what was left out. Raises ValueError for
-    bad input, naming file and record, and when `out_dir` or `out_dir`.partial were made with other arguments.
+    bad input, naming file and record, and when `out_dir` or `out_dir`.partial were made with other
+    arguments.
     """
     out = Path(out_dir)
     if not out.name:
@@ -245,8 +246,8 @@ def _finish(
         raise ValueError(
             f"{state['documents']} documents ({state['empty']} "
             f"empty) gave {documents['train']} for train "
-            f"and {documents['val']} for val; give more text, another --val-fraction (0: no val), or, for few long text files, "
-            "--val-by-position"
+            f"and {documents['val']} for val; give more text, another --val-fraction "
+            "(0: no val), or, for few long text files, --val-by-position"
         )
     index = {
         "format": FORMAT,

@@ -77,8 +77,8 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of W&B with this run's name, its whole config, and an id that is kept in the run folder,
-    so that a resumed run goes on there. A group is a study, or what `log.wandb.group` says.
+    """A run of W&B with this run's name, its whole config, and an id that is kept in the run
+    folder, so that a resumed run goes on there. A group is a study, or what `log.wandb.group` says.
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
@@ -108,8 +108,8 @@ class Wandb:
             )
         except Exception as error:  # of wandb: no login, no network, a refused name
             raise ValueError(
-                f"log.wandb: Weights & Biases cannot be started: {error}; log in with `wandb login`, "
-                "set WANDB_MODE=offline, or log.wandb: null"
+                f"log.wandb: Weights & Biases cannot be started: {error}; log in with `wandb "
+                "login`, set WANDB_MODE=offline, or log.wandb: null"
             ) from error
         self.run.define_metric("tokens")
         self.run.define_metric("*", step_metric="tokens")

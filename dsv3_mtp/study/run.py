@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # an import of seconds that training makes: once here, not in every forked process
+
+# an import of seconds that training makes: once here, not in every forked process
+import torch._dynamo
 
 from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.report.metrics import read_metrics

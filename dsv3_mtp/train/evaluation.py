@@ -35,7 +35,7 @@ def evaluation(
     """Metrics by name (docs/metrics.md), and what a reader should know about them.
 
     Args:
-        trained: the sampler of the run's training text, for the n-gram floors; None: no such floors.
+        trained: the sampler of the run's training text, for the n-gram floors; None: none.
         prompts: for free-running acceptance; 0: it is not measured.
         temperature: of acceptance, None: greedy; and of the drafts' statistics, None: 1.
         drafts: the statistics of drafts along the text as well.
