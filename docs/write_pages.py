@@ -39,8 +39,8 @@ def config_page() -> str:
         '--yaml` prints what a file stands for. "V3" is arXiv 2412.19437, numbers in brackets are '
         "DeepSeek-V3's own, fractions are of `train.total_tokens`.",
         "The last column says what a resumed run may do with another value: *fixed*: it is "
-        "refused, the weights or the place in the data fit the old value only; *recorded*: it is said and "
-        "recorded, and refused where the run is finished; *free*: it has no effect on what is "
+        "refused, the weights or the place in the data fit the old value only; *recorded*: it is "
+        "said and recorded, and refused where the run is finished; *free*: it has no effect on what is "
         "learned.",
     ]
     for name, field in Config.model_fields.items():
