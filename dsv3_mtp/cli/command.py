@@ -115,8 +115,8 @@ def add_sets(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def at_least(bound: int) -> Callable[[str], int]:
-    """A `type` for argparse: a whole number >= bound."""
+def at_least(bound: int, most: int = 2**31) -> Callable[[str], int]:
+    """A `type` for argparse: a whole number >= bound and <= most."""
 
     def read(text: str) -> int:
         try:
@@ -125,6 +125,8 @@ def at_least(bound: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text}: must be a whole number") from None
         if value < bound:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {bound}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text}: must be at most {most:,}")
         return value
 
     return read
@@ -142,8 +144,9 @@ def find_config(name: str) -> str:
     if os.path.exists(name):
         return name
     shipped = shipped_configs() / name.removeprefix("configs/")
-    found = [path for path in (shipped, shipped.with_suffix(".yaml")) if path.is_file()]
-    return str(found[0]) if found else name
+    places = (str(shipped), str(shipped.with_suffix(".yaml")))
+    found = [path for path in places if os.path.isfile(path)]  # no error for too long a name
+    return found[0] if found else name
 
 
 def _fail(message: str, code: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from dsv3_mtp.cli.command import at_least
 
 INTERRUPTED = "\ninterrupted"
+LETTERS = 100  # per token: no text of a language has so many
 DRAFT, PLAIN = "\x1b[32m", "\x1b[0m"  # accepted drafts are green
 
 
@@ -89,7 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu"
     )
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
+    parser.add_argument("--threads", type=at_least(1, 1024), metavar="N", help="CPU threads")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile: a minute or more once, then faster"
     )
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model, encoder = load(options)
-    names, prompts = read_prompts(options, encoder)
+    names, prompts = read_prompts(options, encoder, model.config.max_position_embeddings)
     settings = settings_of(options, model, encoder)
     result, seconds = timed(model, prompts, settings, encoder=encoder, names=names, options=options)
     longest = model.config.max_position_embeddings
@@ -140,14 +141,18 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("holds no values; choose cpu or cuda")
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return model, None if tokenizer is None else recorded_encoder(tokenizer)
 
 
-def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], list[list[int]]]:
-    """What to call each prompt, and its token ids."""
+def read_prompts(
+    options: argparse.Namespace, encoder: Any, longest: int
+) -> tuple[list[str], list[list[int]]]:
+    """What to call each prompt, and its token ids. longest: tokens that the model reads."""
     texts = [(f"prompt {text!r}", text) for text in options.prompt]
     for path in options.prompt_file:
         try:
@@ -166,6 +171,12 @@ def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], 
         raise ValueError(
             "the checkpoint's data has no tokenizer.json here: give the prompt with --prompt-ids"
         )
+    for name, text in texts:
+        if len(text) > LETTERS * longest:  # to make tokens of all of it would take minutes
+            raise ValueError(
+                f"{name[:60]}: {len(text):,} letters, more than {LETTERS} for each of the "
+                f"{longest:,} tokens that the model reads (model.max_position_embeddings)"
+            )
     prompts = [encoder.tokenizer.encode(text, add_special_tokens=False).ids for _, text in texts]
     names = [name for name, _ in texts]
     for ids in options.prompt_ids:
@@ -193,6 +204,10 @@ def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
     depth = 0
     if options.speculative:
         depth = options.draft_depth or max(model.depths, 1)
+        if depth >= (longest := model.config.max_position_embeddings):
+            raise ValueError(
+                f"--draft-depth {depth}: must be < model.max_position_embeddings = {longest}"
+            )
         if 0 < (limit := draft_limit(model, depth)) < depth:
             heads = (
                 f"the model has {model.depths} independent "

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from dsv3_mtp.config import code, layout
 from dsv3_mtp.config.data import DataConfig, Task
@@ -42,6 +42,7 @@ from dsv3_mtp.config.section import (
     Positive,
     Section,
     Text,
+    not_bool,
 )
 from dsv3_mtp.config.tree import Document, dump_tree, read_document
 
@@ -185,7 +186,7 @@ class ParallelConfig(Section):
 
     on_resume = OnResume.FREE
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(not_bool)] = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also
     weights.
     """
@@ -375,7 +376,7 @@ def _option_problems(section: Any) -> Iterator[Problem]:
     """What is wrong with the options of the heads in a faulty `mtp` section."""
     given = section if isinstance(section, Mapping) else {}
     extra = {key: value for key, value in given.items() if key not in MTPConfig.model_fields}
-    with suppress(ValueError):  # of an unknown mode, which is reported
+    with suppress(ValueError, TypeError):  # of an unknown mode, which is reported
         for key, text in option_problems(given.get("mode", MTPConfig().mode), extra):
             more = did_you_mean(f"mtp.{key}", key_paths(Config)) if text == UNKNOWN else ""
             yield f"mtp.{key}", text + more

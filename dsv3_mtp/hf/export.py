@@ -16,7 +16,7 @@ from dsv3_mtp.files.atomic import lock, write_json
 from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
-from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
+from dsv3_mtp.hf.keys import SCALE, Slot, report, slots, summarise
 from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
 from dsv3_mtp.hf.readers import reader_notes
 from dsv3_mtp.hf.settings import (
@@ -184,11 +184,7 @@ def _open_run(
     if deepest in stored.shapes and bool((stored.read(deepest) == 1).all()):
         problems += _untrained(config, modules, progress)
     if problems:
-        raise ValueError(
-            "\n".join(
-                [f"{newest}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]
-            )
-        )
+        raise ValueError(report(newest, problems))
 
     def read(slot: Slot) -> Tensor:  # only its own range: an expert, not the stack of all experts
         part = state[slot.key][slot.index]

@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.tensorfile import DTYPES
 from dsv3_mtp.hf.files import Checkpoint
-from dsv3_mtp.hf.keys import SCALE, Slot, slot_count, slots, summarise
+from dsv3_mtp.hf.keys import SCALE, Slot, report, slot_count, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
@@ -61,9 +61,7 @@ def open_checkpoint(
                 "config.json promises MTP modules that are "
                 "not there: take the trunk with --trunk-only"
             )
-        raise ValueError(
-            "\n".join([f"{folder}: {len(lines)} problem(s)", *(f"  {line}" for line in lines)])
-        )
+        raise ValueError(report(folder, lines))
     return (
         checkpoint,
         settings,
@@ -193,7 +191,7 @@ def load_weights(
                 tensors[key][index].copy_(values)
     if bad:
         lines = summarise(bad)
-        raise ValueError("\n  ".join([f"{folder}: {len(lines)} problem(s)", *lines]))
+        raise ValueError(report(folder, lines))
     return [f"weights from {folder}", *settings.notes, *notes]
 
 

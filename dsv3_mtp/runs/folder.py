@@ -18,6 +18,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config, MTPConfig, code
+from dsv3_mtp.config.reader import show
 from dsv3_mtp.config.resume import FREE, differences, rule_of
 from dsv3_mtp.config.section import OnResume
 from dsv3_mtp.data.source import DataSource
@@ -68,10 +69,16 @@ def lock_folder(folder: Path) -> int:
     What a killed process left half-written there is deleted.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or it cannot be made.
     """
     busy = f"{folder}: another process works in this folder; choose another run.name"
-    descriptor = lock(folder / ".lock", busy)
+    try:
+        descriptor = lock(folder / ".lock", busy)
+    except OSError as error:
+        raise ValueError(
+            f"run.dir, run.name: {show(str(folder))} cannot be written ({error.strerror}); "
+            "choose another"
+        ) from None
     for left in (folder, folder / "checkpoints", *checkpoints(folder / "checkpoints")):
         sweep(left)
     return descriptor

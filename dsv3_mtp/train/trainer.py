@@ -71,12 +71,12 @@ class Trainer:
         self.folder = run_folder(config)
         self.stop = stop
         with starting(config.parallel.timeout_s):
-            self.build(command, notes)
+            self.build(command, notes, profile)
         self.profile = StepProfile(profile, self.folder, self.world.rank)
         if self.world.device.type == "cuda":  # perf/peak_gib is of training, not of the start
             torch.cuda.reset_peak_memory_stats(self.world.device)
 
-    def build(self, command: list[str], notes: Sequence[str]) -> None:
+    def build(self, command: list[str], notes: Sequence[str], profile: range) -> None:
         """Everything that a run needs: ranks, data, model, engine, and what was saved."""
         config, parallel = self.config, self.config.parallel
         self.world = start(
@@ -85,6 +85,11 @@ class Trainer:
             stages=parallel.pipeline_stages,
             slices=parallel.sequence_parallel_size,
         )
+        if profile and profile.start > self.total_steps:
+            raise ValueError(
+                f"--profile steps={profile.start}:{profile.stop - 1}: the run has "
+                f"{self.total_steps} steps"
+            )
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         on_main(self.world, lambda: build_missing(config))
@@ -149,6 +154,11 @@ class Trainer:
         )
 
     @property
+    def total_steps(self) -> int:
+        rows = self.config.train.micro_batch_size * self.world.data_size
+        return schedules.total_steps(self.config.train, self.config.data.seq_len, rows)
+
+    @property
     def progress(self) -> float:
         """Fraction of the training tokens consumed: what every schedule is a function of."""
         return min(self.tokens / self.config.train.total_tokens, 1.0)
@@ -161,9 +171,7 @@ class Trainer:
                 loss; nothing of it is saved.
         """
         config, total = self.config, self.config.train.total_tokens
-        rows = config.train.micro_batch_size * self.world.data_size
-        steps = schedules.total_steps(config.train, config.data.seq_len, rows)
-        with Progress(total, total_steps=steps, silent=not self.world.is_main) as self.display:
+        with Progress(total, total_steps=self.total_steps, silent=not self.world.is_main) as self.display:
             for note in [self.headline(), *self.notes]:
                 self.display.say(note)
             self.clock.start(self.tokens)
