@@ -14,7 +14,6 @@ from dsv3_mtp.config.source import SOURCES, SourceSection
 from dsv3_mtp.config.task import TASKS, Task
 
 
-
 def _path_or_source(value: Any) -> Any:
     if isinstance(value, str | Section) or (isinstance(value, Mapping) and "type" in value):
         return value

@@ -51,6 +51,7 @@ def run_study(
         ValueError: a run folder holds a run of other settings, or `only` chooses nothing.
     """
     study = loaded.study
+    check_folders(study, expand(loaded, budgets_of(loaded)))
     study.folder.mkdir(parents=True, exist_ok=True)
     freeze(loaded, len(records_of(loaded)))
     failed: list[str] = []

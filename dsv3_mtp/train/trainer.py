@@ -171,7 +171,9 @@ class Trainer:
                 loss; nothing of it is saved.
         """
         config, total = self.config, self.config.train.total_tokens
-        with Progress(total, total_steps=self.total_steps, silent=not self.world.is_main) as self.display:
+        with Progress(
+            total, total_steps=self.total_steps, silent=not self.world.is_main
+        ) as self.display:
             for note in [self.headline(), *self.notes]:
                 self.display.say(note)
             self.clock.start(self.tokens)

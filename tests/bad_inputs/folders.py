@@ -1,5 +1,8 @@
 """Files that are read back and are not what was written: prepared data, runs, checkpoints."""
 
+# fmt: off
+# A case is a line, however long.
+
 import json
 import struct
 from pathlib import Path
@@ -15,6 +18,11 @@ RUN = "runs/tiny"
 NEW, OLD = (f"{RUN}/checkpoints/global_step{n}" for n in (2, 1))
 HF = "hf/tiny"
 SHARD = f"{HF}/model-00002-of-00004.safetensors"
+def saved(content: str) -> Damage:
+    """A folder as datasets.Dataset.save_to_disk makes it."""
+    return both(put("saved/state.json", content), put("saved/dataset_info.json", "{}"))
+
+
 TEXT = "prepare --out new --vocab-size 300 --input "
 
 # What no JSON file of the project may hold, whatever it is: (name, content)
@@ -154,7 +162,7 @@ DATAS = [
     C("data: .bin cut off", TRAIN, r"train-00000\.bin", cut(f"{DATA}/train-00000.bin", -2)),
     C("data: .bin empty", TRAIN, r"train-00000\.bin", put(f"{DATA}/train-00000.bin", b"")),
     C("data: .bin missing", TRAIN, r"train-00000\.bin", gone(f"{DATA}/train-00000.bin")),
-    C("data: .bin a folder", TRAIN, r"train-00000\.bin.*(folder|directory)", both(gone(f"{DATA}/train-00000.bin"), put(f"{DATA}/train-00000.bin/x", ""))),
+    C("data: .bin a folder", TRAIN, r"train-00000\.bin: is no file", both(gone(f"{DATA}/train-00000.bin"), put(f"{DATA}/train-00000.bin/x", ""))),
     C("data: .bin longer", TRAIN, r"train-00000\.(bin|idx)", raw(f"{DATA}/train-00000.bin", lambda b: b + b"xx")),
     C("data: .bin of ids too large", TRAIN, "(65535|vocabulary|vocab_size)", raw(f"{DATA}/train-00000.bin", lambda b: b"\xff\xff" * (len(b) // 2))),
     C("data: val .bin of ids too large", TRAIN, "(65535|vocabulary|vocab_size)", raw(f"{DATA}/val-00000.bin", lambda b: b"\xff\xff" * (len(b) // 2))),
@@ -171,10 +179,10 @@ DATAS = [
     C("data: tokenizer empty", "generate --run runs/tiny --prompt x", r"tokenizer\.json", put(f"{DATA}/tokenizer.json", "")),
     C("data: tokenizer a list", "generate --run runs/tiny --prompt x", r"tokenizer\.json", put(f"{DATA}/tokenizer.json", "[]")),
     C("data: tokenizer deep", "generate --run runs/tiny --prompt x", r"tokenizer\.json", put(f"{DATA}/tokenizer.json", DEEP)),
-    C("data: eos_id of no token", "generate --run runs/tiny --prompt x", r"index\.json.*eos_id|eos_id.*index\.json", given(INDEX, eos_id=5000)),
+    C("data: eos_id of no token", "generate --run runs/tiny --prompt x", r"tokenizer\.json: has no token 5000.*index\.json", given(INDEX, eos_id=5000)),
     C("data: index a list, generating", "generate --run runs/tiny --prompt x", r"data/tiny/index\.json", put(INDEX, "[]")),
     C("data: a mask that is missing", TRAIN + " --set data.mask=prompts", "not prepared with --mask prompts"),
-    C("verify: a flipped bit of data", "prepare --verify data/tiny", r"train-00000\.bin: sha256", raw(f"{DATA}/train-00000.bin", lambda b: b[:-1] + b"\x00")),
+    C("verify: a flipped bit of data", "prepare --verify data/tiny", r"train-00000\.bin: sha256", raw(f"{DATA}/train-00000.bin", lambda b: b[:-1] + bytes([b[-1] ^ 1]))),
     C("verify: data without hashes", "prepare --verify data/tiny", "sha256", given(INDEX, splits__train__shards__0__sha256={})),
     C("verify: data without splits", "verify data/tiny", "splits", without(INDEX, "splits")),
     C("verify: a tokenizer that was edited", "verify data/tiny", r"tokenizer\.json: sha256", raw(f"{DATA}/tokenizer.json", lambda b: b + b"\n")),
@@ -187,7 +195,7 @@ PREPARED = [
     C("prepare: a stranger's file", PROGRESS, r"new\.partial", put("new.partial", "x")),
     C("prepare: out holds a stranger's file", PROGRESS, "new", put("new/thesis.txt", "x")),
     *(
-        C(f"prepare: {name}", TEXT + where, said, damage)
+        C(f"prepare: {name}", (TEXT if "--tokenizer" not in where else "prepare --out new --input ") + where, said, damage)
         for name, where, said, damage in (
             ("no text in it", "bad.txt", "no text|holds no text|empty", put("bad.txt", "")),
             ("no text in JSON lines", "bad.jsonl", "no text|empty", put("bad.jsonl", "")),
@@ -205,14 +213,14 @@ PREPARED = [
             ("a zstd that is none", "bad.jsonl.zst", r"bad\.jsonl\.zst", put("bad.jsonl.zst", b"plain")),
             ("a parquet that is none", "bad.parquet", r"bad\.parquet", put("bad.parquet", b"plain")),
             ("a link in a circle", "loop.txt", r"loop\.txt", link("loop.txt", "loop.txt")),
-            ("a saved data set of nothing", "saved", "saved/state.json", put("saved/state.json", "{}")),
-            ("a saved data set of a list", "saved", "saved/state.json", put("saved/state.json", "[]")),
-            ("a saved data set cut off", "saved", "saved/state.json", put("saved/state.json", '{"_data')),
-            ("a saved data set of deep", "saved", "saved/state.json", put("saved/state.json", DEEP)),
-            ("a saved data set of root", "saved", r"saved", put("saved/state.json", '{"_data_files": [{"filename": "/etc/passwd"}]}')),
-            ("a saved data set outside", "saved", r"saved", put("saved/state.json", '{"_data_files": [{"filename": "../c.yaml"}]}')),
-            ("a saved data set of no file", "saved", r"saved", put("saved/state.json", '{"_data_files": [{"filename": "x.arrow"}]}')),
-            ("a saved data set of text", "saved", r"x\.arrow", both(put("saved/state.json", '{"_data_files": [{"filename": "x.arrow"}]}'), put("saved/x.arrow", "text"))),
+            ("a saved data set of nothing", "saved", "saved/state.json", saved("{}")),
+            ("a saved data set of a list", "saved", "saved/state.json", saved("[]")),
+            ("a saved data set cut off", "saved", "saved/state.json", saved('{"_data')),
+            ("a saved data set of deep", "saved", "saved/state.json", saved(DEEP)),
+            ("a saved data set of root", "saved", r"saved", saved('{"_data_files": [{"filename": "/etc/passwd"}]}')),
+            ("a saved data set outside", "saved", r"saved", saved('{"_data_files": [{"filename": "../c.yaml"}]}')),
+            ("a saved data set of no file", "saved", r"saved", saved('{"_data_files": [{"filename": "x.arrow"}]}')),
+            ("a saved data set of text", "saved", r"x\.arrow", both(saved('{"_data_files": [{"filename": "x.arrow"}]}'), put("saved/x.arrow", "text"))),
             ("a tokenizer that is none", "words.txt --tokenizer bad.json", r"bad\.json", put("bad.json", "{}")),
             ("a tokenizer cut off", "words.txt --tokenizer bad.json", r"bad\.json", put("bad.json", '{"version"')),
         )
@@ -341,11 +349,11 @@ RUNS = [
     C("run folder is a file", "train --config c.yaml --set run.name=taken", "runs/taken", put("runs/taken", "x")),
     C("run folder is a link to nothing", "train --config c.yaml --set run.name=taken", "runs/taken", link("runs/taken", "nowhere")),
     C("lock is a folder", RESUME, r"\.lock", both(gone(f"{RUN}/.lock"), put(f"{RUN}/.lock/x", ""))),
-    C("verify: one flipped bit", "verify runs/tiny", "global_step2.*shard_rank0.safetensors: is not what was written", raw(f"{NEW}/shard_rank0.safetensors", lambda b: b[:-1] + b"\x07")),
+    C("verify: one flipped bit", "verify runs/tiny", "global_step2.*shard_rank0.safetensors: is not what was written", raw(f"{NEW}/shard_rank0.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]))),
     C("verify: a run's config", "verify runs/tiny", r"config\.yaml", put(f"{RUN}/config.yaml", "x")),
     C("verify: metrics", "verify runs/tiny", r"metrics\.jsonl", put(f"{RUN}/metrics.jsonl", '{"a": 1}\n')),
     C("verify: manifest", "verify runs/tiny", r"manifest\.json", put(f"{RUN}/manifest.json", "[]")),
     C("verify: a checkpoint that is cut", "verify runs/tiny", "global_step2: incomplete", cut(f"{NEW}/shard_rank0.safetensors", -4)),
-    C("verify: an export", "verify hf/tiny", "model-00002-of-00004.safetensors: is not what was written", raw(SHARD, lambda b: b[:-1] + b"\x07")),
+    C("verify: an export", "verify hf/tiny", "model-00002-of-00004.safetensors: is not what was written", raw(SHARD, lambda b: b[:-1] + bytes([b[-1] ^ 1]))),
 ]
 CASES = [*DATAS, *PREPARED, *RUNS]

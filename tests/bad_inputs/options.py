@@ -1,5 +1,8 @@
 """Command lines and YAML that say something wrong."""
 
+# fmt: off
+# A case is a line, however long.
+
 from tests.bad_inputs.ask import Case as C
 from tests.bad_inputs.ask import gone, link, put
 

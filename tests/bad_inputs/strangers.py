@@ -1,5 +1,8 @@
 """Checkpoints of strangers, archives of studies, and the environment that a command starts in."""
 
+# fmt: off
+# A case is a line, however long.
+
 from tests.bad_inputs.ask import Case as C
 from tests.bad_inputs.ask import both, cut, edit, given, gone, link, put, raw, without
 from tests.bad_inputs.folders import BROKEN, DEEP, HEADERS, HF, LENGTHS, SHARD, header
@@ -101,8 +104,8 @@ FILES = [
     C("a tokenizer that is missing", GENERATE, "tokenizer", gone(f"{HF}/tokenizer.json")),
     *(C(f"shard: {name}", IMPORT, r"1 problem\(s\)\n.*model-00002-of-00004\.safetensors", header(SHARD, change)) for name, change in HEADERS if name not in ("an unknown type", "no tensors")),
     *(C(f"shard: {name}", IMPORT, r"1 problem\(s\)\n.*model-00002-of-00004\.safetensors", raw(SHARD, change)) for name, change in LENGTHS),
-    C("a shard of another content", IMPORT, "model-00002-of-00004.safetensors: is not what was written", raw(SHARD, lambda b: b[:-1] + b"\x07")),
-    C("a shard of another content, generating", GENERATE, "model-00002-of-00004.safetensors: is not what was written", raw(SHARD, lambda b: b[:-1] + b"\x07")),
+    C("a shard of another content", IMPORT, "model-00002-of-00004.safetensors: is not what was written", raw(SHARD, lambda b: b[:-1] + bytes([b[-1] ^ 1]))),
+    C("a shard of another content, generating", GENERATE, "model-00002-of-00004.safetensors: is not what was written", raw(SHARD, lambda b: b[:-1] + bytes([b[-1] ^ 1]))),
     C("nan in a stranger's weights", IMPORT, "holds nan or infinity", both(without(WEIGHTS, "metadata"), raw(SHARD, lambda b: b[:-64] + b"\xff\xff" * 32))),
     C("nan in a stranger's weights, generating", GENERATE, "holds nan or infinity", both(without(WEIGHTS, "metadata"), raw(SHARD, lambda b: b[:-64] + b"\xff\xff" * 32))),
     C("FP8 without quantization_config", "import --from hf/fp8 --out new", "no quantization_config", without("hf/fp8/config.json", "quantization_config")),
@@ -136,9 +139,9 @@ ARCHIVES = [
     ),
     C("a run folder of other settings", f"{STUDY} --only chain", "run folders of other settings", lambda f: put("runs/two/chain-seed1/config.yaml", (f / "c.yaml").read_bytes())(f)),
     C("a run folder with a damaged config", f"{STUDY} --only chain", r"chain-seed1/config\.yaml", put("runs/two/chain-seed1/config.yaml", "[")),
-    C("compare: a run without metrics", "study --compare runs/tiny --out new", "metrics", gone("runs/tiny/metrics.jsonl")),
-    C("compare: damaged metrics", "study --compare runs/tiny --out new", r"metrics\.jsonl", put("runs/tiny/metrics.jsonl", "[]\n")),
-    C("compare: a damaged manifest", "study --compare runs/tiny --out new", r"manifest\.json", put("runs/tiny/manifest.json", "[]")),
+    C("compare: a run without metrics", "study --compare runs/tiny runs/tiny --out new", "metrics", gone("runs/tiny/metrics.jsonl")),
+    C("compare: damaged metrics", "study --compare runs/tiny runs/tiny --out new", r"metrics\.jsonl", put("runs/tiny/metrics.jsonl", "[]\n")),
+    C("compare: a damaged manifest", "study --compare runs/tiny runs/tiny --out new", r"manifest\.json", put("runs/tiny/manifest.json", "[]")),
 ]
 TRAIN = "train --config c.yaml --set run.name=new"
 ENVIRONMENT = [
@@ -154,7 +157,6 @@ ENVIRONMENT = [
     C("plan: WORLD_SIZE of text", "plan --config c.yaml", "WORLD_SIZE", env={"WORLD_SIZE": "x"}),
     C("plan: RANK of text", "plan --config c.yaml", "RANK", env={"RANK": "x"}),
     C("wrong config with RANK of text", "plan --config no.yaml", r"no\.yaml|RANK", env={"RANK": "x"}),
-    C("DS_ACCELERATOR of nothing", TRAIN, "DS_ACCELERATOR", env={"DS_ACCELERATOR": "magic"}),
     C("deep lines of a tokenizer", "prepare --out new --input words.txt --tokenizer bad.json", r"bad\.json", put("bad.json", DEEP)),
 ]
 CASES = [*CONFIGS, *FILES, *ARCHIVES, *ENVIRONMENT]
