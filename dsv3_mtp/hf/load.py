@@ -242,13 +242,13 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, Path | None]:
         The model, and the path of tokenizer.json (None if there is none).
     """
     folder = Path(folder)
-    settings = read_settings(folder)
+    checkpoint, settings, _ = open_checkpoint(folder)  # before a model of that size is made
     mtp = MTPConfig(
         mode="sequential" if settings.modules else "none", num_nextn_predict_layers=settings.modules
     )
     # not config.json's word for it
-    stored = Checkpoint(folder).places.get("model.embed_tokens.weight")
-    dtype = torch.bfloat16 if stored is None or stored.dtype == "BF16" else torch.float32
+    wide = checkpoint.places["model.embed_tokens.weight"].dtype != "BF16"
+    dtype = torch.float32 if wide else torch.bfloat16
     model = empty_model(settings.model, mtp, dtype)
     load_weights(model, folder)
     tokenizer = folder / "tokenizer.json"

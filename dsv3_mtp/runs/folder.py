@@ -24,6 +24,7 @@ from dsv3_mtp.config.section import OnResume
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.files.atomic import lock, sweep, write_json, write_text
 from dsv3_mtp.files.checked import OPEN, read_json
+from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
@@ -94,6 +95,7 @@ def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
     """
     root = run_folder(config) / "checkpoints"
     lock_folder(run_folder(config))
+    _read_back(run_folder(config))
     newest = newest_checkpoint(root)
     if newest is not None and config.checkpoint.resume == "never":
         raise ValueError(
@@ -111,6 +113,14 @@ def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
     return complete, [
         f"{folder} is incomplete: not used, and deleted at the next save" for folder in damaged
     ]
+
+
+def _read_back(folder: Path) -> None:
+    """Raises ValueError where a file is damaged that this start will read at its end only."""
+    if (folder / MANIFEST).exists():
+        read_starts(folder)
+    if (folder / "metrics.jsonl").exists():
+        read_metrics(folder / "metrics.jsonl")
 
 
 def write_run_folder(

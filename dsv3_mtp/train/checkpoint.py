@@ -213,8 +213,14 @@ def read_state(folder: Path) -> State:
     """
     check_format(read_json(folder / STATE, dict[str, Any], remedy(folder)), folder / STATE)
     state = read_json(folder / STATE, State, remedy(folder))
-    if min(state["step"], state["tokens"], state["sampler"]["samples"]) < 0:
+    position = state["sampler"]
+    if min(state["step"], state["tokens"], *position["counts"], position["samples"]) < 0:
         raise ValueError(f"{folder / STATE}: damaged (a count < 0); {remedy(folder)}")
+    if sum(position["counts"]) != position["samples"]:
+        raise ValueError(
+            f"{folder / STATE}: damaged (sampler.counts {position['counts']} are not "
+            f"{position['samples']} samples); {remedy(folder)}"
+        )
     return state
 
 

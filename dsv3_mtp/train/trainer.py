@@ -96,6 +96,7 @@ class Trainer:
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
         complete, found = on_main(self.world, lambda: find_checkpoints(config))
         latest, damaged = checkpoint.first_sound(self.world, complete)
+        saved = latest and checkpoint.read_state(latest)  # what is damaged is told at once
         self.notes = [*found, *damaged, *notes]
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
@@ -121,8 +122,8 @@ class Trainer:
         self.step = self.tokens = 0
         self.lambda_state = schedules.first_state(config.mtp)
         self.clock = Clock()
-        if latest:
-            self.notes += self.resume(latest)
+        if latest and saved:
+            self.notes += self.resume(latest, saved)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
         begin = self.step
@@ -382,11 +383,11 @@ class Trainer:
             self.engine, root, step=self.step, state=state, keep=keep, average=self.average
         )
 
-    def resume(self, folder: Path) -> list[str]:
-        """Restores the state saved in `folder`, by any layout of ranks; returns what to tell the
+    def resume(self, folder: Path, saved: checkpoint.State) -> list[str]:
+        """Restores the state `saved` in `folder`, by any layout of ranks; returns what to tell the
         user.
         """
-        saved, here = checkpoint.read_state(folder), describe(self.config, self.world.size)
+        here = describe(self.config, self.world.size)
         finished = saved["tokens"] >= self.config.train.total_tokens
         notes = changed_settings(saved["config"], self.config, folder, finished=finished)
         notes += self.warmed_again(saved)

@@ -324,7 +324,6 @@ RUNS = [
             ("step of text", given(f"{NEW}/state.json", step="x")),
             ("a negative step", given(f"{NEW}/state.json", step=-1)),
             ("negative tokens", given(f"{NEW}/state.json", tokens=-1)),
-            ("huge tokens", given(f"{NEW}/state.json", tokens=2**70)),
             ("config a number", given(f"{NEW}/state.json", config=5)),
             ("clock of text", given(f"{NEW}/state.json", clock={"seconds": "x"})),
             ("clock null", given(f"{NEW}/state.json", clock=None)),
@@ -336,8 +335,7 @@ RUNS = [
         )
     ),
     C("COMPLETE.json: counters of DeepSpeed's engine", RESUME, "resumed at step 2", sealed(given(f"{NEW}/COMPLETE.json", counters={"module": 1, "global_steps": 2, "global_samples": 8})), code=0),
-    C("COMPLETE.json: no counters", RESUME, "counters", sealed(without(f"{NEW}/COMPLETE.json", "counters"))),
-    C("COMPLETE.json: counters of text", RESUME, "COMPLETE|incomplete|counters", sealed(given(f"{NEW}/COMPLETE.json", counters={"global_steps": "x"}))),
+    C("COMPLETE.json: counters of text", RESUME, "no checkpoint in it is complete", sealed(given(f"{NEW}/COMPLETE.json", counters={"global_steps": "x"}))),
     *(
         C(f"manifest.json: {name}", RESUME, r"runs/tiny/manifest\.json: damaged", put(f"{RUN}/manifest.json", content))
         for name, content in [*BROKEN, ("starts text", b'{"starts": "x"}'), ("no starts", b'{"starts": []}'), ("a start of nothing", b'{"starts": [{}]}')]
@@ -348,7 +346,7 @@ RUNS = [
     ),
     C("run folder is a file", "train --config c.yaml --set run.name=taken", "runs/taken", put("runs/taken", "x")),
     C("run folder is a link to nothing", "train --config c.yaml --set run.name=taken", "runs/taken", link("runs/taken", "nowhere")),
-    C("lock is a folder", RESUME, r"\.lock", both(gone(f"{RUN}/.lock"), put(f"{RUN}/.lock/x", ""))),
+    C("lock is a folder", RESUME, "runs/tiny' cannot be written", both(gone(f"{RUN}/.lock"), put(f"{RUN}/.lock/x", ""))),
     C("verify: one flipped bit", "verify runs/tiny", "global_step2.*shard_rank0.safetensors: is not what was written", raw(f"{NEW}/shard_rank0.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]))),
     C("verify: a run's config", "verify runs/tiny", r"config\.yaml", put(f"{RUN}/config.yaml", "x")),
     C("verify: metrics", "verify runs/tiny", r"metrics\.jsonl", put(f"{RUN}/metrics.jsonl", '{"a": 1}\n')),
