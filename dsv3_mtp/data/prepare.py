@@ -29,7 +29,7 @@ from dsv3_mtp.data.shards import (
 )
 from dsv3_mtp.data.tokenise import PROGRESS, Position, Progress, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
-from dsv3_mtp.files.atomic import lock, naming, replacing, write_json
+from dsv3_mtp.files.atomic import lock, naming, replacing, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
@@ -82,7 +82,9 @@ def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], Non
                     if new:  # of input that has to change: there is nothing to go on from
                         shutil.rmtree(partial)
                     raise
+                sync_tree(partial)
                 os.replace(partial, out)
+                sync(out.parent)
             locked.unlink(missing_ok=True)  # whoever still waits for it will find `out`
         finally:
             os.close(descriptor)

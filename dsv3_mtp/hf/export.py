@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv3_mtp.config import AdaptiveSchedule, Config, load_config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
-from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.files.atomic import lock, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
@@ -291,7 +291,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        sync_tree(temporary)
         os.replace(temporary, out)
+        sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         locked.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from dsv3_mtp.files.atomic import naming, write_json, write_text
+from dsv3_mtp.files.atomic import naming, sync, write_json, write_text
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.files.digest import file_digest
 from dsv3_mtp.files.format import FORMAT, check_format
@@ -155,9 +155,9 @@ def _commit(
     digests = {shard_name(rank): digest for rank, (_, digest) in enumerate(parts)}
     digests |= {name: file_digest(folder / name) for name in (INDEX, STATE)}
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    for path in files:
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+    # Before COMPLETE.json: the content, and the names of the files and of the folders around them.
+    for path in [*files, folder, *[*folder.parents][:4]]:
+        sync(path)
     sizes = {path.name: path.stat().st_size for path in files}
     complete |= {"format": FORMAT, "files": sizes, "digests": digests}
     write_json(folder / COMPLETE, complete)

@@ -377,6 +377,7 @@ class Trainer:
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
         state |= {"layout": describe(self.config, self.world.size)}
         state |= {"loss_weight": self.lambda_state}
+        on_main(self.world, self.log.sync)
         root = self.folder / "checkpoints"
         keep = self.config.checkpoint.keep
         checkpoint.save(
