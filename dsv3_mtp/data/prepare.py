@@ -80,7 +80,7 @@ def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], Non
                         build(partial)
                 except ValueError:
                     if new:  # of input that has to change: there is nothing to go on from
-                        shutil.rmtree(partial)
+                        shutil.rmtree(partial, ignore_errors=True)
                     raise
                 sync_tree(partial)
                 os.replace(partial, out)

@@ -18,7 +18,7 @@ from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, report, slots, summarise
 from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
-from dsv3_mtp.hf.readers import reader_notes
+from dsv3_mtp.hf.readers import findings
 from dsv3_mtp.hf.settings import (
     SPECIAL_IDS,
     TYPES,
@@ -47,6 +47,7 @@ def export_hf(
     trunk_only: bool = False,
     ema: bool = False,
     trust_code: bool | Collection[str] = False,
+    reader: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Writes the newest checkpoint of a run to the new folder `out`. Returns what the user should
@@ -59,19 +60,21 @@ def export_hf(
         trunk_only: leave MTP modules out.
         ema: the moving average of the weights instead of the weights.
         trust_code: import what the run's config names as package.module:Class.
+        reader: a key of READERS that is to load it; None: any.
 
     Raises:
         ValueError: `out` exists, there is no checkpoint or no average in it, the layout cannot
-            represent the run, tensors are missing, unused, of a wrong shape or not finite; all
+            represent the run, `reader` would not load it, tensors are missing, unused, of a wrong shape or not finite; all
             reasons at once, and nothing is written.
     """
     run, out = Path(run), Path(out)
     config = load_config(run / "config.yaml", trust_code=trust_code)
     modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
     if dtype is None and config.train.freeze == "trunk" and modules and not ema:
-        return _beside_trunk(run, out, config, modules, notes)
+        return _beside_trunk(run, out, config, modules, notes, reader)
     dtype = dtype or "bf16"
     expected = list(slots(config.model, modules))
+    notes += _readers(config, expected, modules, dtype, reader)
     read, origin, more = _open_run(run, config, expected, modules, ema)
     notes = [
         f"{'average of the weights' if ema else 'weights'} from {origin}",
@@ -101,12 +104,24 @@ def export_hf(
     return notes
 
 
+def _readers(
+    config: Config, expected: list[Slot], modules: int, dtype: str, reader: str | None
+) -> list[str]:
+    """What to know of the reader, or of all. Raises ValueError where the reader cannot use it."""
+    found = findings(config.model, expected, modules, dtype)
+    mine = [one for one in found if reader in (None, one.reader)]
+    if reader is not None and (fatal := [str(one) for one in mine if one.fatal]):
+        raise ValueError("\n  ".join([f"--for {reader}:", *fatal]))
+    return [str(one) for one in mine]
+
+
 def _beside_trunk(
-    run: Path, out: Path, config: Config, modules: int, notes: list[str]
+    run: Path, out: Path, config: Config, modules: int, notes: list[str], reader: str | None
 ) -> list[str]:
     """`export_hf` of modules that learned on a frozen trunk."""
     trunk = Trunk(Path(config.train.init_from or ""))
     expected = list(slots(config.model, modules))
+    notes += _readers(config, expected, modules, trunk.dtype, reader)
     read, origin, more = _open_run(run, config, expected, modules, ema=False)
     if other := trunk.differences(read, getattr(torch, config.train.dtype)):
         raise ValueError(
@@ -132,7 +147,6 @@ def _beside_trunk(
         f"{modules} MTP module(s) from {origin}, stored as the trunk is: {trunk.dtype}",
         f"the trunk's files are those of {trunk.folder}, byte for byte",
         *dict.fromkeys([*notes, *more]),
-        *reader_notes(config.model, modules, trunk.dtype),
     ]
 
 

@@ -57,9 +57,10 @@ def open_checkpoint(
     )
     if lines:
         if modules and not any(name.startswith(module_names) for name in checkpoint.places):
-            lines.append(
+            lines.insert(
+                0,
                 "config.json promises MTP modules that are "
-                "not there: take the trunk with --trunk-only"
+                "not there: take the trunk with --trunk-only",
             )
         raise ValueError(report(folder, lines))
     return (

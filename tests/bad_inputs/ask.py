@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from tests.conftest import contents
 
 SECONDS = 20  # of CPU time, in which every wrong input is answered, however slow the machine
-MOST_LINES, MOST_LETTERS = 12, 2000
+MOST_LINES, MOST_LETTERS = 24, 2500
 
 Damage = Callable[[Path], None]
 
@@ -33,6 +33,7 @@ class Case(NamedTuple):
     said: str
     damage: Damage | None = None
     code: int = 2
+    slow: bool = False
     env: dict[str, str] = {}
 
 

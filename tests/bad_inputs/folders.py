@@ -334,7 +334,7 @@ RUNS = [
             ("layout a number", given(f"{NEW}/state.json", layout=5)),
         )
     ),
-    C("COMPLETE.json: counters of DeepSpeed's engine", RESUME, "resumed at step 2", sealed(given(f"{NEW}/COMPLETE.json", counters={"module": 1, "global_steps": 2, "global_samples": 8})), code=0),
+    C("COMPLETE.json: counters of DeepSpeed's engine", RESUME, "resumed at step 2", sealed(given(f"{NEW}/COMPLETE.json", counters={"module": 1, "global_steps": 2, "global_samples": 8})), code=0, slow=True),
     C("COMPLETE.json: counters of text", RESUME, "no checkpoint in it is complete", sealed(given(f"{NEW}/COMPLETE.json", counters={"global_steps": "x"}))),
     *(
         C(f"manifest.json: {name}", RESUME, r"runs/tiny/manifest\.json: damaged", put(f"{RUN}/manifest.json", content))

@@ -134,7 +134,7 @@ SETS = [
     ("build a list", "data.build=pystdlib --set data.train=[{path: a, weight: 1}]", "needs one folder"),
     ("more memory than there is", "model.hidden_size=262144 --set model.num_hidden_layers=1000", "GiB|memory"),
 ]
-TRAIN += [C(f"--set {name}", "train --config c.yaml --set " + " --set ".join(f"'{one}'" for one in text.split(" --set ")), said) for name, text, said in SETS]
+TRAIN += [C(f"--set {name}", "train --config c.yaml --set " + " --set ".join(f"'{one}'" for one in text.split(" --set ")), said, slow="memory" in name) for name, text, said in SETS]
 YAML = [
     ("empty", b"", "must hold a mapping of sections"),
     ("blanks", b"\n\n", "must hold a mapping"),
@@ -240,7 +240,7 @@ EVALUATES = [
     C("evaluate: data is a run", EVALUATE + "--data runs/tiny", r"index\.json"),
     C("evaluate: data is a file", EVALUATE + "--data words.txt", "words.txt"),
     *(
-        C(f"evaluate: {text}", EVALUATE + text, said)
+        C(f"evaluate: {text}", EVALUATE + text, said, slow="--lm-eval" in text)
         for text, said in (
             ("--split test", "--split: invalid choice: 'test'"),
             ("--split shift", "shift"),
@@ -299,7 +299,7 @@ PREPARES = [
             ("TEXT --workers 0", "workers"),
             ("TEXT --workers x", "workers"),
             ("TEXT --eos nothing", "vocab.size|--eos"),
-            ("TEXT --text-key body", "text.key|body"),
+            ("IN lines.jsonl --text-key body", "--text-key"),
             ("TEXT --mask prompts", "mask|prompts"),
             ("TEXT --mask answers", "invalid choice: 'answers'"),
             ("TEXT --prompts prompts.jsonl", "--prompts goes with --from-run"),
@@ -338,7 +338,8 @@ CONVERTS = [
     C("export: dtype", "export --run runs/tiny --out x --dtype int4", "invalid choice: 'int4'"),
     C("export: ema", "export --run runs/tiny --out x --ema", "no average of the weights"),
     C("export: for whom", "export --run runs/tiny --out x --for tgi", "invalid choice: 'tgi'"),
-    C("export: SGLang takes other heads", "export --run runs/tiny --out x --for sglang", "SGLang"),
+    C("export: FP8 for vLLM", "export --run runs/tiny --out x --dtype fp8 --for vllm", "vLLM .* refuses FP8 with model.q_lora_rank 16"),
+    C("export: FP8 for SGLang", "export --run runs/tiny --out x --dtype fp8 --for sglang", "--for sglang:\n.*SGLang"),
     C("import: from nothing", "import --from no --out x", "no: no such folder"),
     C("import: from a run", "import --from runs/tiny --out x", r"config\.json"),
     C("import: out exists", "import --from hf/tiny --out runs/tiny", "runs/tiny exists already"),
@@ -349,7 +350,6 @@ CONVERTS = [
     C("import: frozen and dtype", "import --from hf/tiny --out x --frozen --dtype bf16", "drop --dtype"),
     C("import: a set that is wrong", "import --from hf/tiny --out x --set optim.lr=-1", r"optim\.lr: must be > 0"),
     C("import: another width", "import --from hf/tiny --out x --set model.hidden_size=64", "hidden_size"),
-    C("import: more modules", "import --from hf/tiny --out x --set mtp.mode=parallel", "parallel"),
     C("verify: nothing", "verify", "DIR"),
     C("verify: no such folder", "verify no", "no: "),
     C("verify: a file", "verify c.yaml", r"c\.yaml"),
@@ -362,12 +362,12 @@ STUDIES = [
     C("study: no such archive", "study --from no", r"no/plan\.json|no: "),
     C("study: an archive of nothing", "study --from runs/tiny", r"plan\.json"),
     C("study: compare without out", "study --compare runs/tiny", "--compare needs --out"),
-    C("study: compare nothing", "study --compare no --out x", "no"),
+    C("study: compare nothing", "study --compare no --out x", "needs two runs"),
     C("study: compare with sets", "study --compare runs/tiny --out x --set a=b", "nothing else"),
     C("study: only with dry run", STUDY + "--dry-run --only x", "--only"),
     C("study: out with dry run", STUDY + "--dry-run --out x", "leave out --out"),
     C("study: resume of a file", STUDY + "--resume", "--resume goes with --from"),
-    C("study: only a run that is not there", STUDY + "--only nobody", "nobody"),
+    C("study: only a run that is not there", STUDY + "--only nobody", "their arms are none, chain"),
     C("study: jobs 0", STUDY + "--jobs 0", "--jobs: 0"),
     C("study: jobs text", STUDY + "--jobs x", "--jobs: x"),
     C("study: jobs a million", STUDY + "--jobs 1000000", "--jobs"),

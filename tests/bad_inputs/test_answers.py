@@ -2,7 +2,9 @@
 exit code 2, nothing written, no traceback.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("bad") / "world")
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def half(cases: Iterable[Case]) -> Iterator[Any]:
+    """Every second case; the others, and those that take seconds, are marked slow."""
+    for number, case in enumerate(cases):
+        marks = [pytest.mark.slow] if number % 2 or case.slow else []
+        yield pytest.param(case, id=case.name, marks=marks)
+
+
+@pytest.mark.parametrize("case", half(CASES.values()))
 def test_a_wrong_input_is_answered(world: Path, tmp_path: Path, case: Case):
     assert faults(case, world, tmp_path / "case") == []
 
