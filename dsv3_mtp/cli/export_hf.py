@@ -10,6 +10,8 @@ nothing is written.
 
 import argparse
 
+from dsv3_mtp.cli.command import add_run_options
+
 INTERRUPTED = "interrupted; nothing is written"
 
 
@@ -31,14 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="refuse what this reader does not load, or reads wrongly (default: say it of all)",
     )
     parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
-    parser.add_argument(
-        "--ema", action="store_true", help="the average of the weights (train.ema_decay)"
-    )
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="import the code outside the package that the run's config names",
-    )
+    add_run_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:

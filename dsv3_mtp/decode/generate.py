@@ -17,7 +17,7 @@ from dsv3_mtp.decode.cache import Slots, span
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.draft import Drafter, draft_limit, no_drafter
 from dsv3_mtp.decode.generation import Acceptance, Generation, Settings, Step
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import DraftSampler, Sampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 
@@ -45,6 +45,9 @@ def stream(
     """
     settings = settings or Settings()
     problems = [*settings.problems(), *prompt_problems(model, prompts)]
+    vocab = model.config.vocab_size
+    if unknown := [token for token in settings.draft_vocab if not 0 <= token < vocab]:
+        problems.append(f"draft_vocab has ids outside the vocabulary of {vocab}: {unknown[:5]}")
     if settings.draft_depth and (why := no_drafter(model.mtp_config)):
         problems.append(f"{why}; decode without speculation")
     if problems:
@@ -84,6 +87,7 @@ class _Batch:
     ):
         """prompts: of one length."""
         self.decoder, self.slots, model = decoder, slots, decoder.model
+        self.threshold = settings.draft_threshold
         depth = draft_limit(model, settings.draft_depth)
         # drafters take shorter forwards for decoding steps
         self.chunk = max(settings.prefill_chunk, depth + 2)
@@ -109,21 +113,32 @@ class _Batch:
         final = states.post_norm.unflatten(0, (rows, -1))[:, -1]  # (B, C)
         return sampler.draw(self.decoder.logits(final))[0].tolist()
 
-    def step(self, count: int, sampler: Sampler) -> tuple[list[int], list[list[int]]]:
-        """Drafts and verifies: how many of `count` drafts stand in each row, and these drafts plus
-        the next token.
+    def step(self, count: int, sampler: Sampler) -> tuple[list[int], list[int], list[list[int]]]:
+        """Drafts and verifies. Of each row: how many drafts, at most `count`, were put to the test,
+        how many of them stand, and these plus the next token.
         """
-        drafts, probability = self.ids[:, :0], None
+        drafts, lengths = self.ids[:, :0], None
+        probability: torch.Tensor | None = None
         if count and self.drafter is not None:
-            drafts, probability = self.drafter.draft(self.ids, self.last, count, sampler)
+            draws = DraftSampler(sampler, threshold=self.threshold, outside=self.decoder.outside)
+            drafts, probability = self.drafter.draft(self.ids, self.last, count, draws)
+            if (lengths := draws.lengths) is not None:
+                drafts = drafts[:, : int(lengths.max())]
+                probability = None if probability is None else probability[:, : drafts.shape[1]]
+        count = drafts.shape[1]
         states = self._forward(self.last, 1 + count)
         if self.drafter is not None:
             self.drafter.observe(states, self.last, self.ids)
         logits = self.decoder.logits(states.post_norm).view(len(self.last), 1 + count, -1)
-        accepted, following = sampler.verify(logits, drafts, probability)
+        accepted, following = sampler.verify(logits, drafts, probability, lengths)
+        drafted = torch.full_like(accepted, count) if lengths is None else lengths
         # one transfer per step
-        new = torch.cat([drafts, following[:, None], accepted[:, None]], dim=1).tolist()
-        return [row[-1] for row in new], [row[: row[-1]] + [row[-2]] for row in new]
+        new = torch.cat([drafts, *(x[:, None] for x in (following, accepted, drafted))], 1).tolist()
+        return (
+            [row[-1] for row in new],
+            [row[-2] for row in new],
+            [row[: row[-2]] + [row[-3]] for row in new],
+        )
 
     def append(self, new: list[list[int]]) -> None:
         """Makes the given tokens of each row known."""
@@ -179,8 +194,12 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
     )
     depth = draft_limit(model, settings.draft_depth)
     # windows of ragged rows reach past the last slot that is used
-    slots = Slots(model, limit + 2 * (depth + 1))
-    decoder = Decoder(model, compile_up_to=depth + 1 if settings.compile else 0)
+    slots = Slots(model, limit + 2 * (depth + 1) + Drafter.LAG)
+    decoder = Decoder(
+        model,
+        compile_up_to=depth + 1 if settings.compile else 0,
+        draft_vocab=settings.draft_vocab if depth else (),
+    )
     generator = torch.Generator(slots.device).manual_seed(settings.seed)
     sampler = Sampler(settings.temperature, settings.top_k, settings.top_p, generator)
     ends = [
@@ -217,9 +236,9 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
             ends[row] - 1 - m for row, m in zip(rows, batch.last, strict=True)
         ]  # tokens that still fit, >= 1
         count = min(depth, max(room) - 1)
-        accepted, new = batch.step(count, sampler)
+        drafted, accepted, new = batch.step(count, sampler)
         steps = [
-            _cut(row, new[i], accepted=accepted[i], drafted=count, room=room[i], stops=stops)
+            _cut(row, new[i], accepted=accepted[i], drafted=drafted[i], room=room[i], stops=stops)
             for i, row in enumerate(rows)
         ]
         batch.append([step.tokens for step in steps])

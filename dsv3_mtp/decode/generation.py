@@ -16,6 +16,9 @@ class Settings:
 
     max_new_tokens: int = 128
     draft_depth: int = 0
+    # A row drafts no further where q_k's top probability, or the head's confidence, is below it.
+    draft_threshold: float = 0.0
+    draft_vocab: tuple[int, ...] = ()  # the ids that drafts are drawn among; (): all
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
@@ -31,6 +34,8 @@ class Settings:
             yield f"max_new_tokens must be >= 1 (got {self.max_new_tokens})"
         if self.draft_depth < 0:
             yield f"draft_depth must be >= 0 (got {self.draft_depth})"
+        if not 0 <= self.draft_threshold <= 1:
+            yield f"draft_threshold must be in [0, 1] (got {self.draft_threshold})"
         if not (self.temperature == 0 or 1e-3 <= self.temperature <= 100):
             yield f"temperature must be 0: greedy, or in [0.001, 100] (got {self.temperature})"
         if self.top_k is not None and self.top_k < 1:

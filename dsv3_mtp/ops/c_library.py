@@ -136,7 +136,8 @@ def _load(path: Path) -> ctypes.CDLL:
     _require_own(path)
     # the loader would crash on a library that is cut off
     if difference(path, path.with_suffix(".digest").read_text()) is not None:
-        path.unlink()
+        path.with_suffix(".digest").unlink(missing_ok=True)  # first: without it, it is built
+        path.unlink(missing_ok=True)
         raise ValueError(f"{path} was damaged and is deleted; the next start builds it again")
     library = ctypes.CDLL(str(path))
     if missing := [name for name in _SIGNATURES if not hasattr(library, name)]:

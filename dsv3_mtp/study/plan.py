@@ -176,7 +176,7 @@ def load_archive(
 
 
 def _edited(before: Contents, now: Contents) -> dict[str, tuple[Any, Any]]:
-    """Key -> (before, now) of all that differs. A setting that is new in this version is no edit."""
+    """Key -> (before, now) of all that differs. A setting new in this version is no edit."""
     study = differences(before["study"], now["study"], ignoring=FREE)
     configs = {
         f"configs.{arm}.{key}": values

@@ -22,7 +22,8 @@ from dsv3_mtp.data.sampler import deal, sequential_windows
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import load_hf
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import MTPOutput
 from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.runs.model import load_run
 
@@ -188,7 +189,8 @@ def open_model(
             f"--seq-len {seq_len}: must be 2 .. model.max_position_embeddings = {longest}"
         )
     micro = micro_batch_size or sections["train"]["micro_batch_size"]
-    # What the training was like, and on how many ranks, sets no bounds to these windows.
+    # The rules between batch size, total tokens and layout are about training: these values meet
+    # all of them.
     length = {
         "micro_batch_size": micro,
         "batch_size": micro,
@@ -215,18 +217,21 @@ def acceptance(
     temperature: float = 0.0,
     part: tuple[int, int] = (0, 1),
     seed: int = 0,
+    **drafting: Any,
 ) -> dict[str, float]:
     """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
 
     A prompt is half a window of seq_len tokens, shorter where `new_tokens` need the room. On a task
     it is the text before an answer, and the answers are decoded; those of one or two tokens have
     nothing to draft: the first comes with the prompt, the last of a step from the main head.
-    Returns `val/acceptance/k`, joint for drafts 1..k, `val/tokens_per_step`, and `val/distinct`,
-    the share of distinct tokens: a model that repeats itself accepts everything.
+    Returns `val/acceptance/k`, joint for drafts 1..k over the steps that put k drafts to the test,
+    `val/tokens_per_step`, with a threshold `val/drafts_per_step`, and `val/distinct`, the share of
+    distinct tokens: a model that repeats itself accepts everything.
 
     Args:
         part: (first, step): only every `step`-th of the prompts, from number `first` on.
         seed: of the random numbers at a temperature.
+        drafting: `draft_threshold` and `draft_vocab` of `Settings`.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
@@ -245,11 +250,13 @@ def acceptance(
     if new_tokens < 3:
         return {}
     settings = Settings(
-        max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed
+        max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed, **drafting
     )
     out = generate(model, texts[part[0] :: part[1]], settings)
     metrics = {
         f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)
     }
     metrics["val/tokens_per_step"] = out.acceptance.tokens_per_step
+    if settings.draft_threshold:
+        metrics["val/drafts_per_step"] = sum(out.acceptance.tried) / max(out.acceptance.steps, 1)
     return metrics | {"val/distinct": out.distinct}

@@ -1,5 +1,6 @@
 """Files that are read back and are not what was written: prepared data, runs, checkpoints."""
 
+# ruff: noqa: E501
 # fmt: off
 # A case is a line, however long.
 

@@ -1,5 +1,6 @@
 """Command lines and YAML that say something wrong."""
 
+# ruff: noqa: E501
 # fmt: off
 # A case is a line, however long.
 
@@ -220,8 +221,13 @@ GENERATES = [
             ("--stop nowhere_in_it", "--stop 'nowhere_in_it'"),
             ("--stop 300", "--stop '300'"),
             ("--stop ''", "--stop ''"),
-            ("--draft-depth 2", "go with --speculative"),
-            ("--show-drafts", "go with --speculative"),
+            ("--draft-depth 2", "only with --speculative"),
+            ("--show-drafts", "only with --speculative"),
+            ("--draft-threshold 0.5", "only with --speculative"),
+            ("--speculative --draft-threshold 2", "--draft-threshold: 2: must be in"),
+            ("--speculative --draft-threshold nan", "--draft-threshold: nan: must be in"),
+            ("--speculative --draft-vocab 0", "--draft-vocab: 0: must be at least 1"),
+            ("--speculative --draft-vocab 1000000", "--draft-vocab 1000000: "),
             ("--speculative --draft-depth 0", "--draft-depth: 0: must be at least 1"),
             ("--speculative --draft-depth 1000000", "draft.depth.*1,?000,?000"),
             ("--device meta", "--device meta"),

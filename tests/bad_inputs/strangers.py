@@ -1,5 +1,6 @@
 """Checkpoints of strangers, archives of studies, and the environment that a command starts in."""
 
+# ruff: noqa: E501
 # fmt: off
 # A case is a line, however long.
 

@@ -80,7 +80,7 @@ def test_an_export_is_whole_or_absent(make_tiny_config, tmp_path):
 
 
 def test_what_was_not_synced_is_lost_here(tmp_path):
-    """The shim itself: without fsync a replaced file is old or empty, and a new one is not there."""
+    """The shim itself: without fsync a replaced file is old or empty."""
     root = tmp_path / "disk"
     root.mkdir()
     (root / "a").write_text("old")
