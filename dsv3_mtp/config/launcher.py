@@ -1,4 +1,4 @@
-"""What a launcher (deepspeed, torchrun, a script) says of the ranks in the environment. No torch."""
+"""What a launcher (deepspeed, torchrun) says of the ranks in the environment. No torch."""
 
 import os
 

@@ -64,8 +64,8 @@ def export_hf(
 
     Raises:
         ValueError: `out` exists, there is no checkpoint or no average in it, the layout cannot
-            represent the run, `reader` would not load it, tensors are missing, unused, of a wrong shape or not finite; all
-            reasons at once, and nothing is written.
+            represent the run, `reader` would not load it, tensors are missing, unused, of a wrong
+            shape or not finite; all reasons of a kind at once, and nothing is written.
     """
     run, out = Path(run), Path(out)
     config = load_config(run / "config.yaml", trust_code=trust_code)
@@ -76,15 +76,10 @@ def export_hf(
     expected = list(slots(config.model, modules))
     notes += _readers(config, expected, modules, dtype, reader)
     read, origin, more = _open_run(run, config, expected, modules, ema)
-    notes = [
-        f"{'average of the weights' if ema else 'weights'} from {origin}",
-        *dict.fromkeys([*notes, *more]),
-    ]
     if dtype != "bf16" and config.train.dtype == "bfloat16" and origin != run / IMPORTED:
-        notes.append(
-            f"{dtype}: of the float32 masters; training "
-            "computed with these weights rounded to bfloat16"
-        )
+        more.append(f"{dtype}: of the float32 masters; training rounded them to bfloat16")
+    what = "average of the weights" if ema else "weights"
+    notes = [f"{what} from {origin}", *dict.fromkeys([*notes, *more])]
     bad: list[str] = []
     with new_folder(out) as temporary:
         ids, found = _copy_tokenizer(run, config, temporary)

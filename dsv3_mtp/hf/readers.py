@@ -39,9 +39,9 @@ def findings(
 
 
 def equal_blocks(side: int) -> bool | None:
-    """How transformers' dequantisation reads a side of a matrix, which it divides into as many equal
-    blocks as there are scales: True: rightly; False: other weights, and says nothing; None: it
-    refuses the file (integrations/finegrained_fp8.py).
+    """How transformers' dequantisation reads a side of a matrix: it divides it into as many equal
+    blocks as there are scales (integrations/finegrained_fp8.py). True: rightly; False: other
+    weights, and says nothing; None: it refuses the file.
     """
     scales = -(-side // EDGE)
     if side % scales:

@@ -28,7 +28,7 @@ from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_devi
 from dsv3_mtp.train.floors import text_floors
 from dsv3_mtp.train.gradients import gradient_angle
 from dsv3_mtp.train.optim import build_optimizer
-from dsv3_mtp.train.profile import StepProfile
+from dsv3_mtp.train.profile import StepProfile, require_within
 from dsv3_mtp.train.record import (
     NonFiniteError,
     non_finite,
@@ -81,11 +81,7 @@ class Trainer:
             stages=parallel.pipeline_stages,
             slices=parallel.sequence_parallel_size,
         )
-        if profile and profile.start > self.total_steps:
-            raise ValueError(
-                f"--profile steps={profile.start}:{profile.stop - 1}: the run has "
-                f"{self.total_steps} steps"
-            )
+        require_within(profile, self.steps)
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         on_main(self.world, lambda: build_missing(config))
@@ -142,7 +138,7 @@ class Trainer:
             self.describe = None
 
     @property
-    def total_steps(self) -> int:
+    def steps(self) -> int:
         rows = self.config.train.micro_batch_size * self.world.data_size
         return schedules.total_steps(self.config.train, self.config.data.seq_len, rows)
 
@@ -159,9 +155,7 @@ class Trainer:
                 loss; nothing of it is saved.
         """
         config, total = self.config, self.config.train.total_tokens
-        with Progress(
-            total, total_steps=self.total_steps, silent=not self.world.is_main
-        ) as self.display:
+        with Progress(total, total_steps=self.steps, silent=not self.world.is_main) as self.display:
             headline = words.headline(config, self.size, self.world, self.sampler.sources, self.val)
             for note in [headline, *self.notes]:
                 self.display.say(note)
