@@ -40,8 +40,8 @@ def config_page() -> str:
         "DeepSeek-V3's own, fractions are of `train.total_tokens`.",
         "The last column says what a resumed run may do with another value: *fixed*: it is "
         "refused, the weights or the place in the data fit the old value only; *recorded*: it is "
-        "said and recorded, and refused where the run is finished; *free*: it has no effect on what is "
-        "learned.",
+        "said and recorded, and refused where the run is finished; *free*: it has no effect on "
+        "what is learned.",
     ]
     for name, field in Config.model_fields.items():
         section = _section(field.annotation)

@@ -91,20 +91,22 @@ class Document:
     def override(self, text: str) -> None:
         """Applies one `a.b=value`; the value is YAML, mappings on the way are created."""
         key, equals, value_text = text.partition("=")
-        if key.strip() == BASE:
+        label = f"--set {text}" if len(text) <= 74 else f"--set {text[:71]}..."
+        problem, key = None, key.strip()
+        if key == BASE:
             problem = "is for files: write a file with this base, or name another"
-            self.problems.append((f"--set {text}", problem))
-        elif not equals or not all(key.strip().split(".")):
+        elif not equals or not all(key.split(".")):
             problem = "must be KEY=VALUE, for example --set mtp.mode=parallel"
-            self.problems.append((f"--set {text}", problem))
-        else:
-            try:
-                value, problems = _parse(value_text)
-            except yaml.YAMLError as error:
-                problems = [(f"--set {text}", f"the value is {_yaml_problem(error)[1]}")]
-            self.problems += problems
-            if not problems:
-                self.put(key.strip(), value, f"--set {text}")
+        if problem is not None:
+            self.problems.append((label, problem))
+            return
+        try:
+            value, problems = _parse(value_text)
+        except yaml.YAMLError as error:
+            problems = [(label, f"the value is {_yaml_problem(error)[1]}")]
+        self.problems += problems
+        if not problems:
+            self.put(key, value, label)
 
     def put(self, key: str, value: Any, layer: str = "") -> None:
         """Sets one dotted key; mappings on the way are created. layer: what a problem of it is
