@@ -56,7 +56,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.config = config
-        self.writer = SummaryWriter(str(folder), purge_step=tokens + 1 if tokens else None)
+        self.writer: Any = SummaryWriter(str(folder), purge_step=tokens + 1 if tokens else None)
         lines = [
             f"    {line}" for line in config.to_yaml().splitlines()
         ]  # a code block of Markdown
@@ -72,7 +72,7 @@ class TensorBoard:
 
         settings = dict(flat(self.config.to_dict()))
         for summary in hparams(settings, dict(table)) if table else ():
-            self.writer._get_file_writer().add_summary(summary)
+            self.writer.file_writer.add_summary(summary)
         self.writer.close()
 
 
