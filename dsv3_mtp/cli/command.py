@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dsv3_mtp.config.launcher import check_numbers
-
 # Command -> its file in this folder, and what `dsv3 --help` says of it.
 COMMANDS = {
     "train": ("train", "train a model, or go on with a run"),
@@ -82,6 +80,8 @@ def run(name: str, arguments: Sequence[str] | None = None, *, program: str | Non
     options = parser.parse_args(arguments)
     if (check := getattr(command, "check", None)) and (wrong := check(options)):
         parser.error(wrong)
+    from dsv3_mtp.config.launcher import check_numbers  # not above: --help loads no pydantic
+
     try:
         check_numbers()
         return command.run(options) or 0
