@@ -289,7 +289,7 @@ def accepted(
     return acceptance(
         model,
         source,
-        depth=config.mtp.depths,
+        depth=config.mtp.drafts,
         seq_len=config.data.seq_len,
         temperature=options.temperature or 0.0,
         prompts=options.prompts,
