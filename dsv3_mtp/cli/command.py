@@ -11,16 +11,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dsv3_mtp.config.launcher import check_numbers
+
 # Command -> its file in this folder, and what `dsv3 --help` says of it.
 COMMANDS = {
     "train": ("train", "train a model, or go on with a run"),
     "plan": ("plan", "sizes, memory, cost and layout of a run; runs nothing"),
     "study": ("study", "run a matrix of arms and seeds, and report on it"),
+    "compare": ("compare", "finished runs side by side: settings, metrics, curves"),
     "generate": ("generate", "text from a trained model, plain or speculative"),
     "evaluate": ("evaluate", "losses, agreement and acceptance of a run or checkpoint"),
     "prepare": ("prepare", "text to token shards for training"),
     "export": ("export_hf", "a run's checkpoint in DeepSeek-V3's layout"),
     "import": ("import_hf", "a checkpoint in DeepSeek-V3's layout as a run"),
+    "verify": ("verify", "compare a run, checkpoint, export or data with what was written"),
     "configs": ("configs", "list the shipped configs, or print one"),
     "bench": ("bench", "the benchmarks of a clone"),
 }
@@ -79,6 +83,7 @@ def run(name: str, arguments: Sequence[str] | None = None, *, program: str | Non
     if (check := getattr(command, "check", None)) and (wrong := check(options)):
         parser.error(wrong)
     try:
+        check_numbers()
         return command.run(options) or 0
     except BrokenPipeError:  # the reader of stdout has gone (head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is flushed at the end goes nowhere
@@ -127,8 +132,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def at_least(bound: int) -> Callable[[str], int]:
-    """A `type` for argparse: a whole number >= bound."""
+def at_least(bound: int, most: int = 2**31) -> Callable[[str], int]:
+    """A `type` for argparse: a whole number >= bound and <= most."""
 
     def read(text: str) -> int:
         try:
@@ -137,6 +142,8 @@ def at_least(bound: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text}: must be a whole number") from None
         if value < bound:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {bound}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text}: must be at most {most:,}")
         return value
 
     return read
@@ -154,8 +161,9 @@ def find_config(name: str) -> str:
     if os.path.exists(name):
         return name
     shipped = shipped_configs() / name.removeprefix("configs/")
-    found = [path for path in (shipped, shipped.with_suffix(".yaml")) if path.is_file()]
-    return str(found[0]) if found else name
+    places = (str(shipped), str(shipped.with_suffix(".yaml")))
+    found = [path for path in places if os.path.isfile(path)]  # no error for too long a name
+    return found[0] if found else name
 
 
 def _fail(message: str, code: int) -> int:
@@ -164,8 +172,8 @@ def _fail(message: str, code: int) -> int:
     Most errors are found by every rank: rank 0 says it, and the launcher ends the others while they
     wait.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0 or code == 130:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not rank.isdecimal() or code == 130:
         print(message, file=sys.stderr, flush=True)
     else:
         time.sleep(10)

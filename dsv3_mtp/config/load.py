@@ -43,6 +43,18 @@ def load_config(
     document = read_document(path, sets, whole=WHOLE)
     if trust_code is not True:
         code.refuse(str(path), document.tree, trust_code or ())
+    return _checked(document, str(path))
+
+
+def replaced(config: Config, key: str, value: Any) -> Config:
+    """`Config.replace`."""
+    document = Document(["the config"], config.to_dict(), files=1, whole=frozenset(WHOLE))
+    document.put(key, value)
+    return _checked(document, "the config")
+
+
+def _checked(document: Document, source: str) -> Config:
+    """The config of a document. Raises ConfigError: `source` has problems, which are all listed."""
     _drop_unused(document)
     tree, problems = document.tree, document.problems
     try:
@@ -53,7 +65,7 @@ def load_config(
         found += [problem for problem in more if problem not in found]
         problems += map(document.traced, found)
     if problems:
-        raise ConfigError(str(path), problems)
+        raise ConfigError(source, problems)
     return config
 
 
@@ -61,7 +73,7 @@ def _option_problems(section: Any) -> Iterator[Problem]:
     """What is wrong with the options of the heads in a faulty `mtp` section."""
     given = section if isinstance(section, Mapping) else {}
     extra = {key: value for key, value in given.items() if key not in MTPConfig.model_fields}
-    with suppress(ValueError):  # of an unknown mode, which is reported
+    with suppress(ValueError, TypeError):  # of an unknown mode, which is reported
         for key, text in option_problems(given.get("mode", MTPConfig().mode), extra):
             more = did_you_mean(f"mtp.{key}", key_paths(Config)) if text == UNKNOWN else ""
             yield f"mtp.{key}", text + more

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from dsv3_mtp.config import layout
 from dsv3_mtp.config.data import DataConfig, Task
@@ -25,6 +25,7 @@ from dsv3_mtp.config.section import (
     OnResume,
     Section,
     Text,
+    not_bool,
 )
 from dsv3_mtp.config.training import OptimConfig, TrainConfig
 from dsv3_mtp.config.tree import dump_tree
@@ -48,7 +49,7 @@ class ParallelConfig(Section):
 
     on_resume = OnResume.FREE
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(not_bool)] = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also
     weights.
     """
@@ -91,11 +92,16 @@ class EvalConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases."""
+    """Weights & Biases: docs/monitors.md."""
 
     project: Text
+    """Project there."""
     entity: Text | None = None
+    """User or team; null: W&B's default for this login."""
     group: Text | None = None
+    """Group of the run; null: none, and for a run of a study the study's name."""
+    tags: tuple[Text, ...] = ()
+    """Tags beside the kind of heads, D and the type of lambda's schedule."""
 
 
 class LogConfig(Section):
@@ -145,6 +151,18 @@ class Config(Section):
     @property
     def clips_apart(self) -> bool:
         return layout.clips_apart(self)
+
+    def replace(self, key: str, value: Any) -> "Config":
+        """A config with another value under a dotted key, checked as a file of its own would be:
+        `config.replace("mtp.loss_weight", 0.1)`. What differs by more keys, which are only valid
+        together, is written to `load_config(path, [...])`.
+
+        Raises:
+            ConfigError: as `load_config`.
+        """
+        from dsv3_mtp.config.load import replaced  # which makes a Config
+
+        return replaced(self, key, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, every default filled in."""

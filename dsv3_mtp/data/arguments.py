@@ -10,7 +10,7 @@ from dsv3_mtp.data.documents import Corpus, FileInputs, Inputs, Masking
 from dsv3_mtp.data.shards import file_sha256, text_sha256
 from dsv3_mtp.data.sitelib import sitelib_inputs
 from dsv3_mtp.data.stdlib import stdlib_inputs
-from dsv3_mtp.data.tokenizer import load_encoder
+from dsv3_mtp.data.tokenizer import END_OF_TEXT, MIN_VOCAB, load_encoder
 
 # Text that every environment brings along, by `data.build`.
 CORPORA: dict[str, Callable[[], Corpus]] = {"pystdlib": stdlib_inputs, "sitelib": sitelib_inputs}
@@ -27,6 +27,8 @@ class Arguments:
     fim_rate       share of train documents made fill-in-the-middle; val stays plain, so that
                    losses can be compared
     shard_tokens   a shard ends with the document that reaches this
+    val_by_position  the end of every text file is val, `val_fraction` of it: for one long file
+    skip_unreadable  leave out files that are no UTF-8 text, where else the preparation stops
     mask           "prompts": records are questions and answers (data/chat.py), and only answers are
                    targets; None: text, all of it
     """
@@ -42,6 +44,8 @@ class Arguments:
     shard_tokens: int = 100_000_000
     seed: int = 0
     mask: str | None = None
+    val_by_position: bool = False
+    skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -54,6 +58,17 @@ class Arguments:
                 "give either a tokenizer.json or a vocab_size "
                 "to train one (--tokenizer or --vocab-size)"
             )
+        elif self.vocab_size is not None and self.eos not in (None, END_OF_TEXT):
+            problems.append(
+                f"--eos {self.eos}: goes with --tokenizer; one that is trained has {END_OF_TEXT}"
+            )
+        if self.vocab_size is not None and not MIN_VOCAB <= self.vocab_size <= 2**20:
+            problems.append(
+                f"vocab_size {self.vocab_size}: must be >= {MIN_VOCAB} (256 bytes, "
+                f"{MIN_VOCAB - 256} special tokens) and <= {2**20:,}"
+            )
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed {self.seed}: must be >= 0 and < 2^63")
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction {self.val_fraction}: must be in [0, 1)")
         if self.corpus is not None and self.val_fraction != 0.1:
@@ -70,6 +85,8 @@ class Arguments:
                 "--mask prompts reads questions and answers: it goes neither with --corpus nor "
                 "with --fim-rate"
             )
+        if self.corpus is not None and (self.val_by_position or self.skip_unreadable):
+            problems.append("--val-by-position and --skip-unreadable go with --input")
         if self.shard_tokens < 1:
             problems.append(f"shard_tokens {self.shard_tokens}: must be at least 1")
         if problems:
@@ -90,6 +107,8 @@ def open_inputs(arguments: Arguments, out: Path) -> Inputs:
         val_fraction=arguments.val_fraction,
         out=out,
         masking=masking,
+        val_by_position=arguments.val_by_position,
+        skip_unreadable=arguments.skip_unreadable,
     )
 
 
@@ -98,8 +117,9 @@ def record(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
     size.
     """
     recorded = asdict(arguments) | {"inputs": list(arguments.inputs)}
-    if arguments.mask is None:  # folders of older versions have no such key
-        del recorded["mask"]
+    for key in ("mask", "val_by_position", "skip_unreadable"):
+        if not recorded[key]:  # folders of older versions have no such key
+            del recorded[key]
     if arguments.tokenizer is not None and Path(arguments.tokenizer).is_file():
         recorded["tokenizer"] = file_sha256(Path(arguments.tokenizer))
     if isinstance(inputs, FileInputs):

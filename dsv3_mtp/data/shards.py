@@ -98,8 +98,7 @@ def read_folder_index(folder: Path) -> FolderIndex:
     path = folder / INDEX
     if not path.is_file():
         raise ValueError(
-            f"{folder}: has no {INDEX}, so it is no prepared "
-            "folder; make one with tools/prepare_data.py"
+            f"{folder}: has no {INDEX}, so it is no prepared folder; make one with dsv3 prepare"
         )
     head = read_json(path, dict[str, Any], AGAIN)
     found = (head.get("format"), head.get("version"))
@@ -112,6 +111,12 @@ def read_folder_index(folder: Path) -> FolderIndex:
     for name, split in index["splits"].items():
         if split["shards"] and not split["bytes"]:
             raise ValueError(f"{path}: damaged (splits.{name}: tokens of 0 bytes); {AGAIN}")
+        for key in ("tokens", "documents"):
+            if (total := sum(shard[key] for shard in split["shards"])) != split[key]:
+                raise ValueError(
+                    f"{path}: damaged (splits.{name}.{key}: {split[key]:,}, its shards have "
+                    f"{total:,}); {AGAIN}"
+                )
     return index
 
 

@@ -1,5 +1,6 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,15 @@ from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starting
 from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.report.metrics import Clock, MetricsLog, read_metrics
+from dsv3_mtp.report.monitors import Monitor, open_monitors
 from dsv3_mtp.report.progress import Progress
-from dsv3_mtp.runs.folder import find_checkpoints, run_folder, write_run_folder
+from dsv3_mtp.runs.folder import find_checkpoints, lock_folder, run_folder, write_run_folder
 from dsv3_mtp.train import checkpoint, words
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
 from dsv3_mtp.train.floors import text_floors
 from dsv3_mtp.train.gradients import gradient_angle
 from dsv3_mtp.train.optim import build_optimizer
-from dsv3_mtp.train.profile import StepProfile
+from dsv3_mtp.train.profile import StepProfile, require_within
 from dsv3_mtp.train.record import (
     NonFiniteError,
     non_finite,
@@ -66,13 +68,18 @@ class Trainer:
         self.config = config
         self.folder = run_folder(config)
         self.stop = stop
-        with starting(config.parallel.timeout_s):
-            self.build(command, notes)
+        self.held: int | None = None  # descriptor of the folder's lock, on rank 0
+        try:
+            with starting(config.parallel.timeout_s):
+                self.build(command, notes, profile)
+        except BaseException:
+            self.release()
+            raise
         self.profile = StepProfile(profile, self.folder, self.world.rank)
         if self.world.device.type == "cuda":  # perf/peak_gib is of training, not of the start
             torch.cuda.reset_peak_memory_stats(self.world.device)
 
-    def build(self, command: list[str], notes: Sequence[str]) -> None:
+    def build(self, command: list[str], notes: Sequence[str], profile: range) -> None:
         """Everything that a run needs: ranks, data, model, engine, and what was saved."""
         config, parallel = self.config, self.config.parallel
         self.world = start(
@@ -81,12 +88,15 @@ class Trainer:
             stages=parallel.pipeline_stages,
             slices=parallel.sequence_parallel_size,
         )
+        require_within(profile, self.steps)
         check_monitors(config)
-        ds_config = deepspeed_config(config, self.world.size, str(self.folder))
+        ds_config = deepspeed_config(config, self.world.size)
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
+        on_main(self.world, self.claim)
         complete, found = on_main(self.world, lambda: find_checkpoints(config))
         latest, damaged = checkpoint.first_sound(self.world, complete)
+        saved = latest and checkpoint.read_state(latest)  # what is damaged is told at once
         self.notes = [*found, *damaged, *notes]
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
@@ -110,12 +120,15 @@ class Trainer:
         self.average = None if decay is None else WeightAverage(self.engine, decay)
 
         self.step = self.tokens = 0
+        self.monitors: list[Monitor] = []
+        self.table: dict[str, float] = {}  # of the last validation
         self.lambda_state = schedules.first_state(config.mtp)
         self.clock = Clock()
-        if latest:
-            self.notes += self.resume(latest)
+        if latest and saved:
+            self.notes += self.resume(latest, saved)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
+        on_main(self.world, self.open_monitors)
         # What this start is. A resumed run writes it after its first step: until then the folder
         # holds what the settings there made.
         sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)}
@@ -130,10 +143,28 @@ class Trainer:
         if not latest:
             self.describe_once()
 
+    def claim(self) -> None:
+        """Holds the run folder for this process until it ends, or `release`."""
+        self.held = lock_folder(self.folder)
+
+    def release(self) -> None:
+        """Another trainer, of this process too, may go on with the run."""
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
+
+    def open_monitors(self) -> None:
+        self.monitors = open_monitors(self.config, self.folder, self.tokens)
+
     def describe_once(self) -> None:
         if self.describe is not None:
             on_main(self.world, self.describe)
             self.describe = None
+
+    @property
+    def steps(self) -> int:
+        rows = self.config.train.micro_batch_size * self.world.data_size
+        return schedules.total_steps(self.config.train, self.config.data.seq_len, rows)
 
     @property
     def progress(self) -> float:
@@ -148,11 +179,9 @@ class Trainer:
                 loss; nothing of it is saved.
         """
         config, total = self.config, self.config.train.total_tokens
-        rows = config.train.micro_batch_size * self.world.data_size
-        steps = schedules.total_steps(config.train, config.data.seq_len, rows)
-        with Progress(total, total_steps=steps, silent=not self.world.is_main) as self.display:
-            headline = words.headline(config, self.size, self.world, self.sampler.sources, self.val)
-            for note in [headline, *self.notes]:
+        with Progress(total, total_steps=self.steps, silent=not self.world.is_main) as self.display:
+            lines = words.header(config, self.size, self.world, self.sampler)
+            for note in [*lines, *self.notes]:
                 self.display.say(note)
             self.clock.start(self.tokens)
             stopping = warned = False
@@ -272,6 +301,7 @@ class Trainer:
             )
             record |= floors
             notes = words.floors(record, why)
+        self.table = {key: value for key, value in record.items() if "/" in key}
         self.display.validation(record)
         for note in notes:
             self.display.say(note)
@@ -291,7 +321,9 @@ class Trainer:
     def write(self, record: dict[str, Any]) -> None:
         if self.world.is_main:
             self.log.append(record)
-            self.engine.write_events({k: v for k, v in record.items() if "/" in k}, self.tokens)
+            metrics = {key: value for key, value in record.items() if "/" in key}
+            for monitor in self.monitors:
+                monitor.log(metrics, self.tokens)
 
     def warn(self, text: str | None) -> bool:
         """Whether there was a warning."""
@@ -304,17 +336,17 @@ class Trainer:
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
         state |= {"layout": describe(self.config, self.world.size)}
         state |= {"loss_weight": self.lambda_state}
+        on_main(self.world, self.log.sync)
         root = self.folder / "checkpoints"
         keep = self.config.checkpoint.keep
         checkpoint.save(
             self.engine, root, step=self.step, state=state, keep=keep, average=self.average
         )
 
-    def resume(self, folder: Path) -> list[str]:
-        """Restores the state saved in `folder`, by any layout of ranks; returns what to tell the
+    def resume(self, folder: Path, saved: checkpoint.State) -> list[str]:
+        """Restores the state `saved` in `folder`, by any layout of ranks; returns what to tell the
         user.
         """
-        saved = checkpoint.read_state(folder)
         here = describe(self.config, self.world.size)
         first, *notes = resume_notes(self.config, saved, folder, here)
         self.sampler.load_state_dict(saved["sampler"])
@@ -328,6 +360,8 @@ class Trainer:
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
         if self.world.is_main:
+            for monitor in self.monitors:
+                monitor.finish(self.table)
             from dsv3_mtp.report.plots import (
                 plot_run,  # here, because matplotlib would make every start wait for it
             )
