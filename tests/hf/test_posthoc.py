@@ -18,7 +18,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.plan.memory import layout, plan
 from dsv3_mtp.report.metrics import read_metrics
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.train.answers import AnswerArguments, write_answers
 from dsv3_mtp.train.optim import build_optimizer
 from tests.conftest import contents
@@ -323,5 +323,5 @@ def test_the_presets_for_a_frozen_trunk_learn_on_one(tmp_path, trunk, questions,
         m["val/mtp_loss/1"] for m in read_metrics(run / "metrics.jsonl") if "val/mtp_loss/1" in m
     ]
     assert losses[-1] < losses[0] - 0.1
-    theirs, mine = load_hf(source)[0].state_dict(), load_run(run).model.state_dict()
+    theirs, mine = load_hf(source)[0].state_dict(), load_model(run).model.state_dict()
     assert all(torch.equal(mine[name], value) for name, value in theirs.items())
