@@ -218,7 +218,7 @@ def fit(
     if modules < stored:
         notes.append(f"not used: MTP module(s) {modules + 1}..{stored} of {folder}")
     for fresh in taken.notes if taken else []:
-        notes.append(f"not in {folder}, at their random start: {fresh}")
+        notes.append(f"not in {folder}, at their start: {fresh}")
     return modules, notes
 
 

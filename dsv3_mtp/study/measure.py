@@ -229,7 +229,7 @@ def solved_at(records: Sequence[Logged], threshold: float) -> int | None:
 def free_running(
     folder: Path, run: Run, drafts: AcceptanceSection
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Acceptance at temperature 0 and 1 of as many drafts as the model has depths.
+    """Acceptance at temperature 0 and 1 of as many drafts as the heads make.
 
     The prefixes are dealt to `draws` sets, each decoded with random numbers of its own: (means over
     the sets, standard deviations of these means, from the spread over the sets).
@@ -242,7 +242,7 @@ def free_running(
             one = acceptance(
                 model,
                 source,
-                depth=run.config.mtp.depths,
+                depth=run.config.mtp.drafts,
                 prompts=drafts.prefixes,
                 part=(draw, drafts.draws),
                 seq_len=2 * drafts.prefix_tokens,
