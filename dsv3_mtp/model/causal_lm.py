@@ -34,6 +34,7 @@ from dsv3_mtp.model.targets import (
     teacher_slots,
     valid_targets,
 )
+from dsv3_mtp.objectives.draft import TV
 from dsv3_mtp.objectives.losses import Teacher, objective_losses
 from dsv3_mtp.ops.compute import building, given
 from dsv3_mtp.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
@@ -159,18 +160,22 @@ class DeepseekV3MTP(nn.Module):
         valid = self.scored_slots(valid_targets(tokens, documents, self.offsets, scored), output)
         targets = target_tokens(tokens, self.offsets)  # (1+D, B, T)
         counts = normalizer[: 1 + depths]  # per rank: below 1 with fewer targets than ranks
+        if depths:
+            counts = torch.cat([counts[:1], self._denominators(counts[1:], loss_weights)])
         weights = _vector([1.0, *(self.label_weight * weight for weight in loss_weights)], counts)
         scale = weights / counts.masked_fill(counts == 0, 1)  # (1+D,)
         row_weight = scale[:, None, None] * valid  # (1+D, B, T)
         loss, nll, prediction = self._head_losses(output.rows, targets, row_weight)
-        scores, by_depth = Scores(nll, prediction, targets, valid), self.by_depth(output)
+        by_depth = self.by_depth(output)
         for_terms, for_objectives = normalizer[2 + depths :].split(
             [len(self.terms), len(self.objectives) * depths]
         )
-        of_terms, term_sum = self._terms(output, scores, for_terms)
-        of_objectives, objective_sum = self._objective_losses(
-            output.rows, targets[1:], valid, loss_weights, for_objectives
+        taught = teacher_slots(valid, self.offsets, self.shard.beyond(self.lookahead - 1))
+        of_objectives, objective_sum, overlap = self._objective_losses(
+            output.rows, targets[1:], valid, taught, loss_weights, for_objectives
         )
+        scores = Scores(nll, prediction, targets, valid, taught, overlap)
+        of_terms, term_sum = self._terms(output, scores, for_terms)
         stats = output.routed
         balance = sum(
             (routed.balance for routed in stats), start=tokens.new_zeros((), dtype=torch.float32)
@@ -223,18 +228,22 @@ class DeepseekV3MTP(nn.Module):
         counts = [count_targets(tokens, documents, self.offsets, scored)]
         if self.terms or self.objectives:
             valid = valid_targets(tokens, documents, self.offsets, scored)
-        if self.terms:
-            counts.append(self.mtp.count_terms(self.mtp_config, valid).double())
-        if self.objectives:
             beyond = self.shard.beyond(self.lookahead - 1) if part else 0
-            counts.append(self._counted(valid, beyond).sum((2, 3)).flatten().double())
+            taught = teacher_slots(valid, self.offsets, beyond)
+        if self.terms:
+            counts.append(self.mtp.count_terms(self.mtp_config, valid, taught).double())
+        if self.objectives:
+            counts.append(self._counted(valid, taught).sum((2, 3)).flatten().double())
         return torch.cat(counts)
 
-    def _counted(self, valid: Tensor, beyond: int) -> Tensor:
+    def _denominators(self, counts: Tensor, loss_weights: Sequence[float]) -> Tensor:
+        """What the sums of depth 1..D are divided by. counts: (.., D)."""
+        return self.mtp_config.kind.denominators(counts, _vector(loss_weights, counts.flatten()))
+
+    def _counted(self, valid: Tensor, taught: Tensor) -> Tensor:
         """(m, D, B, T) bool: the slots that each of the m objectives is summed over. valid: (1+D,
-        B, T).
+        B, T); taught: (D, B, T).
         """
-        taught = teacher_slots(valid, self.offsets, beyond)
         return torch.stack(
             [kind.counted(taught if kind.teacher else valid[1:]) for kind, _ in self.objectives]
         )
@@ -264,19 +273,28 @@ class DeepseekV3MTP(nn.Module):
         rows: list[HeadRows],
         targets: Tensor,
         valid: Tensor,
+        taught: Tensor,
         loss_weights: tuple[float, ...],
         counts: Tensor,
-    ) -> tuple[Tensor | float, Tensor]:
-        """The part of `mtp.objective` other than the label's cross-entropy, and the sums of its
-        values, (m*D,). targets: (D, B, T); valid: (1+D, B, T); counts: (m*D,).
+    ) -> tuple[Tensor | float, Tensor, Tensor]:
+        """The part of `mtp.objective` other than the label's cross-entropy, the sums of its values,
+        (m*D,), and the overlap (D, B, T), 0 where nothing asks for it. targets: (D, B, T); valid:
+        (1+D, B, T); taught: (D, B, T); counts: (m*D,).
         """
-        if not self.objectives:
-            return 0.0, counts.new_zeros(0)
-        kinds, shares = zip(*self.objectives, strict=True)
-        factors = _vector([own * weight for own in shares for weight in loss_weights], counts)
-        scale = (factors / counts.masked_fill(counts == 0, 1)).view(len(kinds), self.depths, 1, 1)
-        count = self.lookahead - 1
-        counted = self._counted(valid, self.shard.beyond(count))
+        own, overlap = len(self.objectives), torch.zeros_like(taught, dtype=torch.float32)
+        watched = bool(self.terms) and self.mtp.overlap_in_terms
+        if not own and not watched:
+            return 0.0, counts.new_zeros(0), overlap
+        kinds = [kind for kind, _ in self.objectives] + [TV()] * watched
+        counts = self._denominators(counts.view(own, self.depths), loss_weights)
+        shares = [share * weight for _, share in self.objectives for weight in loss_weights]
+        factors = _vector(shares, counts.flatten()).view_as(counts) if own else counts
+        scale = (factors / counts.masked_fill(counts == 0, 1))[..., None, None]
+        scale = torch.cat([scale, scale.new_zeros(int(watched), self.depths, 1, 1)])
+        count, counted = self.lookahead - 1, taught[:0][None].expand(0, *taught.shape)
+        if own:
+            counted = self._counted(valid, taught)
+        counted = torch.cat([counted, taught.expand(int(watched), *taught.shape)])
         states = rows[0].inputs[0].detach()
         states = torch.cat([states, self.shard.following(states, count)], dim=1)
         ahead = tuple(offset - 1 for offset in self.offsets[1:])
@@ -288,7 +306,9 @@ class DeepseekV3MTP(nn.Module):
             scale * counted,
             constant=self.mtp_config.detach == "all",
         )
-        return loss, (values * counted).sum((2, 3)).flatten()
+        if watched:
+            overlap = (1 - values[-1]) * taught
+        return loss, (values * counted)[:own].sum((2, 3)).flatten(), overlap
 
     def head_rows(self, tokens: Tensor, documents: Tensor | None = None) -> HeadOutput:
         """tokens (B, T+1+A) -> the rows of depth 0..D and the stats of every router."""
@@ -344,6 +364,7 @@ class DeepseekV3MTP(nn.Module):
             embedded=embedded.detach() if detach == "all" else embedded,
             angles=angles,
             mask=mask,
+            tokens=tokens,
             documents=documents,
             lm_head=self.lm_head,
             keys=keys,

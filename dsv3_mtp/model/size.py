@@ -55,7 +55,7 @@ def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
 def _head_flops(model: DeepseekV3MTP, seq_len: int) -> float:
     """Of what the heads say that they compute (heads/base.py: `cost`)."""
     config, mtp, cost = model.config, model.mtp_config, model.mtp.cost()
-    flops = len(cost.blocks) * _attention_flops(config, seq_len)
+    flops = (len(cost.blocks) + cost.attentions) * _attention_flops(config, seq_len)
     flops += sum(6 * _total_and_active(config, part)[1] for part in (*cost.blocks, *cost.products))
     into_rows = not cost.rows_of_trunk or mtp.detach == "none"  # there is a gradient
     learns = model.lm_head.weight.requires_grad and mtp.detach != "all"
