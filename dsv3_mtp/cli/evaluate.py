@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
 
 def tasks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Results of lm-evaluation-harness."""
-    from dsv3_mtp.train.evaluate import lm_eval
+    from dsv3_mtp.train.lm_eval import lm_eval
 
     where = {
         "run": options.run,

@@ -138,7 +138,7 @@ def batch_size(train: TrainConfig, progress: float, multiple: int = 1) -> int:
     return max(1, floor(size / multiple + _ROUNDING)) * multiple
 
 
-class Step(NamedTuple):
+class ScheduledStep(NamedTuple):
     """All that one optimizer step takes from the schedules."""
 
     batch_size: int  # sequences over all ranks
@@ -149,7 +149,9 @@ class Step(NamedTuple):
     bias_speed: float
 
 
-def coming_step(config: Config, tokens: int, multiple: int, state: State | None = None) -> Step:
+def coming_step(
+    config: Config, tokens: int, multiple: int, state: State | None = None
+) -> ScheduledStep:
     """The step after `tokens` tokens. multiple: as for `batch_size`; state: of lambda's schedule."""
     total = config.train.total_tokens
     progress = min(tokens / total, 1.0)
@@ -160,7 +162,7 @@ def coming_step(config: Config, tokens: int, multiple: int, state: State | None 
     speed = bias_update_speed(config.train, progress)
     weight = mtp_loss_weight(config.mtp.loss_weight, progress, state)
     weights = depth_loss_weights(config.mtp, progress, state)
-    return Step(size, after, lr, weight, weights, speed)
+    return ScheduledStep(size, after, lr, weight, weights, speed)
 
 
 def total_steps(train: TrainConfig, seq_len: int, multiple: int = 1) -> int:

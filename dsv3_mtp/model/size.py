@@ -65,8 +65,8 @@ def _head_flops(model: DeepseekV3MTP, seq_len: int) -> float:
     rows = cost.shared * (2 + 2 * into_rows + 2 * learns) * size + (4 + 2 * into_rows) * own
     # The label's cross-entropy is computed in any case. Other objectives make the logits anew, and
     # those of the teacher.
-    flops += rows if model.label_weight else 2 * (cost.shared * size + own)
-    return flops + (rows + 2 * size if model.objectives else 0)
+    flops += rows if model.loss.label_weight else 2 * (cost.shared * size + own)
+    return flops + (rows + 2 * size if model.loss.objectives else 0)
 
 
 def layer_flops(model: DeepseekV3MTP, seq_len: int) -> list[float]:

@@ -59,6 +59,10 @@ class LMHead(nn.Linear, Output):
     def forward(self, *inputs: Tensor, run: Callable[..., Any] | None = None) -> Any:
         return Output.forward(self, *inputs, run=run)
 
+    def head_logits(self, depth: int, states: "Tensor | HeadRows") -> Tensor:
+        """Of some slots of `HeadOutput.by_depth` -> (B, n, V), for model/overlap.py."""
+        return self(states) if isinstance(states, Tensor) else states.logits()
+
 
 class HeadRows(NamedTuple):
     """One row for every slot, and what its logits are scored against.
@@ -77,6 +81,10 @@ class HeadRows(NamedTuple):
         """The rows of slots first..stop-1."""
         return self._replace(inputs=tuple(x[:, first:stop] for x in self.inputs))
 
+    def logits(self) -> Tensor:
+        """(B, T, V), with a gradient."""
+        return opened(self.outputs, self.inputs, self.outputs[-1].logits)
+
 
 @dataclass(frozen=True)
 class HeadOutput:
@@ -89,6 +97,22 @@ class HeadOutput:
     @property
     def routed(self) -> list[RouterStats]:
         return [stats for stats in self.stats if stats is not None]
+
+    def by_depth(self, depths: int) -> list[Tensor | HeadRows | None]:
+        """Of a model: what `LMHead.head_logits` reads of depth 0..D, (B, T, C) of the main head,
+        the rows of the others, None where a depth has none.
+        """
+        main, *heads = self.rows
+        found: dict[int, HeadRows] = {depth: rows for rows in heads for depth in rows.depths}
+        return [main.inputs[0], *(found.get(depth) for depth in range(1, 1 + depths))]
+
+    def scored_slots(self, valid: Tensor, first: int = 0) -> Tensor:
+        """`valid` of depths first..D, where depths that have no row become False."""
+        there = {depth for rows in self.rows for depth in rows.depths}
+        for number in range(len(valid)):
+            if first + number not in there:
+                valid[number] = False
+        return valid
 
 
 @dataclass(frozen=True)

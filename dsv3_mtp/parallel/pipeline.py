@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import uncut
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model, run_layers
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import RouterStats
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
 from dsv3_mtp.model.size import layer_flops
 from dsv3_mtp.model.states import HeadOutput, TrunkStates
+from dsv3_mtp.model.trunk import run_layers
 from dsv3_mtp.parallel import private
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World
@@ -305,7 +306,7 @@ class PipelineEngine(Engine):
 
     def loss(self, final: Final, targets: Targets) -> Tensor:
         """The last stage's loss function."""
-        out = self.model.losses(*final, targets.scored, targets.settings)
+        out = self.model.loss(*final, targets.scored, targets.settings)
         if self.counted > 0:
             self.total += out.sums()
         self.counted -= 1

@@ -8,7 +8,6 @@ than three seeds conclude nothing; acceptance is never mixed with top1, agreemen
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,15 +15,13 @@ from typing import Any
 from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import findings, hover, tables, words
-from dsv3_mtp.study.alarms import TRIGRAM, alarms, dirty, primary_arms
 from dsv3_mtp.study.archive import Record, Table, table_of, write_archive
 from dsv3_mtp.study.calibration import calibration_table
-from dsv3_mtp.study.corpus import other_corpus
-from dsv3_mtp.study.findings import Effect, is_primary, values_of
+from dsv3_mtp.study.findings import Findings, is_primary
 from dsv3_mtp.study.load import LoadedStudy
-from dsv3_mtp.study.matrix import EVERY_ARM
 from dsv3_mtp.study.measure import loss_error_metrics
 from dsv3_mtp.study.metric_names import describe_metric
+from dsv3_mtp.study.opening import opening
 from dsv3_mtp.study.page import (
     Block,
     Code,
@@ -40,23 +37,6 @@ from dsv3_mtp.study.pictures import draw_all
 from dsv3_mtp.study.pictures.base import Data
 from dsv3_mtp.study.plan import Plan, write_plan
 from dsv3_mtp.study.power import Detectable, detectables
-
-SMALL = 10_000_000  # parameters below which a report says that its scale is small
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All that the report says, before it is laid out."""
-
-    loaded: LoadedStudy
-    plan: Plan
-    table: Table
-    effects: Sequence[Effect]
-    power: Sequence[Detectable]
-
-    @property
-    def records(self) -> list[Record]:
-        return [record for seeds in self.table.values() for record in seeds.values()]
 
 
 def write_report(loaded: LoadedStudy, plan: Plan, records: Iterable[Record], folder: Path) -> Path:
@@ -119,66 +99,6 @@ def _with_loss_errors(loaded: LoadedStudy, table: Table) -> Table:
 
 
 # --- the first screen -----------------------------------------------------------------------------
-
-
-def opening(found: Findings, picture: Picture) -> list[Block]:
-    study = found.loaded.study
-    warnings = [f"Not interpretable: {alarm}." for alarm in alarms(study, found.table)]
-    if text := dirty(found.table):
-        warnings.append(f"{text[0].upper()}{text[1:]}.")
-    return [
-        *([Paragraph(" ".join(warnings))] if warnings else []),
-        Heading(study.run.name, 1),
-        Heading("Question"),
-        Paragraph(study.question.strip()),
-        Heading("Answer"),
-        Paragraph(" ".join(words.answer(study, found.effects))),
-        picture,
-        Heading("What it does not show"),
-        Items(list(not_shown(found))),
-    ]
-
-
-def not_shown(found: Findings) -> Iterable[str]:
-    study, records = found.loaded.study, found.records
-    if study.limits:
-        yield study.limits.strip()
-    size = max(record.parameters["training"] for record in records)
-    scale = f"{quantity(size)} parameters, {quantity(max(r.tokens for r in records))} tokens"
-    small = " This is far below the scale of the papers: signs and sizes can be others there."
-    yield f"Anything beyond its scale: up to {scale}.{small if size < SMALL else ''}"
-    rate = study.learning_rate
-    if rate is None:
-        yield "Whether another learning rate would change it: the study does not say for which arm it was tuned."
-    elif rate.tuned_for == EVERY_ARM:
-        yield f"The learning rate was tuned for every arm ({rate.source})."
-    else:
-        yield (
-            f"Whether a rate of their own would help the other arms: the learning rate was tuned for "
-            f"{rate.tuned_for} ({rate.source})."
-        )
-    unresolved = [f"{d.arm} against {d.against}, {d.metric}" for d in found.power if d.unresolved]
-    if unresolved:
-        yield (
-            "What was unresolved in advance, because the effect expected is smaller than what these "
-            f"seeds can find: {'; '.join(unresolved)}."
-        )
-    on_text = any(record.config["data"].get("task") is None for record in records)
-    floors = [values_of(found.table, arm, TRIGRAM) for arm in primary_arms(study)]
-    if on_text and not all(floors):
-        yield "Whether the models beat n-gram tables of the same tokens: these floors were not measured."
-    hashes = {d.hash for record in records for start in record.starts for d in start.data.values()}
-    if (note := other_corpus(study, hashes)) is not None:
-        yield note
-    if study.primary.metric.startswith("val/overlap/") and any(
-        findings.trunks_apart(found.table, e.arm, e.against)
-        for e in found.effects
-        if is_primary(study, e)
-    ):
-        yield (
-            "Which heads are better by overlap alone: the trunks were trained apart, and overlap falls "
-            "as a trunk learns. Read it with the main loss (below)."
-        )
 
 
 # --- setup, health, plan --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.data.ngrams import MOST_TOKENS, NGrams, floor_metrics
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.sampler import Sampler, sequential_windows, spare_windows
-from dsv3_mtp.data.source import Source
+from dsv3_mtp.data.source import DataSource, Source
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.model.targets import teacher_slots, valid_targets
@@ -45,11 +45,15 @@ def trained_on(run: str | Path, *, trust_code: bool = False) -> Sampler | None:
 
 
 def text_floors(
-    sampler: Sampler, source: Source, config: Config, *, batches: int
+    sampler: Sampler, val: DataSource, config: Config, *, batches: int
 ) -> tuple[dict[str, float], str | None]:
-    """`val/floor/unigram`, `.../bigram`, `.../trigram` on the validation windows of `source`, in
-    nats per token, and in bits per byte where its bytes are known; or none, and why there is none.
+    """`val/floor/unigram`, `.../bigram`, `.../trigram` on the validation windows of `val`, in nats
+    per token, and in bits per byte where its bytes are known; or none, and why there is none (None:
+    some of the data is no text).
     """
+    source = val.text
+    if source is None or not all(one.text for one in sampler.sources):
+        return {}, None
     tokens = sampler.samples * sampler.seq_len
     if tokens > MOST_TOKENS:
         why = f"{tokens:,} tokens were consumed, and at most {MOST_TOKENS:,} are counted"
@@ -93,7 +97,7 @@ def drafter_floors(
     for start in range(0, len(spare[0]), micro):
         rows = (array[start : start + micro] for array in spare)
         tokens, documents, _ = to_device(*rows, config=config, device=device)
-        tables.fit(model.head_logits, main_states(model, tokens, documents), tokens)
+        tables.fit(model.lm_head.head_logits, main_states(model, tokens, documents), tokens)
     sums: dict[str, Tensor] = {}
     for window in sequential_windows(source, **windows, count=count, micro_batch_size=micro):
         tokens, documents, scored = to_device(*window, config=config, device=device)
@@ -101,7 +105,7 @@ def drafter_floors(
             valid_targets(tokens, documents, model.offsets, scored), model.offsets
         )
         hidden = main_states(model, tokens, documents)
-        for name, part in tables.sums_of(model.head_logits, hidden, tokens, taught).items():
+        for name, part in tables.sums_of(model.lm_head.head_logits, hidden, tokens, taught).items():
             sums[name] = sums[name] + part if name in sums else part
     metrics = {}
     for name, total in sums.items():
@@ -147,7 +151,7 @@ def draft_statistics(
         taught = teacher_slots(
             valid_targets(tokens, documents, model.offsets, scored), model.offsets
         )
-        states = model.by_depth(output)
-        taught = model.scored_slots(taught, output, first=1)
-        statistics.add(model.head_logits, states, tokens, taught)
+        states = output.by_depth(model.depths)
+        taught = output.scored_slots(taught, first=1)
+        statistics.add(model.lm_head.head_logits, states, tokens, taught)
     return statistics.metrics()

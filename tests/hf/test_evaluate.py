@@ -357,7 +357,7 @@ def task(tmp_path, monkeypatch) -> Path:
 def test_tasks_of_lm_evaluation_harness_run_on_a_run_and_on_its_export(
     run, tmp_path, task, monkeypatch, capsys
 ):
-    from dsv3_mtp.train.evaluate import lm_eval
+    from dsv3_mtp.train.lm_eval import lm_eval
 
     export_hf(run, tmp_path / "hf", dtype="fp32")
     where = ("--lm-eval", "code_choice", "--lm-eval-include", str(task))

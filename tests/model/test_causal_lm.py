@@ -144,7 +144,7 @@ def test_the_loss_recombines_from_what_is_reported(build, variant):
     out = model(tokens_for(model), settings=LossSettings((0.15, 0.05), 0.01))
     mean = out.nll_sum / out.targets
     total = mean[0] + 0.15 * mean[1] + 0.05 * mean[2] + 0.01 * out.balance / 2
-    for factor, value in zip(model.terms.values(), out.term_sum / out.term_count, strict=True):
+    for factor, value in zip(model.loss.terms.values(), out.term_sum / out.term_count, strict=True):
         total = total + factor * value
     assert out.loss.item() == pytest.approx(total.item(), rel=1e-6)
 
@@ -511,11 +511,11 @@ def whole_losses(model, tokens, scored, weights):
     nll = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     sums, counts = (nll * valid).sum((1, 2)), valid.sum((1, 2))
     loss = (sums / counts * torch.tensor([1.0, *weights])).sum()
-    if model.terms:
+    if model.loss.terms:
         scores = Scores(nll.detach(), logits.argmax(-1), targets, valid)
         found = model.mtp.loss_terms(output, scores)
         count = model.mtp.count_terms(model.mtp_config, valid)
-        for (name, factor), times in zip(model.terms.items(), count, strict=True):
+        for (name, factor), times in zip(model.loss.terms.items(), count, strict=True):
             loss = loss + factor * found[name] / times
     return sums.tolist(), loss
 
