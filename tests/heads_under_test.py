@@ -9,7 +9,6 @@ from dsv3_mtp.heads import registry
 
 OTHERS = [
     "examples.bag_head:BagHead",
-    "tests.example_heads:LeapHead",
     "tests.example_heads:ConfidenceHead",
     "tests.example_heads:BiasedHead",
     "tests.example_heads:InnerHead",

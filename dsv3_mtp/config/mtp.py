@@ -29,8 +29,8 @@ class MTPConfig(Section):
     model_config = ConfigDict(extra="allow")  # the keys of the head's own options, checked below
 
     mode: str = "sequential"
-    """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; parallel_linear: linear
-    heads; package.module:Class: a kind of head of your own (docs/extend.md).
+    """none: the baseline; sequential: V3 2.2; parallel: arXiv 2404.19737; the others: docs/mtp.md;
+    package.module:Class: a kind of head of your own (docs/extend.md).
     """
     num_nextn_predict_layers: Annotated[Integer, Field(ge=0, le=64)] = 1
     """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see
@@ -147,12 +147,15 @@ class MTPConfig(Section):
         yield from option_problems(self.mode, extra)
         kept = {} if self.mode == "none" else self.kind.Options.model_fields
         own = {key: value for key, value in extra.items() if key in kept}
+        parsed = None
         with suppress(ValidationError):  # reported above
             parsed = dict(self.kind.Options(**own)) if kept else {}
             object.__setattr__(self, "__pydantic_extra__", parsed)
         if self.mode != "none" and self.num_nextn_predict_layers < 1:
             text = f"must be >= 1 with mode {self.mode} (got {self.num_nextn_predict_layers})"
             yield "num_nextn_predict_layers", f"{text}; mtp.mode=none turns the heads off"
+        elif self.mode != "none" and parsed is not None:
+            yield from self.kind.problems(self)
         if (
             self.mode != "none"
             and isinstance(self.depth_weights, tuple)

@@ -46,9 +46,16 @@ class Drafter:
         self.filled = [[0] * rows for _ in range(self.caches_needed())]
 
     @classmethod
-    def limit(cls, depths: int, depth: int) -> int:
-        """Most drafts per step, of the `depth` that are asked for, by D = `depths` heads."""
-        return min(depth, depths)
+    def limit(cls, mtp: MTPConfig, depth: int) -> int:
+        """Most drafts per step, of the `depth` that are asked for."""
+        return min(depth, mtp.depths)
+
+    @classmethod
+    def origin(cls, mtp: MTPConfig, draft: int) -> tuple[int, int]:
+        """Of draft 1, 2, ..: the depth whose guess it is, and how many slots before m - 1, the last
+        one that the trunk has computed, that guess is made.
+        """
+        return draft, 0
 
     def rings_needed(self) -> int:
         return 1
@@ -121,7 +128,7 @@ def draft_limit(model: DeepseekV3MTP, depth: int) -> int:
     mtp = model.mtp_config
     if no_drafter(mtp) is not None:
         return 0
-    return mtp.kind.drafter(mtp).limit(model.depths, depth)
+    return mtp.kind.drafter(mtp).limit(mtp, depth)
 
 
 def write_drafts(

@@ -99,21 +99,24 @@ class Sequential(Head):
     def forward(self, inputs: HeadInputs) -> HeadOutput:
         normed = self.options.trunk_hidden == "post_norm"
         trunk_hidden = inputs.trunk.post_norm if normed else inputs.trunk.pre_norm
-        hidden, rows, stats = trunk_hidden, [], []
+        states, rows, stats = [trunk_hidden], [], []  # states: of depth 0, 1, ..
         for depth in range(1, 1 + self.mtp.depths):
             module: Any = self.layers[min(depth, len(self.layers)) - 1]
-            source = hidden if self.options.chain == "hidden" else trunk_hidden
-            merged = module.merge(source, inputs.ahead(depth))
+            merged = module.merge(self.previous(states, inputs), inputs.ahead(depth))
             out, routed = module(merged, inputs.angles, inputs.mask)
             read = module.shared_head(out)
             rows.append(HeadRows((read,), (depth,), (inputs.lm_head,)))
-            hidden = read if normed else out
+            states.append(read if normed else out)
             stats.append(routed)
         # one router: its D forwards count once in the balance loss
         if self.options.share_weights and stats[0] is not None:
             total = sum(stats[1:], start=stats[0])
             stats = [total._replace(balance=total.balance / self.mtp.depths)]
         return HeadOutput(rows, stats)
+
+    def previous(self, states: Sequence[Tensor], inputs: HeadInputs) -> Tensor:
+        """What module k = len(states) reads, of the states (B, T, C) of depths 0..k-1."""
+        return states[-1] if self.options.chain == "hidden" else states[0]
 
     def cost(self) -> Cost:
         depths, hidden = self.mtp.depths, self.config.hidden_size
@@ -234,7 +237,7 @@ class ChainDrafter(Drafter):
     options: SequentialOptions
 
     @classmethod
-    def limit(cls, depths: int, depth: int) -> int:
+    def limit(cls, mtp: MTPConfig, depth: int) -> int:
         return depth
 
     def rings_needed(self) -> int:

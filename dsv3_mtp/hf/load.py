@@ -194,6 +194,7 @@ def load_weights(
     if bad:
         lines = summarise(bad)
         raise ValueError("\n  ".join([f"{folder}: {len(lines)} problem(s)", *lines]))
+    model.start_heads(writable=writable)
     return [f"weights from {folder}", *settings.notes, *notes]
 
 

@@ -57,8 +57,11 @@ def _head_flops(model: DeepseekV3MTP, seq_len: int) -> float:
     config, mtp, cost = model.config, model.mtp_config, model.mtp.cost()
     flops = (len(cost.blocks) + cost.attentions) * _attention_flops(config, seq_len)
     flops += sum(6 * _total_and_active(config, part)[1] for part in (*cost.blocks, *cost.products))
+    learns = model.lm_head.weight.requires_grad
+    into = learns and mtp.detach != "all" and (mtp.detach == "none" or mtp.reads_tokens)
+    flops += sum((4 + 2 * into) * _total_and_active(config, part)[1] for part in cost.first)
     into_rows = not cost.rows_of_trunk or mtp.detach == "none"  # there is a gradient
-    learns = model.lm_head.weight.requires_grad and mtp.detach != "all"
+    learns = learns and mtp.detach != "all"
     size = model.lm_head.weight.numel()
     own = sum(_total_and_active(config, output)[1] for output in cost.own)
     # logits with their backward, of the rows of all depths

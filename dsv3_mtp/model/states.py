@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.model.moe import RouterStats
+from dsv3_mtp.ops.compute import Shard
 
 
 class TrunkStates(NamedTuple):
@@ -157,6 +158,7 @@ class HeadInputs:
     documents: Tensor | None  # (B, T+1+A)
     lm_head: LMHead  # the shared output head
     keys: "Callable[[], Tensor]"  # (B, T) int64, see `uniform`
+    shard: Shard  # which slots of the rows are here
 
     def ahead(self, distance: int) -> Tensor:
         """(B, T, C): at slot i the embedding of t_{i+distance}, distance >= 1; zero where that is
@@ -177,6 +179,28 @@ class HeadInputs:
             return torch.ones_like(self.tokens[:, :length, None], dtype=torch.bool)
         same = self.documents[:, distance : distance + length] == self.documents[:, :length]
         return same.unsqueeze(-1)
+
+    def later(self, state: Tensor, by: int) -> tuple[Tensor, Tensor]:
+        """(B, T, C): at slot i the state of slot i+by, with its gradient wherever that slot is; and
+        (B, T) bool: there is such a slot in the row, in slot i's document. Elsewhere any values.
+
+        Raises:
+            ValueError: slot i+by may lie two shards of the row away.
+        """
+        length = state.shape[1]
+        if by > length:
+            raise ValueError(
+                f"parallel.sequence_parallel_size: a shard of {length} slots is shorter than the "
+                f"{by} slots that the heads look ahead; use fewer ranks for a row"
+            )
+        following = self.shard.following(state, by)
+        missing = by - following.shape[1]  # the row ends here
+        shifted = torch.cat([state[:, by:], following, state[:, :missing]], dim=1)
+        there = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
+        there[:, length - missing :] = False
+        if self.documents is not None:
+            there &= self.documents[:, by : by + length] == self.documents[:, :length]
+        return shifted, there
 
     def uniform(self, depth: int, draw: int = 0) -> Tensor:
         """(B, T) float64 in [0, 1): a hash of (seed, step, row, slot, depth, draw).

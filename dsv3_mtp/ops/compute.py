@@ -47,10 +47,10 @@ class Shard:
         return 0
 
     def following(self, x: Tensor, count: int) -> Tensor:
-        """(B, T, ..) of this shard -> (B, beyond(count), ..), the slots that follow it, without
-        gradient.
+        """(B, T, ..) of this shard -> (B, beyond(count), ..), the slots that follow it; their
+        gradient goes to the process that has them.
         """
-        return x[:, :0].detach()
+        return x[:, :0]
 
     def attention(self, core: Core | None) -> Core | None:
         """The core for the slots of this shard, around one for whole rows."""

@@ -89,7 +89,8 @@ class MarkovTask(Task):
         else:  # only the losses are known
             return found
         found |= {f"val/agreement/{k}": agreed[k - 1] for k in depths}
-        if isinstance(mtp.kind.drafter(mtp), str):  # why there is none
+        # The shares are of a drafter (a sentence: there is none) that drafts one token per depth.
+        if isinstance(mtp.kind.drafter(mtp), str) or offsets != [k + 1 for k in depths]:
             return found
         for temperature, shares in enumerate(joint):
             found |= {f"acceptance/T{temperature}/joint/{k}": shares[k - 1] for k in depths}

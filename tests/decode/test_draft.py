@@ -62,17 +62,20 @@ def test_draft_logits_equal_the_training_forward_with_the_drafts_as_text(
     """
     monkeypatch.setattr(Drafter, "LAG", 2)
     model = make_model(heads, trained=True)
-    use = Settings(max_new_tokens=24, draft_depth=model.depths, draft_threshold=threshold)
-    generate(model, prompts, use)
+    # as far as the heads predict
+    depth = model.lookahead - 1
+    generate(model, prompts, Settings(24, draft_depth=depth, draft_threshold=threshold))
     assert len(recorded) > 5
     lengths = {len(logits) for _, _, logits in recorded}  # of the depths that were computed
-    assert not threshold or model.depths == 1 or len(lengths) > 1
+    assert not threshold or depth == 1 or len(lengths) > 1
+    origin = model.mtp.drafter(model.mtp_config).origin
     for known, drafts, logits in recorded:
         for row, tokens in enumerate(known):
             expected = plain_logits(model, tokens + drafts[row])
-            # depth k at slot m-1, m the last known token
-            for k, drawn in enumerate(logits, start=1):
-                want = expected[k, len(tokens) - 2]
+            for number, drawn in enumerate(logits, start=1):
+                depth, back = origin(model.mtp_config, number)
+                # of slot m-1, m the last known token, or before it
+                want = expected[depth, max(len(tokens) - 2 - back, 0)]
                 want = torch.where(drawn[row] == float("-inf"), drawn[row], want)  # ruled out
                 torch.testing.assert_close(drawn[row], want, rtol=1e-4, atol=1e-4)
 

@@ -65,6 +65,8 @@ def model_of(mode: str, objective: dict[str, float], **more) -> DeepseekV3MTP:
     config = tiny(keys | more)
     model = DeepseekV3MTP(config.model, config.mtp).double()
     model.init_weights(0)
+    for parameter in model.mtp.parameters():  # at p = q, where some heads start, tv has a kink
+        parameter.data.add_(0.01 * torch.randn_like(parameter))
     return model
 
 
