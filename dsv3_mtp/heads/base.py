@@ -73,6 +73,7 @@ class Cost:
     # products of the trunk's own states, and of embeddings where tokens are read: there is no
     # gradient into what they read where these learn nothing (mtp.detach, train.freeze)
     first: Sequence[nn.Module] = ()
+    first_of_trunk: Sequence[nn.Module] = ()  # likewise, of the trunk's states alone
 
 
 @dataclass(frozen=True)

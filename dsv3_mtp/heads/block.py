@@ -175,11 +175,7 @@ class Block(Head):
     def count_terms(cls, mtp: MTPConfig, valid: Tensor, taught: Tensor) -> Tensor:
         shares = depth_shares(mtp, 1.0)
         counts = taught.sum((1, 2)).double()  # (D,)
-        return sum(
-            share * count for share, count in zip(shares, counts, strict=True)
-        ).view(
-            -1
-        )[
+        return sum(share * count for share, count in zip(shares, counts, strict=True)).view(-1)[
             : len(cls.terms(mtp))
         ]
 
@@ -196,7 +192,7 @@ class Block(Head):
 
     def cost(self) -> Cost:
         depths, config = self.mtp.depths, self.config
-        products: list[nn.Module] = [self.fc]
+        products: list[nn.Module] = []
         if self.confidence_head is not None:
             products += [self.confidence_head] * depths
         for layer in self.layers:
@@ -211,6 +207,7 @@ class Block(Head):
         row += 4 * config.intermediate_size
         kept = len(self.layers) * (depths * row + config.kv_lora_rank + wide)
         return Cost(
+            first_of_trunk=[self.fc],
             products=products,
             shared=depths,
             own=[self.markov_w2] * depths,

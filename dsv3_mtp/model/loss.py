@@ -46,6 +46,9 @@ class MTPLoss:
         objectives = mtp.objectives
         self.label_weight = sum(weight for kind, weight in objectives if kind.cross_entropy)
         self.objectives = [(kind, weight) for kind, weight in objectives if not kind.cross_entropy]
+        # what is computed beside the label's: the terms may read the overlap, which is 1 - tv
+        read = bool(self.terms) and heads.overlap_in_terms
+        self.compared = [*self.objectives, *([(TV(), 0.0)] if read else [])]
 
     def __call__(
         self,
@@ -117,19 +120,21 @@ class MTPLoss:
         if self.terms:
             counts.append(self.heads.count_terms(self.mtp, valid, taught).double())
         if self.objectives:
-            counts.append(self._counted(valid, taught).sum((2, 3)).flatten().double())
+            counted = self._counted(self.objectives, valid, taught)
+            counts.append(counted.sum((2, 3)).flatten().double())
         return torch.cat(counts)
 
     def _denominators(self, counts: Tensor, loss_weights: Sequence[float]) -> Tensor:
         """What the sums of depth 1..D are divided by. counts: (.., D)."""
         return self.mtp.kind.denominators(counts, _vector(loss_weights, counts.flatten()))
 
-    def _counted(self, valid: Tensor, taught: Tensor) -> Tensor:
+    @staticmethod
+    def _counted(objectives: Sequence[tuple[Any, float]], valid: Tensor, taught: Tensor) -> Tensor:
         """(m, D, B, T) bool: the slots that each of the m objectives is summed over. valid: (1+D,
         B, T); taught: (D, B, T).
         """
         return torch.stack(
-            [kind.counted(taught if kind.teacher else valid[1:]) for kind, _ in self.objectives]
+            [kind.counted(taught if kind.teacher else valid[1:]) for kind, _ in objectives]
         )
 
     @named("loss")
@@ -237,20 +242,18 @@ class MTPLoss:
         targets: (D, B, T); valid: (1+D, B, T); taught: (D, B, T); counts: (m*D,).
         """
         overlap = torch.zeros_like(taught, dtype=torch.float32)
-        read = bool(self.terms) and self.heads.overlap_in_terms
-        objectives = [*self.objectives, *([(TV(), 0.0)] if read else [])]  # the overlap is 1 - tv
-        if not objectives:
+        if not self.compared:
             return 0.0, counts.new_zeros(0), overlap
-        kinds, shares = zip(*objectives, strict=True)
+        kinds, shares = zip(*self.compared, strict=True)
+        own, read = len(self.objectives), len(self.compared) > len(self.objectives)
         # the count of what weighs nothing does not matter
         counts = torch.cat([counts, counts.new_ones(self.depths * read)]).view(-1, self.depths)
         counts = self._denominators(counts, loss_weights)
-        factors = _vector([own * weight for own in shares for weight in loss_weights], counts[0])
-        scale = factors.view_as(counts) / counts.masked_fill(counts == 0, 1)
-        count = self.lookahead - 1
-        counted = torch.stack(
-            [kind.counted(taught if kind.teacher else valid[1:]) for kind in kinds]
+        factors = _vector(
+            [share * weight for share in shares for weight in loss_weights], counts[0]
         )
+        scale = factors.view_as(counts) / counts.masked_fill(counts == 0, 1)
+        count, counted = self.lookahead - 1, self._counted(self.compared, valid, taught)
         states = rows[0].inputs[0].detach()
         states = torch.cat([states, self.shard.following(states, count)], dim=1)
         ahead = tuple(offset - 1 for offset in self.offsets[1:])
@@ -264,7 +267,6 @@ class MTPLoss:
         )
         if read:
             overlap = (1 - values[-1]) * taught
-        own = len(self.objectives)
         return loss, (values * counted)[:own].sum((2, 3)).flatten(), overlap
 
     def _metrics(self, output: HeadOutput, scores: Scores, *, overlap: bool) -> dict[str, Tensor]:
