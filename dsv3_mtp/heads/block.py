@@ -117,7 +117,7 @@ class Block(Head):
         read = max(len(self.options.target_layer_ids), 1)
         self.fc = given().linear("eh_proj", read * hidden, hidden)
         self.hidden_norm = RMSNorm(hidden, config.rms_norm_eps)
-        self.query = nn.Parameter(torch.empty(mtp.depths, hidden))
+        self.query = nn.Embedding.from_pretrained(torch.empty(mtp.depths, hidden), freeze=False)
         self.layers = nn.ModuleList(ContextLayer(config) for _ in range(self.options.block_layers))
         self.norm = RMSNorm(hidden, config.rms_norm_eps)
         w1 = torch.empty(config.vocab_size, rank)
@@ -141,7 +141,8 @@ class Block(Head):
 
     def forward(self, inputs: HeadInputs) -> HeadOutput:
         depths = range(1, 1 + self.mtp.depths)
-        rows = inputs.ahead(1) + self.query[:, None, None]  # (D, B, T, C)
+        numbers = torch.arange(len(depths), device=inputs.tokens.device)
+        rows = inputs.ahead(1) + self.query(numbers)[:, None, None]  # (D, B, T, C)
         x = torch.cat([self.fuse(inputs.trunk)[None], rows.to(inputs.embedded.dtype)])
         for layer in self.layers:
             x, _ = layer(x, inputs.angles, inputs.mask)
@@ -180,7 +181,8 @@ class Block(Head):
         ]
 
     def loss_terms(self, output: HeadOutput, scores: Scores) -> Mapping[str, Tensor]:
-        logits = output.kept["confidence"].float()
+        logits = output.kept["confidence"]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.binary_cross_entropy_with_logits(
             logits, scores.overlap.to(logits), reduction="none"
         )
@@ -294,7 +296,7 @@ class BlockDrafter(Drafter):
         head, rows = self.model.mtp, torch.arange(len(last), device=ids.device)
         self._remember(last)
         known = ids[rows, torch.tensor(last, device=ids.device)]
-        x = self.model.model.embed_tokens(known)[:, None] + head.query[:count]  # (B, K, C)
+        x = self.model.model.embed_tokens(known)[:, None] + head.query.weight[:count]  # (B, K, C)
         window = self._rows(self.slots.window([m - 1 for m in last], 1), count)
         form = self.decoder.heads[0]
         out = self.decoder.run(BlockForm.forward, form, x.flatten(0, 1), self.caches, window)
