@@ -20,6 +20,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no_embedding": {"mtp.embed": False},
     "pre_norm": {"mtp.trunk_hidden": "pre_norm"},
     "dense": {"mtp.block": "dense"},
+    "hydra++": {"mtp.mode": "hydra", "mtp.num_layers": 2, "mtp.prefix": True},
 }
 MODES = [*registry(), *OTHERS]
 KINDS: dict[str, dict[str, Any]] = {mode.rpartition(":")[2]: {"mtp.mode": mode} for mode in MODES}

@@ -115,6 +115,18 @@ def add_sets(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options `--ema` and `--trust-code` of commands that read a run's weights."""
+    parser.add_argument(
+        "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
+    )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the code outside the package that the run's config names",
+    )
+
+
 def at_least(bound: int) -> Callable[[str], int]:
     """A `type` for argparse: a whole number >= bound."""
 

@@ -9,6 +9,8 @@ nothing is written.
 
 import argparse
 
+from dsv3_mtp.cli.command import add_run_options
+
 INTERRUPTED = "interrupted; nothing is written"
 
 
@@ -24,14 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "frozen trunk its own files, copied as they are, and the modules in their type)",
     )
     parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
-    parser.add_argument(
-        "--ema", action="store_true", help="the average of the weights (train.ema_decay)"
-    )
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="import the code outside the package that the run's config names",
-    )
+    add_run_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:

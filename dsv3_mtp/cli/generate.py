@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.cli.command import at_least
+from dsv3_mtp.cli.command import add_run_options, at_least
 from dsv3_mtp.cli.drafting import add_draft_options, draft_settings
 
 INTERRUPTED = "\ninterrupted"
@@ -30,48 +30,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--hf", metavar="DIR", help="checkpoint in DeepSeek-V3's Hugging Face layout"
     )
-    parser.add_argument(
-        "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
+    add_run_options(parser)
+    _add_prompts(
+        parser.add_argument_group(
+            "prompts (each option repeats: a batch; without any, stdin is the prompt)"
+        )
     )
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="import the code outside the package that the run's config names",
-    )
-    text = parser.add_argument_group(
-        "prompts (each option repeats: a batch; without any, stdin is the prompt)"
-    )
-    text.add_argument("--prompt", action="append", default=[], metavar="TEXT")
-    text.add_argument(
-        "--prompt-file",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a whole file is one prompt",
-    )
-    text.add_argument(
-        "--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, like '5 9 3'"
-    )
-    choice = parser.add_argument_group("choice of tokens")
-    choice.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    choice.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
-    )
-    choice.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens")
-    choice.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the most likely tokens up to P"
-    )
-    choice.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    choice.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TOKEN",
-        help="stop after this token: text or id",
-    )
-    choice.add_argument(
-        "--ignore-eos", action="store_true", help="go on behind the end-of-text token"
-    )
+    _add_choice(parser.add_argument_group("choice of tokens"))
     drafts = parser.add_argument_group("self-speculative decoding")
     drafts.add_argument(
         "--speculative",
@@ -94,6 +59,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile: a minute or more once, then faster"
+    )
+
+
+def _add_prompts(text: Any) -> None:
+    text.add_argument("--prompt", action="append", default=[], metavar="TEXT")
+    text.add_argument(
+        "--prompt-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a whole file is one prompt",
+    )
+    text.add_argument(
+        "--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, like '5 9 3'"
+    )
+
+
+def _add_choice(choice: Any) -> None:
+    choice.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    choice.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
+    )
+    choice.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens")
+    choice.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="only the most likely tokens up to P"
+    )
+    choice.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    choice.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="stop after this token: text or id",
+    )
+    choice.add_argument(
+        "--ignore-eos", action="store_true", help="go on behind the end-of-text token"
     )
 
 

@@ -43,7 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-code",
         action="store_true",
-        help="with --from or --compare: import the code outside the package that configs there name",
+        help="with --from or --compare: import the code outside the package that configs there "
+        "name",
     )
     parser.add_argument(
         "--out",

@@ -135,6 +135,3 @@ class ModelConfig(Section):
                 "1, a group is scored by its top 2 experts"
             )
             yield "n_group", f"{text} (got {self.n_group})"
-
-
-# --- multi-token prediction ---------------------------------------------------------------------------------

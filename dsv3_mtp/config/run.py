@@ -172,6 +172,9 @@ def rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
                 "train.freeze",
                 "trunk leaves nothing to train without MTP heads; set none, or mtp.mode",
             )
+        elif model and not mtp.kind.has_weights(model, mtp):
+            text = f"trunk leaves nothing to train: mode {mtp.mode} has no weights of its own"
+            yield "train.freeze", f"{text}; set none, or another mtp.mode"
         elif mtp.detach == "none":
             yield "train.freeze", "trunk needs mtp.detach: trunk or all (got none)"
         if mtp.depths and _never_weighed(mtp):
@@ -191,6 +194,8 @@ def _never_weighed(mtp: MTPConfig) -> bool:
     """No head has a weight in the loss at any time."""
     from dsv3_mtp.config.schedules import depth_loss_weights  # which needs the sections
 
+    if any(mtp.kind.terms(mtp).values()):  # losses that the heads own
+        return False
     return not any(any(depth_loss_weights(mtp, step / 1000)) for step in range(1001))
 
 

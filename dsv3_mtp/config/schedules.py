@@ -2,9 +2,9 @@
 consumed.
 
 Nothing here has state, so a resumed run needs only its token count, and the state of lambda's
-schedule where that has one. The schedules of lambda themselves are in loss_weights/. "V3" is arXiv 2412.19437. A
-threshold belongs to what follows it: at exactly 10T of 14.8T tokens the MTP weight is already 0.1.
-A progress outside [0, 1] is a ValueError in every function.
+schedule where that has one. The schedules of lambda themselves are in loss_weights/. "V3" is arXiv
+2412.19437. A threshold belongs to what follows it: at exactly 10T of 14.8T tokens the MTP weight is
+already 0.1. A progress outside [0, 1] is a ValueError in every function.
 """
 
 import json
@@ -152,7 +152,7 @@ class ScheduledStep(NamedTuple):
 def coming_step(
     config: Config, tokens: int, multiple: int, state: State | None = None
 ) -> ScheduledStep:
-    """The step after `tokens` tokens. multiple: as for `batch_size`; state: of lambda's schedule."""
+    """The step after `tokens` tokens. multiple: see `batch_size`; state: of lambda's schedule."""
     total = config.train.total_tokens
     progress = min(tokens / total, 1.0)
     size = batch_size(config.train, progress, multiple)

@@ -26,7 +26,8 @@ DEEPEST = 8  # files that may build on one another
 class Document:
     """A tree, the problems met so far, and which of `layers` each value was written in.
 
-    layers: the files from the innermost base to the file itself, then each override as it was typed.
+    layers: the files from the innermost base to the file itself, then each override as it was
+    typed.
     whole: dotted keys of mappings that are one value.
     """
 
@@ -169,7 +170,8 @@ def _read(path: Path, wanted_by: Path | None) -> tuple[dict[str, Any], list[Prob
     return tree, problems
 
 
-# Bounds that no config comes near: a few bytes of aliases can stand for more values than memory has.
+# Bounds that no config comes near: a few bytes of aliases can stand for more values than memory
+# has.
 LARGEST, MOST_VALUES, DEEPEST = 1_000_000, 100_000, 50
 
 

@@ -21,10 +21,11 @@ class Arguments:
     """What decides the contents of a prepared folder.
 
     corpus         "pystdlib" or "sitelib", or None for `inputs`: files, folders and globs
-    tokenizer      a tokenizer.json, or None to train one with `vocab_size` tokens on the train split
+    tokenizer      a tokenizer.json; None: one of `vocab_size` tokens is trained on the train split
     eos            its end-of-text token (None: the first of the common names that it has)
     val_fraction   share of val documents, chosen by content hash (a corpus has a fixed one)
-    fim_rate       share of train documents made fill-in-the-middle; val stays plain so that losses compare
+    fim_rate       share of train documents made fill-in-the-middle; val stays plain, so that
+                   losses can be compared
     shard_tokens   a shard ends with the document that reaches this
     mask           "prompts": records are questions and answers (data/chat.py), and only answers are
                    targets; None: text, all of it

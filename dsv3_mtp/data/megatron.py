@@ -2,8 +2,8 @@
 documents.
 
     PREFIX.bin   token ids, back to back, nothing else
-    PREFIX.idx   b"MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences | u64 len(doc_idx)
-                 | S x i32 tokens per sequence | S x i64 byte offset
+    PREFIX.idx   b"MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences
+                 | u64 len(doc_idx) | S x i32 tokens per sequence | S x i64 byte offset
                  | doc_idx: i64 number of the first sequence of each document, then S
 
 All numbers are little-endian. Our own shards have one sequence per document; foreign files may have

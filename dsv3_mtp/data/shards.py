@@ -1,9 +1,10 @@
 """A prepared folder: index.json, tokenizer.json and shards that are Megatron `.bin/.idx` pairs.
 
-DIR/index.json        format, vocab_size, dtype, eos_id, hashes, origin of the text, and per split its shards
+DIR/index.json        format, vocab_size, dtype, eos_id, hashes, origin of the text, and the shards
+                      of each split
 DIR/tokenizer.json    the tokenizer, as Hugging Face `tokenizers` writes it
-DIR/manifest.json     pystdlib and sitelib: every file with its sha256 and split, and of sitelib every
-                      package with its version
+DIR/manifest.json     pystdlib and sitelib: every file with its sha256 and split, and of sitelib
+                      every package with its version
 DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
 DIR/train-00000.scored, ...   with --mask prompts: a byte per token, 1 where it is a target
 """

@@ -38,7 +38,8 @@ class Decoder:
             self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
         self.layers = Trunk(model)
         self.output = model.lm_head.weight.t()
-        # with a draft vocabulary: its ids (N,), the output head of these, and which tokens it has not
+        # with a draft vocabulary: its ids (N,), the output head of these, and which tokens it has
+        # not
         self.draft_ids = self.draft_output = self.outside = None
         if draft_vocab:
             self.draft_ids = torch.tensor(draft_vocab, device=self.output.device)
@@ -60,7 +61,7 @@ class Decoder:
         return torch.mm(hidden, self.output)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
-        """As `logits`; of the draft vocabulary alone, if there is one: -inf for all other tokens."""
+        """As `logits`; with a draft vocabulary -inf for all other tokens."""
         if self.draft_ids is None or self.draft_output is None:
             return self.logits(hidden)
         logits = hidden.new_full((len(hidden), self.output.shape[1]), float("-inf"))

@@ -122,7 +122,7 @@ class DraftSampler:
 
     @property
     def lengths(self) -> Tensor | None:
-        """(B,) drafts of each row so far; None: there is no threshold, and all rows have the same."""
+        """(B,) drafts of each row so far; None: no threshold, all rows have as many."""
         return self._lengths if isinstance(self._lengths, Tensor) else None
 
     @property

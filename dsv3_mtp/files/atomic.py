@@ -18,7 +18,7 @@ LEFT = re.compile(r"\..+\.\d+\.tmp")  # as `replacing` names them
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError inside says what could not be written: that of a full disk does not by itself."""
+    """Adds the path to an OSError raised inside where it has none, as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -46,7 +46,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def sweep(folder: Path, *, older_than: float = 0.0) -> None:
     """Deletes the temporary files that killed processes left in a folder.
 
-    older_than: seconds; 0 where this process holds the folder's lock, so that no other writes there.
+    older_than: seconds; 0 where this process holds the folder's lock, so that no other writes
+    there.
     """
     for path in folder.glob(".*.tmp"):
         if LEFT.fullmatch(path.name) and path.is_file():

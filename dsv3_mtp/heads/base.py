@@ -141,6 +141,12 @@ class Head(nn.Module):
             return any(isinstance(module, Experts) for module in cls(config, mtp).modules())
 
     @classmethod
+    def has_weights(cls, config: ModelConfig, mtp: MTPConfig) -> bool:
+        """There is something in it that learns."""
+        with torch.device("meta"):
+            return any(True for _ in cls(config, mtp).parameters())
+
+    @classmethod
     def offset(cls, mtp: MTPConfig, depth: int) -> int:
         """Slot i of `depth` is scored against t_{i+offset}. A sample has T + the largest offset
         tokens.

@@ -44,7 +44,7 @@ from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, Output, Scores, TrunkStates
 from dsv3_mtp.ops.attention import attend
 from dsv3_mtp.ops.compute import given
-from dsv3_mtp.ops.recompute import again
+from dsv3_mtp.ops.recompute import recomputed
 
 
 class BlockOptions(Section):
@@ -66,7 +66,7 @@ class ContextMLA(MLA):
     def forward(self, x: Tensor, angles: Tensor, first: Tensor | None) -> Tensor:
         """x: (1+D, B, T, C), the context and the rows -> (D, B, T, C)."""
         latent, k_rope = self.keys(x[0])
-        kv = again(self.kv_b_proj, again(self.kv_a_layernorm, latent)).unflatten(
+        kv = recomputed(self.kv_b_proj, recomputed(self.kv_a_layernorm, latent)).unflatten(
             -1, (self.heads, -1)
         )
         mixed = [
@@ -85,8 +85,8 @@ class ContextLayer(DecoderLayer):
 
     def compute(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
         """x: (1+D, B, T, C), the context and the rows -> the same, and no router's stats."""
-        rows = x[1:] + self.self_attn(again(self.input_layernorm, x), angles, mask)
-        rows = rows + self.mlp(again(self.post_attention_layernorm, rows))
+        rows = x[1:] + self.self_attn(recomputed(self.input_layernorm, x), angles, mask)
+        rows = rows + self.mlp(recomputed(self.post_attention_layernorm, rows))
         return torch.cat([x[:1], rows]), None
 
 

@@ -1,4 +1,5 @@
-"""DeepSeek-V3's heads: a causal chain of modules, each reading the one before it and the next token.
+"""DeepSeek-V3's heads: a causal chain of modules, each reading the one before it and the next
+token.
 
 V3 section 2.2, eqs. 21-25. Ablations: `chain`, `embed`, `trunk_hidden`, `share_weights`, `block`.
 """

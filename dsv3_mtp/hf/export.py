@@ -177,10 +177,8 @@ def _open_run(
     state = meta_model(config.model, config.mtp).state_dict()
     problems = summarise(misfits(stored.shapes, state))
     progress = min(read_reached(newest)["tokens"] / config.train.total_tokens, 1.0)
-    deepest = (
-        f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
-    )
-    # else an earlier start had other weights
+    # Only the loss of the deepest module changes the weight of its norm. All ones: it never learnt.
+    deepest = f"mtp.layers.{modules - 1}.shared_head.norm.weight"
     if deepest in stored.shapes and bool((stored.read(deepest) == 1).all()):
         problems += _untrained(config, modules, progress)
     if problems:

@@ -29,8 +29,8 @@ class WeightMap(TypedDict):
 
 
 class Checkpoint:
-    """The tensors of a folder. `problems` lists what is wrong with its files; only then is reading
-    a tensor safe.
+    """The tensors of a folder. `problems` lists what is wrong with its files. Tensors may be read
+    only where it is empty.
     """
 
     def __init__(self, folder: Path):

@@ -20,7 +20,7 @@ from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.model.size import require_memory
 from dsv3_mtp.precision.quantise import dequantise, scale_shape
 
-# Keys of the model section that leave what given weights compute as it is.
+# Keys of the model section without effect on what the model computes from given weights.
 NO_EFFECT = {"initializer_range", "max_position_embeddings"}
 
 

@@ -1,11 +1,11 @@
 """The loss of V3 section 2.2 and what is reported beside it: from the rows of all heads to
 `MTPOutput`.
 
-    L = L_main + sum_k loss_weights[k] L_k + terms of the heads + alpha L_balance     (eqs. 17, 24, 25)
+    L = L_main + sum_k loss_weights[k] L_k + terms of the heads + alpha L_balance  (eqs. 17, 24, 25)
 
 `MTPLoss.__call__` reads top-down: the label's cross-entropy of every depth, the losses that a head
-owns, the other objectives, the routers' balance, and the metrics. Each is a sum over slots divided by
-a count of the whole optimizer step (`counts`). Shapes: B rows, T slots, D depths, V vocab, m
+owns, the other objectives, the routers' balance, and the metrics. Each is a sum over slots divided
+by a count of the whole optimizer step (`counts`). Shapes: B rows, T slots, D depths, V vocab, m
 objectives.
 """
 
@@ -58,7 +58,7 @@ class MTPLoss:
         scored: Tensor | None,
         settings: LossSettings,
     ) -> MTPOutput:
-        """Of one micro-batch; tokens, documents, scored: (B, T+1+A), see `DeepseekV3MTP.forward`."""
+        """Of one micro-batch. tokens, documents, scored: as in `DeepseekV3MTP.forward`."""
         normalizer, loss_weights = settings.normalizer, settings.loss_weights
         if normalizer is None:
             normalizer = self.counts(tokens, documents, scored)

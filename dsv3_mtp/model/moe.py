@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.layers import MLP
 from dsv3_mtp.ops.compute import given
-from dsv3_mtp.ops.recompute import again
+from dsv3_mtp.ops.recompute import recomputed
 
 
 class RouterStats(NamedTuple):
@@ -56,7 +56,9 @@ class Gate(nn.Module):
         """x: (B, T, C) -> chosen experts (N, K) int64, gates (N, K) float32, stats."""
         wide = torch.promote_types(x.dtype, torch.float32)
         # V3 keeps the gate in high precision.
-        scores = F.linear(again(Tensor.to, x, wide), self.weight.to(wide)).sigmoid()  # (B, T, E)
+        scores = F.linear(
+            recomputed(Tensor.to, x, wide), self.weight.to(wide)
+        ).sigmoid()  # (B, T, E)
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
         stats = RouterStats(

@@ -103,8 +103,8 @@ def _attention_flops(config: ModelConfig, seq_len: int) -> float:
 
 
 def require_memory(model: nn.Module, *, bytes_per_value: float, ranks: int = 1) -> None:
-    """Raises ValueError where the weights of a model, shared by all ranks at best, are more than the
-    memory of this machine and its GPUs; the model may be on the meta device.
+    """Raises ValueError where the weights of a model, shared by all ranks at best, are more than
+    the memory of this machine and its GPUs; the model may be on the meta device.
     """
     values = sum(p.numel() for p in model.parameters())
     needed = values * bytes_per_value / ranks

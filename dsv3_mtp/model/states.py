@@ -1,4 +1,4 @@
-"""What passes between trunk, heads and losses: the trunk's states, a head's inputs, and its rows."""
+"""What passes between trunk, heads and losses: trunk states, a head's inputs, its rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,9 +1,9 @@
 """The C kernels of a training step on a CPU, in float32 and bfloat16 (csrc/): the passes between
 the matrix products, and the attention core with its products.
 
-c_library.py builds and loads them. Arithmetic is float32 for both types; factors per row (scales, gates, weights of the
-loss) and angles are float32 beside either. Every function checks what it hands to C: raw pointers
-are followed without question there.
+c_library.py builds and loads them. Arithmetic is float32 for both types; factors per row (scales,
+gates, weights of the loss) and angles are float32 beside either. Every function checks what it
+hands to C: raw pointers are followed without question there.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""The kernels of triton_kernels.py, as Triton compiles them. They follow raw pointers: whoever calls
-one has checked its arguments.
+"""The kernels of triton_kernels.py, as Triton compiles them. They follow raw pointers: whoever
+calls one has checked its arguments.
 """
 
 import triton
@@ -93,7 +93,8 @@ def _turn(x, cos, sin):
 def _to_heads(
     query, kv, k_rope, k_rope_stride, angles, q, k, v, length, heads: tl.constexpr,
     NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr,
-    NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """One program takes one token."""
     token = tl.program_id(0).to(tl.int64)
@@ -130,7 +131,8 @@ def _to_heads(
 def _to_heads_backward(
     grad_q, grad_k, grad_v, angles, query, kv, k_rope, length, heads: tl.constexpr,
     NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr,
-    NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr, ROPE_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     n, r, u = (

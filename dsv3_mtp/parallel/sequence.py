@@ -8,8 +8,8 @@ but four things look at one slot at a time:
 
     attention       between two all-to-alls a rank has all slots of H/S heads
     document mask   of whole rows, from the document numbers of all shards
-    balance loss    f of the whole row; P, which has the gradient, as a sum over shards (model/moe.py)
-    agreement       depth k of a slot against the main head k slots on, which may be in a later shard
+    balance loss    f of the whole row; P, which has the gradient, as a sum of shards (model/moe.py)
+    agreement       depth k of a slot against the main head k slots on, perhaps in a later shard
 
 DeepSpeed is told nothing. It sees data parallelism over all ranks of a stage and averages their
 gradients; each loss is normalized for that, and ZeRO, expert parallelism and checkpoints work as

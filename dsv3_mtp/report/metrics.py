@@ -20,7 +20,8 @@ from dsv3_mtp.files.atomic import naming, write_text
 from dsv3_mtp.files.checked import OPEN, parse_json
 
 Record = Mapping[str, Any]
-# a depth sees no more than the main head sees later: a much lower loss means a leaked target
+# Depth k predicts a token that is k+1 ahead. The main head predicts the same token later, from more
+# of the text. A depth whose loss is below this share of the main loss has probably read its target.
 LEAK_RATIO = 0.8
 
 

@@ -1,4 +1,5 @@
-"""How often each token occurs in the text that a run is trained on: token_counts.json in its folder.
+"""How often each token occurs in the text that a run is trained on: token_counts.json in its
+folder.
 
 Counted when it is first asked for, and read from then on, also where the data is no longer at hand.
 FastMTP (arXiv 2509.18362) drafts among the most frequent tokens only: the draft's output head, the

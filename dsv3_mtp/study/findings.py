@@ -230,7 +230,7 @@ def lost(table: Table, arms: Sequence[str]) -> list[str]:
 
 
 def not_run(study: Study, table: Table) -> list[str]:
-    """Per arm the seeds that have not been run or measured as asked, or failed for another reason."""
+    """Per arm the seeds that were not run or measured as asked, or failed for another reason."""
     found = []
     for arm in study.arms:
         seeds = [str(seed) for seed in study.seeds if seed not in table.get(arm, {})]

@@ -41,24 +41,30 @@ def not_shown(found: Findings) -> Iterable[str]:
     yield f"Anything beyond its scale: up to {scale}.{small if size < SMALL else ''}"
     rate = study.learning_rate
     if rate is None:
-        yield "Whether another learning rate would change it: the study does not say for which arm it was tuned."
+        yield (
+            "Whether another learning rate would change it: the study does not say for which "
+            "arm it was tuned."
+        )
     elif rate.tuned_for == EVERY_ARM:
         yield f"The learning rate was tuned for every arm ({rate.source})."
     else:
         yield (
-            f"Whether a rate of their own would help the other arms: the learning rate was tuned for "
-            f"{rate.tuned_for} ({rate.source})."
+            "Whether a rate of their own would help the other arms: the learning rate was tuned "
+            f"for {rate.tuned_for} ({rate.source})."
         )
     unresolved = [f"{d.arm} against {d.against}, {d.metric}" for d in found.power if d.unresolved]
     if unresolved:
         yield (
-            "What was unresolved in advance, because the effect expected is smaller than what these "
-            f"seeds can find: {'; '.join(unresolved)}."
+            "What was unresolved in advance, because the effect expected is smaller than what "
+            f"these seeds can find: {'; '.join(unresolved)}."
         )
     on_text = any(record.config["data"].get("task") is None for record in records)
     floors = [values_of(found.table, arm, TRIGRAM) for arm in primary_arms(study)]
     if on_text and not all(floors):
-        yield "Whether the models beat n-gram tables of the same tokens: these floors were not measured."
+        yield (
+            "Whether the models beat n-gram tables of the same tokens: these floors were not "
+            "measured."
+        )
     hashes = {d.hash for record in records for start in record.starts for d in start.data.values()}
     if (note := other_corpus(study, hashes)) is not None:
         yield note
@@ -68,6 +74,6 @@ def not_shown(found: Findings) -> Iterable[str]:
         if is_primary(study, e)
     ):
         yield (
-            "Which heads are better by overlap alone: the trunks were trained apart, and overlap falls "
-            "as a trunk learns. Read it with the main loss (below)."
+            "Which heads are better by overlap alone: the trunks were trained apart, and overlap "
+            "falls as a trunk learns. Read it with the main loss (below)."
         )

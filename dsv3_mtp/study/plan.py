@@ -166,7 +166,7 @@ def load_archive(
 
 
 def _edited(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> (before, now) of all that differs. A setting that is new in this version is no edit."""
+    """Key -> (before, now) of all that differs. A setting new in this version is no edit."""
     study = differences(before["study"], now["study"], ignoring=FREE)
     configs = {
         f"configs.{arm}.{key}": values

@@ -132,10 +132,10 @@ def setup(found: Findings) -> list[Block]:
         ),
         Rows([*header, "forked from", "what", "settings"], rows),
         Paragraph(
-            "Inference parameters leave out the heads, which a plain decoder drops. FLOPs are counted "
-            "(6 per active weight and token, attention, every depth). Seconds are of one process "
-            "computing a whole run, validations included. A forked run shares the first steps with "
-            "its parent, bit for bit."
+            "Inference parameters leave out the heads, which a plain decoder drops. FLOPs are "
+            "counted (6 per active weight and token, attention, every depth). Seconds are of one "
+            "process computing a whole run, validations included. A forked run shares the first "
+            "steps with its parent, bit for bit."
         ),
         Code(
             f"base: {scale.base}, scale: {study.scale}, seeds: {list(study.seeds)}, "
@@ -162,7 +162,10 @@ def drafts_line(loaded: LoadedStudy) -> str:
             f"{drafts.new_tokens} new tokens behind each of {drafts.prefixes} prefixes of "
             f"{drafts.prefix_tokens} tokens of the validation data, the same for every run"
         )
-    return f"Free-running drafts: {behind}, in {drafts.draws} sets with random numbers of their own in every run."
+    return (
+        f"Free-running drafts: {behind}, in {drafts.draws} sets with random numbers of their "
+        "own in every run."
+    )
 
 
 def health(found: Findings) -> list[Block]:
@@ -177,9 +180,9 @@ def health(found: Findings) -> list[Block]:
         none = "Leak alarm (a depth's loss below 0.8 of the main loss): none."
         return [*blocks, Paragraph(none)]
     text = (
-        "Leak alarm: the loss of a depth lies below 0.8 of the main loss. On text that means a leaked "
-        "target; in a task whose later answer tokens are easier than the first it is what the task "
-        "asks for."
+        "Leak alarm: the loss of a depth lies below 0.8 of the main loss. On text that means a "
+        "leaked target; in a task whose later answer tokens are easier than the first it is what "
+        "the task asks for."
     )
     more = [f"... {len(leaks)} in all"] * (len(leaks) > 20)
     return [*blocks, Paragraph(text), Items(leaks[:20] + more)]
@@ -194,8 +197,8 @@ def plan_blocks(found: Findings) -> list[Block]:
     blocks: list[Block] = [
         Heading("The plan, and what came of it"),
         Paragraph(
-            f"Frozen at the first start, {plan.frozen_at}, with hash {plan.hash[:16]}. Expected then: "
-            f"{plan.frozen['study']['expectation'].strip()}"
+            f"Frozen at the first start, {plan.frozen_at}, with hash {plan.hash[:16]}. Expected "
+            f"then: {plan.frozen['study']['expectation'].strip()}"
         ),
         Items(lines),
     ]
@@ -217,8 +220,8 @@ def plan_blocks(found: Findings) -> list[Block]:
         header, *rows = tables.power_rows(found.power)
         blocks.append(
             Paragraph(
-                "What these seeds could find with probability 0.8, at Holm's first step, by the standard "
-                f"deviation expected: {sources(found.power)}."
+                "What these seeds could find with probability 0.8, at Holm's first step, by the "
+                f"standard deviation expected: {sources(found.power)}."
             )
         )
         blocks.append(Rows(header, rows))

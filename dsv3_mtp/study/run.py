@@ -20,7 +20,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-import torch._dynamo  # an import of seconds that training makes: once here, not in every forked process
+
+# an import of seconds that training makes: once here, not in every forked process
+import torch._dynamo
 
 from dsv3_mtp.report.progress import duration
 from dsv3_mtp.runs.loading import checkpoints

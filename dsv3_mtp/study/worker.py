@@ -51,7 +51,7 @@ def is_claimed(folder: Path) -> bool:
 
 
 def work(study: Study, run: Run, command: list[str]) -> None:
-    """The whole life of the process of one run; it ends with the exit code of `train_and_measure`."""
+    """The process of one run, start to end. It exits with the code of `train_and_measure`."""
     folder = study.folder / run.name
     try:
         claim(folder)

@@ -3,8 +3,8 @@ accepted.
 
 "Best" is a head that reaches the lowest cross-entropy there is for what it sees. A module that sees
 the token before its target equals the main head on a chain of order 1. A head of depth k that sees
-no tokens after t_i predicts t_{i+k+1} with row t_i of P^(k+1). What the best head of a kind predicts
-is said by that kind (heads/base.py: `theory`).
+no tokens after t_i predicts t_{i+k+1} with row t_i of P^(k+1). What the best head of a kind
+predicts is said by that kind (heads/base.py: `theory`).
 
 P: (S, S) transition probabilities, row = from. Q: (S, S) what a head predicts, row = the last token
 that it has read. Entropies in nats.

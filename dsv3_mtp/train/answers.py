@@ -229,8 +229,8 @@ def _saved(partial: Path, recorded: dict[str, Any]) -> Position | None:
     state = read_json(path, Position, f"delete {partial} and start again")
     if other := [key for key in recorded if state["arguments"].get(key) != recorded[key]]:
         raise ValueError(
-            f"{partial} was begun with another {', '.join(other)}; repeat it, choose another --out, "
-            "or delete it"
+            f"{partial} was begun with another {', '.join(other)}; repeat it, choose another "
+            "--out, or delete it"
         )
     return state
 

@@ -189,7 +189,8 @@ def open_model(
             f"--seq-len {seq_len}: must be 2 .. model.max_position_embeddings = {longest}"
         )
     micro = micro_batch_size or sections["train"]["micro_batch_size"]
-    # What the training was like, and on how many ranks, sets no bounds to these windows.
+    # The rules between batch size, total tokens and layout are about training: these values meet
+    # all of them.
     length = {
         "micro_batch_size": micro,
         "batch_size": micro,
@@ -224,7 +225,8 @@ def acceptance(
     it is the text before an answer, and the answers are decoded; those of one or two tokens have
     nothing to draft: the first comes with the prompt, the last of a step from the main head.
     Returns `val/acceptance/k`, joint for drafts 1..k over the steps that put k drafts to the test,
-    `val/tokens_per_step`, with a threshold `val/drafts_per_step`, and `val/distinct`, the share of distinct tokens: a model that repeats itself accepts everything.
+    `val/tokens_per_step`, with a threshold `val/drafts_per_step`, and `val/distinct`, the share of
+    distinct tokens: a model that repeats itself accepts everything.
 
     Args:
         part: (first, step): only every `step`-th of the prompts, from number `first` on.

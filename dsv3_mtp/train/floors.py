@@ -134,8 +134,8 @@ def draft_statistics(
     device: torch.device,
     vocab: Sequence[int] = (),
 ) -> dict[str, float]:
-    """Metrics of `DraftStatistics` at a temperature, on the validation windows of `source`. vocab: the
-    tokens that drafts are drawn among; (): all.
+    """Metrics of `DraftStatistics` at a temperature, on the validation windows of `source`. vocab:
+    the tokens that drafts are drawn among; (): all.
     """
     micro = config.train.micro_batch_size
     size = config.model.vocab_size

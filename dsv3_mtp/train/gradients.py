@@ -13,8 +13,8 @@ from torch import Tensor
 from dsv3_mtp.model.output import Batch, LossSettings
 from dsv3_mtp.parallel.engine import Engine
 
-# The heads' gradient is a difference, (main + GAIN * heads) - main: with a large factor the rounding
-# of `main` weighs little in it.
+# The heads' gradient is a difference, (main + GAIN * heads) - main: with a large factor the
+# rounding of `main` weighs little in it.
 GAIN = 64.0
 
 

@@ -345,6 +345,11 @@ def test_a_frozen_trunk_needs_weights_heads_and_a_detached_loss():
     assert problems("train.freeze=trunk", "train.init_from=hf/base", "mtp.mode=none") == [
         "train.freeze: trunk leaves nothing to train without MTP heads; set none, or mtp.mode"
     ]
+    assert problems(*FROZEN, "mtp.mode=same_logits") == [
+        "train.freeze: trunk leaves nothing to train: mode same_logits has no weights of its own; "
+        "set none, or another mtp.mode"
+    ]
+    assert load_config(TINY, [*FROZEN, "mtp.mode=top", "mtp.loss_weight=0"]).mtp.mode == "top"
     assert problems("train.freeze=all") == ["train.freeze: must be one of none, trunk (got 'all')"]
 
 

@@ -48,8 +48,8 @@ BF16 = {
 # experts.
 SKEWED = {"mtp.num_nextn_predict_layers": 2, "mtp.share_weights": True}
 FROZEN = {"train.init_from": "hf", "train.freeze": "trunk", "mtp.detach": "trunk"}
-# Adam divides by the gradient: with less, it makes a whole step of a gradient of -4e-9 that is +3e-10
-# in another order of the sums.
+# Adam divides by the gradient: with less, it makes a whole step of a gradient of -4e-9 that is
+# +3e-10 in another order of the sums.
 EPS = {"optim.eps": 1e-5}
 DRAFTS = D2 | EPS | {"mtp.objective": {"ce": 0.1, "kl": 0.5, "tv": 0.4, "lk_hybrid": 0.3}}
 # Heads with weights of their own beside the main head's, which is their teacher: under ZeRO-3 both
@@ -216,8 +216,8 @@ def train(jobs: list[tuple[str, Config, str]]) -> None:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory, request) -> dict[str, list[dict[str, Any]]]:
-    """What every rank saw of every layout that is asked for and, under the names of MODELS, of one rank without
-    any.
+    """What every rank saw of every layout that is asked for and, under the names of MODELS, of one
+    rank without any.
     """
     folder = tmp_path_factory.mktemp("layouts")
     data = write_markov(folder / "data" / "markov", tokens=3000, documents=40)

@@ -1,5 +1,5 @@
-"""lambda of V3 eq. 25 over the run, `mtp.loss_weight`: one file holds one kind of schedule, its keys
-and its function.
+"""lambda of V3 eq. 25 over the run, `mtp.loss_weight`: one file holds one kind of schedule, its
+keys and its function.
 
 Every file of this folder is imported and registers its class (base.py says what that is asked). A
 schedule from elsewhere is named by `type: package.module:Class`.
