@@ -1,5 +1,5 @@
-"""A block drafter after DSpark (arXiv 2607.05147; github.com/deepseek-ai/DeepSpec): one pass gives D
-drafts, which a low-rank bias by the token before each of them ties together.
+"""A block drafter after DSpark (arXiv 2607.05147; github.com/deepseek-ai/DeepSpec): one pass gives
+D drafts, which a low-rank bias by the token before each of them ties together.
 
 Slot i is an anchor: the trunk has read up to t_i, and t_{i+1} is known. Depth k is a row
 
@@ -53,7 +53,7 @@ class BlockOptions(Section):
     block_layers: Count = 1
     """Decoder layers of the drafter (DSpark: 5 for Qwen3-4B)."""
     target_layer_ids: tuple[Annotated[Integer, Field(ge=0)], ...] = ()
-    """Trunk layers whose outputs it reads (DSpark: 1, 9, 17, 25, 33 of 36); (): the trunk's output."""
+    """Trunk layers whose outputs it reads (DSpark: 1, 9, 17, 25, 33 of 36); (): the trunk's own."""
     markov_rank: Count = 16
     """Rank of the bias by the token before a draft (DSpark: 256)."""
     confidence: NotNegative = 1.0
@@ -265,8 +265,8 @@ class BlockForm:
 
 
 class BlockDrafter(Drafter):
-    """The trunk's slots are remembered as they are known; a step is one pass over `count` rows of the
-    last of them, and then one small product for each draft.
+    """The trunk's slots are remembered as they are known; a step is one pass over `count` rows of
+    the last of them, and then one small product for each draft.
     """
 
     def caches_needed(self) -> int:

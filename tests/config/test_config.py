@@ -364,7 +364,8 @@ def test_what_heads_need_of_the_trunk_and_of_the_rows_is_there():
         "has no such slot"
     ]
     assert problems("mtp.mode=none", "mtp.objective={kl: 1.0}") == [
-        "mtp.objective: has no effect with mode none; remove it or set {'ce': 1.0} (got {'kl': 1.0})"
+        "mtp.objective: has no effect with mode none; remove it or set "
+        "{'ce': 1.0} (got {'kl': 1.0})"
     ]
 
 

@@ -29,8 +29,8 @@ def make(more: dict | None = None) -> DeepseekV3MTP:
 
 
 def test_the_loss_is_dsparks_with_one_denominator_for_the_block():
-    """0.1 CE + 0.9 L1 + BCE of the confidence to 1 - L1 / 2, positions weighted by exp(-(k-1)/4), each
-    sum over one sum of weights: in documents of 2 to 5 tokens the depths have unequal counts.
+    """0.1 CE + 0.9 L1 + BCE of the confidence to 1 - L1 / 2, positions weighted by exp(-(k-1)/4),
+    each sum over one sum of weights: in documents of 2 to 5 tokens the depths have unequal counts.
     """
     model = make()
     generator = torch.Generator().manual_seed(0)
