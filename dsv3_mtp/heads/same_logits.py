@@ -2,8 +2,8 @@
 
 modded-nanogpt (pull request 178): L = sum_k w_k CE(logits_i, t_{i+k+1}), k = 0..D, the same logits
 for every k, with weights that fall to 0 in training (`mtp.depth_weights: {type: annealed}`). No
-parameter is added. w_0 = 1 is L_main, the others are lambda / D w_k as ever. mtp_loss/k measures the
-main head against a later token: what the next token's distribution says of it.
+parameter is added. w_0 = 1 is L_main, the others are lambda / D w_k as ever. mtp_loss/k measures
+the main head against a later token: what the next token's distribution says of it.
 """
 
 import numpy as np

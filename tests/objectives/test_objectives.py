@@ -115,7 +115,7 @@ def by_formulas(model: DeepseekV3MTP, objective: dict[str, float], tokens, docum
         overlap[k - 1, :, : T - ahead] = q.minimum(p[:, ahead:]).sum(-1)
     for name, weight in objective.items():
         counts = (valid[1:] if name == "ce" else taught).sum((1, 2)).double()
-        shared = model.mtp.denominators(counts, torch.tensor(LAMBDA).double())
+        shared = model.mtp.denominators(counts, torch.tensor(LAMBDA, dtype=torch.float64))
         for k in range(1, 1 + DEPTHS):
             share = LAMBDA[k - 1] * weight * counts[k - 1] / shared[k - 1].clamp(min=1e-9)
             loss = loss + share * means[f"{name}/{k}"]

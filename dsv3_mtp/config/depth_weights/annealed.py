@@ -12,8 +12,8 @@ from dsv3_mtp.config.section import Number
 
 @DEPTH_WEIGHTS.register
 class AnnealedDepths(DepthRule):
-    """D + 1 equal stages: in stage s depth D+1-s falls linearly to 0, deeper ones are 0, nearer ones
-    keep w_k = D ratio^(k-1) / sum_j ratio^(j-1). In the last stage the main loss is alone.
+    """D + 1 equal stages: in stage s depth D+1-s falls linearly to 0, deeper ones are 0, nearer
+    ones keep w_k = D ratio^(k-1) / sum_j ratio^(j-1). In the last stage the main loss is alone.
     """
 
     type: Literal["annealed"] = "annealed"
