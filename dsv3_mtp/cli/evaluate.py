@@ -42,6 +42,7 @@ LOSSES_ONLY = (
     "draft_vocab",
 )
 TASKS_ONLY = ("lm_eval_include", "limit")
+MOST = 2**16  # of what an evaluation reads: a slip of the finger must not keep the machine for days
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,17 +63,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batches",
-        type=at_least(1),
+        type=at_least(1, MOST),
         metavar="N",
         help="micro-batches (default: the run's eval.batches, as in training; with --hf 16)",
     )
     parser.add_argument(
-        "--micro-batch-size", type=at_least(1), metavar="N", help="sequences per forward"
+        "--micro-batch-size", type=at_least(1, MOST), metavar="N", help="sequences per forward"
     )
     parser.add_argument("--seq-len", type=at_least(1), metavar="T", help="tokens per window")
     parser.add_argument(
         "--prompts",
-        type=at_least(0),
+        type=at_least(0, MOST),
         default=8,
         metavar="N",
         help="prompts for acceptance; 0: leave it out (default: 8)",

@@ -12,11 +12,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.cli.command import add_run_options, at_least
 from dsv3_mtp.cli.drafting import add_draft_options, draft_settings
+from dsv3_mtp.cli.prompts import read_prompts
 
 INTERRUPTED = "\ninterrupted"
 DRAFT, PLAIN = "\x1b[32m", "\x1b[0m"  # accepted drafts are green
@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu"
     )
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
+    parser.add_argument("--threads", type=at_least(1, 1024), metavar="N", help="CPU threads")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile: a minute or more once, then faster"
     )
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model, config, encoder = load(options)
-    names, prompts = read_prompts(options, encoder)
+    names, prompts = read_prompts(options, encoder, model.config.max_position_embeddings)
     settings = settings_of(options, model, config, encoder)
     result, seconds = timed(model, prompts, settings, encoder=encoder, names=names, options=options)
     longest = model.config.max_position_embeddings
@@ -149,41 +149,12 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("holds no values; choose cpu or cuda")
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return model, config, None if tokenizer is None else recorded_encoder(tokenizer)
-
-
-def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], list[list[int]]]:
-    """What to call each prompt, and its token ids."""
-    texts = [(f"prompt {text!r}", text) for text in options.prompt]
-    for path in options.prompt_file:
-        try:
-            texts.append((path, Path(path).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"--prompt-file {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
-            ) from None
-    if not texts and not options.prompt_ids:
-        texts = [("stdin", sys.stdin.read())]
-    for name, text in texts:
-        # how Python passes on bytes that are none
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{name}: not UTF-8 text")
-    if texts and encoder is None:
-        raise ValueError(
-            "the checkpoint's data has no tokenizer.json here: give the prompt with --prompt-ids"
-        )
-    prompts = [encoder.tokenizer.encode(text, add_special_tokens=False).ids for _, text in texts]
-    names = [name for name, _ in texts]
-    for ids in options.prompt_ids:
-        try:
-            prompts.append([int(word) for word in ids.replace(",", " ").split()])
-        except ValueError:
-            raise ValueError(f"--prompt-ids {ids!r}: must be whole numbers") from None
-        names.append(f"prompt ids {ids}")
-    return names, prompts
 
 
 def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: Any) -> Any:
@@ -202,6 +173,10 @@ def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: A
     depth = 0
     if options.speculative:
         depth = options.draft_depth or max(model.depths, 1)
+        if depth >= (longest := model.config.max_position_embeddings):
+            raise ValueError(
+                f"--draft-depth {depth}: must be < model.max_position_embeddings = {longest}"
+            )
         if 0 < (limit := draft_limit(model, depth)) < depth:
             heads = (
                 f"the model has {model.depths} independent "

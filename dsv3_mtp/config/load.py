@@ -61,7 +61,7 @@ def _option_problems(section: Any) -> Iterator[Problem]:
     """What is wrong with the options of the heads in a faulty `mtp` section."""
     given = section if isinstance(section, Mapping) else {}
     extra = {key: value for key, value in given.items() if key not in MTPConfig.model_fields}
-    with suppress(ValueError):  # of an unknown mode, which is reported
+    with suppress(ValueError, TypeError):  # of an unknown mode, which is reported
         for key, text in option_problems(given.get("mode", MTPConfig().mode), extra):
             more = did_you_mean(f"mtp.{key}", key_paths(Config)) if text == UNKNOWN else ""
             yield f"mtp.{key}", text + more

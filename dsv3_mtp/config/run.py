@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from dsv3_mtp.config import layout
 from dsv3_mtp.config.data import DataConfig, Task
@@ -25,6 +25,7 @@ from dsv3_mtp.config.section import (
     OnResume,
     Section,
     Text,
+    not_bool,
 )
 from dsv3_mtp.config.training import OptimConfig, TrainConfig
 from dsv3_mtp.config.tree import dump_tree
@@ -48,7 +49,7 @@ class ParallelConfig(Section):
 
     on_resume = OnResume.FREE
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(not_bool)] = 1
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also
     weights.
     """

@@ -290,15 +290,16 @@ def _yaml_problem(error: yaml.YAMLError) -> Problem:
 def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
     """Applies one `a.b=value` in place; the value is YAML, mappings on the way are created."""
     dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
+    keys, label = dotted.strip().split("."), f"--set {override}"
+    label = label if len(label) <= 80 else f"{label[:77]}..."
     if keys == [BASE]:
-        return [(f"--set {override}", "is for files: write a file with this base, or name another")]
+        return [(label, "is for files: write a file with this base, or name another")]
     if not equals or not all(keys):
-        return [(f"--set {override}", "must be KEY=VALUE, for example --set mtp.mode=parallel")]
+        return [(label, "must be KEY=VALUE, for example --set mtp.mode=parallel")]
     try:
         value, problems = _parse(text)
     except yaml.YAMLError as error:
-        return [(f"--set {override}", f"the value is {_yaml_problem(error)[1]}")]
+        return [(label, f"the value is {_yaml_problem(error)[1]}")]
     if problems:
         return problems
     node = tree
@@ -308,7 +309,7 @@ def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
         if not isinstance(node[key], dict):
             parent = ".".join(keys[:depth])
             text = f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
-            return [(f"--set {override}", text)]
+            return [(label, text)]
         # its own: a YAML alias may stand for the same mapping elsewhere
         node[key] = dict(node[key])
         node = node[key]

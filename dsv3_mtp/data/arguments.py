@@ -10,7 +10,7 @@ from dsv3_mtp.data.documents import Corpus, FileInputs, Inputs, Masking
 from dsv3_mtp.data.shards import file_sha256, text_sha256
 from dsv3_mtp.data.sitelib import sitelib_inputs
 from dsv3_mtp.data.stdlib import stdlib_inputs
-from dsv3_mtp.data.tokenizer import load_encoder
+from dsv3_mtp.data.tokenizer import END_OF_TEXT, MIN_VOCAB, load_encoder
 
 # Text that every environment brings along, by `data.build`.
 CORPORA: dict[str, Callable[[], Corpus]] = {"pystdlib": stdlib_inputs, "sitelib": sitelib_inputs}
@@ -54,6 +54,17 @@ class Arguments:
                 "give either a tokenizer.json or a vocab_size "
                 "to train one (--tokenizer or --vocab-size)"
             )
+        elif self.vocab_size is not None and self.eos not in (None, END_OF_TEXT):
+            problems.append(
+                f"--eos {self.eos}: goes with --tokenizer; one that is trained has {END_OF_TEXT}"
+            )
+        if self.vocab_size is not None and not MIN_VOCAB <= self.vocab_size <= 2**20:
+            problems.append(
+                f"vocab_size {self.vocab_size}: must be >= {MIN_VOCAB} (256 bytes, "
+                f"{MIN_VOCAB - 256} special tokens) and <= {2**20:,}"
+            )
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed {self.seed}: must be >= 0 and < 2^63")
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction {self.val_fraction}: must be in [0, 1)")
         if self.corpus is not None and self.val_fraction != 0.1:

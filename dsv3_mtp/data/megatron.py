@@ -99,8 +99,9 @@ def open_pair(prefix: Path | str) -> tuple[np.ndarray, np.ndarray]:
     binary, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (binary, index):
         if not path.is_file():
+            what = "is no file" if path.exists() else "no such file"
             raise ValueError(
-                f"{path}: no such file; a Megatron data set is the pair PREFIX.bin and PREFIX.idx"
+                f"{path}: {what}; a Megatron data set is the pair PREFIX.bin and PREFIX.idx"
             )
     dtype, lengths = read_index(index)
     expected, actual = int(lengths.sum()) * dtype.itemsize, binary.stat().st_size

@@ -6,6 +6,7 @@ DIR.partial/progress.json says how far the shards on disk go; whatever was writt
 off and made again. A lock beside them, .DIR.lock, lets a second process wait for the first.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from dsv3_mtp.data.shards import (
 )
 from dsv3_mtp.data.tokenise import PROGRESS, Position, Progress, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
-from dsv3_mtp.files.atomic import lock, naming, replacing, write_json
+from dsv3_mtp.files.atomic import lock, naming, replacing, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
@@ -72,10 +73,18 @@ def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], Non
         descriptor = lock(locked, f"waiting for the process that holds {locked}", wait=True)
         try:
             if not _taken(out):  # another process may have made it while this one waited
+                new = not partial.exists()
                 partial.mkdir(exist_ok=True)
-                with naming(partial):
-                    build(partial)
+                try:
+                    with naming(partial):
+                        build(partial)
+                except ValueError:
+                    if new:  # of input that has to change: there is nothing to go on from
+                        shutil.rmtree(partial, ignore_errors=True)
+                    raise
+                sync_tree(partial)
                 os.replace(partial, out)
+                sync(out.parent)
             locked.unlink(missing_ok=True)  # whoever still waits for it will find `out`
         finally:
             os.close(descriptor)
@@ -186,7 +195,13 @@ def _make_tokenizer(partial: Path, arguments: Arguments, inputs: Inputs) -> Docu
         content = Path(arguments.tokenizer).read_bytes()
     else:
         assert arguments.vocab_size is not None
-        content = train_tokenizer(_train_texts(inputs), arguments.vocab_size).encode()
+        texts = _train_texts(inputs)
+        if (first := next(texts, None)) is None:
+            raise ValueError(
+                f"{', '.join(arguments.inputs)}: no text for train in it; give more, or another "
+                "--val-fraction"
+            )
+        content = train_tokenizer(itertools.chain([first], texts), arguments.vocab_size).encode()
     with replacing(partial / TOKENIZER) as temporary:
         temporary.write_bytes(content)
     return load_encoder(partial / TOKENIZER, eos=arguments.eos)
@@ -196,7 +211,8 @@ def _train_texts(inputs: Inputs) -> Iterator[str]:
     characters = 0
     for document in inputs.read():
         if document.split == "train":
-            yield document.text
+            if document.text:
+                yield document.text
             characters += len(document.text)
             if characters >= TRAIN_CHARACTERS:
                 return

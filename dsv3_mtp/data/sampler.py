@@ -117,6 +117,8 @@ class Sampler:
             for key in now
             if state.get(key) != now[key]
         ]
+        if len(state["counts"]) != len(self.counts):
+            differences.append(f"counts of {len(state['counts'])} corpora, now {len(self.counts)}")
         if differences:
             raise ValueError(
                 "the saved data position belongs to another "

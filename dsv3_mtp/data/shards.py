@@ -112,6 +112,12 @@ def read_folder_index(folder: Path) -> FolderIndex:
     for name, split in index["splits"].items():
         if split["shards"] and not split["bytes"]:
             raise ValueError(f"{path}: damaged (splits.{name}: tokens of 0 bytes); {AGAIN}")
+        for key in ("tokens", "documents"):
+            if (total := sum(shard[key] for shard in split["shards"])) != split[key]:
+                raise ValueError(
+                    f"{path}: damaged (splits.{name}.{key}: {split[key]:,}, its shards have "
+                    f"{total:,}); {AGAIN}"
+                )
     return index
 
 

@@ -36,8 +36,8 @@ class Settings:
             yield f"draft_depth must be >= 0 (got {self.draft_depth})"
         if not 0 <= self.draft_threshold <= 1:
             yield f"draft_threshold must be in [0, 1] (got {self.draft_threshold})"
-        if not (self.temperature == 0 or self.temperature >= 1e-3):
-            yield f"temperature must be 0, which is greedy, or >= 0.001 (got {self.temperature})"
+        if not (self.temperature == 0 or 1e-3 <= self.temperature <= 100):
+            yield f"temperature must be 0: greedy, or in [0.001, 100] (got {self.temperature})"
         if self.top_k is not None and self.top_k < 1:
             yield f"top_k must be >= 1 (got {self.top_k})"
         if not 0 < self.top_p <= 1:

@@ -1,4 +1,4 @@
-"""Hydra's heads (arXiv 2402.05109): Medusa's, each of which also reads the drafts before it.
+"""Hydra's heads (arXiv 2402.05109): Medusa's, each of which also reads the tokens drafted so far.
 
 Head k on the trunk's final state h_i (section 3), E the model's embedding:
 

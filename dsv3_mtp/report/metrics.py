@@ -16,7 +16,7 @@ from typing import Any, NotRequired
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from dsv3_mtp.files.atomic import naming, write_text
+from dsv3_mtp.files.atomic import naming, sync, write_text
 from dsv3_mtp.files.checked import OPEN, parse_json
 
 Record = Mapping[str, Any]
@@ -56,6 +56,11 @@ class MetricsLog:
         )
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def sync(self) -> None:
+        """Puts what was appended on the disk, so that no line is behind a checkpoint's."""
+        if self.path.exists():
+            sync(self.path)
 
     def truncate_after(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run is about to repeat."""

@@ -19,6 +19,7 @@ from dsv3_mtp.study.archive import Record, Table, table_of, write_archive
 from dsv3_mtp.study.calibration import calibration_table
 from dsv3_mtp.study.findings import Findings, is_primary
 from dsv3_mtp.study.load import LoadedStudy
+from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import loss_error_metrics
 from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.opening import opening
@@ -39,6 +40,17 @@ from dsv3_mtp.study.plan import Plan, write_plan
 from dsv3_mtp.study.power import Detectable, detectables
 
 
+def require_runs(study: Study, records: Iterable[Record], folder: Path) -> Table:
+    """The records by arm and seed. Raises ValueError where there is none to report on."""
+    kept = table_of(study.arms, study.seeds, records)
+    if not any(kept.values()):
+        raise ValueError(
+            f"{folder}: no run is finished and measured as this study asks, so that there is "
+            "nothing to report"
+        )
+    return kept
+
+
 def write_report(loaded: LoadedStudy, plan: Plan, records: Iterable[Record], folder: Path) -> Path:
     """Writes the report on these runs, and its archive, into `folder`; returns the path of
     report.md.
@@ -47,12 +59,7 @@ def write_report(loaded: LoadedStudy, plan: Plan, records: Iterable[Record], fol
         ValueError: there is no run.
     """
     study = loaded.study
-    kept = table_of(study.arms, study.seeds, records)
-    if not any(kept.values()):
-        raise ValueError(
-            f"{folder}: no run is finished and measured as this study asks, so that there is "
-            "nothing to report"
-        )
+    kept = require_runs(study, records, folder)
     table = _with_loss_errors(loaded, kept)
     effects = findings.effects_of(study, table)
     found = Findings(loaded, plan, table, effects, list(detectables(study)))

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from dsv3_mtp.files.atomic import naming, write_json, write_text
+from dsv3_mtp.files.atomic import naming, sync, write_json, write_text
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.files.digest import file_digest
 from dsv3_mtp.files.format import FORMAT, check_format
@@ -155,9 +155,9 @@ def _commit(
     digests = {shard_name(rank): digest for rank, (_, digest) in enumerate(parts)}
     digests |= {name: file_digest(folder / name) for name in (INDEX, STATE)}
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    for path in files:
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+    # Before COMPLETE.json: the content, and the names of the files and of the folders around them.
+    for path in [*files, folder, *[*folder.parents][:4]]:
+        sync(path)
     sizes = {path.name: path.stat().st_size for path in files}
     complete |= {"format": FORMAT, "files": sizes, "digests": digests}
     write_json(folder / COMPLETE, complete)
@@ -213,8 +213,14 @@ def read_state(folder: Path) -> State:
     """
     check_format(read_json(folder / STATE, dict[str, Any], remedy(folder)), folder / STATE)
     state = read_json(folder / STATE, State, remedy(folder))
-    if min(state["step"], state["tokens"], state["sampler"]["samples"]) < 0:
+    position = state["sampler"]
+    if min(state["step"], state["tokens"], *position["counts"], position["samples"]) < 0:
         raise ValueError(f"{folder / STATE}: damaged (a count < 0); {remedy(folder)}")
+    if sum(position["counts"]) != position["samples"]:
+        raise ValueError(
+            f"{folder / STATE}: damaged (sampler.counts {position['counts']} are not "
+            f"{position['samples']} samples); {remedy(folder)}"
+        )
     return state
 
 

@@ -28,7 +28,7 @@ from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_devi
 from dsv3_mtp.train.floors import text_floors
 from dsv3_mtp.train.gradients import gradient_angle
 from dsv3_mtp.train.optim import build_optimizer
-from dsv3_mtp.train.profile import StepProfile
+from dsv3_mtp.train.profile import StepProfile, require_within
 from dsv3_mtp.train.record import (
     NonFiniteError,
     non_finite,
@@ -67,12 +67,12 @@ class Trainer:
         self.folder = run_folder(config)
         self.stop = stop
         with starting(config.parallel.timeout_s):
-            self.build(command, notes)
+            self.build(command, notes, profile)
         self.profile = StepProfile(profile, self.folder, self.world.rank)
         if self.world.device.type == "cuda":  # perf/peak_gib is of training, not of the start
             torch.cuda.reset_peak_memory_stats(self.world.device)
 
-    def build(self, command: list[str], notes: Sequence[str]) -> None:
+    def build(self, command: list[str], notes: Sequence[str], profile: range) -> None:
         """Everything that a run needs: ranks, data, model, engine, and what was saved."""
         config, parallel = self.config, self.config.parallel
         self.world = start(
@@ -81,12 +81,14 @@ class Trainer:
             stages=parallel.pipeline_stages,
             slices=parallel.sequence_parallel_size,
         )
+        require_within(profile, self.steps)
         check_monitors(config)
         ds_config = deepspeed_config(config, self.world.size, str(self.folder))
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
         complete, found = on_main(self.world, lambda: find_checkpoints(config))
         latest, damaged = checkpoint.first_sound(self.world, complete)
+        saved = latest and checkpoint.read_state(latest)  # what is damaged is told at once
         self.notes = [*found, *damaged, *notes]
 
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
@@ -112,8 +114,8 @@ class Trainer:
         self.step = self.tokens = 0
         self.lambda_state = schedules.first_state(config.mtp)
         self.clock = Clock()
-        if latest:
-            self.notes += self.resume(latest)
+        if latest and saved:
+            self.notes += self.resume(latest, saved)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
         # What this start is. A resumed run writes it after its first step: until then the folder
@@ -136,6 +138,11 @@ class Trainer:
             self.describe = None
 
     @property
+    def steps(self) -> int:
+        rows = self.config.train.micro_batch_size * self.world.data_size
+        return schedules.total_steps(self.config.train, self.config.data.seq_len, rows)
+
+    @property
     def progress(self) -> float:
         """Fraction of the training tokens consumed: what every schedule is a function of."""
         return min(self.tokens / self.config.train.total_tokens, 1.0)
@@ -148,9 +155,7 @@ class Trainer:
                 loss; nothing of it is saved.
         """
         config, total = self.config, self.config.train.total_tokens
-        rows = config.train.micro_batch_size * self.world.data_size
-        steps = schedules.total_steps(config.train, config.data.seq_len, rows)
-        with Progress(total, total_steps=steps, silent=not self.world.is_main) as self.display:
+        with Progress(total, total_steps=self.steps, silent=not self.world.is_main) as self.display:
             headline = words.headline(config, self.size, self.world, self.sampler.sources, self.val)
             for note in [headline, *self.notes]:
                 self.display.say(note)
@@ -304,17 +309,17 @@ class Trainer:
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
         state |= {"layout": describe(self.config, self.world.size)}
         state |= {"loss_weight": self.lambda_state}
+        on_main(self.world, self.log.sync)
         root = self.folder / "checkpoints"
         keep = self.config.checkpoint.keep
         checkpoint.save(
             self.engine, root, step=self.step, state=state, keep=keep, average=self.average
         )
 
-    def resume(self, folder: Path) -> list[str]:
-        """Restores the state saved in `folder`, by any layout of ranks; returns what to tell the
+    def resume(self, folder: Path, saved: checkpoint.State) -> list[str]:
+        """Restores the state `saved` in `folder`, by any layout of ranks; returns what to tell the
         user.
         """
-        saved = checkpoint.read_state(folder)
         here = describe(self.config, self.world.size)
         first, *notes = resume_notes(self.config, saved, folder, here)
         self.sampler.load_state_dict(saved["sampler"])

@@ -17,6 +17,8 @@ import_all(__name__, __path__)
 
 def _validate(value: Any) -> Any:
     """A bare number is a constant."""
+    if value is None or isinstance(value, list | tuple | bool):
+        raise ValueError("must be a number, or a schedule with a type")
     if not isinstance(value, dict | LambdaSchedule):
         value = {"type": "constant", "value": value}
     return LOSS_WEIGHTS.section(value)
