@@ -52,7 +52,8 @@ def main() -> int:
             f"not run: K={', '.join(beyond)}; independent "
             f"heads draft at most D = {model.depths} tokens"
         )
-    print(steps_report(model, prompt, options))
+    for rows in options.batches:
+        print(steps_report(model, prompt, options, rows))
     return 0
 
 
@@ -86,6 +87,14 @@ def parse() -> argparse.Namespace:
         default=[],
         metavar="P",
         help="also the largest K with --draft-threshold P",
+    )
+    parser.add_argument(
+        "--batches",
+        type=at_least(1),
+        nargs="+",
+        default=[1, 4, 16],
+        metavar="B",
+        help="rows decoded together, for the break-even of drafts (default: 1 4 16)",
     )
     parser.add_argument("--threads", type=at_least(1), default=1, metavar="N", help="default: 1")
     parser.add_argument("--compile", action="store_true", help="also measure compiled steps")

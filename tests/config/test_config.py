@@ -354,7 +354,7 @@ def test_a_frozen_trunk_needs_weights_heads_and_a_detached_loss():
 
 
 def test_what_heads_need_of_the_trunk_and_of_the_rows_is_there():
-    assert problems("mtp.mode=block", "mtp.target_layer_ids=[1, 4, 9]") == [
+    assert problems("mtp.mode=dspark", "mtp.target_layer_ids=[1, 4, 9]") == [
         "mtp.mode: its heads read the output of trunk layer 4, 9; "
         "model.num_hidden_layers = 4 gives 0..3"
     ]

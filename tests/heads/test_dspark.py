@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dsv3_mtp.decode.generate import generate
 from dsv3_mtp.decode.generation import Settings
-from dsv3_mtp.heads.block import BlockDrafter
+from dsv3_mtp.heads.dspark import DSparkDrafter
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings
 from tests.conftest import tiny
@@ -14,7 +14,7 @@ from tests.made_runs import randomise
 
 T, D, BETA = 10, 3, 0.7788  # exp(-1/4)
 MODE = {
-    "mtp.mode": "block",
+    "mtp.mode": "dspark",
     "mtp.num_nextn_predict_layers": D,
     "mtp.depth_weights": {"type": "exponential", "beta": BETA},
     "mtp.objective": {"ce": 0.1, "tv": 1.8},
@@ -85,7 +85,7 @@ def test_nothing_of_a_gradient_reaches_the_trunk_embedding_and_output_head():
 def test_drafts_end_where_the_confidence_of_the_training_forward_is_too_low(monkeypatch):
     """It has read the draft before d_k, and not d_k."""
     model = make({"model.max_position_embeddings": 32}).requires_grad_(False).eval()
-    seen, draft = [], BlockDrafter.draft
+    seen, draft = [], DSparkDrafter.draft
 
     def record(self, ids, last, count, sampler):
         known = ids[0, : last[0] + 1].tolist()
@@ -93,7 +93,7 @@ def test_drafts_end_where_the_confidence_of_the_training_forward_is_too_low(monk
         seen.append((known, drafts[0].tolist(), count, int(sampler.lengths)))
         return drafts, probability
 
-    monkeypatch.setattr(BlockDrafter, "draft", record)
+    monkeypatch.setattr(DSparkDrafter, "draft", record)
     model.mtp.confidence_head.weight.mul_(20)
     generate(model, [[5, 9]], Settings(24, draft_depth=D, draft_threshold=0.5))
     for known, drafts, count, length in seen:

@@ -47,8 +47,8 @@ from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.recompute import recomputed
 
 
-class BlockOptions(Section):
-    """Keys of `mtp:` with mode block."""
+class DSparkOptions(Section):
+    """Keys of `mtp:` with mode dspark."""
 
     block_layers: Count = 1
     """Decoder layers of the drafter (DSpark: 5 for Qwen3-4B)."""
@@ -102,14 +102,14 @@ class MarkovBias(Output):
         return F.linear(row, head) + F.linear(low, w2)
 
 
-class Block(Head):
+class DSpark(Head):
     """D drafts in one pass, tied together by a bias of the token before each, and a confidence for
     each.
     """
 
-    name = "block"
-    Options = BlockOptions
-    options: BlockOptions
+    name = "dspark"
+    Options = DSparkOptions
+    options: DSparkOptions
 
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__(config, mtp)
@@ -221,10 +221,10 @@ class Block(Head):
 
     @classmethod
     def drafter(cls, mtp: MTPConfig) -> type[Drafter]:
-        return BlockDrafter
+        return DSparkDrafter
 
     def decode_forms(self, model: nn.Module) -> list[Any]:
-        return [BlockForm(self)]
+        return [DSparkForm(self)]
 
 
 class ContextAttention(Attention):
@@ -242,10 +242,10 @@ class ContextAttention(Attention):
         return torch.addmm(x, self.look(hidden, cache, window), self.out)
 
 
-class BlockForm:
-    """The layers of a block head, made ready to decode."""
+class DSparkForm:
+    """The layers of the head, made ready to decode."""
 
-    def __init__(self, head: Block):
+    def __init__(self, head: DSpark):
         self.attentions, self.mlps = [], []
         for layer in head.layers:
             self.attentions.append(ContextAttention(layer.input_layernorm, layer.self_attn))  # type: ignore[arg-type]
@@ -264,7 +264,7 @@ class BlockForm:
         return self.norm(x)
 
 
-class BlockDrafter(Drafter):
+class DSparkDrafter(Drafter):
     """The trunk's slots are remembered as they are known; a step is one pass over `count` rows of
     the last of them, and then one small product for each draft.
     """
@@ -289,7 +289,7 @@ class BlockDrafter(Drafter):
         length = max(stop - start for start, stop in zip(starts, stops, strict=True))
         context = self.rings[0].read(starts, length).flatten(0, 1)
         window = self.slots.window(starts, length)
-        self.decoder.run(BlockForm.remember, self.decoder.heads[0], context, self.caches, window)
+        self.decoder.run(DSparkForm.remember, self.decoder.heads[0], context, self.caches, window)
         self.filled = [list(stops) for _ in self.filled]
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler):
@@ -299,7 +299,7 @@ class BlockDrafter(Drafter):
         x = self.model.model.embed_tokens(known)[:, None] + head.query.weight[:count]  # (B, K, C)
         window = self._rows(self.slots.window([m - 1 for m in last], 1), count)
         form = self.decoder.heads[0]
-        out = self.decoder.run(BlockForm.forward, form, x.flatten(0, 1), self.caches, window)
+        out = self.decoder.run(DSparkForm.forward, form, x.flatten(0, 1), self.caches, window)
         logits = self.decoder.draft_logits(out).unflatten(0, (-1, count))  # (B, K, V)
         out, drawn = out.unflatten(0, (-1, count)), []
         for k in range(count):
