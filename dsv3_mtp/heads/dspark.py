@@ -252,10 +252,10 @@ class DSparkForm:
             self.mlps.append(Dense(layer.post_attention_layernorm, layer.mlp))  # type: ignore[arg-type]
         self.norm = Norm(head.norm)
 
-    def remember(self, context: Tensor, caches: list[Tensor], window: Window) -> None:
-        """context: (N, C) of the window's slots; caches: (B, S, R+P) of each layer."""
+    def remember(self, hidden: Tensor, caches: list[Tensor], window: Window) -> None:
+        """hidden: (N, C), the context of the window's slots; caches: (B, S, R+P) of each layer."""
         for attention, cache in zip(self.attentions, caches, strict=True):
-            attention.remember(context, cache, window)
+            attention.remember(hidden, cache, window)
 
     def forward(self, x: Tensor, caches: list[Tensor], window: Window) -> Tensor:
         """Rows (N, C) -> normed rows (N, C)."""
