@@ -78,7 +78,9 @@ def _child(
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    faulthandler.dump_traceback_later(timeout - 5, file=2)  # what hangs is killed: the log says where
+    faulthandler.dump_traceback_later(
+        timeout - 5, file=2
+    )  # what hangs is killed: the log says where
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(
         RANK=str(rank),

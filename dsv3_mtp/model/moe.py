@@ -2,6 +2,7 @@
 12-20).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.layers import MLP
 from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.recompute import again
+
+Beside = Callable[[Tensor], Tensor]  # (N, C) -> (N, C)
 
 
 class RouterStats(NamedTuple):
@@ -140,11 +143,16 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # (E, C, F)
 
-    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
-        """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K);
-        counts: (E,).
+    def forward(
+        self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor, beside: Beside | None = None
+    ) -> Tensor:
+        """Sum over the K chosen experts of gate * expert(x), plus beside(x).
+
+        x: (N, C); chosen, gates: (N, K); counts: (E,). beside: another (N, C) -> (N, C), which may
+        be computed while tokens travel between ranks.
         """
-        return self.routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
+        y = self.routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
+        return y if beside is None else y + beside(x)
 
 
 class MoE(nn.Module):
@@ -160,5 +168,6 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """x: (B, T, C) -> (B, T, C), stats."""
         chosen, gates, stats = self.gate(x)  # (N, K)
-        y = self.experts(x.flatten(0, 1), chosen, gates, stats.load.long()).view_as(x)
-        return (y if self.shared_experts is None else y + self.shared_experts(x)), stats
+        rows, counts = x.flatten(0, 1), stats.load.long()
+        y = self.experts(rows, chosen, gates, counts, self.shared_experts)
+        return y.view_as(x), stats
