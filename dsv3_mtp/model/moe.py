@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.layers import MLP
+from dsv3_mtp.ops import c, choice
 from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.recompute import again
 
@@ -59,7 +60,10 @@ class Gate(nn.Module):
         """x: (B, T, C) -> chosen experts (N, K) int64, gates (N, K) float32, stats."""
         wide = torch.promote_types(x.dtype, torch.float32)
         # V3 keeps the gate in high precision.
-        scores = F.linear(again(Tensor.to, x, wide), self.weight.to(wide)).sigmoid()  # (B, T, E)
+        logits = F.linear(again(Tensor.to, x, wide), self.weight.to(wide))  # (B, T, E)
+        if (kernels := choice.kernels(logits)) is not None and kernels is not c:
+            return self.by_kernel(kernels.route, logits)
+        scores = logits.sigmoid()
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
         stats = RouterStats(
@@ -68,6 +72,16 @@ class Gate(nn.Module):
             self.count_nodes(chosen),
         )
         return chosen, self.weigh(flat, chosen), stats
+
+    def by_kernel(self, route: Callable, logits: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
+        """The rest of `forward`."""
+        keys = ("n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")
+        keys += ("routed_scaling_factor",)
+        settings = {key: getattr(self.config, key) for key in keys}
+        found = route(logits, self.e_score_correction_bias, **settings)
+        length = logits.shape[1]
+        balance = self.balance(found.hits / length, found.share / length)
+        return found.chosen, found.gates, RouterStats(found.load, balance, found.nodes)
 
     def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """scores: (N, E); chosen: (N, K) -> gates (N, K): the chosen scores, normalised and
@@ -101,18 +115,21 @@ class Gate(nn.Module):
         return used.scatter_(1, chosen // (self.config.n_routed_experts // groups), 1).sum()
 
     def balance_loss(self, scores: Tensor) -> Tensor:
-        """Sequence-wise balance (eqs. 17-20) summed over the batch; f from the unbiased top-K, as
-        printed.
+        """Sequence-wise balance (eqs. 17-20) summed over the batch, of scores (B, T, E)."""
+        top = scores.detach().topk(self.config.num_experts_per_tok, dim=-1).indices  # (B, T, K)
+        hits = torch.zeros_like(scores).scatter_(2, top, 1.0)  # (B, T, E)
+        return self.balance(hits.mean(1), (scores / scores.sum(-1, keepdim=True)).mean(1))
+
+    def balance(self, hits: Tensor, share: Tensor) -> Tensor:
+        """hits: (B, E), part of the tokens with the expert in their unbiased top K, as printed;
+        share: (B, E), mean over the tokens of its part of their scores -> scalar.
 
         Of rows in shards: f of the whole row, P this shard's part of the row's mean, so that shards
             add up.
         """
-        top = scores.detach().topk(self.config.num_experts_per_tok, dim=-1).indices  # (B, T, K)
-        hits = torch.zeros_like(scores).scatter_(2, top, 1.0)  # (B, T, E)
-        hits = self.shard.gather(hits.mean(1, keepdim=True)).mean(1)  # (B, E)
+        hits = self.shard.gather(hits.unsqueeze(1)).mean(1)  # (B, E)
         # (B, E), 1 when balanced
-        frequency = hits * (scores.shape[2] / self.config.num_experts_per_tok)
-        share = (scores / scores.sum(-1, keepdim=True)).mean(1)  # (B, E)
+        frequency = hits * (share.shape[1] / self.config.num_experts_per_tok)
         return (frequency * share).sum() / self.shard.count
 
     @torch.no_grad()

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsv3_mtp.ops.triton_router import route as route
+
 WIDE = 1024  # numbers that a program takes at a time
 HEADS = 16  # heads that a program takes at a time
 
