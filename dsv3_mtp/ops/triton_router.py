@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # scores that a program takes, at least those of one token
+TILE = 1024  # scores that a program takes, at least those of one token
 LOWEST = tl.constexpr(-1.0e38)  # twice it is still a float32
 
 
@@ -116,24 +116,25 @@ def _route(
     biased = tl.where(biased == biased, biased, LOWEST)
     biased = tl.where(known, biased, float("-inf"))
     if GROUPS > 1:
-        allowed = e < 0
+        allowed = tl.zeros([ROWS, BLOCK], tl.int1)
         ranked = tl.full([ROWS, BLOCK], float("-inf"), tl.float32)  # column g: group g
-        for g in tl.static_range(GROUPS):
+        for g in range(GROUPS):
             mine = tl.where(e // group == g, biased, float("-inf"))
             first = tl.max(mine, 1)[:, None]
-            best = tl.argmax(mine, 1)[:, None]
-            second = tl.max(tl.where(e == best, float("-inf"), mine), 1)[:, None]
+            mine = tl.where(e == tl.argmax(mine, 1)[:, None], float("-inf"), mine)
+            second = tl.max(mine, 1)[:, None]
             ranked = tl.where(e == g, first + second, ranked)
-        for _ in tl.static_range(TOP_GROUPS):
-            g = tl.argmax(ranked, 1)[:, None]
-            allowed = allowed | (e // group == g)
-            ranked = tl.where(e == g, float("-inf"), ranked)
+        for _ in range(TOP_GROUPS):
+            winner = tl.argmax(ranked, 1)[:, None]
+            allowed = allowed | (e // group == winner)
+            ranked = tl.where(e == winner, float("-inf"), ranked)
         biased = tl.where(allowed | (e >= E), biased, LOWEST)
-    taken = e < 0
+    taken = tl.zeros([ROWS, BLOCK], tl.int1)
     index = tl.zeros([ROWS, K_BLOCK], tl.int64)
     gate = tl.zeros([ROWS, K_BLOCK], tl.float32)
-    plain, hit = tl.where(scores == scores, scores, LOWEST), e >= E
-    for n in tl.static_range(K):
+    plain = tl.where(scores == scores, scores, LOWEST)
+    hit = tl.zeros([ROWS, BLOCK], tl.int1) | (e >= E)
+    for n in range(K):
         best = tl.argmax(tl.where(taken, float("-inf"), biased), 1)[:, None]
         taken = taken | (e == best)
         index = tl.where(k == n, best.to(tl.int64), index)
@@ -153,7 +154,7 @@ def _route(
     tl.store(sums + plane + at, tl.sum((hit & there).to(tl.float32), 0), whole)
     tl.store(sums + 2 * plane + at, tl.sum(tl.where(there, share, 0.0), 0), whole)
     used = tl.zeros([ROWS, 1], tl.int64)
-    for g in tl.static_range(GROUPS):
+    for g in range(GROUPS):
         used += tl.max((taken & (e // group == g)).to(tl.int64), 1)[:, None]
     total = tl.sum(tl.where(there, used, 0))
     tl.store(nodes + sequence * tl.num_programs(1) + block, total)
@@ -173,8 +174,8 @@ def _route_backward(
     inside = there & known
     scores = tl.where(known, tl.sigmoid(tl.load(logits + token * E + e, inside, other=0.0)), 0.0)
     slope = tl.zeros([ROWS, BLOCK], tl.float32)  # of the gates, in place of their experts
-    taken = e < 0
-    for n in tl.static_range(K):
+    taken = tl.zeros([ROWS, BLOCK], tl.int1)
+    for n in range(K):
         mine = e == tl.load(chosen + token * K + n, there, other=-1)
         taken = taken | mine
         slope += tl.where(mine, tl.load(grad_gates + token * K + n, there, other=0.0), 0.0) * FACTOR
