@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.layers import MLP
 from dsv3_mtp.ops import c, choice
 from dsv3_mtp.ops.compute import given
-from dsv3_mtp.ops.recompute import again
+from dsv3_mtp.ops.router import router_logits
 
 Beside = Callable[[Tensor], Tensor]  # (N, C) -> (N, C)
 
@@ -58,9 +57,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
         """x: (B, T, C) -> chosen experts (N, K) int64, gates (N, K) float32, stats."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        # V3 keeps the gate in high precision.
-        logits = F.linear(again(Tensor.to, x, wide), self.weight.to(wide))  # (B, T, E)
+        logits = router_logits(x, self.weight)  # (B, T, E)
         if (kernels := choice.kernels(logits)) is not None and kernels is not c:
             return self.by_kernel(kernels.route, logits)
         scores = logits.sigmoid()
@@ -74,11 +71,17 @@ class Gate(nn.Module):
         return chosen, self.weigh(flat, chosen), stats
 
     def by_kernel(self, route: Callable, logits: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
-        """The rest of `forward`."""
-        keys = ("n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")
-        keys += ("routed_scaling_factor",)
-        settings = {key: getattr(self.config, key) for key in keys}
-        found = route(logits, self.e_score_correction_bias, **settings)
+        """What `forward` returns, of logits (B, T, E)."""
+        config = self.config
+        found = route(
+            logits,
+            self.e_score_correction_bias,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            num_experts_per_tok=config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
         length = logits.shape[1]
         balance = self.balance(found.hits / length, found.share / length)
         return found.chosen, found.gates, RouterStats(found.load, balance, found.nodes)

@@ -15,15 +15,15 @@ from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.objectives import losses
 from dsv3_mtp.ops.cross_entropy import chunk_rows
-from dsv3_mtp.parallel.engine import sums_in_float32
 from dsv3_mtp.parallel.pipeline import stage_layers
-from dsv3_mtp.plan.parts import Part, activation_elements, parts
+from dsv3_mtp.plan.parts import Part, activation_elements, backward_elements, parts
 from dsv3_mtp.plan.states import (
     Sizes,
     communication_size,
     element_size,
     gradient_size,
     host_bytes,
+    reduction_bytes,
     setting,
     state_bytes,
     update_bytes,
@@ -62,12 +62,12 @@ class Stage:
     host: float  # in host memory: offloaded optimizer states, the average of the weights
     activations: float  # of all micro-batches in flight
     in_flight: int  # micro-batches whose activations are held at once (1F1B)
-    buffers: float
+    buffers: float  # of the loss or of one block's backward, of the reduction, gathered weights
     update: float  # gradients and all that the update takes beside weights and states
 
     @property
     def total(self) -> float:
-        """The peak: at the end of a forward, or in the update, when activations are gone."""
+        """The peak: in the loss, in a backward, or in the update, when activations are gone."""
         working = self.gradients + self.activations + self.buffers
         return self.weights + self.states + max(working, self.update)
 
@@ -133,14 +133,28 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         shard=sum(shards),
         group=max(shards) if shape.experts > 1 else sum(shards),
         dense=learned[0] if shape.experts > 1 else sum(learned),
-        largest=max(part.largest for part in mine),
+        parameters=tuple(
+            tuple(size // (shape.experts if own.experts else 1) for size in own.sizes)
+            for part in mine
+            for own in part.own
+            if own.learned
+        ),
     )
     average = (
         0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
     )
-    buffers = _buffers(config, mine, elements, dense + experts)
-    if zero == 2 and shape.micro_batches > 1 and not sums_in_float32(config):
-        buffers += element * elements.shard  # the last micro-batch's, until it is added
+    block = max(backward_elements(config, part) for part in mine) * shape.tokens * element
+    # the loss is over when the backward begins
+    buffers = max(_loss_bytes(config, mine), block)
+    buffers += reduction_bytes(config, elements, shape.data, shape.micro_batches)
+    if zero == 3:
+        module = max(
+            sum(own.sizes) / (shape.experts if own.experts else 1)
+            for part in mine
+            for own in part.own
+        )
+        live = min(setting(config, "stage3_max_live_parameters"), dense + experts)
+        buffers += element * max(live, module)
     offload = config.parallel.offload_optimizer
     # from the stage before
     received = 0 if mine[0].name == "embedding" else config.model.hidden_size
@@ -167,32 +181,22 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
     )
 
 
-def _buffers(config: Config, mine: list[Part], learned: Sizes, parameters: int) -> float:
-    """Working memory: of the loss, of DeepSpeed's reduction bucket, of the weights that ZeRO-3 has
-    gathered.
+def _loss_bytes(config: Config, mine: list[Part]) -> float:
+    """Working memory of the loss: a chunk of logits, which their gradient replaces, and the
+    gradient of the head in float32.
     """
-    model, zero, element = config.model, config.parallel.zero_stage, element_size(config)
-    scored = sum(part.rows for part in mine)
-    head, rows = scored > 0, scored * config.train.micro_batch_size * config.data.seq_len
-    # The loss holds a chunk of logits, which their gradient replaces, and the gradient of the head
-    # in float32.
-    chunk = chunk_rows(model.vocab_size, on_gpu=True)
-    logits = min(chunk, rows) * model.vocab_size
+    model, scored = config.model, sum(part.rows for part in mine)
+    if not scored:
+        return 0.0
+    rows = scored * config.train.micro_batch_size * config.data.seq_len
+    chunk = min(chunk_rows(model.vocab_size, on_gpu=True), rows)
     # none of a frozen one
     wide = 0 if config.train.freeze == "trunk" else 4 * model.vocab_size * model.hidden_size
-    size = float(element * logits + wide if head else 0)
-    if head and any(not kind.cross_entropy for kind, _ in config.mtp.objectives):
+    size = float(element_size(config) * chunk * model.vocab_size + wide)
+    if any(not kind.cross_entropy for kind, _ in config.mtp.objectives):
         # other objectives: eight chunks in float32, and one more gradient of the head
         size += 8 * 4 * min(losses.CHUNKS_ON_GPU * losses.CHUNK_ELEMENTS, rows * model.vocab_size)
         size += wide
-    if zero >= 2 or (zero == 1 and not sums_in_float32(config)):
-        # the bucket, the gradients that are in it, and the one that comes next
-        bucket, summed = setting(config, "reduce_bucket_size"), communication_size(config)
-        size += summed * max(bucket, learned.largest)
-        if zero >= 2:
-            size += element * min(max(bucket, learned.largest) + learned.largest, learned.whole)
-    if zero == 3:
-        size += element * min(setting(config, "stage3_max_live_parameters"), parameters)
     return size
 
 

@@ -27,7 +27,17 @@ class Sizes:
     shard: float
     group: float  # largest shard of one parameter group: ZeRO updates group by group
     dense: int  # of `whole`, all that no expert parallelism divides
-    largest: int  # parameter
+    parameters: tuple[tuple[int, ...], ...]  # of each module, its own, in their order
+
+    @property
+    def largest(self) -> int:
+        """Parameter."""
+        return max((max(sizes) for sizes in self.parameters), default=0)
+
+    @property
+    def together(self) -> int:
+        """All that one module has of its own, whose gradients one function makes."""
+        return max((sum(sizes) for sizes in self.parameters), default=0)
 
 
 def element_size(config: Config) -> int:
@@ -124,3 +134,37 @@ def host_bytes(config: Config, sizes: Sizes, states: float) -> float:
     zero, sums = config.parallel.zero_stage, gradient_size(config)
     waiting = sums if zero == 3 else element_size(config) + (sums if zero == 2 else 0)
     return states + (4 + waiting) * sizes.shard
+
+
+def reduction_bytes(config: Config, sizes: Sizes, ranks: int, micro_batches: int) -> float:
+    """Of the gradients of one backward, beside their sums: those that one function has just made,
+    and what DeepSpeed reduces them in.
+    """
+    zero, element = config.parallel.zero_stage, element_size(config)
+    if zero < 2:
+        copied = zero == 1 and not sums_in_float32(config)
+        bucket = max(setting(config, "reduce_bucket_size"), sizes.largest) if copied else 0
+        return communication_size(config) * bucket + element * sizes.together
+    bucket = max(setting(config, "reduce_bucket_size"), sizes.largest)
+    size, waiting, most = communication_size(config) * bucket, 0, 0.0
+    for module in reversed(sizes.parameters):  # a backward comes to the last first
+        for parameter in reversed(module):
+            if waiting + parameter > bucket:  # sent, and copied for it by ZeRO-3
+                most = max(most, (waiting if zero == 3 else 0) + sum(module))
+                waiting = 0
+            waiting += parameter
+    most = max(most, sizes.together, waiting if zero == 3 else 0)
+    if zero == 2 and micro_batches > 1 and not sums_in_float32(config):
+        most += overlapping(sizes, ranks)  # the last micro-batch's, until they are added
+    return size + element * most
+
+
+def overlapping(sizes: Sizes, ranks: int) -> float:
+    """Elements of the parameters that lie in a rank's shard, wholly or in part; the most of any."""
+    shard, begin, found = sizes.whole / ranks, 0, [0] * ranks
+    for size in (size for module in sizes.parameters for size in module):
+        first, last = int(begin // shard), int((begin + size - 1) // shard)
+        for rank in range(first, min(last, ranks - 1) + 1):
+            found[rank] += size
+        begin += size
+    return max(found)

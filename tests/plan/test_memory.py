@@ -14,6 +14,7 @@ from bench.parallel import composition
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.size import model_size
+from dsv3_mtp.ops import experts
 from dsv3_mtp.ops.attention import sdpa
 from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.plan.memory import (
@@ -254,12 +255,11 @@ def peaks(configs: list[Config], out: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("zero_stage", range(4))
-def test_an_updates_peak_is_within_3_percent_of_the_planned_one(
-    make_tiny_config, tmp_path, zero_stage, ranks
+def test_a_steps_peak_is_within_3_percent_of_the_planned_one(
+    make_tiny_config, tmp_path, monkeypatch, zero_stage, ranks
 ):
-    """Where the copy for the last reduction is planned as part of the update, the whole step's peak
-    is compared. The others' is that of a backward here: a CPU's products pad so few tokens.
-    """
+    """Of a whole step, and of its update alone. Rows of experts are as many as on a GPU."""
+    monkeypatch.setattr(experts, "padding", lambda x: 1)
     prefix = write_markov(tmp_path / "markov", tokens=4000, documents=20)
     zero = {"reduce_bucket_size": 400_000, "stage3_param_persistence_threshold": 0}
     zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
@@ -287,12 +287,11 @@ def test_an_updates_peak_is_within_3_percent_of_the_planned_one(
     rows = []
     for config, (whole, update) in zip(configs, measured, strict=True):
         (stage,) = plan(config, meta_model(config.model, config.mtp), layout(config, ranks))
-        planned = stage.weights + stage.states + stage.update
-        peak = whole if zero_stage < 2 else update
-        rows.append((config.run.name, peak, planned))
-        print(
-            f"{ranks} {config.run.name:40} {whole:,} {update:,} {planned:,.0f} {stage.total:,.0f}"
-        )
+        rows.append((config.run.name, whole, stage.total))
+        if zero_stage >= 2:  # before, the last reduction's copies are planned as part of the update
+            planned = stage.weights + stage.states + stage.update
+            rows.append((f"{config.run.name}: update", update, planned))
+        print(ranks, *(f"{name} {n:,.0f} {m:,.0f};" for name, n, m in rows[-2:]))
     for name, peak, planned in rows:
         assert planned == pytest.approx(peak, rel=0.03), name
 
