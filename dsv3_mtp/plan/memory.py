@@ -19,6 +19,7 @@ from dsv3_mtp.parallel.pipeline import stage_layers
 from dsv3_mtp.plan.parts import Part, activation_elements, backward_elements, parts
 from dsv3_mtp.plan.states import (
     Sizes,
+    bucket_elements,
     communication_size,
     element_size,
     gradient_size,
@@ -134,25 +135,17 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         group=max(shards) if shape.experts > 1 else sum(shards),
         dense=learned[0] if shape.experts > 1 else sum(learned),
         parameters=tuple(
-            tuple(size // (shape.experts if own.experts else 1) for size in own.sizes)
-            for part in mine
-            for own in part.own
-            if own.learned
+            own.here(shape.experts) for part in mine for own in part.own if own.learned
         ),
     )
     average = (
         0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
     )
-    block = max(backward_elements(config, part) for part in mine) * shape.tokens * element
     # the loss is over when the backward begins
-    buffers = max(_loss_bytes(config, mine), block)
+    buffers = max(_loss_bytes(config, mine), _backward_bytes(config, mine, shape))
     buffers += reduction_bytes(config, elements, shape.data, shape.micro_batches)
     if zero == 3:
-        module = max(
-            sum(own.sizes) / (shape.experts if own.experts else 1)
-            for part in mine
-            for own in part.own
-        )
+        module = max(sum(own.here(shape.experts)) for part in mine for own in part.own)
         live = min(setting(config, "stage3_max_live_parameters"), dense + experts)
         buffers += element * max(live, module)
     offload = config.parallel.offload_optimizer
@@ -198,6 +191,32 @@ def _loss_bytes(config: Config, mine: list[Part]) -> float:
         size += 8 * 4 * min(losses.CHUNKS_ON_GPU * losses.CHUNK_ELEMENTS, rows * model.vocab_size)
         size += wide
     return size
+
+
+def _backward_bytes(config: Config, mine: list[Part], shape: Layout) -> float:
+    """The most that a backward holds beside sums, bucket, and the activations of the whole forward,
+    of which it frees what it has passed: a block's working memory and the gradients that one of its
+    functions makes, or those and a bucket's, which ZeRO-3 copies to reduce them.
+    """
+    zero, element = config.parallel.zero_stage, element_size(config)
+    sizes = [own.here(shape.experts) for part in mine for own in part.own if own.learned]
+    bucket = bucket_elements(config, max(map(max, sizes), default=0))
+    most = freed = waiting = 0.0
+    for part in reversed(mine):
+        together = 0
+        for own in reversed(part.own):
+            few = own.here(shape.experts) if own.learned else ()
+            together = max(together, sum(few))
+            for size in reversed(few):
+                if waiting + size > bucket:
+                    if zero == 3:
+                        most = max(most, element * (waiting + sum(few)) - freed)
+                    waiting = 0
+                waiting += size
+        block = backward_elements(config, part) * shape.tokens
+        most = max(most, element * (block + together) - freed)
+        freed += element * activation_elements(config, part) * shape.tokens
+    return max(most, element * waiting - freed) if zero == 3 else most
 
 
 def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[str, float]:

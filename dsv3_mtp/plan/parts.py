@@ -22,6 +22,10 @@ class Own(NamedTuple):
     experts: bool  # divided over expert-parallel ranks
     learned: bool
 
+    def here(self, ranks: int) -> tuple[int, ...]:
+        """`sizes` on each of the ranks that share a layer's experts."""
+        return tuple(size // ranks for size in self.sizes) if self.experts else self.sizes
+
 
 @dataclass(frozen=True)
 class Part:

@@ -34,11 +34,6 @@ class Sizes:
         """Parameter."""
         return max((max(sizes) for sizes in self.parameters), default=0)
 
-    @property
-    def together(self) -> int:
-        """All that one module has of its own, whose gradients one function makes."""
-        return max((sum(sizes) for sizes in self.parameters), default=0)
-
 
 def element_size(config: Config) -> int:
     """Bytes of a weight and of an activation."""
@@ -137,26 +132,20 @@ def host_bytes(config: Config, sizes: Sizes, states: float) -> float:
 
 
 def reduction_bytes(config: Config, sizes: Sizes, ranks: int, micro_batches: int) -> float:
-    """Of the gradients of one backward, beside their sums: those that one function has just made,
-    and what DeepSpeed reduces them in.
+    """What DeepSpeed keeps for the reduction of gradients while a backward runs: its bucket, and
+    under ZeRO-2 the last micro-batch's gradients until they are added.
     """
-    zero, element = config.parallel.zero_stage, element_size(config)
-    if zero < 2:
-        copied = zero == 1 and not sums_in_float32(config)
-        bucket = max(setting(config, "reduce_bucket_size"), sizes.largest) if copied else 0
-        return communication_size(config) * bucket + element * sizes.together
-    bucket = max(setting(config, "reduce_bucket_size"), sizes.largest)
-    size, waiting, most = communication_size(config) * bucket, 0, 0.0
-    for module in reversed(sizes.parameters):  # a backward comes to the last first
-        for parameter in reversed(module):
-            if waiting + parameter > bucket:  # sent, and copied for it by ZeRO-3
-                most = max(most, (waiting if zero == 3 else 0) + sum(module))
-                waiting = 0
-            waiting += parameter
-    most = max(most, sizes.together, waiting if zero == 3 else 0)
+    zero, waiting = config.parallel.zero_stage, 0.0
+    if not zero or (zero == 1 and sums_in_float32(config)):
+        return 0.0
     if zero == 2 and micro_batches > 1 and not sums_in_float32(config):
-        most += overlapping(sizes, ranks)  # the last micro-batch's, until they are added
-    return size + element * most
+        waiting = element_size(config) * overlapping(sizes, ranks)
+    return waiting + communication_size(config) * bucket_elements(config, sizes.largest)
+
+
+def bucket_elements(config: Config, largest: int) -> float:
+    """Gradients that are reduced at a time; a larger parameter takes a bucket of its own."""
+    return max(setting(config, "reduce_bucket_size"), largest)
 
 
 def overlapping(sizes: Sizes, ranks: int) -> float:
