@@ -12,7 +12,8 @@ PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 EXTRAS ?= dev
 
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-# Without a GPU torch is pinned to a release with a CPU build, and DeepSpeed is told so: its own detection warns.
+# Without a GPU every package is pinned to the version that was tested, torch to one with a CPU build; and DeepSpeed is
+# told that there is no GPU, because its own detection warns.
 ifeq ($(GPU),)
 CONSTRAINT := -c constraints-cpu.txt
 export DS_ACCELERATOR ?= cpu

@@ -4,7 +4,7 @@ the same weights.
 Examples:
     python bench/decode.py                                   # a random model of 12M parameters
     python bench/decode.py --run runs/v3_tiny --prompt 'def '
-    python bench/decode.py --compile                         # also with torch.compile (minutes to compile)
+    python bench/decode.py --compile                         # also with torch.compile (minutes)
 All variants take turns in one process, round by round; times are CPU seconds of one thread, ratios
 are medians of the rounds' ratios, so that other work on the machine touches them little. Exit
 codes: 0 done, 2 wrong options or run.
@@ -14,11 +14,16 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from models import TINY, check_transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from decode_costs import measure, steps_report
+
+from dsv3_mtp.cli.command import at_least
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/v3_tiny.yaml"
 RANDOM_MODEL = TINY | {"max_position_embeddings": 512, "initializer_range": 0.05}
@@ -60,14 +65,29 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--prompt", metavar="TEXT", help="with --run (default: 'def ')")
     parser.add_argument(
-        "--prompt-tokens", type=int, metavar="N", help="without --run (default: 64)"
+        "--prompt-tokens", type=at_least(1), metavar="N", help="without --run (default: 64)"
     )
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: 7")
     parser.add_argument(
-        "--depths", type=int, nargs="*", default=[1, 2, 3, 4], metavar="K", help="default: 1 2 3 4"
+        "--new-tokens", type=at_least(1), default=64, metavar="N", help="default: 64"
     )
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--rounds", type=at_least(1), default=7, metavar="N", help="default: 7")
+    parser.add_argument(
+        "--depths",
+        type=at_least(1),
+        nargs="*",
+        default=[1, 2, 3, 4],
+        metavar="K",
+        help="default: 1 2 3 4",
+    )
+    parser.add_argument(
+        "--thresholds",
+        type=float,
+        nargs="*",
+        default=[],
+        metavar="P",
+        help="also the largest K with --draft-threshold P",
+    )
+    parser.add_argument("--threads", type=at_least(1), default=1, metavar="N", help="default: 1")
     parser.add_argument("--compile", action="store_true", help="also measure compiled steps")
     parser.add_argument(
         "--hf-mtp", metavar="DIR", help="exported folder: also transformers' generate(use_mtp=True)"
@@ -81,11 +101,6 @@ def parse() -> argparse.Namespace:
         parser.error("--prompt-tokens: no effect with --run, which reads --prompt")
     options.prompt = "def " if options.prompt is None else options.prompt
     options.prompt_tokens = 64 if options.prompt_tokens is None else options.prompt_tokens
-    for key in ("prompt_tokens", "new_tokens", "rounds", "threads"):
-        if getattr(options, key) < 1:
-            parser.error(f"--{key.replace('_', '-')} {getattr(options, key)}: must be at least 1")
-    if min(options.depths, default=1) < 1:
-        parser.error("--depths: must be at least 1")
     return options
 
 
@@ -162,6 +177,9 @@ def make_variants(
         variants |= {
             f"K={k}": ours(draft_depth=k) for k in options.depths if draft_limit(model, k) == k
         }
+        most = max((k for k in options.depths if draft_limit(model, k) == k), default=1)
+        for p in options.thresholds:
+            variants[f"K={most}, P={p:g}"] = ours(draft_depth=most, draft_threshold=p)
     if options.compile:
         variants["plain, compiled"] = ours(compile=True)
         if model.depths:
@@ -223,20 +241,13 @@ def hf_generate(theirs: Any, tokens: Any, count: int, **more: Any) -> list[int]:
     return out[0, tokens.shape[1] :].tolist()
 
 
-def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    import torch
-    from timing import interleave
-
-    return interleave(variants, rounds, torch.device("cpu"))
-
-
 def report(
     variants: dict[str, Callable[[], Any]],
     seconds: dict[str, list[float]],
     options: argparse.Namespace,
 ) -> str:
-    names = f"{'us/token':>10}{'tokens/cpu-s':>14}{'x transformers':>16}{'x plain':>9}{'tokens/step':>13}  acceptance"
-    rows = [" " * 28 + names]
+    names = f"{'us/token':>10}{'tokens/cpu-s':>14}{'x transformers':>16}{'x plain':>9}"
+    rows = [f"{'':28}{names}{'tokens/step':>13}  acceptance"]
     outputs = {name: run() for name, run in variants.items()}
     expected = outputs["plain"].tokens[0]
     for name, times in seconds.items():
@@ -246,81 +257,14 @@ def report(
             statistics.median(base / own for base, own in zip(seconds[against], times, strict=True))
             for against in ("transformers generate()", "plain")
         ]
-        row = f"{name:28}{per_token * 1e6:>10.0f}{1 / per_token:>14.0f}{ratios[0]:>16.2f}{ratios[1]:>9.2f}"
+        row = f"{name:28}{per_token * 1e6:>10.0f}{1 / per_token:>14.0f}"
+        row += f"{ratios[0]:>16.2f}{ratios[1]:>9.2f}"
         if hasattr(out, "acceptance"):
             joint = " ".join(f"{p:.2f}" for p in out.acceptance.joint)
             row += f"{out.acceptance.tokens_per_step:>13.2f}  {joint}"
             out = out.tokens[0]
         rows.append(row if out == expected else f"{row}  OTHER TOKENS")
     return "\n".join(rows)
-
-
-def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> str:
-    """Cost of a trunk forward on n tokens and of one draft, against one token; the acceptance where
-    K drafts pay.
-    """
-    import torch
-
-    from dsv3_mtp.decode.cache import Slots
-    from dsv3_mtp.decode.decoder import Decoder
-    from dsv3_mtp.decode.draft import no_drafter
-    from dsv3_mtp.decode.sample import Sampler
-
-    most = max(options.depths, default=1)
-    slots = Slots(model, len(prompt) + most + 2)
-    with torch.inference_mode():
-        decoder = Decoder(model)
-    caches, start = slots.caches(model.config.num_hidden_layers, 1), len(prompt)
-    tokens = torch.tensor([(prompt * (most + 1))[: most + 1]])
-
-    @torch.inference_mode()
-    def forward(count: int) -> None:
-        for _ in range(20):
-            states = decoder.trunk(tokens[:, :count], caches, slots.window([start], count))
-            decoder.logits(states.post_norm).argmax(-1).tolist()
-
-    steps: dict[str, Callable[[], Any]] = {str(n): partial(forward, n) for n in range(1, most + 2)}
-    if no_drafter(model.mtp_config) is None:
-        kind = model.mtp.drafter(model.mtp_config)
-        drafter = kind(decoder, slots, rows=1, depth=1, chunk=start + 2)
-        ids = torch.zeros(1, slots.slots, dtype=torch.long)
-
-        @torch.inference_mode()
-        def draft() -> None:
-            for _ in range(20):
-                drafter.filled = [[start - 1] for _ in drafter.filled]  # one slot is new
-                drafter.draft(ids, [start], 1, Sampler())[0].tolist()
-
-        steps["draft"] = draft
-    seconds = measure(steps, 4 * options.rounds)
-    cost = {
-        n: statistics.median(a / b for a, b in zip(t, seconds["1"], strict=True))
-        for n, t in seconds.items()
-    }
-    one = statistics.median(seconds["1"]) / 20
-    lines = [
-        f"one trunk step {one * 1e6:.0f} us; "
-        + ", ".join(f"T{n}/T1 {cost[str(n)]:.2f}" for n in range(2, most + 2))
-    ]
-    if "draft" in cost:
-        lines[0] += f"; one draft Td/T1 {cost['draft']:.2f}"
-        for k in range(1, most + 1):
-            needed = cost[str(k + 1)] + k * cost["draft"]
-            lines.append(
-                f"break-even K={k}: {needed:.2f} tokens per step{_equal_acceptance(needed, k)}"
-            )
-    return "\n".join(lines)
-
-
-def _equal_acceptance(needed: float, drafts: int) -> str:
-    """The p with 1 + p + .. + p^K = needed, as text."""
-    from scipy.optimize import brentq
-
-    if needed > 1 + drafts:
-        return ", out of reach"
-    needed = max(needed, 1.0)  # below 1 by noise only
-    p = brentq(lambda p: sum(p**k for k in range(drafts + 1)) - needed, 0.0, 1.0)
-    return f", acceptance {p:.2f} at every position"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Checks on one Hopper GPU what no CPU can: Transformer Engine, FP8 products, attention kernels,
-FP8 training.
+"""Checks on one Hopper GPU what no CPU can: Transformer Engine, FP8 products, attention kernels;
+single products only: `dsv3 study --study fp8.yaml` compares the losses of whole runs.
 
     python bench/gpu_check.py --out gpu_check.md
-    python bench/gpu_check.py --steps 0                      # without the training
-    python bench/gpu_check.py --runs bf16 te --steps 200     # only these of its runs; the emulated ones take longest
 
 Writes a report; a part that fails is in it with its error, and the exit code is then 1. Exit code
 2: there is no CUDA device.
@@ -11,24 +9,13 @@ Writes a report; a part that fails is in it with its error, and the exit code is
 
 import argparse
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-LIMIT = 3600  # seconds for one training run
 Row = list[object]
-RUNS = {  # backend of the training comparison -> its settings
-    "bf16": ["fp8.enabled=false"],  # first: the others are measured against it
-    "te": ["fp8.enabled=true", "fp8.backend=te"],
-    "torch": ["fp8.enabled=true", "fp8.backend=torch"],
-    "emulate": ["fp8.enabled=true", "fp8.backend=emulate"],
-    "bf16_moments": ["fp8.enabled=false", "optim.moments=bfloat16", "train.ema_decay=0.99"],
-}
 
 
 def main() -> int:
@@ -37,16 +24,6 @@ def main() -> int:
     )
     parser.add_argument(
         "--out", default="gpu_check.md", metavar="FILE", help="default: gpu_check.md"
-    )
-    parser.add_argument(
-        "--config",
-        default="configs/v3_small.yaml",
-        metavar="YAML",
-        help="of the training comparison",
-    )
-    parser.add_argument("--steps", type=int, default=200, help="of the training comparison")
-    parser.add_argument(
-        "--runs", nargs="+", choices=RUNS, default=list(RUNS), help="of the training comparison"
     )
     args = parser.parse_args()
 
@@ -80,18 +57,13 @@ def main() -> int:
             ["kernel", "forward", "dq", "dk", "dv", "ms"],
             attention,
         ),
-        (
-            f"Training, {args.steps} steps",
-            RUN_COLUMNS,
-            lambda: training(args.config, args.steps, args.runs),
-        ),
     ]
     from dsv3_mtp.files.atomic import write_text
 
     command, today = " ".join(["python", *sys.argv]), time.strftime("%Y-%m-%d")
     texts = [f"# GPU results\n\n{torch.cuda.get_device_name()}, {today}, `{command}`"]
     failed = 0
-    for title, columns, part in parts if args.steps else parts[:-1]:
+    for title, columns, part in parts:
         text, error = run(columns, part)
         failed += error
         texts.append(f"## {title}\n\n{text}")
@@ -150,8 +122,9 @@ def quantisers() -> Iterator[Row]:
                 for scale in ("pow2", "fp32"):
                     codes, scale_inv = quantise(x, tile, scale)
                     their_codes, their_scale = te.quantise(x, tile, scale)
-                    yield [list(shape), str(dtype)[6:], tile, scale, *map(verdict, (codes.view(torch.uint8), scale_inv),
-                           (their_codes, their_scale))]  # fmt: skip
+                    ours, theirs = (codes.view(torch.uint8), scale_inv), (their_codes, their_scale)
+                    same = map(verdict, ours, theirs)
+                    yield [list(shape), str(dtype)[6:], tile, scale, *same]
 
 
 def verdict(ours, theirs) -> str:
@@ -279,88 +252,6 @@ def forward_backward(core, inputs, grad, scale):
     out = core(query, key, value, scale, None)
     out.backward(grad)
     return out, query.grad, key.grad, value.grad
-
-
-RUN_COLUMNS: Row = [
-    "precision",
-    "main loss",
-    "error to bf16, last quarter",
-    "largest",
-    "MTP loss",
-    "error",
-    "largest",
-    "tokens/s",
-    "MFU",
-    "GiB",
-]
-
-
-def training(config: str, steps: int, names: list[str]) -> Iterator[Row]:
-    """The same data and seed in every precision; V3 appendix B.1 compares losses smoothed with EMA
-    0.9.
-    """
-    from dsv3_mtp.report.metrics import read_metrics
-    from dsv3_mtp.study.measure import curves_of, loss_error_metrics, smoothed
-
-    runs: dict[str, list[dict]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            options = [
-                f"run.name={name}",
-                f"run.dir={folder}",
-                "log.every=1",
-                "eval.every=0",
-                "attention.backend=sdpa",
-            ]
-            options += [
-                "data.train=data/pystdlib-2048",
-                "data.val=data/pystdlib-2048",
-                "data.build=pystdlib",
-            ]
-            options += [
-                "model.vocab_size=2048",
-                f"train.total_tokens={steps * 32 * 1024}",
-                "data.seq_len=1024",
-            ]
-            options += [
-                "train.batch_size=32",
-                "train.micro_batch_size=32",
-                "train.dtype=bfloat16",
-                *RUNS[name],
-            ]
-            options += ["eval.batches=1", "log.tensorboard=false"]
-            command = [sys.executable, "-m", "dsv3_mtp", "train", "--config", config]
-            command += [part for option in options for part in ("--set", option)]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-            except subprocess.TimeoutExpired:
-                yield [name, f"not finished after {LIMIT} s", *[""] * 8]
-                continue
-            if done.returncode:
-                why = done.stderr.strip().splitlines()[-1:]
-                yield [name, f"exit code {done.returncode}: {why}", *[""] * 8]
-                continue
-            shutil.rmtree(Path(folder) / name / "checkpoints")  # gigabytes each
-            runs[name] = [
-                r for r in read_metrics(Path(folder) / name / "metrics.jsonl") if "train/loss" in r
-            ]
-            row: Row = [name]
-            curves = {n: curves_of(runs[n], every_loss=True) for n in (name, "bf16") if n in runs}
-            reference, end = curves.get("bf16", curves[name]), runs[name][-1]["tokens"]
-            errors = loss_error_metrics(curves[name], reference, total_tokens=end)
-            for key in ("train/main_loss", "train/mtp_loss/1"):
-                row.append(smoothed([r[key] for r in runs[name]])[-1])
-                row.append(f"{errors[key.replace('_loss', '_loss_error')]:.3f} %")
-                row.append(f"{errors.get(key.replace('_loss', '_loss_error_max'), 0.0):.3f} %")
-            speeds = [r["perf/tokens_per_s"] for r in runs[name][len(runs[name]) // 2 :]]
-            yield [
-                *row,
-                sorted(speeds)[len(speeds) // 2],
-                runs[name][-1].get("perf/mfu", ""),
-                runs[name][-1].get("perf/peak_gib", ""),
-            ]
-    if missing := set(names) - runs.keys():
-        raise RuntimeError(f"did not train: {', '.join(sorted(missing))}")
 
 
 if __name__ == "__main__":

@@ -50,11 +50,11 @@ step env 20 python -c 'import torch, deepspeed; print("torch", torch.__version__
 step train_small 80 $TRAIN $SMALL --set run.name=a --set train.total_tokens=$TOKENS --profile steps=3:4
 step triton_kernels 60 $PYTEST tests/ops/test_triton_kernels.py --deselect tests/ops/test_triton_kernels.py::test_every_kernel_compiles_for
 step bench_3b_6layers 110 $STEP $BIG --set mtp.mode=none --set model.num_hidden_layers=$LAYERS --set train.micro_batch_size=2 --set train.activation_checkpointing=none --against transformers --rounds $ROUNDS --json "$OUT/3b_6layers.json"
-step bench_3b_parts 90 $STEP $BIG --parts --rounds $ROUNDS --json "$OUT/3b_parts.json" --profile "$OUT/3b_trace.json"
+step bench_3b_parts 90 $STEP $BIG --parts --rounds $ROUNDS --json "$OUT/3b_parts.json"
 step bench_small 60 $STEP $SMALL --set mtp.mode=none --against transformers --rounds $ROUNDS --json "$OUT/small.json"
 [ -n "$DRY" ] || step kernels 45 python bench/kernels.py $KERNELS
 step resume_small 60 $TRAIN $SMALL --set run.name=a --set train.total_tokens=$MORE
-[ -n "$DRY" ] || step transformer_engine 45 python bench/gpu_check.py --steps 0 --out "$OUT/gpu_check.md"
+[ -n "$DRY" ] || step transformer_engine 45 python bench/gpu_check.py --out "$OUT/gpu_check.md"
 for backend in te torch emulate; do
   [ -n "$DRY" ] && [ $backend != emulate ] && continue
   [ -z "$DRY" ] && [ $backend = emulate ] && continue
@@ -66,5 +66,4 @@ for run in "$RUNS"/*/; do
   cp "$run"/trace.rank0.json.gz "$OUT/$(basename "$run")_trace.json.gz" 2>/dev/null
   [ -f "$run/metrics.jsonl" ] && cp "$run/metrics.jsonl" "$OUT/$(basename "$run").jsonl"
 done
-[ -f "$OUT/3b_trace.json" ] && gzip -f "$OUT/3b_trace.json"
 cat "$S"

@@ -3,7 +3,7 @@ Triton and torch.
 
     python bench/kernels.py                                      # configs/v3_3b.yaml, 16384 tokens
     python bench/kernels.py --config configs/v3_671b.yaml linear experts
-    python bench/kernels.py --config configs/v3_nano.yaml --tokens 256 linear    # on a CPU: what runs there
+    python bench/kernels.py --config configs/v3_nano.yaml --tokens 256 linear    # on a CPU
 
 Variants take turns; every row is the median of the rounds, forward and backward. What cannot run
 here says why.

@@ -1,12 +1,12 @@
 """Tables of docs/parallelism.md: what layouts hold and send, measured against the plan, and weak
 scaling.
 
-python bench/parallel.py refusals
-python bench/parallel.py activations        # long rows, over 2 ranks: torchrun --nproc_per_node 2 with
-                                                  # --set data.seq_len=2048 --set
-                                                  parallel.sequence_parallel_size=2
-torchrun --nproc_per_node 2 bench/parallel.py memory
-torchrun --nproc_per_node 1 bench/parallel.py scaling        # then with 2: the same work per process
+    python bench/parallel.py refusals
+    python bench/parallel.py activations
+    torchrun --nproc_per_node 2 bench/parallel.py activations --set data.seq_len=2048 \\
+        --set parallel.sequence_parallel_size=2                # long rows, over 2 ranks
+    torchrun --nproc_per_node 2 bench/parallel.py memory
+    torchrun --nproc_per_node 1 bench/parallel.py scaling      # then with 2: as much per process
 """
 
 import argparse

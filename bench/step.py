@@ -1,12 +1,10 @@
 """Training speed and memory, as ratios from interleaved processes.
 
 Examples:
-    python bench/step.py --preset tiny --against transformers             # the same weights and batch in both
-    python bench/step.py --config configs/v3_tiny.yaml --parts            # where the time of a step goes
-    python bench/step.py --preset tiny --against depths                   # D = 0, 1, 2, 4, sequential and parallel
-    python bench/step.py --config configs/v3_3b.yaml --against fp8        # on a Hopper GPU: both FP8 backends
-    python bench/step.py --preset tiny --loss-memory --set model.vocab_size=32768
-    python bench/step.py --startup                                        # from the command to the first step
+    python bench/step.py --preset tiny --against transformers         # the same weights and batch
+    python bench/step.py --config configs/v3_tiny.yaml --parts        # where the time goes
+    python bench/step.py --preset tiny --against depths               # D = 0, 1, 2, 4, of two kinds
+    python bench/step.py --config configs/v3_3b.yaml --against fp8    # on a Hopper: both backends
 Every variant has a process of its own; in each round each runs one step, in random order. With one
 thread of a CPU the times are CPU seconds of the process, so that other work on the machine touches
 the ratios little; with more threads, and on a GPU, wall seconds. A ratio is the median of the
@@ -26,15 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from child import ROOT, Child, ChildError
-from models import SMALL, TINY, check_transformers
-from startup import startup
+from models import SMALL, TINY, theirs, valid
 from timing import quartiles, ratios
 
 PRESETS = {
     "tiny": TINY,
     "small": SMALL,
 }  # over configs/v3_tiny.yaml, without heads, 8 x 256 tokens per step
-EXTRAS = ("compile", "parts", "profile", "loss-memory", "startup")
 AGAINST = ("transformers", "plain", "depths", "fp8")
 DEPTHS = [("sequential", d) for d in (1, 2, 4)] + [("parallel", d) for d in (1, 2, 4)]
 # Settings that a step here does not follow, and where there is nothing to follow.
@@ -50,10 +46,10 @@ LEFT_OUT = {
 
 
 def main() -> int:
+    sys.path.insert(0, str(ROOT))
     options = parse()
     # not the default, which leaves the children behind
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.path.insert(0, str(ROOT))
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")  # as `dsv3 train`
     from dsv3_mtp.config import load_config
@@ -64,12 +60,7 @@ def main() -> int:
         sets = [*keys, "mtp.mode=none", "train.batch_size=8", "train.micro_batch_size=8", *sets]
     try:
         config = load_config(options.config, sets)
-        if options.startup:
-            text, result = startup(config, sets, options)
-        elif options.loss_memory:
-            text, result = loss_memory(config.to_dict(), options)
-        else:
-            text, result = compare(config.to_dict(), options)
+        text, result = compare(config.to_dict(), options)
         print(text)
         write(options, result)
     except (ValueError, OSError) as error:
@@ -82,18 +73,13 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
+    from dsv3_mtp.cli.command import add_sets, at_least
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default=str(ROOT / "configs/v3_tiny.yaml"), metavar="YAML")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="sets",
-        metavar="a.b=c",
-        help="as in `dsv3 train`",
-    )
+    add_sets(parser)
     parser.add_argument(
         "--preset", choices=PRESETS, help="a model of 12M or 28M parameters without MTP heads"
     )
@@ -106,35 +92,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--parts", action="store_true", help="also attention, MoE, loss, optimizer, each alone"
     )
-    parser.add_argument("--profile", metavar="FILE", help="also a Chrome trace of one step")
-    parser.add_argument(
-        "--loss-memory", action="store_true", help="peak memory of the heads' loss instead"
-    )
-    parser.add_argument(
-        "--startup", action="store_true", help="seconds from the command to the first step instead"
-    )
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: 9")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
+    for key, default in (("rounds", 9), ("threads", 1)):
+        parser.add_argument(f"--{key}", type=at_least(1), default=default, metavar="N")
     parser.add_argument(
         "--limit", type=float, default=1800, metavar="S", help="seconds for one step or build"
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     options = parser.parse_args()
-    for key in ("rounds", "threads"):
-        if getattr(options, key) < 1:
-            parser.error(f"--{key} {getattr(options, key)}: must be at least 1")
-    for key in ("json", "profile"):
-        file = getattr(options, key)
-        if file is not None and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
-            parser.error(
-                f"--{key} {file}: must be a file in a folder that is there and can be written"
-            )
-    asked = [f"--against {name}" for name in dict.fromkeys(options.against)]
-    asked += [f"--{name}" for name in EXTRAS if getattr(options, name.replace("-", "_"))]
-    for alone in ("--against depths", "--loss-memory", "--startup"):
-        if alone in asked and len(asked) > 1:
-            rest = ", ".join(name for name in asked if name != alone)
-            parser.error(f"{alone}: measures something of its own; leave out {rest}")
+    file = options.json
+    if file is not None and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
+        parser.error(f"--json {file}: must be a file in a folder that is there and can be written")
+    rest = [f"--against {name}" for name in dict.fromkeys(options.against) if name != "depths"]
+    rest += [f"--{name}" for name in ("compile", "parts") if getattr(options, name)]
+    if "depths" in options.against and rest:
+        parser.error(
+            f"--against depths: measures something of its own; leave out {', '.join(rest)}"
+        )
     return options
 
 
@@ -157,7 +130,6 @@ def variants(
     config: dict[str, Any], options: argparse.Namespace
 ) -> list[tuple[str, dict[str, Any]]]:
     """Name and spec of each; the first one is what the others are compared with."""
-    own_dtype = config["train"]["dtype"]
     if options.parts and config["train"]["freeze"] == "trunk":
         raise ValueError(
             "--parts: times the backward of every part, "
@@ -175,35 +147,16 @@ def variants(
         changed = valid(name, config | {section: config[section] | changes})
         return name, {"kind": "ours", "config": changed, "tuned": tuned, "compiled": compiled}
 
-    def theirs(name: str, dtype: str, *, tuned: bool) -> tuple[str, dict[str, Any]]:
-        changed = config | {"train": config["train"] | {"dtype": dtype}}
-        return name, {"kind": "transformers", "config": changed, "tuned": tuned}
-
     if "depths" in options.against:
-        config = config | {
-            "mtp": {"loss_weight": config["mtp"]["loss_weight"]}
-        }  # these heads are not the run's
+        # these heads are not the run's
+        config = config | {"mtp": {"loss_weight": config["mtp"]["loss_weight"]}}
         rows = [ours("D=0", mode="none")]
         return rows + [
             ours(f"{mode} D={d}", mode=mode, num_nextn_predict_layers=d) for mode, d in DEPTHS
         ]
-    rows = []
-    if "transformers" in options.against:
-        if config["mtp"]["mode"] != "none":
-            raise ValueError(
-                "--against transformers: it trains no MTP heads; add --set mtp.mode=none"
-            )
-        check_transformers(config["model"], "--against transformers")
-        import torch
-
-        if torch.cuda.is_available():  # what is tuned are settings of the CPU, and fused AdamW
-            rows.append(theirs("transformers", own_dtype, tuned=True))
-        else:  # in bfloat16 both dtypes, against transformers as it comes, which is float32
-            rows.append(theirs("transformers", "float32", tuned=False))
-            rows.append(theirs("transformers, tuned", "float32", tuned=True))
-            if own_dtype != "float32":
-                rows.append(theirs(f"transformers {own_dtype}, tuned", own_dtype, tuned=True))
-                rows.append(ours("dsv3_mtp float32", section="train", dtype="float32"))
+    rows = theirs(config) if "transformers" in options.against else []
+    if len(rows) > 2:  # in bfloat16 on a CPU
+        rows.append(ours("dsv3_mtp float32", section="train", dtype="float32"))
     if "plain" in options.against:
         rows.append(ours("dsv3_mtp without tuning", tuned=False))
     if "fp8" in options.against:
@@ -217,21 +170,6 @@ def variants(
     if options.compile:
         rows.append(ours("dsv3_mtp, compiled", tuned=False, compiled=True))
     return rows
-
-
-def valid(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The config of one variant; raises ConfigError with its name where the variant cannot have
-    some other setting.
-    """
-    from pydantic import ValidationError
-
-    from dsv3_mtp.config import Config, ConfigError
-    from dsv3_mtp.config.reader import problems_of
-
-    try:
-        return Config.model_validate(config).to_dict()
-    except ValidationError as error:
-        raise ConfigError(name, problems_of(error, config, Config)) from None
 
 
 def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -283,8 +221,6 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
             result["parts"] = ours.ask("parts")
             step = statistics.median(a["seconds"] for a in ours.answers)
             text.append(parts_table(result["parts"], step))
-        if options.profile is not None:
-            text.append(ours.ask(f"profile {options.profile}"))
     finally:
         for child in children:
             child.stop()
@@ -292,7 +228,7 @@ def compare(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, d
 
 
 def own_row(children: list[Variant], config: dict[str, Any], missing: list[str]) -> Variant:
-    """The first row that runs as `dsv3 train` does: its products, parts and profile are shown.
+    """The first row that runs as `dsv3 train` does: its products and parts are shown.
 
     Raises:
         ValueError: it is not there any more.
@@ -362,7 +298,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     for name, row in rows.items():
         low, median, high = row["speedup"]
         ms, memory = row["seconds_per_step"][1] * 1e3, f"{row['peak_bytes'] / 2**20:.0f} MiB"
-        line = f"{name:26}{ms:>9.0f}{row['tokens_per_second']:>10.0f}{row['mfu']:>7.1%}{memory:>13}{median:>9.2f}x"
+        line = f"{name:26}{ms:>9.0f}{row['tokens_per_second']:>10.0f}{row['mfu']:>7.1%}{memory:>13}"
+        line += f"{median:>9.2f}x"
         line += f" [{low:.2f}, {high:.2f}]{1 / median / row['flop_ratio']:>16.2f}"
         lines.append(line + "  " + " ".join(f"{loss:.5f}" for loss in row["losses"]))
     return "\n".join(lines)
@@ -374,30 +311,6 @@ def parts_table(parts: dict[str, float], step: float) -> str:
         f"    {name:24}{seconds * 1e3:>8.1f} ms {seconds / step:>6.1%}"
         for name, seconds in rows.items()
     )
-
-
-def loss_memory(config: dict[str, Any], options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Each number from a fresh process."""
-    result: dict[str, Any] = {}
-    train, data, vocab = config["train"], config["data"], config["model"]["vocab_size"]
-    tokens = train["micro_batch_size"] * data["seq_len"]
-    lines = [f"loss of 1+D heads in float32, {tokens} tokens, vocabulary {vocab}"]
-    for depths in (0, 1, 2, 4):
-        mtp = {"mode": "sequential" if depths else "none", "num_nextn_predict_layers": depths}
-        for kind in ("naive", "chunked"):
-            spec = {"kind": kind, "config": config | {"mtp": mtp}}
-            child = Child(kind, "step_child.py", spec, limit=options.limit)
-            try:
-                child.start(options.threads)
-                result[f"{kind} D={depths}"] = child.answer()
-            finally:
-                child.stop()
-            write(options, result)
-        naive, own = (result[f"{kind} D={depths}"] / 2**20 for kind in ("naive", "chunked"))
-        lines.append(
-            f"    D={depths}: all logits at once {naive:8.0f} MiB, by chunks {own:6.0f} MiB"
-        )
-    return "\n".join(lines), result
 
 
 if __name__ == "__main__":

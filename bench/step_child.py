@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from child import serve
 from timing import clock, now, timed
 from torch import Tensor, nn
@@ -183,29 +182,6 @@ def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
     return result
 
 
-def loss_memory(config: Config, *, naive: bool) -> int:
-    """Extra bytes of the heads' loss at its peak, on random hidden states: all logits at once, or
-    by chunks.
-    """
-    heads, vocab = 1 + config.mtp.depths, config.model.vocab_size
-    rows = heads * config.train.micro_batch_size * config.data.seq_len
-    with DEVICE:
-        hidden = torch.randn(rows, config.model.hidden_size, requires_grad=True)
-        weight = (0.02 * torch.randn(vocab, config.model.hidden_size)).requires_grad_()
-        targets, row_weight = torch.randint(vocab, (rows,)), torch.full((rows,), 1 / rows)
-    # libraries and gradients are there before the count begins
-    F.linear(hidden[:8], weight).sum().backward()
-    forget_peak()
-    before = held()
-    if naive:
-        parts = zip(hidden.chunk(heads), targets.chunk(heads), strict=True)
-        loss = torch.stack([F.cross_entropy(F.linear(h, weight), t) for h, t in parts]).sum()
-    else:
-        loss = linear_cross_entropy(hidden, weight, targets, row_weight)[0]
-    loss.backward()
-    return most_held() - before
-
-
 def held() -> int:
     """Bytes that this process holds, on a GPU of the GPU's."""
     return resident("VmRSS") if DEVICE.type == "cpu" else torch.cuda.memory_allocated()
@@ -239,8 +215,6 @@ def answer_to(spec: dict[str, Any]) -> tuple[Any, dict[str, Callable[[str], Any]
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     config = Config.model_validate(spec["config"])
-    if spec["kind"] in ("chunked", "naive"):
-        return loss_memory(config, naive=spec["kind"] == "naive"), {}
     notes = tuning.tune(DEVICE) if spec["tuned"] and spec["kind"] == "ours" else []
     if not spec["tuned"]:
         choice.plain().__enter__()  # as long as this process lives
@@ -277,22 +251,8 @@ def answer_to(spec: dict[str, Any]) -> tuple[Any, dict[str, Callable[[str], Any]
         "peak": peak,
         "parts": lambda _: parts(model, optimizer, config),
         "memory": lambda _: most_held() - (built if DEVICE.type == "cpu" else 0),  # of a GPU all
-        "profile": partial(profile, step),
     }
     return first, commands
-
-
-def profile(step: Step, file: str) -> str:
-    """Writes a Chrome trace of a step; the table of its dearest operations."""
-    # The second of two steps: the profiler's own start would count as the first operation.
-    second = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
-    with torch.profiler.profile(schedule=second) as recorded:
-        for _ in range(2):
-            step()
-            recorded.step()
-    recorded.export_chrome_trace(file)
-    order = f"self_{DEVICE.type}_time_total"
-    return recorded.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ _HOMES = {
     "MTPConfig": "config",
     "load_config": "config",
     "DeepseekV3MTP": "model.causal_lm",
-    "MTPOutput": "model.causal_lm",
+    "MTPOutput": "model.output",
     "Sampler": "data.sampler",
     "open_source": "data.source",
     "Trainer": "train.trainer",

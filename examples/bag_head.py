@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.decode.draft import Drafter, write_drafts
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head, Theory
 from dsv3_mtp.heads.parallel import Block, ParallelDrafter, ParallelHead
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows
@@ -70,7 +70,7 @@ class BagDrafter(ParallelDrafter):
         return 1
 
     def draft(
-        self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler
+        self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler
     ) -> tuple[Tensor, Tensor | None]:
         logits, drawn = self.decoder.logits(self.run(0, last)), []
         for _ in range(count):

@@ -1,6 +1,7 @@
 """An objective of one's own: KL(q to p), which punishes a draft that the main model would not make.
 
-python tools/train.py --config configs/v3_tiny.yaml --set 'mtp.objective={examples.reverse_kl:ReverseKL: 1.0}'
+python tools/train.py --config configs/v3_tiny.yaml --set
+'mtp.objective={examples.reverse_kl:ReverseKL: 1.0}'
 """
 
 from torch import Tensor

@@ -1,7 +1,9 @@
 """Compiles the Triton kernels for GPUs that need not be there, and prints each: a process of its
 own,
 
-    python tests/compile_kernels.py 90 100    # compute capabilities; TRITON_INTERPRET must not be set
+    python tests/compile_kernels.py 90 100    # compute capabilities
+
+TRITON_INTERPRET must not be set.
 
 A kernel is compiled where it would be launched, so that the functions that launch it decide on
 types and sizes.

@@ -115,10 +115,10 @@ def reproducible() -> Iterator[None]:
 @pytest.fixture
 def compiled() -> None:
     """Skips where the C kernels cannot be built."""
-    from dsv3_mtp.ops import c
+    from dsv3_mtp.ops import c_library
 
-    for dtype in c.TYPES:
-        if reason := c.unavailable(dtype):
+    for dtype in c_library.TYPES:
+        if reason := c_library.unavailable(dtype):
             pytest.skip(reason)
 
 

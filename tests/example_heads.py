@@ -1,6 +1,6 @@
 """Kinds of heads that exist for the tests alone: what the protocol allows beyond the package's own.
 
-They are named in a config as a stranger's would be: `mtp.mode: tests.example_heads:LeapHead`.
+They are named in a config as a stranger's would be: `mtp.mode: tests.example_heads:InnerHead`.
 """
 
 from typing import Any
@@ -16,20 +16,6 @@ from dsv3_mtp.heads.base import Cost, Head
 from dsv3_mtp.heads.parallel import Parallel, ParallelDrafter
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, Output, Scores
-
-
-class LeapHead(Parallel):
-    """Parallel heads of which depth k predicts t_{i+2k+1} (arXiv 2505.17505, stride 2)."""
-
-    name = None
-
-    @classmethod
-    def offset(cls, mtp: MTPConfig, depth: int) -> int:
-        return 2 * depth + 1
-
-    @classmethod
-    def drafter(cls, mtp: MTPConfig) -> str:
-        return "has no drafter: every second token is left to another slot"
 
 
 class ConfidenceOptions(Section):

@@ -9,7 +9,6 @@ from dsv3_mtp.heads import registry
 
 OTHERS = [
     "examples.bag_head:BagHead",
-    "tests.example_heads:LeapHead",
     "tests.example_heads:ConfidenceHead",
     "tests.example_heads:BiasedHead",
     "tests.example_heads:InnerHead",
@@ -21,6 +20,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no_embedding": {"mtp.embed": False},
     "pre_norm": {"mtp.trunk_hidden": "pre_norm"},
     "dense": {"mtp.block": "dense"},
+    "hydra++": {"mtp.mode": "hydra", "mtp.num_layers": 2, "mtp.prefix": True},
 }
 MODES = [*registry(), *OTHERS]
 KINDS: dict[str, dict[str, Any]] = {mode.rpartition(":")[2]: {"mtp.mode": mode} for mode in MODES}

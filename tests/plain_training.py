@@ -11,8 +11,8 @@ from torch import Tensor
 from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import open_source
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
-from dsv3_mtp.model.output import LossSettings
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import LossSettings, MTPOutput
 from dsv3_mtp.train.evaluate import to_device
 
 

@@ -11,11 +11,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import dsv3_mtp.report.plots
 import dsv3_mtp.train.process  # for the forked processes: each would otherwise load it for seconds
@@ -57,6 +58,26 @@ def run_ranks(
     return [process.exitcode for process in ranks]  # type: ignore[misc]
 
 
+def chosen(request: pytest.FixtureRequest, *parameters: str) -> list[Any]:
+    """The values of these parameters in the tests of this file that this session runs: a fixture
+    that trains whole tables leaves out the rows that nobody asks for.
+    """
+    calls = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and isinstance(item, pytest.Function)
+        if hasattr(item, "callspec")
+    ]
+    rows = [[call[name] for name in parameters] for call in calls if {*parameters} <= {*call}]
+    values = [row[0] if len(row) == 1 else tuple(row) for row in rows]
+    return list(dict.fromkeys(values))
+
+
+def rows(names: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """Parameters of a table: what is not among the quick ones is slow."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
 def touch(metrics: Any, out: Path, *, title: str) -> None:
     """Instead of the curves, which take longer than many a run here."""
     out.touch()
@@ -69,7 +90,7 @@ def _child(
     world_size: int,
     port: int,
     log: str,
-    timeout: float,
+    timeout: float = 120,
 ) -> None:
     # DeepSpeed collects garbage many times; all that was there before the fork would be copied each
     # time

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dsv3_mtp"
 
-# Part of the package -> its floor. A part is a folder, or a module that stands on another floor than its folder.
+# Part of the package -> its floor. A part is a folder, or a module that stands on another floor
+# than its folder.
 LAYERS = {
     "config": 0,
     "files": 1,
@@ -41,7 +42,7 @@ TOP = 10  # the package's __init__.py (the public API) and tools/
 DOORS = {
     "deepspeed": {"parallel"},
     "transformer_engine": {"precision"},
-    "triton": {"precision", "ops.triton_kernels", "ops.triton_router"},
+    "triton": {"precision", "ops.triton_kernels", "ops.triton_jit", "ops.triton_router"},
 }
 # Part of the package -> all the third-party modules that it may import.
 ALLOWED = {"config": {"pydantic", "pydantic_core", "yaml"}, "model": {"torch"}}
@@ -67,7 +68,9 @@ def imported_modules(source: str, package: list[str]) -> list[tuple[str, int]]:
 
 
 def part_of(module: str) -> str:
-    """The entry of LAYERS that a module belongs to: `data` for data.windows, `runs.loading` for itself."""
+    """The entry of LAYERS that a module belongs to: `data` for data.windows, `runs.loading` for
+    itself.
+    """
     parts = module.split(".")
     names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     return next((name for name in names if name in LAYERS), parts[0])

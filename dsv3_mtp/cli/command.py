@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dsv3_mtp.config.launcher import check_numbers
+
 # Command -> its file in this folder, and what `dsv3 --help` says of it.
 COMMANDS = {
     "train": ("train", "train a model, or go on with a run"),
@@ -21,6 +23,7 @@ COMMANDS = {
     "prepare": ("prepare", "text to token shards for training"),
     "export": ("export_hf", "a run's checkpoint in DeepSeek-V3's layout"),
     "import": ("import_hf", "a checkpoint in DeepSeek-V3's layout as a run"),
+    "verify": ("verify", "compare a run, checkpoint, export or data with what was written"),
     "configs": ("configs", "list the shipped configs, or print one"),
     "bench": ("bench", "the benchmarks of a clone"),
 }
@@ -79,6 +82,7 @@ def run(name: str, arguments: Sequence[str] | None = None, *, program: str | Non
     if (check := getattr(command, "check", None)) and (wrong := check(options)):
         parser.error(wrong)
     try:
+        check_numbers()
         return command.run(options) or 0
     except BrokenPipeError:  # the reader of stdout has gone (head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is flushed at the end goes nowhere
@@ -115,8 +119,20 @@ def add_sets(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def at_least(bound: int) -> Callable[[str], int]:
-    """A `type` for argparse: a whole number >= bound."""
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options `--ema` and `--trust-code` of commands that read a run's weights."""
+    parser.add_argument(
+        "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
+    )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import the code outside the package that the run's config names",
+    )
+
+
+def at_least(bound: int, most: int = 2**31) -> Callable[[str], int]:
+    """A `type` for argparse: a whole number >= bound and <= most."""
 
     def read(text: str) -> int:
         try:
@@ -125,6 +141,8 @@ def at_least(bound: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text}: must be a whole number") from None
         if value < bound:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {bound}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text}: must be at most {most:,}")
         return value
 
     return read
@@ -142,8 +160,9 @@ def find_config(name: str) -> str:
     if os.path.exists(name):
         return name
     shipped = shipped_configs() / name.removeprefix("configs/")
-    found = [path for path in (shipped, shipped.with_suffix(".yaml")) if path.is_file()]
-    return str(found[0]) if found else name
+    places = (str(shipped), str(shipped.with_suffix(".yaml")))
+    found = [path for path in places if os.path.isfile(path)]  # no error for too long a name
+    return found[0] if found else name
 
 
 def _fail(message: str, code: int) -> int:
@@ -152,8 +171,8 @@ def _fail(message: str, code: int) -> int:
     Most errors are found by every rank: rank 0 says it, and the launcher ends the others while they
     wait.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0 or code == 130:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not rank.isdecimal() or code == 130:
         print(message, file=sys.stderr, flush=True)
     else:
         time.sleep(10)

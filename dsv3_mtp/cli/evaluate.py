@@ -10,9 +10,10 @@ the main model's own along the text), overlap (what a sampled draft is accepted 
 text), bits per byte of the main head; acceptance of free-running drafts. Depth 0 is the main head.
 
 Beside the numbers of a text stand its floors, which need no network: n-gram tables, counted from
-the tokens that the run was trained on (val/floor/unigram and so on), and drafters that are a constant
-distribution or a table of tokens (val/floor/overlap/constant, val/floor/overlap/table). --drafts says how
-drafts differ from the main model: KL, top-k coverage, calibration, what a threshold (p-min) keeps.
+the tokens that the run was trained on (val/floor/unigram and so on), and drafters that are a
+constant distribution or a table of tokens (val/floor/overlap/constant, val/floor/overlap/table).
+--drafts says how drafts differ from the main model: KL, top-k coverage, calibration, what a
+threshold (p-min) keeps.
 
 Exit codes: 0 done, 2 the model, the data or a task cannot be used.
 """
@@ -20,8 +21,11 @@ Exit codes: 0 done, 2 the model, the data or a task cannot be used.
 import argparse
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
-from dsv3_mtp.cli.command import at_least
+from dsv3_mtp.cli.command import add_run_options, at_least
+from dsv3_mtp.cli.drafting import add_draft_options, draft_settings
 
 # What `check` compares with the given options.
 DEFAULTS = {"split": "val", "prompts": 8, "drafts": False}
@@ -34,8 +38,11 @@ LOSSES_ONLY = (
     "new_tokens",
     "temperature",
     "drafts",
+    "draft_threshold",
+    "draft_vocab",
 )
 TASKS_ONLY = ("lm_eval_include", "limit")
+MOST = 2**16  # of what an evaluation reads: a slip of the finger must not keep the machine for days
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,17 +63,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batches",
-        type=at_least(1),
+        type=at_least(1, MOST),
         metavar="N",
         help="micro-batches (default: the run's eval.batches, as in training; with --hf 16)",
     )
     parser.add_argument(
-        "--micro-batch-size", type=at_least(1), metavar="N", help="sequences per forward"
+        "--micro-batch-size", type=at_least(1, MOST), metavar="N", help="sequences per forward"
     )
     parser.add_argument("--seq-len", type=at_least(1), metavar="T", help="tokens per window")
     parser.add_argument(
         "--prompts",
-        type=at_least(0),
+        type=at_least(0, MOST),
         default=8,
         metavar="N",
         help="prompts for acceptance; 0: leave it out (default: 8)",
@@ -75,7 +82,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--new-tokens",
         type=at_least(3),
         metavar="N",
-        help="behind each prompt, of which the first and the last have no draft (default: 64, or half of what the model can read)",
+        help="behind each prompt, of which the first and the last have no draft (default: 64, "
+        "or half of what the model can read)",
     )
     parser.add_argument(
         "--temperature",
@@ -86,14 +94,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafts", action="store_true", help="statistics of the drafts along the text as well"
     )
-    parser.add_argument(
-        "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
-    )
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="import the code outside the package that the run's config names",
-    )
+    add_draft_options(parser)
+    add_run_options(parser)
+    _add_tasks(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead"
     )
@@ -103,7 +110,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=at_least(1), metavar="N", help="documents per task (default: all)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def check(options: argparse.Namespace) -> str | None:
@@ -117,6 +123,10 @@ def check(options: argparse.Namespace) -> str | None:
         return f"--temperature {options.temperature}: must be in [0.001, 100]"
     if options.temperature is not None and not (options.prompts or options.drafts):
         return "--temperature: no effect with --prompts 0 and without --drafts"
+    if options.draft_threshold is not None and not options.prompts:
+        return "--draft-threshold: no effect with --prompts 0"
+    if options.draft_vocab is not None and not (options.prompts or options.drafts):
+        return "--draft-vocab: no effect with --prompts 0 and without --drafts"
     if options.hf and not options.data and not options.lm_eval:
         return "--hf needs --data or --lm-eval: a checkpoint does not say what to evaluate on"
     if options.hf and options.ema:
@@ -130,7 +140,7 @@ def run(options: argparse.Namespace) -> None:
 
 def tasks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Results of lm-evaluation-harness."""
-    from dsv3_mtp.train.evaluate import lm_eval
+    from dsv3_mtp.train.lm_eval import lm_eval
 
     where = {
         "run": options.run,
@@ -145,19 +155,12 @@ def tasks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Metrics of every data source."""
-    from pathlib import Path
-    from typing import Any
-
     import torch
 
-    from dsv3_mtp.data.ngrams import early_training
     from dsv3_mtp.data.opening import validation_source
-    from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
-    from dsv3_mtp.decode.draft import no_drafter
     from dsv3_mtp.ops.tuning import tune
-    from dsv3_mtp.runs.loading import tokenizer_of
-    from dsv3_mtp.train.evaluate import acceptance, open_model, validate
-    from dsv3_mtp.train.floors import draft_statistics, drafter_floors, text_floors, trained_on
+    from dsv3_mtp.train.evaluate import open_model, validate
+    from dsv3_mtp.train.floors import trained_on
 
     model, config = open_model(
         run=options.run,
@@ -167,11 +170,47 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         ema=options.ema,
         trust_code=options.trust_code,
     )
-    longest, new_tokens, task = (
-        config.model.max_position_embeddings,
-        options.new_tokens,
-        config.data.task,
-    )
+    sources = opened(options, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tune(device)  # as in training: the same bits
+    model.to(device)
+    trained, lost = None, []
+    try:
+        trained = trained_on(options.run, trust_code=options.trust_code) if options.run else None
+    except (ValueError, OSError) as error:  # the model can be evaluated all the same
+        lost = [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
+    if options.drafts and not config.mtp.depths:
+        raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
+    if (options.draft_threshold or options.draft_vocab) and not config.mtp.depths:
+        raise ValueError(
+            "--draft-threshold, --draft-vocab: the model has no MTP heads to draft with"
+        )
+    drafting = draft_settings(options, config)
+    where: dict[str, Any] = {"batches": options.batches or config.eval.batches, "device": device}
+    results = {}
+    for source in sources or [validation_source(config, options.split)]:
+        metrics = validate(model, source, config, **where)
+        if source.text is not None:
+            metrics |= beside_text(model, source, config, trained, lost, metrics, where)
+            if options.drafts:
+                metrics |= along_text(options, model, source, config, drafting, where)
+        elif options.drafts:
+            raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
+        results[source.path] = metrics | accepted(options, model, source, config, drafting)
+    return results
+
+
+def opened(options: argparse.Namespace, config: Any) -> list[Any]:
+    """The sources that --data names.
+
+    Raises:
+        ValueError: they or --new-tokens do not fit the model.
+    """
+    from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
+    from dsv3_mtp.runs.loading import tokenizer_of
+
+    longest, new_tokens = config.model.max_position_embeddings, options.new_tokens
+    task = config.data.task
     if new_tokens is not None and new_tokens >= longest:
         raise ValueError(
             f"--new-tokens {new_tokens}: must be < model.max_position_embeddings = {longest}"
@@ -191,49 +230,73 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     for source in sources:
         check_vocab(source, config.model.vocab_size)
         check_tokenizers([own, (source.path, source.tokenizer_sha256)])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tune(device)  # as in training: the same bits
-    model.to(device)
-    trained, lost = None, []
-    try:
-        trained = trained_on(options.run, trust_code=options.trust_code) if options.run else None
-    except (ValueError, OSError) as error:  # the model can be evaluated all the same
-        lost = [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
-    if options.drafts and not config.mtp.depths:
-        raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
-    batches, results = options.batches or config.eval.batches, {}
-    for source in sources or [validation_source(config, options.split)]:
-        metrics = validate(model, source, config, batches=batches, device=device)
-        if (text := source.text) is not None:
-            where: Any = {"batches": batches, "device": device}
-            floors, notes = drafter_floors(model, text, config, **where)
-            why = None
-            if trained is not None:
-                tables, why = text_floors(trained, text, config, batches=batches)
-                metrics |= tables
-            metrics |= floors
-            for note in filter(None, [early_training(metrics), why, *lost, *notes]):
-                print(f"{source.path}: {note}", file=sys.stderr)
-            if options.drafts:
-                temperature = options.temperature or 1.0
-                metrics |= draft_statistics(model, text, config, temperature=temperature, **where)
-        elif options.drafts:
-            raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
-        why = no_drafter(config.mtp)
-        if options.prompts and config.mtp.depths and why:
-            print(f"{source.path}: {why}; acceptance is not measured", file=sys.stderr)
-        elif options.prompts and config.mtp.depths:
-            counts = {"prompts": options.prompts, "new_tokens": new_tokens or min(64, longest // 2)}
-            metrics |= acceptance(
-                model,
-                source,
-                depth=config.mtp.depths,
-                seq_len=config.data.seq_len,
-                temperature=options.temperature or 0.0,
-                **counts,
-            )
-        results[source.path] = metrics
-    return results
+    return sources
+
+
+def beside_text(
+    model: Any,
+    source: Any,
+    config: Any,
+    trained: Any,
+    lost: list[str],
+    metrics: dict[str, float],
+    where: dict[str, Any],
+) -> dict[str, float]:
+    """Floors beside the `metrics` of a text.
+
+    trained: the sampler of the run's training text; None: there is none, and `lost` may say why.
+    """
+    from dsv3_mtp.data.ngrams import early_training
+    from dsv3_mtp.train.floors import drafter_floors, text_floors
+
+    found, notes = drafter_floors(model, source.text, config, **where)
+    tables: dict[str, float] = {}
+    why = None
+    if trained is not None:
+        tables, why = text_floors(trained, source, config, batches=where["batches"])
+    found = tables | found
+    for note in filter(None, [early_training(metrics | found), why, *lost, *notes]):
+        print(f"{source.path}: {note}", file=sys.stderr)
+    return found
+
+
+def along_text(
+    options: argparse.Namespace,
+    model: Any,
+    source: Any,
+    config: Any,
+    drafting: dict[str, Any],
+    where: dict[str, Any],
+) -> dict[str, float]:
+    """Statistics of the drafts along a text."""
+    from dsv3_mtp.train.floors import draft_statistics
+
+    among = {"temperature": options.temperature or 1.0, "vocab": drafting.get("draft_vocab", ())}
+    return draft_statistics(model, source.text, config, **among, **where)
+
+
+def accepted(
+    options: argparse.Namespace, model: Any, source: Any, config: Any, drafting: dict[str, Any]
+) -> dict[str, float]:
+    """Acceptance of free-running drafts, where it is asked for and something drafts."""
+    from dsv3_mtp.decode.draft import no_drafter
+    from dsv3_mtp.train.evaluate import acceptance
+
+    if not options.prompts or not config.mtp.depths:
+        return {}
+    if why := no_drafter(config.mtp):
+        print(f"{source.path}: {why}; acceptance is not measured", file=sys.stderr)
+        return {}
+    return acceptance(
+        model,
+        source,
+        depth=config.mtp.depths,
+        seq_len=config.data.seq_len,
+        temperature=options.temperature or 0.0,
+        prompts=options.prompts,
+        new_tokens=options.new_tokens or min(64, config.model.max_position_embeddings // 2),
+        **drafting,
+    )
 
 
 def show(results: dict[str, dict[str, float]], as_json: bool) -> None:

@@ -1,13 +1,16 @@
-"""Write a run's newest checkpoint in DeepSeek-V3's layout: loads in transformers, vLLM and SGLang.
+"""Write a run's newest checkpoint in DeepSeek-V3's layout: for transformers, vLLM and SGLang; says
+which of them would not load it, or not use all of it.
 
     dsv3 export --run runs/v3_tiny --out hf/v3_tiny
-    dsv3 export --run runs/v3_tiny --out hf/v3_tiny_fp8 --dtype fp8
+    dsv3 export --run runs/v3_tiny --out hf/v3_tiny_fp8 --dtype fp8 --for transformers
 
 docs/huggingface.md says how to serve the result. Exit codes: 0 done, 2 the run cannot be exported;
 nothing is written.
 """
 
 import argparse
+
+from dsv3_mtp.cli.command import add_run_options
 
 INTERRUPTED = "interrupted; nothing is written"
 
@@ -23,21 +26,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="fp8: E4M3 projections with 128x128 scales, the rest bf16 (default: bf16; of a "
         "frozen trunk its own files, copied as they are, and the modules in their type)",
     )
+    parser.add_argument(
+        "--for",
+        dest="reader",
+        choices=["transformers", "vllm", "sglang"],
+        help="refuse what this reader does not load, or reads wrongly (default: say it of all)",
+    )
     parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
-    parser.add_argument(
-        "--ema", action="store_true", help="the average of the weights (train.ema_decay)"
-    )
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="import the code outside the package that the run's config names",
-    )
+    add_run_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     from dsv3_mtp.hf import export_hf
 
     what = {"dtype": options.dtype, "trunk_only": options.trunk_only, "ema": options.ema}
+    what["reader"] = options.reader
     what["trust_code"] = options.trust_code
     notes = export_hf(options.run, options.out, **what)
     print("\n".join([*notes, f"wrote {options.out}"]))

@@ -12,10 +12,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.cli.command import at_least
+from dsv3_mtp.cli.command import add_run_options, at_least
+from dsv3_mtp.cli.drafting import add_draft_options, draft_settings
+from dsv3_mtp.cli.prompts import read_prompts
 
 INTERRUPTED = "\ninterrupted"
 DRAFT, PLAIN = "\x1b[32m", "\x1b[0m"  # accepted drafts are green
@@ -29,17 +30,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--hf", metavar="DIR", help="checkpoint in DeepSeek-V3's Hugging Face layout"
     )
-    parser.add_argument(
-        "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
+    add_run_options(parser)
+    _add_prompts(
+        parser.add_argument_group(
+            "prompts (each option repeats: a batch; without any, stdin is the prompt)"
+        )
     )
-    parser.add_argument(
-        "--trust-code",
+    _add_choice(parser.add_argument_group("choice of tokens"))
+    drafts = parser.add_argument_group("self-speculative decoding")
+    drafts.add_argument(
+        "--speculative",
         action="store_true",
-        help="import the code outside the package that the run's config names",
+        help="draft with the MTP heads; the output stays the same",
     )
-    text = parser.add_argument_group(
-        "prompts (each option repeats: a batch; without any, stdin is the prompt)"
+    drafts.add_argument(
+        "--draft-depth",
+        type=at_least(1),
+        metavar="K",
+        help="drafts per step (default: the model's D)",
     )
+    add_draft_options(drafts)
+    drafts.add_argument(
+        "--show-drafts", action="store_true", help="accepted drafts in colour, in a terminal"
+    )
+    parser.add_argument(
+        "--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu"
+    )
+    parser.add_argument("--threads", type=at_least(1, 1024), metavar="N", help="CPU threads")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: a minute or more once, then faster"
+    )
+
+
+def _add_prompts(text: Any) -> None:
     text.add_argument("--prompt", action="append", default=[], metavar="TEXT")
     text.add_argument(
         "--prompt-file",
@@ -51,7 +74,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, like '5 9 3'"
     )
-    choice = parser.add_argument_group("choice of tokens")
+
+
+def _add_choice(choice: Any) -> None:
     choice.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     choice.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
@@ -71,33 +96,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--ignore-eos", action="store_true", help="go on behind the end-of-text token"
     )
-    drafts = parser.add_argument_group("self-speculative decoding")
-    drafts.add_argument(
-        "--speculative",
-        action="store_true",
-        help="draft with the MTP heads; the output stays the same",
-    )
-    drafts.add_argument(
-        "--draft-depth",
-        type=at_least(1),
-        metavar="K",
-        help="drafts per step (default: the model's D)",
-    )
-    drafts.add_argument(
-        "--show-drafts", action="store_true", help="accepted drafts in colour, in a terminal"
-    )
-    parser.add_argument(
-        "--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu"
-    )
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile: a minute or more once, then faster"
-    )
 
 
 def check(options: argparse.Namespace) -> str | None:
-    if not options.speculative and (options.draft_depth is not None or options.show_drafts):
-        return "--draft-depth and --show-drafts go with --speculative"
+    own = ("draft_depth", "draft_threshold", "draft_vocab", "show_drafts")
+    given = [
+        f"--{key.replace('_', '-')}" for key in own if getattr(options, key) not in (None, False)
+    ]
+    if not options.speculative and given:
+        return f"{', '.join(given)}: only with --speculative"
     if options.hf and options.ema:
         return "--ema goes with --run: an exported checkpoint holds one set of weights"
     return None
@@ -108,9 +115,9 @@ def run(options: argparse.Namespace) -> None:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model, encoder = load(options)
-    names, prompts = read_prompts(options, encoder)
-    settings = settings_of(options, model, encoder)
+    model, config, encoder = load(options)
+    names, prompts = read_prompts(options, encoder, model.config.max_position_embeddings)
+    settings = settings_of(options, model, config, encoder)
     result, seconds = timed(model, prompts, settings, encoder=encoder, names=names, options=options)
     longest = model.config.max_position_embeddings
     for name, prompt, tokens in zip(names, prompts, result.tokens, strict=True):
@@ -120,8 +127,10 @@ def run(options: argparse.Namespace) -> None:
     print(summary(model, prompts, settings, result, seconds), file=sys.stderr)
 
 
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model on its device, and its tokenizer (None: there is none)."""
+def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model on its device, its config (None: of a folder without a run), and its tokenizer
+    (None: there is none).
+    """
     import torch
 
     from dsv3_mtp.data.tokenizer import recorded_encoder
@@ -132,52 +141,23 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
         run = load_run(options.run, ema=options.ema, trust_code=options.trust_code)
         for note in run.notes:
             print(f"note: {note}", file=sys.stderr)
-        model, tokenizer = run.model, run.tokenizer
+        model, config, tokenizer = run.model, run.config, run.tokenizer
     else:
         from dsv3_mtp.hf import load_hf
 
-        model, tokenizer = load_hf(options.hf)
+        (model, tokenizer), config = load_hf(options.hf), None
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("holds no values; choose cpu or cuda")
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return model, None if tokenizer is None else recorded_encoder(tokenizer)
+    return model, config, None if tokenizer is None else recorded_encoder(tokenizer)
 
 
-def read_prompts(options: argparse.Namespace, encoder: Any) -> tuple[list[str], list[list[int]]]:
-    """What to call each prompt, and its token ids."""
-    texts = [(f"prompt {text!r}", text) for text in options.prompt]
-    for path in options.prompt_file:
-        try:
-            texts.append((path, Path(path).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"--prompt-file {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
-            ) from None
-    if not texts and not options.prompt_ids:
-        texts = [("stdin", sys.stdin.read())]
-    for name, text in texts:
-        # how Python passes on bytes that are none
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{name}: not UTF-8 text")
-    if texts and encoder is None:
-        raise ValueError(
-            "the checkpoint's data has no tokenizer.json here: give the prompt with --prompt-ids"
-        )
-    prompts = [encoder.tokenizer.encode(text, add_special_tokens=False).ids for _, text in texts]
-    names = [name for name, _ in texts]
-    for ids in options.prompt_ids:
-        try:
-            prompts.append([int(word) for word in ids.replace(",", " ").split()])
-        except ValueError:
-            raise ValueError(f"--prompt-ids {ids!r}: must be whole numbers") from None
-        names.append(f"prompt ids {ids}")
-    return names, prompts
-
-
-def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
+def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: Any) -> Any:
     from dsv3_mtp.decode.draft import draft_limit
     from dsv3_mtp.decode.generate import Settings
 
@@ -193,6 +173,10 @@ def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
     depth = 0
     if options.speculative:
         depth = options.draft_depth or max(model.depths, 1)
+        if depth >= (longest := model.config.max_position_embeddings):
+            raise ValueError(
+                f"--draft-depth {depth}: must be < model.max_position_embeddings = {longest}"
+            )
         if 0 < (limit := draft_limit(model, depth)) < depth:
             heads = (
                 f"the model has {model.depths} independent "
@@ -203,6 +187,7 @@ def settings_of(options: argparse.Namespace, model: Any, encoder: Any) -> Any:
     return Settings(
         max_new_tokens=options.max_new_tokens,
         draft_depth=depth,
+        **draft_settings(options, config),
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,

@@ -29,7 +29,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="compare the files of a prepared folder with their checksums",
     )
-    answers = parser.add_argument_group("text that a run writes itself, instead of files")
+    _add_answers(parser.add_argument_group("text that a run writes itself, instead of files"))
+    _add_text(parser.add_argument_group("text"))
+    _add_tokens(parser.add_argument_group("tokens"))
+    parser.add_argument(
+        "--workers", type=at_least(1), metavar="N", help="tokenizer threads (default: all cores)"
+    )
+
+
+def _add_answers(answers: Any) -> None:
     answers.add_argument("--from-run", metavar="RUN", help="whose main model answers")
     answers.add_argument(
         "--prompts",
@@ -46,7 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     answers.add_argument(
         "--batch", type=int, metavar="N", help="prompts answered together (default: 32)"
     )
-    text = parser.add_argument_group("text")
+
+
+def _add_text(text: Any) -> None:
     text.add_argument(
         "--corpus",
         choices=["pystdlib", "sitelib"],
@@ -75,7 +85,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of val documents, by hash (default: 0.1)",
     )
-    tokens = parser.add_argument_group("tokens")
+
+
+def _add_tokens(tokens: Any) -> None:
     tokens.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json")
     tokens.add_argument(
         "--vocab-size", type=int, metavar="N", help="train a byte-level BPE with N tokens instead"
@@ -94,9 +106,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     tokens.add_argument(
         "--seed", type=int, metavar="N", help="of the fill-in-the-middle cuts (default: 0)"
-    )
-    parser.add_argument(
-        "--workers", type=at_least(1), metavar="N", help="tokenizer threads (default: all cores)"
     )
 
 

@@ -43,7 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-code",
         action="store_true",
-        help="with --from or --compare: import the code outside the package that configs there name",
+        help="with --from or --compare: import the code outside the package that configs there "
+        "name",
     )
     parser.add_argument(
         "--out",
@@ -57,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--jobs",
-        type=at_least(1),
+        type=at_least(1, 1024),
         metavar="N",
         help="runs at a time (default: CPU cores; on a GPU and for --dry-run 1)",
     )

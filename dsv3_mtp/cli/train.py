@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.sets)
     from dsv3_mtp.train.process import own_process
     from dsv3_mtp.train.profile import parse_steps
-    from dsv3_mtp.train.trainer import NonFiniteError
+    from dsv3_mtp.train.record import NonFiniteError
 
     steps = range(0) if options.profile is None else parse_steps(options.profile)
     # DeepSpeed collects garbage up to six times as it starts: 0.2 s each over all that was imported

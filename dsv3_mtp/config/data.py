@@ -13,10 +13,18 @@ from dsv3_mtp.config.section import FilePath, Integer, OnResume, Positive, Secti
 from dsv3_mtp.config.source import SOURCES, SourceSection
 from dsv3_mtp.config.task import TASKS, Task
 
+
+def _path_or_source(value: Any) -> Any:
+    if isinstance(value, str | Section) or (isinstance(value, Mapping) and "type" in value):
+        return value
+    raise ValueError("must be a path, or a source with a type")
+
+
 OneSource = Annotated[
     Annotated[FilePath, Tag("<path>")]
     | Annotated[SerializeAsAny[SourceSection], BeforeValidator(SOURCES.section), Tag("<source>")],
-    Discriminator(lambda value: "<source>" if isinstance(value, Mapping | Section) else "<path>"),
+    Discriminator(lambda value: "<path>" if isinstance(value, str) else "<source>"),
+    BeforeValidator(_path_or_source),
 ]
 
 
@@ -30,7 +38,7 @@ class DataEntry(Section):
 
 
 def _one_or_many(value: Any) -> str:
-    return "<one>" if isinstance(value, str | Mapping | Section) else "<many>"
+    return "<many>" if isinstance(value, list | tuple) else "<one>"
 
 
 class DataConfig(Section):

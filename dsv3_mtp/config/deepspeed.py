@@ -2,23 +2,22 @@
 
 from typing import Any
 
-from dsv3_mtp.config.reader import KeyProblems, Problem, did_you_mean
+from dsv3_mtp.config.reader import KeyProblems, Problem, did_you_mean, show
 
-# Top-level keys that DeepSpeed 0.19.8 reads and that a run may set.
-ALLOWED = frozenset(
-    {
-        "comms_logger",
-        "communication_data_type",
-        "csv_monitor",
-        "data_types",
-        "disable_python_gc",
-        "dump_state",
-        "log_level",
-        "memory_breakdown",
-        "timers",
-        "zero_optimization",
-    }
-)
+# Top-level keys that DeepSpeed 0.19.8 reads and that a run may set, and what they hold: DeepSpeed
+# itself takes any text for true.
+ALLOWED: dict[str, tuple[type, str]] = {
+    "comms_logger": (dict, "a mapping"),
+    "communication_data_type": (str, "text"),
+    "csv_monitor": (dict, "a mapping"),
+    "data_types": (dict, "a mapping"),
+    "disable_python_gc": (bool, "true or false"),
+    "dump_state": (bool, "true or false"),
+    "log_level": (str, "text, such as info"),
+    "memory_breakdown": (bool, "true or false"),
+    "timers": (dict, "a mapping"),
+    "zero_optimization": (dict, "a mapping"),
+}
 
 _SCALE = (
     "is fixed: losses are divided by the token counts of the whole step, so gradients are summed"
@@ -100,7 +99,7 @@ def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
     remedy.
     """
     problems: list[Problem] = []
-    for key in map(str, block):
+    for key in block:
         if key in OWNED:
             problems.append((key, OWNED[key]))
         elif key not in ALLOWED:
@@ -108,15 +107,15 @@ def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
             problems.append(
                 (key, "unknown to DeepSpeed 0.19.8" + did_you_mean(f"deepspeed.{key}", known))
             )
+        elif not isinstance(block[key], ALLOWED[key][0]):
+            problems.append((key, f"must be {ALLOWED[key][1]} (got {show(block[key])})"))
     types = block.get("data_types", {})
-    if not isinstance(types, dict) or types.keys() - {"grad_accum_dtype"}:
+    if isinstance(types, dict) and types.keys() - {"grad_accum_dtype"}:
         problems.append(
             ("data_types", "only grad_accum_dtype can be set; train.dtype owns the others")
         )
     zero = block.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        problems.append(("zero_optimization", f"must be a mapping (got {zero!r})"))
-    else:
+    if isinstance(zero, dict):
         problems += [
             (f"zero_optimization.{key}", remedy)
             for key, remedy in ZERO_OWNED.items()

@@ -195,12 +195,13 @@ def _sequence(config: Any) -> Iterator[Problem]:
 
 
 def uncut(config: Any) -> tuple[int, int]:
-    """How many of the first and of the last pieces of a pipeline stay together; pieces are the
-    trunk's layers and, as the last one, all that follows. (1, 1): everything may be cut apart.
+    """(first, last): the first `first` pieces of a pipeline share a stage, and so do the last
+    `last`. A piece is one trunk layer; the last piece is all that follows them. (1, 1): any cut is
+    allowed.
 
-    Heads may read the input of the trunk's last layer. And with expert parallelism every stage has
-    an MoE layer, because DeepSpeed adds up the gradient norm over the stages once per kind of
-    parameter.
+    Two reasons forbid a cut. Heads that read the input of the trunk's last layer need that layer on
+    their stage. And with expert parallelism every stage needs an MoE layer, because DeepSpeed adds
+    up the gradient norm over the stages once for each kind of parameter.
     """
     model, mtp, shared = config.model, config.mtp, config.parallel.expert_parallel_size > 1
     with_heads = mtp.depths > 0 and "last_input" in mtp.kind.reads(mtp)

@@ -66,7 +66,11 @@ def problems_of(error: ValidationError, tree: Any, schema: type[BaseModel]) -> l
     """
     problems: list[Problem] = []
     paths = key_paths(schema)
-    for item in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    inner = {item["loc"][:-1] for item in found}
+    for item in found:
+        if item["type"] == "too_short" and item["loc"] in inner:
+            continue  # pydantic does not count what is wrong inside
         key = _dotted(item["loc"], tree, missing=item["type"] == "missing")
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, KeyProblems):
@@ -97,6 +101,8 @@ def _describe(item: Any) -> str:
         return "must not be empty"
     if kind == "too_long":
         return f"must hold {context['max_length']} values {got}"
+    if kind == "too_short":
+        return f"must hold at least {context['min_length']} {got}"
     if kind == "value_error":
         return f"{context['error']} {got}"
     family = kind.split("_")[0]

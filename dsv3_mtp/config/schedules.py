@@ -2,9 +2,9 @@
 consumed.
 
 Nothing here has state, so a resumed run needs only its token count, and the state of lambda's
-schedule where that has one. The schedules of lambda themselves are in loss_weights/. "V3" is arXiv 2412.19437. A
-threshold belongs to what follows it: at exactly 10T of 14.8T tokens the MTP weight is already 0.1.
-A progress outside [0, 1] is a ValueError in every function.
+schedule where that has one. The schedules of lambda themselves are in loss_weights/. "V3" is arXiv
+2412.19437. A threshold belongs to what follows it: at exactly 10T of 14.8T tokens the MTP weight is
+already 0.1. A progress outside [0, 1] is a ValueError in every function.
 """
 
 import json
@@ -138,7 +138,7 @@ def batch_size(train: TrainConfig, progress: float, multiple: int = 1) -> int:
     return max(1, floor(size / multiple + _ROUNDING)) * multiple
 
 
-class Step(NamedTuple):
+class ScheduledStep(NamedTuple):
     """All that one optimizer step takes from the schedules."""
 
     batch_size: int  # sequences over all ranks
@@ -149,8 +149,10 @@ class Step(NamedTuple):
     bias_speed: float
 
 
-def coming_step(config: Config, tokens: int, multiple: int, state: State | None = None) -> Step:
-    """The step after `tokens` tokens. multiple: as for `batch_size`; state: of lambda's schedule."""
+def coming_step(
+    config: Config, tokens: int, multiple: int, state: State | None = None
+) -> ScheduledStep:
+    """The step after `tokens` tokens. multiple: see `batch_size`; state: of lambda's schedule."""
     total = config.train.total_tokens
     progress = min(tokens / total, 1.0)
     size = batch_size(config.train, progress, multiple)
@@ -160,7 +162,7 @@ def coming_step(config: Config, tokens: int, multiple: int, state: State | None 
     speed = bias_update_speed(config.train, progress)
     weight = mtp_loss_weight(config.mtp.loss_weight, progress, state)
     weights = depth_loss_weights(config.mtp, progress, state)
-    return Step(size, after, lr, weight, weights, speed)
+    return ScheduledStep(size, after, lr, weight, weights, speed)
 
 
 def total_steps(train: TrainConfig, seq_len: int, multiple: int = 1) -> int:

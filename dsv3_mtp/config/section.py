@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from dsv3_mtp.config.reader import KeyProblems, Problem
 
 
-def _not_bool(value: Any) -> Any:
+def not_bool(value: Any) -> Any:
     if isinstance(value, bool):  # pydantic would read true as 1
         raise ValueError("must be a number")
     return value
@@ -22,8 +22,8 @@ def _plain_name(name: str) -> str:
     return name
 
 
-Integer = Annotated[int, BeforeValidator(_not_bool)]
-Number = Annotated[float, BeforeValidator(_not_bool)]
+Integer = Annotated[int, BeforeValidator(not_bool)]
+Number = Annotated[float, BeforeValidator(not_bool)]
 Count = Annotated[Integer, Field(ge=1, le=2**62)]
 # Bounds that no model comes near: a stranger's config.json must not keep this machine busy.
 Width = Annotated[Integer, Field(ge=1, le=2**20)]

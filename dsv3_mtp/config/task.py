@@ -15,8 +15,9 @@ class Stream(Protocol):
     """Rows of a data source, each a pure function of its index."""
 
     def sample(self, index: int, length: int) -> tuple[Array, ...]:
-        """Training row `index` of `length` = T + 1 + D tokens: tokens (length,) int64; number of the
-        document of each (length,) int64, from 0; of a task also (length,) bool: which are targets.
+        """Training row `index` of `length` = T + 1 + D tokens: tokens (length,) int64; number of
+        the document of each (length,) int64, from 0; of a task also (length,) bool: which are
+        targets.
         """
 
     def spread(self, index: int, count: int, length: int) -> tuple[Array, ...]:
@@ -82,7 +83,7 @@ class Task(Section):
         return None
 
     def reference(self, mtp: Any) -> dict[str, float]:
-        """What heads at their lowest cross-entropy reach, by the name of the metric; {}: unknown."""
+        """What heads reach at their lowest cross-entropy, metric by metric; {}: unknown."""
         return {}
 
     def facts(self, seq_len: int, mtp: Any) -> dict[str, str]:

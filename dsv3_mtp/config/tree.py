@@ -26,7 +26,8 @@ DEEPEST = 8  # files that may build on one another
 class Document:
     """A tree, the problems met so far, and which of `layers` each value was written in.
 
-    layers: the files from the innermost base to the file itself, then each override as it was typed.
+    layers: the files from the innermost base to the file itself, then each override as it was
+    typed.
     whole: dotted keys of mappings that are one value.
     """
 
@@ -169,7 +170,8 @@ def _read(path: Path, wanted_by: Path | None) -> tuple[dict[str, Any], list[Prob
     return tree, problems
 
 
-# Bounds that no config comes near: a few bytes of aliases can stand for more values than memory has.
+# Bounds that no config comes near: a few bytes of aliases can stand for more values than memory
+# has.
 LARGEST, MOST_VALUES, DEEPEST = 1_000_000, 100_000, 50
 
 
@@ -288,15 +290,16 @@ def _yaml_problem(error: yaml.YAMLError) -> Problem:
 def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
     """Applies one `a.b=value` in place; the value is YAML, mappings on the way are created."""
     dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
+    keys, label = dotted.strip().split("."), f"--set {override}"
+    label = label if len(label) <= 80 else f"{label[:77]}..."
     if keys == [BASE]:
-        return [(f"--set {override}", "is for files: write a file with this base, or name another")]
+        return [(label, "is for files: write a file with this base, or name another")]
     if not equals or not all(keys):
-        return [(f"--set {override}", "must be KEY=VALUE, for example --set mtp.mode=parallel")]
+        return [(label, "must be KEY=VALUE, for example --set mtp.mode=parallel")]
     try:
         value, problems = _parse(text)
     except yaml.YAMLError as error:
-        return [(f"--set {override}", f"the value is {_yaml_problem(error)[1]}")]
+        return [(label, f"the value is {_yaml_problem(error)[1]}")]
     if problems:
         return problems
     node = tree
@@ -306,7 +309,7 @@ def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
         if not isinstance(node[key], dict):
             parent = ".".join(keys[:depth])
             text = f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
-            return [(f"--set {override}", text)]
+            return [(label, text)]
         # its own: a YAML alias may stand for the same mapping elsewhere
         node[key] = dict(node[key])
         node = node[key]

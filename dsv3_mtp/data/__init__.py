@@ -3,7 +3,8 @@ order. numpy only.
 
 opening.py    what a config names, opened: the training sampler and the validation source
 sampler.py    windows of tokens, in an order that any number of ranks can resume
-source.py     what windows are cut from: documents in files (shards.py, megatron.py);  tasks.py makes examples instead
-markov.py     what can be known about one of the tasks
-prepare.py    text to such files: documents.py and stdlib.py read, tokenizer.py and tokenise.py encode
+source.py     what windows are cut from: documents in files (shards.py, megatron.py)
+prepare.py    text to such files: documents.py, records.py, stdlib.py and sitelib.py read it,
+              tokenizer.py and tokenise.py encode it;  arguments.py what decides the result
+ngrams.py     what tables of one to three tokens make of the same text
 """

@@ -1,16 +1,11 @@
 """User text, one document at a time: text files, JSON lines, parquet, saved Hugging Face data sets.
 
-Every reader can start at any record and names file and record in its errors, which are all
-ValueError.
+records.py reads the records of each file.
 """
 
-import codecs
 import glob
-import gzip
 import hashlib
-import io
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +15,11 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from dsv3_mtp.data.chat import ChatTemplate, Piece, record_pieces
+from dsv3_mtp.data.records import JSONL, open_records
 from dsv3_mtp.files.atomic import inside
 from dsv3_mtp.files.checked import OPEN, read_json
 
 VAL_BUCKETS = 1_000_000
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 @with_config(OPEN)
@@ -86,10 +81,6 @@ class Masking:
     specials: frozenset[str]
 
 
-# Number of the next record, bytes read, text (not checked yet), where it stands.
-Record = tuple[int, int, Any, str]
-
-
 class FileInputs:
     """The documents of files, folders and globs; `val_fraction` of them, by content hash, are val.
 
@@ -136,7 +127,7 @@ class FileInputs:
         for number in range(file, len(self.files)):
             path = self.files[number]
             key = self.text_key if self.masking is None else None
-            for following, done, text, place in _open_records(path, key, record):
+            for following, done, text, place in open_records(path, key, record):
                 pieces: tuple[Piece, ...] = ()
                 if self.masking is not None:
                     pieces = record_pieces(text, **vars(self.masking), place=place)
@@ -221,106 +212,3 @@ def _saved_dataset(folder: Path) -> list[Path]:
             f"{folder}: state.json names files that are not there: {', '.join(missing)}"
         )
     return files
-
-
-def _open_records(path: Path, key: str | None, start: int) -> Iterator[Record]:
-    """key: of the text in a record; None: the whole record, of JSON lines."""
-    name = path.name
-    if name.endswith(JSONL):
-        return _jsonl_records(path, key, start)
-    assert key is not None
-    if name.endswith((".parquet", ".arrow")):
-        return _table_records(path, key, start)
-    return _text_records(path, start)
-
-
-def _text_records(path: Path, start: int) -> Iterator[Record]:
-    if start == 0:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # how editors mark UTF-8: no text
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise ValueError(
-                f"{path}, line {line}: byte 0x{content[error.start]:02x} "
-                "is not UTF-8; convert the file, or "
-                f"leave it out with a glob such as '{path.parent}/**/*.txt'"
-            ) from None
-        yield 1, len(content), text, str(path)
-
-
-def json_lines(path: Path) -> Iterator[Record]:
-    """Every record of JSON lines, whole."""
-    return _jsonl_records(path, None, 0)
-
-
-def _jsonl_records(path: Path, key: str | None, start: int) -> Iterator[Record]:
-    with open(path, "rb") as raw:
-        number = 0
-        try:
-            for number, line in enumerate(_decompressed(raw, path.suffix), 1):
-                if number > start and not line.isspace():
-                    place = f"{path}, line {number}"
-                    yield number, raw.tell(), _json_text(line, key, place), place
-        except (OSError, EOFError, zlib.error) as error:  # from the decompressor
-            raise ValueError(f"{path}, after line {number}: cannot be read ({error})") from None
-
-
-def _decompressed(raw: Any, suffix: str) -> Any:
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if suffix == ".zst":
-        import pyarrow
-
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
-        return io.BufferedReader(stream, 1 << 20)
-    return raw
-
-
-def _json_text(line: bytes, key: str | None, place: str) -> Any:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # JSON or UTF-8; nested without end
-        raise ValueError(f"{place}: not valid JSON ({error})") from None
-    if key is None:
-        return record
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}"
-        )
-    if key not in record:
-        raise ValueError(
-            f"{place}: has no key {key!r}, only {sorted(record)}; name it with --text-key"
-        )
-    return record[key]
-
-
-def _table_records(path: Path, key: str, start: int) -> Iterator[Record]:
-    """Rows of a parquet file, or of an Arrow file as `datasets` saves them (IPC stream format)."""
-    import pyarrow
-
-    size, row, total = path.stat().st_size, 0, 0
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.ParquetFile(path)
-            total, names = table.metadata.num_rows, table.schema_arrow.names
-            batches = table.iter_batches(1024, columns=[key]) if key in names else iter(())
-        else:
-            reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-            names, batches = reader.schema.names, iter(reader)
-        if key not in names:
-            raise ValueError(
-                f"{path}: has no column {key!r}, only {sorted(names)}; name it with --text-key"
-            )
-        for batch in batches:
-            if row + batch.num_rows > start:
-                for offset, text in enumerate(batch.column(key).to_pylist()):
-                    following = row + offset + 1
-                    if following > start:
-                        done = size * following // max(total, following)
-                        yield following, done, text, f"{path}, row {following}"
-            row += batch.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}, after row {row}: cannot be read ({error})") from None

@@ -2,8 +2,8 @@
 documents.
 
     PREFIX.bin   token ids, back to back, nothing else
-    PREFIX.idx   b"MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences | u64 len(doc_idx)
-                 | S x i32 tokens per sequence | S x i64 byte offset
+    PREFIX.idx   b"MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 S sequences
+                 | u64 len(doc_idx) | S x i32 tokens per sequence | S x i64 byte offset
                  | doc_idx: i64 number of the first sequence of each document, then S
 
 All numbers are little-endian. Our own shards have one sequence per document; foreign files may have
@@ -99,8 +99,9 @@ def open_pair(prefix: Path | str) -> tuple[np.ndarray, np.ndarray]:
     binary, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (binary, index):
         if not path.is_file():
+            what = "is no file" if path.exists() else "no such file"
             raise ValueError(
-                f"{path}: no such file; a Megatron data set is the pair PREFIX.bin and PREFIX.idx"
+                f"{path}: {what}; a Megatron data set is the pair PREFIX.bin and PREFIX.idx"
             )
     dtype, lengths = read_index(index)
     expected, actual = int(lengths.sum()) * dtype.itemsize, binary.stat().st_size

@@ -185,8 +185,8 @@ def em(share: np.ndarray, lower: np.ndarray, seen: np.ndarray) -> np.ndarray:
 def floor_metrics(
     losses: Mapping[str, float], bits_per_nat_and_byte: float | None
 ) -> dict[str, float]:
-    """`val/floor/ORDER` in nats per token, and `val/floor/ORDER_bits_per_byte` where the bytes of the text
-    are known.
+    """`val/floor/ORDER` in nats per token, and `val/floor/ORDER_bits_per_byte` where the bytes of
+    the text are known.
     """
     metrics = {f"val/floor/{name}": loss for name, loss in losses.items()}
     if bits_per_nat_and_byte is not None:

@@ -6,16 +6,16 @@ DIR.partial/progress.json says how far the shards on disk go; whatever was writt
 off and made again. A lock beside them, .DIR.lock, lets a second process wait for the first.
 """
 
+import itertools
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.data.chat import read_template
-from dsv3_mtp.data.documents import Corpus, FileInputs, Inputs, Masking
+from dsv3_mtp.data.arguments import Arguments, compare, open_inputs, record
+from dsv3_mtp.data.documents import Corpus, Inputs
 from dsv3_mtp.data.megatron import token_dtype
 from dsv3_mtp.data.shards import (
     FORMAT,
@@ -26,13 +26,10 @@ from dsv3_mtp.data.shards import (
     SplitWriter,
     file_sha256,
     read_folder_index,
-    text_sha256,
 )
-from dsv3_mtp.data.sitelib import sitelib_inputs
-from dsv3_mtp.data.stdlib import stdlib_inputs
 from dsv3_mtp.data.tokenise import PROGRESS, Position, Progress, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
-from dsv3_mtp.files.atomic import lock, naming, replacing, write_json
+from dsv3_mtp.files.atomic import lock, naming, replacing, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
@@ -41,67 +38,6 @@ OWN = re.compile(
     r"\.?(tokenizer|manifest|index|progress)\.json(\.\d+\.tmp)?|[a-z]+-\d+\.(bin|idx|sizes|scored)"
 )
 TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is trained on
-# Text that every environment brings along, by `data.build`.
-CORPORA: dict[str, Callable[[], Corpus]] = {"pystdlib": stdlib_inputs, "sitelib": sitelib_inputs}
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What decides the contents of a prepared folder.
-
-    corpus         "pystdlib" or "sitelib", or None for `inputs`: files, folders and globs
-    tokenizer      a tokenizer.json, or None to train one with `vocab_size` tokens on the train split
-    eos            its end-of-text token (None: the first of the common names that it has)
-    val_fraction   share of val documents, chosen by content hash (a corpus has a fixed one)
-    fim_rate       share of train documents made fill-in-the-middle; val stays plain so that losses compare
-    shard_tokens   a shard ends with the document that reaches this
-    mask           "prompts": records are questions and answers (data/chat.py), and only answers are
-                   targets; None: text, all of it
-    """
-
-    corpus: str | None = None
-    inputs: tuple[str, ...] = ()
-    text_key: str = "text"
-    tokenizer: str | None = None
-    vocab_size: int | None = None
-    eos: str | None = None
-    val_fraction: float = 0.1
-    fim_rate: float = 0.0
-    shard_tokens: int = 100_000_000
-    seed: int = 0
-    mask: str | None = None
-
-    def __post_init__(self) -> None:
-        problems = []
-        if (self.corpus is None) == (not self.inputs):
-            problems.append("give either a corpus or inputs (--corpus or --input)")
-        if self.corpus is not None and self.corpus not in CORPORA:
-            problems.append(f"corpus {self.corpus!r}: must be one of {', '.join(CORPORA)}")
-        if (self.tokenizer is None) == (self.vocab_size is None):
-            problems.append(
-                "give either a tokenizer.json or a vocab_size "
-                "to train one (--tokenizer or --vocab-size)"
-            )
-        if not 0 <= self.val_fraction < 1:
-            problems.append(f"val_fraction {self.val_fraction}: must be in [0, 1)")
-        if self.corpus is not None and self.val_fraction != 0.1:
-            problems.append(
-                f"val_fraction {self.val_fraction}: the split of {self.corpus} is fixed; "
-                "leave it at 0.1"
-            )
-        if not 0 <= self.fim_rate <= 1:
-            problems.append(f"fim_rate {self.fim_rate}: must be in [0, 1]")
-        if self.mask not in (None, "prompts"):
-            problems.append(f"mask {self.mask!r}: must be prompts")
-        if self.mask is not None and (self.corpus is not None or self.fim_rate > 0):
-            problems.append(
-                "--mask prompts reads questions and answers: it goes neither with --corpus nor "
-                "with --fim-rate"
-            )
-        if self.shard_tokens < 1:
-            problems.append(f"shard_tokens {self.shard_tokens}: must be at least 1")
-        if problems:
-            raise ValueError("\n".join(problems))
 
 
 def prepare(
@@ -116,8 +52,8 @@ def prepare(
     out = Path(out_dir)
     if not out.name:
         raise ValueError(f"{str(out_dir)!r}: names no folder to make; give --out one")
-    inputs = _open_inputs(arguments, out)
-    recorded = _recorded(arguments, inputs)
+    inputs = open_inputs(arguments, out)
+    recorded = record(arguments, inputs)
 
     def build(partial: Path) -> None:
         _build(partial, arguments, recorded, inputs, progress)
@@ -137,75 +73,28 @@ def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], Non
         descriptor = lock(locked, f"waiting for the process that holds {locked}", wait=True)
         try:
             if not _taken(out):  # another process may have made it while this one waited
+                new = not partial.exists()
                 partial.mkdir(exist_ok=True)
-                with naming(partial):
-                    build(partial)
+                try:
+                    with naming(partial):
+                        build(partial)
+                except ValueError:
+                    if new:  # of input that has to change: there is nothing to go on from
+                        shutil.rmtree(partial, ignore_errors=True)
+                    raise
+                sync_tree(partial)
                 os.replace(partial, out)
+                sync(out.parent)
             locked.unlink(missing_ok=True)  # whoever still waits for it will find `out`
         finally:
             os.close(descriptor)
     index = read_folder_index(out)
-    _compare(out, index["arguments"], recorded)
+    compare(out, index["arguments"], recorded)
     return index
-
-
-def _open_inputs(arguments: Arguments, out: Path) -> Inputs:
-    if arguments.corpus is not None:
-        return CORPORA[arguments.corpus]()
-    masking, given = None, Path(arguments.tokenizer or "")
-    if arguments.mask is not None:
-        masking = Masking(None, frozenset())
-    if masking is not None and given.is_file():
-        masking = Masking(read_template(given), load_encoder(given, eos=arguments.eos).specials)
-    return FileInputs(
-        list(arguments.inputs),
-        text_key=arguments.text_key,
-        val_fraction=arguments.val_fraction,
-        out=out,
-        masking=masking,
-    )
-
-
-def _recorded(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
-    """The arguments as index.json keeps them: the tokenizer by its hash, the inputs by name and
-    size.
-    """
-    recorded = asdict(arguments) | {"inputs": list(arguments.inputs)}
-    if arguments.mask is None:  # folders of older versions have no such key
-        del recorded["mask"]
-    if arguments.tokenizer is not None and Path(arguments.tokenizer).is_file():
-        recorded["tokenizer"] = file_sha256(Path(arguments.tokenizer))
-    if isinstance(inputs, FileInputs):
-        if inputs.masking is not None and inputs.masking.template is not None:
-            recorded["chat_template"] = text_sha256(inputs.masking.template.source)
-        recorded["files"] = [
-            [str(path), size] for path, size in zip(inputs.files, inputs.sizes, strict=True)
-        ]
-    else:
-        recorded["files"] = inputs.fingerprint
-    return recorded
 
 
 def _taken(out: Path) -> bool:
     return out.is_file() or (out.is_dir() and any(out.iterdir()))
-
-
-def _compare(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    differences = []
-    for key, value in now.items():
-        if there.get(key) != value:
-            long = key == "files" or (key == "tokenizer" and None not in (there.get(key), value))
-            differences.append(
-                f"{key}: other contents" if long else f"{key}: {there.get(key)} there, {value} now"
-            )
-    if differences:
-        raise ValueError(
-            (
-                f"{folder} was made with other arguments; repeat "
-                "those, choose another --out, or delete it:\n  "
-            )
-            + "\n  ".join(differences)
-        )
 
 
 def _build(
@@ -283,7 +172,7 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
             left.unlink()
         return None
     state: dict[str, Any] = {**read_json(path, Position, f"delete {partial} and start again")}
-    _compare(partial, state["arguments"], recorded)
+    compare(partial, state["arguments"], recorded)
     if state["inputs"] != inputs.fingerprint:
         raise ValueError(
             f"{partial}: the input files changed since it "
@@ -306,7 +195,13 @@ def _make_tokenizer(partial: Path, arguments: Arguments, inputs: Inputs) -> Docu
         content = Path(arguments.tokenizer).read_bytes()
     else:
         assert arguments.vocab_size is not None
-        content = train_tokenizer(_train_texts(inputs), arguments.vocab_size).encode()
+        texts = _train_texts(inputs)
+        if (first := next(texts, None)) is None:
+            raise ValueError(
+                f"{', '.join(arguments.inputs)}: no text for train in it; give more, or another "
+                "--val-fraction"
+            )
+        content = train_tokenizer(itertools.chain([first], texts), arguments.vocab_size).encode()
     with replacing(partial / TOKENIZER) as temporary:
         temporary.write_bytes(content)
     return load_encoder(partial / TOKENIZER, eos=arguments.eos)
@@ -316,7 +211,8 @@ def _train_texts(inputs: Inputs) -> Iterator[str]:
     characters = 0
     for document in inputs.read():
         if document.split == "train":
-            yield document.text
+            if document.text:
+                yield document.text
             characters += len(document.text)
             if characters >= TRAIN_CHARACTERS:
                 return

@@ -88,8 +88,8 @@ class Sampler:
         self._prepared = picks, micro, self._read(picks, micro)
 
     def consumed(self) -> Batch:
-        """All rows of text given so far, as (tokens, documents), each (n, T + 1), and of each source
-        at most one epoch: in these rows every token that was trained on is a target once.
+        """All rows of text given so far, as (tokens, documents), each (n, T + 1), and of each
+        source at most one epoch: in these rows every token that was trained on is a target once.
         """
         rows = [
             stream.sample(index, self.seq_len + 1)
@@ -117,6 +117,8 @@ class Sampler:
             for key in now
             if state.get(key) != now[key]
         ]
+        if len(state["counts"]) != len(self.counts):
+            differences.append(f"counts of {len(state['counts'])} corpora, now {len(self.counts)}")
         if differences:
             raise ValueError(
                 "the saved data position belongs to another "

@@ -1,9 +1,10 @@
 """A prepared folder: index.json, tokenizer.json and shards that are Megatron `.bin/.idx` pairs.
 
-DIR/index.json        format, vocab_size, dtype, eos_id, hashes, origin of the text, and per split its shards
+DIR/index.json        format, vocab_size, dtype, eos_id, hashes, origin of the text, and the shards
+                      of each split
 DIR/tokenizer.json    the tokenizer, as Hugging Face `tokenizers` writes it
-DIR/manifest.json     pystdlib and sitelib: every file with its sha256 and split, and of sitelib every
-                      package with its version
+DIR/manifest.json     pystdlib and sitelib: every file with its sha256 and split, and of sitelib
+                      every package with its version
 DIR/train-00000.bin, train-00000.idx, ..., val-00000.bin, val-00000.idx
 DIR/train-00000.scored, ...   with --mask prompts: a byte per token, 1 where it is a target
 """
@@ -111,6 +112,12 @@ def read_folder_index(folder: Path) -> FolderIndex:
     for name, split in index["splits"].items():
         if split["shards"] and not split["bytes"]:
             raise ValueError(f"{path}: damaged (splits.{name}: tokens of 0 bytes); {AGAIN}")
+        for key in ("tokens", "documents"):
+            if (total := sum(shard[key] for shard in split["shards"])) != split[key]:
+                raise ValueError(
+                    f"{path}: damaged (splits.{name}.{key}: {split[key]:,}, its shards have "
+                    f"{total:,}); {AGAIN}"
+                )
     return index
 
 

@@ -180,6 +180,11 @@ def load_encoder(path: Path, *, eos: str | int | None = None) -> DocumentEncoder
     name = tokenizer.id_to_token(eos) if isinstance(eos, int) else eos
     if eos is None:
         name = next((name for name in EOS_NAMES if name in vocab), None)
+    if name is None and eos is not None:
+        raise ValueError(
+            f"{path}: has no token {eos}, which the index.json or config.json beside it gives as "
+            "the end of text; one of the two is damaged, or of another tokenizer"
+        )
     if name is None or name not in vocab:
         looked = " ".join(ascii(n)[1:-1] for n in EOS_NAMES) if eos is None else repr(eos)
         raise ValueError(

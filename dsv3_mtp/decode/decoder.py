@@ -1,6 +1,6 @@
 """A model made ready to decode: the trunk and the output head, and the forms of its heads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -22,8 +22,13 @@ class Decoder:
     are never stale.
     """
 
-    def __init__(self, model: DeepseekV3MTP, *, compile_up_to: int = 0):
-        """compile_up_to: windows of at most so many slots run compiled (torch.compile)."""
+    def __init__(
+        self, model: DeepseekV3MTP, *, compile_up_to: int = 0, draft_vocab: Sequence[int] = ()
+    ):
+        """compile_up_to: windows of at most so many slots run compiled (torch.compile).
+
+        draft_vocab: the tokens that drafts are among; (): all.
+        """
         self.model, self.compile_up_to = model, compile_up_to
         if compile_up_to:
             weights = tuple(
@@ -33,6 +38,16 @@ class Decoder:
             self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
         self.layers = Trunk(model)
         self.output = model.lm_head.weight.t()
+        # with a draft vocabulary: its ids (N,), the output head of these, and which tokens it has
+        # not
+        self.draft_ids = self.draft_output = self.outside = None
+        if draft_vocab:
+            self.draft_ids = torch.tensor(draft_vocab, device=self.output.device)
+            self.draft_output = self.output[:, self.draft_ids]  # (C, N)
+            self.outside = torch.ones(
+                self.output.shape[1], dtype=torch.bool, device=self.draft_ids.device
+            )
+            self.outside[self.draft_ids] = False
         self.heads: list[Any] = model.mtp.decode_forms(model) if model.depths else []
 
     def trunk(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
@@ -44,6 +59,13 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed states (N, C) -> (N, V)."""
         return torch.mm(hidden, self.output)
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`; with a draft vocabulary -inf for all other tokens."""
+        if self.draft_ids is None or self.draft_output is None:
+            return self.logits(hidden)
+        logits = hidden.new_full((len(hidden), self.output.shape[1]), float("-inf"))
+        return logits.index_copy_(1, self.draft_ids, torch.mm(hidden, self.draft_output))
 
     def run(self, function: Callable, *arguments: Any) -> Any:
         """function(*arguments), compiled where a window is small enough. The last argument is the

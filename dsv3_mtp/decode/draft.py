@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv3_mtp.config import MTPConfig
 from dsv3_mtp.decode.cache import Ring, Slots
 from dsv3_mtp.decode.decoder import Decoder
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.states import TrunkStates
 
@@ -27,13 +27,17 @@ class Drafter:
     batch.
     """
 
+    # Slots that a module may fall behind while the drafts end before its depth: it computes them in
+    # one forward, which costs little more than one slot.
+    LAG = 16
+
     def __init__(self, decoder: Decoder, slots: Slots, *, rows: int, depth: int, chunk: int):
         """depth: most drafts per step; chunk: most slots that one `observe` brings."""
         model = decoder.model
         self.decoder, self.model, self.slots, self.depth = decoder, model, slots, depth
         self.options: Any = model.mtp_config.options
         self.modules = min(depth, model.depths)
-        width = max(chunk, depth + 1) + 2 * (self.modules + 1)
+        width = max(chunk, depth + 1) + 2 * (self.modules + depth + self.LAG)
         self.rings = [
             Ring(rows, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())
         ]
@@ -42,9 +46,16 @@ class Drafter:
         self.filled = [[0] * rows for _ in range(self.caches_needed())]
 
     @classmethod
-    def limit(cls, depths: int, depth: int) -> int:
-        """Most drafts per step, of the `depth` that are asked for, by D = `depths` heads."""
-        return min(depth, depths)
+    def limit(cls, mtp: MTPConfig, depth: int) -> int:
+        """Most drafts per step, of the `depth` that are asked for."""
+        return min(depth, mtp.depths)
+
+    @classmethod
+    def origin(cls, mtp: MTPConfig, draft: int) -> tuple[int, int]:
+        """Of draft 1, 2, ..: the depth whose guess it is, and how many slots before m - 1, the last
+        one that the trunk has computed, that guess is made.
+        """
+        return draft, 0
 
     def rings_needed(self) -> int:
         return 1
@@ -69,15 +80,19 @@ class Drafter:
         )
 
     def draft(
-        self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler
+        self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler
     ) -> tuple[Tensor, Tensor | None]:
-        """`count` drafts t_{m+1}.. for each row, m = last[b]: (B, count), and for sampling their
-        probabilities.
+        """K <= `count` drafts t_{m+1}.. for each row, m = last[b]: (B, K), and for sampling their
+        probabilities. Fewer than `count` where `sampler.ended` before.
 
-        ids: (B, >S) with the drafts written into it on return; probabilities: (B, count, V) or None
+        ids: (B, >S) with the drafts written into it on return; probabilities: (B, K, V) or None
             when greedy.
         """
         raise NotImplementedError
+
+    def lag(self, module: int, last: Sequence[int]) -> int:
+        """Slots that a module has to catch up with, in the row where they are most."""
+        return max(m - filled for m, filled in zip(last, self.filled[module], strict=True))
 
     def join(self, others: "Sequence[Drafter]") -> None:
         """Appends the rows of drafters of the same shape."""
@@ -113,7 +128,7 @@ def draft_limit(model: DeepseekV3MTP, depth: int) -> int:
     mtp = model.mtp_config
     if no_drafter(mtp) is not None:
         return 0
-    return mtp.kind.drafter(mtp).limit(model.depths, depth)
+    return mtp.kind.drafter(mtp).limit(mtp, depth)
 
 
 def write_drafts(

@@ -10,127 +10,15 @@ the same distribution. Rejected drafts need no clean-up, the next step writes ov
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from dsv3_mtp.decode.cache import Slots, span
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.draft import Drafter, draft_limit, no_drafter
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.generation import Acceptance, Generation, Settings, Step
+from dsv3_mtp.decode.sample import DraftSampler, Sampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-
-PREFILL_CHUNK = 128  # slots per forward of a prompt: bounds memory, whatever its length
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to generate. `draft_depth` 0 is plain decoding; parallel heads draft D tokens at most,
-    whatever it says.
-
-    Temperature 0 is greedy.
-    """
-
-    max_new_tokens: int = 128
-    draft_depth: int = 0
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    stop_tokens: tuple[int, ...] = ()
-    seed: int = 0
-    prefill_chunk: int = PREFILL_CHUNK
-    compile: bool = (
-        False  # torch.compile of decoding and drafting steps: a minute or more once, then faster
-    )
-
-    def problems(self) -> Iterator[str]:
-        if self.max_new_tokens < 1:
-            yield f"max_new_tokens must be >= 1 (got {self.max_new_tokens})"
-        if self.draft_depth < 0:
-            yield f"draft_depth must be >= 0 (got {self.draft_depth})"
-        if not (self.temperature == 0 or self.temperature >= 1e-3):
-            yield f"temperature must be 0, which is greedy, or >= 0.001 (got {self.temperature})"
-        if self.top_k is not None and self.top_k < 1:
-            yield f"top_k must be >= 1 (got {self.top_k})"
-        if not 0 < self.top_p <= 1:
-            yield f"top_p must be in (0, 1] (got {self.top_p})"
-        if not 0 <= self.seed < 2**63:
-            yield f"seed must be >= 0 and < 2^63 (got {self.seed})"
-        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
-            yield "top_k and top_p have no effect at temperature 0; set a temperature or drop them"
-        if self.prefill_chunk < 1:
-            yield f"prefill_chunk must be >= 1 (got {self.prefill_chunk})"
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one row got from one trunk forward."""
-
-    row: int
-    tokens: list[int]  # new tokens, at least one; a stop token is the last one
-    accepted: int  # the first `accepted` of them were drafts
-    # drafts that were put to the test: behind a stop token or the limit there is nothing to test
-    drafted: int
-    done: bool
-
-
-@dataclass
-class Acceptance:
-    """Counts over decode steps, by draft position 1..K."""
-
-    tried: list[int] = field(default_factory=list)  # steps in which position k was put to the test
-    kept: list[int] = field(default_factory=list)  # ... and drafts 1..k all stood
-    reached: list[int] = field(default_factory=list)  # ... and drafts 1..k-1 all stood
-    steps: int = 0  # trunk forwards per row, without the prefill
-    tokens: int = 0  # tokens from them
-
-    def add(self, step: Step) -> None:
-        while len(self.tried) < step.drafted:
-            for counts in (self.tried, self.kept, self.reached):
-                counts.append(0)
-        for k in range(step.drafted):
-            self.tried[k] += 1
-            self.reached[k] += step.accepted >= k
-            self.kept[k] += step.accepted > k
-        self.steps += 1
-        self.tokens += len(step.tokens)
-
-    @property
-    def joint(self) -> list[float]:
-        """P(drafts 1..k all accepted) for k = 1..K."""
-        return [kept / max(tried, 1) for kept, tried in zip(self.kept, self.tried, strict=True)]
-
-    @property
-    def conditional(self) -> list[float]:
-        """P(draft k accepted | drafts 1..k-1 accepted)."""
-        return [
-            kept / max(reached, 1) for kept, reached in zip(self.kept, self.reached, strict=True)
-        ]
-
-    @property
-    def tokens_per_step(self) -> float:
-        """1 + accepted, the convention of FastMTP, Nemotron and Meta's tables."""
-        return self.tokens / max(self.steps, 1)
-
-
-@dataclass
-class Generation:
-    """Result of `generate`."""
-
-    tokens: list[list[int]]  # new tokens of each prompt
-    acceptance: Acceptance
-
-    @property
-    def distinct(self) -> float:
-        """Share of distinct tokens in a text, mean over the texts: one that repeats itself accepts
-        every draft.
-        """
-        return sum(len(set(row)) / len(row) for row in self.tokens) / len(self.tokens)
-
-    def add(self, step: Step) -> None:
-        if self.tokens[step.row]:  # the first token of a row comes from its prefill
-            self.acceptance.add(step)
-        self.tokens[step.row] += step.tokens
 
 
 def generate(
@@ -157,6 +45,9 @@ def stream(
     """
     settings = settings or Settings()
     problems = [*settings.problems(), *prompt_problems(model, prompts)]
+    vocab = model.config.vocab_size
+    if unknown := [token for token in settings.draft_vocab if not 0 <= token < vocab]:
+        problems.append(f"draft_vocab has ids outside the vocabulary of {vocab}: {unknown[:5]}")
     if settings.draft_depth and (why := no_drafter(model.mtp_config)):
         problems.append(f"{why}; decode without speculation")
     if problems:
@@ -196,6 +87,7 @@ class _Batch:
     ):
         """prompts: of one length."""
         self.decoder, self.slots, model = decoder, slots, decoder.model
+        self.threshold = settings.draft_threshold
         depth = draft_limit(model, settings.draft_depth)
         # drafters take shorter forwards for decoding steps
         self.chunk = max(settings.prefill_chunk, depth + 2)
@@ -221,21 +113,32 @@ class _Batch:
         final = states.post_norm.unflatten(0, (rows, -1))[:, -1]  # (B, C)
         return sampler.draw(self.decoder.logits(final))[0].tolist()
 
-    def step(self, count: int, sampler: Sampler) -> tuple[list[int], list[list[int]]]:
-        """Drafts and verifies: how many of `count` drafts stand in each row, and these drafts plus
-        the next token.
+    def step(self, count: int, sampler: Sampler) -> tuple[list[int], list[int], list[list[int]]]:
+        """Drafts and verifies. Of each row: how many drafts, at most `count`, were put to the test,
+        how many of them stand, and these plus the next token.
         """
-        drafts, probability = self.ids[:, :0], None
+        drafts, lengths = self.ids[:, :0], None
+        probability: torch.Tensor | None = None
         if count and self.drafter is not None:
-            drafts, probability = self.drafter.draft(self.ids, self.last, count, sampler)
+            draws = DraftSampler(sampler, threshold=self.threshold, outside=self.decoder.outside)
+            drafts, probability = self.drafter.draft(self.ids, self.last, count, draws)
+            if (lengths := draws.lengths) is not None:
+                drafts = drafts[:, : int(lengths.max())]
+                probability = None if probability is None else probability[:, : drafts.shape[1]]
+        count = drafts.shape[1]
         states = self._forward(self.last, 1 + count)
         if self.drafter is not None:
             self.drafter.observe(states, self.last, self.ids)
         logits = self.decoder.logits(states.post_norm).view(len(self.last), 1 + count, -1)
-        accepted, following = sampler.verify(logits, drafts, probability)
+        accepted, following = sampler.verify(logits, drafts, probability, lengths)
+        drafted = torch.full_like(accepted, count) if lengths is None else lengths
         # one transfer per step
-        new = torch.cat([drafts, following[:, None], accepted[:, None]], dim=1).tolist()
-        return [row[-1] for row in new], [row[: row[-1]] + [row[-2]] for row in new]
+        new = torch.cat([drafts, *(x[:, None] for x in (following, accepted, drafted))], 1).tolist()
+        return (
+            [row[-1] for row in new],
+            [row[-2] for row in new],
+            [row[: row[-2]] + [row[-3]] for row in new],
+        )
 
     def append(self, new: list[list[int]]) -> None:
         """Makes the given tokens of each row known."""
@@ -291,8 +194,12 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
     )
     depth = draft_limit(model, settings.draft_depth)
     # windows of ragged rows reach past the last slot that is used
-    slots = Slots(model, limit + 2 * (depth + 1))
-    decoder = Decoder(model, compile_up_to=depth + 1 if settings.compile else 0)
+    slots = Slots(model, limit + 2 * (depth + 1) + Drafter.LAG)
+    decoder = Decoder(
+        model,
+        compile_up_to=depth + 1 if settings.compile else 0,
+        draft_vocab=settings.draft_vocab if depth else (),
+    )
     generator = torch.Generator(slots.device).manual_seed(settings.seed)
     sampler = Sampler(settings.temperature, settings.top_k, settings.top_p, generator)
     ends = [
@@ -329,9 +236,9 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
             ends[row] - 1 - m for row, m in zip(rows, batch.last, strict=True)
         ]  # tokens that still fit, >= 1
         count = min(depth, max(room) - 1)
-        accepted, new = batch.step(count, sampler)
+        drafted, accepted, new = batch.step(count, sampler)
         steps = [
-            _cut(row, new[i], accepted=accepted[i], drafted=count, room=room[i], stops=stops)
+            _cut(row, new[i], accepted=accepted[i], drafted=drafted[i], room=room[i], stops=stops)
             for i, row in enumerate(rows)
         ]
         batch.append([step.tokens for step in steps])

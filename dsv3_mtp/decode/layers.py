@@ -21,7 +21,8 @@ from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, count
 
 FEW_TOKENS = 16  # up to here experts run one by one on a CPU
-ABSORB = 1.5  # W_UQ with W_UK in it may be so many times as large as both
+# W_UK is multiplied into W_UQ where the product has at most this many times their elements.
+ABSORB = 1.5
 
 
 class Norm:

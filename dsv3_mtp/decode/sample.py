@@ -57,7 +57,11 @@ class Sampler:
         return torch.multinomial(probability, 1, generator=self.generator).squeeze(1)
 
     def verify(
-        self, logits: Tensor, drafts: Tensor, draft_probability: Tensor | None
+        self,
+        logits: Tensor,
+        drafts: Tensor,
+        draft_probability: Tensor | None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """How many drafts of each row stand, and the token after them.
 
@@ -69,13 +73,17 @@ class Sampler:
         Args:
             logits: (B, K+1, V) of the main model at the last known token and the K drafts.
             drafts: (B, K); draft_probability: (B, K, V), None when greedy.
+            lengths: (B,) how many of its drafts a row puts to the test; None: all of them.
         Returns:
             accepted (B,) in 0..K, and next (B,).
         """
         count = drafts.shape[1]
+        tested = torch.ones_like(drafts, dtype=torch.bool)
+        if lengths is not None:
+            tested = torch.arange(count, device=drafts.device) < lengths[:, None]
         if self.greedy:
             best = logits.argmax(-1)  # (B, K+1)
-            accepted = (best[:, :count] == drafts).cumprod(1).sum(1)
+            accepted = ((best[:, :count] == drafts) & tested).cumprod(1).sum(1)
             return accepted, best.gather(1, accepted[:, None]).squeeze(1)
         p = self.probabilities(logits)  # (B, K+1, V)
         rows = torch.arange(len(p), device=p.device)
@@ -87,10 +95,56 @@ class Sampler:
             coin = torch.rand(
                 drafts.shape, generator=self.generator, device=p.device, dtype=p.dtype
             )
-            accepted = (coin * q_draft < p_draft).cumprod(1).sum(1)
-            # after K accepted: a draw from p
-            q = torch.cat([draft_probability, torch.zeros_like(p[:, :1])], dim=1)
+            accepted = ((coin * q_draft < p_draft) & tested).cumprod(1).sum(1)
+            # behind the last draft of a row: a draw from p
+            q = torch.cat([draft_probability * tested[..., None], torch.zeros_like(p[:, :1])], 1)
             residual = (p - q)[rows, accepted].clamp(min=0)  # (B, V)
             empty = residual.sum(-1, keepdim=True) == 0  # p and q differ by rounding only
             return accepted, self.pick(torch.where(empty, p[rows, accepted], residual))
         return accepted, self.pick(p[:, 0])
+
+
+class DraftSampler:
+    """How the drafts of one step are drawn: depth by depth, as a `Sampler` draws them, and how many
+    each row has.
+
+    A row stops before depth k where q_k's top probability is below `threshold` (greedy: that at
+    temperature 1), or a confidence of the head. Neither has seen d_k: with a rule that looks at the
+    draft which it drops, the output would no longer have the main model's distribution.
+    """
+
+    def __init__(self, sampler: Sampler, *, threshold: float = 0.0, outside: Tensor | None = None):
+        """threshold: 0: nothing stops; outside: (V,) bool, the tokens that no draft is."""
+        self.sampler, self.threshold, self.outside = sampler, threshold, outside
+        self.greedy = sampler.greedy
+        self._lengths: Tensor | int = 0
+        self._going: Tensor | bool = True
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B,) drafts of each row so far; None: no threshold, all rows have as many."""
+        return self._lengths if isinstance(self._lengths, Tensor) else None
+
+    @property
+    def ended(self) -> bool:
+        """Every row has stopped: the depths after this one need not be computed."""
+        return isinstance(self._going, Tensor) and not bool(self._going.any())
+
+    def draw(
+        self, logits: Tensor, confidence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Sampler.draw`, of the next depth. confidence: (B,) in [0, 1], a head's estimate of
+        its acceptance, instead of the top probability.
+        """
+        if self.outside is not None:
+            logits = logits.masked_fill(self.outside, float("-inf"))
+        probability = None if self.greedy else self.sampler.probabilities(logits)
+        if self.threshold > 0:
+            if confidence is None:
+                known = logits.float().softmax(-1) if probability is None else probability
+                confidence = known.amax(-1)
+            self._going = (confidence >= self.threshold) & self._going
+            self._lengths = self._going.long() + self._lengths
+        if probability is None:
+            return logits.argmax(-1), None
+        return self.sampler.pick(probability), probability

@@ -1,5 +1,5 @@
-"""Files that are written wholly or not at all, also when the process is killed, by one process at a
-time. No torch.
+"""Files that are written wholly or not at all, also when the process is killed or the power fails,
+by one process at a time. No torch.
 """
 
 import fcntl
@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ LEFT = re.compile(r"\..+\.\d+\.tmp")  # as `replacing` names them
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError inside says what could not be written: that of a full disk does not by itself."""
+    """Adds the path to an OSError raised inside where it has none, as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -27,10 +27,28 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk: what is left when
+    the power fails.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of a folder and of everything in it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on leaving, sync it and move it over `path` in one
-    step.
+    """Yield a temporary path in the same folder; on leaving, sync it, move it over `path` in one
+    step, and sync the folder.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -39,6 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -46,7 +65,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def sweep(folder: Path, *, older_than: float = 0.0) -> None:
     """Deletes the temporary files that killed processes left in a folder.
 
-    older_than: seconds; 0 where this process holds the folder's lock, so that no other writes there.
+    older_than: seconds; 0 where this process holds the folder's lock, so that no other writes
+    there.
     """
     for path in folder.glob(".*.tmp"):
         if LEFT.fullmatch(path.name) and path.is_file():

@@ -23,7 +23,8 @@ a student's and the teacher's logits can be made side by side: pass `[*teacher.o
 constant for every depth but 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,10 +33,11 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.config.reader import Problem
 from dsv3_mtp.config.section import Section
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.moe import Experts
-from dsv3_mtp.model.states import HeadInputs, HeadOutput, Output, Scores
+from dsv3_mtp.model.states import HeadInputs, HeadOutput, LMHead, Output, Scores
 
 if TYPE_CHECKING:
     from dsv3_mtp.decode.draft import Drafter
@@ -67,6 +69,9 @@ class Cost:
     # The rows are the trunk's own states: with mtp.detach there is no gradient into them.
     rows_of_trunk: bool = False
     kept: float = 0  # elements per token kept for the backward, those of `blocks` not counted
+    # products of the trunk's own states, and of embeddings where tokens are read: there is no
+    # gradient into what they read where these learn nothing (mtp.detach, train.freeze)
+    first: Sequence[nn.Module] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ class Head(nn.Module):
         self.config, self.mtp = config, mtp
         self.options: Any = mtp.options
 
+    @classmethod
+    def problems(cls, mtp: MTPConfig) -> Iterator[Problem]:
+        """What it cannot be asked for beside the types of its options: (key of `mtp:`, text)."""
+        yield from ()
+
     # --- what it reads and predicts -------------------------------------------------------------
 
     @classmethod
@@ -129,6 +139,12 @@ class Head(nn.Module):
             return any(isinstance(module, Experts) for module in cls(config, mtp).modules())
 
     @classmethod
+    def has_weights(cls, config: ModelConfig, mtp: MTPConfig) -> bool:
+        """There is something in it that learns."""
+        with torch.device("meta"):
+            return any(True for _ in cls(config, mtp).parameters())
+
+    @classmethod
     def offset(cls, mtp: MTPConfig, depth: int) -> int:
         """Slot i of `depth` is scored against t_{i+offset}. A sample has T + the largest offset
         tokens.
@@ -141,6 +157,16 @@ class Head(nn.Module):
         return 0
 
     # --- training -------------------------------------------------------------------------------
+
+    def start(
+        self, lm_head: LMHead, writable: Callable[[Tensor], AbstractContextManager[Any]]
+    ) -> None:
+        """What does not start at N(0, initializer_range) is set here, under torch.no_grad: once all
+        weights are drawn, and again once a trunk is read from elsewhere.
+
+        lm_head: the main output head; writable: context in which a parameter that is kept in parts
+        can be read and written.
+        """
 
     def forward(self, inputs: HeadInputs) -> HeadOutput:
         """The rows of all depths, and the stats of every router in the order of `modules()`."""

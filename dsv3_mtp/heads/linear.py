@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.decode.draft import Drafter, write_drafts
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head
 from dsv3_mtp.heads.parallel import trunk_alone
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, LMHead, TrunkStates
@@ -54,7 +54,7 @@ class LinearDrafter(Drafter):
     def source(self, states: TrunkStates) -> Tensor:
         return states.post_norm
 
-    def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
+    def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler):
         hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)  # (B, C)
         return write_drafts(
             ids, last, [sampler.draw(head(hidden)) for head in self.model.mtp.heads[:count]]

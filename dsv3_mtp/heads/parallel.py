@@ -14,7 +14,7 @@ from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.decode.cache import Window
 from dsv3_mtp.decode.draft import Drafter, write_drafts
 from dsv3_mtp.decode.layers import Layer, Norm
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head, SharedHead
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, TrunkStates
@@ -106,8 +106,13 @@ class ParallelDrafter(Drafter):
             for head in range(len(self.caches)):
                 self.run(head, [s + length - 1 for s in starts])
 
-    def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
-        drawn = [sampler.draw(self.decoder.logits(self.run(head, last))) for head in range(count)]
+    def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler):
+        drawn: list[Any] = []
+        while len(drawn) < count and not sampler.ended:
+            drawn.append(sampler.draw(self.decoder.draft_logits(self.run(len(drawn), last))))
+        for head in range(len(drawn), len(self.caches)):
+            if self.lag(head, last) > self.LAG:
+                self.run(head, last)
         return write_drafts(ids, last, drawn)
 
     def run(self, head: int, stops: Sequence[int]) -> Tensor:

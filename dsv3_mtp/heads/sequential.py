@@ -1,4 +1,5 @@
-"""DeepSeek-V3's heads: a causal chain of modules, each reading the one before it and the next token.
+"""DeepSeek-V3's heads: a causal chain of modules, each reading the one before it and the next
+token.
 
 V3 section 2.2, eqs. 21-25. Ablations: `chain`, `embed`, `trunk_hidden`, `share_weights`, `block`.
 """
@@ -15,7 +16,7 @@ from dsv3_mtp.config.section import Section
 from dsv3_mtp.decode.cache import Window, span
 from dsv3_mtp.decode.draft import Drafter, stacked
 from dsv3_mtp.decode.layers import Layer, Norm
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head, SharedHead
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm
@@ -99,21 +100,24 @@ class Sequential(Head):
     def forward(self, inputs: HeadInputs) -> HeadOutput:
         normed = self.options.trunk_hidden == "post_norm"
         trunk_hidden = inputs.trunk.post_norm if normed else inputs.trunk.pre_norm
-        hidden, rows, stats = trunk_hidden, [], []
+        states, rows, stats = [trunk_hidden], [], []  # states: of depth 0, 1, ..
         for depth in range(1, 1 + self.mtp.depths):
             module: Any = self.layers[min(depth, len(self.layers)) - 1]
-            source = hidden if self.options.chain == "hidden" else trunk_hidden
-            merged = module.merge(source, inputs.ahead(depth))
+            merged = module.merge(self.previous(states, inputs), inputs.ahead(depth))
             out, routed = module(merged, inputs.angles, inputs.mask)
             read = module.shared_head(out)
             rows.append(HeadRows((read,), (depth,), (inputs.lm_head,)))
-            hidden = read if normed else out
+            states.append(read if normed else out)
             stats.append(routed)
         # one router: its D forwards count once in the balance loss
         if self.options.share_weights and stats[0] is not None:
             total = sum(stats[1:], start=stats[0])
             stats = [total._replace(balance=total.balance / self.mtp.depths)]
         return HeadOutput(rows, stats)
+
+    def previous(self, states: Sequence[Tensor], inputs: HeadInputs) -> Tensor:
+        """What module k = len(states) reads, of the states (B, T, C) of depths 0..k-1."""
+        return states[-1] if self.options.chain == "hidden" else states[0]
 
     def cost(self) -> Cost:
         depths, hidden = self.mtp.depths, self.config.hidden_size
@@ -234,7 +238,7 @@ class ChainDrafter(Drafter):
     options: SequentialOptions
 
     @classmethod
-    def limit(cls, depths: int, depth: int) -> int:
+    def limit(cls, mtp: MTPConfig, depth: int) -> int:
         return depth
 
     def rings_needed(self) -> int:
@@ -259,31 +263,41 @@ class ChainDrafter(Drafter):
                 self._run(depth, first, stop - first[0], ids)
                 self.filled[depth - 1] = [stop] * len(starts)
 
-    def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: Sampler):
+    def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler):
         rows = torch.arange(len(last), device=ids.device)
         drawn, hidden = [], None
         for depth in range(1, 1 + count):
             if depth <= self.modules:
-                starts = self.filled[depth - 1]
-                counts = [m - start for m, start in zip(last, starts, strict=True)]
-                out, normed = self._run(depth, starts, max(counts), ids)  # (B, T, C)
-                self.filled[depth - 1] = [
-                    max(s, m - depth + 1) for s, m in zip(starts, last, strict=True)
-                ]
-                pick: Any = slice(None), slice(-1, None)  # the last slot of each row
-                if min(counts) != max(counts):
-                    pick = rows, torch.tensor(counts, device=ids.device) - 1
-                hidden, normed = (
-                    state[pick].view(len(last), -1) for state in (out, normed)
-                )  # (B, C)
+                hidden, normed = self._catch_up(depth, last, ids)
             else:
                 starts = [m - 1 + depth - self.modules for m in last]
                 if self.options.chain == "trunk":
                     hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)
                 hidden, normed = self._module(self.modules, hidden, starts, 1, ids)
-            drawn.append(sampler.draw(self.decoder.logits(normed)))  # (B,), (B, V)
+            drawn.append(sampler.draw(self.decoder.draft_logits(normed)))  # (B,), (B, V)
             ids[rows, torch.tensor(last, device=ids.device) + depth] = drawn[-1][0]
+            if sampler.ended:
+                break
+        left_out = range(1 + len(drawn), 1 + self.modules)
+        if (
+            left_out and self.lag(self.modules - 1, last) > self.LAG
+        ):  # the last one is furthest behind
+            for depth in left_out:
+                self._catch_up(depth, last, ids)
         return stacked(drawn)
+
+    def _catch_up(self, depth: int, last: Sequence[int], ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Depth's states up to slot last[b] - 1; that slot's chained and normed state, (B, C)."""
+        starts = self.filled[depth - 1]
+        counts = [m - start for m, start in zip(last, starts, strict=True)]
+        states = self._run(depth, starts, max(counts), ids)  # (B, T, C) each
+        self.filled[depth - 1] = [max(s, m - depth + 1) for s, m in zip(starts, last, strict=True)]
+        pick: Any = slice(None), slice(-1, None)  # the last slot of each row
+        if min(counts) != max(counts):
+            rows = torch.arange(len(last), device=ids.device)
+            pick = rows, torch.tensor(counts, device=ids.device) - 1
+        hidden, normed = (state[pick].view(len(last), -1) for state in states)
+        return hidden, normed
 
     def _run(
         self, depth: int, starts: Sequence[int], length: int, ids: Tensor

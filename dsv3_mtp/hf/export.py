@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dsv3_mtp.config import AdaptiveSchedule, Config, load_config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
-from dsv3_mtp.files.atomic import lock, write_json
+from dsv3_mtp.files.atomic import lock, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
-from dsv3_mtp.hf.keys import SCALE, Slot, slots, summarise
+from dsv3_mtp.hf.keys import SCALE, Slot, report, slots, summarise
 from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
-from dsv3_mtp.hf.readers import reader_notes
+from dsv3_mtp.hf.readers import findings
 from dsv3_mtp.hf.settings import (
     SPECIAL_IDS,
     TYPES,
@@ -47,6 +47,7 @@ def export_hf(
     trunk_only: bool = False,
     ema: bool = False,
     trust_code: bool | Collection[str] = False,
+    reader: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Writes the newest checkpoint of a run to the new folder `out`. Returns what the user should
@@ -59,29 +60,26 @@ def export_hf(
         trunk_only: leave MTP modules out.
         ema: the moving average of the weights instead of the weights.
         trust_code: import what the run's config names as package.module:Class.
+        reader: a key of READERS that is to load it; None: any.
 
     Raises:
         ValueError: `out` exists, there is no checkpoint or no average in it, the layout cannot
-            represent the run, tensors are missing, unused, of a wrong shape or not finite; all
-            reasons at once, and nothing is written.
+            represent the run, `reader` would not load it, tensors are missing, unused, of a wrong
+            shape or not finite; all reasons of a kind at once, and nothing is written.
     """
     run, out = Path(run), Path(out)
     config = load_config(run / "config.yaml", trust_code=trust_code)
     modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
     if dtype is None and config.train.freeze == "trunk" and modules and not ema:
-        return _beside_trunk(run, out, config, modules, notes)
+        return _beside_trunk(run, out, config, modules, notes, reader)
     dtype = dtype or "bf16"
     expected = list(slots(config.model, modules))
+    notes += _readers(config, expected, modules, dtype, reader)
     read, origin, more = _open_run(run, config, expected, modules, ema)
-    notes = [
-        f"{'average of the weights' if ema else 'weights'} from {origin}",
-        *dict.fromkeys([*notes, *more]),
-    ]
     if dtype != "bf16" and config.train.dtype == "bfloat16" and origin != run / IMPORTED:
-        notes.append(
-            f"{dtype}: of the float32 masters; training "
-            "computed with these weights rounded to bfloat16"
-        )
+        more.append(f"{dtype}: of the float32 masters; training rounded them to bfloat16")
+    what = "average of the weights" if ema else "weights"
+    notes = [f"{what} from {origin}", *dict.fromkeys([*notes, *more])]
     bad: list[str] = []
     with new_folder(out) as temporary:
         ids, found = _copy_tokenizer(run, config, temporary)
@@ -101,12 +99,24 @@ def export_hf(
     return notes
 
 
+def _readers(
+    config: Config, expected: list[Slot], modules: int, dtype: str, reader: str | None
+) -> list[str]:
+    """What to know of the reader, or of all. Raises ValueError where the reader cannot use it."""
+    found = findings(config.model, expected, modules, dtype)
+    mine = [one for one in found if reader in (None, one.reader)]
+    if reader is not None and (fatal := [str(one) for one in mine if one.fatal]):
+        raise ValueError("\n  ".join([f"--for {reader}:", *fatal]))
+    return [str(one) for one in mine]
+
+
 def _beside_trunk(
-    run: Path, out: Path, config: Config, modules: int, notes: list[str]
+    run: Path, out: Path, config: Config, modules: int, notes: list[str], reader: str | None
 ) -> list[str]:
     """`export_hf` of modules that learned on a frozen trunk."""
     trunk = Trunk(Path(config.train.init_from or ""))
     expected = list(slots(config.model, modules))
+    notes += _readers(config, expected, modules, trunk.dtype, reader)
     read, origin, more = _open_run(run, config, expected, modules, ema=False)
     if other := trunk.differences(read, getattr(torch, config.train.dtype)):
         raise ValueError(
@@ -132,7 +142,6 @@ def _beside_trunk(
         f"{modules} MTP module(s) from {origin}, stored as the trunk is: {trunk.dtype}",
         f"the trunk's files are those of {trunk.folder}, byte for byte",
         *dict.fromkeys([*notes, *more]),
-        *reader_notes(config.model, modules, trunk.dtype),
     ]
 
 
@@ -177,18 +186,12 @@ def _open_run(
     state = meta_model(config.model, config.mtp).state_dict()
     problems = summarise(misfits(stored.shapes, state))
     progress = min(read_reached(newest)["tokens"] / config.train.total_tokens, 1.0)
-    deepest = (
-        f"mtp.layers.{modules - 1}.shared_head.norm.weight"  # which its own loss alone can move
-    )
-    # else an earlier start had other weights
+    # Only the loss of the deepest module changes the weight of its norm. All ones: it never learnt.
+    deepest = f"mtp.layers.{modules - 1}.shared_head.norm.weight"
     if deepest in stored.shapes and bool((stored.read(deepest) == 1).all()):
         problems += _untrained(config, modules, progress)
     if problems:
-        raise ValueError(
-            "\n".join(
-                [f"{newest}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)]
-            )
-        )
+        raise ValueError(report(newest, problems))
 
     def read(slot: Slot) -> Tensor:  # only its own range: an expert, not the stack of all experts
         part = state[slot.key][slot.index]
@@ -295,7 +298,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        sync_tree(temporary)
         os.replace(temporary, out)
+        sync(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         locked.unlink(missing_ok=True)

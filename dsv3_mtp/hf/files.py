@@ -29,8 +29,8 @@ class WeightMap(TypedDict):
 
 
 class Checkpoint:
-    """The tensors of a folder. `problems` lists what is wrong with its files; only then is reading
-    a tensor safe.
+    """The tensors of a folder. `problems` lists what is wrong with its files. Tensors may be read
+    only where it is empty.
     """
 
     def __init__(self, folder: Path):
@@ -42,13 +42,14 @@ class Checkpoint:
         files = sorted(set(weight_map.values())) or sorted(
             path.name for path in folder.glob("*.safetensors")
         )
-        if not files:
+        if not files and not self.problems:
             self.problems.append((str(folder), f"holds neither {INDEX} nor *.safetensors"))
         for name in files:
             self._add(folder / name)
         readable = {place.file.name for place in self.places.values()}
         for tensor, file in weight_map.items():
-            if tensor not in self.places and file in readable:
+            place = self.places.get(tensor)
+            if file in readable and (place is None or place.file.name != file):
                 self.problems.append((tensor, f"{INDEX} puts it into {file}, which lacks it"))
         if weight_map:
             for tensor in self.places.keys() - weight_map.keys():
@@ -74,6 +75,8 @@ class Checkpoint:
         except ValueError as error:
             self.problems.append((INDEX, str(error)))
             return {}
+        if not index["weight_map"]:
+            self.problems.append((INDEX, "names no tensor; download or export it again"))
         recorded = (index.get("metadata") or {}).get(DIGESTS)
         if isinstance(recorded, dict):
             self.digests = {Path(str(name)).name: str(x) for name, x in recorded.items()}

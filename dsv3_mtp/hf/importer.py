@@ -82,31 +82,50 @@ def import_hf(
         if frozen:
             return [*notes, *_tokenizer_notes(source, source, config)]
         weights = temporary / IMPORTED
-        weights.mkdir()
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                if not inside(source / name, source):
-                    raise ValueError(
-                        f"{source / name}: is a link out of the folder; put the file there"
-                    )
-                shutil.copyfile(source / name, weights / name)
-        reader = _Reader(checkpoint, settings, stored, keep)
-        expected = list(slots(settings.model, modules))
-        entries = [Entry(slot.name, keep[slot.key], slot.shape) for slot in expected]
-        write_checkpoint(weights, entries, reader.tensors(expected), shard_bytes=shard_bytes)
-        if reader.problems:
-            raise ValueError(
-                "\n".join([f"{source}: {len(reader.problems)} problem(s)", *reader.problems])
-            )
-        content = to_config_json(
-            settings.model,
-            modules,
-            dtype="fp32" if wide else "bf16",
-            special_ids=settings.special_ids,
+        kept = {"modules": modules, "shard_bytes": shard_bytes}
+        notes += _write_weights(weights, checkpoint, settings, stored, keep, **kept)
+    return notes + _tokenizer_notes(source, out / IMPORTED, config)
+
+
+def _write_weights(
+    folder: Path,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    stored: list[Slot],
+    keep: dict[str, torch.dtype],
+    *,
+    modules: int,
+    shard_bytes: int,
+) -> list[str]:
+    """The checkpoint's tokenizer and its trunk and `modules` MTP modules, in the types of `keep`.
+    Returns notes.
+    """
+    folder.mkdir()
+    source = checkpoint.folder
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            if not inside(source / name, source):
+                raise ValueError(
+                    f"{source / name}: is a link out of the folder; put the file there"
+                )
+            shutil.copyfile(source / name, folder / name)
+    reader = _Reader(checkpoint, settings, stored, keep)
+    expected = list(slots(settings.model, modules))
+    entries = [Entry(slot.name, keep[slot.key], slot.shape) for slot in expected]
+    write_checkpoint(folder, entries, reader.tensors(expected), shard_bytes=shard_bytes)
+    if reader.problems:
+        raise ValueError(
+            "\n".join([f"{source}: {len(reader.problems)} problem(s)", *reader.problems])
         )
-        write_settings(weights, content)
-        open_checkpoint(weights)  # the key contract, on the files as the trainer finds them
-    return notes + reader.notes + _tokenizer_notes(source, out / IMPORTED, config)
+    content = to_config_json(
+        settings.model,
+        modules,
+        dtype="fp32" if keep["model.embed_tokens.weight"] == torch.float32 else "bf16",
+        special_ids=settings.special_ids,
+    )
+    write_settings(folder, content)
+    open_checkpoint(folder)  # the key contract, on the files as the trainer finds them
+    return reader.notes
 
 
 def _freeze(tree: dict[str, Any], source: Path, modules: int) -> None:

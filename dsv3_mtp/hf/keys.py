@@ -18,6 +18,7 @@ from dsv3_mtp.heads.sequential import layout_module
 from dsv3_mtp.model.causal_lm import meta_model
 
 BIAS = "mlp.gate.e_score_correction_bias"
+SHOWN = 9  # lines of one report: what is wrong with a file is wrong with hundreds of tensors
 SCALE = "_scale_inv"
 # What an FP8 checkpoint quantises, as the released weights do: the projections of attention and
 # feed-forward. Embedding, output head, norms, router, eh_proj and e_score_correction_bias (float32)
@@ -101,6 +102,12 @@ def summarise(problems: Iterable[tuple[str, str]]) -> list[str]:
         shown = f"[{_ranges(numbers)}]" if len(numbers) > 1 else "".join(map(str, numbers))
         lines.append(f"{before}{shown}{after}: {text}")
     return lines
+
+
+def report(where: object, lines: list[str]) -> str:
+    """The first of many problems, and how many there are."""
+    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n  ".join([f"{where}: {len(lines)} problem(s)", *lines[:SHOWN], *more])
 
 
 def _ranges(numbers: list[int]) -> str:

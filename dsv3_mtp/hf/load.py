@@ -13,14 +13,14 @@ from torch import Tensor
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.tensorfile import DTYPES
 from dsv3_mtp.hf.files import Checkpoint
-from dsv3_mtp.hf.keys import SCALE, Slot, slot_count, slots, summarise
+from dsv3_mtp.hf.keys import SCALE, Slot, report, slot_count, slots, summarise
 from dsv3_mtp.hf.settings import Settings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.model.size import require_memory
 from dsv3_mtp.precision.quantise import dequantise, scale_shape
 
-# Keys of the model section that leave what given weights compute as it is.
+# Keys of the model section without effect on what the model computes from given weights.
 NO_EFFECT = {"initializer_range", "max_position_embeddings"}
 
 
@@ -57,13 +57,12 @@ def open_checkpoint(
     )
     if lines:
         if modules and not any(name.startswith(module_names) for name in checkpoint.places):
-            lines.append(
+            lines.insert(
+                0,
                 "config.json promises MTP modules that are "
-                "not there: take the trunk with --trunk-only"
+                "not there: take the trunk with --trunk-only",
             )
-        raise ValueError(
-            "\n".join([f"{folder}: {len(lines)} problem(s)", *(f"  {line}" for line in lines)])
-        )
+        raise ValueError(report(folder, lines))
     return (
         checkpoint,
         settings,
@@ -193,7 +192,8 @@ def load_weights(
                 tensors[key][index].copy_(values)
     if bad:
         lines = summarise(bad)
-        raise ValueError("\n  ".join([f"{folder}: {len(lines)} problem(s)", *lines]))
+        raise ValueError(report(folder, lines))
+    model.start_heads(writable=writable)
     return [f"weights from {folder}", *settings.notes, *notes]
 
 
@@ -244,13 +244,13 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, Path | None]:
         The model, and the path of tokenizer.json (None if there is none).
     """
     folder = Path(folder)
-    settings = read_settings(folder)
+    checkpoint, settings, _ = open_checkpoint(folder)  # before a model of that size is made
     mtp = MTPConfig(
         mode="sequential" if settings.modules else "none", num_nextn_predict_layers=settings.modules
     )
     # not config.json's word for it
-    stored = Checkpoint(folder).places.get("model.embed_tokens.weight")
-    dtype = torch.bfloat16 if stored is None or stored.dtype == "BF16" else torch.float32
+    wide = checkpoint.places["model.embed_tokens.weight"].dtype != "BF16"
+    dtype = torch.float32 if wide else torch.bfloat16
     model = empty_model(settings.model, mtp, dtype)
     load_weights(model, folder)
     tokenizer = folder / "tokenizer.json"

@@ -1,52 +1,106 @@
-"""What vLLM, SGLang and transformers ask of an exported model's shapes, said at export.
+"""What transformers, vLLM and SGLang make of an exported model, said at export by its shapes.
 
-By reading their code: vLLM 0.33, SGLang 0.5.23, transformers 5.23. No engine is run here.
+By reading their code, in the versions that READERS names; transformers' part is tested against it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from dsv3_mtp.config import ModelConfig
+from dsv3_mtp.hf.keys import Slot
 from dsv3_mtp.precision.quantise import EDGE
 
+READERS = {"transformers": "transformers 5.23", "vllm": "vLLM 0.33", "sglang": "SGLang 0.5.23"}
+ENGINES = ("vllm", "sglang")
 
-def reader_notes(model: ModelConfig, modules: int, dtype: str) -> list[str]:
-    """One sentence for each reader that will not load this model, or not use all of it.
 
-    dtype: bf16, fp32 or fp8.
+class Finding(NamedTuple):
+    """fatal: the reader refuses the folder or computes with other weights."""
+
+    reader: str
+    fatal: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{READERS[self.reader]} {self.text}"
+
+
+def findings(
+    model: ModelConfig, expected: Iterable[Slot], modules: int, dtype: str
+) -> list[Finding]:
+    """What each reader would refuse, misread or leave unused.
+
+    expected: the tensors of the export. dtype: bf16, fp32 or fp8.
     """
-    return [*_fp8(model, dtype), *_kernels(model), *_depths(modules)]
+    found = [*_kernels(model), *_depths(modules)]
+    if dtype == "fp8":
+        found += [*_whole_blocks(model), *_equal_blocks(expected)]
+    return sorted(found, key=lambda one: not one.fatal)
 
 
-def _fp8(model: ModelConfig, dtype: str) -> Iterator[str]:
-    """vLLM's and SGLang's block-FP8 layers join q_a with kv_a, and gate with up: each part has to
-    end where a block ends.
+def equal_blocks(side: int) -> bool | None:
+    """How transformers' dequantisation reads a side of a matrix: it divides it into as many equal
+    blocks as there are scales (integrations/finegrained_fp8.py). True: rightly; False: other
+    weights, and says nothing; None: it refuses the file.
     """
-    if dtype != "fp8":
-        return
+    scales = -(-side // EDGE)
+    if side % scales:
+        return None
+    return scales == 1 or side == scales * EDGE
+
+
+def _equal_blocks(expected: Iterable[Slot]) -> Iterator[Finding]:
+    shapes = {slot.shape: slot.name for slot in expected if slot.quantised}
+    for answer, what in ((None, "refuses"), (False, "misreads without a word")):
+        odd = [
+            f"{name} {list(shape)}"
+            for shape, name in shapes.items()
+            if answer in (read := [equal_blocks(side) for side in shape])
+            and (answer is None or None not in read)
+        ]
+        if odd:
+            yield Finding(
+                "transformers",
+                True,
+                f"{what}, where it dequantises (as on a CPU), FP8 matrices with a side over "
+                f"{EDGE} that is no multiple of it: "
+                f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}; use --dtype bf16",
+            )
+
+
+def _whole_blocks(model: ModelConfig) -> Iterator[Finding]:
+    """Their block-FP8 layers join q_a with kv_a, and gate with up: each part has to end where a
+    block ends.
+    """
     joined = {
         "q_lora_rank": model.q_lora_rank or 0,
         "moe_intermediate_size": model.moe_intermediate_size,
         "intermediate_size": model.intermediate_size if model.first_k_dense_replace else 0,
     }
-    if odd := [f"{key} {size}" for key, size in joined.items() if size % EDGE]:
-        yield (
-            f"vLLM and SGLang do not load this in FP8: {', '.join(odd)}: multiples of {EDGE} are "
-            "needed; use --dtype bf16"
+    if odd := [f"model.{key} {size}" for key, size in joined.items() if size % EDGE]:
+        text = (
+            f"refuses FP8 with {', '.join(odd)}: multiples of {EDGE} are needed; use --dtype bf16"
         )
+        yield from (Finding(reader, True, text) for reader in ENGINES)
 
 
-def _kernels(model: ModelConfig) -> Iterator[str]:
+def _kernels(model: ModelConfig) -> Iterator[Finding]:
     sizes = (model.kv_lora_rank, model.qk_rope_head_dim)
     if sizes != (512, 64):
-        yield (
-            f"vLLM's and SGLang's MLA kernels are for kv_lora_rank 512 and qk_rope_head_dim 64, "
-            f"here {sizes[0]} and {sizes[1]}; vLLM takes other sizes with VLLM_MLA_DISABLE=1"
+        text = (
+            f"has MLA kernels for kv_lora_rank 512 and qk_rope_head_dim 64, here {sizes[0]} and "
+            f"{sizes[1]}"
         )
+        yield Finding("vllm", False, f"{text}: start it with VLLM_MLA_DISABLE=1")
+        yield Finding("sglang", False, f"{text}: it may not start")
 
 
-def _depths(modules: int) -> Iterator[str]:
+def _depths(modules: int) -> Iterator[Finding]:
     if modules > 1:
-        yield (
-            f"SGLang drafts with 1 module only, here are {modules}; vLLM's first model runner "
-            "drafts with the first of them alone"
+        yield Finding("sglang", False, f"loads the trunk, but drafts with 1 module only: {modules}")
+        yield Finding(
+            "vllm",
+            False,
+            f"drafts K tokens where {modules} divides K, then takes module 1 again; its first "
+            "model runner drafts with module 1 alone",
         )

@@ -8,7 +8,7 @@ from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.layers import RMSNorm, yarn_mscale
 from dsv3_mtp.ops.attention import attend
 from dsv3_mtp.ops.compute import given
-from dsv3_mtp.ops.recompute import again
+from dsv3_mtp.ops.recompute import recomputed
 
 
 class MLA(nn.Module):
@@ -52,7 +52,7 @@ class MLA(nn.Module):
         each attends to, None = 0 -> (B, T, C).
         """
         query, latent, k_rope = self.project(x)  # (B, T, H, nope+P), (B, T, R), (B, T, P)
-        kv = again(self.kv_b_proj, again(self.kv_a_layernorm, latent)).unflatten(
+        kv = recomputed(self.kv_b_proj, recomputed(self.kv_a_layernorm, latent)).unflatten(
             -1, (self.heads, -1)
         )  # (.., nope+v)
         return self.o_proj(attend(query, kv, k_rope, angles, self.scale, first, core=self.core))
@@ -62,7 +62,7 @@ class MLA(nn.Module):
         not yet rotated.
         """
         if self.q_compressed:
-            query = again(self.q_b_proj, again(self.q_a_layernorm, self.q_a_proj(x)))
+            query = recomputed(self.q_b_proj, recomputed(self.q_a_layernorm, self.q_a_proj(x)))
         else:
             query = self.q_proj(x)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)

@@ -9,7 +9,7 @@ from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, RouterStats
 from dsv3_mtp.ops.compute import given
-from dsv3_mtp.ops.recompute import again, forgetting
+from dsv3_mtp.ops.recompute import recomputed, recomputing
 
 
 class DecoderLayer(nn.Module):
@@ -43,13 +43,13 @@ class DecoderLayer(nn.Module):
             return checkpoint(
                 self.compute, x, angles, mask, use_reentrant=False, preserve_rng_state=False
             )
-        with forgetting():
+        with recomputing():
             return self.compute(x, angles, mask)
 
     def compute(
         self, x: Tensor, angles: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, RouterStats | None]:
-        x = x + self.self_attn(again(self.input_layernorm, x), angles, mask)
-        out = self.mlp(again(self.post_attention_layernorm, x))
+        x = x + self.self_attn(recomputed(self.input_layernorm, x), angles, mask)
+        out = self.mlp(recomputed(self.post_attention_layernorm, x))
         y, stats = out if isinstance(self.mlp, MoE) else (out, None)
         return x + y, stats

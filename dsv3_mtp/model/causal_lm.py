@@ -1,6 +1,9 @@
-"""DeepSeek-V3 with 1+D prediction heads: trunk, heads, loss, init."""
+"""DeepSeek-V3 with 1+D prediction heads: from tokens to the rows of all heads, and their losses.
 
-from collections.abc import Callable, Iterable, Sequence
+trunk.py has the trunk, heads/ the heads, loss.py what is made of their rows.
+"""
+
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -10,81 +13,15 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.layout import layers_read
-from dsv3_mtp.config.schedules import depth_loss_weights
-from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm, rotary_angles
+from dsv3_mtp.model.loss import MTPLoss
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
-from dsv3_mtp.model.overlap import row_overlap
-from dsv3_mtp.model.states import (
-    HeadInputs,
-    HeadOutput,
-    HeadRows,
-    LMHead,
-    Scores,
-    TrunkStates,
-    opened,
-    row_keys,
-)
-from dsv3_mtp.model.targets import (
-    agreement,
-    count_targets,
-    document_starts,
-    target_tokens,
-    teacher_slots,
-    valid_targets,
-)
-from dsv3_mtp.objectives.losses import Teacher, objective_losses
+from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, LMHead, TrunkStates, row_keys
+from dsv3_mtp.model.targets import document_starts
+from dsv3_mtp.model.trunk import Trunk
 from dsv3_mtp.ops.compute import building, given
-from dsv3_mtp.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 from dsv3_mtp.ops.ranges import named
-
-
-class Trunk(nn.Module):
-    """Embedding, decoder layers, final norm."""
-
-    def __init__(self, config: ModelConfig, kept: frozenset[int] = frozenset()):
-        """kept: numbers of the layers whose outputs heads read."""
-        super().__init__()
-        # Not the constructor: it draws numbers, and on the meta device that imports torch's
-        # compiler for seconds.
-        weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.kept = kept
-
-    def forward(
-        self, x: Tensor, angles: Tensor, mask: Tensor | None
-    ) -> tuple[TrunkStates, list[RouterStats]]:
-        """x: (B, T, C) embeddings."""
-        outputs: dict[int, Tensor] = {}
-        last_input, x, stats = run_layers(self.layers, x, angles, mask, outputs)
-        kept = {layer: outputs[layer] for layer in self.kept}
-        return TrunkStates(last_input, x, self.norm(x), kept), stats
-
-
-def run_layers(
-    layers: Iterable[nn.Module],
-    x: Tensor,
-    angles: Tensor,
-    mask: Tensor | None,
-    outputs: dict[int, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, list[RouterStats]]:
-    """Trunk layers, one after another: input of the last of them, output, stats of their routers.
-    x: (B, T, C). outputs: gets the output of each, by its number among them.
-    """
-    stats, last_input = [], x
-    for number, layer in enumerate(layers):
-        last_input = x
-        x, routed = layer(x, angles, mask)
-        if routed is not None:
-            stats.append(routed)
-        if outputs is not None:
-            outputs[number] = x
-    return last_input, x, stats
 
 
 class DeepseekV3MTP(nn.Module):
@@ -102,12 +39,7 @@ class DeepseekV3MTP(nn.Module):
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         with building(given().heads or given()):
             self.mtp: Any = mtp.kind(config, mtp) if mtp.depths else None
-        # of the losses that the heads own: name -> factor
-        self.terms: dict[str, float] = dict(mtp.kind.terms(mtp)) if mtp.depths else {}
-        # what the heads are trained on: the label's cross-entropy, with this weight, and others
-        objectives = mtp.objectives
-        self.label_weight = sum(weight for kind, weight in objectives if kind.cross_entropy)
-        self.objectives = [(kind, weight) for kind, weight in objectives if not kind.cross_entropy]
+        self.loss = MTPLoss(mtp, self.lm_head, self.mtp, self.shard)
         self.draw = 0, 0  # seed and step, of which heads draw random numbers while they train
 
     @property
@@ -139,156 +71,7 @@ class DeepseekV3MTP(nn.Module):
             settings: of the optimizer step. None: LossSettings(), one whole step by itself.
         """
         output = self.head_rows(tokens, documents)
-        return self.losses(output, tokens, documents, scored, settings or LossSettings())
-
-    def losses(
-        self,
-        output: HeadOutput,
-        tokens: Tensor,
-        documents: Tensor | None,
-        scored: Tensor | None,
-        settings: LossSettings,
-    ) -> MTPOutput:
-        """`forward` from the rows of all heads and the stats of every router on."""
-        length, depths = tokens.shape[1] - self.lookahead, self.depths
-        normalizer, loss_weights = settings.normalizer, settings.loss_weights
-        if normalizer is None:
-            normalizer = self.counts(tokens, documents, scored)
-        if loss_weights is None:
-            loss_weights = depth_loss_weights(self.mtp_config, progress=0.0)
-        valid = self.scored_slots(valid_targets(tokens, documents, self.offsets, scored), output)
-        targets = target_tokens(tokens, self.offsets)  # (1+D, B, T)
-        counts = normalizer[: 1 + depths]  # per rank: below 1 with fewer targets than ranks
-        weights = _vector([1.0, *(self.label_weight * weight for weight in loss_weights)], counts)
-        scale = weights / counts.masked_fill(counts == 0, 1)  # (1+D,)
-        row_weight = scale[:, None, None] * valid  # (1+D, B, T)
-        loss, nll, prediction = self._head_losses(output.rows, targets, row_weight)
-        scores, by_depth = Scores(nll, prediction, targets, valid), self.by_depth(output)
-        for_terms, for_objectives = normalizer[2 + depths :].split(
-            [len(self.terms), len(self.objectives) * depths]
-        )
-        of_terms, term_sum = self._terms(output, scores, for_terms)
-        of_objectives, objective_sum = self._objective_losses(
-            output.rows, targets[1:], valid, loss_weights, for_objectives
-        )
-        stats = output.routed
-        balance = sum(
-            (routed.balance for routed in stats), start=tokens.new_zeros((), dtype=torch.float32)
-        )
-        main = self.shard.gather(prediction[0])[
-            :, self.shard.number * length :
-        ]  # from slot 0 here to the row's end
-        agreed, compared = agreement(prediction, valid, main, self.offsets)
-        alpha = settings.balance_loss_weight
-        return MTPOutput(
-            loss=loss
-            + of_terms
-            + of_objectives
-            + alpha * balance / normalizer[1 + depths].to(balance),
-            nll_sum=(nll * valid).sum((1, 2)),
-            targets=valid.sum((1, 2)),
-            correct=((prediction == targets) & valid).sum((1, 2)),
-            agreed=agreed,
-            compared=compared,
-            overlap=row_overlap(
-                self.head_logits, by_depth, valid, self.shard, self.config.vocab_size, self.offsets
-            )
-            if settings.overlap
-            else nll.new_zeros(4, self.depths, dtype=torch.float64),
-            term_sum=torch.cat([term_sum, objective_sum]),
-            term_count=self.counts(tokens, documents, scored, part=True)[2 + depths :]
-            if self.terms or self.objectives
-            else counts.new_zeros(0),
-            balance=balance.detach(),
-            load=torch.stack([routed.load for routed in stats]) if stats else nll.new_zeros((0, 1)),
-            nodes=torch.stack([routed.nodes for routed in stats])
-            if stats
-            else targets.new_zeros(0),
-        )
-
-    def counts(
-        self,
-        tokens: Tensor,
-        documents: Tensor | None = None,
-        scored: Tensor | None = None,
-        *,
-        part: bool = False,
-    ) -> Tensor:
-        """(2+D+terms,) float64: valid targets of depth 0..D, the number of sequences, the counts of
-        the terms that the heads own, and of each objective at depth 1..D. Adds up over batches and
-        ranks.
-
-        part: the tokens are this process's slots of rows, not whole rows.
-        """
-        counts = [count_targets(tokens, documents, self.offsets, scored)]
-        if self.terms or self.objectives:
-            valid = valid_targets(tokens, documents, self.offsets, scored)
-        if self.terms:
-            counts.append(self.mtp.count_terms(self.mtp_config, valid).double())
-        if self.objectives:
-            beyond = self.shard.beyond(self.lookahead - 1) if part else 0
-            counts.append(self._counted(valid, beyond).sum((2, 3)).flatten().double())
-        return torch.cat(counts)
-
-    def _counted(self, valid: Tensor, beyond: int) -> Tensor:
-        """(m, D, B, T) bool: the slots that each of the m objectives is summed over. valid: (1+D,
-        B, T).
-        """
-        taught = teacher_slots(valid, self.offsets, beyond)
-        return torch.stack(
-            [kind.counted(taught if kind.teacher else valid[1:]) for kind, _ in self.objectives]
-        )
-
-    def scored_slots(self, valid: Tensor, output: HeadOutput, first: int = 0) -> Tensor:
-        """`valid` of depths first..D, less the depths that have no row."""
-        there = {depth for rows in output.rows for depth in rows.depths}
-        for depth in range(first, 1 + self.depths):
-            if depth not in there:
-                valid[depth - first] = False
-        return valid
-
-    def _terms(
-        self, output: HeadOutput, scores: Scores, counts: Tensor
-    ) -> tuple[Tensor | float, Tensor]:
-        """The part of the losses that the heads own, in units of the normalizer, and their sums."""
-        if not self.terms:
-            return 0.0, scores.nll.new_zeros(0)
-        found = self.mtp.loss_terms(output, scores)
-        sums = torch.stack([found[name] for name in self.terms])  # (terms,)
-        factors = torch.cat([counts.new_full((1,), factor) for factor in self.terms.values()])
-        scale = factors / counts.masked_fill(counts == 0, 1)
-        return (scale.to(sums) * sums).sum(), sums.detach()
-
-    def _objective_losses(
-        self,
-        rows: list[HeadRows],
-        targets: Tensor,
-        valid: Tensor,
-        loss_weights: tuple[float, ...],
-        counts: Tensor,
-    ) -> tuple[Tensor | float, Tensor]:
-        """The part of `mtp.objective` other than the label's cross-entropy, and the sums of its
-        values, (m*D,). targets: (D, B, T); valid: (1+D, B, T); counts: (m*D,).
-        """
-        if not self.objectives:
-            return 0.0, counts.new_zeros(0)
-        kinds, shares = zip(*self.objectives, strict=True)
-        factors = _vector([own * weight for own in shares for weight in loss_weights], counts)
-        scale = (factors / counts.masked_fill(counts == 0, 1)).view(len(kinds), self.depths, 1, 1)
-        count = self.lookahead - 1
-        counted = self._counted(valid, self.shard.beyond(count))
-        states = rows[0].inputs[0].detach()
-        states = torch.cat([states, self.shard.following(states, count)], dim=1)
-        ahead = tuple(offset - 1 for offset in self.offsets[1:])
-        loss, values = objective_losses(
-            kinds,
-            rows[1:],
-            Teacher(self.lm_head, states, ahead),
-            targets,
-            scale * counted,
-            constant=self.mtp_config.detach == "all",
-        )
-        return loss, (values * counted).sum((2, 3)).flatten()
+        return self.loss(output, tokens, documents, scored, settings or LossSettings())
 
     def head_rows(self, tokens: Tensor, documents: Tensor | None = None) -> HeadOutput:
         """tokens (B, T+1+A) -> the rows of depth 0..D and the stats of every router."""
@@ -347,6 +130,7 @@ class DeepseekV3MTP(nn.Module):
             documents=documents,
             lm_head=self.lm_head,
             keys=keys,
+            shard=self.shard,
         )
         heads = self.mtp(inputs)
         return HeadOutput([main, *heads.rows], [*stats, *heads.stats], heads.kept)
@@ -357,101 +141,11 @@ class DeepseekV3MTP(nn.Module):
         """
         found: list[Any] = [None] * (1 + self.depths)
         for rows in self.head_rows(tokens, documents).rows:
-            logits = self.row_logits(rows)
+            logits = rows.logits()
             for depth in rows.depths:
                 found[depth] = logits
         empty = torch.full_like(found[0], float("nan"))
         return torch.stack([empty if logits is None else logits for logits in found])
-
-    @staticmethod
-    def row_logits(rows: HeadRows) -> Tensor:
-        """(B, t, V) logits of rows, with a gradient."""
-        return opened(rows.outputs, rows.inputs, rows.outputs[-1].logits)
-
-    def by_depth(self, output: HeadOutput) -> list[Tensor | HeadRows | None]:
-        """What `head_logits` reads of depth 0..D: (B, T, C) of the main head, the rows of the
-        others, None where a depth has none.
-        """
-        main, *heads = output.rows
-        found: dict[int, HeadRows] = {depth: rows for rows in heads for depth in rows.depths}
-        return [main.inputs[0], *(found.get(depth) for depth in range(1, 1 + self.depths))]
-
-    def head_logits(self, depth: int, states: Tensor | HeadRows) -> Tensor:
-        """Of some slots of `by_depth` -> (B, n, V), for model/overlap.py."""
-        return self.lm_head(states) if isinstance(states, Tensor) else self.row_logits(states)
-
-    @named("loss")
-    def _head_losses(
-        self, rows: list[HeadRows], targets: Tensor, row_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy of all rows: the loss, nll and prediction (1+D, B, T)."""
-        loss: Tensor = rows[0].inputs[0].new_zeros((), dtype=torch.float32)
-        nll: dict[int, Tensor] = {}
-        prediction: dict[int, Tensor] = {}
-        for group in self._groups(rows):
-            depths = [depth for one in group for depth in one.depths]
-            part, own_nll, own = self._group_loss(group, targets[depths], row_weight[depths])
-            loss = loss + part
-            nll |= zip(depths, own_nll, strict=True)
-            prediction |= zip(depths, own, strict=True)
-        nothing = torch.zeros_like(nll[0]), torch.zeros_like(prediction[0])
-        every = range(len(targets))
-        return (
-            loss,
-            torch.stack([nll.get(depth, nothing[0]) for depth in every]),
-            torch.stack([prediction.get(depth, nothing[1]) for depth in every]),
-        )
-
-    def _groups(self, rows: list[HeadRows]) -> list[list[HeadRows]]:
-        """Rows that share one call: those of one target that the shared head scores, as long as its
-        weight learns from them; every other alone.
-        """
-        shared = [
-            one
-            for one in rows
-            if one.outputs == (self.lm_head,)
-            and len(one.depths) == 1
-            and (one.depths == (0,) or (self.mtp_config.detach != "all" and self.label_weight > 0))
-        ]
-        return [shared, *([one] for one in rows if not any(one is other for other in shared))]
-
-    def _group_loss(
-        self, group: list[HeadRows], targets: Tensor, row_weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`_head_losses` of one group. targets, row_weight: (n, B, T) of its depths."""
-        outputs, several = group[0].outputs, len(group[0].depths) > 1
-        inputs = [
-            torch.cat([x.flatten(0, 1) for x in same])
-            for same in zip(*(one.inputs for one in group), strict=True)
-        ]
-        if several:  # (M, n)
-            aims, weights = (x.flatten(1).t() for x in (targets, row_weight))
-        else:  # (M,)
-            aims, weights = targets.flatten(), row_weight.flatten()
-        of_heads = group[0].depths != (0,)
-        constant = self.mtp_config.detach == "all" and of_heads
-        if of_heads and not self.label_weight:  # only its value is wanted
-            inputs = [x.detach() for x in inputs]
-
-        def run(inputs: Sequence[Tensor], given: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-            if constant and outputs[0] is self.lm_head:
-                given = [given[0].detach(), *given[1:]]
-            if of_heads and not self.label_weight:
-                given = [weight.detach() for weight in given]
-            if isinstance(outputs[-1], LMHead):
-                return linear_cross_entropy(inputs[0], given[-1], aims, weights)
-            return chunked_cross_entropy(
-                outputs[-1].logits, inputs, given, aims, weights, vocab_size=self.config.vocab_size
-            )
-
-        loss, nll, prediction = opened(outputs, inputs, run)
-        if several:
-            return (
-                loss,
-                nll.t().view_as(targets),
-                prediction.view(targets[0].shape).expand_as(targets),
-            )
-        return loss, nll.view_as(targets), prediction.view_as(targets)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, blanks: int = 0) -> MTPOutput:
@@ -470,6 +164,7 @@ class DeepseekV3MTP(nn.Module):
         """The sums over no micro-batch."""
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         heads, routers = 1 + self.depths, len(self.gates())
+        terms = len(self.loss.terms) + len(self.loss.objectives) * self.depths
         return MTPOutput(
             loss=zeros(()),
             nll_sum=zeros(heads),
@@ -478,8 +173,8 @@ class DeepseekV3MTP(nn.Module):
             agreed=zeros(self.depths),
             compared=zeros(self.depths),
             overlap=zeros(4, self.depths),
-            term_sum=zeros(len(self.terms) + len(self.objectives) * self.depths),
-            term_count=zeros(len(self.terms) + len(self.objectives) * self.depths),
+            term_sum=zeros(terms),
+            term_count=zeros(terms),
             balance=zeros(()),
             load=zeros(routers, self.config.n_routed_experts if routers else 1),
             nodes=zeros(routers),
@@ -549,11 +244,15 @@ class DeepseekV3MTP(nn.Module):
                     parameter.copy_(values[first : first + count])
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
+        self.start_heads(writable=writable)
 
-
-def _vector(values: Sequence[float], like: Tensor) -> Tensor:
-    """Not new_tensor: on CUDA the host would wait for that copy."""
-    return torch.cat([like.new_full((1,), value) for value in values])
+    @torch.no_grad()
+    def start_heads(
+        self, *, writable: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
+        """What of the heads starts at other values than random ones (heads/base.py: `start`)."""
+        if self.depths and not self.lm_head.weight.is_meta:  # else on another pipeline stage
+            self.mtp.start(self.lm_head, writable)
 
 
 def meta_model(config: ModelConfig, mtp: MTPConfig, *, freeze: str = "none") -> DeepseekV3MTP:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig, RopeScaling
 from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.norm import rms_norm
-from dsv3_mtp.ops.recompute import again
+from dsv3_mtp.ops.recompute import recomputed
 from dsv3_mtp.ops.swiglu import swiglu
 
 
@@ -41,7 +41,7 @@ class MLP(nn.Module):
         self.down_proj = linear(kind, intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(again(swiglu, self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(recomputed(swiglu, self.gate_proj(x), self.up_proj(x)))
 
 
 def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class LossSettings:
     # start of a run
     loss_weights: tuple[float, ...] | None = None
     balance_loss_weight: float = 0.0  # alpha of eq. 17
-    # (2+D+terms,) from `DeepseekV3MTP.counts`, of the whole optimizer step; None: of the
+    # (2+D+terms,) from `MTPLoss.counts`, of the whole optimizer step; None: of the
     # micro-batch alone
     normalizer: Tensor | None = None
     # measure it too, without gradient: about twice the losses' logits again

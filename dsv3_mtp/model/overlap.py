@@ -54,6 +54,7 @@ def pairs(
     offsets: Sequence[int],
     *,
     temperature: float = 1.0,
+    outside: Tensor | None = None,
 ) -> Iterator[Pair]:
     """Every slot of every depth beside its teacher, one chunk after another.
 
@@ -65,6 +66,7 @@ def pairs(
             another process, or anything: `teachers` says which of them exist. Every process makes
             the same calls, because ZeRO-3 gathers weights in them.
         temperature: > 0, of both distributions.
+        outside: (V,) bool, the tokens that no draft is: q is renormalised over the others.
     """
     own = hiddens[0]
     assert isinstance(own, Tensor)
@@ -78,7 +80,10 @@ def pairs(
                 part = (
                     states[:, first:end] if isinstance(states, Tensor) else states.cut(first, end)
                 )
-                draft = log_probabilities(head_logits(depth, part), temperature)
+                logits = head_logits(depth, part)
+                if outside is not None:
+                    logits = logits.masked_fill(outside, float("-inf"))
+                draft = log_probabilities(logits, temperature)
                 beside = teacher[:, first + ahead - start : end + ahead - start]
                 yield Pair(depth, slice(first, end), beside, draft)
 

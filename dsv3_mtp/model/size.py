@@ -57,16 +57,19 @@ def _head_flops(model: DeepseekV3MTP, seq_len: int) -> float:
     config, mtp, cost = model.config, model.mtp_config, model.mtp.cost()
     flops = len(cost.blocks) * _attention_flops(config, seq_len)
     flops += sum(6 * _total_and_active(config, part)[1] for part in (*cost.blocks, *cost.products))
+    learns = model.lm_head.weight.requires_grad
+    into = learns and mtp.detach != "all" and (mtp.detach == "none" or mtp.reads_tokens)
+    flops += sum((4 + 2 * into) * _total_and_active(config, part)[1] for part in cost.first)
     into_rows = not cost.rows_of_trunk or mtp.detach == "none"  # there is a gradient
-    learns = model.lm_head.weight.requires_grad and mtp.detach != "all"
+    learns = learns and mtp.detach != "all"
     size = model.lm_head.weight.numel()
     own = sum(_total_and_active(config, output)[1] for output in cost.own)
     # logits with their backward, of the rows of all depths
     rows = cost.shared * (2 + 2 * into_rows + 2 * learns) * size + (4 + 2 * into_rows) * own
     # The label's cross-entropy is computed in any case. Other objectives make the logits anew, and
     # those of the teacher.
-    flops += rows if model.label_weight else 2 * (cost.shared * size + own)
-    return flops + (rows + 2 * size if model.objectives else 0)
+    flops += rows if model.loss.label_weight else 2 * (cost.shared * size + own)
+    return flops + (rows + 2 * size if model.loss.objectives else 0)
 
 
 def layer_flops(model: DeepseekV3MTP, seq_len: int) -> list[float]:
@@ -98,8 +101,8 @@ def _attention_flops(config: ModelConfig, seq_len: int) -> float:
 
 
 def require_memory(model: nn.Module, *, bytes_per_value: float, ranks: int = 1) -> None:
-    """Raises ValueError where the weights of a model, shared by all ranks at best, are more than the
-    memory of this machine and its GPUs; the model may be on the meta device.
+    """Raises ValueError where the weights of a model, shared by all ranks at best, are more than
+    the memory of this machine and its GPUs; the model may be on the meta device.
     """
     values = sum(p.numel() for p in model.parameters())
     needed = values * bytes_per_value / ranks

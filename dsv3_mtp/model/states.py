@@ -1,4 +1,4 @@
-"""What passes between trunk, heads and losses: the trunk's states, a head's inputs, and its rows."""
+"""What passes between trunk, heads and losses: trunk states, a head's inputs, its rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.model.moe import RouterStats
+from dsv3_mtp.ops.compute import Shard
 
 
 class TrunkStates(NamedTuple):
@@ -59,6 +60,10 @@ class LMHead(nn.Linear, Output):
     def forward(self, *inputs: Tensor, run: Callable[..., Any] | None = None) -> Any:
         return Output.forward(self, *inputs, run=run)
 
+    def head_logits(self, depth: int, states: "Tensor | HeadRows") -> Tensor:
+        """Of some slots of `HeadOutput.by_depth` -> (B, n, V), for model/overlap.py."""
+        return self(states) if isinstance(states, Tensor) else states.logits()
+
 
 class HeadRows(NamedTuple):
     """One row for every slot, and what its logits are scored against.
@@ -77,6 +82,10 @@ class HeadRows(NamedTuple):
         """The rows of slots first..stop-1."""
         return self._replace(inputs=tuple(x[:, first:stop] for x in self.inputs))
 
+    def logits(self) -> Tensor:
+        """(B, T, V), with a gradient."""
+        return opened(self.outputs, self.inputs, self.outputs[-1].logits)
+
 
 @dataclass(frozen=True)
 class HeadOutput:
@@ -89,6 +98,22 @@ class HeadOutput:
     @property
     def routed(self) -> list[RouterStats]:
         return [stats for stats in self.stats if stats is not None]
+
+    def by_depth(self, depths: int) -> list[Tensor | HeadRows | None]:
+        """Of a model: what `LMHead.head_logits` reads of depth 0..D, (B, T, C) of the main head,
+        the rows of the others, None where a depth has none.
+        """
+        main, *heads = self.rows
+        found: dict[int, HeadRows] = {depth: rows for rows in heads for depth in rows.depths}
+        return [main.inputs[0], *(found.get(depth) for depth in range(1, 1 + depths))]
+
+    def scored_slots(self, valid: Tensor, first: int = 0) -> Tensor:
+        """`valid` of depths first..D, where depths that have no row become False."""
+        there = {depth for rows in self.rows for depth in rows.depths}
+        for number in range(len(valid)):
+            if first + number not in there:
+                valid[number] = False
+        return valid
 
 
 @dataclass(frozen=True)
@@ -130,6 +155,7 @@ class HeadInputs:
     documents: Tensor | None  # (B, T+1+A)
     lm_head: LMHead  # the shared output head
     keys: "Callable[[], Tensor]"  # (B, T) int64, see `uniform`
+    shard: Shard  # which slots of the rows are here
 
     def ahead(self, distance: int) -> Tensor:
         """(B, T, C): at slot i the embedding of t_{i+distance}, distance >= 1; zero where that is
@@ -141,6 +167,28 @@ class HeadInputs:
             return embedding
         same = self.documents[:, distance : distance + length] == self.documents[:, :length]
         return embedding * same.unsqueeze(-1)
+
+    def later(self, state: Tensor, by: int) -> tuple[Tensor, Tensor]:
+        """(B, T, C): at slot i the state of slot i+by, with its gradient wherever that slot is; and
+        (B, T) bool: there is such a slot in the row, in slot i's document. Elsewhere any values.
+
+        Raises:
+            ValueError: slot i+by may lie two shards of the row away.
+        """
+        length = state.shape[1]
+        if by > length:
+            raise ValueError(
+                f"parallel.sequence_parallel_size: a shard of {length} slots is shorter than the "
+                f"{by} slots that the heads look ahead; use fewer ranks for a row"
+            )
+        following = self.shard.following(state, by)
+        missing = by - following.shape[1]  # the row ends here
+        shifted = torch.cat([state[:, by:], following, state[:, :missing]], dim=1)
+        there = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
+        there[:, length - missing :] = False
+        if self.documents is not None:
+            there &= self.documents[:, by : by + length] == self.documents[:, :length]
+        return shifted, there
 
     def uniform(self, depth: int, draw: int = 0) -> Tensor:
         """(B, T) float64 in [0, 1): a hash of (seed, step, row, slot, depth, draw).

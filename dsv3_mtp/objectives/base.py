@@ -9,8 +9,8 @@ folder, with a name under which it registers itself; one in a file of your own i
 `mtp.objective: {package.module:Class: 1.0}`. Nothing else compares names. docs/extend.md shows one
 in full.
 
-The teacher of depth k at slot i is the main head at slot i + offset(k) - 1 of the same forward: both
-predict t_{i+offset(k)}. Nothing of a gradient goes to it.
+The teacher of depth k at slot i is the main head at slot i + offset(k) - 1 of the same forward:
+both predict t_{i+offset(k)}. Nothing of a gradient goes to it.
 
 Shapes: d the depths that are scored (1..D for most heads), n slots, V vocab.
 """

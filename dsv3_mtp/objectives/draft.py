@@ -1,7 +1,7 @@
 """Objectives that optimise the acceptance of drafts itself.
 
-overlap = sum_v min(p(v), q(v)) is the probability that a draft from q is accepted by the main model,
-whose distribution is p (arXiv 2211.17192); total variation TV(p, q) = 1 - overlap.
+overlap = sum_v min(p(v), q(v)) is the probability that a draft from q is accepted by the main
+model, whose distribution is p (arXiv 2211.17192); total variation TV(p, q) = 1 - overlap.
 
 Published weights are converted: DeepSpec's L1 = sum_v |p(v) - q(v)| is 2 tv, so that its
 0.1 CE + 0.9 L1 is {ce: 0.1, tv: 1.8}.

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsv3_mtp.ops import c, choice
-from dsv3_mtp.ops.recompute import again
+from dsv3_mtp.ops.recompute import recomputed
 from dsv3_mtp.ops.rotary import evenly, to_heads
 
 Core = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
@@ -59,7 +59,7 @@ def attend(
     if core is None and choice.kernels(query, kv, k_rope) is c:
         inputs = query.contiguous(), kv.contiguous(), evenly(k_rope)
         return _Attention.apply(*inputs, angles, first, scale)
-    query, key, value = again(to_heads, query, kv, k_rope, angles)
+    query, key, value = recomputed(to_heads, query, kv, k_rope, angles)
     mixed = (core or sdpa)(query, key, value, scale, first)  # (B, H, T, v)
     return mixed.transpose(1, 2).flatten(2)
 
@@ -130,8 +130,8 @@ def _mask(first: Tensor, begin: int, start: int, end: int) -> Tensor:
 
 
 class _Blocks(torch.autograd.Function):
-    """Attention under `first` by blocks of queries, each with a mask of its own, which is made
-    again in the backward: BLOCK * T numbers at a time.
+    """Attention under `first` by blocks of queries, each with a mask of BLOCK * T numbers. The
+    backward makes the masks anew instead of keeping them.
     """
 
     @staticmethod

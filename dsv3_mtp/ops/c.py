@@ -1,165 +1,19 @@
 """The C kernels of a training step on a CPU, in float32 and bfloat16 (csrc/): the passes between
 the matrix products, and the attention core with its products.
 
-They are built with the system's C compiler, in seconds and once per machine, when one is first
-asked for. Arithmetic is float32 for both types; factors per row (scales, gates, weights of the
-loss) and angles are float32 beside either. Every function checks what it hands to C: raw pointers
-are followed without question there.
+c_library.py builds and loads them. Arithmetic is float32 for both types; factors per row (scales,
+gates, weights of the loss) and angles are float32 beside either. Every function checks what it
+hands to C: raw pointers are followed without question there.
 """
-
-import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dsv3_mtp.files.atomic import lock, replacing, sweep, write_text
-from dsv3_mtp.files.digest import difference, file_digest
+from dsv3_mtp.ops.c_library import call
 
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
-)
 # blocks of rows whose sums are added last: the same for any number of threads, hence the same
 # result
 PARTS = 16
-TYPES: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
-# Arguments of each function: p a pointer, i an int64, f a float.
-_SIGNATURES = {
-    "rms_norm": "pipppiif",
-    "rms_norm_backward": "ppippppiii",
-    "swiglu": "pipippii",
-    "swiglu_backward": "ppipipppippii",
-    "attention": "pppippppppiiiiiif",
-    "attention_backward": "pppipppppppppp" + "iiiiiif",
-    "sum_rows": "pippiii",
-    "cross_entropy": "pppppii",
-}
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
-
-
-def unavailable(dtype: torch.dtype) -> str | None:
-    """Why the kernels do not run for tensors of this type, None where they do."""
-    if dtype not in TYPES:
-        return f"there are none for {dtype}"
-    return _library(dtype)[1]
-
-
-@functools.cache
-def _library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
-    """The library for tensors of this type, or why there is none. Made once."""
-    try:
-        library = _load(_build(TYPES[dtype]))
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        return None, (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-    for name, signature in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes = [_TYPES[kind] for kind in signature]
-        function.restype = ctypes.c_int64 if name == "sum_rows" else None
-    return library, None
-
-
-def _build(flags: tuple[str, ...]) -> Path:
-    """The shared library of this source, compiler and processor in the user's cache; made if it is
-    missing.
-    """
-    folder = Path(__file__).parent / "csrc"
-    sources = sorted(folder.glob("*.c"))
-    name, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]  # such as "ccache gcc"
-    compiler = shutil.which(name)
-    if compiler is None:
-        raise OSError("there is no C compiler; install one, or name it in CC")
-    key = hashlib.sha256(
-        b"".join(source.read_bytes() for source in (*folder.glob("*.h"), *sources))
-    )
-    key.update(repr((compiler, arguments, FLAGS, flags, platform.node(), _processor())).encode())
-    target = _cache() / f"kernels-{key.hexdigest()[:16]}.so"
-    made = (target, target.with_suffix(".digest"))
-    if all(path.exists() for path in made):
-        return target
-    descriptor = lock(target.with_name(".lock"), "waiting for the C kernels' build", wait=True)
-    try:
-        if not all(path.exists() for path in made):
-            with replacing(target) as temporary:  # a process that dies leaves no half library
-                output = ["-o", str(temporary), "-lm"]
-                command = [compiler, *arguments, *FLAGS, *flags, *map(str, sources), *output]
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-                temporary.chmod(0o700)
-                digest = file_digest(temporary)
-            write_text(made[1], digest)  # last: who finds it finds the library that it belongs to
-    finally:
-        os.close(descriptor)
-    return target
-
-
-def _cache() -> Path:
-    """The folder of the libraries, which nobody else may write: what lies there is run.
-
-    Raises:
-        OSError: it is another user's, or others may write there.
-    """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    # a relative one is to be ignored (XDG Base Directory Specification)
-    cache = (base if base.is_absolute() else Path.home() / ".cache") / "dsv3_mtp"
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _require_own(cache)
-    sweep(cache, older_than=3600.0)
-    return cache
-
-
-def _require_own(path: Path) -> None:
-    about = path.stat()
-    if about.st_uid != os.getuid() or about.st_mode & 0o022:
-        raise OSError(
-            f"{path} is another user's, or others may write it; delete it or chmod go-w it"
-        )
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    """A built library.
-
-    Raises:
-        OSError, ValueError: it cannot be loaded, lacks a function, or is not what was built there.
-    """
-    _require_own(path)
-    # the loader would crash on a library that is cut off
-    if difference(path, path.with_suffix(".digest").read_text()) is not None:
-        path.unlink()
-        raise ValueError(f"{path} was damaged and is deleted; the next start builds it again")
-    library = ctypes.CDLL(str(path))
-    if missing := [name for name in _SIGNATURES if not hasattr(library, name)]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; delete it")
-    return library
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next(
-        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
-    )
-
-
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> int | None:
-    """Hands the tensors to C, which believes what it is told of them."""
-    library, reason = _library(dtype)
-    if library is None:
-        raise RuntimeError(f"{name}: the C kernels were not built: {reason}")
-    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    return getattr(library, name)(*values)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -197,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _check_rows("x", x, x.shape, x.dtype)
     _check("weight", weight, x.shape[1:], x.dtype)
     y, scale = x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
-    _call("rms_norm", x.dtype, x, x.stride(0), weight, y, scale, *x.shape, eps)
+    call("rms_norm", x.dtype, x, x.stride(0), weight, y, scale, *x.shape, eps)
     return y, scale
 
 
@@ -211,7 +65,7 @@ def rms_norm_backward(
     _check("scale", scale, x.shape[:1], torch.float32)
     grad_x, partial = x.new_empty(x.shape), scale.new_empty(PARTS, x.shape[1])
     inputs = grad, x, x.stride(0), weight, scale
-    _call("rms_norm_backward", x.dtype, *inputs, grad_x, partial, *x.shape, PARTS)
+    call("rms_norm_backward", x.dtype, *inputs, grad_x, partial, *x.shape, PARTS)
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
@@ -225,7 +79,7 @@ def swiglu(gate: Tensor, up: Tensor, factor: Tensor | None) -> Tensor:
         _check("factor", factor, gate.shape[:1], torch.float32)
     y = gate.new_empty(gate.shape)
     inputs = gate, gate.stride(0), up, up.stride(0), factor
-    _call("swiglu", gate.dtype, *inputs, y, *gate.shape)
+    call("swiglu", gate.dtype, *inputs, y, *gate.shape)
     return y
 
 
@@ -245,7 +99,7 @@ def swiglu_backward(
     both = gate.new_empty(rows, 2 * width)
     inputs = grad, gate, gate.stride(0), up, up.stride(0), factor
     outputs = both, both[:, width:], 2 * width, grad_factor, y
-    _call("swiglu_backward", gate.dtype, *inputs, *outputs, rows, width)
+    call("swiglu_backward", gate.dtype, *inputs, *outputs, rows, width)
     return both, grad_factor, y
 
 
@@ -268,7 +122,7 @@ def attention(
     out = query.new_empty(batch, length, heads, value)
     softmax = angles.new_empty(2, batch, heads, length)
     inputs = query, kv, k_rope, k_rope.stride(1), angles[0], angles[1], first
-    _call("attention", query.dtype, *inputs, out, softmax[0], softmax[1], *sizes, scale)
+    call("attention", query.dtype, *inputs, out, softmax[0], softmax[1], *sizes, scale)
     return out, softmax
 
 
@@ -293,7 +147,7 @@ def attention_backward(
     each = angles.new_empty(batch, heads, length, rope)  # of k_rope from each head
     inputs = query, kv, k_rope, k_rope.stride(1), angles[0], angles[1], first
     outputs = grads[0], grads[1], each, grads[2]
-    _call(
+    call(
         "attention_backward",
         query.dtype,
         *(*inputs, grad, softmax[0], softmax[1], *outputs, *sizes, scale),
@@ -333,7 +187,7 @@ def sum_rows(x: Tensor, index: Tensor) -> Tensor:
     _check("x", x, (x.shape[0], x.shape[-1]), x.dtype)
     _check("index", index, (index.shape[0], index.shape[-1]), torch.int64)
     y = x.new_empty(index.shape[0], x.shape[1])
-    if outside := _call("sum_rows", x.dtype, x, len(x), index, y, *index.shape, x.shape[1]):
+    if outside := call("sum_rows", x.dtype, x, len(x), index, y, *index.shape, x.shape[1]):
         raise IndexError(f"index: {outside} numbers are outside -1 .. {len(x) - 1}, the rows of x")
     return y
 
@@ -348,5 +202,5 @@ def cross_entropy_(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple
     _check("row_weight", row_weight, rows, torch.float32)
     nll, prediction = torch.empty_like(row_weight), torch.empty_like(targets)
     inputs = logits, targets, row_weight
-    _call("cross_entropy", logits.dtype, *inputs, nll, prediction, *logits.shape)
+    call("cross_entropy", logits.dtype, *inputs, nll, prediction, *logits.shape)
     return nll, prediction

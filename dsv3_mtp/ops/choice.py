@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dsv3_mtp.ops import c
+from dsv3_mtp.ops import c, c_library
 
 _inside_plain = 0
 _ON_GPU = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,7 +31,7 @@ def kernels(*tensors: Tensor) -> ModuleType | None:
         if other.dtype != x.dtype or other.device.type != x.device.type:
             return None
     if x.device.type == "cpu":
-        return c if c.unavailable(x.dtype) is None else None
+        return c if c_library.unavailable(x.dtype) is None else None
     return triton()[0] if x.is_cuda and x.dtype in _ON_GPU else None
 
 
@@ -73,7 +73,7 @@ def describe(device: torch.device) -> str:
             if reason
             else "Triton kernels between the products"
         )
-    for dtype in c.TYPES:
-        if (missing := c.unavailable(dtype)) is not None:
+    for dtype in c_library.TYPES:
+        if (missing := c_library.unavailable(dtype)) is not None:
             return f"C kernels: not built, torch's operations run instead ({missing})"
     return "C kernels for float32 and bfloat16 on the CPU"

@@ -23,8 +23,8 @@ Routed = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Shard:
-    """Which slots of the rows of a batch this process has: all. parallel/sequence.py: shard
-    `number` of `count`.
+    """The slots of a batch's rows that this process computes. This class is for one process, which
+    computes all of them; parallel/sequence.py has the shard `number` of `count`.
     """
 
     number, count = 0, 1
@@ -47,10 +47,10 @@ class Shard:
         return 0
 
     def following(self, x: Tensor, count: int) -> Tensor:
-        """(B, T, ..) of this shard -> (B, beyond(count), ..), the slots that follow it, without
-        gradient.
+        """(B, T, ..) of this shard -> (B, beyond(count), ..), the slots that follow it; their
+        gradient goes to the process that has them.
         """
-        return x[:, :0].detach()
+        return x[:, :0]
 
     def attention(self, core: Core | None) -> Core | None:
         """The core for the slots of this shard, around one for whole rows."""
@@ -76,7 +76,7 @@ class Compute:
     """Makes the experts of a layer of this config; None: all of them, model.moe.Experts."""
     shard: Shard = field(default_factory=Shard)
     recompute: Literal["none", "selective", "full"] = "none"
-    """What a decoder layer computes again in its backward (`train.activation_checkpointing`)."""
+    """What a decoder layer recomputes in its backward (`train.activation_checkpointing`)."""
     heads: "Compute | None" = None
     """For the layers of prediction heads; None: the same."""
 

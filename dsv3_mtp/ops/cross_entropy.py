@@ -20,8 +20,8 @@ CHUNKS_ON_GPU = (
 
 def chunk_rows(vocab: int, *, on_gpu: bool) -> int:
     """Rows of one chunk. On a GPU at least 4096 and whole tiles of 256: with the 1038 that 2^27
-    logits of V3's vocabulary would be, a tenth of each product is lost, and the weight's gradient is
-    read and written once for each chunk.
+    logits of V3's vocabulary would be, a tenth of each product is lost, and the weight's gradient
+    is read and written once for each chunk.
     """
     if not on_gpu:
         return max(1, CHUNK_ELEMENTS // vocab)

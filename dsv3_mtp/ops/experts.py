@@ -40,8 +40,8 @@ def padding(x: Tensor) -> int:
 def sort_by_expert(
     chosen: Tensor, gates: Tensor, counts: Tensor, multiple: int, padded_rows: int | None = None
 ) -> Layout:
-    """chosen, gates: (N, K), counts: (E,). `padded_rows` of all experts, where the caller knows it:
-    nobody waits.
+    """chosen, gates: (N, K), counts: (E,). padded_rows: of all experts together. A caller on a GPU
+    that knows this number gives it, so that the host need not wait for `counts`.
     """
     order = chosen.flatten().argsort(stable=True)  # (N*K,) pairs grouped by expert
     place, rows = torch.arange(order.numel(), device=order.device), order.numel()
@@ -113,7 +113,7 @@ def routed(
     return _Routed.apply(x.contiguous(), gates, gate_up, down, chosen, counts)
 
 
-# --- the products -----------------------------------------------------------------------------------------------
+# --- the products ---------------------------------------------------------------------------------
 # `rows`: rows of each expert, an int64 tensor (E,) where one kernel does all experts, else a list
 # of E numbers.
 
@@ -218,7 +218,7 @@ class _GatherSum(torch.autograd.Function):
         return grad.index_select(0, *ctx.saved_tensors), None, None
 
 
-# --- the other steps one by one ---------------------------------------------------------------------------------
+# --- the other steps one by one -------------------------------------------------------------------
 
 
 def to_experts(x: Tensor, layout: Layout) -> Tensor:

@@ -1,7 +1,7 @@
-"""Activation checkpointing: what the backward makes again instead of keeping it (V3 section 3.2.3).
+"""Activation checkpointing: what the backward recomputes instead of keeping it (V3 section 3.2.3).
 
-    with forgetting():
-        hidden = again(norm, x)    # not kept: whatever later saves `hidden` for its backward gets norm(x), made again
+    with recomputing():
+        hidden = recomputed(norm, x)  # dropped; the backward computes norm(x) anew
         y = linear(hidden)
 
 `torch.utils.checkpoint` repeats a whole region; here the results of single cheap functions are
@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @dataclass
 class _Call:
-    """One call of `again`."""
+    """One call of `recomputed`."""
 
     function: Callable[..., Any]
     arguments: list[Any]
@@ -33,7 +33,7 @@ class _Call:
         self.uses += 1
         if self.uses == 1:
             for argument in self.arguments:
-                if isinstance(argument, _Forgotten):
+                if isinstance(argument, _Dropped):
                     argument.call.use()
 
     def result(self, index: int) -> Tensor:
@@ -49,7 +49,7 @@ class _Call:
 
 
 @dataclass
-class _Forgotten:
+class _Dropped:
     """In place of a saved tensor: how to make it, and which view of the result it was."""
 
     call: _Call
@@ -64,8 +64,8 @@ _scopes: list[_Scope] = []
 
 
 @contextmanager
-def forgetting() -> Iterator[None]:
-    """Inside, `again` drops what it makes."""
+def recomputing() -> Iterator[None]:
+    """Inside, `recomputed` drops what it makes."""
     scope: _Scope = {}
     _scopes.append(scope)
     try:
@@ -76,8 +76,8 @@ def forgetting() -> Iterator[None]:
         scope.clear()
 
 
-def again(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args). Inside `forgetting`, the tensors it returns are dropped as described above.
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args). Inside `recomputing`, the tensors it returns are dropped as described above.
 
     `function` must be pure and may itself save nothing but its arguments, or that is kept.
     """
@@ -97,18 +97,18 @@ def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _known(tensor: Tensor, scope: _Scope) -> Tensor | _Forgotten:
+def _known(tensor: Tensor, scope: _Scope) -> Tensor | _Dropped:
     """The tensor itself, or how to make it."""
     made = scope.get(tensor.untyped_storage()._cdata)
     if made is None:
         return tensor
     call, index, _ = made
-    return _Forgotten(call, index, (tensor.size(), tensor.stride(), int(tensor.storage_offset())))
+    return _Dropped(call, index, (tensor.size(), tensor.stride(), int(tensor.storage_offset())))
 
 
-def _pack(tensor: Tensor, scope: _Scope) -> Tensor | _Forgotten:
+def _pack(tensor: Tensor, scope: _Scope) -> Tensor | _Dropped:
     saved = _known(tensor, scope)
-    if isinstance(saved, _Forgotten):
+    if isinstance(saved, _Dropped):
         saved.call.use()
     return saved
 
@@ -116,6 +116,6 @@ def _pack(tensor: Tensor, scope: _Scope) -> Tensor | _Forgotten:
 def _unpack(saved: Any) -> Any:
     return (
         saved.call.result(saved.index).as_strided(*saved.view)
-        if isinstance(saved, _Forgotten)
+        if isinstance(saved, _Dropped)
         else saved
     )

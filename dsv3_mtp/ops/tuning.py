@@ -15,8 +15,8 @@ from dsv3_mtp.ops import choice
 
 
 def tune(device: torch.device) -> list[str]:
-    """Turns on what helps on this device; one line on each for the log, and on the kernels. Call it before the model is
-    made.
+    """Turns on what helps on this device; one line on each for the log, and on the kernels. Call it
+    before the model is made.
     """
     notes = [choice.describe(device)]
     return notes if device.type == "cuda" else notes + tune_cpu()
@@ -24,7 +24,7 @@ def tune(device: torch.device) -> list[str]:
 
 def tune_cpu() -> list[str]:
     notes = []
-    if not mkl_at_home() and onednn_exact():
+    if not mkl_uses_the_whole_cpu() and onednn_exact():
         torch.set_float32_matmul_precision("medium")
         notes.append(
             "float32 products by oneDNN, which are exact on this CPU and faster than MKL's"
@@ -34,7 +34,7 @@ def tune_cpu() -> list[str]:
     return notes
 
 
-def mkl_at_home() -> bool:
+def mkl_uses_the_whole_cpu() -> bool:
     """Whether MKL, torch's default for float32 products, uses all of this CPU.
 
     On CPUs of other makers than Intel it stays at AVX2: 40 % of the peak of an AMD Zen 5, where

@@ -6,7 +6,8 @@ engine.py     DeepSpeed's JSON, one optimizer step;  pipeline.py the same in sta
 experts.py    tokens travel to their experts;  sequence.py slices of rows
 placement.py  which ranges of which tensors a rank holds: for checkpoints, and for average.py
 
-Importing this package imports DeepSpeed with its traps on CPU disarmed; the process stays as it was.
+Importing this package imports DeepSpeed with its traps on CPU disarmed; the process stays as it
+was.
 """
 
 import contextlib

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.parallel.engine import Engine
-from dsv3_mtp.parallel.placement import Held, held
+from dsv3_mtp.parallel.placement import TensorShard, tensor_shards
 from dsv3_mtp.runs.fragments import AVERAGE, Fragments
 
 
@@ -14,28 +14,28 @@ class WeightAverage:
     """Begins as the weights; after every optimizer step it is decay * itself + (1 - decay) *
     weights.
 
-    Each rank averages what it writes into checkpoints, float32 masters and router biases: no
-        copies, no communication.
+    Each rank averages only what it writes into checkpoints, float32 masters and router biases.
+    Nothing is averaged twice and nothing is sent.
     """
 
     def __init__(self, engine: Engine, decay: float):
         self.engine, self.decay = engine, decay
         self.values = {
             part.name: _weights(part).clone()
-            for part in held(engine)
+            for part in tensor_shards(engine)
             if part.share[0] < part.share[1]
         }
 
     @torch.no_grad()
     def update(self) -> None:
-        """V3 does this beside the next step; here the copy to the host is waited for."""
-        for part in held(self.engine):
+        """Waits for the copy to the host, which V3 overlaps with the next step."""
+        for part in tensor_shards(self.engine):
             if part.name in self.values:
                 self.values[part.name].lerp_(_weights(part), 1 - self.decay)
 
     def load(self, stored: Fragments) -> list[str]:
         """The checkpoint's average; where it has none, the weights that were loaded. Says so."""
-        for part in held(self.engine):
+        for part in tensor_shards(self.engine):
             if part.name in self.values:
                 start, stop = (part.start + offset for offset in part.share)
                 found = (
@@ -51,6 +51,6 @@ class WeightAverage:
         )
 
 
-def _weights(part: Held) -> Tensor:
+def _weights(part: TensorShard) -> Tensor:
     """(n,) what this rank writes of a tensor, float32 on the host."""
     return part.of(part.flat)[slice(*part.share)].float().cpu()

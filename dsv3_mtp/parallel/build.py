@@ -29,7 +29,8 @@ def build_model(
     No rank ever holds more than its part and one whole tensor.
 
     Args:
-        compute: kernels and precision; None: torch's for this device. The layout's part of it, shards and experts, is added here.
+        compute: kernels and precision; None: torch's for this device. The layout's part of it,
+        shards and experts, is added here.
     """
     with building(laid_out(compute or Compute(), config, world)):
         return _build(config, ds_config, world)

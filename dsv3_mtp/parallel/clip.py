@@ -42,7 +42,8 @@ def side_norms(model: Any, engine: Any) -> dict[str, float]:
 
 
 def clip_apart(model: Any, engine: Any, limit: float) -> dict[str, float]:
-    """Clips the gradients of trunk and heads to norms of at most `limit` each, in the coming update.
+    """Clips the gradients of trunk and heads to norms of at most `limit` each, in the coming
+    update.
 
     Returns the norms before that. `scale_gradients` must be the optimizer's hook.
     """

@@ -96,17 +96,17 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def import_muon() -> None:
-    """DeepSpeed imports its Muon optimizer on every start, to find that this run uses another one.
+    """Imports DeepSpeed's Muon optimizer, as DeepSpeed does on every start, but without compiling.
 
-    That hands three functions to torch.compile, which loads inductor for one to two seconds; this
-    way they stay plain.
+    The import gives three functions to torch.compile, and that loads inductor for one to two
+    seconds.
     """
     with environment({"TORCHDYNAMO_DISABLE": "1"}):
         private.import_muon()
 
 
 class Engine:
-    """A thin hold on `deepspeed.initialize`: what the trainer needs, and no more."""
+    """What the trainer uses of `deepspeed.initialize`."""
 
     def __init__(
         self,
@@ -123,12 +123,12 @@ class Engine:
         """
         private.without_output_warning()
         import_muon()
-        # `step` gives the rate; ZeRO-0 in bfloat16 steps once by itself, below
+        # ZeRO-0 in bfloat16 takes a step while it is initialized: with rate 0 that changes nothing.
+        # `step` sets the rate of every later step.
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        with contextlib.redirect_stdout(
-            None
-        ):  # memory lines by plain print; errors go to stderr or are raised
+        # DeepSpeed prints lines on memory; its errors go to stderr or are raised.
+        with contextlib.redirect_stdout(None):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=module or model,
                 optimizer=optimizer,
@@ -212,7 +212,7 @@ class Engine:
         return math.nan if norm is None else float(norm), apart
 
     def reduce(self) -> None:
-        """Averages what the last backward has not averaged over the ranks: nothing, without stages."""
+        """Averages over the ranks what the last backward has not: nothing, without stages."""
 
     def update(self) -> None:
         self.engine.step()

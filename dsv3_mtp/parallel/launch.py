@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from deepspeed.accelerator import get_accelerator
 
+from dsv3_mtp.config.launcher import check_ranks
 from dsv3_mtp.parallel import environment, private
 
 LOOPBACK = "127.0.0.1"
@@ -92,7 +93,11 @@ def starting(timeout_s: float) -> Iterator[None]:
     and torch's default timeout are as before afterwards.
 
     DeepSpeed's sub-groups take that default whatever timeout is passed to it.
+
+    Raises:
+        ValueError: the environment describes half of a world.
     """
+    check_ranks()
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK}
     alone["MASTER_PORT"] = "0"  # DeepSpeed wants one named; nothing listens
     own = {} if "RANK" in os.environ else alone

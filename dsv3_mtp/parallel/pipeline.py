@@ -7,8 +7,9 @@ therefore those of the model without a pipeline, and a parameter is this rank's 
 
     stage 0       embedding, trunk layers
     stage s       trunk layers
-    last stage    trunk layers, final norm, all MTP depths, output head, losses; and the embedding again, if the MTP
-                  modules read it: tied, its gradients summed over both copies before every update
+    last stage    trunk layers, final norm, all MTP depths, output head, losses; and a tied copy of
+                  the embedding where the MTP modules read it: the gradients of both copies are
+                  summed before every update
 
 Between stages travel the hidden states, the balance loss of every router so far (with gradient),
 the routers' loads, and the tokens.
@@ -28,20 +29,23 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import uncut
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model, run_layers
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import RouterStats
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
 from dsv3_mtp.model.size import layer_flops
 from dsv3_mtp.model.states import HeadOutput, TrunkStates
+from dsv3_mtp.model.trunk import run_layers
 from dsv3_mtp.parallel import private
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:
-    """Bounds of `parts` contiguous, non-empty parts: the dearest part is as cheap as can be, and of
-    all such cuts the one with the smallest sum of squares. `parts` + 1 numbers; part i is
+    """Bounds of `parts` contiguous, non-empty parts: `parts` + 1 numbers, part i is
     costs[bounds[i] : bounds[i+1]].
+
+    The largest cost of a part is as small as possible. Among the cuts with that largest cost, this
+    one has the smallest sum of squares.
     """
     sums = [0.0, *itertools.accumulate(costs)]
 
@@ -203,7 +207,7 @@ class Stages(PipelineModule):
             LastStage(model, layers[-1]),
         ]
         self.bounds = [0, *range(2, len(layers) + 1), len(specs)]
-        # Without no_grad it would copy the tied weights as if to differentiate that.
+        # DeepSpeed copies the tied weights here. Under no_grad autograd does not record the copy.
         with contextlib.redirect_stdout(None), torch.no_grad():
             super().__init__(specs, num_stages=len(layers), loss_fn=loss)
 
@@ -225,9 +229,11 @@ class Accumulation(schedule.TrainSchedule):
 def backward_pass(engine: Any, buffer_id: int) -> None:
     """DeepSpeed's instruction, except that
 
-    - the loss, normalized over the whole optimizer step, is not divided by the number of micro-batches;
+    - the loss, which is normalized over the whole optimizer step, is not divided by the number of
+      micro-batches;
     - the outputs of a stage go backward together, not one after another through all of its layers;
-    - an input on which nothing depends (the balance before the first router) gets its zeros, which are waited for.
+    - an input on which nothing depends (the balance before the first router) gets zeros as its
+      gradient, because the stage before waits for one.
     """
     if engine.using_bf16_optimizer:
         engine.optimizer.clear_lp_grads()
@@ -272,7 +278,8 @@ class PipelineEngine(Engine):
 
     def accumulate(self, batch: Batch, settings: LossSettings) -> MTPOutput:
         for weight, _ in self.stages.get_tied_weights_and_groups():
-            # detached on the last stage: its zeros are waited for
+            # The last stage gives a detached embedding no gradient, but DeepSpeed sums the
+            # gradients of both copies: the other stage waits for this one's.
             if weight.requires_grad and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
         return self.run(Accumulation, batch, settings)
@@ -305,7 +312,7 @@ class PipelineEngine(Engine):
 
     def loss(self, final: Final, targets: Targets) -> Tensor:
         """The last stage's loss function."""
-        out = self.model.losses(*final, targets.scored, targets.settings)
+        out = self.model.loss(*final, targets.scored, targets.settings)
         if self.counted > 0:
             self.total += out.sums()
         self.counted -= 1

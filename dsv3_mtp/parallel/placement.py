@@ -27,11 +27,11 @@ from dsv3_mtp.parallel import private
 if TYPE_CHECKING:  # the engine imports clip.py, which imports this
     from dsv3_mtp.parallel.engine import Engine
 
-# elements below which a tensor that several ranks hold is written by the first of them alone
+# Several ranks may hold the same tensor. Below this many elements the first of them writes it.
 SHARE = 1 << 16
 
 
-class Held(NamedTuple):
+class TensorShard(NamedTuple):
     """The range [start, start + numel) of a flattened canonical tensor, which this rank holds in
     `flat[at:]`.
     """
@@ -43,9 +43,9 @@ class Held(NamedTuple):
     # what the optimizer steps on (float32); of frozen parameters and buffers: their own values
     flat: Tensor
     at: int
-    share: tuple[
-        int, int
-    ]  # first and last + 1 element of the range that this rank writes: others hold it as well
+    # (start, stop) within the whole tensor. Several ranks may hold the same elements; this rank
+    # writes these of them.
+    share: tuple[int, int]
 
     def of(self, flat: Tensor) -> Tensor:
         """The range in `flat`, or in a tensor that the optimizer keeps beside it."""
@@ -61,7 +61,7 @@ class _Range(NamedTuple):
     numel: int
 
 
-def held(engine: "Engine") -> Iterator[Held]:
+def tensor_shards(engine: "Engine") -> Iterator[TensorShard]:
     """All that this rank holds of the model: masters of what it updates, frozen parameters,
     buffers.
     """
@@ -88,7 +88,7 @@ def held(engine: "Engine") -> Iterator[Held]:
         )
         if getattr(tensor, "ds_pipe_replicated", False):
             share = (0, 0)  # the first stage that has this tied parameter writes it
-        yield Held(name, shape, start, found.numel, found.flat, found.at, share)
+        yield TensorShard(name, shape, start, found.numel, found.flat, found.at, share)
 
 
 def masters(optimizer: Any) -> Iterator[tuple[int, _Range]]:
@@ -175,7 +175,7 @@ def _share(numel: int, peers: Any) -> tuple[int, int]:
 
 @contextmanager
 def restoring(engine: "Engine") -> Iterator[None]:
-    """Around writing into what is `held`: afterwards the weights of forward and backward follow
+    """Around writing into `tensor_shards`: afterwards the weights of forward and backward follow
     their masters.
     """
     optimizer = engine.engine.optimizer

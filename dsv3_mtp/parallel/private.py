@@ -31,6 +31,9 @@ FIELDS: dict[type, tuple[str, ...]] = {
         "cpu_offload",
         "has_moe_layers",
         "model_parallel_world_size",
+        "averaged_gradients",
+        "params_in_partition",
+        "get_grad_norm_direct",
     ),
     BF16_Optimizer: (
         "bf16_groups",
@@ -40,11 +43,15 @@ FIELDS: dict[type, tuple[str, ...]] = {
         "update_lp_params",
         "clear_lp_grads",
         "fp32_groups_gradients",
+        "fp32_groups_gradient_flat_partition",
+        "has_moe_layers",
         "update_hp_grads",
     ),
     DeepSpeedZeroOptimizer_Stage3: (
         "fp16_groups",
         "fp32_partitioned_groups_flat",
+        "averaged_gradients",
+        "offload_optimizer",
         "checkpoint_event_prologue",
         "checkpoint_event_epilogue",
     ),
@@ -68,7 +75,7 @@ def without_output_warning() -> None:
 
 
 def import_muon() -> None:
-    """The module that DeepSpeed imports on every start, to find that a run uses another optimizer."""
+    """The module that DeepSpeed imports on every start, only to find another optimizer in use."""
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
@@ -86,7 +93,7 @@ def default_timeout(seconds: float) -> Iterator[None]:
             setattr(c10d, name, value)
 
 
-# --- groups of ranks that share the experts of a layer ------------------------------------------------
+# --- groups of ranks that share the experts of a layer --------------------------------------------
 
 
 def make_expert_groups(size: int, pipeline_stages: int) -> None:
@@ -105,7 +112,7 @@ def expert_replicas(name: str) -> Any:
     return groups._get_expert_data_parallel_group(name)
 
 
-# --- DeepSpeed's pipeline engine ----------------------------------------------------------------------
+# --- DeepSpeed's pipeline engine ------------------------------------------------------------------
 
 
 def replace_instruction(engine: Any, instruction: type, act: Callable[[Any, int], None]) -> None:

@@ -8,8 +8,8 @@ but four things look at one slot at a time:
 
     attention       between two all-to-alls a rank has all slots of H/S heads
     document mask   of whole rows, from the document numbers of all shards
-    balance loss    f of the whole row; P, which has the gradient, as a sum over shards (model/moe.py)
-    agreement       depth k of a slot against the main head k slots on, which may be in a later shard
+    balance loss    f of the whole row; P, which has the gradient, as a sum of shards (model/moe.py)
+    agreement       depth k of a slot against the main head k slots on, perhaps in a later shard
 
 DeepSpeed is told nothing. It sees data parallelism over all ranks of a stage and averages their
 gradients; each loss is normalized for that, and ZeRO, expert parallelism and checkpoints work as
@@ -44,11 +44,8 @@ class SequenceShard(Shard):
     def beyond(self, count: int) -> int:
         return count if self.number + 1 < self.count else 0
 
-    @torch.no_grad()
     def following(self, x: Tensor, count: int) -> Tensor:
-        first = self.gather(x[:, :count])  # (B, S * count, ..): of each slice as many as are wanted
-        begin = (self.number + 1) * count
-        return first[:, begin : begin + self.beyond(count)]
+        return _Following.apply(x, self, count)
 
     def attention(self, core: Core | None) -> Core:
         """A core for this shard's slots and all heads, around one for all slots and H/S heads."""
@@ -71,6 +68,30 @@ class SequenceShard(Shard):
             return exchange(*parts, 0, None, scale, first).transpose(1, 2)
 
         return sharded
+
+
+class _Following(torch.autograd.Function):
+    """`SequenceShard.following`. Every rank calls it, and its backward, at the same place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: SequenceShard, count: int) -> Tensor:
+        ctx.shard, ctx.count, ctx.shape = shard, count, x.shape
+        first = shard.gather(
+            x[:, :count]
+        )  # (B, S * count, ..): of each shard as many as are wanted
+        begin = (shard.number + 1) * count
+        return first[:, begin : begin + shard.beyond(count)]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        shard, count = ctx.shard, ctx.count
+        sent = grad.new_zeros(len(grad), count, *grad.shape[2:])
+        sent[:, : grad.shape[1]] = grad
+        received = shard.gather(sent)  # (B, S * count, ..): what each rank has for the next one
+        back = grad.new_zeros(ctx.shape)
+        if shard.number:
+            back[:, :count] = received[:, (shard.number - 1) * count : shard.number * count]
+        return back, None, None
 
 
 def shard_of(world: World) -> Shard:

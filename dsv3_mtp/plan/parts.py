@@ -51,7 +51,7 @@ def parts(model: DeepseekV3MTP) -> list[Part]:
     cost = model.mtp.cost() if mtp.depths else None
     blocks = list(cost.blocks) if cost else []
     kept, rows = (cost.kept, 1 + cost.shared + len(cost.own)) if cost else (0, 1)
-    if model.objectives and model.label_weight:  # each has made a gradient for every row
+    if model.loss.objectives and model.loss.label_weight:  # each has made a gradient for every row
         kept += (rows - 1) * model.config.hidden_size
     return [
         _part("embedding", trunk.embed_tokens, []),

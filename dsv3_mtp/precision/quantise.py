@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dsv3_mtp.ops import choice
 
-# pow2: the largest power of two with amax * scale <= 448. fp32: 448 / amax. stored: the largest power
-# of two with amax * scale <= 464, the last number that still rounds to 448: the largest code of every
-# tile is then at least 240, and quantising what was dequantised gives the same codes and scales.
+# pow2: the largest power of two with amax * scale <= 448. fp32: 448 / amax. stored: the largest
+# power of two with amax * scale <= 464, the last number that still rounds to 448: the largest code
+# of every tile is then at least 240, and quantising what was dequantised gives the same codes and
+# scales.
 Scale = Literal["pow2", "fp32", "stored"]
 Tile = tuple[int, int]
 EDGE = 128
@@ -86,8 +87,8 @@ def dequantise(
 
 
 def scales(amax: Tensor, dtype: torch.dtype, scale: Scale) -> Tensor:
-    """448 / amax, of `stored` 464 / amax. `pow2` and `stored` cut the mantissa off, which leaves the
-    largest power of two that is not above it.
+    """448 / amax, of `stored` 464 / amax. `pow2` and `stored` cut the mantissa off, which leaves
+    the largest power of two that is not above it.
 
     A tile of zeros, or with an infinity or a nan in it, has scale 1. Where 448 / amax overflows,
     the largest number of `dtype` (that of the tensor to quantise) takes its place.

@@ -69,7 +69,8 @@ def _quantise(
     numbers = tl.load(x + wide_row * x_row + wide_column * x_column, mask=inside, other=0.0).to(
         tl.float32
     )
-    # |x| as bits has the order of |x|, with infinity and then nan on top, which a maximum of floats may lose.
+    # |x| as bits has the order of |x|, with infinity and then nan on top, which a maximum of
+    # floats may lose.
     amax = tl.max(numbers.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # (EDGE,)
     if BY_ROW:
         factor, inverse = _scales(amax, largest, POW2)

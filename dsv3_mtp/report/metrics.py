@@ -16,11 +16,12 @@ from typing import Any, NotRequired
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from dsv3_mtp.files.atomic import naming, write_text
+from dsv3_mtp.files.atomic import naming, sync, write_text
 from dsv3_mtp.files.checked import OPEN, parse_json
 
 Record = Mapping[str, Any]
-# a depth sees no more than the main head sees later: a much lower loss means a leaked target
+# Depth k predicts a token that is k+1 ahead. The main head predicts the same token later, from more
+# of the text. A depth whose loss is below this share of the main loss has probably read its target.
 LEAK_RATIO = 0.8
 
 
@@ -55,6 +56,11 @@ class MetricsLog:
         )
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def sync(self) -> None:
+        """Puts what was appended on the disk, so that no line is behind a checkpoint's."""
+        if self.path.exists():
+            sync(self.path)
 
     def truncate_after(self, step: int) -> None:
         """Drop the records of later steps, which a resumed run is about to repeat."""

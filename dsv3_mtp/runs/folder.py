@@ -18,11 +18,13 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config, MTPConfig, code
+from dsv3_mtp.config.reader import show
 from dsv3_mtp.config.resume import FREE, differences, rule_of
 from dsv3_mtp.config.section import OnResume
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.files.atomic import lock, sweep, write_json, write_text
 from dsv3_mtp.files.checked import OPEN, read_json
+from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
@@ -68,10 +70,16 @@ def lock_folder(folder: Path) -> int:
     What a killed process left half-written there is deleted.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or it cannot be made.
     """
     busy = f"{folder}: another process works in this folder; choose another run.name"
-    descriptor = lock(folder / ".lock", busy)
+    try:
+        descriptor = lock(folder / ".lock", busy)
+    except OSError as error:
+        raise ValueError(
+            f"run.dir, run.name: {show(str(folder))} cannot be written ({error.strerror}); "
+            "choose another"
+        ) from None
     for left in (folder, folder / "checkpoints", *checkpoints(folder / "checkpoints")):
         sweep(left)
     return descriptor
@@ -87,6 +95,7 @@ def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
     """
     root = run_folder(config) / "checkpoints"
     lock_folder(run_folder(config))
+    _read_back(run_folder(config))
     newest = newest_checkpoint(root)
     if newest is not None and config.checkpoint.resume == "never":
         raise ValueError(
@@ -104,6 +113,14 @@ def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
     return complete, [
         f"{folder} is incomplete: not used, and deleted at the next save" for folder in damaged
     ]
+
+
+def _read_back(folder: Path) -> None:
+    """Raises ValueError where a file is damaged that this start will read at its end only."""
+    if (folder / MANIFEST).exists():
+        read_starts(folder)
+    if (folder / "metrics.jsonl").exists():
+        read_metrics(folder / "metrics.jsonl")
 
 
 def write_run_folder(

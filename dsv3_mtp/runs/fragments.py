@@ -1,11 +1,13 @@
 """The tensors of a checkpoint, cut into ranges in whatever way the ranks held them, and read in any
 other way.
 
-    shard_rank{r}.safetensors   what rank r wrote, flat: NAME, a range of the values of tensor NAME (float32 masters of
-                                what is trained; frozen parameters and buffers in their own type), and NAME/exp_avg,
-                                NAME/exp_avg_sq, ..., what the optimizer keeps for the same range; NAME/ema, the
-                                average of the weights (train.ema_decay)
-    index.json                  {NAME: {"shape": [...], "states": ["exp_avg", ...], "scalars": {"step": 20.0},
+    shard_rank{r}.safetensors   what rank r wrote, flat. NAME: a range of the values of tensor NAME
+                                (float32 masters of what is trained; frozen parameters and buffers
+                                in their own type). NAME/exp_avg, NAME/exp_avg_sq, ...: what the
+                                optimizer keeps for the same range. NAME/ema: the average of the
+                                weights (train.ema_decay).
+    index.json                  {NAME: {"shape": [...], "states": ["exp_avg", ...],
+                                        "scalars": {"step": 20.0},
                                         "ranges": [[start, stop, rank], ...]}}
 
 Names and shapes are those of the unsharded model's state dict; ranges count elements of the

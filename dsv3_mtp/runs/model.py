@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.hf.keys import summarise
+from dsv3_mtp.hf.keys import report, summarise
 from dsv3_mtp.hf.load import empty_model, is_finite, load_weights, misfits
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.loading import newest_weights, start_weights, tokenizer_of
@@ -51,11 +51,8 @@ def load_run(
     if stored is not None:
         state = model.state_dict()
         if problems := summarise(misfits(stored.shapes, state)):
-            lines = [
-                f"{stored.folder}: its weights do not fit {folder / 'config.yaml'}:",
-                *problems,
-            ]
-            raise ValueError("\n  ".join(lines))
+            where = f"{stored.folder}: its weights do not fit {folder / 'config.yaml'}"
+            raise ValueError(report(where, problems))
         for name, tensor in state.items():
             # one at a time: never two models in memory
             values = stored.read(name)
@@ -63,9 +60,7 @@ def load_run(
                 problems.append(f"{name}: holds nan or infinity")
             tensor.copy_(values.view_as(tensor))
         if problems:
-            raise ValueError(
-                "\n  ".join([f"{stored.folder}: {len(problems)} problem(s)", *problems])
-            )
+            raise ValueError(report(stored.folder, problems))
     elif start is not None:
         model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module
         load_weights(model, start)

@@ -52,7 +52,7 @@ def _run(folder: Path) -> list[str]:
 
 
 def _config(path: Path) -> None:
-    """Code that the folder names is not imported: such a config is read, and not checked further."""
+    """Code that the folder names is not imported: such a config is only read."""
     tree, _ = read_tree(path)
     if not code.named(tree):
         load_config(path, trust_code=False)

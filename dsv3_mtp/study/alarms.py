@@ -14,7 +14,7 @@ TRIGRAM = "val/floor/trigram"
 
 
 def alarms(study: Study, table: Table) -> list[str]:
-    """Sentences, each of which says why the primary comparison shows nothing. Empty: none is known."""
+    """Sentences that say why the primary comparison shows nothing. Empty: no reason is known."""
     arms = primary_arms(study)
     records = [r for arm in arms for r in table.get(arm, {}).values() if r.finished]
     found = [*_at_an_end(study, table, arms, records), *_repeats(study, table, arms)]
@@ -40,7 +40,9 @@ def _at_an_end(study: Study, table: Table, arms: list[str], records: list[Record
     if all(mean >= ceiling - near for mean in means):
         yield f"{words}: every arm is at the ceiling, {min(means):.3g} of {ceiling:g} or more"
     if all(mean <= floor + near for mean in means):
-        yield f"{words}: every arm is at the floor, {max(means):.3g} or less ({floor:g} is the least)"
+        yield (
+            f"{words}: every arm is at the floor, {max(means):.3g} or less ({floor:g} is the least)"
+        )
 
 
 def _depths(record: Record) -> int:

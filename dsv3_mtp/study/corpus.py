@@ -11,7 +11,8 @@ from dsv3_mtp.study.matrix import Study
 
 
 def corpus_note(loaded: LoadedStudy) -> str | None:
-    """What to say before a run: the prepared folders here are not `corpus`, or are still to be made.
+    """What to say before a run: the prepared folders here are not `corpus`, or are still to be
+    made.
 
     Raises:
         ValueError: a folder is there and is no prepared data.
@@ -22,9 +23,9 @@ def corpus_note(loaded: LoadedStudy) -> str | None:
     missing = [place for place in sorted(places) if not Path(place).is_dir()]
     if missing:
         return (
-            f"{', '.join(missing)}: not there, and will be made of what is installed here. With other "
-            f"packages it is another corpus than {loaded.study.corpus}, which the study's own "
-            "numbers are of"
+            f"{', '.join(missing)}: not there, and will be made of what is installed here. With "
+            f"other packages it is another corpus than {loaded.study.corpus}, which the study's "
+            "own numbers are of"
         )
     hashes = {read_folder_index(Path(place))["manifest_hash"] for place in places}
     return other_corpus(loaded.study, hashes)

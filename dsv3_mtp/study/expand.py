@@ -157,7 +157,7 @@ def shared_steps(a: Config, b: Config) -> int:
     return count
 
 
-def _steps(config: Config) -> Iterator[schedules.Step]:
+def _steps(config: Config) -> Iterator[schedules.ScheduledStep]:
     """All steps of a run in one process."""
     tokens = 0
     while tokens < config.train.total_tokens:

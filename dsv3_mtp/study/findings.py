@@ -8,8 +8,11 @@ from statistics import fmean
 from dsv3_mtp.report.metrics import LEAK_RATIO
 from dsv3_mtp.study import stats
 from dsv3_mtp.study.archive import Record, Table
+from dsv3_mtp.study.load import LoadedStudy
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import is_rate_over_seeds
+from dsv3_mtp.study.plan import Plan
+from dsv3_mtp.study.power import Detectable
 from dsv3_mtp.study.stats import Interval
 
 ALPHA = 0.05
@@ -227,10 +230,25 @@ def lost(table: Table, arms: Sequence[str]) -> list[str]:
 
 
 def not_run(study: Study, table: Table) -> list[str]:
-    """Per arm the seeds that have not been run or measured as asked, or failed for another reason."""
+    """Per arm the seeds that were not run or measured as asked, or failed for another reason."""
     found = []
     for arm in study.arms:
         seeds = [str(seed) for seed in study.seeds if seed not in table.get(arm, {})]
         if seeds:
             found.append(f"{arm}: no result with seed {', '.join(seeds)}")
     return found
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the report says, before it is laid out."""
+
+    loaded: LoadedStudy
+    plan: Plan
+    table: Table
+    effects: Sequence[Effect]
+    power: Sequence[Detectable]
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for seeds in self.table.values() for record in seeds.values()]

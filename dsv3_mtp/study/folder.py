@@ -117,11 +117,15 @@ def report_study(loaded: LoadedStudy, out: Path | None = None) -> Path:
         results.json
             or the plan is damaged.
     """
-    from dsv3_mtp.study.report import write_report  # matplotlib, which training does not need
+    from dsv3_mtp.study.report import (  # matplotlib, which training does not need
+        require_runs,
+        write_report,
+    )
 
     study = loaded.study
     check_folders(study, expand(loaded, budgets_of(loaded)))
     records = records_of(loaded)
+    require_runs(study, records, out or study.folder)
     study.folder.mkdir(parents=True, exist_ok=True)
     return write_report(loaded, freeze(loaded, len(records)), records, out or study.folder)
 
@@ -162,8 +166,6 @@ def adopt(loaded: LoadedStudy, folders: Iterable[Path], say: Callable[[str], Non
         ValueError: a folder holds no finished run, or one whose settings are those of no run here.
     """
     study = loaded.study
-    study.folder.mkdir(parents=True, exist_ok=True)
-    freeze(loaded, len(records_of(loaded)))
     runs = expand(loaded, budgets_of(loaded))
     for folder in folders:
         own = [name for run in runs for name in code.named(run.config.to_dict())]
@@ -184,7 +186,8 @@ def adopt(loaded: LoadedStudy, folders: Iterable[Path], say: Callable[[str], Non
         if is_closed(study, run):
             say(f"{run.name}: has a result already; {folder} is not needed")
             continue
-        (study.folder / run.name).mkdir(exist_ok=True)
+        (study.folder / run.name).mkdir(parents=True, exist_ok=True)
+        freeze(loaded, len(records_of(loaded)))
         held = claim(study.folder / run.name)
         try:
             record = measure(study, run, folder, adopted_from=str(folder), forked_from=None)

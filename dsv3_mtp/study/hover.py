@@ -33,7 +33,10 @@ for (const box of document.querySelectorAll('#arms input')) box.addEventListener
 def live(data: Data) -> Live:
     """The live parts of a report's page; without Bokeh a sentence."""
     if importlib.util.find_spec("bokeh") is None:
-        text = "Pictures only: hover values and arms to switch off need pip install 'dsv3_mtp[report]'."
+        text = (
+            "Pictures only: hover values and arms to switch off need pip install "
+            "'dsv3_mtp[report]'."
+        )
         return Live(controls=f"<p>{text}</p>")
     from bokeh.embed import components
     from bokeh.resources import Resources

@@ -22,7 +22,7 @@ from dsv3_mtp.study.matrix import Overrides, Study
 
 @dataclass(frozen=True)
 class LoadedStudy:
-    """A valid study and the config of each arm, for the first seed and before budgets are matched."""
+    """A valid study and the config of each arm, for the first seed, before budgets are matched."""
 
     study: Study
     sets: tuple[str, ...]
@@ -136,7 +136,10 @@ def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator
         for name in texts:
             longest = configs[name].model.max_position_embeddings
             if configs[name].mtp.depths and needed > longest:
-                text = f"prefix_tokens + new_tokens must be <= model.max_position_embeddings = {longest} of arms.{name}"
+                text = (
+                    "prefix_tokens + new_tokens must be <= model.max_position_embeddings = "
+                    f"{longest} of arms.{name}"
+                )
                 yield "acceptance", f"{text} (got {needed})"
 
 

@@ -84,7 +84,7 @@ class Axis(Section):
 
 
 class Grid(Section):
-    """Arms beside those of `arms`: every combination of the axes' values, named like lambda0.1_D2."""
+    """Arms beside those of `arms`: all combinations of the axes' values, such as lambda0.1_D2."""
 
     about: Text = "of the grid"
     set: Overrides = {}

@@ -90,8 +90,10 @@ NEEDS = {
     "task/solved": "solve_threshold",
 }
 
-RATES = ("task/exact_match", "task/first", "task/second", "task/solved", "val/top1", "val/agreement", "val/overlap/",
-         "acceptance/T0/joint", "acceptance/T1/joint")  # fmt: skip
+RATES = (
+    *("task/exact_match", "task/first", "task/second", "task/solved"),
+    *("val/top1", "val/agreement", "val/overlap/", "acceptance/T0/joint", "acceptance/T1/joint"),
+)
 
 
 def is_rate_over_seeds(name: str) -> bool:
@@ -100,7 +102,7 @@ def is_rate_over_seeds(name: str) -> bool:
 
 
 def bounds(name: str, depths: int) -> tuple[float, float] | None:
-    """(floor, ceiling) of a metric that cannot leave them; None: it has none. depths: of the model."""
+    """(floor, ceiling) of a metric with bounds; None: it has none. depths: of the model."""
     if name.endswith("/tokens_per_step"):
         return 1.0, 1.0 + depths
     return (0.0, 1.0) if name.startswith(RATES) else None

@@ -131,7 +131,8 @@ def _html(block: Block, folder: Path, elements: Mapping[str, str]) -> str:
             return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
     rows = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in block.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    table = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    return f'<div class="scroll"><table>{table}</table></div>'
 
 
 def _cell(text: str) -> str:

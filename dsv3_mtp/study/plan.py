@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, with_config
+from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config, code
 from dsv3_mtp.config.reader import problems_of
@@ -19,7 +20,7 @@ from dsv3_mtp.config.resume import differences
 from dsv3_mtp.config.section import Integer, Section
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.files.atomic import lock, write_json
-from dsv3_mtp.files.checked import parse_json
+from dsv3_mtp.files.checked import OPEN, parse_json
 from dsv3_mtp.study.load import LoadedStudy, study_of
 
 PLAN = "plan.json"
@@ -37,6 +38,14 @@ class Change(Section):
     now: Any
 
 
+@with_config(OPEN)
+class Contents(TypedDict):
+    """The study and its arms' configs."""
+
+    study: dict[str, Any]
+    configs: dict[str, dict[str, Any]]
+
+
 class Plan(Section):
     """plan.json."""
 
@@ -44,10 +53,10 @@ class Plan(Section):
     frozen_at: str
     hash: str
     """SHA-256 of `frozen`."""
-    frozen: dict[str, Any]
-    """The study and its arms' configs at the first start: {study: ..., configs: {arm: ...}}."""
-    current: dict[str, Any]
-    """The same, as last used."""
+    frozen: Contents
+    """At the first start."""
+    current: Contents
+    """As last used."""
     sets: list[str]
     """Overrides of the command line, as last used."""
     changes: list[Change] = []
@@ -95,7 +104,7 @@ def freeze(loaded: LoadedStudy, finished: int) -> Plan:
         os.close(held)
 
 
-def contents(loaded: LoadedStudy) -> dict[str, Any]:
+def contents(loaded: LoadedStudy) -> Contents:
     configs = {arm: config.to_dict() for arm, config in loaded.configs.items()}
     return {"study": loaded.study.model_dump(mode="json"), "configs": configs}
 
@@ -151,7 +160,8 @@ def load_archive(
     )
     configs = {}
     for arm, config in plan.current["configs"].items():
-        config["run"] |= {"dir": str(study.folder)}
+        if isinstance(config.get("run"), dict):
+            config["run"]["dir"] = str(study.folder)
         if not trust_code:
             code.refuse(f"{path}: configs.{arm}", config, ())
         try:
@@ -165,8 +175,8 @@ def load_archive(
     return LoadedStudy(study, tuple(plan.sets), configs)
 
 
-def _edited(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> (before, now) of all that differs. A setting that is new in this version is no edit."""
+def _edited(before: Contents, now: Contents) -> dict[str, tuple[Any, Any]]:
+    """Key -> (before, now) of all that differs. A setting new in this version is no edit."""
     study = differences(before["study"], now["study"], ignoring=FREE)
     configs = {
         f"configs.{arm}.{key}": values
@@ -189,5 +199,5 @@ def _of_this_version(config: dict[str, Any], trusted: list[str]) -> dict[str, An
         return config
 
 
-def _hash(tree: dict[str, Any]) -> str:
+def _hash(tree: Contents) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,6 @@ than three seeds conclude nothing; acceptance is never mixed with top1, agreemen
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,15 +15,14 @@ from typing import Any
 from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import findings, hover, tables, words
-from dsv3_mtp.study.alarms import TRIGRAM, alarms, dirty, primary_arms
 from dsv3_mtp.study.archive import Record, Table, table_of, write_archive
 from dsv3_mtp.study.calibration import calibration_table
-from dsv3_mtp.study.corpus import other_corpus
-from dsv3_mtp.study.findings import Effect, is_primary, values_of
+from dsv3_mtp.study.findings import Findings, is_primary
 from dsv3_mtp.study.load import LoadedStudy
-from dsv3_mtp.study.matrix import EVERY_ARM
+from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import loss_error_metrics
 from dsv3_mtp.study.metric_names import describe_metric
+from dsv3_mtp.study.opening import opening
 from dsv3_mtp.study.page import (
     Block,
     Code,
@@ -41,22 +39,16 @@ from dsv3_mtp.study.pictures.base import Data
 from dsv3_mtp.study.plan import Plan, write_plan
 from dsv3_mtp.study.power import Detectable, detectables
 
-SMALL = 10_000_000  # parameters below which a report says that its scale is small
 
-
-@dataclass(frozen=True)
-class Findings:
-    """All that the report says, before it is laid out."""
-
-    loaded: LoadedStudy
-    plan: Plan
-    table: Table
-    effects: Sequence[Effect]
-    power: Sequence[Detectable]
-
-    @property
-    def records(self) -> list[Record]:
-        return [record for seeds in self.table.values() for record in seeds.values()]
+def require_runs(study: Study, records: Iterable[Record], folder: Path) -> Table:
+    """The records by arm and seed. Raises ValueError where there is none to report on."""
+    kept = table_of(study.arms, study.seeds, records)
+    if not any(kept.values()):
+        raise ValueError(
+            f"{folder}: no run is finished and measured as this study asks, so that there is "
+            "nothing to report"
+        )
+    return kept
 
 
 def write_report(loaded: LoadedStudy, plan: Plan, records: Iterable[Record], folder: Path) -> Path:
@@ -67,12 +59,7 @@ def write_report(loaded: LoadedStudy, plan: Plan, records: Iterable[Record], fol
         ValueError: there is no run.
     """
     study = loaded.study
-    kept = table_of(study.arms, study.seeds, records)
-    if not any(kept.values()):
-        raise ValueError(
-            f"{folder}: no run is finished and measured as this study asks, so that there is "
-            "nothing to report"
-        )
+    kept = require_runs(study, records, folder)
     table = _with_loss_errors(loaded, kept)
     effects = findings.effects_of(study, table)
     found = Findings(loaded, plan, table, effects, list(detectables(study)))
@@ -121,66 +108,6 @@ def _with_loss_errors(loaded: LoadedStudy, table: Table) -> Table:
 # --- the first screen -----------------------------------------------------------------------------
 
 
-def opening(found: Findings, picture: Picture) -> list[Block]:
-    study = found.loaded.study
-    warnings = [f"Not interpretable: {alarm}." for alarm in alarms(study, found.table)]
-    if text := dirty(found.table):
-        warnings.append(f"{text[0].upper()}{text[1:]}.")
-    return [
-        *([Paragraph(" ".join(warnings))] if warnings else []),
-        Heading(study.run.name, 1),
-        Heading("Question"),
-        Paragraph(study.question.strip()),
-        Heading("Answer"),
-        Paragraph(" ".join(words.answer(study, found.effects))),
-        picture,
-        Heading("What it does not show"),
-        Items(list(not_shown(found))),
-    ]
-
-
-def not_shown(found: Findings) -> Iterable[str]:
-    study, records = found.loaded.study, found.records
-    if study.limits:
-        yield study.limits.strip()
-    size = max(record.parameters["training"] for record in records)
-    scale = f"{quantity(size)} parameters, {quantity(max(r.tokens for r in records))} tokens"
-    small = " This is far below the scale of the papers: signs and sizes can be others there."
-    yield f"Anything beyond its scale: up to {scale}.{small if size < SMALL else ''}"
-    rate = study.learning_rate
-    if rate is None:
-        yield "Whether another learning rate would change it: the study does not say for which arm it was tuned."
-    elif rate.tuned_for == EVERY_ARM:
-        yield f"The learning rate was tuned for every arm ({rate.source})."
-    else:
-        yield (
-            f"Whether a rate of their own would help the other arms: the learning rate was tuned for "
-            f"{rate.tuned_for} ({rate.source})."
-        )
-    unresolved = [f"{d.arm} against {d.against}, {d.metric}" for d in found.power if d.unresolved]
-    if unresolved:
-        yield (
-            "What was unresolved in advance, because the effect expected is smaller than what these "
-            f"seeds can find: {'; '.join(unresolved)}."
-        )
-    on_text = any(record.config["data"].get("task") is None for record in records)
-    floors = [values_of(found.table, arm, TRIGRAM) for arm in primary_arms(study)]
-    if on_text and not all(floors):
-        yield "Whether the models beat n-gram tables of the same tokens: these floors were not measured."
-    hashes = {d.hash for record in records for start in record.starts for d in start.data.values()}
-    if (note := other_corpus(study, hashes)) is not None:
-        yield note
-    if study.primary.metric.startswith("val/overlap/") and any(
-        findings.trunks_apart(found.table, e.arm, e.against)
-        for e in found.effects
-        if is_primary(study, e)
-    ):
-        yield (
-            "Which heads are better by overlap alone: the trunks were trained apart, and overlap falls "
-            "as a trunk learns. Read it with the main loss (below)."
-        )
-
-
 # --- setup, health, plan --------------------------------------------------------------------------
 
 
@@ -212,10 +139,10 @@ def setup(found: Findings) -> list[Block]:
         ),
         Rows([*header, "forked from", "what", "settings"], rows),
         Paragraph(
-            "Inference parameters leave out the heads, which a plain decoder drops. FLOPs are counted "
-            "(6 per active weight and token, attention, every depth). Seconds are of one process "
-            "computing a whole run, validations included. A forked run shares the first steps with "
-            "its parent, bit for bit."
+            "Inference parameters leave out the heads, which a plain decoder drops. FLOPs are "
+            "counted (6 per active weight and token, attention, every depth). Seconds are of one "
+            "process computing a whole run, validations included. A forked run shares the first "
+            "steps with its parent, bit for bit."
         ),
         Code(
             f"base: {scale.base}, scale: {study.scale}, seeds: {list(study.seeds)}, "
@@ -242,7 +169,10 @@ def drafts_line(loaded: LoadedStudy) -> str:
             f"{drafts.new_tokens} new tokens behind each of {drafts.prefixes} prefixes of "
             f"{drafts.prefix_tokens} tokens of the validation data, the same for every run"
         )
-    return f"Free-running drafts: {behind}, in {drafts.draws} sets with random numbers of their own in every run."
+    return (
+        f"Free-running drafts: {behind}, in {drafts.draws} sets with random numbers of their "
+        "own in every run."
+    )
 
 
 def health(found: Findings) -> list[Block]:
@@ -257,9 +187,9 @@ def health(found: Findings) -> list[Block]:
         none = "Leak alarm (a depth's loss below 0.8 of the main loss): none."
         return [*blocks, Paragraph(none)]
     text = (
-        "Leak alarm: the loss of a depth lies below 0.8 of the main loss. On text that means a leaked "
-        "target; in a task whose later answer tokens are easier than the first it is what the task "
-        "asks for."
+        "Leak alarm: the loss of a depth lies below 0.8 of the main loss. On text that means a "
+        "leaked target; in a task whose later answer tokens are easier than the first it is what "
+        "the task asks for."
     )
     more = [f"... {len(leaks)} in all"] * (len(leaks) > 20)
     return [*blocks, Paragraph(text), Items(leaks[:20] + more)]
@@ -274,8 +204,8 @@ def plan_blocks(found: Findings) -> list[Block]:
     blocks: list[Block] = [
         Heading("The plan, and what came of it"),
         Paragraph(
-            f"Frozen at the first start, {plan.frozen_at}, with hash {plan.hash[:16]}. Expected then: "
-            f"{plan.frozen['study']['expectation'].strip()}"
+            f"Frozen at the first start, {plan.frozen_at}, with hash {plan.hash[:16]}. Expected "
+            f"then: {plan.frozen['study']['expectation'].strip()}"
         ),
         Items(lines),
     ]
@@ -297,8 +227,8 @@ def plan_blocks(found: Findings) -> list[Block]:
         header, *rows = tables.power_rows(found.power)
         blocks.append(
             Paragraph(
-                "What these seeds could find with probability 0.8, at Holm's first step, by the standard "
-                f"deviation expected: {sources(found.power)}."
+                "What these seeds could find with probability 0.8, at Holm's first step, by the "
+                f"standard deviation expected: {sources(found.power)}."
             )
         )
         blocks.append(Rows(header, rows))

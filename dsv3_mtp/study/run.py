@@ -20,7 +20,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-import torch._dynamo  # an import of seconds that training makes: once here, not in every forked process
+
+# an import of seconds that training makes: once here, not in every forked process
+import torch._dynamo
 
 from dsv3_mtp.report.progress import duration
 from dsv3_mtp.runs.loading import checkpoints
@@ -50,24 +52,33 @@ def run_study(
     Raises:
         ValueError: a run folder holds a run of other settings, or `only` chooses nothing.
     """
-    study = loaded.study
+    study, failed = loaded.study, []
+    budgets, runs = _planned(loaded, only)
     study.folder.mkdir(parents=True, exist_ok=True)
     freeze(loaded, len(records_of(loaded)))
-    failed: list[str] = []
     while True:
-        budgets = budgets_of(loaded)
-        runs = expand(loaded, budgets)
-        check_folders(study, runs)
-        if not any(map(only, runs)):
-            names = ", ".join(dict.fromkeys(run.arm for run in runs))
-            raise ValueError(
-                "--only: none of the runs that can be planned now is called so; their arms are "
-                f"{names}"
-            )
         chosen = [run for run in runs if only(run) and run.name not in failed]
         failed += _Pool(study, runs, jobs, say).work_through(chosen)
         if budgets_of(loaded).keys() <= budgets.keys():
             return failed
+        budgets, runs = _planned(loaded, only)
+
+
+def _planned(loaded: LoadedStudy, only: Callable[[Run], bool]) -> tuple[dict[str, int], list[Run]]:
+    """The budgets that are known by now, and the runs that can be planned with them.
+
+    Raises:
+        ValueError: as `run_study`.
+    """
+    budgets = budgets_of(loaded)
+    runs = expand(loaded, budgets)
+    check_folders(loaded.study, runs)
+    if not any(map(only, runs)):
+        names = ", ".join(dict.fromkeys(run.arm for run in runs))
+        raise ValueError(
+            f"--only: none of the runs that can be planned now is called so; their arms are {names}"
+        )
+    return budgets, runs
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def floor_tables(study: Study, table: Table) -> list[Block]:
             rows.append([arm, *cells])
     if rows:
         note = (
-            "Nats per token on the same validation windows; the tables are counted from exactly the "
-            "tokens that the run has consumed."
+            "Nats per token on the same validation windows; the tables are counted from exactly "
+            "the tokens that the run has consumed."
         )
         blocks += [Rows(["arm", "main loss", *FLOORS], rows), Paragraph(note)]
     rows = []
@@ -44,8 +44,8 @@ def floor_tables(study: Study, table: Table) -> list[Block]:
     if rows:
         header = ["arm", "depth", "overlap", "of a constant drafter", "of a table drafter"]
         note = (
-            "Overlap: the probability that a sampled draft is accepted, given that the tokens before "
-            "it are the real text. The drafters without a network face the same main model."
+            "Overlap: the probability that a sampled draft is accepted, given that the tokens "
+            "before it are the real text. The drafters without a network face the same main model."
         )
         blocks += [Rows(header, rows), Paragraph(note)]
     return [Heading("Floors"), *blocks] if blocks else []
@@ -69,7 +69,10 @@ def result_table(study: Study, table: Table) -> list[Block]:
     rows = [[arm, *(interval_cell(table, arm, m) for m in measured)] for arm in study.arms]
     note = "Mean over seeds, half of its 95 % t interval, and (number of seeds)"
     if any(record.draw_sd for seeds in table.values() for record in seeds.values()):
-        note += "; in square brackets the standard deviation of one run over draws and, behind the stroke, over seeds"
+        note += (
+            "; in square brackets the standard deviation of one run over draws and, behind the "
+            "stroke, over seeds"
+        )
     if study.solve_threshold is not None:
         note += "; solve rates with Clopper and Pearson's exact interval"
     return [
@@ -129,9 +132,10 @@ def comparison_tables(study: Study, table: Table, effects: Sequence[Effect]) -> 
     readings = "Holm's correction is within the primary comparison, and within all others together."
     if any(e.speed_up for e in effects):
         readings += (
-            " Speed-up: tokens of the other arm over tokens of this one, both to the same main loss, read "
-            "off the validation curves (geometric mean over seeds); the side that ends lower passes that "
-            "loss at a rate that has not decayed yet, so the true factor is further from 1."
+            " Speed-up: tokens of the other arm over tokens of this one, both to the same main "
+            "loss, read off the validation curves (geometric mean over seeds); the side that "
+            "ends lower passes that loss at a rate that has not decayed yet, so the true factor is "
+            "further from 1."
         )
     return [*found, Paragraph(readings)]
 
@@ -202,8 +206,10 @@ def pair_table(table: Table, comparison: str, group: Sequence[Effect]) -> list[B
     if not rows:
         return []
     note = (
-        "These trunks were trained apart, and overlap falls as a trunk learns: read main loss and the "
-        "overlap above the table drafter as a pair, not overlap alone. Differences with 95 % intervals, exploratory."
+        "These trunks were trained apart, and overlap falls as a trunk learns: read main loss and "
+        "the overlap above the table drafter as a pair, not overlap alone. Differences with 95 % "
+        "intervals, exploratory."
+        "intervals, exploratory."
     )
     header = ["arm", "depth", "main loss", "overlap above the table drafter", "overlap"]
     return [Paragraph(note), Rows(header, rows)]

@@ -8,7 +8,7 @@ from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
 
 
 def verdict(effect: Effect, *, margin: float | None, lost_runs: Sequence[str]) -> str:
-    """One effect in plain words; never more than the interval says. lost_runs: those that diverged."""
+    """One effect in words; never more than the interval says. lost_runs: those that diverged."""
     words, better = describe_metric(effect.metric)
     subject = f"{effect.arm} against {effect.against}, {words}:"
     i = effect.interval
@@ -58,7 +58,7 @@ def expectation(effect: Effect) -> str:
 
 
 def answer(study: Study, effects: Sequence[Effect]) -> list[str]:
-    """The primary comparison in two or three sentences: arms with the same outcome stand together."""
+    """The primary comparison in two or three sentences; arms of the same outcome together."""
     words, better = describe_metric(study.primary.metric)
     groups: dict[str, list[str]] = {}
     against = study.comparisons[study.primary.comparison].against

@@ -24,7 +24,7 @@ from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import describe, measure, starts_of
 from dsv3_mtp.train.process import own_process
-from dsv3_mtp.train.trainer import NonFiniteError
+from dsv3_mtp.train.record import NonFiniteError
 
 TIME = "time.json"  # in a run folder
 STOPPED, ELSEWHERE = 3, 4  # exit codes
@@ -51,7 +51,7 @@ def is_claimed(folder: Path) -> bool:
 
 
 def work(study: Study, run: Run, command: list[str]) -> None:
-    """The whole life of the process of one run; it ends with the exit code of `train_and_measure`."""
+    """The process of one run, start to end. It exits with the code of `train_and_measure`."""
     folder = study.folder / run.name
     try:
         claim(folder)

@@ -57,8 +57,8 @@ class Example:
 
 class ExampleTask(Task):
     """A task that is a stream of examples with answers. A kind of it has `example`, `vocab_size`,
-    `example_length` and the key `loss_on`; the last token id is the padding behind the examples of a
-    row.
+    `example_length` and the key `loss_on`; the last token id is the padding behind the examples of
+    a row.
 
     task/exact_match is the share of examples with every answer right, generated greedily from the
     true tokens before it. One token of each answer is also counted alone, that which cannot be

@@ -3,8 +3,8 @@ accepted.
 
 "Best" is a head that reaches the lowest cross-entropy there is for what it sees. A module that sees
 the token before its target equals the main head on a chain of order 1. A head of depth k that sees
-no tokens after t_i predicts t_{i+k+1} with row t_i of P^(k+1). What the best head of a kind predicts
-is said by that kind (heads/base.py: `theory`).
+no tokens after t_i predicts t_{i+k+1} with row t_i of P^(k+1). What the best head of a kind
+predicts is said by that kind (heads/base.py: `theory`).
 
 P: (S, S) transition probabilities, row = from. Q: (S, S) what a head predicts, row = the last token
 that it has read. Entropies in nats.
@@ -89,7 +89,8 @@ class MarkovTask(Task):
         else:  # only the losses are known
             return found
         found |= {f"val/agreement/{k}": agreed[k - 1] for k in depths}
-        if isinstance(mtp.kind.drafter(mtp), str):  # why there is none
+        # The shares are of a drafter (a sentence: there is none) that drafts one token per depth.
+        if isinstance(mtp.kind.drafter(mtp), str) or offsets != [k + 1 for k in depths]:
             return found
         for temperature, shares in enumerate(joint):
             found |= {f"acceptance/T{temperature}/joint/{k}": shares[k - 1] for k in depths}

@@ -42,9 +42,9 @@ class PolynomialTask(ExampleTask):
         """Operators before their operands, `=`, the value; a polynomial is its coefficients, the
         constant first.
 
-        Residues are 0..p-1, then negation, `+`, `*`, composition f(g(X)) as `o f g`, and `=`. Of the
-        operations an expression has, the operator and the split over the operands are uniform (arXiv
-        2404.19737 does not say how).
+        Residues are 0..p-1, then negation, `+`, `*`, composition f(g(X)) as `o f g`, and `=`. Of
+        the operations an expression has, the operator and the split over the operands are uniform
+        (arXiv 2404.19737 does not say how).
         """
         operations = 1 + draws.below(self.max_operations)
         tokens, value = _expression(self, draws, operations)

@@ -58,8 +58,8 @@ class StarTask(ExampleTask):
         """`a b | b c | ... / start goal =` and the path, edges shuffled and directed away from the
         start.
 
-        As the code of arXiv 2403.06963 writes it without its commas: nodes are 0..N-1, then | = / and
-        $, here padding.
+        As the code of arXiv 2403.06963 writes it without its commas: nodes are 0..N-1, then | = /
+        and $, here padding.
         """
         bar, equals, slash = range(self.nodes, self.nodes + 3)
         steps = self.path_length - 1

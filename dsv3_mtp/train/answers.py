@@ -21,9 +21,10 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from dsv3_mtp.data.chat import Piece, prompt_pieces, read_template
-from dsv3_mtp.data.documents import JSONL, VAL_BUCKETS, json_lines
+from dsv3_mtp.data.documents import VAL_BUCKETS
 from dsv3_mtp.data.megatron import token_dtype
 from dsv3_mtp.data.prepare import TOKENIZER, make_folder
+from dsv3_mtp.data.records import JSONL, jsonl_records
 from dsv3_mtp.data.shards import (
     FORMAT,
     INDEX,
@@ -228,8 +229,8 @@ def _saved(partial: Path, recorded: dict[str, Any]) -> Position | None:
     state = read_json(path, Position, f"delete {partial} and start again")
     if other := [key for key in recorded if state["arguments"].get(key) != recorded[key]]:
         raise ValueError(
-            f"{partial} was begun with another {', '.join(other)}; repeat it, choose another --out, "
-            "or delete it"
+            f"{partial} was begun with another {', '.join(other)}; repeat it, choose another "
+            "--out, or delete it"
         )
     return state
 
@@ -244,7 +245,7 @@ def _read_prompts(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path}: no such file; --prompts needs .jsonl, or a prompt per line")
     found = 0
     if path.name.endswith(JSONL):
-        for _, _, record, place in json_lines(path):
+        for _, _, record, place in jsonl_records(path, None, 0):
             found += 1
             yield place, record
     else:

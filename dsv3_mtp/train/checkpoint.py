@@ -1,8 +1,8 @@
 """Checkpoints that a kill at any moment cannot break, and that any layout of ranks can continue.
 
     checkpoints/latest            name of the newest complete folder
-    checkpoints/global_step{N}/   shard_rank{r}.safetensors and index.json (fragments.py): every rank writes what it
-                                  holds; state.json; and, last of all, COMPLETE.json
+    checkpoints/global_step{N}/   shard_rank{r}.safetensors and index.json (fragments.py), of every
+                                  rank what it has; state.json; and, last of all, COMPLETE.json
 
 No state of a random generator: after its start, training draws no random numbers.
 
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from dsv3_mtp.files.atomic import naming, write_json, write_text
+from dsv3_mtp.files.atomic import naming, sync, write_json, write_text
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.files.digest import file_digest
 from dsv3_mtp.files.format import FORMAT, check_format
@@ -32,7 +32,7 @@ from dsv3_mtp.hf.load import is_finite
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World, on_all, on_main
-from dsv3_mtp.parallel.placement import Held, held, restoring
+from dsv3_mtp.parallel.placement import TensorShard, restoring, tensor_shards
 from dsv3_mtp.runs.fragments import (
     AVERAGE,
     INDEX,
@@ -104,7 +104,7 @@ def save(
     averages = {} if average is None else average.values
     fragments = [
         _fragment(mine, optimizer, averages)
-        for mine in held(engine)
+        for mine in tensor_shards(engine)
         if mine.share[0] < mine.share[1]
     ]
     parts: list[Any] = [None] * world.size
@@ -121,7 +121,7 @@ def _begin(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _fragment(mine: Held, optimizer: Any, averages: dict[str, torch.Tensor]) -> Fragment:
+def _fragment(mine: TensorShard, optimizer: Any, averages: dict[str, torch.Tensor]) -> Fragment:
     share = slice(*mine.share)
     kept = optimizer.state.get(mine.flat, {})
     tensors = {
@@ -155,9 +155,9 @@ def _commit(
     digests = {shard_name(rank): digest for rank, (_, digest) in enumerate(parts)}
     digests |= {name: file_digest(folder / name) for name in (INDEX, STATE)}
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    for path in files:
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+    # Before COMPLETE.json: the content, and the names of the files and of the folders around them.
+    for path in [*files, folder, *[*folder.parents][:4]]:
+        sync(path)
     sizes = {path.name: path.stat().st_size for path in files}
     complete |= {"format": FORMAT, "files": sizes, "digests": digests}
     write_json(folder / COMPLETE, complete)
@@ -213,8 +213,14 @@ def read_state(folder: Path) -> State:
     """
     check_format(read_json(folder / STATE, dict[str, Any], remedy(folder)), folder / STATE)
     state = read_json(folder / STATE, State, remedy(folder))
-    if min(state["step"], state["tokens"], state["sampler"]["samples"]) < 0:
+    position = state["sampler"]
+    if min(state["step"], state["tokens"], *position["counts"], position["samples"]) < 0:
         raise ValueError(f"{folder / STATE}: damaged (a count < 0); {remedy(folder)}")
+    if sum(position["counts"]) != position["samples"]:
+        raise ValueError(
+            f"{folder / STATE}: damaged (sampler.counts {position['counts']} are not "
+            f"{position['samples']} samples); {remedy(folder)}"
+        )
     return state
 
 
@@ -230,7 +236,7 @@ def load(
         ValueError: the checkpoint is damaged, of another format, or of another model.
     """
     stored = Fragments(folder)
-    mine = [part for part in held(engine) if part.numel]
+    mine = [part for part in tensor_shards(engine) if part.numel]
     different = [part.name for part in mine if stored.shapes.get(part.name) != part.shape]
     if different:
         raise ValueError(
@@ -244,7 +250,9 @@ def load(
     return [] if average is None else on_all(engine.world, lambda: average.load(stored))
 
 
-def _restore(parts: list[Held], stored: Fragments, optimizer: Any, moments: torch.dtype) -> None:
+def _restore(
+    parts: list[TensorShard], stored: Fragments, optimizer: Any, moments: torch.dtype
+) -> None:
     for mine in parts:
         start, stop = mine.start, mine.start + mine.numel
         weights = stored.read(mine.name, start, stop)

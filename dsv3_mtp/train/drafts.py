@@ -46,10 +46,18 @@ class DraftStatistics:
     COLUMNS = ("slots", "top", "label", "main", "overlap")
 
     def __init__(
-        self, offsets: Sequence[int], vocab_size: int, *, temperature: float, device: torch.device
+        self,
+        offsets: Sequence[int],
+        vocab_size: int,
+        *,
+        temperature: float,
+        device: torch.device,
+        outside: Tensor | None = None,
     ):
-        """offsets: of depth 1..D."""
-        self.vocab_size, self.temperature = vocab_size, temperature
+        """offsets: of depth 1..D; outside: (V,) bool, the tokens that no draft is; KL is then
+        infinite, and left out.
+        """
+        self.vocab_size, self.temperature, self.outside = vocab_size, temperature, outside
         self.offsets, depths = (1, *offsets), len(offsets)
         self.coverage = [k for k in COVERAGE if k <= vocab_size]
         self.kl = torch.zeros(depths, dtype=torch.float64, device=device)
@@ -70,6 +78,7 @@ class DraftStatistics:
             self.vocab_size,
             self.offsets,
             temperature=self.temperature,
+            outside=self.outside,
         ):
             counts = taught[pair.depth - 1][:, pair.slots]
             shift = self.offsets[pair.depth]
@@ -96,7 +105,8 @@ class DraftStatistics:
             if not total:
                 continue
             found[f"drafts/overlap/{depth}"] = float(bins[:, 4].sum()) / total
-            found[f"drafts/kl/{depth}"] = float(self.kl[depth - 1]) / total
+            if self.outside is None:
+                found[f"drafts/kl/{depth}"] = float(self.kl[depth - 1]) / total
             for k, covered in zip(self.coverage, self.covered[depth - 1].tolist(), strict=True):
                 found[f"drafts/coverage_{k}/{depth}"] = covered / total
             for name, column in (("label", 2), ("main", 3)):

@@ -1,17 +1,13 @@
 """Validation: the same windows at every evaluation and for every number of ranks; evaluation of
 finished models.
 
-`evaluate` belongs to the trainer; tools/evaluate.py calls `open_model`, `validate`, `acceptance`
-and `lm_eval`.
+`evaluate` belongs to the trainer; tools/evaluate.py calls `open_model`, `validate` and
+`acceptance`.
 """
 
-import contextlib
-import importlib.util
 import math
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,14 +15,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dsv3_mtp.config import Config, ConfigError, load_config
+from dsv3_mtp.config import Config, ConfigError
 from dsv3_mtp.config.reader import problems_of
 from dsv3_mtp.config.task import Generate
 from dsv3_mtp.data.sampler import deal, sequential_windows
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.generate import Settings, generate
-from dsv3_mtp.hf import export_hf, load_hf
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP, MTPOutput
+from dsv3_mtp.hf import load_hf
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.output import MTPOutput
 from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.runs.model import load_run
 
@@ -192,7 +189,8 @@ def open_model(
             f"--seq-len {seq_len}: must be 2 .. model.max_position_embeddings = {longest}"
         )
     micro = micro_batch_size or sections["train"]["micro_batch_size"]
-    # What the training was like, and on how many ranks, sets no bounds to these windows.
+    # The rules between batch size, total tokens and layout are about training: these values meet
+    # all of them.
     length = {
         "micro_batch_size": micro,
         "batch_size": micro,
@@ -219,18 +217,21 @@ def acceptance(
     temperature: float = 0.0,
     part: tuple[int, int] = (0, 1),
     seed: int = 0,
+    **drafting: Any,
 ) -> dict[str, float]:
     """Free-running acceptance of drafts of `depth` tokens on prompts from the source.
 
     A prompt is half a window of seq_len tokens, shorter where `new_tokens` need the room. On a task
     it is the text before an answer, and the answers are decoded; those of one or two tokens have
     nothing to draft: the first comes with the prompt, the last of a step from the main head.
-    Returns `val/acceptance/k`, joint for drafts 1..k, `val/tokens_per_step`, and `val/distinct`,
-    the share of distinct tokens: a model that repeats itself accepts everything.
+    Returns `val/acceptance/k`, joint for drafts 1..k over the steps that put k drafts to the test,
+    `val/tokens_per_step`, with a threshold `val/drafts_per_step`, and `val/distinct`, the share of
+    distinct tokens: a model that repeats itself accepts everything.
 
     Args:
         part: (first, step): only every `step`-th of the prompts, from number `first` on.
         seed: of the random numbers at a temperature.
+        drafting: `draft_threshold` and `draft_vocab` of `Settings`.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
@@ -249,89 +250,13 @@ def acceptance(
     if new_tokens < 3:
         return {}
     settings = Settings(
-        max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed
+        max_new_tokens=new_tokens, draft_depth=depth, temperature=temperature, seed=seed, **drafting
     )
     out = generate(model, texts[part[0] :: part[1]], settings)
     metrics = {
         f"val/acceptance/{k}": share for k, share in enumerate(out.acceptance.joint, start=1)
     }
     metrics["val/tokens_per_step"] = out.acceptance.tokens_per_step
+    if settings.draft_threshold:
+        metrics["val/drafts_per_step"] = sum(out.acceptance.tried) / max(out.acceptance.steps, 1)
     return metrics | {"val/distinct": out.distinct}
-
-
-def lm_eval(
-    tasks: Sequence[str],
-    *,
-    run: str | None,
-    hf: str | None,
-    ema: bool = False,
-    trust_code: bool = False,
-    include: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 1,
-) -> dict[str, float]:
-    """Tasks of EleutherAI's lm-evaluation-harness through its Hugging Face adapter; a run is
-    exported first.
-
-    Args:
-        include: folder with more task YAMLs. limit: documents per task, None: all.
-    Returns:
-        `TASK/METRIC` -> value.
-
-    Raises:
-        ValueError: the package is missing, or a task is unknown.
-    """
-    if missing := [
-        name for name in ("lm_eval", "transformers") if importlib.util.find_spec(name) is None
-    ]:
-        raise ValueError(
-            f"--lm-eval needs {' and '.join(missing)}: pip install 'dsv3_mtp[eval,hf]'"
-        )
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=include, include_defaults=False) if include else None
-    if manager is None or not all(manager.match_tasks([task]) for task in tasks):
-        manager = TaskManager(include_path=include)  # its thousands of tasks take a while to index
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise ValueError(f"--lm-eval: lm-evaluation-harness does not know {', '.join(unknown)}")
-    with _exported(run, hf, ema, trust_code) as folder:
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{run or hf}: has no tokenizer.json, and tasks are text")
-        results = simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(folder), "dtype": "auto"},
-            tasks=list(tasks),
-            task_manager=manager,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            batch_size=batch_size,
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=0,
-        )
-    values = {}
-    for task, metrics in results["results"].items():
-        for name, value in metrics.items():
-            if isinstance(value, float) and "_stderr" not in name:
-                values[f"{task}/{name.removesuffix(',none')}"] = value
-    return values
-
-
-@contextlib.contextmanager
-def _exported(run: str | None, hf: str | None, ema: bool, trust_code: bool) -> Iterator[Path]:
-    """The folder of weights, for a run a temporary export in the run's own dtype."""
-    if hf is not None:
-        yield Path(hf)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        config = load_config(Path(run or "") / "config.yaml", trust_code=trust_code)
-        wide = config.train.dtype == "float32"
-        export_hf(
-            run or "",
-            Path(temporary) / "hf",
-            dtype="fp32" if wide else "bf16",
-            trunk_only=True,
-            ema=ema,
-            trust_code=trust_code,
-        )
-        yield Path(temporary) / "hf"

@@ -3,7 +3,9 @@ on, and drafters without a network that are measured with its own main model.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.data.ngrams import MOST_TOKENS, NGrams, floor_metrics
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.sampler import Sampler, sequential_windows, spare_windows
-from dsv3_mtp.data.source import Source
+from dsv3_mtp.data.source import DataSource, Source
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.model.targets import teacher_slots, valid_targets
@@ -43,11 +45,15 @@ def trained_on(run: str | Path, *, trust_code: bool = False) -> Sampler | None:
 
 
 def text_floors(
-    sampler: Sampler, source: Source, config: Config, *, batches: int
+    sampler: Sampler, val: DataSource, config: Config, *, batches: int
 ) -> tuple[dict[str, float], str | None]:
-    """`val/floor/unigram`, `.../bigram`, `.../trigram` on the validation windows of `source`, in
-    nats per token, and in bits per byte where its bytes are known; or none, and why there is none.
+    """`val/floor/unigram`, `.../bigram`, `.../trigram` on the validation windows of `val`, in nats
+    per token, and in bits per byte where its bytes are known; or none, and why there is none (None:
+    some of the data is no text).
     """
+    source = val.text
+    if source is None or not all(one.text for one in sampler.sources):
+        return {}, None
     tokens = sampler.samples * sampler.seq_len
     if tokens > MOST_TOKENS:
         why = f"{tokens:,} tokens were consumed, and at most {MOST_TOKENS:,} are counted"
@@ -91,7 +97,7 @@ def drafter_floors(
     for start in range(0, len(spare[0]), micro):
         rows = (array[start : start + micro] for array in spare)
         tokens, documents, _ = to_device(*rows, config=config, device=device)
-        tables.fit(model.head_logits, main_states(model, tokens, documents), tokens)
+        tables.fit(model.lm_head.head_logits, main_states(model, tokens, documents), tokens)
     sums: dict[str, Tensor] = {}
     for window in sequential_windows(source, **windows, count=count, micro_batch_size=micro):
         tokens, documents, scored = to_device(*window, config=config, device=device)
@@ -99,7 +105,7 @@ def drafter_floors(
             valid_targets(tokens, documents, model.offsets, scored), model.offsets
         )
         hidden = main_states(model, tokens, documents)
-        for name, part in tables.sums_of(model.head_logits, hidden, tokens, taught).items():
+        for name, part in tables.sums_of(model.lm_head.head_logits, hidden, tokens, taught).items():
             sums[name] = sums[name] + part if name in sums else part
     metrics = {}
     for name, total in sums.items():
@@ -126,11 +132,17 @@ def draft_statistics(
     batches: int,
     temperature: float,
     device: torch.device,
+    vocab: Sequence[int] = (),
 ) -> dict[str, float]:
-    """Metrics of `DraftStatistics` at a temperature, on the validation windows of `source`."""
+    """Metrics of `DraftStatistics` at a temperature, on the validation windows of `source`. vocab:
+    the tokens that drafts are drawn among; (): all.
+    """
     micro = config.train.micro_batch_size
     size = config.model.vocab_size
-    statistics = DraftStatistics(model.offsets[1:], size, temperature=temperature, device=device)
+    outside = torch.ones(size, dtype=torch.bool, device=device)
+    outside[list(vocab) or slice(None)] = False
+    how: Any = {"temperature": temperature, "device": device, "outside": outside if vocab else None}
+    statistics = DraftStatistics(model.offsets[1:], size, **how)
     windows = {"seq_len": config.data.seq_len, "lookahead": model.lookahead}
     windows |= {"count": batches * micro}
     for window in sequential_windows(source, **windows, micro_batch_size=micro):
@@ -139,7 +151,7 @@ def draft_statistics(
         taught = teacher_slots(
             valid_targets(tokens, documents, model.offsets, scored), model.offsets
         )
-        states = model.by_depth(output)
-        taught = model.scored_slots(taught, output, first=1)
-        statistics.add(model.head_logits, states, tokens, taught)
+        states = output.by_depth(model.depths)
+        taught = output.scored_slots(taught, first=1)
+        statistics.add(model.lm_head.head_logits, states, tokens, taught)
     return statistics.metrics()

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsv3_mtp.model.causal_lm import Batch
-from dsv3_mtp.model.output import LossSettings
+from dsv3_mtp.model.output import Batch, LossSettings
 from dsv3_mtp.parallel.engine import Engine
 
-# The heads' gradient is a difference, (main + GAIN * heads) - main: with a large factor the rounding
-# of `main` weighs little in it.
+# The heads' gradient is a difference, (main + GAIN * heads) - main: with a large factor the
+# rounding of `main` weighs little in it.
 GAIN = 64.0
 
 

@@ -26,6 +26,13 @@ def parse_steps(text: str) -> range:
     return range(first, last + 1)
 
 
+def require_within(steps: range, total: int) -> None:
+    """Raises ValueError: a run of `total` steps ends before those that are to be profiled."""
+    if steps and steps.start > total:
+        asked = f"--profile steps={steps.start}:{steps.stop - 1}"
+        raise ValueError(f"{asked}: the run has {total} steps")
+
+
 class StepProfile:
     """Records the steps of a range into FOLDER/trace.rankR.json.gz, for chrome://tracing or
     Perfetto. A run that ends earlier writes what there is.

@@ -1,4 +1,4 @@
-"""bench/gpu_session.sh: a bad step loses itself only, and the whole runs on a CPU in its dry form."""
+"""bench/gpu_session.sh: a bad step loses itself only, and its dry form runs on a CPU."""
 
 import os
 import subprocess
@@ -15,7 +15,8 @@ SCRIPT = ROOT / "bench" / "gpu_session.sh"
 STEPS = """
 step fails 20 bash -c 'echo 1 failed; exit 3'
 step hangs 1 sleep 300
-step ignores 1 bash -c 'trap "" INT TERM; (trap "" INT TERM; sleep 301) & while :; do sleep 302; done'
+step ignores 1 bash -c 'trap "" INT TERM; (trap "" INT TERM; sleep 301) &
+    while :; do sleep 302; done'
 step leaves_children 20 bash -c 'sleep 303 & exit 0'
 step good 20 echo 12 passed
 END=$(date +%s)

@@ -13,7 +13,16 @@ import dsv3_mtp
 from dsv3_mtp.cli.command import COMMANDS, find_config, main, run
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = {"train", "study", "generate", "evaluate", "prepare_data", "export_hf", "import_hf"}
+TOOLS = {
+    "train",
+    "study",
+    "generate",
+    "evaluate",
+    "prepare_data",
+    "export_hf",
+    "import_hf",
+    "verify",
+}
 
 
 def test_every_command_is_listed_and_explains_itself(capsys):

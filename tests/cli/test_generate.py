@@ -71,12 +71,14 @@ def test_speculative_text_is_plain_text_and_the_summary_says_so(run_tool, folder
     )
     assert plain[0] == drafted[0] == 0
     assert plain[1] == drafted[1] != "\n"
-    pattern = r"6 tokens, [\d.,]+ tokens/s, [\d.]+ tokens per trunk forward, acceptance by position [\d.]+ [\d.]+ joint,"
+    pattern = r"6 tokens, [\d.,]+ tokens/s, [\d.]+ tokens per trunk forward, "
+    pattern += r"acceptance by position [\d.]+ [\d.]+ joint,"
     assert re.match(
         pattern + r" [\d.]+ [\d.]+ conditional, [\d.]+x plain decoding, same tokens\n$", drafted[2]
     )
 
 
+@pytest.mark.slow
 def test_compiled_steps_generate_the_same_text_and_few_graphs_serve_all_lengths(
     run_tool, folder, monkeypatch
 ):
@@ -241,6 +243,7 @@ def test_a_text_that_ends_with_the_context_says_so(run_tool, folder):
         (["--prompt", "a", "--stop", "gone"], "--stop 'gone': not one token"),
         (["--prompt", "a", "--top-p", "0.5"], "no effect at temperature 0"),
         (["--prompt", "a", "--device", "abacus"], "--device abacus:"),
+        (["--prompt", "a", "--speculative", "--draft-vocab", "261"], "--draft-vocab 261: a draft"),
     ],
     ids=lambda value: str(value)[:30],
 )

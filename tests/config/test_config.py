@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_mtp.config import Config, ConfigError, ModelConfig, StepWeight, load_config
 from dsv3_mtp.config.tree import read_tree
+from dsv3_mtp.heads import registry
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "v3_tiny.yaml"
@@ -70,7 +71,7 @@ MISTAKES = [
     # enumerations
     (
         "mtp.mode=sequental",
-        "mtp.mode: must be one of none, sequential, parallel, parallel_linear (got 'sequental'); "
+        f"mtp.mode: must be one of none, {', '.join(registry())} (got 'sequental'); "
         "did you mean 'sequential'?",
     ),
     (
@@ -81,6 +82,12 @@ MISTAKES = [
     # missing
     ("log.wandb={}", "log.wandb.project: missing; it has no default"),
     ("data.train=[{path: a}]", "data.train[0].weight: missing; it has no default"),
+    ("mtp.stride=3", "mtp.stride: has no effect with mode sequential; remove it or set 2 (got 3)"),
+    (
+        "mtp.mode=hsm",
+        "mtp.num_nextn_predict_layers: must be >= 2 with mode hsm: module 1 has the trunk's state "
+        "alone to read (got 1)",
+    ),
     # MTP loss weights
     ("mtp.loss_weight=-0.1", "mtp.loss_weight: must be >= 0 (got -0.1)"),
     ("mtp.loss_weight=.nan", "mtp.loss_weight: must be finite (got nan)"),
@@ -338,6 +345,11 @@ def test_a_frozen_trunk_needs_weights_heads_and_a_detached_loss():
     assert problems("train.freeze=trunk", "train.init_from=hf/base", "mtp.mode=none") == [
         "train.freeze: trunk leaves nothing to train without MTP heads; set none, or mtp.mode"
     ]
+    assert problems(*FROZEN, "mtp.mode=same_logits") == [
+        "train.freeze: trunk leaves nothing to train: mode same_logits has no weights of its own; "
+        "set none, or another mtp.mode"
+    ]
+    assert load_config(TINY, [*FROZEN, "mtp.mode=top", "mtp.loss_weight=0"]).mtp.mode == "top"
     assert problems("train.freeze=all") == ["train.freeze: must be one of none, trunk (got 'all')"]
 
 

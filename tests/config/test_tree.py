@@ -1,4 +1,6 @@
-"""Files that build on one another: what is merged, what is replaced, and where a wrong value stands."""
+"""Files that build on one another: what is merged, what is replaced, and where a wrong value
+stands.
+"""
 
 from pathlib import Path
 from textwrap import dedent
@@ -180,7 +182,8 @@ def test_a_key_of_another_head_is_dropped_and_said_only_where_it_was_inherited(
     else:
         assert load_config(path, sets).mtp.model_extra == {}
         assert caplog.messages == [
-            f"mtp.chain: 'trunk' of {tmp_path / 'base.yaml'} has no effect with mode parallel: left out"
+            f"mtp.chain: 'trunk' of {tmp_path / 'base.yaml'} has no effect with mode parallel: "
+            "left out"
         ]
 
 

@@ -143,9 +143,9 @@ def test_no_tensor_of_a_long_prefill_grows_with_the_square_of_the_prompt(make_mo
 def test_the_chunk_of_the_prefill_changes_neither_tokens_nor_drafts(make_model, monkeypatch):
     model, verify, drafted = make_model("sequential"), Sampler.verify, []
 
-    def recording(sampler, logits, drafts, probability):
+    def recording(sampler, logits, drafts, probability, lengths):
         drafted[-1].append(probability)
-        return verify(sampler, logits, drafts, probability)
+        return verify(sampler, logits, drafts, probability, lengths)
 
     monkeypatch.setattr(Sampler, "verify", recording)
     prompt, tokens = torch.randint(64, (21,)).tolist(), []

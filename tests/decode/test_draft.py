@@ -5,23 +5,27 @@ head.
 import pytest
 import torch
 
-from dsv3_mtp.decode.draft import draft_limit
+from dsv3_mtp.decode.draft import Drafter, draft_limit
 from dsv3_mtp.decode.generate import Settings, generate, stream
 from tests.conftest import tiny
 from tests.decode.plain import CYCLE, HEADS, plain_logits
 
 
 class RecordingSampler:
-    """Greedy; keeps the logits that drafts are drawn from."""
+    """Keeps the logits that drafts are drawn from; a threshold meets a random confidence."""
 
-    greedy = True
+    generator = torch.Generator().manual_seed(0)
 
-    def __init__(self):
-        self.logits = []
+    def __init__(self, sampler):
+        self.sampler, self.greedy, self.logits = sampler, sampler.greedy, []
 
-    def draw(self, logits):
+    @property
+    def ended(self):
+        return self.sampler.ended
+
+    def draw(self, logits, confidence=None):
         self.logits.append(logits.clone())
-        return logits.argmax(-1), None
+        return self.sampler.draw(logits, torch.rand(len(logits), generator=self.generator))
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def recorded(monkeypatch):
             continue
 
         def record(self, ids, last, count, sampler, original=kind.draft):
-            recorder = RecordingSampler()
+            recorder = RecordingSampler(sampler)
             known = [ids[row, : m + 1].tolist() for row, m in enumerate(last)]
             drafts, probability = original(self, ids, last, count, recorder)
             calls.append((known, drafts.tolist(), recorder.logits))
@@ -46,21 +50,32 @@ def recorded(monkeypatch):
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(
-    "prompts", [[[5]], [CYCLE[:6]], [CYCLE[:9], [5], CYCLE[4:7]]], ids=["short", "one", "batch"]
+    ("prompts", "threshold"),
+    [([[5]], 0.0), ([CYCLE[:9], [5], CYCLE[4:7]], 0.0), ([CYCLE[:9], [5], CYCLE[4:7]], 0.8)],
+    ids=["short", "batch", "threshold"],
 )
 def test_draft_logits_equal_the_training_forward_with_the_drafts_as_text(
-    make_model, recorded, heads, prompts
+    make_model, recorded, heads, prompts, threshold, monkeypatch
 ):
-    """Caches after any number of rejections equal those of a fresh prefill, lag slots included."""
+    """Caches after any number of rejections equal those of a fresh prefill, slots that are computed
+    again and modules that were left out by a threshold included.
+    """
+    monkeypatch.setattr(Drafter, "LAG", 2)
     model = make_model(heads, trained=True)
-    generate(model, prompts, Settings(max_new_tokens=24, draft_depth=model.depths))
+    # as far as the heads predict
+    depth = model.lookahead - 1
+    generate(model, prompts, Settings(24, draft_depth=depth, draft_threshold=threshold))
     assert len(recorded) > 5
+    lengths = {len(logits) for _, _, logits in recorded}  # of the depths that were computed
+    assert not threshold or depth == 1 or len(lengths) > 1
+    origin = model.mtp.drafter(model.mtp_config).origin
     for known, drafts, logits in recorded:
         for row, tokens in enumerate(known):
             expected = plain_logits(model, tokens + drafts[row])
-            # depth k at slot m-1, m the last known token
-            for k, drawn in enumerate(logits, start=1):
-                want = expected[k, len(tokens) - 2]
+            for number, drawn in enumerate(logits, start=1):
+                depth, back = origin(model.mtp_config, number)
+                # of slot m-1, m the last known token, or before it
+                want = expected[depth, max(len(tokens) - 2 - back, 0)]
                 want = torch.where(drawn[row] == float("-inf"), drawn[row], want)  # ruled out
                 torch.testing.assert_close(drawn[row], want, rtol=1e-4, atol=1e-4)
 

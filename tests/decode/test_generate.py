@@ -23,10 +23,11 @@ PROMPTS = [[5], CYCLE[:7], [60, 1, 2, 3]]
 @pytest.mark.parametrize("heads", HEADS)
 def test_greedy_speculative_output_is_plain_greedy_output(make_model, heads, trained):
     model = make_model(heads, trained=trained)
-    for prompt in PROMPTS if trained else PROMPTS[:2]:
+    for number, prompt in enumerate(PROMPTS):
         expected = plain_greedy(model, prompt, 100)  # to the context limit
         assert len(prompt) + len(expected) == model.config.max_position_embeddings
-        for depth in range(5) if trained else (0, 2, 4):
+        # fewer than the heads draft, as many, and more
+        for depth in ((0, 2), (1, 4), (3,))[number]:
             assert generate(model, [prompt], Settings(draft_depth=depth)).tokens == [expected], (
                 depth
             )
@@ -130,6 +131,8 @@ def test_lossless_for_any_weights(seed, scale, heads, depth, prompt, dense):
         ("sequential", {"top_p": 0.8}),
         ("parallel", {"top_k": 4}),
         ("parallel_linear", {}),
+        ("sequential", {"draft_threshold": 0.2}),
+        ("parallel", {"draft_vocab": tuple(range(0, 64, 3))}),
     ],
     ids=str,
 )
@@ -199,6 +202,8 @@ def test_acceptance_counts_by_hand():
         ([[1, 64, -1]], {}, "outside the vocabulary of 64: -1, 64"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be >= 1 (got 0)"),
         ([[1]], {"draft_depth": -1}, "draft_depth must be >= 0 (got -1)"),
+        ([[1]], {"draft_threshold": 1.5}, "draft_threshold must be in [0, 1] (got 1.5)"),
+        ([[1]], {"draft_vocab": (3, 64)}, "ids outside the vocabulary of 64: [64]"),
         ([[1]], {"temperature": float("nan")}, "temperature must be 0"),
         ([[1]], {"seed": 2**63}, "seed must be >= 0 and < 2^63"),
         ([[1]], {"top_k": 3}, "no effect at temperature 0"),

@@ -5,7 +5,7 @@ model's distribution.
 import pytest
 import torch
 
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import DraftSampler, Sampler
 
 
 def chi_square_p(counts: torch.Tensor, probability: torch.Tensor) -> float:
@@ -116,6 +116,45 @@ def test_the_chi_square_test_sees_a_wrong_verifier():
     assert chi_square_p(torch.bincount(wrong, minlength=3), p) < 1e-12
     right = seeded().pick(p.expand(60_000, 3))
     assert chi_square_p(torch.bincount(right, minlength=3), p) > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["top probability", "confidence", "the draft itself"])
+def test_a_stop_is_lossless_unless_it_looks_at_the_draft_that_it_drops(rule):
+    """Drafts end before depth k where q_k is unsure. The token in that place comes from p, whatever
+    d_k would have been; a rule that drops unlikely drafts takes them out of the output.
+    """
+    rows, vocab, wrong = 60_000, 4, rule == "the draft itself"
+    q = torch.tensor([[0.9, 0.1, 0, 0], [0.4, 0.3, 0.2, 0.1]])[torch.arange(rows) % 2]
+    p = torch.tensor([0.5, 0.2, 0.2, 0.1])
+    confidence = (
+        2 * q[:, 1] if rule == "confidence" else None
+    )  # any function of what is known before
+    draws = DraftSampler(seeded(), threshold=0.0 if wrong else 0.5)
+    drawn = [draws.draw(q.log(), confidence) for _ in range(2)]
+    drafts, probability = (torch.stack(part, 1) for part in zip(*drawn, strict=True))
+    lengths = draws.lengths
+    if wrong:
+        lengths = (probability.gather(2, drafts[..., None])[..., 0] > 0.25).cumprod(1).sum(1)
+    assert lengths is not None and len(lengths.unique()) > 1 - wrong
+    accepted, following = seeded().verify(p.log().expand(rows, 3, -1), drafts, probability, lengths)
+    assert (accepted <= lengths).all() and accepted.max() == 2
+    first = drafts[:, 0].where(accepted > 0, following)
+    found = chi_square_p(torch.bincount(first, minlength=vocab), p)
+    assert found < 1e-12 if wrong else found > 1e-3
+
+
+def test_drafts_stop_where_the_head_is_unsure_and_stay_in_their_vocabulary():
+    logits = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4]]).log()
+    draws = DraftSampler(Sampler(), threshold=0.55)
+    for _ in range(2):
+        draws.draw(logits)
+    assert draws.lengths.tolist() == [2, 0] and not draws.ended
+    draws.draw(logits.flip(0))  # one that has stopped does not go on
+    assert draws.lengths.tolist() == [2, 0] and draws.ended
+    narrow = DraftSampler(seeded(), outside=torch.tensor([True, False, False]))
+    _, probability = narrow.draw(logits)
+    torch.testing.assert_close(probability, torch.tensor([[0, 0.75, 0.25], [0, 0.2, 0.8]]))
+    assert narrow.lengths is None and not narrow.ended
 
 
 def test_equal_distributions_accept_everything():

@@ -136,7 +136,7 @@ def test_the_host_never_waits_within_forward_and_backward(make_tiny_config, mask
         torch.arange(tokens.shape[1], device=CUDA).div(50, rounding_mode="floor").expand_as(tokens)
     )
     inputs = tokens, documents if masked else None, None
-    settings = LossSettings((0.3,), 1e-4, model.counts(*inputs[:2]))
+    settings = LossSettings((0.3,), 1e-4, model.loss.counts(*inputs[:2]))
     for mode in ("default", "default", "error"):  # the first calls load kernels and make workspaces
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)

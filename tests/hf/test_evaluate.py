@@ -234,6 +234,7 @@ def test_acceptance_of_a_short_model_is_measured_without_being_told_how(
     [
         (("--seq-len", "65"), "must be 2 .. model.max_position_embeddings = 64"),
         (("--new-tokens", "64"), "--new-tokens 64: must be < model.max_position_embeddings = 64"),
+        (("--draft-vocab", "301"), "--draft-vocab 301: a draft vocabulary has 1 .."),
         (("--data", "nowhere"), "nowhere: neither a prepared folder nor a Megatron prefix"),
     ],
 )
@@ -248,6 +249,9 @@ def test_user_errors_have_exit_code_2(run, monkeypatch, capsys, arguments, messa
     [
         (("--new-tokens", "2"), "must be at least 3"),
         (("--new-tokens", "8", "--prompts", "0"), "no effect"),
+        (("--draft-threshold", "0.5", "--prompts", "0"), "--draft-threshold: no effect"),
+        (("--draft-threshold", "1.5"), "1.5: must be in [0, 1]"),
+        (("--draft-vocab", "9", "--prompts", "0"), "--draft-vocab: no effect"),
     ],
 )
 def test_options_that_would_measure_no_acceptance_are_refused(
@@ -257,6 +261,22 @@ def test_options_that_would_measure_no_acceptance_are_refused(
     with pytest.raises(SystemExit, match="2"):
         command.run("evaluate")
     assert message in capsys.readouterr().err
+
+
+def test_drafts_of_a_part_of_the_vocabulary_overlap_less_and_may_end_early(
+    run, corpus, monkeypatch, capsys
+):
+    sizes = ("--batches", "1", "--prompts", "2", "--new-tokens", "8", "--drafts")
+    whole, part = (
+        call(monkeypatch, capsys, "--run", str(run), *sizes, *more)[str(corpus)]
+        for more in ((), ("--draft-vocab", "60", "--draft-threshold", "1"))
+    )
+    assert (run / "token_counts.json").is_file()
+    # 60 of 300 nearly equally likely tokens (random weights): q is five times p there
+    assert part["drafts/overlap/1"] == pytest.approx(0.2, abs=0.05) != whole["drafts/overlap/1"]
+    assert "drafts/kl/1" in whole and "drafts/kl/1" not in part
+    assert part["val/tokens_per_step"] == 1 and part["val/drafts_per_step"] == 0
+    assert "val/acceptance/1" not in part and "val/drafts_per_step" not in whole
 
 
 def test_how_a_run_was_trained_sets_no_bounds_to_the_windows(make_run):
@@ -337,7 +357,7 @@ def task(tmp_path, monkeypatch) -> Path:
 def test_tasks_of_lm_evaluation_harness_run_on_a_run_and_on_its_export(
     run, tmp_path, task, monkeypatch, capsys
 ):
-    from dsv3_mtp.train.evaluate import lm_eval
+    from dsv3_mtp.train.lm_eval import lm_eval
 
     export_hf(run, tmp_path / "hf", dtype="fp32")
     where = ("--lm-eval", "code_choice", "--lm-eval-include", str(task))

@@ -160,7 +160,8 @@ def test_gradients_of_one_training_step_agree_main_loss_and_mtp(pair, tmp_path):
     close(out.loss, loss, "loss")
     their_gradients = {name: p.grad for name, p in theirs.named_parameters()}
     for name, parameter in module.layers.named_parameters():
-        name = f"mtp.layers.{name.replace('.mtp_block.', '.').replace('.post_norm.', '.shared_head.norm.')}"
+        name = name.replace(".mtp_block.", ".").replace(".post_norm.", ".shared_head.norm.")
+        name = f"mtp.layers.{name}"
         their_gradients[name] = parameter.grad
     worst = 0.0
     for name, parameter in ours.named_parameters():

@@ -22,7 +22,7 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# --- export -------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 YARN = {
     "type": "yarn",
@@ -164,7 +164,7 @@ def test_an_unfinished_checkpoint_does_not_count(make_run, tmp_path):
         export_hf(run, tmp_path / "hf")
 
 
-# --- import -------------------------------------------------------------------------------------------------
+# --- import ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -325,7 +325,7 @@ def test_an_existing_folder_is_never_touched(exported, make_run, tmp_path):
         export_hf(tmp_path / "runs" / "run", folder)
 
 
-# --- the command line ---------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def tool(name: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -208,7 +208,7 @@ def test_what_a_killed_export_left_is_deleted_by_the_next_and_two_at_once_are_re
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["whole"]
 
 
-def test_a_folder_that_another_process_finished_while_this_one_took_the_lock_is_refused_before_the_work(
+def test_a_folder_that_another_process_finished_meanwhile_is_refused_before_the_work(
     tmp_path, monkeypatch
 ):
     def finished_first(path, busy):

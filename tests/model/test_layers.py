@@ -50,11 +50,14 @@ def test_scores_depend_on_the_distance_only(make_tiny_config):
 
 def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones():
     config = ModelConfig(
-        **{**dict(vocab_size=8, hidden_size=8, intermediate_size=8, moe_intermediate_size=8, num_hidden_layers=1),
-           **dict(num_attention_heads=1, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=64),
-           **dict(v_head_dim=8, n_routed_experts=2, n_shared_experts=1, num_experts_per_tok=1, n_group=1, topk_group=1),
-           **dict(first_k_dense_replace=1, max_position_embeddings=163840, rope_scaling=YARN)}
-    )  # fmt: skip
+        vocab_size=8,
+        **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 8),
+        **dict(num_hidden_layers=1, first_k_dense_replace=1, num_attention_heads=1),
+        **dict(q_lora_rank=None, kv_lora_rank=8, v_head_dim=8),
+        **dict(qk_nope_head_dim=8, qk_rope_head_dim=64),
+        **dict(n_routed_experts=2, n_shared_experts=1, num_experts_per_tok=1),
+        **dict(n_group=1, topk_group=1, max_position_embeddings=163840, rope_scaling=YARN),
+    )
     plain = config.model_copy(update={"rope_scaling": None})
     one = torch.tensor([1])
     ratio = (

@@ -30,7 +30,7 @@ def test_groups_are_ranked_by_their_two_best_and_experts_come_from_those_groups_
     config = config_of(
         make_tiny_config, n_group=4, topk_group=2, num_experts_per_tok=2, routed_scaling_factor=2.5
     )
-    #        group 0      group 1      group 2      group 3     sums: 0.91, 1.0, 0.9, 0.95 -> groups 1 and 3
+    # sums of the groups' pairs: 0.91, 1.0, 0.9, 0.95 -> groups 1 and 3
     scores = [0.90, 0.01, 0.50, 0.50, 0.45, 0.45, 0.60, 0.35]
     gate, x = gate_with_scores(config, [scores])
     chosen, gates, _ = gate(x)

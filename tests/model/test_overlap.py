@@ -40,7 +40,7 @@ def rows_for(model, *, masked: bool, rows=3):
 
 
 def parts(model, tokens, documents, scored):
-    hiddens = model.by_depth(model.head_rows(tokens, documents))
+    hiddens = model.head_rows(tokens, documents).by_depth(model.depths)
     valid = valid_targets(tokens, documents, model.offsets, scored)
     taught = teacher_slots(valid, model.offsets)
     nothing = hiddens[0].new_zeros(len(tokens), model.lookahead - 1, model.config.hidden_size)
@@ -48,7 +48,7 @@ def parts(model, tokens, documents, scored):
 
 
 def head_logits(model):
-    return model.head_logits
+    return model.lm_head.head_logits
 
 
 def by_hand(model, tokens, documents, scored):

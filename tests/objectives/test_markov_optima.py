@@ -1,15 +1,15 @@
 """Heads that are trained on an objective reach its optimum, on a chain where that is known.
 
-The trunk is exact: its embedding is one-hot, its layers add nothing, and its output head holds log P,
-so that the teacher behind token a is row a of P. A head of depth 1 that sees only t_i = s has to
+The trunk is exact: its embedding is one-hot, its layers add nothing, and its output head holds log
+P, so that the teacher behind token a is row a of P. A head of depth 1 that sees only t_i = s has to
 stand for all of these rows, a with probability P(s, a). What is best then depends on the objective:
 
     ce, kl    the mean of the rows, row s of P^2 (closed form)
     tv        a linear program
     lk        a concave maximum without a closed form
 
-The expected overlap is that of the tv optimum at best: a head that is trained on it is accepted more
-often than any head that is trained on cross-entropy can be.
+The expected overlap is that of the tv optimum at best: a head that is trained on it is accepted
+more often than any head that is trained on cross-entropy can be.
 """
 
 import math

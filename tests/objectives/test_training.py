@@ -115,8 +115,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bitwise(make):
 
 
 BAD = {
-    "mtp.objective={kll: 1}": "mtp.objective.kll: must be one of ce, kl, lk, lk_hybrid, tv (got 'kll'); "
-    "did you mean 'kl'?",
+    "mtp.objective={kll: 1}": "mtp.objective.kll: must be one of ce, kl, lk, lk_hybrid, tv "
+    "(got 'kll'); did you mean 'kl'?",
     "mtp.objective={kl: 0}": "mtp.objective.kl: must be > 0 (got 0)",
     "mtp.objective={}": "mtp.objective: must name at least one objective",
     "mtp.mode=none": "mtp.objective: has no effect with mode none",

@@ -16,7 +16,7 @@ from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import MLP, RMSNorm, rotary_angles
 from dsv3_mtp.model.output import LossSettings
-from dsv3_mtp.ops import c, choice
+from dsv3_mtp.ops import c, c_library, choice
 from dsv3_mtp.ops.attention import attend
 from dsv3_mtp.ops.cross_entropy import linear_cross_entropy
 from dsv3_mtp.ops.experts import routed
@@ -366,10 +366,10 @@ def test_any_number_of_threads_gives_the_same_bits(compiled):
 @pytest.fixture
 def anew(monkeypatch):
     """Libraries are looked for again, and those of the test are forgotten after it."""
-    c._library.cache_clear()
+    c_library._library.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    c._library.cache_clear()
+    c_library._library.cache_clear()
 
 
 def test_without_a_compiler_the_model_runs_on_torchs_operations_and_says_so(anew):
@@ -383,7 +383,7 @@ def test_without_a_compiler_the_model_runs_on_torchs_operations_and_says_so(anew
 
 
 @pytest.mark.skipif(shutil.which("clang") is None, reason="clang is not installed")
-@pytest.mark.parametrize("flags", c.TYPES.values(), ids=str)
+@pytest.mark.parametrize("flags", c_library.TYPES.values(), ids=str)
 def test_clang_takes_the_sources_too(flags, tmp_path):
     for source in (Path(c.__file__).parent / "csrc").glob("*.c"):
         command = [
@@ -412,7 +412,7 @@ def test_a_failed_build_leaves_nothing_behind(anew, tmp_path):
 def test_a_library_that_was_damaged_or_lies_open_to_others_is_not_loaded(anew, tmp_path):
     anew.setenv("XDG_CACHE_HOME", str(tmp_path))
     anew.setenv("CC", "cc -m64" if platform.machine() == "x86_64" else "cc -O2")
-    if c.unavailable(torch.float32):
+    if c_library.unavailable(torch.float32):
         pytest.skip("no C compiler")
     cache = tmp_path / "dsv3_mtp"
     [library] = cache.glob("*.so")
@@ -421,10 +421,10 @@ def test_a_library_that_was_damaged_or_lies_open_to_others_is_not_loaded(anew, t
     library.unlink()  # not in place: this process still runs it
     library.write_bytes(content[: len(content) // 2])
     library.chmod(0o700)
-    c._library.cache_clear()
-    assert "was damaged and is deleted" in str(c.unavailable(torch.float32))
-    c._library.cache_clear()
-    assert c.unavailable(torch.float32) is None  # built again
+    c_library._library.cache_clear()
+    assert "was damaged and is deleted" in str(c_library.unavailable(torch.float32))
+    c_library._library.cache_clear()
+    assert c_library.unavailable(torch.float32) is None  # built again
     cache.chmod(0o777)
-    c._library.cache_clear()
-    assert "others may write it" in str(c.unavailable(torch.float32))
+    c_library._library.cache_clear()
+    assert "others may write it" in str(c_library.unavailable(torch.float32))

@@ -15,7 +15,7 @@ from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops import choice
 from dsv3_mtp.ops.attention import Core
 from dsv3_mtp.ops.compute import Compute, building
-from dsv3_mtp.ops.recompute import again, forgetting
+from dsv3_mtp.ops.recompute import recomputed, recomputing
 
 MODES = ("none", "selective", "full")
 HEADS = [
@@ -126,8 +126,8 @@ def test_what_is_made_again_is_made_from_what_was_made_again():
         return 2 * tensor
 
     with Meter() as meter:
-        with forgetting():
-            hidden = again(double, again(double, x))
+        with recomputing():
+            hidden = recomputed(double, recomputed(double, x))
             y = (hidden @ weight) * hidden[:, :1]
         del hidden
         held = meter.held
@@ -144,7 +144,7 @@ def test_what_is_made_again_is_made_from_what_was_made_again():
 def test_nothing_is_recomputed_or_wrapped_without_a_gradient(tiny_config, monkeypatch, mode):
     model, tokens, _ = build(tiny_config, mode)
     plain, _, _ = build(tiny_config, "none")
-    for name in ("checkpoint", "forgetting"):
+    for name in ("checkpoint", "recomputing"):
         monkeypatch.setattr(block, name, None)  # a call would fail
     with torch.no_grad():
         assert torch.equal(model(tokens).loss, plain(tokens).loss)

@@ -31,7 +31,7 @@ def test_onednn_is_used_only_where_it_is_exact_and_mkl_is_not_at_home(
         return matmul(x.bfloat16(), y.bfloat16()).float() if low else matmul(x, y)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
-    monkeypatch.setattr(tuning, "mkl_at_home", lambda: intel)
+    monkeypatch.setattr(tuning, "mkl_uses_the_whole_cpu", lambda: intel)
     notes = tuning.tune_cpu()
     assert (
         (torch.get_float32_matmul_precision() == "medium")

@@ -24,7 +24,7 @@ from dsv3_mtp.train.process import own_process
 from dsv3_mtp.train.trainer import Trainer
 from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
-from tests.ranks import run_ranks, write_markov
+from tests.ranks import chosen, rows, run_ranks, write_markov
 
 pytestmark = pytest.mark.dist
 STEPS = 2
@@ -48,8 +48,8 @@ BF16 = {
 # experts.
 SKEWED = {"mtp.num_nextn_predict_layers": 2, "mtp.share_weights": True}
 FROZEN = {"train.init_from": "hf", "train.freeze": "trunk", "mtp.detach": "trunk"}
-# Adam divides by the gradient: with less, it makes a whole step of a gradient of -4e-9 that is +3e-10
-# in another order of the sums.
+# Adam divides by the gradient: with less, it makes a whole step of a gradient of -4e-9 that is
+# +3e-10 in another order of the sums.
 EPS = {"optim.eps": 1e-5}
 DRAFTS = D2 | EPS | {"mtp.objective": {"ce": 0.1, "kl": 0.5, "tv": 0.4, "lk_hybrid": 0.3}}
 # Heads with weights of their own beside the main head's, which is their teacher: under ZeRO-3 both
@@ -100,6 +100,20 @@ LAYOUTS: dict[str, tuple[str, int, int, int, bool]] = {
     "ZeRO-3, bf16": ("bf16", 2, 1, 3, False),
     "ZeRO-3, frozen trunk": ("frozen", 2, 1, 3, False),
     "SP=2 x 2, EP=2 x 2 copies, ZeRO-1": ("D1", 4, 2, 1, False),
+}
+# One of each kind; the others are slow.
+QUICK = {
+    "ZeRO-0",
+    "ZeRO-2, D=2, masked, full",
+    "EP=2, ZeRO-1, parallel D=2, selective",
+    "EP=2, ZeRO-1, offload",
+    "EP=2, ZeRO-1, bf16",
+    "EP=2, ZeRO-2, idle rank and expert",
+    "SP=2, ZeRO-1, drafts",
+    "SP=2, ZeRO-3, linear",
+    "ZeRO-3, D=2, masked, full, offload",
+    "ZeRO-3, frozen trunk, lk",
+    "SP=2 x 2, EP=2 x 2 copies, ZeRO-1",
 }
 # Settings of some of them beyond these.
 MORE: dict[str, dict[str, Any]] = {
@@ -201,9 +215,9 @@ def train(jobs: list[tuple[str, Config, str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
-    """What every rank saw of every layout and, under the names of MODELS, of one rank without
-    any.
+def seen(tmp_path_factory, request) -> dict[str, list[dict[str, Any]]]:
+    """What every rank saw of every layout that is asked for and, under the names of MODELS, of one
+    rank without any.
     """
     folder = tmp_path_factory.mktemp("layouts")
     data = write_markov(folder / "data" / "markov", tokens=3000, documents=40)
@@ -211,15 +225,17 @@ def seen(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     run = write_run(folder / "trunk", trunk, randomise(DeepseekV3MTP(trunk.model, trunk.mtp)))
     export_hf(run, folder / "hf", dtype="fp32")
     jobs: dict[int, list[tuple[str, str, Config]]] = {1: [], 2: [], 4: []}
-    for model in MODELS:
+    layouts = chosen(request, "layout")
+    for model in dict.fromkeys(LAYOUTS[name][0] for name in layouts):
         stage = int("bf16" in model)  # ZeRO-0 would compute the norm in bfloat16
         jobs[1].append((model, model, make_config(folder / model, data, model, stage=stage)))
-    for number, (name, (model, ranks, experts, stage, offload)) in enumerate(LAYOUTS.items()):
+    for number, name in enumerate(layouts):
+        model, ranks, experts, stage, offload = LAYOUTS[name]
         parallel = {"experts": experts, "stage": stage, "offload": offload, "more": MORE.get(name)}
         config = make_config(folder / str(number), data, model, **parallel)  # type: ignore[arg-type]
         jobs[ranks].append((name, model, config))
     found = {}
-    for ranks, work in jobs.items():
+    for ranks, work in ((ranks, work) for ranks, work in jobs.items() if work):
         calls = [(model, config, f"{config.run.dir}/seen") for _, model, config in work]
         codes = run_ranks(train, calls, world_size=ranks, log=folder / f"{ranks}.log", timeout=280)
         assert codes == [0] * ranks, (folder / f"{ranks}.log.rank0").read_text()
@@ -266,7 +282,7 @@ def differences(seen: dict[str, list[dict[str, Any]]], layout: str) -> dict[str,
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", rows(LAYOUTS, QUICK))
 def test_a_layout_equals_one_rank(seen, layout):
     found, low = differences(seen, layout), "bf16" in LAYOUTS[layout][0]
     print(f"\n{layout:40}", *(f"{what} {value:8.1e}" for what, value in found.items()))
@@ -291,7 +307,7 @@ def test_a_layout_equals_one_rank(seen, layout):
 
 
 @pytest.mark.parametrize(
-    "layout", [name for name, (model, *_) in LAYOUTS.items() if model == "skewed"]
+    "layout", rows([name for name, (model, *_) in LAYOUTS.items() if model == "skewed"], QUICK)
 )
 def test_an_idle_rank_and_an_idle_expert_have_zero_gradients(seen, layout):
     grads = whole(seen[layout], "grads", layout)
@@ -301,7 +317,7 @@ def test_an_idle_rank_and_an_idle_expert_have_zero_gradients(seen, layout):
 
 
 @pytest.mark.parametrize(
-    "layout", [name for name, (_, _, experts, *_) in LAYOUTS.items() if experts > 1]
+    "layout", rows([name for name, (_, _, experts, *_) in LAYOUTS.items() if experts > 1], QUICK)
 )
 def test_a_rank_holds_only_its_experts_and_copies_stay_equal(seen, layout):
     _, count, experts, *_ = LAYOUTS[layout]

@@ -18,7 +18,8 @@ from dsv3_mtp.parallel import private
 PACKAGE = Path(__file__).resolve().parents[2] / "dsv3_mtp"
 # Names with an underscore that are documented, or of the standard library.
 PUBLIC = {"_replace", "_exit", "_fields", "_asdict", "_make"}
-# Outside parallel/: file -> names of torch and Transformer Engine, each with the object that has it.
+# Outside parallel/: file -> names of torch and Transformer Engine, each with the object that has
+# it.
 ELSEWHERE = {
     "ops/recompute.py": {"_cdata"},
     "precision/hopper.py": {"_scaled_mm_v2"},
@@ -56,6 +57,21 @@ def test_private_names_of_others_stand_in_one_file():
         name = str(path.relative_to(PACKAGE))
         if name != "parallel/private.py" and "triton" not in name:
             assert foreign_private_names(path) <= ELSEWHERE.get(name, set()), name
+
+
+def test_every_field_that_is_read_of_deepspeeds_optimizers_is_listed():
+    public = {"param_groups", "state"}  # of torch's optimizers
+    listed = {field for fields in private.FIELDS.values() for field in fields}
+    for file in ("clip.py", "placement.py"):
+        tree = ast.parse((PACKAGE / "parallel" / file).read_text())
+        read = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "optimizer"
+        }
+        assert read and read <= listed | public, file
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def compare(folder: Path) -> None:
         ahead = 1 + model.depths
         tokens = torch.randint(0, 64, (ROWS, LENGTH + ahead))
         documents = DOCUMENTS[: LENGTH + ahead].expand(ROWS, -1) if settings.get("masked") else None
-        counts = model.counts(tokens, documents)
+        counts = model.loss.counts(tokens, documents)
         want = learn(model, [tokens, documents], counts) if world.is_main else None
 
         model = make(settings, shard_of(world))

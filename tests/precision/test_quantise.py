@@ -110,7 +110,7 @@ def test_the_error_is_that_of_three_mantissa_bits(tile):
     assert bool((error <= step * 1.0001).all())
 
 
-def test_with_pow2_scales_dequantising_is_exact_in_bfloat16_and_quantising_along_the_other_side_is_lossless():
+def test_with_pow2_scales_bfloat16_holds_what_is_dequantised_and_the_other_side_loses_nothing():
     x = torch.randn(256, 384)
     values = dequantise(*quantise(x, ROW), ROW)
     assert torch.equal(values, dequantise(*quantise(x, ROW), ROW, torch.bfloat16).float())

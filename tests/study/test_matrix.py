@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from dsv3_mtp.config import ConfigError, schedules
 from dsv3_mtp.config.reader import key_paths
+from dsv3_mtp.heads import registry
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.study.dryrun import dry_run
@@ -128,10 +129,7 @@ def test_what_the_arms_models_and_data_do_not_allow_to_measure_is_refused(tmp_pa
         "solve_threshold: needs a data.task with answers, which arms.constant, step have not",
         # a run is one process
         "arms.step: parallel.pipeline_stages: must divide the number of ranks, 1 (got 2)",
-        (
-            "arms.none: mtp.mode: must be one of none, sequential, "
-            "parallel, parallel_linear (got '2024-01-01')"
-        ),
+        f"arms.none: mtp.mode: must be one of none, {', '.join(registry())} (got '2024-01-01')",
     ):
         assert part in str(error.value)
 

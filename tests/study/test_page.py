@@ -45,7 +45,8 @@ def test_pictures_are_drawn_for_the_data_that_there_are(folder):
 
 NAMES = ("chromium", "chromium-headless-shell", "chromium-browser", "google-chrome")
 BROWSER = next((name for name in NAMES if shutil.which(name)), None)
-# The page stands in a frame of the width asked for: a headless window is never as narrow as a phone's.
+# The page stands in a frame of the width asked for: a headless window is never as narrow as a
+# phone's.
 FRAME = """<!doctype html><body style="margin:0"><iframe id="f" width="{width}" height="900"
  srcdoc="{page}"></iframe><script>
 const look = () => {
@@ -54,11 +55,13 @@ const look = () => {
   const found = {
     images: [...page.images].map(i => [i.complete && i.naturalWidth > 300, box(i).height]),
     tables: [...page.querySelectorAll('table')].map(t => box(t).width > 200 && box(t).height > 50),
-    text: [...page.querySelectorAll('p, li')].map(p => parseFloat(inner.getComputedStyle(p).fontSize)),
+    text: [...page.querySelectorAll('p, li')].map(
+      p => parseFloat(inner.getComputedStyle(p).fontSize)),
     plots: [...page.querySelectorAll('figure > div[id]')].map(d => box(d.firstElementChild).width),
     wide: page.documentElement.scrollWidth > inner.innerWidth,
     viewport: page.querySelector('meta[name=viewport]').content,
-    outside: inner.performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length,
+    outside: inner.performance.getEntriesByType('resource').filter(
+      r => !r.name.startsWith('data:')).length,
     hidden: null,
   };
   const filter = page.querySelector('#arms input[value=step]');
@@ -66,7 +69,8 @@ const look = () => {
     filter.click();
     const parts = inner.Bokeh.documents.flatMap(d => d.roots().flatMap(r => [...r.references()]));
     const visible = name => parts.filter(p => p.name === name).map(p => p.visible);
-    found.hidden = [visible('step').length > 3, visible('step').some(v => v), visible('constant').every(v => v)];
+    found.hidden = [visible('step').length > 3, visible('step').some(v => v),
+      visible('constant').every(v => v)];
   }
   document.body.dataset.found = JSON.stringify(found);
 };

@@ -15,7 +15,9 @@ from tests.study.toy import load_toy
     [(0.5, 34, 0.8078), (0.5, 20, 0.5645), (0.8, 15, 0.8213), (0.2, 199, 0.8017)],
 )
 def test_power_of_the_paired_t_test_is_that_of_the_published_tables(effect, n, published):
-    """G*Power 3.1, paired t test, two-sided, alpha 0.05: dz 0.5 needs 34 pairs, 0.8 needs 15, 0.2 199."""
+    """G*Power 3.1, paired t test, two-sided, alpha 0.05: dz 0.5 needs 34 pairs, 0.8 needs 15, 0.2
+    199.
+    """
     assert power(effect, 1.0, n) == pytest.approx(published, abs=0.002)
     if published > 0.8:
         assert power(effect, 1.0, n - 1) < 0.8
@@ -43,7 +45,7 @@ def test_the_smallest_detectable_effect_has_the_power_it_promises_and_scales_wit
 
 
 def test_the_smallest_detectable_rate_is_counted():
-    """Six pairs of six are needed for p < 0.05 (2 / 64), whatever n; with five no result suffices."""
+    """Six pairs of six are needed for p < 0.05 (2 / 64), whatever n; five never suffice."""
     assert detectable_rate(5) == math.inf
     assert detectable_rate(6) ** 6 == pytest.approx(0.8)
     d = detectable_rate(10)

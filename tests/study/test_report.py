@@ -58,8 +58,8 @@ def line_of(text: str, start: str) -> str:
 
 def test_the_first_screen_is_question_answer_picture_and_what_is_not_shown(report):
     text = report({"none": 4.0, "constant": 4.1, "step": 4.1})
-    marks = ["# toy", "## Question", "Does it work?", "## Answer", "Main validation loss", "![](a.png)",
-             "## What it does not show", "## Setup"]  # fmt: skip
+    marks = ["# toy", "## Question", "Does it work?", "## Answer", "Main validation loss"]
+    marks += ["![](a.png)", "## What it does not show", "## Setup"]
     places = [text.index(mark) for mark in marks]
     assert places == sorted(places) and places[-1] < 1800
 
@@ -269,7 +269,9 @@ def test_trunks_that_were_trained_apart_are_compared_by_the_pair(report):
 
 
 def test_tokens_to_equal_loss_stand_beside_loss_differences(report):
-    """By hand: constant ends 0.1 lower, and has reached the other's end at the fourth of five points."""
+    """By hand: constant ends 0.1 lower, and has reached the other's end at the fourth of five
+    points.
+    """
 
     def curve(loaded):
         for run in expand(loaded, {}):

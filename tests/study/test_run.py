@@ -346,7 +346,7 @@ def test_a_run_that_another_program_works_on_is_left_to_it(tmp_path):
 
 
 def test_an_archive_goes_on_without_repeating_a_run(finished, tmp_path):
-    """The run that its archive lacks is run alone, from the archive alone, and comes to the same."""
+    """The run that its archive lacks is run alone, and comes to the same."""
     loaded, _, _ = finished
     report_study(loaded, tmp_path)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()

@@ -20,9 +20,7 @@ TOLERANCE = 0.04  # nats
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mode", ["sequential", "parallel", "examples.bag_head:BagHead", "tests.example_heads:LeapHead"]
-)
+@pytest.mark.parametrize("mode", ["sequential", "parallel", "examples.bag_head:BagHead", "leap"])
 def test_heads_reach_the_entropy_that_theory_leaves_them(make_tiny_config, mode):
     config = make_tiny_config(
         {

@@ -44,7 +44,9 @@ def frozen(tmp_path: Path, make_tiny_config) -> dict:
     ("dtype", "moments", "freeze", "layouts", "tolerance"),
     [
         ("float32", "bfloat16", False, ZERO + MORE + FOUR + ONE, 2e-6),
-        ("bfloat16", "float32", False, ZERO + MORE + ONE, 2**-8),
+        pytest.param(
+            *("bfloat16", "float32", False, ZERO + MORE + ONE, 2**-8), marks=pytest.mark.slow
+        ),
         ("bfloat16", "float32", True, ZERO + ONE, 1e-4),
     ],
     ids=["float32", "bfloat16", "frozen trunk"],

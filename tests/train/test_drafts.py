@@ -22,12 +22,12 @@ def test_draft_statistics_are_those_by_hand(make_tiny_config):
     torch.manual_seed(1)
     tokens = torch.randint(model.config.vocab_size, (3, T + 3))
     rows = tokens, (torch.rand(tokens.shape) < 0.15).cumsum(1)
-    hiddens = model.by_depth(model.head_rows(*rows))
+    hiddens = model.head_rows(*rows).by_depth(model.depths)
     scored = torch.rand(tokens.shape) < 0.8
     taught = teacher_slots(valid_targets(*rows, model.offsets, scored), model.offsets)
     vocab = model.config.vocab_size
     statistics = DraftStatistics((2, 3), vocab, temperature=0.7, device=torch.device("cpu"))
-    statistics.add(model.head_logits, hiddens, rows[0], taught)
+    statistics.add(model.lm_head.head_logits, hiddens, rows[0], taught)
     found = statistics.metrics()
     probability = (model.logits(*rows[:2]) / 0.7).softmax(-1)
     for k in (1, 2):

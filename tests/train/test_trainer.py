@@ -28,7 +28,7 @@ from dsv3_mtp.runs.model import load_run
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.floors import text_floors, trained_on
 from dsv3_mtp.train.process import own_process
-from dsv3_mtp.train.trainer import NonFiniteError
+from dsv3_mtp.train.record import NonFiniteError
 from tests.conftest import contents
 from tests.made_runs import read_newest, read_state_dict
 from tests.plain_training import plain_steps

@@ -1,5 +1,5 @@
-"""lambda of V3 eq. 25 over the run, `mtp.loss_weight`: one file holds one kind of schedule, its keys
-and its function.
+"""lambda of V3 eq. 25 over the run, `mtp.loss_weight`: one file holds one kind of schedule, its
+keys and its function.
 
 Every file of this folder is imported and registers its class (base.py says what that is asked). A
 schedule from elsewhere is named by `type: package.module:Class`.
@@ -17,6 +17,8 @@ import_all(__name__, __path__)
 
 def _validate(value: Any) -> Any:
     """A bare number is a constant."""
+    if value is None or isinstance(value, list | tuple | bool):
+        raise ValueError("must be a number, or a schedule with a type")
     if not isinstance(value, dict | LambdaSchedule):
         value = {"type": "constant", "value": value}
     return LOSS_WEIGHTS.section(value)

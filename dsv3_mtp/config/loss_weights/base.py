@@ -11,14 +11,15 @@ State = dict[str, Any]  # what JSON holds: it is saved in checkpoints
 class LambdaSchedule(Section):
     """lambda as a pure function of progress. Its keys are the fields of the class.
 
-    A threshold belongs to what follows it: at exactly 10T of 14.8T tokens V3's lambda is already 0.1.
+    A threshold belongs to what follows it: at exactly 10T of 14.8T tokens V3's lambda is already
+    0.1.
     """
 
     type: str
 
     def weight(self, progress: float) -> float:
-        """lambda >= 0 of a step. progress: fraction in [0, 1] of train.total_tokens that was consumed
-        before the step.
+        """lambda >= 0 of a step. progress: fraction in [0, 1] of train.total_tokens that was
+        consumed before the step.
         """
         raise NotImplementedError(f"{type(self).__name__} has no weight(progress)")
 
@@ -27,7 +28,8 @@ class AdaptiveSchedule(LambdaSchedule):
     """lambda from what the run has measured: the state is made from the metrics of earlier steps.
 
     The three methods are pure functions. The state is kept by the trainer. It is saved in every
-    checkpoint, and is the same on all ranks. Study arms that have one share no steps with other arms.
+    checkpoint, and is the same on all ranks. Study arms that have one share no steps with other
+    arms.
     """
 
     def first_state(self) -> State:

@@ -73,9 +73,9 @@ def figures(study: Study) -> dict[str, tuple[Callable[[Data], Figure | None], st
         "answer.png": (draw_answer, answer),
         "loss.png": (
             draw_losses,
-            f"Left: main validation loss of {against} over training, beside n-gram floors where they "
-            f"were measured. Right: each arm's main loss minus that of {against}, mean over paired "
-            "seeds, with the 95 % t interval at the end; below 0 is better.",
+            f"Left: main validation loss of {against} over training, beside n-gram floors where "
+            f"they were measured. Right: each arm's main loss minus that of {against}, mean over "
+            "paired seeds, with the 95 % t interval at the end; below 0 is better.",
         ),
         "effects.png": (
             draw_effects,
@@ -83,13 +83,14 @@ def figures(study: Study) -> dict[str, tuple[Callable[[Data], Figure | None], st
         ),
         "depths.png": (
             draw_depths,
-            "Per depth, mean over seeds with 95 % t intervals. Losses of heads that see other tokens "
-            "must not be ranked against each other.",
+            "Per depth, mean over seeds with 95 % t intervals. Losses of heads that see other "
+            "tokens must not be ranked against each other.",
         ),
         "tradeoff.png": (
             draw_tradeoff,
-            "Quality against drafting: main loss and tokens per step, free-running; small marks are "
-            "seeds, large ones means. Better is to the lower right. Lines: arms that do not draft.",
+            "Quality against drafting: main loss and tokens per step, free-running; small marks "
+            "are seeds, large ones means. Better is to the lower right. Lines: arms that do not "
+            "draft.",
         ),
         "lambda.png": (
             draw_lambda,
@@ -97,13 +98,14 @@ def figures(study: Study) -> dict[str, tuple[Callable[[Data], Figure | None], st
         ),
         "balance.png": (
             draw_balance,
-            "MaxVio, the load of the busiest expert above the mean, over training; lower is better.",
+            "MaxVio, the load of the busiest expert above the mean, over training; lower is "
+            "better.",
         ),
         "loss_error.png": (
             draw_loss_errors,
-            f"Training losses relative to those of {study.loss_error_against}, smoothed with EMA 0.9 "
-            "(V3 B.1): mean over seeds, band from the lowest to the highest seed; the grey band is "
-            "+-0.25 %, V3's bound.",
+            f"Training losses relative to those of {study.loss_error_against}, smoothed with EMA "
+            "0.9 (V3 B.1): mean over seeds, band from the lowest to the highest seed; the grey "
+            "band is +-0.25 %, V3's bound.",
         ),
         "solved.png": (
             draw_solved,

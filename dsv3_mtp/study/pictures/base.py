@@ -74,7 +74,7 @@ class Data:
         return found
 
     def over_reference(self) -> dict[str, Series]:
-        """Main loss minus that of the reference arm, paired by seed, at the tokens that both have."""
+        """Main loss minus that of the reference arm, paired by seed, at the tokens of both."""
         curves = self.curves(LOSS)
         base, found = curves.pop(self.reference, None), {}
         for arm, ours in curves.items() if base else ():

@@ -143,7 +143,7 @@ def draw_depths(data: Data) -> Figure | None:
 
 
 def draw_tradeoff(data: Data) -> Figure | None:
-    """Only temperatures that were measured, with the same axes; arms that do not draft are lines."""
+    """The temperatures that were measured, on the same axes; arms that do not draft are lines."""
     kinds = {0: "greedy", 1: "temperature 1"}
     points: dict[int, dict[str, np.ndarray]] = {}
     losses = {arm: values_of(data.table, arm, LOSS) for arm in data.colors}

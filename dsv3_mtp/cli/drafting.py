@@ -1,0 +1,60 @@
+"""Options that say how drafts are made, the same for every command that drafts."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dsv3_mtp.cli.command import at_least
+
+
+def share(text: str) -> float:
+    """A `type` for argparse: a number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be in [0, 1]")
+    return value
+
+
+def add_draft_options(group: Any) -> None:
+    """group: a parser or a group of one."""
+    group.add_argument(
+        "--draft-threshold",
+        type=share,
+        metavar="P",
+        help="draft no further where the draft's top probability, or the head's confidence, is "
+        "below P (default: 0)",
+    )
+    group.add_argument(
+        "--draft-vocab",
+        type=at_least(1),
+        metavar="N",
+        help="of a run: draft among the N most frequent tokens of its training text (default: all)",
+    )
+
+
+def draft_settings(options: argparse.Namespace, config: Any) -> dict[str, Any]:
+    """Those options as fields of `decode.generate.Settings`. config: of the run, None: no run.
+
+    Raises:
+        ValueError: --draft-vocab without a run, or one that the run's training text does not give.
+    """
+    settings: dict[str, Any] = {}
+    if options.draft_threshold is not None:
+        settings["draft_threshold"] = options.draft_threshold
+    if options.draft_vocab is not None:
+        if options.run is None:
+            raise ValueError(
+                "--draft-vocab goes with --run: a folder in DeepSeek-V3's layout does not say how "
+                "frequent tokens were in its training text"
+            )
+        from dsv3_mtp.runs.frequencies import most_frequent
+
+        try:
+            ids = most_frequent(Path(options.run), config, options.draft_vocab)
+        except ValueError as error:
+            raise ValueError(f"--draft-vocab {options.draft_vocab}: {error}") from None
+        settings["draft_vocab"] = ids
+    return settings

@@ -1,0 +1,121 @@
+"""How to generate, and what comes out: settings, steps and counts of accepted drafts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+PREFILL_CHUNK = 128  # slots per forward of a prompt: bounds memory, whatever its length
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate. `draft_depth` 0 is plain decoding; parallel heads draft D tokens at most,
+    whatever it says.
+
+    Temperature 0 is greedy.
+    """
+
+    max_new_tokens: int = 128
+    draft_depth: int = 0
+    # A row drafts no further where q_k's top probability, or the head's confidence, is below it.
+    draft_threshold: float = 0.0
+    draft_vocab: tuple[int, ...] = ()  # the ids that drafts are drawn among; (): all
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+    seed: int = 0
+    prefill_chunk: int = PREFILL_CHUNK
+    compile: bool = (
+        False  # torch.compile of decoding and drafting steps: a minute or more once, then faster
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.max_new_tokens < 1:
+            yield f"max_new_tokens must be >= 1 (got {self.max_new_tokens})"
+        if self.draft_depth < 0:
+            yield f"draft_depth must be >= 0 (got {self.draft_depth})"
+        if not 0 <= self.draft_threshold <= 1:
+            yield f"draft_threshold must be in [0, 1] (got {self.draft_threshold})"
+        if not (self.temperature == 0 or 1e-3 <= self.temperature <= 100):
+            yield f"temperature must be 0: greedy, or in [0.001, 100] (got {self.temperature})"
+        if self.top_k is not None and self.top_k < 1:
+            yield f"top_k must be >= 1 (got {self.top_k})"
+        if not 0 < self.top_p <= 1:
+            yield f"top_p must be in (0, 1] (got {self.top_p})"
+        if not 0 <= self.seed < 2**63:
+            yield f"seed must be >= 0 and < 2^63 (got {self.seed})"
+        if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
+            yield "top_k and top_p have no effect at temperature 0; set a temperature or drop them"
+        if self.prefill_chunk < 1:
+            yield f"prefill_chunk must be >= 1 (got {self.prefill_chunk})"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one row got from one trunk forward."""
+
+    row: int
+    tokens: list[int]  # new tokens, at least one; a stop token is the last one
+    accepted: int  # the first `accepted` of them were drafts
+    # drafts that were put to the test: behind a stop token or the limit there is nothing to test
+    drafted: int
+    done: bool
+
+
+@dataclass
+class Acceptance:
+    """Counts over decode steps, by draft position 1..K."""
+
+    tried: list[int] = field(default_factory=list)  # steps in which position k was put to the test
+    kept: list[int] = field(default_factory=list)  # ... and drafts 1..k all stood
+    reached: list[int] = field(default_factory=list)  # ... and drafts 1..k-1 all stood
+    steps: int = 0  # trunk forwards per row, without the prefill
+    tokens: int = 0  # tokens from them
+
+    def add(self, step: Step) -> None:
+        while len(self.tried) < step.drafted:
+            for counts in (self.tried, self.kept, self.reached):
+                counts.append(0)
+        for k in range(step.drafted):
+            self.tried[k] += 1
+            self.reached[k] += step.accepted >= k
+            self.kept[k] += step.accepted > k
+        self.steps += 1
+        self.tokens += len(step.tokens)
+
+    @property
+    def joint(self) -> list[float]:
+        """P(drafts 1..k all accepted) for k = 1..K."""
+        return [kept / max(tried, 1) for kept, tried in zip(self.kept, self.tried, strict=True)]
+
+    @property
+    def conditional(self) -> list[float]:
+        """P(draft k accepted | drafts 1..k-1 accepted)."""
+        return [
+            kept / max(reached, 1) for kept, reached in zip(self.kept, self.reached, strict=True)
+        ]
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1 + accepted, the convention of FastMTP, Nemotron and Meta's tables."""
+        return self.tokens / max(self.steps, 1)
+
+
+@dataclass
+class Generation:
+    """Result of `generate`."""
+
+    tokens: list[list[int]]  # new tokens of each prompt
+    acceptance: Acceptance
+
+    @property
+    def distinct(self) -> float:
+        """Share of distinct tokens in a text, mean over the texts: one that repeats itself accepts
+        every draft.
+        """
+        return sum(len(set(row)) / len(row) for row in self.tokens) / len(self.tokens)
+
+    def add(self, step: Step) -> None:
+        if self.tokens[step.row]:  # the first token of a row comes from its prefill
+            self.acceptance.add(step)
+        self.tokens[step.row] += step.tokens
