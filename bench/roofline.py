@@ -1,11 +1,13 @@
-"""What one micro-batch's forward and backward launch on a GPU, and the least time that takes, without
-a GPU: the paths of a GPU on tensors without storage, every operation's bytes and FLOPs counted.
+"""What a micro-batch's forward and backward launch on a GPU, and the least time that takes.
+
+Without a GPU: its paths run on tensors without storage, and every operation's bytes and FLOPs are
+counted.
 
     python bench/roofline.py --config configs/v3_3b.yaml
     python bench/roofline.py --config configs/v3_16b.yaml --ranks 8     # experts over 8 ranks
 
-An estimate: each operation takes the longer of its bytes and its FLOPs at the rates below. Needs triton, whose
-kernels are counted where they would be launched.
+An estimate: each operation takes the longer of its bytes and its FLOPs at the rates below. Needs
+triton, whose kernels are counted where they would be launched.
 """
 
 import argparse
@@ -34,7 +36,8 @@ from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.parallel import private
 from dsv3_mtp.parallel.experts import local_experts
 
-# One H200: 790 TFLOP/s is what large bfloat16 products reach, and of that, measured on an H100, what layers reach
+# One H200: 790 TFLOP/s is what large bfloat16 products reach; EFFICIENCY is what layers reached of
+# that on an H100
 RATE, BANDWIDTH, LINK = 790e12, 4.3e12 * 0.75, 300e9
 EFFICIENCY = {"products": 0.85, "grouped": 0.80, "attention": 0.52, "float32": 0.06}
 LATENCY = 2e-6  # of the shortest kernel behind another

@@ -1,4 +1,4 @@
-"""The router's product, in float32 of whatever the tokens are in (V3 section 3.3: high precision)."""
+"""The router's product, in float32 whatever the tokens are in (V3 section 3.3: high precision)."""
 
 from typing import Any
 

@@ -145,8 +145,10 @@ class _Travel:
 
 
 class _Depart(torch.autograd.Function):
-    """Starts an all-to-all. Its backward waits for the one back, which `_Arrive`'s has started:
-    autograd runs what was computed between the two between them, for it takes the latest node first.
+    """Starts an all-to-all. Its backward waits for the one back, which `_Arrive`'s has started.
+
+    What was computed between the two runs between their backwards as well: autograd takes the
+    latest node first.
     """
 
     @staticmethod

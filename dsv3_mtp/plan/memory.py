@@ -130,6 +130,7 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
     _, gradients, states = state_bytes(*learned, shape, **sizes)
     shards = [learned[0] / shape.data, learned[1] / shape.copies]
     elements = Sizes(
+        ranks=shape.data,
         whole=sum(learned),
         shard=sum(shards),
         group=max(shards) if shape.experts > 1 else sum(shards),
@@ -143,7 +144,7 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
     )
     # the loss is over when the backward begins
     buffers = max(_loss_bytes(config, mine), _backward_bytes(config, mine, shape))
-    buffers += reduction_bytes(config, elements, shape.data, shape.micro_batches)
+    buffers += reduction_bytes(config, elements, shape.micro_batches)
     if zero == 3:
         module = max(sum(own.here(shape.experts)) for part in mine for own in part.own)
         live = min(setting(config, "stage3_max_live_parameters"), dense + experts)

@@ -23,6 +23,7 @@ ALLREDUCE = 500_000_000  # elements that ZeRO 0, and 1 with float32 sums, copies
 class Sizes:
     """Elements that a rank learns: all it computes with, and its shards of them."""
 
+    ranks: int  # that share them
     whole: int
     shard: float
     group: float  # largest shard of one parameter group: ZeRO updates group by group
@@ -120,8 +121,12 @@ def update_bytes(config: Config, sizes: Sizes) -> float:
         peak = max(norm, moments)
     bucket = communication_size(config) * setting(config, "reduce_bucket_size")
     update = sums * sizes.shard + peak + (bucket if zero == 3 else 0)
-    # ZeRO-1 copies all gradients once more as the last backward ends, its bucket still there
-    return max(update, 2 * element * sizes.whole + bucket) if zero == 1 else update
+    if (
+        zero == 1
+    ):  # as the last backward ends, its shard's gradients are copied; the bucket is there
+        copies = sizes.whole - first_bucket(config, sizes) + overlapping(sizes)
+        return max(update, element * copies + bucket)
+    return update
 
 
 def host_bytes(config: Config, sizes: Sizes, states: float) -> float:
@@ -131,7 +136,7 @@ def host_bytes(config: Config, sizes: Sizes, states: float) -> float:
     return states + (4 + waiting) * sizes.shard
 
 
-def reduction_bytes(config: Config, sizes: Sizes, ranks: int, micro_batches: int) -> float:
+def reduction_bytes(config: Config, sizes: Sizes, micro_batches: int) -> float:
     """What DeepSpeed keeps for the reduction of gradients while a backward runs: its bucket, and
     under ZeRO-2 the last micro-batch's gradients until they are added.
     """
@@ -139,7 +144,7 @@ def reduction_bytes(config: Config, sizes: Sizes, ranks: int, micro_batches: int
     if not zero or (zero == 1 and sums_in_float32(config)):
         return 0.0
     if zero == 2 and micro_batches > 1 and not sums_in_float32(config):
-        waiting = element_size(config) * overlapping(sizes, ranks)
+        waiting = element_size(config) * overlapping(sizes)
     return waiting + communication_size(config) * bucket_elements(config, sizes.largest)
 
 
@@ -148,12 +153,23 @@ def bucket_elements(config: Config, largest: int) -> float:
     return max(setting(config, "reduce_bucket_size"), largest)
 
 
-def overlapping(sizes: Sizes, ranks: int) -> float:
+def first_bucket(config: Config, sizes: Sizes) -> int:
+    """Elements of the gradients that a backward makes before it sends the first."""
+    waiting, bucket = 0, bucket_elements(config, sizes.largest)
+    for module in reversed(sizes.parameters):  # it comes to the last first
+        for size in reversed(module):
+            if waiting + size > bucket:
+                return waiting
+            waiting += size
+    return waiting
+
+
+def overlapping(sizes: Sizes) -> int:
     """Elements of the parameters that lie in a rank's shard, wholly or in part; the most of any."""
-    shard, begin, found = sizes.whole / ranks, 0, [0] * ranks
+    shard, begin, found = sizes.whole / sizes.ranks, 0, [0] * sizes.ranks
     for size in (size for module in sizes.parameters for size in module):
         first, last = int(begin // shard), int((begin + size - 1) // shard)
-        for rank in range(first, min(last, ranks - 1) + 1):
+        for rank in range(first, min(last, sizes.ranks - 1) + 1):
             found[rank] += size
         begin += size
     return max(found)
