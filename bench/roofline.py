@@ -11,7 +11,7 @@ triton, whose kernels are counted where they would be launched.
 """
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -49,8 +49,8 @@ class Count(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches, self.seconds = Counter[str](), Counter[str]()
-        self.flops, self.in_loss = 0.0, False
+        self.launches, self.in_loss = Counter[str](), False
+        self.seconds, self.flops = defaultdict[str, float](float), 0.0
 
     def add(self, kind: str, moved: float, flops: float = 0.0, rate: float = 1.0) -> None:
         kind = "head, loss" if self.in_loss else kind
