@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from dsv3_mtp.hf import export_hf
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from tests.bad_inputs.ask import ask
 from tests.conftest import tiny
 
@@ -60,5 +60,5 @@ def make_world(folder: Path) -> Path:
         assert answer.code == 0, answer
     export_hf(folder / "runs/tiny", folder / "hf/tiny", dtype="bf16", shard_bytes=60_000)
     export_hf(folder / "runs/tiny", folder / "hf/fp8", dtype="fp8")
-    load_run(folder / "runs/tiny")  # what torch imports for it is there for every case
+    load_model(folder / "runs/tiny")  # what torch imports for it is there for every case
     return folder
