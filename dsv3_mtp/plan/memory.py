@@ -165,7 +165,7 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         blocks=sum(part.dense_blocks + part.moe_blocks for part in mine),
         moe_blocks=sum(part.moe_blocks for part in mine),
         weights=weights,
-        gradients=gradients,
+        gradients=0.0 if offload and zero == 3 else gradients,  # their sums are on the host
         states=0.0 if offload else states,
         host=average + (host_bytes(config, elements, states) if offload else 0.0),
         activations=activations * in_flight,
@@ -197,11 +197,14 @@ def _loss_bytes(config: Config, mine: list[Part]) -> float:
 def _backward_bytes(config: Config, mine: list[Part], shape: Layout) -> float:
     """The most that a backward holds beside sums, bucket, and the activations of the whole forward,
     of which it frees what it has passed: a block's working memory and the gradients that one of its
-    functions makes, or those and a bucket's, which ZeRO-3 copies to reduce them.
+    functions makes, or those and the copies of a bucket that is reduced.
     """
     zero, element = config.parallel.zero_stage, element_size(config)
     sizes = [own.here(shape.experts) for part in mine for own in part.own if own.learned]
     bucket = bucket_elements(config, max(map(max, sizes), default=0))
+    wide = communication_size(config)
+    # of a bucket that is sent: flattened, and up to ZeRO-2 widened as well
+    copied = 0 if zero < 2 else element + (wide if zero == 2 and wide != element else 0)
     most = freed = waiting = 0.0
     for part in reversed(mine):
         together = 0
@@ -210,14 +213,13 @@ def _backward_bytes(config: Config, mine: list[Part], shape: Layout) -> float:
             together = max(together, sum(few))
             for size in reversed(few):
                 if waiting + size > bucket:
-                    if zero == 3:
-                        most = max(most, element * (waiting + sum(few)) - freed)
+                    most = max(most, copied * waiting + element * sum(few) - freed)
                     waiting = 0
                 waiting += size
         block = backward_elements(config, part) * shape.tokens
         most = max(most, element * (block + together) - freed)
         freed += element * activation_elements(config, part) * shape.tokens
-    return max(most, element * waiting - freed) if zero == 3 else most
+    return max(most, copied * waiting - freed)
 
 
 def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[str, float]:

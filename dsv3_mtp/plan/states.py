@@ -102,8 +102,11 @@ def update_bytes(config: Config, sizes: Sizes) -> float:
         masters = (4 if element == 2 else 0) * sizes.whole + moments * largest
         copy = element * min(sizes.whole, ALLREDUCE)
         return element * sizes.whole + max(copy, masters)
-    if config.parallel.offload_optimizer:  # the rest is on the host; ZeRO-1 copies all to reduce it
-        return sums * {1: 2 * sizes.whole, 2: sizes.shard, 3: 0}[zero]
+    if config.parallel.offload_optimizer:  # the rest is on the host
+        if zero == 1:  # its shard's are copied as all are reduced
+            sent = bucket_elements(config, sizes.largest) + first_bucket(config, sizes)
+            return sums * (sizes.whole + sizes.shard) + communication_size(config) * sent
+        return sums * sizes.shard if zero == 2 else 0
     group = min(sizes.group, setting(config, "sub_group_size")) if zero == 3 else sizes.group
     moments *= min(CHUNK, group)
     norm = 8.0 * min(sizes.largest, sizes.shard)  # of one parameter, in float64
@@ -131,9 +134,10 @@ def update_bytes(config: Config, sizes: Sizes) -> float:
 
 def host_bytes(config: Config, sizes: Sizes, states: float) -> float:
     """Of offloaded states on the host: they, float32 gradients, and what waits to be copied."""
-    zero, sums = config.parallel.zero_stage, gradient_size(config)
-    waiting = sums if zero == 3 else element_size(config) + (sums if zero == 2 else 0)
-    return states + (4 + waiting) * sizes.shard
+    if config.parallel.zero_stage == 3:
+        return states + (4 + gradient_size(config)) * sizes.shard
+    # up to ZeRO-2 the new weights, and two pages for the largest parameter
+    return states + 4 * sizes.shard + element_size(config) * (sizes.shard + 2 * sizes.largest)
 
 
 def reduction_bytes(config: Config, sizes: Sizes, micro_batches: int) -> float:
@@ -145,7 +149,10 @@ def reduction_bytes(config: Config, sizes: Sizes, micro_batches: int) -> float:
         return 0.0
     if zero == 2 and micro_batches > 1 and not sums_in_float32(config):
         waiting = element_size(config) * overlapping(sizes)
-    return waiting + communication_size(config) * bucket_elements(config, sizes.largest)
+    if zero == 3 and config.parallel.offload_optimizer:  # of a norm, in float64
+        waiting = 8 * sizes.largest / sizes.ranks
+    size = communication_size(config) if zero == 3 else element_size(config)
+    return waiting + size * bucket_elements(config, sizes.largest)
 
 
 def bucket_elements(config: Config, largest: int) -> float:
