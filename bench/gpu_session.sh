@@ -27,7 +27,7 @@ step() {  # name, limit in seconds, command...
   setsid timeout --signal=INT --kill-after=8 "$limit" "$@" < /dev/null >> "$L" 2>&1 & CHILD=$!
   wait "$CHILD" || rc=$?
   kill -KILL -- -"$CHILD" 2>/dev/null; CHILD=  # what it left behind
-  local found; found=$(tail -n +"$from" "$L" | grep -aE 'cudnn|tok/s|tokens/s|speed-up|MFU|passed|failed|[Ee]rror|finished' | tail -1 | cut -c1-160)
+  local found; found=$(tail -n +"$from" "$L" | grep -aE 'cudnn|tok/s|[0-9]x \[|passed|failed|[Ee]rror|finished' | tail -1 | cut -c1-160)
   echo "$name: rc $rc, $(($(date +%s) - t)) s | $found" | tee -a "$S"
 }
 
