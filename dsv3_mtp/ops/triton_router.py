@@ -97,6 +97,15 @@ def _tile(experts: int) -> dict[str, int]:
 
 
 @triton.jit
+def _groups_of(taken, group, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """How many groups the taken experts of each token lie in, (ROWS, 1)."""
+    used = tl.zeros([ROWS, 1], tl.int64)
+    for g in range(GROUPS):
+        used += tl.max((taken & (group == g)).to(tl.int64), 1)[:, None]
+    return used
+
+
+@triton.jit
 def _route(
     logits, bias, chosen, gates, sums, nodes, length,
     E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, K: tl.constexpr,
@@ -153,10 +162,7 @@ def _route(
     tl.store(sums + at, tl.sum((taken & there).to(tl.float32), 0), whole)
     tl.store(sums + plane + at, tl.sum((hit & there).to(tl.float32), 0), whole)
     tl.store(sums + 2 * plane + at, tl.sum(tl.where(there, share, 0.0), 0), whole)
-    used = tl.zeros([ROWS, 1], tl.int64)
-    for g in range(GROUPS):
-        used += tl.max((taken & (e // group == g)).to(tl.int64), 1)[:, None]
-    total = tl.sum(tl.where(there, used, 0))
+    total = tl.sum(tl.where(there, _groups_of(taken, e // group, GROUPS, ROWS), 0))
     tl.store(nodes + sequence * tl.num_programs(1) + block, total)
 
 

@@ -145,18 +145,11 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
     # the loss is over when the backward begins
     buffers = max(_loss_bytes(config, mine), _backward_bytes(config, mine, shape))
     buffers += reduction_bytes(config, elements, shape.micro_batches)
-    if zero == 3:
-        module = max(sum(own.here(shape.experts)) for part in mine for own in part.own)
-        live = min(setting(config, "stage3_max_live_parameters"), dense + experts)
-        buffers += element * max(live, module)
+    buffers += _gathered_bytes(config, mine, shape, dense + experts)
     offload = config.parallel.offload_optimizer
     # from the stage before
     received = 0 if mine[0].name == "embedding" else config.model.hidden_size
-    activations = (
-        (received + sum(activation_elements(config, part) for part in mine))
-        * shape.tokens
-        * element
-    )
+    kept = received + sum(activation_elements(config, part) for part in mine)
     return Stage(
         names=[part.name for part in mine],
         dense=dense,
@@ -168,11 +161,20 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         gradients=0.0 if offload and zero == 3 else gradients,  # their sums are on the host
         states=0.0 if offload else states,
         host=average + (host_bytes(config, elements, states) if offload else 0.0),
-        activations=activations * in_flight,
+        activations=kept * shape.tokens * element * in_flight,
         in_flight=in_flight,
         buffers=buffers,
         update=update_bytes(config, elements),
     )
+
+
+def _gathered_bytes(config: Config, mine: list[Part], shape: Layout, parameters: int) -> float:
+    """Weights that ZeRO-3 has gathered at once: what it may keep, but at least one module's."""
+    if config.parallel.zero_stage < 3:
+        return 0.0
+    module = max(sum(own.here(shape.experts)) for part in mine for own in part.own)
+    live = min(setting(config, "stage3_max_live_parameters"), parameters)
+    return element_size(config) * max(live, module)
 
 
 def _loss_bytes(config: Config, mine: list[Part]) -> float:
