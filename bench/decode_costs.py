@@ -20,13 +20,13 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace, row
     """
     import torch
 
-    from dsv3_mtp.decode.cache import Slots
+    from dsv3_mtp.decode.cache import CacheSlots
     from dsv3_mtp.decode.decoder import Decoder
     from dsv3_mtp.decode.draft import draft_limit
-    from dsv3_mtp.decode.sample import DraftSampler, Sampler
+    from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
 
     most = max(options.depths, default=1)
-    slots = Slots(model, len(prompt) + 2 * most + 2)
+    slots = CacheSlots(model, len(prompt) + 2 * most + 2)
     with torch.inference_mode():
         decoder = Decoder(model)
     caches, starts = slots.caches(model.config.num_hidden_layers, rows), [len(prompt)] * rows
@@ -49,7 +49,7 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace, row
         def draft(count: int) -> None:
             for _ in range(20):
                 drafter.filled = [[m - 1 for m in starts] for _ in drafter.filled]  # one is new
-                drafter.draft(ids, starts, count, DraftSampler(Sampler()))[0].tolist()
+                drafter.draft(ids, starts, count, DraftSampler(TokenSampler()))[0].tolist()
 
         steps |= {f"draft {k}": partial(draft, k) for k in depths}
     seconds = measure(steps, 4 * options.rounds)

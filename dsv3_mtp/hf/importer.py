@@ -20,7 +20,7 @@ from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, slots
 from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot, require_same
-from dsv3_mtp.hf.settings import TYPES, Settings, to_config_json, write_settings
+from dsv3_mtp.hf.settings import TYPES, HFSettings, to_config_json, write_settings
 from dsv3_mtp.runs.loading import IMPORTED
 
 # How a stored type is kept: FP8 codes times a power of two are bfloat16 numbers.
@@ -90,7 +90,7 @@ def import_hf(
 def _write_weights(
     folder: Path,
     checkpoint: Checkpoint,
-    settings: Settings,
+    settings: HFSettings,
     stored: list[Slot],
     keep: dict[str, torch.dtype],
     *,
@@ -165,7 +165,7 @@ class _Reader:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        settings: Settings,
+        settings: HFSettings,
         stored: list[Slot],
         keep: dict[str, torch.dtype],
     ):
@@ -207,7 +207,7 @@ class _Reader:
 
 def _tree(
     out: Path,
-    settings: Settings,
+    settings: HFSettings,
     modules: int,
     *,
     base: str | Path | None,

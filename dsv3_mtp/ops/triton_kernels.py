@@ -19,6 +19,7 @@ from dsv3_mtp.ops.triton_jit import (
     _to_heads,
     _to_heads_backward,
 )
+from dsv3_mtp.ops.triton_router import route as route
 
 WIDE = 1024  # numbers that a program takes at a time
 HEADS = 16  # heads that a program takes at a time
@@ -177,7 +178,7 @@ def _power(size: int) -> int:
 
 
 def _tile(width: int) -> dict[str, int]:
-    """What one program takes of a matrix: a narrow one's rows several at a time, so that it has
+    """The part of a matrix that one program takes: several rows of a narrow matrix, so that it has
     WIDE numbers.
     """
     block = min(WIDE, _power(width))
