@@ -79,6 +79,8 @@ YARN_PROBLEM = (
     "both must be > 0, or 1 and 0"
 )
 LATENT_EPS = 1e-6
+# Our key, of an imported checkpoint whose MTP module was not trained as the released ones were.
+TRUNK_HIDDEN, STATES = "dsv3_mtp_trunk_hidden", ("post_norm", "pre_norm")
 MOST_MODULES = 64
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -90,6 +92,7 @@ class Settings:
     model: ModelConfig
     modules: int  # MTP modules stored
     block: tuple[int, int] | None  # of an FP8 checkpoint
+    trunk_hidden: str  # what the first module was trained on: post_norm or pre_norm
     special_ids: dict[str, Any]  # bos_token_id, eos_token_id, pad_token_id as far as given
     notes: list[str]
 
@@ -206,16 +209,17 @@ def read_settings(folder: Path) -> Settings:
             f"num_nextn_predict_layers: must be a number >= 0 and <= {MOST_MODULES} "
             f"(got {modules!r})"
         )
+    if (fed := content.get(TRUNK_HIDDEN, STATES[0])) not in STATES:
+        problems.append(f"{TRUNK_HIDDEN}: must be one of {', '.join(STATES)} (got {fed!r})")
     if problems:
         raise ValueError(
             "\n".join([f"{path}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)])
         )
-    unknown = sorted(
-        content.keys() - ModelConfig.model_fields.keys() - FIXED.keys() - READ_ONLY.keys() - UNUSED
-    )
+    known = ModelConfig.model_fields.keys() | FIXED.keys() | READ_ONLY.keys() | UNUSED
+    unknown = sorted(content.keys() - known - {TRUNK_HIDDEN})
     notes = [f"{path}: not used: {', '.join(unknown)}"] if unknown else []
     ids = {key: content[key] for key in SPECIAL_IDS if key in content}
-    return Settings(model, modules, block, ids, notes + _latent_notes(model))
+    return Settings(model, modules, block, fed, ids, notes + _latent_notes(model))
 
 
 def _require_architecture(path: Path, content: dict[str, Any]) -> None:
