@@ -39,9 +39,7 @@ def test_what_it_cannot_be_is_refused(make_run, tmp_path):
     for more in ({"frozen": True}, {"trunk_only": True}):
         with pytest.raises(ValueError, match="--trunk-hidden is of MTP modules that are copied"):
             import_hf(tmp_path / "two", tmp_path / "x", trunk_hidden="pre_norm", **more)
-    with pytest.raises(
-        ValueError, match="trunk_hidden: pre_norm, the checkpoint's"
-    ):
+    with pytest.raises(ValueError, match="trunk_hidden: pre_norm, the checkpoint's"):
         import_hf(tmp_path / "two", tmp_path / "x", sets=["mtp.trunk_hidden=pre_norm"])
     config = json.loads((tmp_path / "two/config.json").read_text())
     (tmp_path / "two/config.json").write_text(json.dumps(config | {TRUNK_HIDDEN: "middle"}))
