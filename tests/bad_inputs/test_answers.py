@@ -31,7 +31,7 @@ def third(cases: Iterable[Case]) -> Iterator[Any]:
         yield pytest.param(case, id=case.name, marks=marks)
 
 
-@pytest.mark.parametrize("case", third(CASES.values()))
+@pytest.mark.parametrize("case", [*third(CASES.values())])
 def test_a_wrong_input_is_answered(world: Path, tmp_path: Path, case: Case):
     assert faults(case, world, tmp_path / "case") == []
 
@@ -49,7 +49,7 @@ PROCESSES = [
     ("train --config c.yaml --set run.name=p", {"RANK": "0"}, "WORLD_SIZE, LOCAL_RANK"),
     ("train --config c.yaml --set run.name=p", {"WORLD_SIZE": "2"}, "WORLD_SIZE is set, RANK"),
     ("train --config c.yaml --set run.name=p", {"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
-    ("train --config c.yaml --set run.name=p --set data.train=no", {}, "no: neither"),
+    ("train --config c.yaml --set run.name=p --set data.train=nowhere", {}, "nowhere: neither"),
     ("train --config c.yaml --set run.dir=words.txt", {}, "run.dir, run.name: 'words.txt"),
     ("train --config c.yaml --set checkpoint.resume=never", {}, "checkpoint.resume: never"),
     ("train --config c.yaml --set model.hidden_size=64", {}, "hidden_size"),
