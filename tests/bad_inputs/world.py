@@ -64,6 +64,7 @@ def make_world(folder: Path) -> Path:
     export_hf(folder / "runs/tiny", folder / "hf/fp8", dtype="fp8")
     # what the commands import is there for every case
     load_run(folder / "runs/tiny")
-    for module, _ in COMMANDS.values():
-        importlib.import_module(f"dsv3_mtp.cli.{module}")
+    commands = [f"cli.{module}" for module, _ in COMMANDS.values()]
+    for name in [*commands, "study.run", "study.report"]:
+        importlib.import_module(f"dsv3_mtp.{name}")
     return folder
