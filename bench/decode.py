@@ -128,9 +128,9 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
         name = "random weights (nearly every draft is rejected)"
     else:
         from dsv3_mtp.data.tokenizer import recorded_encoder
-        from dsv3_mtp.runs.model import load_run
+        from dsv3_mtp.runs.model import load_model
 
-        run = load_run(options.run)
+        run = load_model(options.run)
         if run.tokenizer is None:
             raise ValueError(f"{options.run}: the run's data has no tokenizer.json here")
         model, name = run.model, str(options.run)

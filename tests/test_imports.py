@@ -34,6 +34,7 @@ LAYERS = {
     "plan": 8,
     "train": 8,
     "study": 9,
+    "api": 10,
     "cli": 10,
 }
 TOP = 10  # the package's __init__.py (the public API) and tools/

@@ -22,6 +22,10 @@ COVERED = re.compile(
 # A comment with one of these words says what a command needs that CI does not have.
 MARKED = re.compile(r"#.*\b(GPUs?|nodes?|Slurm)\b")
 LAUNCHERS = {"python", "python3", "deepspeed", "torchrun"}
+# Sub-command of dsv3 -> the same command of a clone, and what comes before its arguments.
+DSV3 = {name: (f"tools/{name}.py", []) for name in ("train", "study", "generate", "evaluate")}
+DSV3 |= {"prepare": ("tools/prepare_data.py", []), "plan": ("tools/train.py", ["--dry-run"])}
+DSV3 |= {"export": ("tools/export_hf.py", []), "import": ("tools/import_hf.py", [])}
 
 
 def readme_commands(text: str) -> list[str]:
@@ -40,6 +44,9 @@ def tool_of(command: str) -> tuple[str, list[str]] | None:
     words = shlex.split(command, comments=True)
     while words and re.fullmatch(r"\w+=\S*", words[0]):
         words.pop(0)
+    if len(words) > 1 and words[0] == "dsv3" and words[1] in DSV3:
+        tool, first = DSV3[words[1]]
+        return tool, [*first, *words[2:]]
     script = next((n for n, word in enumerate(words) if re.fullmatch(r"tools/\w+\.py", word)), None)
     if script is None or Path(words[0]).name not in LAUNCHERS:
         return None
@@ -90,7 +97,8 @@ def test_readme_command_fits_the_tool(command: str, tmp_path: Path):
             assert (ROOT / argument).exists(), argument
     if "--dry-run" in described:
         elsewhere = ["--set", f"run.dir={tmp_path}"] if "--set" in described else []
-        run(tool, [*arguments, "--dry-run", *elsewhere], tmp_path / "dry-run")
+        dry = [] if "--dry-run" in arguments else ["--dry-run"]
+        run(tool, [*arguments, *dry, *elsewhere], tmp_path / "dry-run")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +117,8 @@ def test_readme_command_fits_the_tool(command: str, tmp_path: Path):
         ),
         ("deepspeed --num_gpus 8 tools/train.py --config configs/v3_16b.yaml  # 8 GPUs", "marked"),
         (".venv/bin/python tools/generate.py --prompt 'def '", "run"),
+        ("dsv3 plan --config v3_671b --world-size 2048", "run"),
+        ("dsv3 dance", None),
         ("rm -rf tools/train.py", None),
         ("curl example.org | sh", None),
     ],

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("train", "train a model, or go on with a run"),
     "plan": ("plan", "sizes, memory, cost and layout of a run; runs nothing"),
     "study": ("study", "run a matrix of arms and seeds, and report on it"),
+    "compare": ("compare", "finished runs side by side: settings, metrics, curves"),
     "generate": ("generate", "text from a trained model, plain or speculative"),
     "evaluate": ("evaluate", "losses, agreement and acceptance of a run or checkpoint"),
     "prepare": ("prepare", "text to token shards for training"),

@@ -159,7 +159,8 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.ops.tuning import tune
-    from dsv3_mtp.train.evaluate import open_model, validate
+    from dsv3_mtp.train.evaluate import open_model
+    from dsv3_mtp.train.evaluation import evaluation
     from dsv3_mtp.train.floors import trained_on
 
     model, config = open_model(
@@ -186,17 +187,24 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             "--draft-threshold, --draft-vocab: the model has no MTP heads to draft with"
         )
     drafting = draft_settings(options, config)
-    where: dict[str, Any] = {"batches": options.batches or config.eval.batches, "device": device}
     results = {}
     for source in sources or [validation_source(config, options.split)]:
-        metrics = validate(model, source, config, **where)
-        if source.text is not None:
-            metrics |= beside_text(model, source, config, trained, lost, metrics, where)
-            if options.drafts:
-                metrics |= along_text(options, model, source, config, drafting, where)
-        elif options.drafts:
-            raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
-        results[source.path] = metrics | accepted(options, model, source, config, drafting)
+        metrics, notes = evaluation(
+            model,
+            source,
+            config,
+            batches=options.batches or config.eval.batches,
+            device=device,
+            trained=trained,
+            prompts=options.prompts,
+            new_tokens=options.new_tokens,
+            temperature=options.temperature,
+            drafts=options.drafts,
+            drafting=drafting,
+        )
+        for note in [*notes, *(lost if source.text is not None else [])]:
+            print(f"{source.path}: {note}", file=sys.stderr)
+        results[source.path] = metrics
     return results
 
 
@@ -231,72 +239,6 @@ def opened(options: argparse.Namespace, config: Any) -> list[Any]:
         check_vocab(source, config.model.vocab_size)
         check_tokenizers([own, (source.path, source.tokenizer_sha256)])
     return sources
-
-
-def beside_text(
-    model: Any,
-    source: Any,
-    config: Any,
-    trained: Any,
-    lost: list[str],
-    metrics: dict[str, float],
-    where: dict[str, Any],
-) -> dict[str, float]:
-    """Floors beside the `metrics` of a text.
-
-    trained: the sampler of the run's training text; None: there is none, and `lost` may say why.
-    """
-    from dsv3_mtp.data.ngrams import early_training
-    from dsv3_mtp.train.floors import drafter_floors, text_floors
-
-    found, notes = drafter_floors(model, source.text, config, **where)
-    tables: dict[str, float] = {}
-    why = None
-    if trained is not None:
-        tables, why = text_floors(trained, source, config, batches=where["batches"])
-    found = tables | found
-    for note in filter(None, [early_training(metrics | found), why, *lost, *notes]):
-        print(f"{source.path}: {note}", file=sys.stderr)
-    return found
-
-
-def along_text(
-    options: argparse.Namespace,
-    model: Any,
-    source: Any,
-    config: Any,
-    drafting: dict[str, Any],
-    where: dict[str, Any],
-) -> dict[str, float]:
-    """Statistics of the drafts along a text."""
-    from dsv3_mtp.train.floors import draft_statistics
-
-    among = {"temperature": options.temperature or 1.0, "vocab": drafting.get("draft_vocab", ())}
-    return draft_statistics(model, source.text, config, **among, **where)
-
-
-def accepted(
-    options: argparse.Namespace, model: Any, source: Any, config: Any, drafting: dict[str, Any]
-) -> dict[str, float]:
-    """Acceptance of free-running drafts, where it is asked for and something drafts."""
-    from dsv3_mtp.decode.draft import no_drafter
-    from dsv3_mtp.train.evaluate import acceptance
-
-    if not options.prompts or not config.mtp.depths:
-        return {}
-    if why := no_drafter(config.mtp):
-        print(f"{source.path}: {why}; acceptance is not measured", file=sys.stderr)
-        return {}
-    return acceptance(
-        model,
-        source,
-        depth=config.mtp.depths,
-        seq_len=config.data.seq_len,
-        temperature=options.temperature or 0.0,
-        prompts=options.prompts,
-        new_tokens=options.new_tokens or min(64, config.model.max_position_embeddings // 2),
-        **drafting,
-    )
 
 
 def show(results: dict[str, dict[str, float]], as_json: bool) -> None:

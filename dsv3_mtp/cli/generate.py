@@ -136,9 +136,9 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from dsv3_mtp.data.tokenizer import recorded_encoder
 
     if options.run is not None:
-        from dsv3_mtp.runs.model import load_run
+        from dsv3_mtp.runs.model import load_model
 
-        run = load_run(options.run, ema=options.ema, trust_code=options.trust_code)
+        run = load_model(options.run, ema=options.ema, trust_code=options.trust_code)
         for note in run.notes:
             print(f"note: {note}", file=sys.stderr)
         model, config, tokenizer = run.model, run.config, run.tokenizer

@@ -1,4 +1,4 @@
-"""What a run would be, without running it: config, sizes, memory, cost, layout.
+"""What a run would be, without running it: sizes, cost, GPU-hours, memory, traffic.
 
 dsv3 plan --config v3_tiny.yaml
 dsv3 plan --config v3_671b.yaml --world-size 2048 --plot
@@ -22,6 +22,9 @@ def add_plan_options(parser: argparse.ArgumentParser, note: str = "") -> None:
     parser.add_argument(
         "--plot", action="store_true", help=f"{note}draw the schedules into the run folder"
     )
+    parser.add_argument(
+        "--yaml", action="store_true", help=f"{note}print the whole config and DeepSpeed's JSON too"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -31,4 +34,4 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.sets)
     if int(os.environ.get("RANK", "0")) == 0:
         ranks = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-        print(dry_run(config, world_size=ranks, plot=options.plot))
+        print(dry_run(config, world_size=ranks, plot=options.plot, settings=options.yaml))

@@ -85,6 +85,18 @@ def _add_text(text: Any) -> None:
         metavar="F",
         help="share of val documents, by hash (default: 0.1)",
     )
+    text.add_argument(
+        "--val-by-position",
+        action="store_true",
+        default=None,
+        help="the end of every text file is val instead, --val-fraction of it: for one long file",
+    )
+    text.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        default=None,
+        help="leave out files that are no UTF-8 text, and say how many",
+    )
 
 
 def _add_tokens(tokens: Any) -> None:
@@ -147,7 +159,8 @@ def run(options: argparse.Namespace) -> None:
         values["inputs"] = tuple(options.inputs)
     try:
         with progress_display() as progress:
-            index = prepare(options.out, Arguments(**values), progress=progress)
+            arguments = Arguments(**values)
+            index = prepare(options.out, arguments, progress=progress, say=say)
     except KeyboardInterrupt:
         text = f"interrupted; the same command goes on from {options.out}.partial"
         raise KeyboardInterrupt(text) from None
@@ -182,6 +195,10 @@ def write_answers_of(options: argparse.Namespace) -> None:
             f"{entry['scored_tokens']:,} targets of {entry['tokens']:,} tokens"
         )
     print("next: set data.train and data.val to it, and data.mask: prompts")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

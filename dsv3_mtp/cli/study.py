@@ -8,7 +8,6 @@
     dsv3 study --study X.yaml --adopt runs/mine      # take over a finished run
     dsv3 study --from docs/studies/lambda            # rebuild a report from its archive
     dsv3 study --from docs/studies/lambda --resume   # and go on with its missing runs
-    dsv3 study --compare runs/a runs/b --out runs/ab # ordinary runs side by side
 
 Several of these commands may work on one study at a time, on every machine that sees its folder.
 Results: DIR/NAME/report.md, report.html, PNG files, results.jsonl and plan.json (the archive), and
@@ -37,14 +36,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="an archive, such as docs/studies/X",
     )
-    which.add_argument(
-        "--compare", nargs="+", type=Path, metavar="RUN", help="ordinary run folders, side by side"
-    )
     parser.add_argument(
         "--trust-code",
         action="store_true",
-        help="with --from or --compare: import the code outside the package that configs there "
-        "name",
+        help="with --from: import the code outside the package that configs there name",
     )
     parser.add_argument(
         "--out",
@@ -88,15 +83,6 @@ def check(options: argparse.Namespace) -> str | None:
         return "--from rebuilds a report; with --resume it runs what is missing, nothing else"
     if options.archive and not options.resume and (options.only or options.jobs):
         return "--only and --jobs go with --from only beside --resume"
-    if options.compare and (
-        options.only
-        or options.jobs
-        or options.sets
-        or any(getattr(options, mode) for mode in modes)
-    ):
-        return "--compare takes runs and --out, nothing else"
-    if options.compare and options.out is None:
-        return "--compare needs --out FOLDER for its page and pictures"
     if options.dry_run and options.out:
         return "--dry-run writes nothing; leave out --out"
     return None
@@ -104,12 +90,6 @@ def check(options: argparse.Namespace) -> str | None:
 
 def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if options.compare:
-        from dsv3_mtp.study.compare import compare
-
-        text, page = compare(options.compare, options.out, trust_code=options.trust_code)
-        print(f"{text}\npage: {page}")
-        return 0
     return rebuild(options) if options.archive and not options.resume else study_of(options)
 
 

@@ -35,6 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> str | None:
     if options.plot and not options.dry_run:
         return "--plot goes with --dry-run; a run draws its own curves.png"
+    if options.yaml and not options.dry_run:
+        return "--yaml goes with --dry-run; a run folder has config.yaml and ds_config.json"
     if options.world_size is not None and not options.dry_run:
         return "--world-size goes with --dry-run; a run has the ranks that its launcher starts"
     if options.profile is not None and options.dry_run:

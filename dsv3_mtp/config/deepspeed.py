@@ -9,7 +9,6 @@ from dsv3_mtp.config.reader import KeyProblems, Problem, did_you_mean, show
 ALLOWED: dict[str, tuple[type, str]] = {
     "comms_logger": (dict, "a mapping"),
     "communication_data_type": (str, "text"),
-    "csv_monitor": (dict, "a mapping"),
     "data_types": (dict, "a mapping"),
     "disable_python_gc": (bool, "true or false"),
     "dump_state": (bool, "true or false"),
@@ -67,6 +66,7 @@ OWNED = {
     "zero_force_ds_cpu_optimizer": _NOT_READ,
     "flops_profiler": "is not supported: --dry-run prints the FLOPs per token",
     "wall_clock_breakdown": "is not supported: perf/tokens_per_s is logged",
+    "csv_monitor": "is not supported: metrics.jsonl holds every number",
     "comet": "is not supported: set log.tensorboard or log.wandb",
     "autotuning": (
         "is not supported: its launcher rewrites the batch size, which train.batch_size owns"

@@ -43,6 +43,18 @@ def load_config(
     document = read_document(path, sets, whole=WHOLE)
     if trust_code is not True:
         code.refuse(str(path), document.tree, trust_code or ())
+    return _checked(document, str(path))
+
+
+def replaced(config: Config, key: str, value: Any) -> Config:
+    """`Config.replace`."""
+    document = Document(["the config"], config.to_dict(), files=1, whole=frozenset(WHOLE))
+    document.put(key, value)
+    return _checked(document, "the config")
+
+
+def _checked(document: Document, source: str) -> Config:
+    """The config of a document. Raises ConfigError: `source` has problems, which are all listed."""
     _drop_unused(document)
     tree, problems = document.tree, document.problems
     try:
@@ -53,7 +65,7 @@ def load_config(
         found += [problem for problem in more if problem not in found]
         problems += map(document.traced, found)
     if problems:
-        raise ConfigError(str(path), problems)
+        raise ConfigError(source, problems)
     return config
 
 

@@ -92,11 +92,16 @@ class EvalConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases."""
+    """Weights & Biases: docs/monitors.md."""
 
     project: Text
+    """Project there."""
     entity: Text | None = None
+    """User or team; null: W&B's default for this login."""
     group: Text | None = None
+    """Group of the run; null: none, and for a run of a study the study's name."""
+    tags: tuple[Text, ...] = ()
+    """Tags beside the kind of heads, D and the type of lambda's schedule."""
 
 
 class LogConfig(Section):
@@ -146,6 +151,18 @@ class Config(Section):
     @property
     def clips_apart(self) -> bool:
         return layout.clips_apart(self)
+
+    def replace(self, key: str, value: Any) -> "Config":
+        """A config with another value under a dotted key, checked as a file of its own would be:
+        `config.replace("mtp.loss_weight", 0.1)`. What differs by more keys, which are only valid
+        together, is written to `load_config(path, [...])`.
+
+        Raises:
+            ConfigError: as `load_config`.
+        """
+        from dsv3_mtp.config.load import replaced  # which makes a Config
+
+        return replaced(self, key, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, every default filled in."""

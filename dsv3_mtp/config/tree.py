@@ -90,13 +90,34 @@ class Document:
 
     def override(self, text: str) -> None:
         """Applies one `a.b=value`; the value is YAML, mappings on the way are created."""
-        self.layers.append(f"--set {text}")
-        problems = _apply(self.tree, text)
+        key, equals, value_text = text.partition("=")
+        label = f"--set {text}" if len(text) <= 74 else f"--set {text[:71]}..."
+        problem, key = None, key.strip()
+        if key == BASE:
+            problem = "is for files: write a file with this base, or name another"
+        elif not equals or not all(key.split(".")):
+            problem = "must be KEY=VALUE, for example --set mtp.mode=parallel"
+        if problem is not None:
+            self.problems.append((label, problem))
+            return
+        try:
+            value, problems = _parse(value_text)
+        except yaml.YAMLError as error:
+            problems = [(label, f"the value is {_yaml_problem(error)[1]}")]
         self.problems += problems
         if not problems:
-            key = text.partition("=")[0].strip()
-            self._forget(key)
-            self.origins[key] = len(self.layers) - 1
+            self.put(key, value, label)
+
+    def put(self, key: str, value: Any, layer: str = "") -> None:
+        """Sets one dotted key; mappings on the way are created. layer: what a problem of it is
+        called; empty: its key.
+        """
+        self.layers.append(layer)
+        if (problem := _put(self.tree, key.split("."), value)) is not None:
+            self.problems.append((layer or key, problem))
+            return
+        self._forget(key)
+        self.origins[key] = len(self.layers) - 1
 
 
 def read_document(
@@ -287,31 +308,17 @@ def _yaml_problem(error: yaml.YAMLError) -> Problem:
     return "file", f"invalid YAML: {' '.join(str(error).split())}"
 
 
-def _apply(tree: dict[str, Any], override: str) -> list[Problem]:
-    """Applies one `a.b=value` in place; the value is YAML, mappings on the way are created."""
-    dotted, equals, text = override.partition("=")
-    keys, label = dotted.strip().split("."), f"--set {override}"
-    label = label if len(label) <= 80 else f"{label[:77]}..."
-    if keys == [BASE]:
-        return [(label, "is for files: write a file with this base, or name another")]
-    if not equals or not all(keys):
-        return [(label, "must be KEY=VALUE, for example --set mtp.mode=parallel")]
-    try:
-        value, problems = _parse(text)
-    except yaml.YAMLError as error:
-        return [(label, f"the value is {_yaml_problem(error)[1]}")]
-    if problems:
-        return problems
+def _put(tree: dict[str, Any], keys: list[str], value: Any) -> str | None:
+    """Sets the value in place; mappings on the way are created. Returns what is in the way."""
     node = tree
     for depth, key in enumerate(keys[:-1], start=1):
         if node.get(key) is None:
             node[key] = {}
         if not isinstance(node[key], dict):
             parent = ".".join(keys[:depth])
-            text = f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
-            return [(label, text)]
+            return f"{parent} is {show(node[key])}, not a mapping; set {parent} as a whole"
         # its own: a YAML alias may stand for the same mapping elsewhere
         node[key] = dict(node[key])
         node = node[key]
     node[keys[-1]] = value
-    return []
+    return None

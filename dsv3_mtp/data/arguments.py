@@ -27,6 +27,8 @@ class Arguments:
     fim_rate       share of train documents made fill-in-the-middle; val stays plain, so that
                    losses can be compared
     shard_tokens   a shard ends with the document that reaches this
+    val_by_position  the end of every text file is val, `val_fraction` of it: for one long file
+    skip_unreadable  leave out files that are no UTF-8 text, where else the preparation stops
     mask           "prompts": records are questions and answers (data/chat.py), and only answers are
                    targets; None: text, all of it
     """
@@ -42,6 +44,8 @@ class Arguments:
     shard_tokens: int = 100_000_000
     seed: int = 0
     mask: str | None = None
+    val_by_position: bool = False
+    skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -81,6 +85,8 @@ class Arguments:
                 "--mask prompts reads questions and answers: it goes neither with --corpus nor "
                 "with --fim-rate"
             )
+        if self.corpus is not None and (self.val_by_position or self.skip_unreadable):
+            problems.append("--val-by-position and --skip-unreadable go with --input")
         if self.shard_tokens < 1:
             problems.append(f"shard_tokens {self.shard_tokens}: must be at least 1")
         if problems:
@@ -101,6 +107,8 @@ def open_inputs(arguments: Arguments, out: Path) -> Inputs:
         val_fraction=arguments.val_fraction,
         out=out,
         masking=masking,
+        val_by_position=arguments.val_by_position,
+        skip_unreadable=arguments.skip_unreadable,
     )
 
 
@@ -109,8 +117,9 @@ def record(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
     size.
     """
     recorded = asdict(arguments) | {"inputs": list(arguments.inputs)}
-    if arguments.mask is None:  # folders of older versions have no such key
-        del recorded["mask"]
+    for key in ("mask", "val_by_position", "skip_unreadable"):
+        if not recorded[key]:  # folders of older versions have no such key
+            del recorded[key]
     if arguments.tokenizer is not None and Path(arguments.tokenizer).is_file():
         recorded["tokenizer"] = file_sha256(Path(arguments.tokenizer))
     if isinstance(inputs, FileInputs):

@@ -15,7 +15,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from dsv3_mtp.data.chat import ChatTemplate, Piece, record_pieces
-from dsv3_mtp.data.records import JSONL, open_records
+from dsv3_mtp.data.records import JSONL, TABLES, Unreadable, open_records
 from dsv3_mtp.files.atomic import inside
 from dsv3_mtp.files.checked import OPEN, read_json
 
@@ -98,12 +98,16 @@ class FileInputs:
         val_fraction: float,
         out: Path,
         masking: Masking | None = None,
+        val_by_position: bool = False,
+        skip_unreadable: bool = False,
     ) -> None:
         """out: the folder that is being made, and is no input where a pattern covers it.
-        masking: records are questions and answers.
+        masking: records are questions and answers. val_by_position: the end of every text file is
+        val. skip_unreadable: `skipped` names what `read` has left out.
 
         Raises:
-            ValueError: nothing matches; or, with `masking`, files that are no JSON lines.
+            ValueError: nothing matches; with `masking`, files that are no JSON lines; with
+                `val_by_position`, files that hold records.
         """
         self.text_key, self.val_fraction, self.masking = text_key, val_fraction, masking
         own = {out.resolve(), out.with_name(out.name + ".partial").resolve()}
@@ -115,6 +119,14 @@ class FileInputs:
             raise ValueError(
                 f"--mask prompts reads {', '.join(JSONL)}, no other files: {', '.join(other[:3])}"
             )
+        self.skip_unreadable, self.skipped = skip_unreadable, dict[Path, str]()
+        self.cut = 1 - val_fraction if val_by_position else None
+        records = [str(path) for path in self.files if path.name.endswith((*JSONL, *TABLES))]
+        if val_by_position and records:
+            raise ValueError(
+                f"--val-by-position splits text files; {records[0]} holds a document per record, "
+                "of which --val-fraction chooses some"
+            )
         self.sizes = [path.stat().st_size for path in self.files]
         stamps = "".join(
             f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n" for path in self.files
@@ -125,29 +137,37 @@ class FileInputs:
     def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
         """All documents from record `record` of input file `file` on."""
         for number in range(file, len(self.files)):
-            path = self.files[number]
-            key = self.text_key if self.masking is None else None
-            for following, done, text, place in open_records(path, key, record):
-                pieces: tuple[Piece, ...] = ()
-                if self.masking is not None:
-                    pieces = record_pieces(text, **vars(self.masking), place=place)
-                    text = "".join(piece.text for piece in pieces)
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{place}: {self.text_key!r} is {type(text).__name__}, must be a string"
-                    )
-                try:
-                    content = text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise ValueError(
-                        f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})"
-                    ) from None
-                marks = json.dumps([[len(p.text), p.scored] for p in pieces]) if pieces else ""
-                digest = hashlib.sha256(content + marks.encode()).digest()
-                bucket = int.from_bytes(digest, "big") % VAL_BUCKETS
-                split = "val" if bucket < self.val_fraction * VAL_BUCKETS else "train"
-                yield Document(text, digest, split, number, following, done, pieces)
+            try:
+                yield from self._documents(number, record)
+            except Unreadable as error:
+                if not self.skip_unreadable:
+                    raise
+                self.skipped[self.files[number]] = str(error)
             record = 0
+
+    def _documents(self, number: int, record: int) -> Iterator[Document]:
+        path, key = self.files[number], self.text_key if self.masking is None else None
+        for following, done, text, place in open_records(path, key, record, self.cut):
+            pieces: tuple[Piece, ...] = ()
+            if self.masking is not None:
+                pieces = record_pieces(text, **vars(self.masking), place=place)
+                text = "".join(piece.text for piece in pieces)
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{place}: {self.text_key!r} is {type(text).__name__}, must be a string"
+                )
+            try:
+                content = text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})"
+                ) from None
+            marks = json.dumps([[len(p.text), p.scored] for p in pieces]) if pieces else ""
+            digest = hashlib.sha256(content + marks.encode()).digest()
+            bucket = int.from_bytes(digest, "big") % VAL_BUCKETS
+            val = bucket < self.val_fraction * VAL_BUCKETS if self.cut is None else following == 2
+            split = "val" if val else "train"
+            yield Document(text, digest, split, number, following, done, pieces)
 
 
 def _find_files(patterns: list[str]) -> list[Path]:

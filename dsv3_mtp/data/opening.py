@@ -46,7 +46,7 @@ def open_sources(config: Config) -> tuple[Sampler, DataSource]:
     val = validation_source(config)
     if val.task is not None:
         return Sampler([val], **windows), val
-    sources = [_open(entry.path, "train") for entry in config.data.entries]
+    sources = [_open(config, entry.path, "train") for entry in config.data.entries]
     check_masks(config.data.mask, sources, val)
     for source in sources:
         check_vocab(source, config.model.vocab_size)
@@ -84,7 +84,7 @@ def validation_source(config: Config, split: str = "val") -> DataSource:
             examples only.
     """
     if config.data.task is None:
-        source = _open(config.data.val or "", split)
+        source = _open(config, config.data.val or "", split)
         check_vocab(source, config.model.vocab_size)
         return source
     if split != "val":
@@ -95,5 +95,11 @@ def validation_source(config: Config, split: str = "val") -> DataSource:
     return TaskSource(config.data.task)
 
 
-def _open(data: str | SourceSection, split: str) -> DataSource:
-    return open_source(data, split) if isinstance(data, str) else data.open(split)
+def _open(config: Config, data: str | SourceSection, split: str) -> DataSource:
+    if not isinstance(data, str):
+        return data.open(split)
+    tokenizer = Path(config.train.init_from or "", "tokenizer.json")
+    options = f" --vocab-size {config.model.vocab_size}"
+    if config.train.init_from is not None and tokenizer.is_file():
+        options = f" --tokenizer {tokenizer}"  # weights know the ids of their own one only
+    return open_source(data, split, options)

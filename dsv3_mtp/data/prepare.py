@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.data.arguments import Arguments, compare, open_inputs, record
-from dsv3_mtp.data.documents import Corpus, Inputs
+from dsv3_mtp.data.documents import Corpus, FileInputs, Inputs
 from dsv3_mtp.data.megatron import token_dtype
 from dsv3_mtp.data.shards import (
     FORMAT,
@@ -41,24 +41,40 @@ TRAIN_CHARACTERS = 256_000_000  # how much of the train split a new tokenizer is
 
 
 def prepare(
-    out_dir: str | Path, arguments: Arguments, *, progress: Progress | None = None
+    out_dir: str | Path,
+    arguments: Arguments,
+    *,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
 ) -> FolderIndex:
     """Make the prepared folder `out_dir`, or go on where an interrupted call with the same
     arguments stopped.
 
-    Returns the contents of its index.json. Raises ValueError for bad input, naming file and record,
-    and when `out_dir` or `out_dir`.partial were made with other arguments.
+    Returns the contents of its index.json. `say` is told what was left out. Raises ValueError for
+    bad input, naming file and record, and when `out_dir` or `out_dir`.partial were made with other
+    arguments.
     """
     out = Path(out_dir)
     if not out.name:
         raise ValueError(f"{str(out_dir)!r}: names no folder to make; give --out one")
+    if out.is_file():
+        raise ValueError(f"{out}: is a file; give --out a folder to make")
     inputs = open_inputs(arguments, out)
     recorded = record(arguments, inputs)
 
     def build(partial: Path) -> None:
-        _build(partial, arguments, recorded, inputs, progress)
+        try:
+            _build(partial, arguments, recorded, inputs, progress)
+        except ValueError:  # with other arguments, as it advises, nothing of it would be of use
+            if partial.is_dir() and not _begun(partial) and not _foreign(partial):
+                shutil.rmtree(partial)
+            raise
 
-    return make_folder(out, recorded, build)
+    index = make_folder(out, recorded, build)
+    if isinstance(inputs, FileInputs) and (skipped := list(map(str, inputs.skipped))):
+        more = ", ..." if len(skipped) > 3 else ""
+        say(f"left out {len(skipped)} unreadable file(s): {', '.join(skipped[:3])}{more}")
+    return index
 
 
 def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], None]) -> FolderIndex:
@@ -162,18 +178,16 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
     Raises:
         ValueError: the folder holds other files, or the state of another preparation.
     """
-    path = partial / PROGRESS
-    foreign = sorted(left.name for left in partial.iterdir() if not OWN.fullmatch(left.name))
-    if foreign:
+    if foreign := _foreign(partial):
         raise ValueError(
             f"{partial}: holds {', '.join(foreign[:3])}, which no preparation wrote; move it away, "
             "or choose another --out"
         )
-    if not path.is_file():
+    if not _begun(partial):
         for left in partial.iterdir():
             left.unlink()
         return None
-    state: dict[str, Any] = {**read_json(path, Position, f"delete {partial} and start again")}
+    state: dict[str, Any] = {**_read_position(partial)}
     compare(partial, state["arguments"], recorded)
     if state["inputs"] != inputs.fingerprint:
         raise ValueError(
@@ -188,6 +202,20 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
             f"{partial / TOKENIZER}: is missing or was changed; delete {partial} and start again"
         )
     return state
+
+
+def _foreign(partial: Path) -> list[str]:
+    """What no preparation wrote there."""
+    return sorted(left.name for left in partial.iterdir() if not OWN.fullmatch(left.name))
+
+
+def _begun(partial: Path) -> bool:
+    """Some document is tokenised: there is work to go on with."""
+    return (partial / PROGRESS).is_file() and _read_position(partial)["documents"] > 0
+
+
+def _read_position(partial: Path) -> Position:
+    return read_json(partial / PROGRESS, Position, f"delete {partial} and start again")
 
 
 def _make_tokenizer(partial: Path, arguments: Arguments, inputs: Inputs) -> DocumentEncoder:
@@ -238,7 +266,8 @@ def _finish(
         raise ValueError(
             f"{state['documents']} documents ({state['empty']} "
             f"empty) gave {documents['train']} for train "
-            f"and {documents['val']} for val; give more text, or another --val-fraction (0: no val)"
+            f"and {documents['val']} for val; give more text, another --val-fraction "
+            "(0: no val), or, for few long text files, --val-by-position"
         )
     index = {
         "format": FORMAT,

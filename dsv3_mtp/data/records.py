@@ -14,36 +14,54 @@ from pathlib import Path
 from typing import Any
 
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+TABLES = (".parquet", ".arrow")
+
+
+class Unreadable(ValueError):
+    """A file that is no UTF-8 text, or cannot be opened."""
 
 
 # Number of the next record, bytes read, text (not checked yet), where it stands.
 Record = tuple[int, int, Any, str]
 
 
-def open_records(path: Path, key: str | None, start: int) -> Iterator[Record]:
-    """key: of the text in a record; None: the whole record, of JSON lines."""
+def open_records(path: Path, key: str | None, start: int, cut: float | None) -> Iterator[Record]:
+    """key: of the text in a record; None: the whole record, of JSON lines. cut: where to divide a
+    text file in two, as a share of its characters; None: nowhere.
+    """
     name = path.name
     if name.endswith(JSONL):
         return jsonl_records(path, key, start)
     assert key is not None
-    if name.endswith((".parquet", ".arrow")):
+    if name.endswith(TABLES):
         return _table_records(path, key, start)
-    return _text_records(path, start)
+    return _text_records(path, start, cut)
 
 
-def _text_records(path: Path, start: int) -> Iterator[Record]:
-    if start == 0:
+def _text_records(path: Path, start: int, cut: float | None) -> Iterator[Record]:
+    """The whole file; or what lies before and behind the first line end from `cut` on."""
+    if start == (1 if cut is None else 2):
+        return
+    try:
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # how editors mark UTF-8: no text
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise ValueError(
-                f"{path}, line {line}: byte 0x{content[error.start]:02x} "
-                "is not UTF-8; convert the file, or "
-                f"leave it out with a glob such as '{path.parent}/**/*.txt'"
-            ) from None
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise Unreadable(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise Unreadable(
+            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the "
+            f"file, leave it out with a glob such as '{path.parent}/**/*.txt', or leave out all "
+            "such files with --skip-unreadable"
+        ) from None
+    if cut is None:
         yield 1, len(content), text, str(path)
+        return
+    at = int(cut * len(text))
+    at = max(text.find("\n", at) + 1, at)  # at the cut itself where no line ends behind it
+    for number, part in enumerate((text[:at], text[at:]), start=1):
+        if number > start:
+            yield number, len(content) * number // 2, part, str(path)
 
 
 def jsonl_records(path: Path, key: str | None, start: int) -> Iterator[Record]:

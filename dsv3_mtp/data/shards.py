@@ -98,8 +98,7 @@ def read_folder_index(folder: Path) -> FolderIndex:
     path = folder / INDEX
     if not path.is_file():
         raise ValueError(
-            f"{folder}: has no {INDEX}, so it is no prepared "
-            "folder; make one with tools/prepare_data.py"
+            f"{folder}: has no {INDEX}, so it is no prepared folder; make one with dsv3 prepare"
         )
     head = read_json(path, dict[str, Any], AGAIN)
     found = (head.get("format"), head.get("version"))

@@ -128,7 +128,7 @@ def sitelib_inputs(site: Path | None = None, library: Path | None = None) -> Sit
         raise ValueError(
             f"{site} and {library}: have {total / 1e6:.1f} MB of Python files, sitelib needs at "
             f"least {MIN_BYTES / 1e6:.0f}. Install this project's dependencies into this "
-            "environment, use pystdlib, or prepare other text with tools/prepare_data.py --input"
+            "environment, use pystdlib, or prepare other text with dsv3 prepare --input"
         )
     names = {file.package for file in files}
     return SitelibInputs(

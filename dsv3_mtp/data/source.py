@@ -146,9 +146,11 @@ class Source:
         return out
 
 
-def open_source(path: str | Path, split: str) -> Source:
+def open_source(path: str | Path, split: str, options: str = "") -> Source:
     """Open the `split` ("train" or "val") of a prepared folder, or a Megatron prefix (which has no
     splits).
+
+    options: of `dsv3 prepare`, which a message names where there is nothing at `path`.
 
     Raises ValueError when there is nothing to open at `path`, when the preparation was not
     finished, when the split is empty, or when a file is damaged (see `megatron.open_pair`).
@@ -162,15 +164,9 @@ def open_source(path: str | Path, split: str) -> Source:
         return _source(
             path, _pair_hash(Path(f"{prefix}.idx"), tokens), {}, None, [tokens], [lengths]
         )
-    hint = (
-        "prepare it with: python tools/prepare_data.py "
-        f"--out {path} --corpus pystdlib --vocab-size 2048"
-    )
+    hint = f"prepare your text with: dsv3 prepare --input FILES --out {path}{options}"
     if Path(f"{path}.partial").is_dir():
-        hint = (
-            f"{path}.partial is unfinished: run its "
-            "tools/prepare_data.py command again to finish it"
-        )
+        hint = f"{path}.partial is unfinished: run its `dsv3 prepare` again to finish it"
     raise ValueError(
         f"{path}: neither a prepared folder nor a Megatron prefix ({path}.bin, {path}.idx); {hint}"
     )
@@ -249,7 +245,7 @@ def check_tokenizers(made: Iterable[tuple[str, str | None]]) -> None:
             f"{' and '.join(paths.values())} have different "
             "tokenizers, so that the same id is different "
             "text; prepare all data with the same "
-            "tokenizer.json (tools/prepare_data.py --tokenizer)"
+            "tokenizer.json (dsv3 prepare --tokenizer)"
         )
 
 

@@ -89,7 +89,7 @@ def stdlib_inputs(root: Path | None = None) -> StdlibInputs:
             f"files, at least {MIN_FILES} are needed: this "
             "Python comes without its sources. Install a full "
             "one (Debian: apt install libpython3-stdlib; or "
-            "uv python install), or prepare other text with tools/prepare_data.py --input"
+            "uv python install), or prepare other text with dsv3 prepare --input"
         )
     listing = "".join(f"{name} {sha} {split}\n" for name, sha, split in manifest)
     digest = hashlib.sha256(listing.encode()).hexdigest()

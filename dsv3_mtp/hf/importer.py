@@ -165,7 +165,7 @@ def _tokenizer_notes(source: Path, kept: Path, config: Config) -> list[str]:
     if Path(config.data.train if isinstance(config.data.train, str) else "").exists():
         return []
     return [
-        f"next: python tools/prepare_data.py --tokenizer {kept / 'tokenizer.json'} --input ... "
+        f"next: dsv3 prepare --tokenizer {kept / 'tokenizer.json'} --input ... "
         f"--out {config.data.train}"
     ]
 

@@ -64,16 +64,20 @@ def triton() -> tuple[ModuleType | None, str]:
     return triton_kernels, ""
 
 
-def describe(device: torch.device) -> str:
-    """One line for the log: what runs on this device."""
+def missing(device: torch.device) -> str | None:
+    """Why torch's slower operations run on this device instead of the kernels; None: the kernels
+    run.
+    """
+    instead = "torch's operations run instead"
     if device.type == "cuda":
-        reason = triton()[1]
-        return (
-            f"Triton kernels: none, torch's operations run instead ({reason})"
-            if reason
-            else "Triton kernels between the products"
-        )
-    for dtype in c_library.TYPES:
-        if (missing := c_library.unavailable(dtype)) is not None:
-            return f"C kernels: not built, torch's operations run instead ({missing})"
-    return "C kernels for float32 and bfloat16 on the CPU"
+        why = triton()[1]
+        return f"Triton kernels: none, {instead} ({why})" if why else None
+    reasons = filter(None, map(c_library.unavailable, c_library.TYPES))
+    return next((f"C kernels: not built, {instead} ({reason})" for reason in reasons), None)
+
+
+def describe(device: torch.device) -> str:
+    """One line: what runs on this device."""
+    if device.type == "cuda":
+        return missing(device) or "Triton kernels between the products"
+    return missing(device) or "C kernels for float32 and bfloat16 on the CPU"

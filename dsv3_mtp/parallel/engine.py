@@ -4,7 +4,6 @@ ranks.
 
 import contextlib
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -24,14 +23,14 @@ from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
 from dsv3_mtp.parallel.launch import World
 
 
-def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str, Any]:
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The complete DeepSpeed JSON. The config's `deepspeed:` section is merged over it; keys we own
     were refused there.
 
     Raises:
         ValueError: this many ranks cannot be laid out as the config says.
     """
-    train, log = config.train, config.log
+    train = config.train
     if refused := refusals(config, world_size):
         raise ValueError("\n".join(refused))
     rows = train.micro_batch_size * data_size(config, world_size)
@@ -57,16 +56,10 @@ def deepspeed_config(config: Config, world_size: int, run_dir: str) -> dict[str,
         == "bfloat16",  # which it does not know (optim.py)
         # torch's fused AdamW runs on the host too, with nothing to build
         "zero_force_ds_cpu_optimizer": False,
-        "tensorboard": {"enabled": log.tensorboard, "output_path": run_dir, "job_name": "tb"},
     }
     if sums_in_float32(config):
         generated["data_types"]["grad_accum_dtype"] = "fp32"
         generated["communication_data_type"] = "fp32"
-    if log.wandb is not None:
-        wandb = {"project": log.wandb.project, "team": log.wandb.entity, "group": log.wandb.group}
-        generated["wandb"] = {"enabled": True} | {
-            key: value for key, value in wandb.items() if value is not None
-        }
     return _merge(generated, config.deepspeed)
 
 
@@ -135,8 +128,6 @@ class Engine:
                 config=ds_config,
                 dist_init_required=False,
             )
-        # What DeepSpeed writes by itself, Train/Samples/lr, has another x axis than `write_events`.
-        self.monitor, self.engine.monitor = self.engine.monitor, SimpleNamespace(enabled=False)
         if isinstance(self.optimizer, FP16_UnfusedOptimizer):
             self.optimizer.state.clear()  # of that step
         self.world, self.model, self.apart = world, model, apart
@@ -233,8 +224,3 @@ class Engine:
         if self.world.size > 1:
             dist.all_reduce(values)
         return values
-
-    def write_events(self, metrics: dict[str, float], tokens: int) -> None:
-        """TensorBoard and W&B through DeepSpeed's monitor; x axis = tokens."""
-        if self.monitor.enabled:
-            self.monitor.write_events([(name, value, tokens) for name, value in metrics.items()])

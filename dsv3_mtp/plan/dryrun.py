@@ -1,16 +1,20 @@
-"""What a run would be, without running it: resolved config, sizes, memory, cost, DeepSpeed JSON."""
+"""What a run would be, without running it: sizes, cost, memory, traffic; the config on request."""
 
 import json
 from typing import Any
 
 from dsv3_mtp.config import Config, schedules
+from dsv3_mtp.config.layout import refusals
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.plan.memory import Layout, Stage, bubbles, communication, layout, plan
+from dsv3_mtp.report.metrics import peak_flops
 from dsv3_mtp.report.plots import plot_schedules
+from dsv3_mtp.report.progress import duration
 from dsv3_mtp.runs.folder import run_folder
 
+GPU, MFU = "H100", 0.4  # in which GPU-hours are stated
 DEVICES = (
     8,
     12,
@@ -27,39 +31,49 @@ DEVICES = (
 )  # GiB on the accelerators that are sold
 
 
-def dry_run(config: Config, *, world_size: int, plot: bool) -> str:
-    """The report that `tools/train.py --dry-run` prints. With `plot`, draws schedules.png into the
-    run folder.
+def dry_run(config: Config, *, world_size: int, plot: bool, settings: bool = False) -> str:
+    """The report that `dsv3 plan` prints. plot: draw schedules.png into the run folder. settings:
+    the whole config and DeepSpeed's JSON as well.
 
     Raises:
         ValueError: `world_size` ranks cannot be laid out as the config says.
     """
     folder = run_folder(config)
-    ds_config = deepspeed_config(config, world_size, str(folder))
+    if refused := refusals(config, world_size):
+        raise ValueError("\n".join([*refused, *near_sizes(config, world_size)]))
     model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
     size, shape = model_size(model, config.data.seq_len), layout(config, world_size)
     stages = plan(config, model, shape)
+    costs = cost_rows(config, size, shape) | time_rows(config, size, world_size)
+    sent = communication(config, stages, shape)
     parts = [
-        "# resolved config\n" + config.to_yaml().rstrip(),
-        "# size and cost\n"
-        + _rows({**size_rows(config, size), **cost_rows(config, size, shape), **task_rows(config)}),
+        "# size and cost\n" + _rows(size_rows(config, size) | costs | task_rows(config)),
         f"# memory of one rank, {_describe(config, shape, world_size)}\n"
         + memory_table(config, stages),
         "# sent by one rank in one step, busiest stage\n"
-        + _rows(
-            {name: _bytes(sent) for name, sent in communication(config, stages, shape).items()}
-        ),
-        "# DeepSpeed JSON\n" + json.dumps(ds_config, indent=2),
+        + _rows({name: _bytes(amount) for name, amount in sent.items()}),
     ]
     if shape.stages > 1:
         idle = bubbles(shape, recompute=config.train.activation_checkpointing == "full")
         rows = _rows({name: f"{share:.1%}" for name, share in idle.items()})
-        parts.insert(-1, "# pipeline bubble, share of a step\n" + rows)
+        parts.append("# pipeline bubble, share of a step\n" + rows)
+    if settings:
+        ds_config = deepspeed_config(config, world_size)
+        parts.append("# config\n" + config.to_yaml().rstrip())
+        parts.append("# DeepSpeed JSON\n" + json.dumps(ds_config, indent=2))
     if plot:
         folder.mkdir(parents=True, exist_ok=True)
         plot_schedules(config, folder / "schedules.png")
         parts.append(f"schedules: {folder / 'schedules.png'}")
     return "\n\n".join(parts)
+
+
+def near_sizes(config: Config, world_size: int) -> list[str]:
+    """A line that names the nearest numbers of ranks, below and above, that the config fits."""
+    ranges = range(world_size - 1, 0, -1), range(world_size + 1, 8 * max(world_size, 256))
+    usable = [next((n for n in near if not refusals(config, n)), None) for near in ranges]
+    found = " and ".join(f"{n:,}" for n in usable if n is not None)
+    return [f"--world-size: the nearest that fit are {found}"] if found else []
 
 
 def size_rows(config: Config, size: ModelSize) -> dict[str, Any]:
@@ -169,6 +183,17 @@ def cost_rows(config: Config, size: ModelSize, shape: Layout) -> dict[str, Any]:
         "tokens": f"{train.total_tokens:,}",
         "tokens per step (full batch)": f"{train.batch_size * config.data.seq_len:,}",
         "training FLOPs": f"{size.flops_per_token * train.total_tokens:.3e}",
+    }
+
+
+def time_rows(config: Config, size: ModelSize, world_size: int) -> dict[str, Any]:
+    """GPU-hours at a stated utilisation: a rule of thumb, no measurement of this program."""
+    peak = peak_flops(GPU) or 0.0
+    hours = size.flops_per_token * config.train.total_tokens / (MFU * peak) / 3600
+    text = f"{hours:,.3g}" if hours < 1000 else f"{hours:,.0f}"
+    wall = f"{duration(hours * 3600 / world_size)} on {world_size:,}"
+    return {
+        f"{GPU} hours": f"{text} ({wall}), if {MFU:.0%} of {peak / 1e12:.0f} TFLOP/s are reached"
     }
 
 

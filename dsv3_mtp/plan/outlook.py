@@ -31,7 +31,7 @@ def outlook(run: str | Path) -> list[str]:
         f"{config.train.batch_size * config.data.seq_len:,} tokens, about {hours:,.3g} hours on "
         f"one device at {quantity(rate / flops)} tokens/s ({SHARE:.0%} of {source}; the first "
         "lines of the run show the true rate)",
-        f"next: deepspeed tools/train.py --config {Path(run) / 'config.yaml'}",
+        f"next: dsv3 train --config {Path(run) / 'config.yaml'}",
     ]
 
 

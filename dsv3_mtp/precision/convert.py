@@ -27,7 +27,8 @@ UNSUPPORTED: dict[str, Callable[[torch.device], str | None]] = {
 def choose_compute(
     config: Config, device: torch.device, make: Callable[[], nn.Module]
 ) -> tuple[Compute, list[str]]:
-    """The numbers and the attention kernel of a run's config; one line on each.
+    """The numbers and the attention kernel of a run's config; one line on each that the config
+    names, and on a GPU on both: what the hardware could do and does not costs money there.
 
     Args:
         make: builds the run's model on the meta device, to see which layers it has.
@@ -46,7 +47,10 @@ def choose_compute(
     )
     compute, fp8_note = fp8_compute(config.fp8, device, dtype, make)
     heads = None if compute.heads is None else replace(compute.heads, core=core)
-    return replace(compute, core=core, heads=heads), [fp8_note, note]
+    gpu = device.type == "cuda"
+    notes = [fp8_note] * (gpu or config.fp8.enabled is True)
+    notes += [note] * (gpu or config.attention.backend != "auto")
+    return replace(compute, core=core, heads=heads), notes
 
 
 def fp8_compute(

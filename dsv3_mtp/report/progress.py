@@ -5,6 +5,7 @@ torch here.
 import math
 import os
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console
@@ -13,45 +14,61 @@ from rich.progress import Progress as LiveBar
 
 from dsv3_mtp.report.metrics import Record, depths_of
 
+WIDTH = 100  # columns
+
 
 def train_line(record: Record, *, total_steps: int, eta_s: float | None) -> str:
-    """One line for a record with train/* keys, in one piece:
+    """A record with train/* keys; what does not fit into WIDTH columns stands in a second line:
 
-    step  120/1465   8% | loss 3.412 main 3.101 mtp 3.118 (w 0.300) agr 0.41
-    | lr 2.7e-3 gn 0.82 | 9.8k tok/s | eta 0:01:12
+    step  120/1465 | main 3.101 mtp 3.118 w 0.300 agr 0.41 | lr 2.7e-3 gn 0.82 | 9.84k tok/s
+        | eta 0:01:12
     """
     width = len(str(total_steps))
-    losses = f"loss {record['train/loss']:.3f} main {record['train/main_loss']:.3f}"
+    losses = f"main {record['train/main_loss']:.3f}"
     if depths := _by_depth(record, "train/mtp_loss", ".3f"):
-        losses += f" mtp {depths} (w {record['train/mtp_weight']:.3f})"
+        losses += f" mtp {depths} w {record['train/mtp_weight']:.3f}"
     if agreement := _by_depth(record, "train/agreement", ".2f"):
         losses += f" agr {agreement}"
     optimizer = f"lr {_scientific(record['optim/lr'])} gn {record['optim/grad_norm']:.2f}"
     speed = f"{quantity(record['perf/tokens_per_s'])} tok/s"
     if "perf/mfu" in record:
         speed += f" mfu {record['perf/mfu']:.1%}"
-    step = f"step {record['step']:{width}d}/{total_steps} {record['progress']:4.0%}"
-    return " | ".join([step, losses, optimizer, speed, f"eta {duration(eta_s)}"])
+    if "perf/peak_gib" in record:
+        speed += f" mem {record['perf/peak_gib']:.1f} GiB"
+    step = f"step {record['step']:{width}d}/{total_steps}"
+    return fit([step, losses, optimizer, speed, f"eta {duration(eta_s)}"])
 
 
 def validation_line(record: Record, *, total_steps: int) -> str:
-    """One line for a record with val/* keys:
+    """A record with val/* keys, as `train_line`:
 
-    val   step  200 | main 3.010 (bpb 1.230) mtp 3.104 | top1 0.41 0.36 | agreement 0.47
-    | overlap 0.62
+    val  step  200 | main 3.010 (bpb 1.230) mtp 3.104 | top1 0.41 0.36 | overlap 0.62
     """
     losses = f"main {record['val/main_loss']:.3f}"
     if "val/bits_per_byte" in record:
         losses += f" (bpb {record['val/bits_per_byte']:.3f})"
     if depths := _by_depth(record, "val/mtp_loss", ".3f"):
         losses += f" mtp {depths}"
-    fields = [f"val   step {record['step']:{len(str(total_steps))}d}", losses]
+    fields = [f"val  step {record['step']:{len(str(total_steps))}d}", losses]
     for name in ("top1", "agreement", "overlap"):
         if values := _by_depth(record, f"val/{name}", ".2f"):
             fields.append(f"{name} {values}")
     if "task/exact_match" in record:
         fields.append(f"exact match {record['task/exact_match']:.3f}")
-    return " | ".join(fields)
+    return fit(fields)
+
+
+def fit(fields: Sequence[str]) -> str:
+    """The fields with " | " between them, in lines of at most WIDTH columns (one field may be
+    wider).
+    """
+    lines = [fields[0]]
+    for field in fields[1:]:
+        if len(lines[-1]) + 3 + len(field) <= WIDTH:
+            lines[-1] += f" | {field}"
+        else:
+            lines.append(f"    | {field}")
+    return "\n".join(lines)
 
 
 def floors_line(record: Record) -> str:

@@ -86,15 +86,14 @@ def lock_folder(folder: Path) -> int:
 
 
 def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
-    """Claims the run folder for this process; the complete checkpoints to resume there, the newest
-    first, and what to tell the user about others.
+    """The complete checkpoints to resume in the run folder, the newest first, and what to tell the
+    user about others.
 
     Raises:
-        ValueError: another process trains in the folder; `checkpoint.resume: never` and there is a
-            checkpoint; or all checkpoints are damaged.
+        ValueError: `checkpoint.resume: never` and there is a checkpoint; or all checkpoints are
+            damaged.
     """
     root = run_folder(config) / "checkpoints"
-    lock_folder(run_folder(config))
     _read_back(run_folder(config))
     newest = newest_checkpoint(root)
     if newest is not None and config.checkpoint.resume == "never":

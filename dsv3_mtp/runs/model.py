@@ -13,7 +13,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.loading import newest_weights, start_weights, tokenizer_of
 
 
-class LoadedRun(NamedTuple):
+class LoadedModel(NamedTuple):
     """`tokenizer` is the run's tokenizer.json, None where its data has none (Megatron files);
     `notes` say which newer checkpoints could not be used.
     """
@@ -24,9 +24,9 @@ class LoadedRun(NamedTuple):
     notes: list[str]
 
 
-def load_run(
+def load_model(
     folder: str | Path, *, ema: bool = False, trust_code: bool | Collection[str] = False
-) -> LoadedRun:
+) -> LoadedModel:
     """A run's model on the CPU, in eval mode and in the dtype of the run.
 
     The newest complete checkpoint; for an imported run without one, the imported weights as
@@ -64,6 +64,6 @@ def load_run(
     elif start is not None:
         model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module
         load_weights(model, start)
-    return LoadedRun(
+    return LoadedModel(
         model.requires_grad_(False).eval(), config, tokenizer_of(config, folder), notes
     )

@@ -33,7 +33,7 @@ def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> 
         ValueError: fewer than two runs, a folder is no run, or one has not been validated.
     """
     if len(folders) < 2:
-        raise ValueError("--compare needs two runs or more")
+        raise ValueError("give two runs or more")
     configs = {
         folder: load_config(folder / "config.yaml", trust_code=trust_code) for folder in folders
     }

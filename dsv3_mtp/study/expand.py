@@ -14,6 +14,7 @@ from dsv3_mtp.config.resume import differences
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.study.load import LoadedStudy
+from dsv3_mtp.study.matrix import Study
 
 # A run is a pure function of what these are at each step: arms that differ in nothing else may
 # share a prefix.
@@ -67,12 +68,19 @@ def expand(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
             # A run that others fork from keeps every checkpoint until all of them have taken
             # theirs.
             keep = 2 + steps_of(config) if name in forked else config.checkpoint.keep
-            own = _replace(
-                config, run={"name": f"{name}-seed{seed}", "seed": seed}, checkpoint={"keep": keep}
-            )
+            run = {"name": f"{name}-seed{seed}", "seed": seed}
+            own = _replace(config, run=run, checkpoint={"keep": keep}, log=_grouped(config, study))
             parent, step = parents[name]
             runs.append(Run(name, seed, own, f"{parent}-seed{seed}" if parent else None, step))
     return runs
+
+
+def _grouped(config: Config, study: Study) -> dict[str, Any]:
+    """What `log` says of the runs of a study: in W&B they are a group of its name."""
+    wandb = config.log.wandb
+    if wandb is None or wandb.group is not None:
+        return {}
+    return {"wandb": wandb.model_dump() | {"group": study.run.name}}
 
 
 def _replace(config: Config, **sections: Mapping[str, Any]) -> Config:

@@ -22,7 +22,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.report.metrics import Record as Logged
 from dsv3_mtp.report.metrics import depths_of, read_metrics
 from dsv3_mtp.runs.folder import read_starts
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.study.archive import Curve, Data, Fork, Record, Start
 from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
 from dsv3_mtp.study.matrix import Acceptance, Study
@@ -261,7 +261,7 @@ def free_running(
 
 def _model(folder: Path, run: Run) -> DeepseekV3MTP:
     """The study's own file has named the code that the run's config names."""
-    return load_run(folder, trust_code=code.named(run.config.to_dict())).model
+    return load_model(folder, trust_code=code.named(run.config.to_dict())).model
 
 
 def _draw_seed(name: str, draw: int) -> int:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ import torch
 # an import of seconds that training makes: once here, not in every forked process
 import torch._dynamo
 
+from dsv3_mtp.data.opening import build_missing, open_sources
+from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.report.progress import duration
 from dsv3_mtp.runs.loading import checkpoints
 from dsv3_mtp.study.archive import read_results
@@ -34,6 +37,7 @@ from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.plan import freeze
 from dsv3_mtp.study.worker import ELSEWHERE, is_claimed, work
 
+PROGRESS_S = 30.0  # between lines about the runs that are active
 POLL_S = 2.0  # how often a run that another program works on is looked at
 
 
@@ -50,7 +54,8 @@ def run_study(
     program works on are waited for only where something here depends on them.
 
     Raises:
-        ValueError: a run folder holds a run of other settings, or `only` chooses nothing.
+        ValueError: a run folder holds a run of other settings, `only` chooses nothing, or the data
+            of a run cannot be used.
     """
     study, failed = loaded.study, []
     budgets, runs = _planned(loaded, only)
@@ -58,8 +63,10 @@ def run_study(
     freeze(loaded, len(records_of(loaded)))
     while True:
         chosen = [run for run in runs if only(run) and run.name not in failed]
-        failed += _Pool(study, runs, jobs, say).work_through(chosen)
-        if budgets_of(loaded).keys() <= budgets.keys():
+        check_data([run for run in chosen if not is_closed(study, run)])
+        pool = _Pool(study, runs, jobs, say)
+        failed += pool.work_through(chosen)
+        if pool.hopeless or budgets_of(loaded).keys() <= budgets.keys():
             return failed
         budgets, runs = _planned(loaded, only)
 
@@ -81,6 +88,27 @@ def _planned(loaded: LoadedStudy, only: Callable[[Run], bool]) -> tuple[dict[str
     return budgets, runs
 
 
+def check_data(runs: Sequence[Run]) -> None:
+    """Opens what the runs are trained on, once each, before the first of them starts.
+
+    Raises:
+        ValueError: it cannot be used; all reasons are listed.
+    """
+    problems: dict[str, None] = {}
+    configs = {
+        repr((c.data, c.mtp.lookahead, c.mtp.depths, c.model.vocab_size)): c
+        for c in (run.config for run in runs)
+    }
+    for config in configs.values():
+        try:
+            build_missing(config)
+            open_sources(config)
+        except (ValueError, OSError) as error:
+            problems[str(error)] = None
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
 @dataclass(frozen=True)
 class _Active:
     process: BaseProcess
@@ -97,6 +125,9 @@ class _Pool:
     ) -> None:
         self.study, self.runs, self.jobs, self.say = study, runs, jobs, say
         self.active: dict[Any, _Active] = {}
+        self.reasons: dict[str, str] = {}  # of failures: the last line of a log -> arm
+        self.succeeded = self.hopeless = False
+        self.said = time.monotonic()
 
     def work_through(self, chosen: Sequence[Run]) -> list[str]:
         """Returns the names of the runs that failed."""
@@ -115,7 +146,8 @@ class _Pool:
                         self._start(run)
                 if not self.active and waiting:  # for a run that another program works on
                     time.sleep(POLL_S)
-                timeout = POLL_S if waiting else None
+                self._say_progress()
+                timeout = POLL_S if waiting else PROGRESS_S
                 for sentinel in connection.wait(list(self.active), timeout) if self.active else ():
                     done = self.active.pop(sentinel)
                     done.process.join()
@@ -128,6 +160,9 @@ class _Pool:
                     number = total - len(waiting) - len(self.active)
                     seconds = time.monotonic() - done.started
                     self.say(f"[{number}/{total}] {done.run.name}: {text} ({duration(seconds)})")
+                    self._judge(done.run, good)
+                    if self.hopeless:
+                        return failed
                     _prune(self.study, done.run, self.runs)
         finally:
             for item in self.active.values():
@@ -157,6 +192,32 @@ class _Pool:
             process.start()
         self.active[process.sentinel] = _Active(process, run, time.monotonic(), slot)
 
+    def _say_progress(self) -> None:
+        """A line per active run, every PROGRESS_S at first and ever more rarely."""
+        now = time.monotonic()
+        oldest = min((item.started for item in self.active.values()), default=now)
+        if now - self.said < max(PROGRESS_S, 0.1 * (now - oldest)):
+            return
+        self.said = now
+        for item in self.active.values():
+            folder = self.study.folder / item.run.name
+            self.say(f"  {item.run.name}: {_reached(folder)}; {folder / 'log.txt'}")
+
+    def _judge(self, run: Run, good: bool) -> None:
+        """Two arms that have failed with the same last words, before anything succeeded, are taken
+        for all of them.
+        """
+        self.succeeded = self.succeeded or good
+        if self.succeeded:
+            return
+        log = self.study.folder / run.name / "log.txt"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        reason = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        before = self.reasons.setdefault(reason, run.arm)
+        if reason and before != run.arm:
+            self.hopeless = True
+            self.say(f"{before} and {run.arm} fail alike, so the study stops: {reason}")
+
     def _outcome(self, done: _Active) -> tuple[str, bool]:
         folder, code = self.study.folder / done.run.name, done.process.exitcode
         record = read_results(folder)
@@ -167,6 +228,21 @@ class _Pool:
         name = self.study.primary.metric
         name = name if name in record.metrics else "val/main_loss"
         return f"{name} {record.metrics[name]:.4f}", True
+
+
+def _reached(folder: Path) -> str:
+    """How far a run is, and how long it will take at its mean pace."""
+    try:
+        records = read_metrics(folder / "metrics.jsonl")
+    except (OSError, ValueError):  # not there yet
+        return "starting"
+    paced = [record for record in records if "perf/tokens_per_s" in record]
+    if not paced:
+        return "starting"
+    done, left = paced[-1]["progress"], None
+    if done and (spent := paced[-1]["time_s"]):
+        left = spent * (1 - done) / done
+    return f"{done:.0%}, loss {paced[-1]['train/main_loss']:.3f}, eta {duration(left)}"
 
 
 def devices() -> int:

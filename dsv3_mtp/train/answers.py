@@ -39,7 +39,7 @@ from dsv3_mtp.data.tokenizer import DocumentEncoder, recorded_encoder
 from dsv3_mtp.decode.generate import Settings, generate, prompt_problems
 from dsv3_mtp.files.atomic import replacing, write_json
 from dsv3_mtp.files.checked import OPEN, read_json
-from dsv3_mtp.runs.model import LoadedRun, load_run
+from dsv3_mtp.runs.model import LoadedModel, load_model
 
 Report = Callable[[int, int, int], None]  # prompts done, prompts in all, tokens written
 
@@ -106,7 +106,7 @@ def write_answers(
     """
     prompts_file = Path(arguments.prompts)
     lines = list(_read_prompts(prompts_file))
-    run = load_run(arguments.run)
+    run = load_model(arguments.run)
     if run.tokenizer is None:
         raise ValueError(f"{arguments.run}: has no tokenizer.json, and prompts are text")
     encoder = recorded_encoder(run.tokenizer)
@@ -138,7 +138,7 @@ class _Answering:
         partial: Path,
         arguments: AnswerArguments,
         recorded: dict[str, Any],
-        run: LoadedRun,
+        run: LoadedModel,
         encoder: DocumentEncoder,
         prompts: list[list[int]],
         progress: Report | None,
@@ -265,7 +265,7 @@ def _pieces(content: Any, template: Any, encoder: DocumentEncoder, place: str) -
     return prompt_pieces(content, template, specials=encoder.specials, place=place)
 
 
-def _weights_hash(run: LoadedRun) -> str:
+def _weights_hash(run: LoadedModel) -> str:
     """Of the weights that answer: the run's may have been trained on since."""
     digest = hashlib.sha256()
     for name, tensor in run.model.state_dict().items():

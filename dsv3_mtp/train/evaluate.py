@@ -25,7 +25,7 @@ from dsv3_mtp.hf import load_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import MTPOutput
 from dsv3_mtp.model.overlap import overlap_means
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 
 if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
     from dsv3_mtp.parallel.engine import Engine
@@ -168,7 +168,7 @@ def open_model(
         ValueError: there is nothing to load, or the windows do not fit the model or the task.
     """
     if run is not None:
-        model, config, _, notes = load_run(run, ema=ema, trust_code=trust_code)
+        model, config, _, notes = load_model(run, ema=ema, trust_code=trust_code)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         sections = config.to_dict()

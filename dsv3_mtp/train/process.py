@@ -8,6 +8,7 @@ import os
 import warnings
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.ops.choice import missing
 from dsv3_mtp.ops.tuning import tune
 from dsv3_mtp.parallel.launch import StopRequest, local_device
 from dsv3_mtp.train.trainer import Trainer
@@ -28,7 +29,10 @@ def own_process(config: Config, *, command: list[str], profile: range = range(0)
     # when CUDA starts.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     stop = StopRequest()
-    notes = [*tune(local_device()), *torchrun_notes()]
+    device = local_device()
+    tune(device)
+    slower = missing(device)  # a user hears of kernels where they are not what they could be
+    notes = [*([slower] if slower else []), *torchrun_notes()]
     return Trainer(config, command=command, stop=stop, notes=notes, profile=profile)
 
 

@@ -1,5 +1,6 @@
 """The training loop. `Trainer.run` is the run, `Trainer.optimizer_step` one step of it."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,9 @@ from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starting
 from dsv3_mtp.precision.convert import choose_compute
 from dsv3_mtp.report.metrics import Clock, MetricsLog, read_metrics
+from dsv3_mtp.report.monitors import Monitor, open_monitors
 from dsv3_mtp.report.progress import Progress
-from dsv3_mtp.runs.folder import find_checkpoints, run_folder, write_run_folder
+from dsv3_mtp.runs.folder import find_checkpoints, lock_folder, run_folder, write_run_folder
 from dsv3_mtp.train import checkpoint, words
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
 from dsv3_mtp.train.floors import text_floors
@@ -66,8 +68,13 @@ class Trainer:
         self.config = config
         self.folder = run_folder(config)
         self.stop = stop
-        with starting(config.parallel.timeout_s):
-            self.build(command, notes, profile)
+        self.held: int | None = None  # descriptor of the folder's lock, on rank 0
+        try:
+            with starting(config.parallel.timeout_s):
+                self.build(command, notes, profile)
+        except BaseException:
+            self.release()
+            raise
         self.profile = StepProfile(profile, self.folder, self.world.rank)
         if self.world.device.type == "cuda":  # perf/peak_gib is of training, not of the start
             torch.cuda.reset_peak_memory_stats(self.world.device)
@@ -83,9 +90,10 @@ class Trainer:
         )
         require_within(profile, self.steps)
         check_monitors(config)
-        ds_config = deepspeed_config(config, self.world.size, str(self.folder))
+        ds_config = deepspeed_config(config, self.world.size)
         on_main(self.world, lambda: build_missing(config))
         self.sampler, self.val = on_all(self.world, lambda: open_sources(config))
+        on_main(self.world, self.claim)
         complete, found = on_main(self.world, lambda: find_checkpoints(config))
         latest, damaged = checkpoint.first_sound(self.world, complete)
         saved = latest and checkpoint.read_state(latest)  # what is damaged is told at once
@@ -112,12 +120,15 @@ class Trainer:
         self.average = None if decay is None else WeightAverage(self.engine, decay)
 
         self.step = self.tokens = 0
+        self.monitors: list[Monitor] = []
+        self.table: dict[str, float] = {}  # of the last validation
         self.lambda_state = schedules.first_state(config.mtp)
         self.clock = Clock()
         if latest and saved:
             self.notes += self.resume(latest, saved)
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
+        on_main(self.world, self.open_monitors)
         # What this start is. A resumed run writes it after its first step: until then the folder
         # holds what the settings there made.
         sources = {f"train/{i}": source for i, source in enumerate(self.sampler.sources)}
@@ -131,6 +142,19 @@ class Trainer:
         )
         if not latest:
             self.describe_once()
+
+    def claim(self) -> None:
+        """Holds the run folder for this process until it ends, or `release`."""
+        self.held = lock_folder(self.folder)
+
+    def release(self) -> None:
+        """Another trainer, of this process too, may go on with the run."""
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
+
+    def open_monitors(self) -> None:
+        self.monitors = open_monitors(self.config, self.folder, self.tokens)
 
     def describe_once(self) -> None:
         if self.describe is not None:
@@ -156,8 +180,8 @@ class Trainer:
         """
         config, total = self.config, self.config.train.total_tokens
         with Progress(total, total_steps=self.steps, silent=not self.world.is_main) as self.display:
-            headline = words.headline(config, self.size, self.world, self.sampler.sources, self.val)
-            for note in [headline, *self.notes]:
+            lines = words.header(config, self.size, self.world, self.sampler)
+            for note in [*lines, *self.notes]:
                 self.display.say(note)
             self.clock.start(self.tokens)
             stopping = warned = False
@@ -277,6 +301,7 @@ class Trainer:
             )
             record |= floors
             notes = words.floors(record, why)
+        self.table = {key: value for key, value in record.items() if "/" in key}
         self.display.validation(record)
         for note in notes:
             self.display.say(note)
@@ -296,7 +321,9 @@ class Trainer:
     def write(self, record: dict[str, Any]) -> None:
         if self.world.is_main:
             self.log.append(record)
-            self.engine.write_events({k: v for k, v in record.items() if "/" in k}, self.tokens)
+            metrics = {key: value for key, value in record.items() if "/" in key}
+            for monitor in self.monitors:
+                monitor.log(metrics, self.tokens)
 
     def warn(self, text: str | None) -> bool:
         """Whether there was a warning."""
@@ -333,6 +360,8 @@ class Trainer:
     def finish(self) -> Path:
         """Plots, and says in one line how the run ended."""
         if self.world.is_main:
+            for monitor in self.monitors:
+                monitor.finish(self.table)
             from dsv3_mtp.report.plots import (
                 plot_run,  # here, because matplotlib would make every start wait for it
             )

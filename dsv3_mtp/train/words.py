@@ -1,44 +1,85 @@
 """What a run says on the terminal beside its progress: how it starts, warns and ends."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.config import Config
+from dsv3_mtp.config import Config, schedules
+from dsv3_mtp.config.reader import show
 from dsv3_mtp.data.ngrams import early_training
+from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.model.size import ModelSize
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.report.metrics import LEAK_RATIO
-from dsv3_mtp.report.progress import floors_line, quantity
+from dsv3_mtp.report.progress import WIDTH, floors_line, quantity
 from dsv3_mtp.runs.loading import newest_checkpoint
 
 
-def headline(
-    config: Config, size: ModelSize, world: World, sources: Sequence[DataSource], val: DataSource
-) -> str:
-    """The run in one line. sources, val: its training and validation data."""
-    heads = (
-        config.mtp.mode if config.mtp.mode == "none" else f"{config.mtp.mode} D={config.mtp.depths}"
-    )
-    tokens = [source.tokens for source in sources if source.tokens is not None]
-    data = quantity(sum(tokens)) if tokens else val.path
-    experts = (
-        f", EP {config.parallel.expert_parallel_size}"
-        if config.parallel.expert_parallel_size > 1
-        else ""
-    )
-    stages = f", {world.stages} pipeline stages" if world.stages > 1 else ""
-    stages += f", rows over {world.slices} ranks" if world.slices > 1 else ""
-    return (
-        f"{config.run.name}: {quantity(size.total)} parameters "
-        f"({quantity(size.active)} active) + MTP {heads} "
-        f"({quantity(size.mtp_total)}), "
-        f"{quantity(config.train.total_tokens)} tokens of {data}, "
-        f"{world.size} x {world.device.type}{stages}, "
-        f"ZeRO-{config.parallel.zero_stage}{experts}, "
-        f"{config.train.dtype}"
-    )
+def header(config: Config, size: ModelSize, world: World, sampler: Sampler) -> list[str]:
+    """One line each on the model, the data and lambda; none is wider than a terminal."""
+    lines = [model_pieces(config, size, world), data_pieces(config, world, sampler)]
+    lines += [lambda_pieces(config)] if config.mtp.depths else []
+    return [textwrap.fill(", ".join(line), WIDTH, subsequent_indent="    ") for line in lines]
+
+
+def model_pieces(config: Config, size: ModelSize, world: World) -> list[str]:
+    mtp, parallel = config.mtp, config.parallel
+    model = f"{config.run.name}: {quantity(size.total)} parameters ({quantity(size.active)} active)"
+    heads = f"{mtp.mode} D={mtp.depths} ({quantity(size.mtp_total)})" if mtp.depths else "none"
+    pieces = [f"{model} + MTP {heads}", f"{world.size} x {world.device.type}"]
+    pieces += [f"{world.stages} pipeline stages"] * (world.stages > 1)
+    pieces += [f"rows over {world.slices} ranks"] * (world.slices > 1)
+    pieces += [f"ZeRO-{parallel.zero_stage}"]
+    pieces += [f"EP {parallel.expert_parallel_size}"] * (parallel.expert_parallel_size > 1)
+    return [*pieces, config.train.dtype]
+
+
+def data_pieces(config: Config, world: World, sampler: Sampler) -> list[str]:
+    """Steps, tokens, and how often the run reads each of its sources."""
+    train, length = config.train, config.data.seq_len
+    steps = schedules.total_steps(train, length, train.micro_batch_size * world.data_size)
+    size = f"{'up to ' * (train.batch_size_ramp is not None)}{train.batch_size * length:,} tokens"
+    pieces = [f"data: {steps:,} steps of {size}", f"{quantity(train.total_tokens)} in all"]
+    for source, weight in zip(sampler.sources, sampler.weights, strict=True):
+        share = train.total_tokens * weight
+        if source.tokens is None:
+            pieces.append(f"newly generated examples of {source.path}")
+            continue
+        piece = f"{share / source.tokens:.2g} epochs of {source.path} ({quantity(source.tokens)})"
+        known = source.vocab_size
+        if known is not None and known < config.model.vocab_size:
+            piece += f" with {known:,} of the model's {config.model.vocab_size:,} token ids"
+        pieces.append(piece)
+    return pieces
+
+
+def lambda_pieces(config: Config) -> list[str]:
+    """The schedule of lambda by its keys, and what else decides on the weights of the depths."""
+    mtp = config.mtp
+    keys: dict[str, Any] = mtp.loss_weight.model_dump(mode="json")
+    first = f"lambda: {keys.pop('type')}"
+    pieces = [f"{key} {_short(value)}" for key, value in keys.items() if value is not None]
+    first += f" ({', '.join(pieces)}, in fractions of the run)" if pieces else ""
+    more: dict[str, Any] = {"curriculum": mtp.curriculum, "detach": mtp.detach}
+    more["objective"] = dict(mtp.objective)
+    if mtp.depth_weights is not None:
+        more["depth weights"] = mtp.model_dump(mode="json")["depth_weights"]
+    usual = {"objective": {"ce": 1.0}, "detach": "none", "curriculum": "none"}
+    said = [f"{key} {_short(value)}" for key, value in more.items() if value != usual.get(key)]
+    return [first, *said]
+
+
+def _short(value: Any) -> str:
+    """A setting as in YAML, its numbers to three digits."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_short(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    return value if isinstance(value, str) else show(value)
 
 
 def leak(step: int, record: Mapping[str, Any], val: DataSource) -> str | None:

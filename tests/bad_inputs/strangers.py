@@ -151,9 +151,9 @@ ARCHIVES = [
     ),
     C("a run folder of other settings", f"{STUDY} --only chain", "run folders of other settings", lambda f: put("runs/two/chain-seed1/config.yaml", (f / "c.yaml").read_bytes())(f)),
     C("a run folder with a damaged config", f"{STUDY} --only chain", r"chain-seed1/config\.yaml", put("runs/two/chain-seed1/config.yaml", "[")),
-    C("compare: a run without metrics", "study --compare runs/tiny runs/other --out new", "metrics", both(other_run, gone("runs/tiny/metrics.jsonl"))),
-    C("compare: damaged metrics", "study --compare runs/tiny runs/other --out new", r"metrics\.jsonl", both(other_run, put("runs/tiny/metrics.jsonl", "[]\n"))),
-    C("compare: a damaged manifest", "study --compare runs/tiny runs/other --out new", r"manifest\.json", both(other_run, put("runs/tiny/manifest.json", "[]"))),
+    C("compare: a run without metrics", "compare runs/tiny runs/other --out new", "metrics", both(other_run, gone("runs/tiny/metrics.jsonl"))),
+    C("compare: damaged metrics", "compare runs/tiny runs/other --out new", r"metrics\.jsonl", both(other_run, put("runs/tiny/metrics.jsonl", "[]\n"))),
+    C("compare: a damaged manifest", "compare runs/tiny runs/other --out new", r"manifest\.json", both(other_run, put("runs/tiny/manifest.json", "[]"))),
 ]
 TRAIN = "train --config c.yaml --set run.name=new"
 ENVIRONMENT = [

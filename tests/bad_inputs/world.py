@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dsv3_mtp.cli.command import COMMANDS
 from dsv3_mtp.hf import export_hf
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from tests.bad_inputs.ask import ask
 from tests.conftest import tiny
 
@@ -63,7 +63,7 @@ def make_world(folder: Path) -> Path:
     export_hf(folder / "runs/tiny", folder / "hf/tiny", dtype="bf16", shard_bytes=60_000)
     export_hf(folder / "runs/tiny", folder / "hf/fp8", dtype="fp8")
     # what the commands import is there for every case
-    load_run(folder / "runs/tiny")
+    load_model(folder / "runs/tiny")
     commands = [f"cli.{module}" for module, _ in COMMANDS.values()]
     for name in [*commands, "study.run", "study.report"]:
         importlib.import_module(f"dsv3_mtp.{name}")

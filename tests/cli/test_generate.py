@@ -18,7 +18,7 @@ from dsv3_mtp.decode.decoder import compiled
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from tests.made_runs import write_text_run
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -143,7 +143,7 @@ def test_accepted_drafts_are_green_in_a_terminal_and_nowhere_else(run_tool, fold
     """
     from dsv3_mtp.heads.sequential import ChainDrafter
 
-    text = generate(load_run(folder).model, [[5]], Settings(max_new_tokens=6)).tokens[0]
+    text = generate(load_model(folder).model, [[5]], Settings(max_new_tokens=6)).tokens[0]
 
     def know_the_text(self, ids, last, count, sampler):  # m = last: t_0 is the prompt
         drafts = torch.tensor([(text + [0, 0])[last[0] : last[0] + count]])
@@ -211,7 +211,7 @@ def test_prompts_come_from_options_files_ids_and_stdin(run_tool, folder, tmp_pat
 
 
 def test_generation_stops_at_the_given_token(run_tool, folder):
-    whole = generate(load_run(folder).model, [[5]], Settings(max_new_tokens=6)).tokens[0]
+    whole = generate(load_model(folder).model, [[5]], Settings(max_new_tokens=6)).tokens[0]
     count = whole.index(whole[2]) + 1
     code, _, err = run_tool(
         "generate", "--run", folder, "--prompt-ids", "5", "--stop", str(whole[2]), *SHORT
@@ -325,7 +325,7 @@ def test_help_needs_no_torch(name, tmp_path):
 
 def test_decoding_stops_at_the_end_of_text_that_the_data_was_made_with(run_tool, folder):
     data = Path(folder).parents[1] / "data/tiny"
-    model = load_run(folder).model
+    model = load_model(folder).model
     token = generate(model, [[5, 9, 3]], Settings(max_new_tokens=1)).tokens[0][0]
     (data / "index.json").write_text(f'{{"eos_id": {token}}}')
     code, _, err = run_tool("generate", "--run", folder, "--prompt-ids", "5 9 3")

@@ -112,13 +112,12 @@ def test_bad_input_exits_2_with_the_reason_and_no_traceback(job, arguments, mess
     assert not (job.parent / "runs").exists()
 
 
-def test_dry_run_prints_config_sizes_and_deepspeed_json_and_starts_nothing(job):
-    code, output = run_tool(
-        TRAIN, "--config", str(job), "--dry-run", "--plot", log=job.with_suffix(".log")
-    )
+def test_dry_run_prints_sizes_first_the_config_on_request_and_starts_nothing(job):
+    options = ("--config", str(job), "--dry-run", "--plot", "--yaml")
+    code, output = run_tool(TRAIN, *options, log=job.with_suffix(".log"))
     assert code == 0, output
-    config, sizes, memory, sent, ds_json = output.split("# ")[1:6]
-    assert config.startswith("resolved config\n") and "num_nextn_predict_layers: 1" in config
+    sizes, memory, sent, config, ds_json = output.split("# ")[1:6]
+    assert config.startswith("config\n") and "num_nextn_predict_layers: 1" in config
     assert "parameters, main model" in sizes and "FLOP" in sizes
     assert (
         memory.startswith("memory of one rank, 1 rank; ZeRO-1")
@@ -137,12 +136,17 @@ def test_dry_run_plans_v3_on_2048_gpus(tmp_path):
     code, output = run_tool(TRAIN, *plan, "--world-size", "2048", log=tmp_path / "log")
     assert code == 0, output
     assert "2048 ranks; 16 pipeline stages x 128; experts over 64 ranks, 2 copies; ZeRO-1" in output
+    plan_of_2048 = output
+    assert "# config" not in output
     assert "fits in 80 GiB" in output and "1F1B (run here)  11.1%" in output
     code, output = run_tool(TRAIN, *plan, log=tmp_path / "log")
     assert (
         code == 2
         and "parallel.pipeline_stages: must divide the number of ranks, 1 (got 16)" in output
     )
+    assert "--world-size: the nearest that fit are 1,024" in output
+    # 3.858e24 FLOPs at 40 % of 989 TFLOP/s
+    assert "H100 hours" in plan_of_2048 and " on 2,048), if 40% of 989" in plan_of_2048
 
 
 @pytest.mark.dist

@@ -163,3 +163,33 @@ def test_the_folder_that_is_being_made_is_no_input_of_itself(tmp_path: Path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.txt").write_text("x")
     assert [path.name for path in inputs(tmp_path, out=tmp_path / "out").files] == ["data.jsonl"]
+
+
+def test_the_end_of_a_text_file_can_be_its_validation_text(tmp_path: Path):
+    text = "".join(f"line {n}\n" for n in range(100))
+    for name, content in (("a.txt", text), ("b.txt", "x" * 50)):
+        (tmp_path / name).write_text(content)
+    options = {"text_key": "text", "val_fraction": 0.1, "out": tmp_path / "out"}
+    read = FileInputs([str(tmp_path)], val_by_position=True, **options).read
+    found = [(document.split, document.text) for document in read()]
+    assert [split for split, _ in found] == ["train", "val"] * 2
+    assert found[0][1] + found[1][1] == text and found[1][1].startswith("line 9")
+    assert 0.05 < len(found[1][1]) / len(text) <= 0.1
+    assert [text for _, text in found[2:]] == ["x" * 45, "x" * 5]
+    again = [(d.split, d.text) for d in read(0, 1)]  # after an interruption
+    assert again == found[1:]
+    (tmp_path / "c.jsonl").write_bytes(jsonl(["x"]))
+    with pytest.raises(ValueError, match=r"--val-by-position splits text files; .*c\.jsonl holds"):
+        FileInputs([str(tmp_path)], val_by_position=True, **options)
+
+
+def test_unreadable_files_are_left_out_on_request_and_named(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"text"))
+    (tmp_path / "c.txt").write_text("good too")
+    options = {"text_key": "text", "val_fraction": 0.0, "out": tmp_path / "out"}
+    found = FileInputs([str(tmp_path)], skip_unreadable=True, **options)
+    assert [document.text for document in found.read()] == ["good", "good too"]
+    assert [path.name for path in found.skipped] == ["b.gz"]
+    with pytest.raises(ValueError, match=r"b\.gz, line 1: .*--skip-unreadable"):
+        list(FileInputs([str(tmp_path)], **options).read())

@@ -258,3 +258,25 @@ def test_concurrent_builders_make_one_right_folder(files, whole, tmp_path):
 def test_a_folder_that_has_no_name_cannot_be_made(out: str):
     with pytest.raises(ValueError, match="names no folder to make"):
         prepare(out, Arguments(inputs=("x",), vocab_size=300))
+
+
+def test_what_failed_before_its_first_document_leaves_nothing_behind(tmp_path):
+    """So that the advice of its message can be followed: name the key, with other arguments."""
+    pq.write_table(pa.table({"content": texts(40)}), tmp_path / "a.parquet")
+    options = {"inputs": (str(tmp_path / "a.parquet"),), "val_fraction": 0.3}
+    (tmp_path / "tokenizer.json").write_text(train_tokenizer(texts(40), 280))
+    options |= {"tokenizer": str(tmp_path / "tokenizer.json")}
+    with pytest.raises(ValueError, match="--text-key"):
+        prepare(tmp_path / "out", Arguments(**options))
+    assert not (tmp_path / "out.partial").exists()
+    assert prepare(tmp_path / "out", Arguments(text_key="content", **options))["splits"]
+
+
+def test_one_text_file_is_split_by_position_and_the_error_says_how(tmp_path):
+    (tmp_path / "whole.txt").write_text("\n".join(texts(100)))
+    options = {"inputs": (str(tmp_path / "whole.txt"),), "vocab_size": 280}
+    with pytest.raises(ValueError, match=r"1 for train and 0 for val.*--val-by-position"):
+        prepare(tmp_path / "out", Arguments(**options))
+    splits = prepare(tmp_path / "out", Arguments(val_by_position=True, **options))["splits"]
+    assert splits["train"]["documents"] == splits["val"]["documents"] == 1
+    assert 0 < splits["val"]["bytes"] < 0.1 * splits["train"]["bytes"] + 100

@@ -54,7 +54,7 @@ def test_a_plain_pair_opens_with_and_without_suffix_and_is_known_by_its_document
 
 def test_nothing_to_open_says_how_to_prepare_or_finish(tmp_path: Path):
     with pytest.raises(
-        ValueError, match=r"neither a prepared folder nor a Megatron prefix.*prepare_data"
+        ValueError, match=r"neither a prepared folder nor a Megatron prefix.*dsv3 prepare"
     ):
         open_source(tmp_path / "none", "train")
     (tmp_path / "some.partial").mkdir()

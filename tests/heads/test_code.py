@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsv3_mtp.config import ConfigError, code, load_config
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.runs.verify import verify
 from dsv3_mtp.study.plan import freeze, load_archive
 from tests.heads_under_test import OTHERS
@@ -139,7 +139,7 @@ def test_a_strangers_folder_imports_nothing(tmp_path):
     text = text.replace("mode: sequential", "mode: evil_head:Head")
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match="names code outside the package, evil_head:Head"):
-        load_run(tmp_path)
+        load_model(tmp_path)
     assert verify(tmp_path) == []  # whole, and not imported
 
 

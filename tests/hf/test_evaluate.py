@@ -17,7 +17,7 @@ from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.decode.generate import generate
 from dsv3_mtp.hf import export_hf, import_hf
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.train import evaluate
 from dsv3_mtp.train.evaluate import open_model, validate
 
@@ -186,7 +186,7 @@ def test_acceptance_is_measured_by_decoding(run, monkeypatch, capsys):
 
 
 def test_acceptance_has_a_seed_and_sets_of_prompts_that_share_none(run, corpus, monkeypatch):
-    model = load_run(run).model
+    model = load_model(run).model
     texts: list[list[list[int]]] = []
 
     def generate_and_note(model, prompts, settings):

@@ -291,7 +291,7 @@ def test_the_commands_say_what_comes_next_and_refuse_in_one_line(tmp_path, trunk
 
     code, output = command("import_hf", "--from", str(source), "--out", run, "--frozen")
     assert code == 0 and "hours on one device at" in output and "488,282 steps of" in output
-    assert f"next: deepspeed tools/train.py --config {run}/config.yaml" in output
+    assert f"next: dsv3 train --config {run}/config.yaml" in output
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "two.txt").write_text("1+1=\n2+2=\n")
     own = ["--out", str(tmp_path / "own"), "--from-run", run]

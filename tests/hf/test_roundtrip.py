@@ -13,7 +13,7 @@ from dsv3_mtp.hf.export import new_folder
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import slots
 from dsv3_mtp.precision.quantise import BLOCK, dequantise
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from tests.conftest import contents
 
 WIDE = {
@@ -64,7 +64,7 @@ def test_a_float32_export_is_the_model_bit_for_bit(make_run, tmp_path):
         None,
     )
     assert_same(loaded.state_dict(), model.state_dict())
-    again, run_config, *_ = load_run(run)
+    again, run_config, *_ = load_model(run)
     assert run_config.model == loaded.config
     assert_same(again.state_dict(), model.state_dict())
 
@@ -87,7 +87,7 @@ def test_fp8_is_exact_on_the_block_grid_and_leaves_the_rest_alone(make_run, tmp_
     }
     assert settings == expected
     import_hf(tmp_path / "hf", tmp_path / "imported")
-    loaded, *_ = load_run(tmp_path / "imported")
+    loaded, *_ = load_model(tmp_path / "imported")
     state, trained, stored = loaded.state_dict(), model.state_dict(), Checkpoint(tmp_path / "hf")
     for slot in slots(model.config, 1):
         got = state[slot.key][slot.index]
@@ -122,7 +122,7 @@ def test_foreign_fp8_scales_are_kept_exact_in_float32_and_their_rounding_is_repo
     assert any("bfloat16 rounds" in note for note in notes)
     notes = import_hf(tmp_path / "hf", tmp_path / "exact", dtype="fp32")
     assert not any("rounds" in note for note in notes)
-    wide, config, *_ = load_run(tmp_path / "exact")
+    wide, config, *_ = load_model(tmp_path / "exact")
     assert config.train.dtype == "float32"
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(

@@ -8,7 +8,7 @@ import torch
 from dsv3_mtp.config import MTPConfig
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
 from dsv3_mtp.hf.settings import TRUNK_HIDDEN
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 
 PRE_NORM = MTPConfig(mode="sequential", num_nextn_predict_layers=1, trunk_hidden="pre_norm")
 
@@ -18,7 +18,7 @@ def test_the_import_says_so_and_keeps_it(make_run, tmp_path):
     export_hf(run, tmp_path / "hf", dtype="fp32")
     import_hf(tmp_path / "hf", tmp_path / "usual")
     import_hf(tmp_path / "hf", tmp_path / "other", trunk_hidden="pre_norm")
-    usual, other = (load_run(tmp_path / name).model for name in ("usual", "other"))
+    usual, other = (load_model(tmp_path / name).model for name in ("usual", "other"))
     assert other.mtp_config.options == PRE_NORM.options != usual.mtp_config.options
     assert usual.state_dict().keys() == other.state_dict().keys()
     # the same folder read again, without the run: generate --hf, evaluate --hf, train.init_from

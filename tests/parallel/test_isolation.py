@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv3_mtp.report.metrics import read_metrics
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from tests.conftest import tiny
 from tests.ranks import chosen, rows, run_ranks, train_to_end, write_markov
 
@@ -80,8 +80,8 @@ def runs(tmp_path_factory, request) -> Path:
 @pytest.mark.parametrize("layout", rows(LAYOUTS, QUICK))
 def test_heads_cut_off_leave_the_trunk_as_without_heads(layout: str, runs: Path):
     bitwise = LAYOUTS[layout][2]
-    alone = load_run(runs / f"{layout}, none").model.state_dict()
-    beside = load_run(runs / f"{layout}, heads").model.state_dict()
+    alone = load_model(runs / f"{layout}, none").model.state_dict()
+    beside = load_model(runs / f"{layout}, heads").model.state_dict()
     assert set(alone) == {name for name in beside if not name.startswith("mtp.")}
     for name, weight in alone.items():
         if bitwise:

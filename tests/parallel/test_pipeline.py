@@ -332,7 +332,7 @@ def test_a_stage_holds_only_its_part_and_loads_only_that(data, tmp_path, make_ti
     held = []
     for rank in range(2):
         world = World(rank, 2, rank, torch.device("cpu"), stages=2)
-        model = build_model(config, deepspeed_config(config, 2, ""), world)
+        model = build_model(config, deepspeed_config(config, 2), world)
         load_weights(model, tmp_path / "hf")
         own = {name: value for name, value in model.state_dict().items() if not value.is_meta}
         assert all(torch.equal(value, whole.state_dict()[name]) for name, value in own.items())
@@ -369,7 +369,7 @@ def test_what_does_not_fit_the_number_of_ranks_is_said(data, tmp_path, ranks, ov
 
 def test_deepspeed_is_told_the_data_parallel_batch(data, tmp_path):
     config = make_config(tmp_path, data, {"parallel.pipeline_stages": 2})
-    given = deepspeed_config(config, 4, "")  # 2 stages x 2 data-parallel ranks
+    given = deepspeed_config(config, 4)  # 2 stages x 2 data-parallel ranks
     assert (
         given["train_batch_size"]
         == 8

@@ -220,7 +220,7 @@ def test_rows_that_cannot_be_sliced_are_refused(make_tiny_config, overrides, ran
 
 def test_deepspeed_and_the_sampler_are_told_their_own_numbers_of_ranks(make_tiny_config):
     config = make_tiny_config({"parallel.sequence_parallel_size": 2, "train.micro_batch_size": 1})
-    given = deepspeed_config(config, 8, "")  # 4 groups of 2 ranks: 4 sequences, and 8 halves of one
+    given = deepspeed_config(config, 8)  # 4 groups of 2 ranks: 4 sequences, and 8 halves of one
     assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (8, 1)
     assert given["gradient_accumulation_steps"] == 1
     (problem,) = refusals(config, 16)

@@ -147,7 +147,7 @@ def test_another_core_takes_the_place_of_the_models_own(make_model, make_tiny_co
     tokens = torch.randint(64, (2, 18))
     expected = make_model()[0](tokens).loss
     compute, notes = choose_compute(config, CPU, partial(meta_model, config.model, config.mtp))
-    assert notes[1].startswith("attention: the CPU's own") and compute.core is None
+    assert notes == [] and compute.core is None  # of a CPU's usual choice nothing is said
     with building(replace(compute, core=core)):
         model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(0)

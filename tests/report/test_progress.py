@@ -5,7 +5,15 @@ import math
 
 import pytest
 
-from dsv3_mtp.report.progress import Progress, duration, quantity, train_line, validation_line
+from dsv3_mtp.report.progress import (
+    WIDTH,
+    Progress,
+    duration,
+    fit,
+    quantity,
+    train_line,
+    validation_line,
+)
 
 TRAIN = {
     "step": 120,
@@ -41,40 +49,47 @@ class Terminal(io.StringIO):
 
 def test_train_line():
     assert train_line(TRAIN, total_steps=1465, eta_s=72.4) == (
-        "step  120/1465   8% | loss 3.412 main 3.101 "
-        "mtp 3.118 (w 0.300) agr 0.41 | lr 2.7e-3 gn 0.82"
-        " | 9.84k tok/s | eta 0:01:12"
+        "step  120/1465 | main 3.101 mtp 3.118 w 0.300 agr 0.41 | lr 2.7e-3 gn 0.82 | 9.84k tok/s"
+        "\n    | eta 0:01:12"
     )
 
 
-def test_train_line_has_every_depth_in_order_and_mfu_when_known():
+def test_train_line_has_every_depth_in_order_and_what_is_known_of_a_gpu():
     depths = {f"train/mtp_loss/{k}": float(k) for k in (10, 2, 1)} | {
         f"train/agreement/{k}": 0.5 for k in (1, 2)
     }
-    line = train_line({**TRAIN, **depths, "perf/mfu": 0.4123}, total_steps=1465, eta_s=None)
-    assert "mtp 1.000 2.000 10.000 (w 0.300) agr 0.50 0.50 |" in line
-    assert "tok/s mfu 41.2% | eta -" in line
+    gpu = {"perf/mfu": 0.4123, "perf/peak_gib": 63.14}
+    line = train_line({**TRAIN, **depths, **gpu}, total_steps=1465, eta_s=None)
+    assert "mtp 1.000 2.000 10.000 w 0.300 agr 0.50 0.50 |" in line
+    assert "tok/s mfu 41.2% mem 63.1 GiB | eta -" in line
+
+
+def test_no_line_is_wider_than_a_terminal_and_nothing_is_left_out():
+    fields = ["a" * 60, "b" * 37, "c" * 10, "d" * 120, "e"]
+    lines = fit(fields).splitlines()
+    assert [len(line) for line in lines] == [WIDTH, 16, 126, 7]
+    assert [part.strip() for line in lines for part in line.strip(" |").split(" | ")] == fields
 
 
 def test_lines_of_a_run_without_mtp_do_not_mention_it():
     record = {
         key: value for key, value in TRAIN.items() if "mtp" not in key and "agreement" not in key
     }
-    assert "| loss 3.412 main 3.101 | lr" in train_line(record, total_steps=1465, eta_s=1.0)
+    assert "| main 3.101 | lr" in train_line(record, total_steps=1465, eta_s=1.0)
     line = validation_line({"step": 5, "val/main_loss": 3.0, "val/top1/0": 0.4}, total_steps=10)
-    assert line == "val   step  5 | main 3.000 | top1 0.40"
+    assert line == "val  step  5 | main 3.000 | top1 0.40"
 
 
 def test_validation_line():
     assert validation_line(VAL, total_steps=1465) == (
-        "val   step  200 | main 3.010 (bpb 1.230) mtp 3.104 | top1 0.41 0.36 | agreement 0.47 "
+        "val  step  200 | main 3.010 (bpb 1.230) mtp 3.104 | top1 0.41 0.36 | agreement 0.47 "
         "| overlap 0.62"
     )
 
 
 def test_a_diverged_run_still_has_a_line():
-    record = {**TRAIN, "train/loss": math.nan, "optim/grad_norm": math.inf}
-    assert "loss nan" in (line := train_line(record, total_steps=10, eta_s=math.inf))
+    record = {**TRAIN, "train/main_loss": math.nan, "optim/grad_norm": math.inf}
+    assert "main nan" in (line := train_line(record, total_steps=10, eta_s=math.inf))
     assert "gn inf" in line and line.endswith("eta -")
 
 
@@ -93,7 +108,7 @@ def test_without_a_terminal_the_output_is_exactly_the_lines():
         train_line(TRAIN, total_steps=1465, eta_s=72.0),
         validation_line(VAL, total_steps=1465),
     ]
-    assert lines == ["resumed [from] step 110", *expected]
+    assert lines == ["resumed [from] step 110", *"\n".join(expected).splitlines()]
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
@@ -109,7 +124,8 @@ def test_a_terminal_gets_a_live_bar_and_the_same_lines(monkeypatch):
     assert "\x1b[" in output
     assert "49%" in output and "step 120/1465" in output
     assert "resumed [from] step 110" in output
-    assert train_line(TRAIN, total_steps=1465, eta_s=72.0) in output
+    for line in train_line(TRAIN, total_steps=1465, eta_s=72.0).splitlines():
+        assert line in output
 
 
 @pytest.mark.parametrize(

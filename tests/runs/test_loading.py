@@ -13,7 +13,7 @@ from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.fragments import shard_name
 from dsv3_mtp.runs.loading import newest_checkpoint, tokenizer_of
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from tests.conftest import contents
 from tests.made_runs import write_checkpoint, write_text_run
 
@@ -22,7 +22,7 @@ from tests.made_runs import write_checkpoint, write_text_run
 def test_a_run_loads_with_its_weights_biases_dtype_and_tokenizer(make_tiny_config, tmp_path, dtype):
     config = make_tiny_config({"train.dtype": dtype})
     folder, model = write_text_run(config, tmp_path)
-    run = load_run(folder)
+    run = load_model(folder)
     expected = model.state_dict()
     assert run.config == config
     assert run.tokenizer == tmp_path / "data/tiny/tokenizer.json"
@@ -51,7 +51,7 @@ def test_a_checkpoint_of_many_ranks_loads_and_exports_as_one_of_one_rank(
     write_checkpoint(folder, model, step=4, ranks=7)
     export_hf(folder, tmp_path / "seven")
     assert contents(tmp_path / "one") == contents(tmp_path / "seven")
-    state = load_run(folder).model.state_dict()
+    state = load_model(folder).model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -67,13 +67,13 @@ def test_the_newest_complete_checkpoint_is_taken(make_tiny_config, tmp_path):
 
 def test_a_missing_run_or_checkpoint_is_named(make_tiny_config, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere: no config\.yaml there"):
-        load_run(tmp_path / "nowhere")
+        load_model(tmp_path / "nowhere")
     folder, _ = write_text_run(make_tiny_config(), tmp_path)
     (folder / "checkpoints/global_step4/COMPLETE.json").write_text(
         json.dumps({"files": {"gone": 1}})
     )
     with pytest.raises(ValueError, match="no complete checkpoint there"):
-        load_run(folder)
+        load_model(folder)
 
 
 def test_weights_of_another_model_are_refused(make_tiny_config, tmp_path):
@@ -81,10 +81,10 @@ def test_weights_of_another_model_are_refused(make_tiny_config, tmp_path):
     other = make_tiny_config({"mtp.mode": "none"})
     write_checkpoint(folder, DeepseekV3MTP(other.model, other.mtp), step=9)
     with pytest.raises(ValueError, match=r"do not fit .*config.yaml"):
-        load_run(folder)
+        load_model(folder)
 
 
 def test_data_without_a_tokenizer_gives_none(make_tiny_config, tmp_path):
     folder, _ = write_text_run(make_tiny_config(), tmp_path)
     (tmp_path / "data/tiny/tokenizer.json").unlink()
-    assert load_run(Path(folder)).tokenizer is None
+    assert load_model(Path(folder)).tokenizer is None

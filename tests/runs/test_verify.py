@@ -9,7 +9,7 @@ from dsv3_mtp.config import load_config
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
 from dsv3_mtp.runs.fragments import INDEX, shard_name
 from dsv3_mtp.runs.loading import STATE
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.runs.verify import verify
 from tests.made_runs import complete, write_checkpoint, write_text_run
 
@@ -36,24 +36,24 @@ def run(make_tiny_config, tmp_path):
 
 @pytest.mark.parametrize("name", [shard_name(0), shard_name(1), STATE, INDEX])
 def test_a_flipped_bit_of_a_checkpoint_is_named_and_the_one_before_it_is_loaded(run, name):
-    assert verify(run) == [] and load_run(run).notes == []
+    assert verify(run) == [] and load_model(run).notes == []
     path = run / "checkpoints/global_step9" / name
     flip(path, -100 if name.startswith("shard") else digit(path))
     [problem] = verify(run)
     assert problem.startswith(f"{path.parent}: {name}: is not what was written")
     assert verify(path.parent) == [problem]
-    loaded = load_run(run)
+    loaded = load_model(run)
     [note] = loaded.notes
     assert f"{path.parent}: {name}" in note and "not used" in note
     shutil.rmtree(path.parent)
-    alone = load_run(run).model.state_dict()
+    alone = load_model(run).model.state_dict()
     assert all(torch.equal(x, alone[key]) for key, x in loaded.model.state_dict().items())
 
 
 def test_without_a_sound_checkpoint_nothing_is_loaded_or_exported(run, tmp_path):
     for step in (4, 9):
         flip(run / f"checkpoints/global_step{step}" / shard_name(0))
-    for what in (load_run, lambda folder: export_hf(folder, tmp_path / "hf")):
+    for what in (load_model, lambda folder: export_hf(folder, tmp_path / "hf")):
         with pytest.raises(ValueError, match=r"no complete checkpoint there\n.*step9.*\n.*step4"):
             what(run)
     assert not (tmp_path / "hf").exists()
@@ -68,7 +68,7 @@ def test_numbers_that_are_not_finite_are_named(run):
     with pytest.raises(
         ValueError, match=r"global_step9: 1 problem\(s\)\n.*: holds nan or infinity"
     ):
-        load_run(run)
+        load_model(run)
 
 
 def test_a_flipped_bit_of_an_export_is_named_by_all_that_read_it(run, tmp_path):

@@ -10,7 +10,7 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.data.shards import FORMAT, VERSION
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.measure import above_table, along_text
 from dsv3_mtp.train.evaluate import validate
@@ -57,7 +57,7 @@ def test_packages_held_out_whole_are_a_validation_of_their_own(run: tuple[Path, 
     tree["data"] |= {"train": str(corpus), "val": str(corpus)}
     config = Config.model_validate(tree)
     metrics = along_text(folder, Run("arm", 1, config))
-    model, cpu = load_run(folder).model, torch.device("cpu")
+    model, cpu = load_model(folder).model, torch.device("cpu")
     expected = validate(model, open_source(corpus, "shift"), config, batches=2, device=cpu)
     shifted = {key.removeprefix("shift/"): metrics[key] for key in metrics.keys() - FLOORS}
     assert shifted == {key.removeprefix("val/"): value for key, value in expected.items()}

@@ -32,6 +32,14 @@ def test_the_matrix_is_every_arm_with_every_seed(tmp_path):
     assert {run.config.mtp.depths for run in runs if run.arm == "none"} == {0}
 
 
+def test_in_wandb_the_runs_of_a_study_are_a_group(tmp_path):
+    path = write_toy(tmp_path)
+    for project, group in (("{project: x}", "toy"), ("{project: x, group: own}", "own")):
+        loaded = load_study(path, [f"log.wandb={project}"])
+        runs = expand(loaded, budgets={})
+        assert {run.config.log.wandb.group for run in runs} == {group}
+
+
 def test_arms_differ_from_the_base_in_their_own_settings_only(tmp_path):
     loaded = load_toy(tmp_path)
     constant, none = loaded.configs["constant"], loaded.configs["none"]

@@ -24,7 +24,7 @@ from dsv3_mtp.study.folder import (
 )
 from dsv3_mtp.study.load import load_study
 from dsv3_mtp.study.plan import read_plan
-from dsv3_mtp.study.run import device_of, run_study
+from dsv3_mtp.study.run import _reached, device_of, run_study
 from dsv3_mtp.study.worker import claim, fork, train_and_measure
 from tests.made_runs import read_newest
 from tests.ranks import run_tool, timeless, touch
@@ -64,7 +64,7 @@ def finished(tmp_path_factory):
 
     def add(tree):
         tree["arms"]["wild"] = {"about": "far too fast", "set": {"optim.lr": 1e30}}
-        tree["arms"]["absent"] = {"about": "no data", "set": {"data.val": "nowhere"}}
+        tree["arms"]["absent"] = {"about": "no weights", "set": {"train.init_from": "nowhere"}}
         match = {"arm": "constant", "by": "cpu_time", "pace": "none"}
         tree["arms"]["timed"] = {
             "about": "as long as constant",
@@ -394,8 +394,34 @@ def test_the_tool_reports_a_wrong_file_without_a_traceback(tmp_path):
     assert code == 2 and "Traceback" not in output and "seeds" in output and str(path) in output
 
 
-def test_the_tool_says_1_when_every_run_failed(tmp_path):
-    path = write_toy(tmp_path, lambda tree: tree.update(seeds=[1], set={"data.val": "nowhere"}))
-    arguments = ("--study", str(path), "--only", "constant", "--jobs", "1")
+def test_missing_data_is_said_once_before_any_run_starts(tmp_path):
+    path = write_toy(tmp_path, lambda tree: tree.update(set={"data.val": "nowhere"}))
+    log = tmp_path / "log"
+    code, output = run_tool(ROOT / "tools" / "study.py", "--study", str(path), log=log)
+    assert code == 2 and output.count("nowhere: neither a prepared folder") == 1, output
+    assert not list((tmp_path / "runs" / "toy").glob("*-seed*"))
+
+
+def test_arms_that_fail_alike_stop_the_study_with_code_1(tmp_path):
+    change = {"seeds": [1], "set": {"train.init_from": "nowhere"}}
+    path = write_toy(tmp_path, lambda tree: tree.update(change))
+    arguments = ("--study", str(path), "--jobs", "1")
     code, output = run_tool(ROOT / "tools" / "study.py", *arguments, log=tmp_path / "log")
     assert code == 1 and "constant-seed1: FAILED" in output and "nothing to report" in output
+    assert output.count("FAILED") == 2 and "fail alike, so the study stops: ValueError" in output
+
+
+def test_active_runs_are_reported_with_progress_and_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsv3_mtp.study.run.PROGRESS_S", 0.0)
+    monkeypatch.setattr("dsv3_mtp.study.run.POLL_S", 0.05)
+    loaded, said = load_toy(tmp_path), []
+    run_study(loaded, only=lambda run: run.name == "none-seed1", jobs=1, say=said.append)
+    lines = [line for line in said if line.startswith("  none-seed1: ")]
+    assert lines and all(
+        line.endswith(str(loaded.study.folder / "none-seed1/log.txt")) for line in lines
+    )
+    folder = tmp_path / "made"
+    assert _reached(folder) == "starting"
+    record = {"step": 1, "progress": 0.25, "time_s": 100.0, "train/main_loss": 3.0}
+    MetricsLog(folder / "metrics.jsonl").append(record | {"perf/tokens_per_s": 1.0})
+    assert _reached(folder) == "25%, loss 3.000, eta 0:05:00"

@@ -12,7 +12,7 @@ from dsv3_mtp.data.shards import read_folder_index, verify_folder
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.data.tokenizer import load_encoder
 from dsv3_mtp.decode.generate import generate
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.train import answers
 from dsv3_mtp.train.answers import AnswerArguments, write_answers
 from tests.conftest import contents, tiny
@@ -50,7 +50,7 @@ def test_answers_are_the_main_models_samples_and_prompts_are_no_targets(tmp_path
     index = write_answers(tmp_path / "own", wanted)
     verify_folder(tmp_path / "own")
     assert index["arguments"]["temperature"] == 1.0 and index["arguments"]["seed"] == 0
-    encoder, model = load_encoder(tmp_path / "own/tokenizer.json"), load_run(folder).model
+    encoder, model = load_encoder(tmp_path / "own/tokenizer.json"), load_model(folder).model
     ids = [encoder.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     expected = []
     for number in range(3):
@@ -101,12 +101,12 @@ def test_weights_that_were_trained_on_since_do_not_go_on_with_older_answers(
     write_answers(tmp_path / "own", arguments(folder, prompts))
 
     def moved(path):
-        loaded = load_run(path)
+        loaded = load_model(path)
         with torch.no_grad():
             loaded.model.lm_head.weight.mul_(1.01)
         return loaded
 
-    monkeypatch.setattr(answers, "load_run", moved)
+    monkeypatch.setattr(answers, "load_model", moved)
     with pytest.raises(ValueError, match="weights"):
         write_answers(tmp_path / "own", arguments(folder, prompts))
 

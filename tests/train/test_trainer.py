@@ -24,7 +24,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.runs.fragments import shard_name
 from dsv3_mtp.runs.loading import newest_checkpoint, newest_weights
-from dsv3_mtp.runs.model import load_run
+from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.floors import text_floors, trained_on
 from dsv3_mtp.train.process import own_process
@@ -162,7 +162,7 @@ def test_the_average_of_the_weights_is_the_sum_written_out_and_two_ranks_have_th
         closed_form = sum(terms, 0.7**4 * weights[0][name].double())
         torch.testing.assert_close(average.double(), closed_form, rtol=1e-5, atol=1e-7)
     assert_same_weights(one, two, averages_of, rtol=0, atol=1e-5)
-    loaded = load_run(folder_of(one), ema=True).model.state_dict()
+    loaded = load_model(folder_of(one), ema=True).model.state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in found.items())
 
 
@@ -175,7 +175,7 @@ def test_moments_and_average_may_be_switched_on_resume(make_run):
     config = make_run(**first)
     train(config)
     with pytest.raises(ValueError, match="no average of the weights there"):
-        load_run(folder_of(config), ema=True)
+        load_model(folder_of(config), ema=True)
     first["train__total_tokens"] = 5 * 8 * 16
     changed = make_run(optim__moments="bfloat16", train__ema_decay=0.5, **first)
     train(changed)

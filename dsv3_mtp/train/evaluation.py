@@ -1,0 +1,78 @@
+"""All that can be said of a trained model on one data source: `dsv3 evaluate`, `Run.evaluate`."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from dsv3_mtp.config import Config
+from dsv3_mtp.data.ngrams import early_training
+from dsv3_mtp.data.sampler import Sampler
+from dsv3_mtp.data.source import DataSource
+from dsv3_mtp.decode.draft import no_drafter
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.train.evaluate import acceptance, validate
+from dsv3_mtp.train.floors import draft_statistics, drafter_floors, text_floors
+
+NEW_TOKENS = 64  # behind each prompt, where the model can read so many
+
+
+def evaluation(
+    model: DeepseekV3MTP,
+    source: DataSource,
+    config: Config,
+    *,
+    batches: int,
+    device: torch.device,
+    trained: Sampler | None,
+    prompts: int,
+    new_tokens: int | None = None,
+    temperature: float | None = None,
+    drafts: bool = False,
+    drafting: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[dict[str, float], list[str]]:
+    """Metrics by name (docs/metrics.md), and what a reader should know about them.
+
+    Args:
+        trained: the sampler of the run's training text, for the n-gram floors; None: none.
+        prompts: for free-running acceptance; 0: it is not measured.
+        temperature: of acceptance, None: greedy; and of the drafts' statistics, None: 1.
+        drafts: the statistics of drafts along the text as well.
+        drafting: `draft_threshold` and `draft_vocab` of acceptance, where they are asked for.
+
+    Raises:
+        ValueError: `drafts` of a task, whose answers are no text.
+    """
+    metrics = validate(model, source, config, batches=batches, device=device)
+    notes: list[str | None] = []
+    where: Any = {"batches": batches, "device": device}
+    if (text := source.text) is not None:
+        floors, missing = drafter_floors(model, text, config, **where)
+        why = None
+        if trained is not None:
+            tables, why = text_floors(trained, text, config, batches=batches)
+            metrics |= tables
+        metrics |= floors
+        notes += [early_training(metrics), why, *missing]
+        if drafts:
+            among = {"temperature": temperature or 1.0, "vocab": drafting.get("draft_vocab", ())}
+            metrics |= draft_statistics(model, text, config, **among, **where)
+    elif drafts:
+        raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
+    if prompts and config.mtp.depths:
+        if why := no_drafter(config.mtp):
+            notes.append(f"{why}; acceptance is not measured")
+        else:
+            longest = config.model.max_position_embeddings
+            metrics |= acceptance(
+                model,
+                source,
+                depth=config.mtp.depths,
+                prompts=prompts,
+                seq_len=config.data.seq_len,
+                new_tokens=new_tokens or min(NEW_TOKENS, longest // 2),
+                temperature=temperature or 0.0,
+                **drafting,
+            )
+    return metrics, [note for note in notes if note]
