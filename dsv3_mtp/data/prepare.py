@@ -57,8 +57,6 @@ def prepare(
     out = Path(out_dir)
     if not out.name:
         raise ValueError(f"{str(out_dir)!r}: names no folder to make; give --out one")
-    if out.is_file():
-        raise ValueError(f"{out}: is a file; give --out a folder to make")
     inputs = open_inputs(arguments, out)
     recorded = record(arguments, inputs)
 
