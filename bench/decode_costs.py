@@ -20,13 +20,13 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
     """
     import torch
 
-    from dsv3_mtp.decode.cache import Slots
+    from dsv3_mtp.decode.cache import CacheSlots
     from dsv3_mtp.decode.decoder import Decoder
     from dsv3_mtp.decode.draft import no_drafter
-    from dsv3_mtp.decode.sample import DraftSampler, Sampler
+    from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
 
     most = max(options.depths, default=1)
-    slots = Slots(model, len(prompt) + most + 2)
+    slots = CacheSlots(model, len(prompt) + most + 2)
     with torch.inference_mode():
         decoder = Decoder(model)
     caches, start = slots.caches(model.config.num_hidden_layers, 1), len(prompt)
@@ -48,7 +48,7 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> 
         def draft() -> None:
             for _ in range(20):
                 drafter.filled = [[start - 1] for _ in drafter.filled]  # one slot is new
-                drafter.draft(ids, [start], 1, DraftSampler(Sampler()))[0].tolist()
+                drafter.draft(ids, [start], 1, DraftSampler(TokenSampler()))[0].tolist()
 
         steps["draft"] = draft
     seconds = measure(steps, 4 * options.rounds)

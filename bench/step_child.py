@@ -157,9 +157,8 @@ def parts(model: Any, optimizer: Any, config: Config) -> dict[str, float]:
             out.backward(torch.ones_like(out))
 
         times = sorted(timed(both, DEVICE) for _ in range(6))
-        return times[
-            2
-        ]  # the first run, which also compiles and allocates, is never the third fastest of six
+        # the first run, which also compiles and allocates, is never the third fastest of six
+        return times[2]
 
     layers: list[Any] = [*model.model.layers, *(model.mtp.cost().blocks if model.depths else ())]
     sparse: Any = [layer.mlp for layer in layers if isinstance(layer.mlp, MoE)]

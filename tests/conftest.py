@@ -73,6 +73,18 @@ def tiny(overrides: dict[str, Any] | None = None) -> Any:
     return Config.model_validate(sections)
 
 
+def short_run(
+    folder: Path, name: str, data: str | None, base: dict[str, Any], overrides: dict[str, Any]
+) -> Any:
+    """`tiny` as a float32 run FOLDER/runs/NAME on `data`. base: dotted keys; overrides: keywords of
+    a test, with __ for the dot.
+    """
+    keys = {"run.name": name, "run.dir": str(folder / "runs"), "train.dtype": "float32"}
+    keys |= {"data.train": data, "data.val": data}
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    return tiny(keys | base | dotted)
+
+
 @pytest.fixture(scope="session")
 def make_tiny_config() -> Callable[..., Any]:
     """The function `tiny`."""

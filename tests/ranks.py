@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -26,6 +27,12 @@ from dsv3_mtp.parallel.engine import import_muon
 import_muon()  # this too
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_ranks(
     function: Callable[..., Any], *args: Any, world_size: int = 1, log: Path, timeout: float = 120
 ) -> list[int]:
@@ -35,8 +42,6 @@ def run_ranks(
     Output and tracebacks go to log.rank{r}. As a launcher does, the first failure ends the others
     (exit code -9).
     """
-    from dsv3_mtp.parallel.launch import free_port
-
     port, context = free_port(), multiprocessing.get_context("fork")
     ranks = [
         context.Process(
@@ -99,9 +104,8 @@ def _child(
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    faulthandler.dump_traceback_later(
-        timeout - 5, file=2
-    )  # what hangs is killed: the log says where
+    # what hangs is killed: the log says where
+    faulthandler.dump_traceback_later(timeout - 5, file=2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.update(
         RANK=str(rank),

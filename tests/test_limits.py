@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FUNCTION, FILE = 60, 330
 # The loop and what one step of it does, in one place: its methods share a dozen of its fields.
-LONGER = {"dsv3_mtp/train/trainer.py": 350}
+LONGER = {"dsv3_mtp/train/trainer.py": 390}
 SOURCES = sorted(
     path for folder in ("dsv3_mtp", "bench", "tools") for path in (ROOT / folder).rglob("*.py")
 )

@@ -172,7 +172,7 @@ def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: A
         stops.append(int(name) if known is None else known)
     depth = 0
     if options.speculative:
-        depth = options.draft_depth or max(model.depths, 1)
+        depth = options.draft_depth or max(model.mtp_config.drafts, 1)
         if depth >= (longest := model.config.max_position_embeddings):
             raise ValueError(
                 f"--draft-depth {depth}: must be < model.max_position_embeddings = {longest}"

@@ -291,7 +291,7 @@ def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
 
 
 def clips_apart(config: Any) -> bool:
-    """optim.grad_clip bounds the gradients of trunk and heads each by itself: no gradient of the
+    """optim.grad_clip bounds the gradients of trunk and heads apart: no gradient of the
     heads reaches the trunk (mtp.detach: all), and their norm shall not reach its steps either.
     """
     both_learn = config.mtp.depths > 0 and config.train.freeze == "none"

@@ -21,7 +21,7 @@ from dsv3_mtp.config.reader import (
 )
 from dsv3_mtp.config.run import Config, rules_between
 from dsv3_mtp.config.section import Section
-from dsv3_mtp.config.tree import Document, read_document
+from dsv3_mtp.config.tree import ConfigDocument, read_document
 
 _LOG = logging.getLogger("dsv3_mtp")  # without a handler Python prints its warnings to stderr
 
@@ -48,12 +48,12 @@ def load_config(
 
 def replaced(config: Config, key: str, value: Any) -> Config:
     """`Config.replace`."""
-    document = Document(["the config"], config.to_dict(), files=1, whole=frozenset(WHOLE))
+    document = ConfigDocument(["the config"], config.to_dict(), files=1, whole=frozenset(WHOLE))
     document.put(key, value)
     return _checked(document, "the config")
 
 
-def _checked(document: Document, source: str) -> Config:
+def _checked(document: ConfigDocument, source: str) -> Config:
     """The config of a document. Raises ConfigError: `source` has problems, which are all listed."""
     _drop_unused(document)
     tree, problems = document.tree, document.problems
@@ -79,7 +79,7 @@ def _option_problems(section: Any) -> Iterator[Problem]:
             yield f"mtp.{key}", text + more
 
 
-def _drop_unused(document: Document) -> None:
+def _drop_unused(document: ConfigDocument) -> None:
     """Takes out what is said of heads that this run has not, and says so: keys of another kind at
     their defaults, and those that a base has set.
 

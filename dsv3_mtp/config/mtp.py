@@ -104,6 +104,11 @@ class MTPConfig(Section):
         return max(self.offsets)
 
     @property
+    def drafts(self) -> int:
+        """Tokens that the heads draft in one step: as far as they predict beyond the next one."""
+        return self.lookahead - 1
+
+    @property
     def reads_tokens(self) -> bool:
         """Some depth reads the embedding of a token after t_i."""
         return any(self.kind.horizon(self, depth) > 0 for depth in range(1, 1 + self.depths))

@@ -16,7 +16,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 Problem = tuple[str, str]  # (dotted key, what is wrong with it and what to do)
-UNKNOWN = "unknown key"  # said of a key; `problems_of` adds the one that it most likely stands for
+UNKNOWN = "unknown key"  # `problems_of` adds the key that was probably meant
 
 
 class ConfigError(ValueError):

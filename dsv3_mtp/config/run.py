@@ -16,6 +16,7 @@ from dsv3_mtp.config.model import ModelConfig
 from dsv3_mtp.config.mtp import MTPConfig
 from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import Problem
+from dsv3_mtp.config.schedules import depth_loss_weights
 from dsv3_mtp.config.section import (
     Count,
     FilePath,
@@ -210,8 +211,6 @@ def rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _never_weighed(mtp: MTPConfig) -> bool:
     """No head has a weight in the loss at any time."""
-    from dsv3_mtp.config.schedules import depth_loss_weights  # which needs the sections
-
     if any(mtp.kind.terms(mtp).values()):  # losses that the heads own
         return False
     return not any(any(depth_loss_weights(mtp, step / 1000)) for step in range(1001))

@@ -9,12 +9,16 @@ already 0.1. A progress outside [0, 1] is a ValueError in every function.
 
 import json
 from math import ceil, floor, inf
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from dsv3_mtp.config import Config, MTPConfig, OptimConfig, TrainConfig
 from dsv3_mtp.config.curves import cosine, line, position
 from dsv3_mtp.config.depth_weights import DepthRule
 from dsv3_mtp.config.loss_weights import AdaptiveSchedule, LambdaSchedule, State
+from dsv3_mtp.config.mtp import MTPConfig
+from dsv3_mtp.config.training import OptimConfig, TrainConfig
+
+if TYPE_CHECKING:  # run.py asks depth_loss_weights for one of its rules
+    from dsv3_mtp.config.run import Config
 
 _ROUNDING = 1e-9  # progress is a rounded quotient: 2/3 of the run times 3 must count as 2
 
@@ -150,7 +154,7 @@ class ScheduledStep(NamedTuple):
 
 
 def coming_step(
-    config: Config, tokens: int, multiple: int, state: State | None = None
+    config: "Config", tokens: int, multiple: int, state: State | None = None
 ) -> ScheduledStep:
     """The step after `tokens` tokens. multiple: see `batch_size`; state: of lambda's schedule."""
     total = config.train.total_tokens

@@ -32,9 +32,8 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
-FilePath = Annotated[
-    Text, AfterValidator(os.path.expanduser)
-]  # no shell expands the ~ of a config or of --set
+# no shell expands the ~ of a config or of --set
+FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]
 FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name
 
 

@@ -23,7 +23,7 @@ DEEPEST = 8  # files that may build on one another
 
 
 @dataclass
-class Document:
+class ConfigDocument:
     """A tree, the problems met so far, and which of `layers` each value was written in.
 
     layers: the files from the innermost base to the file itself, then each override as it was
@@ -122,7 +122,7 @@ class Document:
 
 def read_document(
     path: str | Path, sets: Iterable[str] = (), *, whole: Iterable[str] = ()
-) -> Document:
+) -> ConfigDocument:
     """Reads a YAML file over the files that it builds on, and applies `a.b=value` overrides.
 
     whole: dotted keys of mappings that are one value, replaced and not merged.
@@ -132,7 +132,7 @@ def read_document(
     """
     chain = _chain(Path(path))
     layers = [str(file) for file, _, _ in chain]
-    document = Document(layers=layers, files=len(chain), whole=frozenset(whole))
+    document = ConfigDocument(layers=layers, files=len(chain), whole=frozenset(whole))
     for layer, (file, tree, problems) in enumerate(chain):
         last = layer == len(chain) - 1
         document.problems += [(k, text if last else f"{text}, in {file}") for k, text in problems]

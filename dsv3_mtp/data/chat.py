@@ -1,4 +1,4 @@
-"""Records with questions and answers as pieces of text, of which the answers alone are targets
+"""Records with questions and answers as pieces of text; only the answers are targets
 (`prepare --mask prompts`).
 
     {"prompt": "2+2=", "completion": "4"}

@@ -1,4 +1,4 @@
-"""The data of a run, opened as its config says: what it is trained on, and what it is validated
+"""The data of a run, opened as its config says: what it trains on, and what it is validated
 on.
 """
 

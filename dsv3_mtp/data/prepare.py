@@ -27,7 +27,7 @@ from dsv3_mtp.data.shards import (
     file_sha256,
     read_folder_index,
 )
-from dsv3_mtp.data.tokenise import PROGRESS, Position, Progress, Tokenising
+from dsv3_mtp.data.tokenise import PROGRESS, Position, ProgressCallback, Tokenising
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
 from dsv3_mtp.files.atomic import lock, naming, replacing, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
@@ -44,7 +44,7 @@ def prepare(
     out_dir: str | Path,
     arguments: Arguments,
     *,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     say: Callable[[str], None] = print,
 ) -> FolderIndex:
     """Make the prepared folder `out_dir`, or go on where an interrupted call with the same
@@ -118,7 +118,7 @@ def _build(
     arguments: Arguments,
     recorded: dict[str, Any],
     inputs: Inputs,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> None:
     state = _saved_state(partial, recorded, inputs)
     if state is None:

@@ -14,7 +14,7 @@ from dsv3_mtp.data.source import DataSource, Source
 
 # tokens and documents (b, T + lookahead) int64; of a task, and of text with masked prompts, also
 # (b, T + lookahead) bool: which tokens are targets
-Batch = tuple[np.ndarray, ...]
+RowBatch = tuple[np.ndarray, ...]
 
 
 class Sampler:
@@ -48,7 +48,7 @@ class Sampler:
         self.seq_len, self.lookahead, self.seed = seq_len, lookahead, seed
         self.samples = 0
         self.counts = [0] * len(sources)
-        self._prepared: tuple[list[tuple[int, int]], int, list[Batch]] | None = None
+        self._prepared: tuple[list[tuple[int, int]], int, list[RowBatch]] | None = None
         self.masked = any(is_masked(source) for source in sources)
         self._streams = [source.stream(seq_len, (seed, i)) for i, source in enumerate(sources)]
 
@@ -59,7 +59,7 @@ class Sampler:
         rank: int = 0,
         world_size: int = 1,
         micro_batch_size: int | None = None,
-    ) -> list[Batch]:
+    ) -> list[RowBatch]:
         """This rank's micro-batches of the next global batch of `batch_size` samples.
 
         Rank r gets the r-th of `world_size` equal slices, cut into micro-batches of
@@ -87,7 +87,7 @@ class Sampler:
         self.samples, self.counts = position
         self._prepared = picks, micro, self._read(picks, micro)
 
-    def consumed(self) -> Batch:
+    def consumed(self) -> RowBatch:
         """All rows of text given so far, as (tokens, documents), each (n, T + 1), and of each
         source at most one epoch: in these rows every token that was trained on is a target once.
         """
@@ -138,7 +138,7 @@ class Sampler:
         picks = [self._pick() for _ in range(batch_size)]
         return picks[rank * rows : (rank + 1) * rows], micro_batch_size or rows
 
-    def _read(self, picks: list[tuple[int, int]], micro: int) -> list[Batch]:
+    def _read(self, picks: list[tuple[int, int]], micro: int) -> list[RowBatch]:
         length = self.seq_len + self.lookahead
         samples = [self._streams[source].sample(index, length) for source, index in picks]
         return [_stack(samples[i : i + micro]) for i in range(0, len(samples), micro)]
@@ -176,7 +176,7 @@ def sequential_windows(
     rank: int = 0,
     world_size: int = 1,
     micro_batch_size: int | None = None,
-) -> list[Batch]:
+) -> list[RowBatch]:
     """Exactly `count` fixed windows for validation, evenly spread over `source` in its natural
     order.
 
@@ -193,7 +193,9 @@ def sequential_windows(
     ]
 
 
-def spare_windows(source: Source, *, seq_len: int, lookahead: int, count: int, most: int) -> Batch:
+def spare_windows(
+    source: Source, *, seq_len: int, lookahead: int, count: int, most: int
+) -> RowBatch:
     """At most `most` windows, evenly spread, that are none of the `count` of `sequential_windows`:
     (tokens, documents), each (n, T + lookahead), where n may be 0.
     """
@@ -230,8 +232,8 @@ def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> i
     return rows
 
 
-def _stack(samples: list[Batch]) -> Batch:
-    """Rows of one source or of several: one that says nothing of targets has them everywhere."""
+def _stack(samples: list[RowBatch]) -> RowBatch:
+    """Rows of one source or of several. Where a source names no targets, every token is one."""
     if len({len(sample) for sample in samples}) > 1:
         samples = [(*sample, np.ones(len(sample[0]), np.bool_))[:3] for sample in samples]
     return tuple(np.stack(parts) for parts in zip(*samples, strict=True))

@@ -40,7 +40,7 @@ class Digests(TypedDict):
 
 
 @with_config(OPEN)
-class Shard(TypedDict):
+class ShardEntry(TypedDict):
     """One `.bin/.idx` pair in index.json."""
 
     file: ShardName
@@ -56,7 +56,7 @@ class Split(TypedDict):
     tokens: Amount
     documents: Amount
     bytes: Amount
-    shards: list[Shard]
+    shards: list[ShardEntry]
     scored_tokens: NotRequired[Amount]
 
 
@@ -86,7 +86,7 @@ class OpenShard(TypedDict):
 class SplitState(TypedDict):
     """`SplitWriter.state`."""
 
-    shards: list[Shard]
+    shards: list[ShardEntry]
     bytes: Amount
     open: OpenShard
 

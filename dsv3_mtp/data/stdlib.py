@@ -40,9 +40,8 @@ class StdlibInputs:
     """
 
     texts: tuple[tuple[str, str], ...]  # (path relative to the library, text), sorted by path
-    manifest: tuple[
-        tuple[str, str, str], ...
-    ]  # (path, sha256, "train" | "val" | "skipped"), sorted
+    # (path, sha256, "train" | "val" | "skipped"), sorted
+    manifest: tuple[tuple[str, str, str], ...]
     fingerprint: str  # the manifest hash: sha256 over the sorted (path, sha256, split)
     sizes: list[int]
 

@@ -42,7 +42,9 @@ class Position(TypedDict):
 
 
 Encoded = tuple[np.ndarray, np.ndarray | None]  # token ids; which are targets (None: all)
-Progress = Callable[[int, int, int], None]  # input bytes done, input bytes in all, tokens written
+ProgressCallback = Callable[
+    [int, int, int], None
+]  # input bytes done, input bytes in all, tokens written
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Tokenising:
     _: KW_ONLY
     fim_rate: float
     seed: int
-    progress: Progress | None = None
+    progress: ProgressCallback | None = None
     saved_at: float = 0.0
 
     def run(self) -> None:
@@ -92,7 +94,7 @@ class Tokenising:
         for document, (tokens, scored) in zip(batch, encoded.result(), strict=True):
             if document.text:
                 text = document.text
-                if scored is not None:  # bits per byte are of what is scored
+                if scored is not None:  # bits per byte count the targets alone
                     text = "".join(piece.text for piece in document.pieces if piece.scored)
                 self.writers[document.split].append(tokens, len(text.encode()), scored)
             state["empty"] += not document.text

@@ -26,7 +26,7 @@ class Window(NamedTuple):
     mask: Tensor | None  # (1 or B, 1, T*H, end) additive; None: every slot is visible
 
 
-class Slots:
+class CacheSlots:
     """Makes the windows of a model: where each row's new slots lie, their rotary angles, what they
     may see.
     """

@@ -36,7 +36,7 @@ class Decoder:
                 for weight in model.state_dict().values()
             )
             self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
-        self.layers = Trunk(model)
+        self.layers = DecodeTrunk(model)
         self.output = model.lm_head.weight.t()
         # with a draft vocabulary: its ids (N,), the output head of these, and which tokens it has
         # not
@@ -54,7 +54,7 @@ class Decoder:
         """tokens: (B, T) of the window's slots; caches: (B, S, R+P) of each layer -> states, each
         (B*T, C).
         """
-        return self.run(Trunk.forward, self.layers, tokens, caches, window)
+        return self.run(DecodeTrunk.forward, self.layers, tokens, caches, window)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed states (N, C) -> (N, V)."""
@@ -105,7 +105,7 @@ def compiled(function: Any, device: str, kind: tuple) -> Callable:
     return call
 
 
-class Trunk:
+class DecodeTrunk:
     """Embedding, decoder layers, final norm."""
 
     def __init__(self, model: DeepseekV3MTP):

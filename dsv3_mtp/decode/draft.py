@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.config import MTPConfig
-from dsv3_mtp.decode.cache import Ring, Slots
+from dsv3_mtp.decode.cache import CacheSlots, Ring
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
@@ -31,7 +31,7 @@ class Drafter:
     # one forward, which costs little more than one slot.
     LAG = 16
 
-    def __init__(self, decoder: Decoder, slots: Slots, *, rows: int, depth: int, chunk: int):
+    def __init__(self, decoder: Decoder, slots: CacheSlots, *, rows: int, depth: int, chunk: int):
         """depth: most drafts per step; chunk: most slots that one `observe` brings."""
         model = decoder.model
         self.decoder, self.model, self.slots, self.depth = decoder, model, slots, depth

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dsv3_mtp.decode.cache import Slots, span
+from dsv3_mtp.decode.cache import CacheSlots, span
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.draft import Drafter, draft_limit, no_drafter
 from dsv3_mtp.decode.generation import Acceptance, Generation, Settings, Step
-from dsv3_mtp.decode.sample import DraftSampler, Sampler
+from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 
@@ -83,7 +83,7 @@ class _Batch:
     """
 
     def __init__(
-        self, decoder: Decoder, slots: Slots, prompts: list[list[int]], settings: Settings
+        self, decoder: Decoder, slots: CacheSlots, prompts: list[list[int]], settings: Settings
     ):
         """prompts: of one length."""
         self.decoder, self.slots, model = decoder, slots, decoder.model
@@ -103,7 +103,7 @@ class _Batch:
         self.ids[:, : len(prompts[0])] = torch.tensor(prompts)
         self.last = [len(prompts[0]) - 1] * len(prompts)  # m: index of each row's last known token
 
-    def prefill(self, sampler: Sampler) -> list[int]:
+    def prefill(self, sampler: TokenSampler) -> list[int]:
         """Runs the prompts, chunk by chunk; the first new token of each row."""
         rows, length = len(self.last), self.last[0] + 1
         for start in range(0, length, self.chunk):
@@ -113,7 +113,9 @@ class _Batch:
         final = states.post_norm.unflatten(0, (rows, -1))[:, -1]  # (B, C)
         return sampler.draw(self.decoder.logits(final))[0].tolist()
 
-    def step(self, count: int, sampler: Sampler) -> tuple[list[int], list[int], list[list[int]]]:
+    def step(
+        self, count: int, sampler: TokenSampler
+    ) -> tuple[list[int], list[int], list[list[int]]]:
         """Drafts and verifies. Of each row: how many drafts, at most `count`, were put to the test,
         how many of them stand, and these plus the next token.
         """
@@ -194,14 +196,14 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
     )
     depth = draft_limit(model, settings.draft_depth)
     # windows of ragged rows reach past the last slot that is used
-    slots = Slots(model, limit + 2 * (depth + 1) + Drafter.LAG)
+    slots = CacheSlots(model, limit + 2 * (depth + 1) + Drafter.LAG)
     decoder = Decoder(
         model,
         compile_up_to=depth + 1 if settings.compile else 0,
         draft_vocab=settings.draft_vocab if depth else (),
     )
     generator = torch.Generator(slots.device).manual_seed(settings.seed)
-    sampler = Sampler(settings.temperature, settings.top_k, settings.top_p, generator)
+    sampler = TokenSampler(settings.temperature, settings.top_k, settings.top_p, generator)
     ends = [
         min(model.config.max_position_embeddings, len(prompt) + settings.max_new_tokens)
         for prompt in prompts
@@ -232,9 +234,8 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
     batch.join(batches[1:])
     del batches
     while rows:
-        room = [
-            ends[row] - 1 - m for row, m in zip(rows, batch.last, strict=True)
-        ]  # tokens that still fit, >= 1
+        # tokens that still fit, >= 1
+        room = [ends[row] - 1 - m for row, m in zip(rows, batch.last, strict=True)]
         count = min(depth, max(room) - 1)
         drafted, accepted, new = batch.step(count, sampler)
         steps = [

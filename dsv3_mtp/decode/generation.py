@@ -25,9 +25,8 @@ class Settings:
     stop_tokens: tuple[int, ...] = ()
     seed: int = 0
     prefill_chunk: int = PREFILL_CHUNK
-    compile: bool = (
-        False  # torch.compile of decoding and drafting steps: a minute or more once, then faster
-    )
+    # torch.compile of decoding and drafting steps: a minute or more once, then faster
+    compile: bool = False
 
     def problems(self) -> Iterator[str]:
         if self.max_new_tokens < 1:

@@ -225,9 +225,10 @@ class Mixture:
         weights in place.
         """
         experts = self.moe.experts
+        # (N, K, F) each
         gate, up = (
             (experts.gate_up_proj[chosen] * hidden[:, None, None, :]).sum(-1).chunk(2, dim=-1)
-        )  # (N, K, F) each
+        )
         inner = F.silu(gate) * up * gates.unsqueeze(-1)
         return (experts.down_proj[chosen] * inner.unsqueeze(2)).sum((1, 3))
 

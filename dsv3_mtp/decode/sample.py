@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Sampler:
+class TokenSampler:
     """How the next token is chosen from logits. Temperature 0 is greedy; truncation comes after the
     temperature.
     """
@@ -105,15 +105,17 @@ class Sampler:
 
 
 class DraftSampler:
-    """How the drafts of one step are drawn: depth by depth, as a `Sampler` draws them, and how many
-    each row has.
+    """How the drafts of one step are drawn: depth by depth, as a `TokenSampler` draws them, and how
+    many each row has.
 
     A row stops before depth k where q_k's top probability is below `threshold` (greedy: that at
     temperature 1), or a confidence of the head. Neither has seen d_k: with a rule that looks at the
     draft which it drops, the output would no longer have the main model's distribution.
     """
 
-    def __init__(self, sampler: Sampler, *, threshold: float = 0.0, outside: Tensor | None = None):
+    def __init__(
+        self, sampler: TokenSampler, *, threshold: float = 0.0, outside: Tensor | None = None
+    ):
         """threshold: 0: nothing stops; outside: (V,) bool, the tokens that no draft is."""
         self.sampler, self.threshold, self.outside = sampler, threshold, outside
         self.greedy = sampler.greedy
@@ -133,8 +135,8 @@ class DraftSampler:
     def draw(
         self, logits: Tensor, confidence: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """As `Sampler.draw`, of the next depth. confidence: (B,) in [0, 1], a head's estimate of
-        its acceptance, instead of the top probability.
+        """As `TokenSampler.draw`, of the next depth. confidence: (B,) in [0, 1], a head's estimate
+        of its acceptance, instead of the top probability.
         """
         if self.outside is not None:
             logits = logits.masked_fill(self.outside, float("-inf"))

@@ -79,9 +79,8 @@ class Export:
     """What of a head goes into DeepSeek-V3's layout."""
 
     modules: int = 0  # stored as model.layers.{L+k-1}
-    problems: list[str] = field(
-        default_factory=list
-    )  # why it cannot be exported, one sentence each
+    # why it cannot be exported, one sentence each
+    problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what the user should know
 
 

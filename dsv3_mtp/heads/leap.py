@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dsv3_mtp.config import MTPConfig
 from dsv3_mtp.config.section import Integer, Section
-from dsv3_mtp.decode.cache import Slots
+from dsv3_mtp.decode.cache import CacheSlots
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.draft import Drafter, write_drafts
 from dsv3_mtp.decode.sample import DraftSampler
@@ -56,7 +56,9 @@ class Leap(Medusa):
 class LeapDrafter(LinearDrafter):
     """s drafts from each head, of the last s slots."""
 
-    def __init__(self, decoder: Decoder, slots: Slots, *, depth: int, chunk: int, **sizes: Any):
+    def __init__(
+        self, decoder: Decoder, slots: CacheSlots, *, depth: int, chunk: int, **sizes: Any
+    ):
         # the ring reaches s slots back behind the slots that one `observe` brings
         chunk = max(chunk, depth + 1) + decoder.model.mtp_config.options.stride
         super().__init__(decoder, slots, depth=depth, chunk=chunk, **sizes)

@@ -100,9 +100,8 @@ class ParallelDrafter(Drafter):
     ) -> None:
         super().observe(states, starts, ids, known)
         length = states.post_norm.shape[0] // len(starts)
-        if (
-            length > self.depth + 1
-        ):  # prefill; the last slot is left to `draft`, which needs its state
+        # prefill; the last slot is left to `draft`, which needs its state
+        if length > self.depth + 1:
             for head in range(len(self.caches)):
                 self.run(head, [s + length - 1 for s in starts])
 

@@ -259,9 +259,8 @@ class ChainDrafter(Drafter):
         length = states.post_norm.shape[0] // len(starts)
         if length <= self.depth + 1:  # a decode step: `draft` comes next and catches up
             return
-        for depth in range(
-            1, 1 + self.modules
-        ):  # prefill: slots whose token k ahead is in the prompt
+        # prefill: slots whose token k ahead is in the prompt
+        for depth in range(1, 1 + self.modules):
             first = self.filled[depth - 1]
             stop = min(starts[0] + length, known - depth)
             if stop > first[0]:
@@ -284,9 +283,8 @@ class ChainDrafter(Drafter):
             if sampler.ended:
                 break
         left_out = range(1 + len(drawn), 1 + self.modules)
-        if (
-            left_out and self.lag(self.modules - 1, last) > self.LAG
-        ):  # the last one is furthest behind
+        # the last one is furthest behind
+        if left_out and self.lag(self.modules - 1, last) > self.LAG:
             for depth in left_out:
                 self._catch_up(depth, last, ids)
         return stacked(drawn)

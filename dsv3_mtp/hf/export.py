@@ -27,7 +27,7 @@ from dsv3_mtp.hf.settings import (
     to_config_json,
     write_settings,
 )
-from dsv3_mtp.hf.splice import Trunk, splice
+from dsv3_mtp.hf.splice import TrunkFiles, splice
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
 from dsv3_mtp.runs.loading import IMPORTED, newest_weights, read_reached, tokenizer_of
@@ -114,7 +114,7 @@ def _beside_trunk(
     run: Path, out: Path, config: Config, modules: int, notes: list[str], reader: str | None
 ) -> list[str]:
     """`export_hf` of modules that learned on a frozen trunk."""
-    trunk = Trunk(Path(config.train.init_from or ""))
+    trunk = TrunkFiles(Path(config.train.init_from or ""))
     expected = list(slots(config.model, modules))
     notes += _readers(config, expected, modules, trunk.dtype, reader)
     read, origin, more = _open_run(run, config, expected, modules, ema=False)

@@ -25,7 +25,7 @@ from dsv3_mtp.hf.settings import (
     STATES,
     TRUNK_HIDDEN,
     TYPES,
-    Settings,
+    HFSettings,
     to_config_json,
     write_settings,
 )
@@ -105,7 +105,7 @@ def import_hf(
 def _write_weights(
     folder: Path,
     checkpoint: Checkpoint,
-    settings: Settings,
+    settings: HFSettings,
     stored: list[Slot],
     keep: dict[str, torch.dtype],
     *,
@@ -182,7 +182,7 @@ class _Reader:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        settings: Settings,
+        settings: HFSettings,
         stored: list[Slot],
         keep: dict[str, torch.dtype],
     ):
@@ -224,7 +224,7 @@ class _Reader:
 
 def _tree(
     out: Path,
-    settings: Settings,
+    settings: HFSettings,
     modules: int,
     *,
     base: str | Path | None,

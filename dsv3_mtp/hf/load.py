@@ -14,7 +14,7 @@ from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.tensorfile import DTYPES
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, report, slot_count, slots, summarise
-from dsv3_mtp.hf.settings import Settings, read_settings
+from dsv3_mtp.hf.settings import HFSettings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.model.size import require_memory
@@ -26,7 +26,7 @@ NO_EFFECT = {"initializer_range", "max_position_embeddings"}
 
 def open_checkpoint(
     folder: Path, *, trunk_only: bool = False
-) -> tuple[Checkpoint, Settings, list[Slot]]:
+) -> tuple[Checkpoint, HFSettings, list[Slot]]:
     """The files and settings of a complete checkpoint and the slots it fills, aliases it lacks left
     out.
 
@@ -106,9 +106,8 @@ def key_problems(
         elif place.dtype == "F8_E4M3":
             unused.discard(slot.name + SCALE)
             problems += _scale_problems(checkpoint, slot, block)
-    unused -= {
-        name for name in unused if name.endswith("rotary_emb.inv_freq")
-    }  # what rope_theta already says
+    # what rope_theta already says
+    unused -= {name for name in unused if name.endswith("rotary_emb.inv_freq")}
     return problems + [(name, "not used by this architecture") for name in sorted(unused)]
 
 
@@ -198,7 +197,7 @@ def load_weights(
 
 
 def fit(
-    settings: Settings, stored: int, config: ModelConfig, mtp: MTPConfig, *, folder: Path
+    settings: HFSettings, stored: int, config: ModelConfig, mtp: MTPConfig, *, folder: Path
 ) -> tuple[int, list[str]]:
     """How many of the `stored` MTP modules a model with these sections takes, and what becomes of
     the others.
@@ -219,7 +218,7 @@ def fit(
     if modules < stored:
         notes.append(f"not used: MTP module(s) {modules + 1}..{stored} of {folder}")
     for fresh in taken.notes if taken else []:
-        notes.append(f"not in {folder}, at their random start: {fresh}")
+        notes.append(f"not in {folder}, at their start: {fresh}")
     return modules, notes
 
 

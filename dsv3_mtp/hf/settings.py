@@ -86,7 +86,7 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
-class Settings:
+class HFSettings:
     """What a checkpoint's config.json says."""
 
     model: ModelConfig
@@ -174,7 +174,7 @@ def write_settings(folder: Path, content: dict[str, Any]) -> None:
         write_json(generation, {"_from_model_config": True, **ids, "do_sample": False})
 
 
-def read_settings(folder: Path) -> Settings:
+def read_settings(folder: Path) -> HFSettings:
     """Reads config.json.
 
     Raises:
@@ -219,7 +219,7 @@ def read_settings(folder: Path) -> Settings:
     unknown = sorted(content.keys() - known - {TRUNK_HIDDEN})
     notes = [f"{path}: not used: {', '.join(unknown)}"] if unknown else []
     ids = {key: content[key] for key in SPECIAL_IDS if key in content}
-    return Settings(model, modules, block, fed, ids, notes + _latent_notes(model))
+    return HFSettings(model, modules, block, fed, ids, notes + _latent_notes(model))
 
 
 def _require_architecture(path: Path, content: dict[str, Any]) -> None:

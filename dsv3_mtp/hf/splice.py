@@ -19,7 +19,7 @@ from dsv3_mtp.files.tensorfile import Entry, write_file
 from dsv3_mtp.hf.files import DIGESTS, INDEX, Checkpoint, WeightMap
 from dsv3_mtp.hf.keys import Slot
 from dsv3_mtp.hf.load import open_checkpoint, read_slot
-from dsv3_mtp.hf.settings import Settings
+from dsv3_mtp.hf.settings import HFSettings
 from dsv3_mtp.precision.quantise import EDGE
 
 SHARD = "model-mtp.safetensors"
@@ -28,7 +28,7 @@ SETTINGS = "config.json"
 Read = Callable[[Slot], Tensor]
 
 
-class Trunk:
+class TrunkFiles:
     """A folder in DeepSeek-V3's layout that modules can be put beside.
 
     Raises:
@@ -60,7 +60,7 @@ class Trunk:
 
 
 def splice(
-    trunk: Trunk, out: Path, modules: int, entries: list[Entry], tensors: Iterable[Tensor]
+    trunk: TrunkFiles, out: Path, modules: int, entries: list[Entry], tensors: Iterable[Tensor]
 ) -> None:
     """Fills the empty folder `out`. tensors: of `entries`, the modules' and in that order."""
     _copy_files(trunk.folder, out)
@@ -70,7 +70,7 @@ def splice(
     _write_index(trunk, out, entries, digest)
 
 
-def _stored_type(checkpoint: Checkpoint, settings: Settings, folder: Path) -> str:
+def _stored_type(checkpoint: Checkpoint, settings: HFSettings, folder: Path) -> str:
     """bf16, fp32 or fp8: what the modules are to be stored as."""
     if settings.block is not None:
         if settings.block != (EDGE, EDGE):
@@ -98,7 +98,7 @@ def _copy_files(source: Path, out: Path) -> None:
             shutil.copyfile(path, out / name)
 
 
-def _write_index(trunk: Trunk, out: Path, entries: list[Entry], digest: str) -> None:
+def _write_index(trunk: TrunkFiles, out: Path, entries: list[Entry], digest: str) -> None:
     places = trunk.checkpoint.places
     size = sum(place.stop - place.start for place in places.values())
     index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": {}}

@@ -52,9 +52,10 @@ class MLA(nn.Module):
         each attends to, None = 0 -> (B, T, C).
         """
         query, latent, k_rope = self.project(x)  # (B, T, H, nope+P), (B, T, R), (B, T, P)
+        # (.., nope+v)
         kv = recomputed(self.kv_b_proj, recomputed(self.kv_a_layernorm, latent)).unflatten(
             -1, (self.heads, -1)
-        )  # (.., nope+v)
+        )
         return self.o_proj(attend(query, kv, k_rope, angles, self.scale, first, core=self.core))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

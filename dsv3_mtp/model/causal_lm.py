@@ -40,7 +40,7 @@ class DeepseekV3MTP(nn.Module):
         with building(given().heads or given()):
             self.mtp: Any = mtp.kind(config, mtp) if mtp.depths else None
         self.loss = MTPLoss(mtp, self.lm_head, self.mtp, self.shard)
-        self.draw = 0, 0  # seed and step, of which heads draw random numbers while they train
+        self.draw = 0, 0  # seed and step; heads that draw random numbers in training hash both
 
     @property
     def depths(self) -> int:

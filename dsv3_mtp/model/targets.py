@@ -60,7 +60,7 @@ def teacher_slots(valid: Tensor, offsets: Sequence[int], beyond: int = 0) -> Ten
 
 
 def document_starts(documents: Tensor) -> Tensor:
-    """(B, T) document numbers, of which none returns after another -> (B, T) int64: the slot where
+    """(B, T) document numbers, each in one unbroken stretch -> (B, T) int64: the slot where
     the document of each slot begins, which is the first slot that it attends to.
     """
     slots = torch.arange(documents.shape[1], device=documents.device)

@@ -105,7 +105,7 @@ def _build(flags: tuple[str, ...]) -> Path:
 
 
 def _cache() -> Path:
-    """The folder of the libraries, which nobody else may write: what lies there is run.
+    """The folder of the libraries. Only this user may write there, because its files are run.
 
     Raises:
         OSError: it is another user's, or others may write there.
@@ -155,7 +155,7 @@ def _processor() -> str:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> int | None:
-    """Hands the tensors to C, which believes what it is told of them."""
+    """Hands the tensors to C. C does not check shapes or types: the caller has."""
     library, reason = _library(dtype)
     if library is None:
         raise RuntimeError(f"{name}: the C kernels were not built: {reason}")

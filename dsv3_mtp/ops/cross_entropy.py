@@ -13,9 +13,8 @@ from dsv3_mtp.ops.chunked import chunked
 
 # logits of one chunk: 64 MiB in float32, whatever the vocabulary and the number of depths
 CHUNK_ELEMENTS = 2**24
-CHUNKS_ON_GPU = (
-    8  # that many at a time, of 2 bytes each: its products want more than a few hundred rows
-)
+# that many at a time, of 2 bytes each: its products want more than a few hundred rows
+CHUNKS_ON_GPU = 8
 
 
 def chunk_rows(vocab: int, *, on_gpu: bool) -> int:

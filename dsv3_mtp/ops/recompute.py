@@ -57,9 +57,8 @@ class _Dropped:
     view: tuple[torch.Size, tuple[int, ...], int]  # size, stride, offset
 
 
-_Scope = dict[
-    int, tuple[_Call, int, Tensor]
-]  # storage -> what made it; the tensor, so that it stays alive
+# storage -> what made it; the tensor, so that it stays alive
+_Scope = dict[int, tuple[_Call, int, Tensor]]
 _scopes: list[_Scope] = []
 
 

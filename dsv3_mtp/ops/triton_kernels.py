@@ -177,7 +177,7 @@ def _power(size: int) -> int:
 
 
 def _tile(width: int) -> dict[str, int]:
-    """What one program takes of a matrix: a narrow one's rows several at a time, so that it has
+    """The part of a matrix that one program takes: several rows of a narrow matrix, so that it has
     WIDE numbers.
     """
     block = min(WIDE, _power(width))

@@ -1,7 +1,7 @@
-"""Gradient norms of the trunk and of the heads, each by itself, and clipping of each by itself.
+"""Gradient norms of the trunk and of the heads, one for each, and clipping to one bound for each.
 
-DeepSpeed clips the norm of all gradients together: heads with large gradients then shorten the
-trunk's steps, even where none of their gradient reaches the trunk. Where heads must not touch the
+DeepSpeed clips the norm of all gradients together. Heads with large gradients then shorten the
+trunk's steps, even where their gradients do not reach the trunk. Where heads must not touch the
 trunk (`mtp.detach: all`), DeepSpeed's own clipping is off, and `clip_apart` scales the gradients of
 trunk and heads by a factor each. Both kinds of parameters are in groups of their own then, so that
 ZeRO lays out the trunk's as if there were no heads: the trunk's update is that of `mtp.mode: none`,
@@ -98,7 +98,7 @@ def _deepspeeds_norms(optimizer: DeepSpeedZeroOptimizer) -> Tensor:
 
 
 def _float32_norms(optimizer: BF16_Optimizer) -> Tensor:
-    """(2,) as ZeRO-1 computes the norm of float32 sums, of which every rank has all."""
+    """(2,) as ZeRO-1 computes the norm of float32 sums. Every rank has all of the sums."""
     by_side: dict[str, list[Tensor]] = {side: [] for side in SIDES}
     for group, gradients in zip(
         optimizer.param_groups, optimizer.fp32_groups_gradients, strict=True

@@ -41,13 +41,12 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": train.batch_size // rows,
         "gradient_clipping": 0.0 if config.clips_apart else config.optim.grad_clip,
         "steps_per_print": None,
-        "timers": {
-            "throughput": {"enabled": False}
-        },  # it waits for the GPU twice in every micro-batch
+        # it waits for the GPU twice in every micro-batch
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": _zero(config),
         "bf16": {
             "enabled": train.dtype == "bfloat16",
-            # A gradient joins the float32 sum as soon as it is there, and is let go of. A pipeline
+            # A gradient is added to the float32 sum when it is ready, and then freed. A pipeline
             # needs it longer: the tied embedding's is sent between stages.
             "immediate_grad_update": config.parallel.pipeline_stages == 1,
         },

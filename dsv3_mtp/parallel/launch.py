@@ -149,12 +149,6 @@ def _loopback_interface() -> str | None:
     return next((name for name, own in addresses if any(a.address == LOOPBACK for a in own)), None)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def on_main(world: World, function: Callable[[], Any]) -> Any:
     """Calls `function` on rank 0 while the others wait; returns its result everywhere, or raises
     everywhere.

@@ -216,7 +216,7 @@ class Stages(PipelineModule):
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
 
-class Accumulation(schedule.TrainSchedule):
+class AccumulationSchedule(schedule.TrainSchedule):
     """DeepSpeed's 1F1B schedule up to the update, which is a step of its own."""
 
     UPDATE = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
@@ -282,7 +282,7 @@ class PipelineEngine(Engine):
             # gradients of both copies: the other stage waits for this one's.
             if weight.requires_grad and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        return self.run(Accumulation, batch, settings)
+        return self.run(AccumulationSchedule, batch, settings)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:

@@ -76,9 +76,8 @@ class _Following(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shard: SequenceShard, count: int) -> Tensor:
         ctx.shard, ctx.count, ctx.shape = shard, count, x.shape
-        first = shard.gather(
-            x[:, :count]
-        )  # (B, S * count, ..): of each shard as many as are wanted
+        # (B, S * count, ..): of each shard as many as are wanted
+        first = shard.gather(x[:, :count])
         begin = (shard.number + 1) * count
         return first[:, begin : begin + shard.beyond(count)]
 

@@ -102,9 +102,8 @@ def _quantise_matrices(weight: Tensor, scale: Scale) -> list[tuple[Tensor, Tenso
         codes, scale_inv = _quantise(weight.flatten(0, 1), BLOCK, scale)  # (E*N, K)
         # (E, N/128, K/128)
         parts, scale_inv = codes.split(rows), scale_inv.unflatten(0, (groups, -1))
-    elif (
-        weight.transpose(1, 2).is_contiguous() and columns % EDGE == 0
-    ):  # the transposed weights of dx = dy W
+    # the transposed weights of dx = dy W
+    elif weight.transpose(1, 2).is_contiguous() and columns % EDGE == 0:
         # (N, E*K)
         codes, scale_inv = _quantise(weight.transpose(1, 2).flatten(0, 1).t(), BLOCK, scale)
         parts, scale_inv = (

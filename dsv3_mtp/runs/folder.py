@@ -229,7 +229,7 @@ def _without_defaults(saved: dict[str, Any], config: Config) -> dict[str, Any]:
     if mtp.get("mode") != config.mtp.mode:
         return saved
     common = {key: value for key, value in mtp.items() if key in MTPConfig.model_fields}
-    own = MTPConfig(mode=config.mtp.mode).model_extra or {}
+    own = dict(config.mtp.kind.Options()) if config.mtp.depths else {}
     return saved | {"mtp": common | {key: mtp.get(key, default) for key, default in own.items()}}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from statistics import fmean
 
-from dsv3_mtp.study.archive import Record, Table
+from dsv3_mtp.study.archive import RunRecord, Table
 from dsv3_mtp.study.findings import LOSS, values_of
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import bounds, describe_metric
@@ -26,7 +26,9 @@ def primary_arms(study: Study) -> list[str]:
     return [comparison.against, *comparison.arms]
 
 
-def _at_an_end(study: Study, table: Table, arms: list[str], records: list[Record]) -> Iterator[str]:
+def _at_an_end(
+    study: Study, table: Table, arms: list[str], records: list[RunRecord]
+) -> Iterator[str]:
     """Every arm lies at the same end of the metric's range: no difference could be seen."""
     metric = study.primary.metric
     depths = max((int(_depths(record)) for record in records), default=0)
@@ -45,7 +47,7 @@ def _at_an_end(study: Study, table: Table, arms: list[str], records: list[Record
         )
 
 
-def _depths(record: Record) -> int:
+def _depths(record: RunRecord) -> int:
     mtp = record.config["mtp"]
     return 0 if mtp["mode"] == "none" else mtp["num_nextn_predict_layers"]
 

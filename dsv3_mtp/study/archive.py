@@ -67,7 +67,7 @@ class Fork(Section):
     step: Integer
 
 
-class Record(Section):
+class RunRecord(Section):
     """One run of a study."""
 
     format: Literal[1] = 1
@@ -110,10 +110,10 @@ class Record(Section):
         return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, allow_nan=False)
 
 
-Table = Mapping[str, Mapping[int, Record]]  # arm -> seed -> what the run came to
+Table = Mapping[str, Mapping[int, RunRecord]]  # arm -> seed -> what the run came to
 
 
-def parse_record(text: str, where: str, remedy: str) -> Record:
+def parse_record(text: str, where: str, remedy: str) -> RunRecord:
     """One record. where, remedy: of the error.
 
     Raises:
@@ -121,9 +121,9 @@ def parse_record(text: str, where: str, remedy: str) -> Record:
     """
     try:
         tree = parse_json(text, dict[str, Any])
-        return Record.model_validate(tree)
+        return RunRecord.model_validate(tree)
     except ValidationError as error:
-        key, what = problems_of(error, tree, Record)[0]
+        key, what = problems_of(error, tree, RunRecord)[0]
         more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
         cause = f"{key or 'the line'} {what}{more}"
     except ValueError as error:
@@ -131,7 +131,7 @@ def parse_record(text: str, where: str, remedy: str) -> Record:
     raise ValueError(f"{where}: damaged or of another version ({cause}); {remedy}")
 
 
-def read_results(folder: Path) -> Record | None:
+def read_results(folder: Path) -> RunRecord | None:
     """results.json of a run folder; None when there is none.
 
     Raises:
@@ -144,22 +144,22 @@ def read_results(folder: Path) -> Record | None:
     return parse_record(path.read_text(encoding="utf-8", errors="replace"), str(path), remedy)
 
 
-def write_results(folder: Path, record: Record) -> None:
+def write_results(folder: Path, record: RunRecord) -> None:
     write_text(folder / RESULTS, record.line() + "\n")
 
 
-def write_archive(folder: Path, records: Iterable[Record]) -> None:
+def write_archive(folder: Path, records: Iterable[RunRecord]) -> None:
     write_text(folder / ARCHIVE, "".join(record.line() + "\n" for record in records))
 
 
-def read_archive(folder: Path) -> list[Record]:
+def read_archive(folder: Path) -> list[RunRecord]:
     """results.jsonl of an archive.
 
     Raises:
         ValueError: a line is damaged, or a run occurs twice. OSError: there is no such file.
     """
     path = folder / ARCHIVE
-    records: dict[str, Record] = {}
+    records: dict[str, RunRecord] = {}
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(), start=1):
         where = f"{path}, line {number}"
@@ -171,7 +171,7 @@ def read_archive(folder: Path) -> list[Record]:
     return list(records.values())
 
 
-def table_of(arms: Iterable[str], seeds: Sequence[int], records: Iterable[Record]) -> Table:
+def table_of(arms: Iterable[str], seeds: Sequence[int], records: Iterable[RunRecord]) -> Table:
     """Records of these arms and seeds, in their order."""
     found = {(record.arm, record.seed): record for record in records}
     return {arm: {s: found[arm, s] for s in seeds if (arm, s) in found} for arm in arms}

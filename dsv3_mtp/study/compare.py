@@ -12,7 +12,7 @@ from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.config.resume import differences
 from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.study import hover, tables
-from dsv3_mtp.study.archive import Record, table_of
+from dsv3_mtp.study.archive import RunRecord, table_of
 from dsv3_mtp.study.dryrun import columns
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.findings import LOSS, effects_of
@@ -21,7 +21,7 @@ from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import measure
 from dsv3_mtp.study.page import Block, Heading, Paragraph, Picture, Rows, to_html, to_markdown
 from dsv3_mtp.study.pictures import draw_all
-from dsv3_mtp.study.pictures.base import Data
+from dsv3_mtp.study.pictures.base import PictureData
 
 FREE = (*IGNORED, "run.name", "run.seed")
 
@@ -51,7 +51,7 @@ def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> 
     study = study.model_copy(update={"metrics": _metrics(records)})
     by_arm = {arm: configs[members[0]] for arm, members in arms.items()}
     table = table_of(study.arms, study.seeds, records)
-    data = Data(study, by_arm, table, effects_of(study, table))
+    data = PictureData(study, by_arm, table, effects_of(study, table))
     out.mkdir(parents=True, exist_ok=True)
     pictures = [
         Picture(*item)
@@ -109,14 +109,14 @@ def _arm_name(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in name)
 
 
-def _record(study: Study, arm: str, config: Config, folder: Path) -> Record:
+def _record(study: Study, arm: str, config: Config, folder: Path) -> RunRecord:
     try:
         return measure(study, Run(arm, config.run.seed, config), folder, from_log=True)
     except IndexError:
         raise ValueError(f"{folder}: has not been validated yet") from None
 
 
-def _metrics(records: Sequence[Record]) -> tuple[str, ...]:
+def _metrics(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """What every run, or every run with heads, was validated on, the main loss first."""
     found = dict.fromkeys(key for record in records for key in record.metrics)
     return tuple(key for key in found if key != LOSS and not key.startswith("val/floor/"))
@@ -140,7 +140,7 @@ def _settings(configs: dict[str, Config]) -> tuple[list[str], list[list[str]]]:
     return ["setting", *configs], rows
 
 
-def _text(study: Study, records: Sequence[Record]) -> str:
+def _text(study: Study, records: Sequence[RunRecord]) -> str:
     table = table_of(study.arms, study.seeds, records)
     metrics = [LOSS, *study.metrics]
     rows = [["metric", *study.arms]]

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from dsv3_mtp.report.metrics import LEAK_RATIO
 from dsv3_mtp.study import stats
-from dsv3_mtp.study.archive import Record, Table
+from dsv3_mtp.study.archive import RunRecord, Table
 from dsv3_mtp.study.load import LoadedStudy
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import is_rate_over_seeds
@@ -144,7 +144,7 @@ def draw_sd(table: Table, arm: str, metric: str) -> float | None:
     return math.sqrt(fmean(sd * sd for sd in found)) if found else None
 
 
-def references(study: Study, table: Table) -> list[tuple[Record, Record]]:
+def references(study: Study, table: Table) -> list[tuple[RunRecord, RunRecord]]:
     """(run, the run of its seed that its losses are measured against), where there are both."""
     others = table.get(study.loss_error_against or "", {})
     runs = [record for seeds in table.values() for record in seeds.values()]
@@ -184,7 +184,7 @@ def solve_times(study: Study, table: Table) -> list[SolveTimes]:
     return [replace(item, adjusted_p=adjusted[str(n)]) for n, item in enumerate(found)]
 
 
-def _solve_time(record: Record) -> tuple[float, bool]:
+def _solve_time(record: RunRecord) -> tuple[float, bool]:
     solved = record.solved_at is not None
     return float(record.solved_at if record.solved_at is not None else record.tokens), solved
 
@@ -199,7 +199,7 @@ def trunks_apart(table: Table, arm: str, against: str) -> bool:
     return not all(_trunk(left) == _trunk(right) is not None for left, right in pairs)
 
 
-def _trunk(record: Record) -> str | None:
+def _trunk(record: RunRecord) -> str | None:
     """What decides the trunk where the heads do not touch it; None: they do."""
     train, mtp = record.config["train"], record.config["mtp"]
     if train.get("freeze") == "trunk":
@@ -250,5 +250,5 @@ class Findings:
     power: Sequence[Detectable]
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> list[RunRecord]:
         return [record for seeds in self.table.values() for record in seeds.values()]

@@ -9,7 +9,7 @@ from dsv3_mtp.config import Config, code, load_config
 from dsv3_mtp.config.resume import FREE, differences
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.runs.loading import checkpoints
-from dsv3_mtp.study.archive import Record, read_archive, read_results, write_results
+from dsv3_mtp.study.archive import RunRecord, read_archive, read_results, write_results
 from dsv3_mtp.study.expand import Run, expand, whole_steps
 from dsv3_mtp.study.load import LoadedStudy
 from dsv3_mtp.study.matrix import Study
@@ -21,7 +21,7 @@ from dsv3_mtp.study.worker import claim
 IGNORED = tuple(k for k in FREE if k not in ("eval.batches", "train.micro_batch_size"))
 
 
-def records_of(loaded: LoadedStudy) -> list[Record]:
+def records_of(loaded: LoadedStudy) -> list[RunRecord]:
     """The records in the study's run folders that are of its arms and seeds and were measured as it
     asks.
     """
@@ -73,7 +73,7 @@ def _budgets_begun(study: Study, arm: str) -> Iterator[int]:
             yield tree["train"]["total_tokens"]
 
 
-def _closed(study: Study, arm: str) -> list[Record]:
+def _closed(study: Study, arm: str) -> list[RunRecord]:
     found = [read_results(study.folder / f"{arm}-seed{seed}") for seed in study.seeds]
     return [record for record in found if record is not None]
 
@@ -150,7 +150,7 @@ def load_archived(
     return loaded
 
 
-def unpack(study: Study, records: Iterable[Record]) -> None:
+def unpack(study: Study, records: Iterable[RunRecord]) -> None:
     """Puts an archive's records into the study's folder where no result is."""
     for record in records:
         folder = study.folder / record.name

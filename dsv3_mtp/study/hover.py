@@ -14,7 +14,7 @@ import numpy as np
 from dsv3_mtp.study.findings import LOSS, is_primary, values_of
 from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
 from dsv3_mtp.study.page import Live
-from dsv3_mtp.study.pictures.base import Data, Series
+from dsv3_mtp.study.pictures.base import PictureData, Series
 
 SHAPES = {  # matplotlib's marker -> Bokeh's
     "o": "circle", "s": "square", "D": "diamond", "^": "triangle", "v": "inverted_triangle",
@@ -30,7 +30,7 @@ for (const box of document.querySelectorAll('#arms input')) box.addEventListener
 """
 
 
-def live(data: Data) -> Live:
+def live(data: PictureData) -> Live:
     """The live parts of a report's page; without Bokeh a sentence."""
     if importlib.util.find_spec("bokeh") is None:
         text = (
@@ -47,7 +47,7 @@ def live(data: Data) -> Live:
     return Live(f"{library}\n{script}", _arm_boxes(data), elements)
 
 
-def _arm_boxes(data: Data) -> str:
+def _arm_boxes(data: PictureData) -> str:
     """Check boxes that hide an arm in every figure of the page."""
     boxes = "".join(
         f'<label style="color:{color}"><input type="checkbox" value="{arm}" checked> {arm}</label>'
@@ -76,7 +76,7 @@ def _hover(plot: Any, renderers: list[Any], rows: list[tuple[str, str]]) -> None
     plot.add_tools(HoverTool(renderers=renderers, tooltips=rows))
 
 
-def _answer(data: Data) -> Any:
+def _answer(data: PictureData) -> Any:
     if is_rate_over_seeds(data.study.primary.metric):
         return None  # shares of seeds, with intervals: the picture is as good
     from bokeh.models.annotations import BoxAnnotation, Span
@@ -126,7 +126,7 @@ def _answer(data: Data) -> Any:
     return plot
 
 
-def _curves(data: Data, found: Mapping[str, Series], label: str) -> Any:
+def _curves(data: PictureData, found: Mapping[str, Series], label: str) -> Any:
     if not found:
         return None
     plot, marks = _figure(height=380), []
@@ -153,7 +153,7 @@ def _curves(data: Data, found: Mapping[str, Series], label: str) -> Any:
     return plot
 
 
-def _loss(data: Data) -> Any:
+def _loss(data: PictureData) -> Any:
     from bokeh.layouts import column
 
     whole = _curves(data, data.curves(LOSS), "main validation loss")
@@ -165,7 +165,7 @@ def _loss(data: Data) -> Any:
     return column(*parts, sizing_mode="stretch_width") if parts else None
 
 
-def _tradeoff(data: Data) -> Any:
+def _tradeoff(data: PictureData) -> Any:
     metric = next(
         (m for m in ("acceptance/T1/tokens_per_step", "acceptance/T0/tokens_per_step")
          if any(values_of(data.table, arm, m) for arm in data.colors)), None
@@ -203,7 +203,7 @@ def _tradeoff(data: Data) -> Any:
     return plot
 
 
-FIGURES: dict[str, Callable[[Data], Any]] = {
+FIGURES: dict[str, Callable[[PictureData], Any]] = {
     "answer.png": _answer,
     "loss.png": _loss,
     "tradeoff.png": _tradeoff,

@@ -149,7 +149,7 @@ class Primary(Section):
     """
 
 
-class Acceptance(Section):
+class AcceptanceSection(Section):
     """Free-running drafts on prefixes of real validation text, after training, at temperature 0 and
     1.
     """
@@ -170,7 +170,7 @@ class Acceptance(Section):
             yield "draws", f"must be <= prefixes = {self.prefixes} (got {self.draws})"
 
 
-class Scale(Section):
+class StudyScale(Section):
     """One size of the study, chosen with --set scale=NAME."""
 
     base: FilePath
@@ -190,7 +190,7 @@ class Study(Section):
     set: Overrides = {}
     """Settings of every arm, on top of the scale's."""
     scale: Text = "cpu"
-    scales: Annotated[dict[Text, Scale], Field(min_length=1)]
+    scales: Annotated[dict[Text, StudyScale], Field(min_length=1)]
     seeds: Annotated[tuple[Annotated[Integer, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]
     arms: Annotated[dict[Text, Arm], Field(min_length=1)]
     grid: Grid | None = None
@@ -198,7 +198,7 @@ class Study(Section):
     primary: Primary
     metrics: tuple[Text, ...] = ()
     """Exploratory metrics, beside the primary one."""
-    acceptance: Acceptance | None = None
+    acceptance: AcceptanceSection | None = None
     """null: not measured."""
     loss_error_against: Text | None = None
     """Arm whose training losses are the reference of train/main_loss_error and its like (V3 B.1);

@@ -23,9 +23,9 @@ from dsv3_mtp.report.metrics import Record as Logged
 from dsv3_mtp.report.metrics import depths_of, read_metrics
 from dsv3_mtp.runs.folder import read_starts
 from dsv3_mtp.runs.model import load_model
-from dsv3_mtp.study.archive import Curve, Data, Fork, Record, Start
+from dsv3_mtp.study.archive import Curve, Data, Fork, RunRecord, Start
 from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
-from dsv3_mtp.study.matrix import Acceptance, Study
+from dsv3_mtp.study.matrix import AcceptanceSection, Study
 from dsv3_mtp.train.evaluate import acceptance, validate
 from dsv3_mtp.train.floors import drafter_floors
 
@@ -45,7 +45,9 @@ def measured_settings(study: Study) -> dict[str, Any]:
     }
 
 
-def measure(study: Study, run: Run, folder: Path, *, from_log: bool = False, **more: Any) -> Record:
+def measure(
+    study: Study, run: Run, folder: Path, *, from_log: bool = False, **more: Any
+) -> RunRecord:
     """The record of a trained run.
 
     Args:
@@ -73,10 +75,10 @@ def measure(study: Study, run: Run, folder: Path, *, from_log: bool = False, **m
     )
 
 
-def describe(study: Study, run: Run, records: Sequence[Logged], starts: list[Start]) -> Record:
+def describe(study: Study, run: Run, records: Sequence[Logged], starts: list[Start]) -> RunRecord:
     """What a record says of every run, before anything is measured."""
     size = size_of(run.config)
-    return Record(
+    return RunRecord(
         arm=run.arm,
         seed=run.seed,
         status="finished",
@@ -225,9 +227,9 @@ def solved_at(records: Sequence[Logged], threshold: float) -> int | None:
 
 
 def free_running(
-    folder: Path, run: Run, drafts: Acceptance
+    folder: Path, run: Run, drafts: AcceptanceSection
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Acceptance at temperature 0 and 1 of as many drafts as the model has depths.
+    """Acceptance at temperature 0 and 1 of as many drafts as the heads make.
 
     The prefixes are dealt to `draws` sets, each decoded with random numbers of its own: (means over
     the sets, standard deviations of these means, from the spread over the sets).
@@ -240,7 +242,7 @@ def free_running(
             one = acceptance(
                 model,
                 source,
-                depth=run.config.mtp.depths,
+                depth=run.config.mtp.drafts,
                 prompts=drafts.prefixes,
                 part=(draw, drafts.draws),
                 seq_len=2 * drafts.prefix_tokens,

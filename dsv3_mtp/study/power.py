@@ -65,9 +65,8 @@ class Detectable:
     arm: str
     against: str
     metric: str
-    sd: (
-        float | None
-    )  # of the paired differences over seeds; None: none expected, or a rate, which needs none
+    # of the paired differences over seeds; None: none expected, or a rate, which needs none
+    sd: float | None
     source: str | None
     smallest: float | None  # None: unknown without an sd
     expected: float | None

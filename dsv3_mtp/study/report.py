@@ -15,7 +15,7 @@ from typing import Any
 from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import findings, hover, tables, words
-from dsv3_mtp.study.archive import Record, Table, table_of, write_archive
+from dsv3_mtp.study.archive import RunRecord, Table, table_of, write_archive
 from dsv3_mtp.study.calibration import calibration_table
 from dsv3_mtp.study.findings import Findings, is_primary
 from dsv3_mtp.study.load import LoadedStudy
@@ -35,12 +35,12 @@ from dsv3_mtp.study.page import (
     to_markdown,
 )
 from dsv3_mtp.study.pictures import draw_all
-from dsv3_mtp.study.pictures.base import Data
+from dsv3_mtp.study.pictures.base import PictureData
 from dsv3_mtp.study.plan import Plan, write_plan
 from dsv3_mtp.study.power import Detectable, detectables
 
 
-def require_runs(study: Study, records: Iterable[Record], folder: Path) -> Table:
+def require_runs(study: Study, records: Iterable[RunRecord], folder: Path) -> Table:
     """The records by arm and seed. Raises ValueError where there is none to report on."""
     kept = table_of(study.arms, study.seeds, records)
     if not any(kept.values()):
@@ -51,7 +51,9 @@ def require_runs(study: Study, records: Iterable[Record], folder: Path) -> Table
     return kept
 
 
-def write_report(loaded: LoadedStudy, plan: Plan, records: Iterable[Record], folder: Path) -> Path:
+def write_report(
+    loaded: LoadedStudy, plan: Plan, records: Iterable[RunRecord], folder: Path
+) -> Path:
     """Writes the report on these runs, and its archive, into `folder`; returns the path of
     report.md.
 
@@ -64,7 +66,7 @@ def write_report(loaded: LoadedStudy, plan: Plan, records: Iterable[Record], fol
     effects = findings.effects_of(study, table)
     found = Findings(loaded, plan, table, effects, list(detectables(study)))
     folder.mkdir(parents=True, exist_ok=True)
-    data = Data(study, loaded.configs, table, effects)
+    data = PictureData(study, loaded.configs, table, effects)
     first, *rest = draw_all(data, folder)
     blocks = [
         *opening(found, Picture(*first)),
@@ -239,7 +241,7 @@ def sources(power: Sequence[Detectable]) -> str:
     return "; ".join(dict.fromkeys(d.source for d in power if d.source)) or "solve rates need none"
 
 
-def environment(records: Sequence[Record]) -> list[Block]:
+def environment(records: Sequence[RunRecord]) -> list[Block]:
     """Commit, data, versions, hardware: every value that occurs, so that a mixture shows."""
     starts = [start for record in records for start in record.starts]
 

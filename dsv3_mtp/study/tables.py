@@ -209,7 +209,6 @@ def pair_table(table: Table, comparison: str, group: Sequence[Effect]) -> list[B
         "These trunks were trained apart, and overlap falls as a trunk learns: read main loss and "
         "the overlap above the table drafter as a pair, not overlap alone. Differences with 95 % "
         "intervals, exploratory."
-        "intervals, exploratory."
     )
     header = ["arm", "depth", "main loss", "overlap above the table drafter", "overlap"]
     return [Paragraph(note), Rows(header, rows)]

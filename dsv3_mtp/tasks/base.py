@@ -137,7 +137,7 @@ class ExampleStream:
     def spread(
         self, index: int, count: int, length: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Validation row `index` of `count`: every row is as good as any other."""
+        """Validation row `index` of `count`, drawn by `index` alone."""
         return self.sample(index, length)
 
     def examples(self, index: int) -> list[Example]:

@@ -54,7 +54,7 @@ class MarkovTask(Task):
 
     @property
     def example_length(self) -> int:
-        """A walk is as long as its row; the shortest has one target."""
+        """The shortest row: one token and its target. A walk fills its row."""
         return 2
 
     @property
@@ -211,9 +211,7 @@ def step_entropy(chain: np.ndarray, steps: int) -> float:
     """H(t_{i+steps} | t_i): with one step the entropy rate, with k+1 the best loss of a parallel
     head of depth k.
     """
-    power = np.linalg.matrix_power(chain, steps)
-    logs = np.log(power, out=np.zeros_like(power), where=power > 0)
-    return float(-stationary(chain) @ (power * logs).sum(1))
+    return cross_entropy(chain, np.linalg.matrix_power(chain, steps), steps)
 
 
 def cross_entropy(chain: np.ndarray, head: np.ndarray, steps: int) -> float:

@@ -53,7 +53,7 @@ from dsv3_mtp.runs.loading import (
     read_complete,
 )
 
-COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed: what it counts by itself
+COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed, which counts them
 
 
 @with_config(OPEN)
@@ -72,7 +72,7 @@ class Seconds(TypedDict):
 
 
 @with_config(OPEN)
-class State(Reached):
+class SavedState(Reached):
     """state.json."""
 
     config: dict[str, Any]
@@ -205,14 +205,14 @@ def _set_aside(folders: Iterable[Path]) -> None:
         os.replace(folder, _aside(folder))
 
 
-def read_state(folder: Path) -> State:
+def read_state(folder: Path) -> SavedState:
     """The `state` given to `save`: progress, data position, clock, config.
 
     Raises:
         ValueError: the checkpoint is damaged, or of a newer format.
     """
     check_format(read_json(folder / STATE, dict[str, Any], remedy(folder)), folder / STATE)
-    state = read_json(folder / STATE, State, remedy(folder))
+    state = read_json(folder / STATE, SavedState, remedy(folder))
     position = state["sampler"]
     if min(state["step"], state["tokens"], *position["counts"], position["samples"]) < 0:
         raise ValueError(f"{folder / STATE}: damaged (a count < 0); {remedy(folder)}")

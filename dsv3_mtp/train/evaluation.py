@@ -68,7 +68,7 @@ def evaluation(
             metrics |= acceptance(
                 model,
                 source,
-                depth=config.mtp.depths,
+                depth=config.mtp.drafts,
                 prompts=prompts,
                 seq_len=config.data.seq_len,
                 new_tokens=new_tokens or min(NEW_TOKENS, longest // 2),

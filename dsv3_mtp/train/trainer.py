@@ -99,26 +99,7 @@ class Trainer:
         saved = latest and checkpoint.read_state(latest)  # what is damaged is told at once
         self.notes = [*found, *damaged, *notes]
 
-        whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
-        # bfloat16 weights, float32 masters and two moments at the least
-        require_memory(whole, bytes_per_value=12, ranks=self.world.size)
-        self.size = model_size(whole, config.data.seq_len)
-        compute, chosen = choose_compute(
-            config, self.world.device, lambda: meta_model(config.model, config.mtp)
-        )
-        self.model = build_model(config, ds_config, self.world, compute)
-        if config.train.init_from is not None and latest is None:
-            self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
-        if config.train.freeze == "trunk":
-            self.model.freeze_trunk()
-        self.notes += chosen
-        heads = self.model.mtp if config.clips_apart else None
-        optimizer = build_optimizer(self.model, config.optim, apart=heads)
-        self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
-
-        decay = config.train.ema_decay
-        self.average = None if decay is None else WeightAverage(self.engine, decay)
-
+        self.build_engine(ds_config, fresh=latest is None)
         self.step = self.tokens = 0
         self.monitors: list[Monitor] = []
         self.table: dict[str, float] = {}  # of the last validation
@@ -142,6 +123,29 @@ class Trainer:
         )
         if not latest:
             self.describe_once()
+
+    def build_engine(self, ds_config: dict[str, Any], *, fresh: bool) -> None:
+        """Model, optimizer and DeepSpeed's engine; fresh: nothing of a checkpoint follows."""
+        config = self.config
+        whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
+        # bfloat16 weights, float32 masters and two moments at the least
+        require_memory(whole, bytes_per_value=12, ranks=self.world.size)
+        self.size = model_size(whole, config.data.seq_len)
+        compute, chosen = choose_compute(
+            config, self.world.device, lambda: meta_model(config.model, config.mtp)
+        )
+        self.model = build_model(config, ds_config, self.world, compute)
+        if config.train.init_from is not None and fresh:
+            self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
+        if config.train.freeze == "trunk":
+            self.model.freeze_trunk()
+        self.notes += chosen
+        heads = self.model.mtp if config.clips_apart else None
+        optimizer = build_optimizer(self.model, config.optim, apart=heads)
+        self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)
+
+        decay = config.train.ema_decay
+        self.average = None if decay is None else WeightAverage(self.engine, decay)
 
     def claim(self) -> None:
         """Holds the run folder for this process until it ends, or `release`."""
@@ -343,7 +347,7 @@ class Trainer:
             self.engine, root, step=self.step, state=state, keep=keep, average=self.average
         )
 
-    def resume(self, folder: Path, saved: checkpoint.State) -> list[str]:
+    def resume(self, folder: Path, saved: checkpoint.SavedState) -> list[str]:
         """Restores the state `saved` in `folder`, by any layout of ranks; returns what to tell the
         user.
         """

@@ -65,7 +65,7 @@ def finish(command: list[str], log: Path, timeout: float = 120) -> tuple[int, st
 
 
 def deepspeed(job: Path, *options: str) -> list[str]:
-    from dsv3_mtp.parallel.launch import free_port
+    from tests.ranks import free_port
 
     launcher = [str(BIN / "deepspeed"), "-q", *options, "--master_port", str(free_port())]
     return [*launcher, str(TRAIN), "--config", str(job)]
@@ -189,7 +189,7 @@ def test_two_nodes_train_as_one_rank_does_and_end_together_when_a_rank_is_killed
     """What `deepspeed --hostfile` starts on each node, twice on one host. Killing one rank ends
     both, and the next start, of any shape, goes on.
     """
-    from dsv3_mtp.parallel.launch import free_port
+    from tests.ranks import free_port
 
     folder, port = job.parent / "runs" / "job", str(free_port())
     job.write_text(job.read_text().replace("total_tokens: 1280", "total_tokens: 64000"))

@@ -12,7 +12,9 @@ from dsv3_mtp.heads import registry
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "v3_tiny.yaml"
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted(
+    path for folder in ("configs", "configs/heads") for path in (ROOT / folder).glob("*.yaml")
+)
 
 
 def problems(*sets: str, path: Path = TINY) -> list[str]:
@@ -490,7 +492,7 @@ def test_to_yaml_reads_back_equal(tmp_path, sets):
 def test_every_shipped_config_is_whole_and_its_first_line_names_it(path):
     config = load_config(path)
     assert config.run.name == path.stem
-    assert f"configs/{path.name}" in path.read_text().splitlines()[0]
+    assert str(path.relative_to(ROOT)) in path.read_text().splitlines()[0]
     assert set(config.to_dict()) == set(Config.model_fields)
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dsv3_mtp.decode.cache import Ring, Slots
+from dsv3_mtp.decode.cache import CacheSlots, Ring
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.decode.layers import Mixture
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import TokenSampler
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 CASES = {
@@ -27,7 +27,7 @@ TOLERANCE = {
 
 def cached_states(model, tokens, chunks):
     """Trunk states (B, T, C) of tokens (B, T), computed in windows of the given lengths."""
-    slots = Slots(model, tokens.shape[1])
+    slots = CacheSlots(model, tokens.shape[1])
     caches, start, parts = slots.caches(model.config.num_hidden_layers, len(tokens)), 0, []
     with torch.inference_mode():
         decoder = Decoder(model)
@@ -72,7 +72,7 @@ def test_a_window_writes_over_rejected_slots(make_model):
     """Slots behind the last accepted one may hold anything."""
     model = make_model()
     tokens = torch.randint(64, (1, 12))
-    slots = Slots(model, 24)
+    slots = CacheSlots(model, 24)
     with torch.inference_mode():
         clean, dirty = (slots.caches(3, 1) for _ in range(2))
         decoder = Decoder(model)
@@ -91,7 +91,7 @@ def test_rows_at_different_slots_equal_rows_alone(make_model):
     model = make_model()
     tokens = torch.randint(64, (3, 14))
     whole = cached_states(model, tokens, [14])
-    slots, starts = Slots(model, 24), [2, 9, 5]
+    slots, starts = CacheSlots(model, 24), [2, 9, 5]
     caches = slots.caches(3, 3)
     with torch.inference_mode():
         decoder = Decoder(model)
@@ -110,7 +110,7 @@ def test_rows_at_different_slots_equal_rows_alone(make_model):
 def test_the_cache_holds_the_latent_and_the_rotary_key_of_each_token_and_layer(make_model):
     model = make_model()
     config = model.config
-    shapes = [cache.shape for cache in Slots(model, 10).caches(3, 1)]
+    shapes = [cache.shape for cache in CacheSlots(model, 10).caches(3, 1)]
     assert shapes == 3 * [(1, 10, config.kv_lora_rank + config.qk_rope_head_dim)]
 
 
@@ -141,13 +141,13 @@ def test_no_tensor_of_a_long_prefill_grows_with_the_square_of_the_prompt(make_mo
 
 
 def test_the_chunk_of_the_prefill_changes_neither_tokens_nor_drafts(make_model, monkeypatch):
-    model, verify, drafted = make_model("sequential"), Sampler.verify, []
+    model, verify, drafted = make_model("sequential"), TokenSampler.verify, []
 
     def recording(sampler, logits, drafts, probability, lengths):
         drafted[-1].append(probability)
         return verify(sampler, logits, drafts, probability, lengths)
 
-    monkeypatch.setattr(Sampler, "verify", recording)
+    monkeypatch.setattr(TokenSampler, "verify", recording)
     prompt, tokens = torch.randint(64, (21,)).tolist(), []
     for chunk in (1, 2, 3, 4, 5, 7, 20, 21, 22, 128):
         drafted.append([])

@@ -63,7 +63,7 @@ def test_draft_logits_equal_the_training_forward_with_the_drafts_as_text(
     monkeypatch.setattr(Drafter, "LAG", 2)
     model = make_model(heads, trained=True)
     # as far as the heads predict
-    depth = model.lookahead - 1
+    depth = model.mtp_config.drafts
     generate(model, prompts, Settings(24, draft_depth=depth, draft_threshold=threshold))
     assert len(recorded) > 5
     lengths = {len(logits) for _, _, logits in recorded}  # of the depths that were computed

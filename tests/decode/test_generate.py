@@ -140,14 +140,14 @@ def test_sampled_speculative_output_has_the_plain_distribution(make_model, heads
     """Chi-square of the second and third sampled tokens of real decodes against the exact
     probabilities.
     """
-    from dsv3_mtp.decode.sample import Sampler
+    from dsv3_mtp.decode.sample import TokenSampler
     from tests.decode.plain import plain_logits
 
     model, prompt, rows = make_model(heads, trained=True), CYCLE[:1], 2000
     use = Settings(max_new_tokens=4, draft_depth=2, temperature=1.3, seed=3, **truncation)
     result = generate(model, [prompt] * rows, use)
     assert 0.02 < result.acceptance.joint[0] < 0.98
-    sampler = Sampler(1.3, truncation.get("top_k"), truncation.get("top_p", 1.0))
+    sampler = TokenSampler(1.3, truncation.get("top_k"), truncation.get("top_p", 1.0))
     tokens = torch.tensor([row[:4] for row in result.tokens])
     for context in ([], [int(tokens[:, 0].mode().values)], tokens[:, :2].mode(0).values.tolist()):
         rows_here = (tokens[:, : len(context)] == torch.tensor(context, dtype=torch.long)).all(1)

@@ -5,7 +5,7 @@ model's distribution.
 import pytest
 import torch
 
-from dsv3_mtp.decode.sample import DraftSampler, Sampler
+from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
 
 
 def chi_square_p(counts: torch.Tensor, probability: torch.Tensor) -> float:
@@ -25,8 +25,10 @@ def chi_square_p(counts: torch.Tensor, probability: torch.Tensor) -> float:
     return torch.special.gammaincc(half, statistic / 2).item() if len(counts) > 1 else 1.0
 
 
-def seeded(**settings) -> Sampler:
-    return Sampler(generator=torch.Generator().manual_seed(0), **{"temperature": 1.0, **settings})
+def seeded(**settings) -> TokenSampler:
+    return TokenSampler(
+        generator=torch.Generator().manual_seed(0), **{"temperature": 1.0, **settings}
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,14 +36,14 @@ def seeded(**settings) -> Sampler:
 )
 def test_greedy_keeps_the_longest_agreeing_prefix_and_the_token_after_it(accepted, drafts):
     logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 4]]), 10).float()
-    got, following = Sampler().verify(logits, torch.tensor([drafts]), None)
+    got, following = TokenSampler().verify(logits, torch.tensor([drafts]), None)
     assert got.tolist() == [accepted]
     assert following.tolist() == [accepted + 1]
 
 
 def test_a_match_behind_a_rejection_does_not_count():
     logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3], [1, 2, 3]]), 10).float()
-    accepted, following = Sampler().verify(logits, torch.tensor([[9, 2], [1, 2]]), None)
+    accepted, following = TokenSampler().verify(logits, torch.tensor([[9, 2], [1, 2]]), None)
     assert (accepted.tolist(), following.tolist()) == ([0, 2], [1, 3])
 
 
@@ -75,9 +77,8 @@ def test_speculative_sampling_has_the_main_models_distribution(settings):
     """
     sampler, rows, vocab = seeded(**settings), 60_000, 6
     generator = torch.Generator().manual_seed(1)
-    p_logits = [
-        torch.randn(*[vocab] * k, vocab, generator=generator) * 1.5 for k in range(3)
-    ]  # by earlier tokens
+    # by earlier tokens
+    p_logits = [torch.randn(*[vocab] * k, vocab, generator=generator) * 1.5 for k in range(3)]
     q_logits = [torch.randn(*[vocab] * k, vocab, generator=generator) * 1.5 for k in range(2)]
     drafts, q = [], []
     for k in range(2):
@@ -126,9 +127,8 @@ def test_a_stop_is_lossless_unless_it_looks_at_the_draft_that_it_drops(rule):
     rows, vocab, wrong = 60_000, 4, rule == "the draft itself"
     q = torch.tensor([[0.9, 0.1, 0, 0], [0.4, 0.3, 0.2, 0.1]])[torch.arange(rows) % 2]
     p = torch.tensor([0.5, 0.2, 0.2, 0.1])
-    confidence = (
-        2 * q[:, 1] if rule == "confidence" else None
-    )  # any function of what is known before
+    # any function of what is known before
+    confidence = 2 * q[:, 1] if rule == "confidence" else None
     draws = DraftSampler(seeded(), threshold=0.0 if wrong else 0.5)
     drawn = [draws.draw(q.log(), confidence) for _ in range(2)]
     drafts, probability = (torch.stack(part, 1) for part in zip(*drawn, strict=True))
@@ -145,7 +145,7 @@ def test_a_stop_is_lossless_unless_it_looks_at_the_draft_that_it_drops(rule):
 
 def test_drafts_stop_where_the_head_is_unsure_and_stay_in_their_vocabulary():
     logits = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4]]).log()
-    draws = DraftSampler(Sampler(), threshold=0.55)
+    draws = DraftSampler(TokenSampler(), threshold=0.55)
     for _ in range(2):
         draws.draw(logits)
     assert draws.lengths.tolist() == [2, 0] and not draws.ended

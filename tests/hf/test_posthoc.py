@@ -18,6 +18,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.plan.memory import layout, plan
 from dsv3_mtp.report.metrics import read_metrics
+from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.train.answers import AnswerArguments, write_answers
 from dsv3_mtp.train.optim import build_optimizer
 from tests.conftest import contents
@@ -89,7 +90,7 @@ def test_the_whole_journey(tmp_path, trunk, questions, dtype, world_size, layout
     notes = import_hf(source, run, base=recipe, sets=sets, data=str(questions), frozen=True)
     assert any("not used: made_by" in note for note in notes)
     log = train(run, tmp_path, world_size)
-    assert f"weights from {source}" in log and "at their random start: MTP module(s) 1..1" in log
+    assert f"weights from {source}" in log and "at their start: MTP module(s) 1..1" in log
     assert "no n-gram floors: they are of whole texts" in log
 
     notes = export_hf(run, tmp_path / "hf")
@@ -306,3 +307,21 @@ def test_the_commands_say_what_comes_next_and_refuse_in_one_line(tmp_path, trunk
         assert code == 2 and message in output and "Traceback" not in output, output
     code, output = command("prepare_data", *own, "--prompts", "two.txt", "--max-new-tokens", "4")
     assert code == 0 and "2 of 2 prompts" in output and "set data.train and data.val" in output
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["hsm", "hydra", "leap", "medusa"])
+def test_the_presets_for_a_frozen_trunk_learn_on_one(tmp_path, trunk, questions, preset):
+    source, run = trunk(), tmp_path / "runs" / preset
+    recipe = ROOT / f"configs/heads/{preset}.yaml"
+    sets = [*SHORT, "train.total_tokens=3072", "data.mask=prompts", "eval.every=1", "log.every=1"]
+    import_hf(source, run, base=recipe, sets=sets, data=str(questions), frozen=True)
+    log = train(run, tmp_path)
+    assert f"not in {source}, at their start" in log
+    losses = [
+        m["val/mtp_loss/1"] for m in read_metrics(run / "metrics.jsonl") if "val/mtp_loss/1" in m
+    ]
+    assert losses[-1] < losses[0] - 0.1
+    theirs, mine = load_hf(source)[0].state_dict(), load_model(run).model.state_dict()
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())

@@ -449,9 +449,8 @@ def test_flops_are_those_that_torch_counts(build, variant, frozen, detach):
             pytest.skip("the config refuses it: nothing would learn")
         model.freeze_trunk()
     tokens = tokens_for(model)
-    in_place = {
-        torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]
-    }  # torch counts addmm alone
+    # torch counts addmm alone
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         model(tokens).loss.backward()
     planned = model_size(model, 0).flops_per_token  # 0: it has no entry for attention on a CPU

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dsv3_mtp.decode.sample import Sampler
+from dsv3_mtp.decode.sample import TokenSampler
 from dsv3_mtp.model import overlap as module
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings
@@ -130,7 +130,7 @@ def test_overlap_is_the_share_of_drawn_drafts_that_the_verifier_accepts(build, t
     model, draws = build("sequential", depths=2), 4000
     tokens, *_ = rows_for(model, masked=False, rows=1)
     hiddens, nothing, _ = parts(model, tokens, None, torch.ones_like(tokens, dtype=torch.bool))
-    sampler = Sampler(temperature, generator=torch.Generator().manual_seed(5))
+    sampler = TokenSampler(temperature, generator=torch.Generator().manual_seed(5))
     logits = model.logits(tokens)[:, 0]  # (1+D, T, V)
     vocab = model.config.vocab_size
     for pair in pairs(

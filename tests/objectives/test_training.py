@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_mtp.config import Config, ConfigError, load_config, schedules
 from dsv3_mtp.report.metrics import read_metrics
-from tests.conftest import tiny
+from tests.conftest import short_run
 from tests.made_runs import read_newest
 from tests.ranks import run_ranks, timeless, train_to_end, train_until, write_markov
 
@@ -43,19 +43,9 @@ def make(tmp_path_factory):
     data = write_markov(folder / "markov", tokens=3000, documents=300)
 
     def config(name: str, keys: dict) -> Config:
-        base = {
-            "run.name": name,
-            "run.dir": str(folder / "runs"),
-            "data.train": data,
-            "data.val": data,
-            "mtp.objective": OBJECTIVE,
-            "mtp.num_nextn_predict_layers": 2,
-            "train.dtype": "float32",
-            "train.total_tokens": STEPS * 8 * 16,
-            "train.batch_size": 8,
-            "eval.every": STEPS,
-        }
-        return tiny(base | keys)
+        base = {"mtp.objective": OBJECTIVE, "mtp.num_nextn_predict_layers": 2}
+        base |= {"train.total_tokens": STEPS * 8 * 16, "train.batch_size": 8, "eval.every": STEPS}
+        return short_run(folder, name, data, base, keys)
 
     return config
 

@@ -190,9 +190,8 @@ def test_routed_experts_with_gradients(compiled, dtype):
         results.append([y, *torch.autograd.grad(y, inputs, cotangent.to(y.dtype))])
     for expected, got in zip(*results, strict=True):
         assert (got.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-    assert all(
-        weights[-1].count_nonzero() == 0 for weights in results[1][3:]
-    )  # of the expert without tokens
+    # of the expert without tokens
+    assert all(weights[-1].count_nonzero() == 0 for weights in results[1][3:])
 
 
 def test_what_c_would_read_beyond_its_tensors_is_refused(compiled):
@@ -253,9 +252,8 @@ def test_cross_entropy(compiled, dtype):
     torch.testing.assert_close(
         own_nll.double(), nll, rtol=1e-2 if low else 1e-6, atol=1e-2 if low else 1e-6
     )
-    assert (own_prediction == prediction).float().mean() >= (
-        0.9 if low else 1
-    )  # rounded logits are equal more often
+    # rounded logits are equal more often
+    assert (own_prediction == prediction).float().mean() >= (0.9 if low else 1)
 
 
 @DTYPES

@@ -25,14 +25,14 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.size import layer_flops, model_size
 from dsv3_mtp.parallel.build import build_model
 from dsv3_mtp.parallel.engine import deepspeed_config
-from dsv3_mtp.parallel.launch import World, free_port
+from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.parallel.pipeline import balanced, stage_layers
 from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, validate
 from dsv3_mtp.train.process import own_process
 from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
 from tests.plain_training import plain_steps
-from tests.ranks import _child, chosen, rows, run_ranks, write_markov
+from tests.ranks import _child, chosen, free_port, rows, run_ranks, write_markov
 
 STEPS = 3
 ROOT = Path(__file__).parents[2]

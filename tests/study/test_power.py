@@ -68,9 +68,8 @@ def test_what_is_smaller_than_detectable_is_called_unresolved_in_advance(tmp_pat
         heads.primary and heads.unresolved and heads.smallest == pytest.approx(detectable(0.05, 5))
     )
     assert not schedule.primary and not schedule.unresolved
-    assert schedule.smallest == pytest.approx(
-        detectable(0.05, 5, alpha=0.05 / 3)
-    )  # of 3 exploratory
+    # of 3 exploratory
+    assert schedule.smallest == pytest.approx(detectable(0.05, 5, alpha=0.05 / 3))
 
 
 def test_the_dry_run_says_so_with_the_source(tmp_path):

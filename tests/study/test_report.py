@@ -15,7 +15,7 @@ from dsv3_mtp.study.load import load_study
 from dsv3_mtp.study.matrix import Primary
 from dsv3_mtp.study.measure import loss_error_metrics, loss_errors
 from dsv3_mtp.study.page import Rows, to_markdown
-from dsv3_mtp.study.pictures.base import Data
+from dsv3_mtp.study.pictures.base import PictureData
 from dsv3_mtp.study.pictures.outcome import draw_depths, draw_effects
 from dsv3_mtp.study.stats import t_interval
 from dsv3_mtp.study.words import verdict
@@ -295,7 +295,7 @@ def test_no_t_interval_is_drawn_of_a_solve_rate(metric, lines):
     effect = Effect("heads", "a", "b", metric, t_interval([1.0, 1.0, 1.0]), 0.1, 0.1, None, 0, 0.0)
     primary = Primary(metric="x", comparison="heads", margin=0.1)
     study: Any = SimpleNamespace(primary=primary, arms={"a": 0, "b": 0})
-    figure = draw_effects(Data(study, {}, {}, [effect]))
+    figure = draw_effects(PictureData(study, {}, {}, [effect]))
     drawn = [
         len(line.get_xdata()) == 2 and line.get_linewidth() == 2.5 for line in figure.axes[0].lines
     ]
@@ -306,7 +306,7 @@ def test_depths_are_whole_numbers_and_what_was_not_measured_has_no_panel(tmp_pat
     loaded = load_toy(tmp_path)
     write_runs(loaded, {"none": 4.0, "constant": 4.1, "step": 4.2})
     table = table_of(loaded.study.arms, loaded.study.seeds, records_of(loaded))
-    figure = draw_depths(Data(loaded.study, loaded.configs, table, []))
+    figure = draw_depths(PictureData(loaded.study, loaded.configs, table, []))
     assert len(figure.axes) == 3  # overlap was not measured
     for ax in figure.axes:
         assert ax.get_xticks().tolist() == [1] and ax.get_xlim() == (0.5, 1.5)
@@ -337,9 +337,8 @@ def test_the_relative_loss_error_is_v3s_against_the_reference_run_of_the_same_se
     def log(loaded):
         for run in expand(loaded, {}):
             factor = 1.001 if run.arm == "constant" else 1
-            losses = [
-                (4 + 1 / n + run.seed) * factor for n in range(1, 41)
-            ]  # another base per seed
+            # another base per seed
+            losses = [(4 + 1 / n + run.seed) * factor for n in range(1, 41)]
             curve = Curve(tokens=[10 * n for n in range(1, 41)], values=losses)
             edit(loaded, run.name, curves={"train/main_loss": curve}, tokens=400)
 

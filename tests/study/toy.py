@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from dsv3_mtp.study.archive import Curve, Record, Start, write_results
+from dsv3_mtp.study.archive import Curve, RunRecord, Start, write_results
 from dsv3_mtp.study.expand import Run, expand
 from dsv3_mtp.study.load import LoadedStudy, load_study
 from dsv3_mtp.study.measure import describe
@@ -89,7 +89,7 @@ START = Start(
 )
 
 
-def record_of(loaded: LoadedStudy, run: Run, metrics: dict[str, float], **more: Any) -> Record:
+def record_of(loaded: LoadedStudy, run: Run, metrics: dict[str, float], **more: Any) -> RunRecord:
     """What a run came to, as if it had been trained and measured."""
     bare = describe(loaded.study, run, [], [START])
     last = metrics.get("val/main_loss", 4.0)
@@ -99,7 +99,7 @@ def record_of(loaded: LoadedStudy, run: Run, metrics: dict[str, float], **more: 
         "moe/max_violation": Curve(tokens=tokens, values=[1.0] * 5),
     }
     fields = {"metrics": metrics, "curves": curves, "seconds_per_token": 1e-3}
-    return Record.model_validate(bare.model_dump() | fields | more)
+    return RunRecord.model_validate(bare.model_dump() | fields | more)
 
 
 def write_run(loaded: LoadedStudy, run: Run, metrics: dict[str, float], **more: Any) -> None:

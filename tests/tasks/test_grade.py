@@ -21,6 +21,7 @@ from dsv3_mtp.tasks.markov import MarkovTask, step_entropy, transition_matrix
 from dsv3_mtp.tasks.polynomial import PolynomialTask
 from dsv3_mtp.tasks.star import StarTask
 from dsv3_mtp.train.evaluate import acceptance, open_model, validate
+from tests.conftest import short_run
 from tests.ranks import run_ranks, timeless, train_to_end, train_until
 
 SUFFIX = {"type": "suffix_sum", "terms": 3, "modulus": 3}
@@ -137,26 +138,12 @@ def test_the_reference_has_the_names_of_the_metrics_and_the_values_of_the_closed
 
 
 @pytest.fixture
-def make_run(tmp_path, make_tiny_config):
+def make_run(tmp_path):
     def make(name="run", **overrides):
-        base = {
-            "run.name": name,
-            "run.dir": str(tmp_path / "runs"),
-            "data.train": None,
-            "data.val": None,
-            "data.task": SUFFIX,
-            "data.seq_len": 6,
-            "train.dtype": "float32",
-            "train.total_tokens": 8 * 8 * 6,
-            "train.batch_size": 8,
-            "train.micro_batch_size": 4,
-            "checkpoint.every": 4,
-            "eval.every": 4,
-            "eval.batches": 4,
-        }
-        return make_tiny_config(
-            base | {key.replace("__", "."): value for key, value in overrides.items()}
-        )
+        base = {"data.task": SUFFIX, "data.seq_len": 6, "train.total_tokens": 8 * 8 * 6}
+        base |= {"train.batch_size": 8, "train.micro_batch_size": 4}
+        base |= {"checkpoint.every": 4, "eval.every": 4, "eval.batches": 4}
+        return short_run(tmp_path, name, None, base, overrides)
 
     return make
 

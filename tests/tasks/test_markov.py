@@ -116,7 +116,7 @@ def test_acceptance_at_temperature_1_is_that_of_the_decoder_s_own_verification()
     """
     import torch
 
-    from dsv3_mtp.decode.sample import Sampler
+    from dsv3_mtp.decode.sample import TokenSampler
 
     rows, depths = 20_000, 2
     walk = torch.Generator().manual_seed(0)
@@ -131,7 +131,7 @@ def test_acceptance_at_temperature_1_is_that_of_the_decoder_s_own_verification()
         [torch.multinomial(q[:, k], 1, generator=walk).squeeze(1) for k in range(depths)], 1
     )
     logits = torch.log(chain[torch.cat([token[:, None], drafts], 1)])  # (B, 1+K, V)
-    accepted, _ = Sampler(1.0, None, 1.0, walk).verify(logits.float(), drafts, q.float())
+    accepted, _ = TokenSampler(1.0, None, 1.0, walk).verify(logits.float(), drafts, q.float())
     measured = [(accepted > k).double().mean().item() for k in range(depths)]
     expected = best_acceptance(CHAIN, HEADS[:depths], GREEDY[:depths], temperature=1)
     # four standard errors

@@ -11,6 +11,7 @@ from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.study.expand import shared_steps
 from dsv3_mtp.train import checkpoint
+from tests.conftest import short_run
 from tests.made_runs import read_newest
 from tests.ranks import run_ranks, timeless, train_to_end, train_until, write_markov
 
@@ -20,24 +21,14 @@ RATIO = {"type": "examples.loss_ratio:LossRatio", "share": 0.3, "first": 0.2}
 
 
 @pytest.fixture
-def make_run(tmp_path, make_tiny_config):
+def make_run(tmp_path):
     """A function from overrides to the config of an 8-step run with two depths on Markov data."""
     data = write_markov(tmp_path / "data" / "markov", tokens=2000, documents=20)
 
     def make(name="run", **overrides):
-        base = {
-            "run.name": name,
-            "run.dir": str(tmp_path / "runs"),
-            "data.train": data,
-            "data.val": data,
-            "mtp.num_nextn_predict_layers": 2,
-            "train.dtype": "float32",
-            "train.total_tokens": STEPS * 4 * 16,
-            "train.micro_batch_size": 2,
-            "checkpoint.every": 100,
-            "eval.every": 0,
-        }
-        return make_tiny_config(base | {k.replace("__", "."): v for k, v in overrides.items()})
+        base = {"mtp.num_nextn_predict_layers": 2, "train.total_tokens": STEPS * 4 * 16}
+        base |= {"train.micro_batch_size": 2, "checkpoint.every": 100, "eval.every": 0}
+        return short_run(tmp_path, name, data, base, overrides)
 
     return make
 

@@ -29,7 +29,7 @@ from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.floors import text_floors, trained_on
 from dsv3_mtp.train.process import own_process
 from dsv3_mtp.train.record import NonFiniteError
-from tests.conftest import contents
+from tests.conftest import contents, short_run
 from tests.made_runs import read_newest, read_state_dict
 from tests.plain_training import plain_steps
 from tests.ranks import run_ranks, timeless, train_to_end, train_until, write_markov
@@ -41,26 +41,14 @@ LONG = {"optim__lr": 0.01, "train__total_tokens": 20 * 8 * 16}
 
 
 @pytest.fixture(scope="module")
-def make_in(tmp_path_factory, make_tiny_config):
+def make_in(tmp_path_factory):
     """A function from a folder and overrides to the config of a 12-step run on Markov data."""
     data = write_markov(tmp_path_factory.mktemp("data") / "markov", tokens=3000, documents=40)
 
     def make(folder: Path, name="run", **overrides) -> Config:
-        base = {
-            "run.name": name,
-            "run.dir": str(folder / "runs"),
-            "data.train": data,
-            "data.val": data,
-            "train.dtype": "float32",
-            "train.total_tokens": STEPS * 8 * 16,
-            "train.batch_size": 8,
-            "train.micro_batch_size": 4,
-            "checkpoint.every": 5,
-            "eval.every": 10,
-        }
-        return make_tiny_config(
-            base | {key.replace("__", "."): value for key, value in overrides.items()}
-        )
+        base = {"train.total_tokens": STEPS * 8 * 16, "train.batch_size": 8}
+        base |= {"train.micro_batch_size": 4, "checkpoint.every": 5, "eval.every": 10}
+        return short_run(folder, name, data, base, overrides)
 
     return make
 
@@ -340,9 +328,8 @@ def test_gradients_accumulated_in_float32_are_those_of_one_micro_batch(make_run,
     """
     common = BFLOAT16 | {"parallel__pipeline_stages": stages, "mtp__detach": detach}
     if detach == "all":
-        common["optim__grad_clip"] = (
-            0.0  # stages are refused where trunk and heads are clipped apart
-        )
+        # stages are refused where trunk and heads are clipped apart
+        common["optim__grad_clip"] = 0.0
     norms = [
         train(make_run(f"by{micro}", train__micro_batch_size=micro, **common), world_size=stages)[
             0

@@ -1,4 +1,4 @@
-"""What is asked of a rule for the weights of the depths."""
+"""The interface of a rule for the weights of the depths."""
 
 from dsv3_mtp.config.registry import Registry
 from dsv3_mtp.config.section import Section

@@ -23,7 +23,7 @@ from dsv3_mtp.study.findings import LOSS, Effect, is_primary, references, values
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import loss_errors
 from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
-from dsv3_mtp.study.pictures.base import Data
+from dsv3_mtp.study.pictures.base import PictureData
 from dsv3_mtp.study.pictures.outcome import (
     draw_answer,
     draw_depths,
@@ -40,7 +40,7 @@ from dsv3_mtp.study.pictures.training import (
 from dsv3_mtp.study.stats import exact_rate, solve_curve, t_interval
 
 
-def draw_all(data: Data, folder: Path) -> list[tuple[str, str]]:
+def draw_all(data: PictureData, folder: Path) -> list[tuple[str, str]]:
     """Writes the PNG files that the data allow, the answer's first, and removes others of these
     names.
 
@@ -58,7 +58,7 @@ def draw_all(data: Data, folder: Path) -> list[tuple[str, str]]:
     return drawn
 
 
-def figures(study: Study) -> dict[str, tuple[Callable[[Data], Figure | None], str]]:
+def figures(study: Study) -> dict[str, tuple[Callable[[PictureData], Figure | None], str]]:
     """File -> (how it is drawn, caption)."""
     against = study.comparisons[study.primary.comparison].against
     rate = is_rate_over_seeds(study.primary.metric)

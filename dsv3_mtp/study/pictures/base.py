@@ -37,7 +37,7 @@ class Series(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Data:
+class PictureData:
     """All that figures are drawn from."""
 
     study: Study
@@ -106,14 +106,14 @@ def mark_better(ax: Axes, better: str | None) -> None:
         )
 
 
-def mean_and_band(data: Data, ax: Axes, arm: str, series: Series, alpha: float) -> None:
+def mean_and_band(data: PictureData, ax: Axes, arm: str, series: Series, alpha: float) -> None:
     color, (tokens, values, _) = data.colors[arm], series
     marker: Any = {"marker": data.markers[arm], "ms": 4, "markevery": 0.1}
     ax.plot(tokens, values.mean(0), color=color, label=arm, **marker)
     ax.fill_between(tokens, values.min(0), values.max(0), color=color, alpha=alpha, lw=0)
 
 
-def with_legend(data: Data, figure: Figure) -> Figure:
+def with_legend(data: PictureData, figure: Figure) -> Figure:
     """A legend of the arms that are drawn, in their order."""
     shown = {label for ax in figure.axes for label in ax.get_legend_handles_labels()[1]}
     handles = [

@@ -8,7 +8,13 @@ from matplotlib.figure import Figure
 from dsv3_mtp.report.metrics import depths_of
 from dsv3_mtp.study.findings import LOSS, Effect, is_primary, values_of
 from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
-from dsv3_mtp.study.pictures.base import Data, draw_interval, mark_better, token_axis, with_legend
+from dsv3_mtp.study.pictures.base import (
+    PictureData,
+    draw_interval,
+    mark_better,
+    token_axis,
+    with_legend,
+)
 from dsv3_mtp.study.stats import exact_rate, solve_curve, t_interval
 
 DEPTHS = {  # what depths.png shows, with its title
@@ -19,7 +25,7 @@ DEPTHS = {  # what depths.png shows, with its title
 }
 
 
-def draw_answer(data: Data) -> Figure:
+def draw_answer(data: PictureData) -> Figure:
     """The primary comparison alone, readable at the width of a phone."""
     study, metric = data.study, data.study.primary.metric
     effects = [e for e in data.effects if is_primary(study, e)]
@@ -60,7 +66,7 @@ def draw_answer(data: Data) -> Figure:
     return figure
 
 
-def draw_effects(data: Data) -> Figure | None:
+def draw_effects(data: PictureData) -> Figure | None:
     """One panel per metric; metrics without an interval are left out."""
     groups: dict[str, list[Effect]] = {}
     for effect in data.effects:
@@ -97,7 +103,7 @@ def draw_effects(data: Data) -> Figure | None:
     return figure
 
 
-def draw_depths(data: Data) -> Figure | None:
+def draw_depths(data: PictureData) -> Figure | None:
     """One panel per metric that was measured; a depth axis has whole depths."""
     panels: list[tuple[str, dict[str, list[int]]]] = []
     for family in DEPTHS:
@@ -142,7 +148,7 @@ def draw_depths(data: Data) -> Figure | None:
     return with_legend(data, figure)
 
 
-def draw_tradeoff(data: Data) -> Figure | None:
+def draw_tradeoff(data: PictureData) -> Figure | None:
     """The temperatures that were measured, on the same axes; arms that do not draft are lines."""
     kinds = {0: "greedy", 1: "temperature 1"}
     points: dict[int, dict[str, np.ndarray]] = {}
@@ -179,7 +185,7 @@ def draw_tradeoff(data: Data) -> Figure | None:
     return with_legend(data, figure)
 
 
-def draw_solved(data: Data) -> Figure | None:
+def draw_solved(data: PictureData) -> Figure | None:
     if data.study.solve_threshold is None:
         return None
     figure = Figure(figsize=(8, 4.6), layout="constrained")
@@ -189,9 +195,8 @@ def draw_solved(data: Data) -> Figure | None:
         if runs:
             curve = solve_curve([r.solved_at for r in runs], [r.tokens for r in runs])
             end = max(record.tokens for record in runs)
-            left = (
-                np.array([1, *curve.unsolved, (1, *curve.unsolved)[-1]]) + 0.004 * n
-            )  # side by side
+            # side by side
+            left = np.array([1, *curve.unsolved, (1, *curve.unsolved)[-1]]) + 0.004 * n
             style: Any = {"color": data.colors[arm], "marker": data.markers[arm], "ms": 5}
             label = f"{arm} (n = {len(runs)})"
             ax.step([0, *curve.times, end], left, where="post", label=label, **style)

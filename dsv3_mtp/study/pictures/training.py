@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from dsv3_mtp.config.schedules import mtp_loss_weight
 from dsv3_mtp.study.findings import LOSS, references, values_of
 from dsv3_mtp.study.measure import loss_errors
-from dsv3_mtp.study.pictures.base import Data, Series, mean_and_band, token_axis, with_legend
+from dsv3_mtp.study.pictures.base import PictureData, Series, mean_and_band, token_axis, with_legend
 from dsv3_mtp.study.stats import t_interval
 
 
-def draw_losses(data: Data) -> Figure | None:
+def draw_losses(data: PictureData) -> Figure | None:
     curves, differences = data.curves(LOSS), data.over_reference()
     if data.reference not in curves:
         return None
@@ -34,9 +34,8 @@ def draw_losses(data: Data) -> Figure | None:
         ax.axhline(0, color=data.colors[data.reference], lw=1)
         for n, (arm, (tokens, values, _)) in enumerate(differences.items()):
             color, marker = data.colors[arm], data.markers[arm]
-            late = (
-                tokens >= tokens[-1] / 5
-            )  # the first steps, where losses fall fast, would set the scale
+            # the first steps, where losses fall fast, would set the scale
+            late = tokens >= tokens[-1] / 5
             ax.plot(tokens[late], values.mean(0)[late], marker=marker, ms=4, color=color, label=arm)
             if len(values) > 1:
                 i = t_interval(values[:, -1].tolist())
@@ -54,7 +53,7 @@ def draw_losses(data: Data) -> Figure | None:
     return with_legend(data, figure)
 
 
-def draw_lambda(data: Data) -> Figure | None:
+def draw_lambda(data: PictureData) -> Figure | None:
     """Only where arms differ in it; equal schedules are drawn once and named together."""
     progress = np.linspace(0.0, 1.0, 1001).tolist()
     shapes: dict[tuple[float, ...], list[str]] = {}
@@ -77,7 +76,7 @@ def draw_lambda(data: Data) -> Figure | None:
     return figure
 
 
-def draw_balance(data: Data) -> Figure | None:
+def draw_balance(data: PictureData) -> Figure | None:
     keys = {"moe/max_violation": "trunk's routers", "moe/mtp_max_violation/1": "first MTP router"}
     panels = {title: found for key, title in keys.items() if (found := data.curves(key))}
     if not panels:
@@ -96,7 +95,7 @@ def draw_balance(data: Data) -> Figure | None:
     return with_legend(data, figure)
 
 
-def draw_loss_errors(data: Data) -> Figure | None:
+def draw_loss_errors(data: PictureData) -> Figure | None:
     keys = {"train/main_loss": "main loss", "train/mtp_loss/1": "loss of the first MTP depth"}
     errors: dict[str, dict[str, list[dict[int, float]]]] = {}
     for record, reference in references(data.study, data.table):
