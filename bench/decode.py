@@ -148,11 +148,11 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
             .tokenizer.encode(options.prompt, add_special_tokens=False)
             .ids
         )
-    room = model.config.max_position_embeddings - len(prompt)
-    if room < options.new_tokens:
+    longest = model.config.max_position_embeddings
+    if not 0 < len(prompt) <= longest - options.new_tokens:
         raise ValueError(
-            f"prompt of {len(prompt)} tokens: the context "
-            f"leaves room for {room} new ones; lower --new-tokens"
+            f"{len(prompt):,} tokens of prompt, --new-tokens {options.new_tokens:,}: must be 1 "
+            f"or more, and together at most model.max_position_embeddings = {longest:,}"
         )
     size = model_size(model, 1)
     return (

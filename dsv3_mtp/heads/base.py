@@ -227,8 +227,12 @@ class Head(nn.Module):
         return Export(problems=[f"{why}; export the trunk alone with --trunk-only"])
 
     @classmethod
-    def load(cls, config: ModelConfig, mtp: MTPConfig, stored: int) -> Export:
-        """What of `stored` modules of the layout this head takes over."""
+    def load(cls, config: ModelConfig, mtp: MTPConfig, stored: int, trunk_hidden: str) -> Export:
+        """What of `stored` modules of the layout this head takes over.
+
+        trunk_hidden: the state of the trunk that the first of them was trained on, post_norm or
+            pre_norm.
+        """
         return Export(notes=[f"the {mtp.depths} {mtp.mode} head(s)"])
 
     # --- theory ---------------------------------------------------------------------------------
