@@ -52,7 +52,8 @@ def main() -> int:
             f"not run: K={', '.join(beyond)}; independent "
             f"heads draft at most D = {model.depths} tokens"
         )
-    print(steps_report(model, prompt, options))
+    for rows in options.batches:
+        print(steps_report(model, prompt, options, rows))
     return 0
 
 
@@ -86,6 +87,14 @@ def parse() -> argparse.Namespace:
         default=[],
         metavar="P",
         help="also the largest K with --draft-threshold P",
+    )
+    parser.add_argument(
+        "--batches",
+        type=at_least(1),
+        nargs="+",
+        default=[1, 4, 16],
+        metavar="B",
+        help="rows decoded together, for the break-even of drafts (default: 1 4 16)",
     )
     parser.add_argument("--threads", type=at_least(1), default=1, metavar="N", help="default: 1")
     parser.add_argument("--compile", action="store_true", help="also measure compiled steps")
@@ -139,11 +148,11 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
             .tokenizer.encode(options.prompt, add_special_tokens=False)
             .ids
         )
-    room = model.config.max_position_embeddings - len(prompt)
-    if room < options.new_tokens:
+    longest = model.config.max_position_embeddings
+    if not 0 < len(prompt) <= longest - options.new_tokens:
         raise ValueError(
-            f"prompt of {len(prompt)} tokens: the context "
-            f"leaves room for {room} new ones; lower --new-tokens"
+            f"{len(prompt):,} tokens of prompt, --new-tokens {options.new_tokens:,}: must be 1 "
+            f"or more, and together at most model.max_position_embeddings = {longest:,}"
         )
     size = model_size(model, 1)
     return (

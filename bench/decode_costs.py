@@ -1,4 +1,4 @@
-"""Cost of a trunk forward on n tokens and of one draft, against one token; where K drafts pay."""
+"""Cost of a trunk forward on n tokens and of K drafts, against one token; where K drafts pay."""
 
 import argparse
 import statistics
@@ -14,60 +14,57 @@ def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
     return interleave(variants, rounds, torch.device("cpu"))
 
 
-def steps_report(model: Any, prompt: list[int], options: argparse.Namespace) -> str:
-    """Cost of a trunk forward on n tokens and of one draft, against one token; the acceptance where
-    K drafts pay.
+def steps_report(model: Any, prompt: list[int], options: argparse.Namespace, rows: int) -> str:
+    """Of a batch of `rows`: the cost of a trunk forward on n tokens and of K drafts, against one
+    token; the tokens per step, and the acceptance, from which on K drafts pay.
     """
     import torch
 
     from dsv3_mtp.decode.cache import CacheSlots
     from dsv3_mtp.decode.decoder import Decoder
-    from dsv3_mtp.decode.draft import no_drafter
+    from dsv3_mtp.decode.draft import draft_limit
     from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
 
     most = max(options.depths, default=1)
-    slots = CacheSlots(model, len(prompt) + most + 2)
+    slots = CacheSlots(model, len(prompt) + 2 * most + 2)
     with torch.inference_mode():
         decoder = Decoder(model)
-    caches, start = slots.caches(model.config.num_hidden_layers, 1), len(prompt)
-    tokens = torch.tensor([(prompt * (most + 1))[: most + 1]])
+    caches, starts = slots.caches(model.config.num_hidden_layers, rows), [len(prompt)] * rows
+    tokens = torch.tensor([(prompt * (most + 1))[: most + 1]] * rows)
 
     @torch.inference_mode()
     def forward(count: int) -> None:
         for _ in range(20):
-            states = decoder.trunk(tokens[:, :count], caches, slots.window([start], count))
+            states = decoder.trunk(tokens[:, :count], caches, slots.window(starts, count))
             decoder.logits(states.post_norm).argmax(-1).tolist()
 
     steps: dict[str, Callable[[], Any]] = {str(n): partial(forward, n) for n in range(1, most + 2)}
-    if no_drafter(model.mtp_config) is None:
+    depths = [k for k in range(1, 1 + most) if draft_limit(model, k) == k]
+    if depths:
         kind = model.mtp.drafter(model.mtp_config)
-        drafter = kind(decoder, slots, rows=1, depth=1, chunk=start + 2)
-        ids = torch.zeros(1, slots.slots, dtype=torch.long)
+        drafter = kind(decoder, slots, rows=rows, depth=depths[-1], chunk=len(prompt) + 2)
+        ids = torch.zeros(rows, slots.slots + most, dtype=torch.long)
 
         @torch.inference_mode()
-        def draft() -> None:
+        def draft(count: int) -> None:
             for _ in range(20):
-                drafter.filled = [[start - 1] for _ in drafter.filled]  # one slot is new
-                drafter.draft(ids, [start], 1, DraftSampler(TokenSampler()))[0].tolist()
+                drafter.filled = [[m - 1 for m in starts] for _ in drafter.filled]  # one is new
+                drafter.draft(ids, starts, count, DraftSampler(TokenSampler()))[0].tolist()
 
-        steps["draft"] = draft
+        steps |= {f"draft {k}": partial(draft, k) for k in depths}
     seconds = measure(steps, 4 * options.rounds)
     cost = {
         n: statistics.median(a / b for a, b in zip(t, seconds["1"], strict=True))
         for n, t in seconds.items()
     }
     one = statistics.median(seconds["1"]) / 20
-    lines = [
-        f"one trunk step {one * 1e6:.0f} us; "
-        + ", ".join(f"T{n}/T1 {cost[str(n)]:.2f}" for n in range(2, most + 2))
-    ]
-    if "draft" in cost:
-        lines[0] += f"; one draft Td/T1 {cost['draft']:.2f}"
-        for k in range(1, most + 1):
-            needed = cost[str(k + 1)] + k * cost["draft"]
-            lines.append(
-                f"break-even K={k}: {needed:.2f} tokens per step{_equal_acceptance(needed, k)}"
-            )
+    verify = ", ".join(f"T{n}/T1 {cost[str(n)]:.2f}" for n in range(2, most + 2))
+    lines = [f"batch {rows}: one trunk step {one * 1e6:.0f} us; {verify}"]
+    for k in depths:
+        drafts = cost[f"draft {k}"]
+        needed = cost[str(k + 1)] + drafts
+        pays = f"break-even K={k}: {needed:.2f} tokens per step{_equal_acceptance(needed, k)}"
+        lines.append(f"{pays}; the drafts cost {drafts:.2f} T1")
     return "\n".join(lines)
 
 

@@ -75,6 +75,8 @@ class BagDrafter(ParallelDrafter):
         logits, drawn = self.decoder.logits(self.run(0, last)), []
         for _ in range(count):
             drawn.append(sampler.draw(logits))
+            if sampler.ended:
+                break
             if sampler.greedy:
                 logits = logits.scatter(1, drawn[-1][0][:, None], float("-inf"))
         return write_drafts(ids, last, drawn)

@@ -61,5 +61,11 @@ for capability in map(int, sys.argv[1:]):
     kernels.cross_entropy_(
         made(rows, 5000), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
     )
+    for groups in (1, 8):
+        scores = torch.zeros(2, rows, width, requires_grad=True)
+        settings = {"n_group": groups, "topk_group": (groups + 1) // 2, "num_experts_per_tok": 8}
+        settings |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
+        routing = kernels.route(scores, torch.zeros(width), **settings)
+        (routing.gates.sum() + routing.share.sum()).backward()
     for tile in (quantise.ROW, quantise.BLOCK) if capability >= 89 else ():  # there is E4M3
         triton_quantise.quantise(made(256, 256), tile, "pow2")

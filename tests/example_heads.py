@@ -53,7 +53,7 @@ class ConfidenceHead(Parallel):
         return {"confidence": mtp.options.confidence}
 
     @classmethod
-    def count_terms(cls, mtp: MTPConfig, valid: Tensor) -> Tensor:
+    def count_terms(cls, mtp: MTPConfig, valid: Tensor, taught: Tensor) -> Tensor:
         return valid[1:].sum().view(1)
 
     def loss_terms(self, output: HeadOutput, scores: Scores) -> dict[str, Tensor]:

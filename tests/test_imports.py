@@ -43,7 +43,7 @@ TOP = 10  # the package's __init__.py (the public API) and tools/
 DOORS = {
     "deepspeed": {"parallel"},
     "transformer_engine": {"precision"},
-    "triton": {"precision", "ops.triton_kernels", "ops.triton_jit"},
+    "triton": {"precision", "ops.triton_kernels", "ops.triton_jit", "ops.triton_router"},
 }
 # Part of the package -> all the third-party modules that it may import.
 ALLOWED = {"config": {"pydantic", "pydantic_core", "yaml"}, "model": {"torch"}}

@@ -117,5 +117,8 @@ def test_the_tutorial_runs(tmp_path: Path):
         output.append(done.stdout)
     assert "12 runs" in output[0] and "[12/12]" in output[1] and "[4/4]" in output[2]
     report = (tmp_path / "runs/my_lambda/report.md").read_text()
-    assert "not interpretable" in report.split("## Question")[0].lower() and "seed 4" in report
+    assert (
+        "not interpretable" in report.split("## Question")[0].lower()
+        and "Seeds added after the first start: 4." in report
+    )
     assert (tmp_path / "my_archive/report.md").exists()

@@ -42,6 +42,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train MTP modules on this trunk, which stays as it is and where it is",
     )
+    parser.add_argument(
+        "--trunk-hidden",
+        choices=["post_norm", "pre_norm"],
+        help="the state of the trunk that its MTP module was trained on (default: post_norm, as "
+        "DeepSeek's; torchtitan's: pre_norm)",
+    )
     parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
 
 
@@ -58,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         trunk_only=options.trunk_only,
         frozen=options.frozen,
+        trunk_hidden=options.trunk_hidden,
     )
     notes += outlook(options.out)
     print("\n".join([*notes, f"wrote {options.out}"]))

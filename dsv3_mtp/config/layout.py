@@ -31,6 +31,7 @@ def refusals(config: Any, world_size: int | None = None) -> list[str]:
 
 
 def problems(config: Any, world_size: int | None = None) -> Iterator[Problem]:
+    yield from _heads(config)
     yield from _zero(config)
     yield from _experts(config)
     yield from _pipeline(config)
@@ -40,6 +41,20 @@ def problems(config: Any, world_size: int | None = None) -> Iterator[Problem]:
     yield from _clipping(config)
     if world_size is not None:
         yield from _ranks(config, world_size)
+
+
+def _heads(config: Any) -> Iterator[Problem]:
+    """What the heads read is there, and every depth has a teacher where an objective needs one."""
+    mtp, last = config.mtp, config.model.num_hidden_layers - 1
+    if beyond := [layer for layer in layers_read(mtp) if layer > last]:
+        text = f"its heads read the output of trunk layer {', '.join(map(str, beyond))}"
+        yield "mtp.mode", f"{text}; model.num_hidden_layers = {last + 1} gives 0..{last}"
+    compared = [kind.name for kind, _ in mtp.objectives if kind.teacher]
+    if compared and config.data.seq_len < (needed := mtp.lookahead):
+        text = (
+            f"{compared[0]} compares depth {mtp.depths} with the main head {needed - 1} slots later"
+        )
+        yield "mtp.objective", f"{text}, and data.seq_len = {config.data.seq_len} has no such slot"
 
 
 def _zero(config: Any) -> Iterator[Problem]:

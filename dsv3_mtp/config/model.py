@@ -42,6 +42,8 @@ class RopeScaling(Section):
     """Attention temperature: sqrt(t) = 0.1 * mscale * ln(s) + 1."""
     mscale_all_dim: NotNegative = 1.0
     """The same for the softmax scale of all dimensions, as in the released code."""
+    truncate: bool = True
+    """The ramp between the two begins and ends at whole pairs, as in the released code."""
 
     def rules(self) -> Iterator[Problem]:
         if self.beta_fast < self.beta_slow:

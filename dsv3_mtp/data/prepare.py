@@ -57,8 +57,6 @@ def prepare(
     out = Path(out_dir)
     if not out.name:
         raise ValueError(f"{str(out_dir)!r}: names no folder to make; give --out one")
-    if out.is_file():
-        raise ValueError(f"{out}: is a file; give --out a folder to make")
     inputs = open_inputs(arguments, out)
     recorded = record(arguments, inputs)
 
@@ -83,6 +81,8 @@ def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], Non
     Raises:
         ValueError: `out` was made with other arguments than `recorded`.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; name a folder that is to be made")
     partial = out.with_name(out.name + ".partial")
     if not _taken(out):
         locked = out.with_name(f".{out.name}.lock")
@@ -110,7 +110,7 @@ def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], Non
 
 
 def _taken(out: Path) -> bool:
-    return out.is_file() or (out.is_dir() and any(out.iterdir()))
+    return out.is_dir() and any(out.iterdir())
 
 
 def _build(

@@ -91,15 +91,23 @@ class Attention:
         """x: (N, C), N = B*T; cache: (B, S, R+P), where the window's slots are written -> (N,
         C).
         """
-        (rows, length), heads, rank = window.shape, self.heads, self.rank
         hidden = self.norm.direction(x)
         low = torch.mm(hidden, self.down)
-        latent, key = low[:, self.q_rank : self.q_rank + rank], low[:, None, self.q_rank + rank :]
-        key = rotate(key, window.rotation, paired=self.paired).squeeze(1)
-        entry = torch.cat([self.kv_norm.direction(latent), key], dim=-1)  # (N, R+P)
-        cache[window.write] = entry.view(rows, length, -1)
+        self.write(low[:, self.q_rank :], cache, window)
         if self.q_norm is not None:
             hidden = self.q_norm.direction(low[:, : self.q_rank])
+        return torch.addmm(x, self.look(hidden, cache, window), self.out)
+
+    def write(self, low: Tensor, cache: Tensor, window: Window) -> None:
+        """low: (N, R+P), latent and key of the window's slots as they are projected."""
+        latent, key = low[:, : self.rank], low[:, None, self.rank :]
+        key = rotate(key, window.rotation, paired=self.paired).squeeze(1)
+        entry = torch.cat([self.kv_norm.direction(latent), key], dim=-1)  # (N, R+P)
+        cache[window.write] = entry.view(*window.shape, -1)
+
+    def look(self, hidden: Tensor, cache: Tensor, window: Window) -> Tensor:
+        """hidden: (N, q), what the up-projection of queries reads -> mixed values (N, H v)."""
+        (rows, length), heads, rank = window.shape, self.heads, self.rank
         query = torch.mm(hidden, self.up).view(rows * length, heads, -1)
         absorbed, turned = query[..., : self.nope], query[..., self.nope :]
         if self.w_uk is not None:
@@ -118,7 +126,7 @@ class Attention:
                 query, past, past, attn_mask=window.mask, scale=1.0
             )[..., :rank]
         mixed = torch.bmm(mixed.reshape(-1, heads, rank).transpose(0, 1), self.w_uv)  # (H, N, v)
-        return torch.addmm(x, mixed.transpose(0, 1).flatten(1), self.out)
+        return mixed.transpose(0, 1).flatten(1)
 
 
 def rotate(x: Tensor, rotation: Tensor, *, paired: bool) -> Tensor:

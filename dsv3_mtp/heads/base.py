@@ -66,12 +66,14 @@ class Cost:
     products: Sequence[nn.Module] = ()  # other modules with weights, likewise
     shared: int = 0  # rows of a slot that the shared output head scores
     own: Sequence[Output] = ()  # output heads of its own, one entry for each row that one scores
+    attentions: int = 0  # how often every slot attends to its row, beside `blocks`
     # The rows are the trunk's own states: with mtp.detach there is no gradient into them.
     rows_of_trunk: bool = False
     kept: float = 0  # elements per token kept for the backward, those of `blocks` not counted
     # products of the trunk's own states, and of embeddings where tokens are read: there is no
     # gradient into what they read where these learn nothing (mtp.detach, train.freeze)
     first: Sequence[nn.Module] = ()
+    first_of_trunk: Sequence[nn.Module] = ()  # likewise, of the trunk's states alone
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,24 @@ class Head(nn.Module):
         return {}
 
     @classmethod
-    def count_terms(cls, mtp: MTPConfig, valid: Tensor) -> Tensor:
+    def count_terms(cls, mtp: MTPConfig, valid: Tensor, taught: Tensor) -> Tensor:
         """(terms,) how often each term is counted in a micro-batch. It is summed over the whole
         step before any forward, so that it can depend on nothing but which targets are valid.
 
-        valid: (1+D, B, T) bool.
+        valid: (1+D, B, T) bool; taught: (D, B, T) bool, and the main head predicts the target too.
         """
         return valid.new_zeros(0, dtype=valid.dtype).long()
+
+    # `loss_terms` reads `Scores.overlap`, which costs the logits of heads and teacher once more
+    # where no objective has a teacher.
+    overlap_in_terms: ClassVar[bool] = False
+
+    @classmethod
+    def denominators(cls, counts: Tensor, weights: Tensor) -> Tensor:
+        """What the sums of depth 1..D are divided by, from their counts (.., D) and weights (D,):
+        each by its own (DESIGN S7).
+        """
+        return counts
 
     def loss_terms(self, output: HeadOutput, scores: Scores) -> Mapping[str, Tensor]:
         """The sums of `terms` over this micro-batch, scalars with a gradient."""
@@ -214,8 +227,12 @@ class Head(nn.Module):
         return Export(problems=[f"{why}; export the trunk alone with --trunk-only"])
 
     @classmethod
-    def load(cls, config: ModelConfig, mtp: MTPConfig, stored: int) -> Export:
-        """What of `stored` modules of the layout this head takes over."""
+    def load(cls, config: ModelConfig, mtp: MTPConfig, stored: int, trunk_hidden: str) -> Export:
+        """What of `stored` modules of the layout this head takes over.
+
+        trunk_hidden: the state of the trunk that the first of them was trained on, post_norm or
+            pre_norm.
+        """
         return Export(notes=[f"the {mtp.depths} {mtp.mode} head(s)"])
 
     # --- theory ---------------------------------------------------------------------------------

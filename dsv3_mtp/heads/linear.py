@@ -56,6 +56,9 @@ class LinearDrafter(Drafter):
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler):
         hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)  # (B, C)
-        return write_drafts(
-            ids, last, [sampler.draw(head(hidden)) for head in self.model.mtp.heads[:count]]
-        )
+        drawn = []
+        for head in self.model.mtp.heads[:count]:
+            drawn.append(sampler.draw(head(hidden)))
+            if sampler.ended:
+                break
+        return write_drafts(ids, last, drawn)

@@ -38,7 +38,7 @@ class SameLogits(Head):
         return Export(notes=["mtp.mode: same_logits adds no weights: the trunk is the whole model"])
 
     @classmethod
-    def load(cls, config: ModelConfig, mtp: MTPConfig, stored: int) -> Export:
+    def load(cls, config: ModelConfig, mtp: MTPConfig, stored: int, trunk_hidden: str) -> Export:
         return Export()
 
     @classmethod

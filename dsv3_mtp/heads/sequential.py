@@ -162,10 +162,10 @@ class Sequential(Head):
         return Export(1 if options.share_weights else mtp.depths, problems, notes)
 
     @classmethod
-    def load(cls, config: ModelConfig, mtp: MTPConfig, stored: int) -> Export:
+    def load(cls, config: ModelConfig, mtp: MTPConfig, stored: int, trunk_hidden: str) -> Export:
         own = min(mtp.depths, 1) if mtp.options.share_weights else mtp.depths
         modules, problems, notes = min(own, stored), [], []
-        usual = {"trunk_hidden": "post_norm", "embed": True, "block": "trunk"}
+        usual = {"trunk_hidden": trunk_hidden, "embed": True, "block": "trunk"}
         usual |= {"chain": "hidden"} if own > 1 else {}
         if modules:
             problems = [
@@ -173,6 +173,11 @@ class Sequential(Head):
                 for key, value in usual.items()
                 if getattr(mtp.options, key) != value
             ]
+            if modules > 1 and trunk_hidden == "pre_norm":
+                problems.append(
+                    "mtp.num_nextn_predict_layers: frameworks that feed the trunk before its norm "
+                    "(torchtitan) chain normed states, this code then does not: 1 module at most"
+                )
             if config.first_k_dense_replace == config.num_hidden_layers:
                 problems.append(
                     "model.first_k_dense_replace: all layers are "

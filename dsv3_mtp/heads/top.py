@@ -61,7 +61,7 @@ class TOP(Head):
         return {"top": mtp.options.top_weight}
 
     @classmethod
-    def count_terms(cls, mtp: MTPConfig, valid: Tensor) -> Tensor:
+    def count_terms(cls, mtp: MTPConfig, valid: Tensor, taught: Tensor) -> Tensor:
         return valid.any(0).sum().view(1)
 
     def loss_terms(self, output: HeadOutput, scores: Scores) -> Mapping[str, Tensor]:

@@ -6,6 +6,7 @@ RUN/weights/      the same layout, FP8 dequantised, with config.json and tokeniz
 
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, slots
 from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot, require_same
-from dsv3_mtp.hf.settings import TYPES, HFSettings, to_config_json, write_settings
+from dsv3_mtp.hf.settings import (
+    STATES,
+    TRUNK_HIDDEN,
+    TYPES,
+    HFSettings,
+    to_config_json,
+    write_settings,
+)
 from dsv3_mtp.runs.loading import IMPORTED
 
 # How a stored type is kept: FP8 codes times a power of two are bfloat16 numbers.
@@ -43,6 +51,7 @@ def import_hf(
     dtype: str | None = None,
     trunk_only: bool = False,
     frozen: bool = False,
+    trunk_hidden: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Writes the new run folder `out`. Returns what the user should know.
@@ -56,6 +65,8 @@ def import_hf(
         trunk_only: leave the checkpoint's MTP modules out.
         frozen: the run trains MTP modules on a trunk that stays as it is (docs/posthoc.md). No
             weights are copied: `train.init_from` names `source`, which has to stay there.
+        trunk_hidden: pre_norm where the MTP module was trained on the trunk's state before its
+            final norm (torchtitan); None: what the checkpoint says, post_norm if nothing.
 
     Raises:
         ValueError: `out` exists; the checkpoint is damaged, incomplete or of another architecture;
@@ -68,6 +79,10 @@ def import_hf(
     if frozen and dtype is not None:
         raise ValueError("--frozen leaves the weights where and as they are; drop --dtype")
     modules = 0 if trunk_only else settings.modules
+    if trunk_hidden is not None:
+        if frozen or not modules:
+            raise ValueError("--trunk-hidden is of MTP modules that are copied; drop it")
+        settings = replace(settings, trunk_hidden=trunk_hidden)
     keep = {slot.key: _kept(checkpoint, slot, dtype) for slot in stored if not slot.alias}
     wide = keep["model.embed_tokens.weight"] == torch.float32
     notes = list(settings.notes)
@@ -123,6 +138,8 @@ def _write_weights(
         dtype="fp32" if keep["model.embed_tokens.weight"] == torch.float32 else "bf16",
         special_ids=settings.special_ids,
     )
+    if settings.trunk_hidden != STATES[0]:
+        content[TRUNK_HIDDEN] = settings.trunk_hidden
     write_settings(folder, content)
     open_checkpoint(folder)  # the key contract, on the files as the trainer finds them
     return reader.notes
@@ -235,6 +252,8 @@ def _tree(
     tree["model"] = settings.model.model_dump(mode="json")
     for section in ("run", "data", "train"):
         tree[section] = dict(tree.get(section) or {})
+    if modules and settings.trunk_hidden != STATES[0]:
+        tree["mtp"] = dict(tree.get("mtp") or {}) | {"trunk_hidden": settings.trunk_hidden}
     tree["run"] |= {"name": out.name, "dir": str(out.parent)}
     tree["train"]["init_from"] = str(out / IMPORTED)
     if data is not None:

@@ -207,7 +207,7 @@ def fit(
             listed.
     """
     problems = _differences(settings.model, config)
-    taken = mtp.kind.load(config, mtp, stored) if mtp.depths else None
+    taken = mtp.kind.load(config, mtp, stored, settings.trunk_hidden) if mtp.depths else None
     modules = taken.modules if taken else 0
     problems += taken.problems if taken else []
     if problems:
@@ -244,8 +244,9 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, Path | None]:
     """
     folder = Path(folder)
     checkpoint, settings, _ = open_checkpoint(folder)  # before a model of that size is made
+    heads = {"mode": "sequential", "trunk_hidden": settings.trunk_hidden}
     mtp = MTPConfig(
-        mode="sequential" if settings.modules else "none", num_nextn_predict_layers=settings.modules
+        num_nextn_predict_layers=settings.modules, **heads if settings.modules else {"mode": "none"}
     )
     # not config.json's word for it
     wide = checkpoint.places["model.embed_tokens.weight"].dtype != "BF16"

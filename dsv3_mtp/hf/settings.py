@@ -4,6 +4,7 @@ what is refused.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.files.atomic import write_json
 from dsv3_mtp.files.checked import read_json
+from dsv3_mtp.model.layers import yarn_mscale
 from dsv3_mtp.precision.quantise import BLOCK
 
 # Of a tensor that is not quantised, by the `dtype` of an export or import.
@@ -77,6 +79,8 @@ YARN_PROBLEM = (
     "both must be > 0, or 1 and 0"
 )
 LATENT_EPS = 1e-6
+# Our key, of an imported checkpoint whose MTP module was not trained as the released ones were.
+TRUNK_HIDDEN, STATES = "dsv3_mtp_trunk_hidden", ("post_norm", "pre_norm")
 MOST_MODULES = 64
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -88,6 +92,7 @@ class HFSettings:
     model: ModelConfig
     modules: int  # MTP modules stored
     block: tuple[int, int] | None  # of an FP8 checkpoint
+    trunk_hidden: str  # what the first module was trained on: post_norm or pre_norm
     special_ids: dict[str, Any]  # bos_token_id, eos_token_id, pad_token_id as far as given
     notes: list[str]
 
@@ -111,6 +116,8 @@ def representable(model: ModelConfig, mtp: MTPConfig, *, trunk_only: bool) -> tu
     yarn = model.rope_scaling
     if yarn is not None and not _same_yarn(yarn.mscale, yarn.mscale_all_dim):
         problems.append("model." + YARN_PROBLEM.format(**yarn.model_dump()))
+    if yarn is not None and not yarn.truncate:
+        problems.append("model.rope_scaling.truncate: false: transformers alone knows it")
     heads = mtp.kind.export(model, mtp) if mtp.depths and not trunk_only else None
     problems += heads.problems if heads else []
     if problems:
@@ -140,6 +147,8 @@ def to_config_json(
     content: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"]}
     content |= {key: written for key, (written, _) in FIXED.items()}
     content |= model.model_dump(mode="json")
+    if content["rope_scaling"] is not None:
+        del content["rope_scaling"]["truncate"]  # true, which DeepSeek's files do not say
     content["num_key_value_heads"] = model.num_attention_heads
     content["num_nextn_predict_layers"] = modules
     content |= {
@@ -200,16 +209,17 @@ def read_settings(folder: Path) -> HFSettings:
             f"num_nextn_predict_layers: must be a number >= 0 and <= {MOST_MODULES} "
             f"(got {modules!r})"
         )
+    if (fed := content.get(TRUNK_HIDDEN, STATES[0])) not in STATES:
+        problems.append(f"{TRUNK_HIDDEN}: must be one of {', '.join(STATES)} (got {fed!r})")
     if problems:
         raise ValueError(
             "\n".join([f"{path}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)])
         )
-    unknown = sorted(
-        content.keys() - ModelConfig.model_fields.keys() - FIXED.keys() - READ_ONLY.keys() - UNUSED
-    )
+    known = ModelConfig.model_fields.keys() | FIXED.keys() | READ_ONLY.keys() | UNUSED
+    unknown = sorted(content.keys() - known - {TRUNK_HIDDEN})
     notes = [f"{path}: not used: {', '.join(unknown)}"] if unknown else []
     ids = {key: content[key] for key in SPECIAL_IDS if key in content}
-    return HFSettings(model, modules, block, ids, notes + _latent_notes(model))
+    return HFSettings(model, modules, block, fed, ids, notes + _latent_notes(model))
 
 
 def _require_architecture(path: Path, content: dict[str, Any]) -> None:
@@ -272,13 +282,37 @@ def _rope(content: dict[str, Any]) -> dict[str, Any]:
         return {"rope_theta": theta, "rope_scaling": None}
     if kind != "yarn":
         raise ValueError(f"rope_scaling: type {kind!r} is not supported, only 'yarn'")
+    attention_factor = scaling.pop("attention_factor", None)
     # Readers take 0.1 ln(s) + 1 on the rotary part alone when the two are not given.
     scaling = {"mscale": 1.0, "mscale_all_dim": 0.0} | {
         k: v for k, v in scaling.items() if v is not None
     }
-    if not _same_yarn(scaling["mscale"], scaling["mscale_all_dim"]):
+    if attention_factor is not None:
+        scaling["mscale"] = _mscale(attention_factor, scaling)
+    elif not _same_yarn(scaling["mscale"], scaling["mscale_all_dim"]):
         raise ValueError(YARN_PROBLEM.format(**scaling))
     return {"rope_theta": theta, "rope_scaling": {"type": "yarn", **scaling}}
+
+
+def _mscale(attention_factor: Any, scaling: dict[str, Any]) -> float:
+    """The mscale with which the rotary part is multiplied by `attention_factor`, which transformers
+    takes in the place of mscale.
+    """
+    factor: Any = scaling.get("factor")
+    numbers = (attention_factor, factor, scaling["mscale_all_dim"])
+    if any(type(number) not in (int, float) for number in numbers):
+        raise ValueError(
+            "rope_scaling: attention_factor, factor and mscale_all_dim must be numbers "
+            f"(got {numbers})"
+        )
+    factor = max(float(factor), 1.0)
+    wanted = attention_factor * yarn_mscale(factor, numbers[2])
+    if wanted < 1 or (factor == 1 and wanted != 1) or not isfinite(wanted):
+        raise ValueError(
+            f"rope_scaling: attention_factor {attention_factor}: no mscale >= 0 gives it with "
+            f"factor {factor:g} and mscale_all_dim {numbers[2]}"
+        )
+    return 0.0 if factor == 1 else (wanted - 1) / (0.1 * log(factor))
 
 
 def _same_yarn(mscale: float, mscale_all_dim: float) -> bool:

@@ -51,20 +51,22 @@ class MLA(nn.Module):
         """x: (B, T, C); angles: (2, T, P/2) cos and sin; first: (B, T) int64, the first slot that
         each attends to, None = 0 -> (B, T, C).
         """
-        query, latent, k_rope = self.project(x)  # (B, T, H, nope+P), (B, T, R), (B, T, P)
+        query, (latent, k_rope) = self.queries(x), self.keys(x)
         # (.., nope+v)
         kv = recomputed(self.kv_b_proj, recomputed(self.kv_a_layernorm, latent)).unflatten(
             -1, (self.heads, -1)
         )
         return self.o_proj(attend(query, kv, k_rope, angles, self.scale, first, core=self.core))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (B, T, C) -> queries (B, T, H, nope+P), latents (B, T, R) without norm, keys (B, T, P)
-        not yet rotated.
-        """
+    def queries(self, x: Tensor) -> Tensor:
+        """x: (B, T, C) -> (B, T, H, nope+P), not yet rotated."""
         if self.q_compressed:
             query = recomputed(self.q_b_proj, recomputed(self.q_a_layernorm, self.q_a_proj(x)))
         else:
             query = self.q_proj(x)
+        return query.unflatten(-1, (self.heads, -1))
+
+    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, T, C) -> latents (B, T, R) without norm, keys (B, T, P) not yet rotated."""
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope], dim=-1)
-        return query.unflatten(-1, (self.heads, -1)), latent, k_rope
+        return latent, k_rope

@@ -127,6 +127,7 @@ class DeepseekV3MTP(nn.Module):
             embedded=embedded.detach() if detach == "all" else embedded,
             angles=angles,
             mask=mask,
+            tokens=tokens,
             documents=documents,
             lm_head=self.lm_head,
             keys=keys,

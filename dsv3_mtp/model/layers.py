@@ -77,8 +77,10 @@ def _yarn_frequency(frequency: Tensor, config: ModelConfig, scaling: RopeScaling
         turns = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(pair_with(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_with(scaling.beta_slow)), dim - 1)
+    low, high = pair_with(scaling.beta_fast), pair_with(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     pairs = torch.arange(dim // 2, dtype=torch.float32, device=frequency.device)
     interpolate = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
     return frequency * (1 - interpolate) + frequency / scaling.factor * interpolate

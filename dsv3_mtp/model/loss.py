@@ -27,6 +27,7 @@ from dsv3_mtp.model.targets import (
     teacher_slots,
     valid_targets,
 )
+from dsv3_mtp.objectives.draft import TV
 from dsv3_mtp.objectives.losses import Teacher, objective_losses
 from dsv3_mtp.ops.compute import Shard
 from dsv3_mtp.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
@@ -45,6 +46,9 @@ class MTPLoss:
         objectives = mtp.objectives
         self.label_weight = sum(weight for kind, weight in objectives if kind.cross_entropy)
         self.objectives = [(kind, weight) for kind, weight in objectives if not kind.cross_entropy]
+        # what is computed beside the label's: the terms may read the overlap, which is 1 - tv
+        read = bool(self.terms) and heads.overlap_in_terms
+        self.compared = [*self.objectives, *([(TV(), 0.0)] if read else [])]
 
     def __call__(
         self,
@@ -66,16 +70,19 @@ class MTPLoss:
         )
         targets = target_tokens(tokens, self.offsets)  # (1+D, B, T)
         valid = output.scored_slots(valid_targets(tokens, documents, self.offsets, scored))
+        if self.depths:
+            counts = torch.cat([counts[:1], self._denominators(counts[1:], loss_weights)])
         weights = _vector([1.0, *(self.label_weight * weight for weight in loss_weights)], counts)
         scale = weights / counts.masked_fill(counts == 0, 1)  # (1+D,)
         of_labels, nll, prediction = self._label_losses(
             output.rows, targets, scale[:, None, None] * valid
         )
-        scores = Scores(nll, prediction, targets, valid)
-        of_terms, term_sum = self._terms(output, scores, for_terms)
-        of_objectives, objective_sum = self._objective_losses(
-            output.rows, targets[1:], valid, loss_weights, for_objectives
+        taught = teacher_slots(valid, self.offsets, self.shard.beyond(self.lookahead - 1))
+        of_objectives, objective_sum, overlap = self._objective_losses(
+            output.rows, targets[1:], valid, taught, loss_weights, for_objectives
         )
+        scores = Scores(nll, prediction, targets, valid, taught, overlap)
+        of_terms, term_sum = self._terms(output, scores, for_terms)
         balance = sum(
             (routed.balance for routed in output.routed),
             start=tokens.new_zeros((), dtype=torch.float32),
@@ -108,20 +115,26 @@ class MTPLoss:
         counts = [count_targets(tokens, documents, self.offsets, scored)]
         if self.terms or self.objectives:
             valid = valid_targets(tokens, documents, self.offsets, scored)
-        if self.terms:
-            counts.append(self.heads.count_terms(self.mtp, valid).double())
-        if self.objectives:
             beyond = self.shard.beyond(self.lookahead - 1) if part else 0
-            counts.append(self._counted(valid, beyond).sum((2, 3)).flatten().double())
+            taught = teacher_slots(valid, self.offsets, beyond)
+        if self.terms:
+            counts.append(self.heads.count_terms(self.mtp, valid, taught).double())
+        if self.objectives:
+            counted = self._counted(self.objectives, valid, taught)
+            counts.append(counted.sum((2, 3)).flatten().double())
         return torch.cat(counts)
 
-    def _counted(self, valid: Tensor, beyond: int) -> Tensor:
+    def _denominators(self, counts: Tensor, loss_weights: Sequence[float]) -> Tensor:
+        """What the sums of depth 1..D are divided by. counts: (.., D)."""
+        return self.mtp.kind.denominators(counts, _vector(loss_weights, counts.flatten()))
+
+    @staticmethod
+    def _counted(objectives: Sequence[tuple[Any, float]], valid: Tensor, taught: Tensor) -> Tensor:
         """(m, D, B, T) bool: the slots that each of the m objectives is summed over. valid: (1+D,
-        B, T).
+        B, T); taught: (D, B, T).
         """
-        taught = teacher_slots(valid, self.offsets, beyond)
         return torch.stack(
-            [kind.counted(taught if kind.teacher else valid[1:]) for kind, _ in self.objectives]
+            [kind.counted(taught if kind.teacher else valid[1:]) for kind, _ in objectives]
         )
 
     @named("loss")
@@ -219,19 +232,28 @@ class MTPLoss:
         rows: list[HeadRows],
         targets: Tensor,
         valid: Tensor,
+        taught: Tensor,
         loss_weights: tuple[float, ...],
         counts: Tensor,
-    ) -> tuple[Tensor | float, Tensor]:
-        """The part of `mtp.objective` other than the label's cross-entropy, and the sums of its
-        values, (m*D,). targets: (D, B, T); valid: (1+D, B, T); counts: (m*D,).
+    ) -> tuple[Tensor | float, Tensor, Tensor]:
+        """The part of `mtp.objective` other than the label's cross-entropy, the sums of its values,
+        (m*D,), and the overlap (D, B, T), 0 where no term of the heads reads it.
+
+        targets: (D, B, T); valid: (1+D, B, T); taught: (D, B, T); counts: (m*D,).
         """
-        if not self.objectives:
-            return 0.0, counts.new_zeros(0)
-        kinds, shares = zip(*self.objectives, strict=True)
-        factors = _vector([own * weight for own in shares for weight in loss_weights], counts)
-        scale = (factors / counts.masked_fill(counts == 0, 1)).view(len(kinds), self.depths, 1, 1)
-        count = self.lookahead - 1
-        counted = self._counted(valid, self.shard.beyond(count))
+        overlap = torch.zeros_like(taught, dtype=torch.float32)
+        if not self.compared:
+            return 0.0, counts.new_zeros(0), overlap
+        kinds, shares = zip(*self.compared, strict=True)
+        own, read = len(self.objectives), len(self.compared) > len(self.objectives)
+        # the count of what weighs nothing does not matter
+        counts = torch.cat([counts, counts.new_ones(self.depths * read)]).view(-1, self.depths)
+        counts = self._denominators(counts, loss_weights)
+        factors = _vector(
+            [share * weight for share in shares for weight in loss_weights], counts[0]
+        )
+        scale = factors.view_as(counts) / counts.masked_fill(counts == 0, 1)
+        count, counted = self.lookahead - 1, self._counted(self.compared, valid, taught)
         states = rows[0].inputs[0].detach()
         states = torch.cat([states, self.shard.following(states, count)], dim=1)
         ahead = tuple(offset - 1 for offset in self.offsets[1:])
@@ -240,10 +262,12 @@ class MTPLoss:
             rows[1:],
             Teacher(self.lm_head, states, ahead),
             targets,
-            scale * counted,
+            scale[..., None, None] * counted,
             constant=self.mtp.detach == "all",
         )
-        return loss, (values * counted).sum((2, 3)).flatten()
+        if read:
+            overlap = (1 - values[-1]) * taught
+        return loss, (values * counted)[:own].sum((2, 3)).flatten(), overlap
 
     def _metrics(self, output: HeadOutput, scores: Scores, *, overlap: bool) -> dict[str, Tensor]:
         """The fields of `MTPOutput` that no gradient flows through."""

@@ -2,16 +2,19 @@
 12-20).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.layers import MLP
+from dsv3_mtp.ops import c, choice
 from dsv3_mtp.ops.compute import given
-from dsv3_mtp.ops.recompute import recomputed
+from dsv3_mtp.ops.router import router_logits
+
+Beside = Callable[[Tensor], Tensor]  # (N, C) -> (N, C)
 
 
 class RouterStats(NamedTuple):
@@ -54,11 +57,10 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
         """x: (B, T, C) -> chosen experts (N, K) int64, gates (N, K) float32, stats."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        # V3 keeps the gate in high precision.
-        scores = F.linear(
-            recomputed(Tensor.to, x, wide), self.weight.to(wide)
-        ).sigmoid()  # (B, T, E)
+        logits = router_logits(x, self.weight)  # (B, T, E)
+        if (kernels := choice.kernels(logits)) is not None and kernels is not c:
+            return self.by_kernel(kernels.route, logits)
+        scores = logits.sigmoid()
         flat = scores.flatten(0, 1)  # (N, E)
         chosen = self.choose(flat.detach())  # (N, K)
         stats = RouterStats(
@@ -67,6 +69,22 @@ class Gate(nn.Module):
             self.count_nodes(chosen),
         )
         return chosen, self.weigh(flat, chosen), stats
+
+    def by_kernel(self, route: Callable, logits: Tensor) -> tuple[Tensor, Tensor, RouterStats]:
+        """What `forward` returns, of logits (B, T, E)."""
+        config = self.config
+        found = route(
+            logits,
+            self.e_score_correction_bias,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            num_experts_per_tok=config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
+        length = logits.shape[1]
+        balance = self.balance(found.hits / length, found.share / length)
+        return found.chosen, found.gates, RouterStats(found.load, balance, found.nodes)
 
     def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
         """scores: (N, E); chosen: (N, K) -> gates (N, K): the chosen scores, normalised and
@@ -100,18 +118,21 @@ class Gate(nn.Module):
         return used.scatter_(1, chosen // (self.config.n_routed_experts // groups), 1).sum()
 
     def balance_loss(self, scores: Tensor) -> Tensor:
-        """Sequence-wise balance (eqs. 17-20) summed over the batch; f from the unbiased top-K, as
-        printed.
+        """Sequence-wise balance (eqs. 17-20) summed over the batch, of scores (B, T, E)."""
+        top = scores.detach().topk(self.config.num_experts_per_tok, dim=-1).indices  # (B, T, K)
+        hits = torch.zeros_like(scores).scatter_(2, top, 1.0)  # (B, T, E)
+        return self.balance(hits.mean(1), (scores / scores.sum(-1, keepdim=True)).mean(1))
+
+    def balance(self, hits: Tensor, share: Tensor) -> Tensor:
+        """hits: (B, E), part of the tokens with the expert in their unbiased top K, as printed;
+        share: (B, E), mean over the tokens of its part of their scores -> scalar.
 
         Of rows in shards: f of the whole row, P this shard's part of the row's mean, so that shards
             add up.
         """
-        top = scores.detach().topk(self.config.num_experts_per_tok, dim=-1).indices  # (B, T, K)
-        hits = torch.zeros_like(scores).scatter_(2, top, 1.0)  # (B, T, E)
-        hits = self.shard.gather(hits.mean(1, keepdim=True)).mean(1)  # (B, E)
+        hits = self.shard.gather(hits.unsqueeze(1)).mean(1)  # (B, E)
         # (B, E), 1 when balanced
-        frequency = hits * (scores.shape[2] / self.config.num_experts_per_tok)
-        share = (scores / scores.sum(-1, keepdim=True)).mean(1)  # (B, E)
+        frequency = hits * (share.shape[1] / self.config.num_experts_per_tok)
         return (frequency * share).sum() / self.shard.count
 
     @torch.no_grad()
@@ -142,11 +163,16 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # (E, C, F)
 
-    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
-        """Sum over the K chosen experts of gate * expert(x). x: (N, C); chosen, gates: (N, K);
-        counts: (E,).
+    def forward(
+        self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor, beside: Beside | None = None
+    ) -> Tensor:
+        """Sum over the K chosen experts of gate * expert(x), plus beside(x).
+
+        x: (N, C); chosen, gates: (N, K); counts: (E,). beside: another (N, C) -> (N, C), which may
+        be computed while tokens travel between ranks.
         """
-        return self.routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
+        y = self.routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
+        return y if beside is None else y + beside(x)
 
 
 class MoE(nn.Module):
@@ -162,5 +188,6 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """x: (B, T, C) -> (B, T, C), stats."""
         chosen, gates, stats = self.gate(x)  # (N, K)
-        y = self.experts(x.flatten(0, 1), chosen, gates, stats.load.long()).view_as(x)
-        return (y if self.shared_experts is None else y + self.shared_experts(x)), stats
+        rows, counts = x.flatten(0, 1), stats.load.long()
+        y = self.experts(rows, chosen, gates, counts, self.shared_experts)
+        return y.view_as(x), stats

@@ -55,21 +55,23 @@ def model_size(model: DeepseekV3MTP, seq_len: int) -> ModelSize:
 def _head_flops(model: DeepseekV3MTP, seq_len: int) -> float:
     """Of what the heads say that they compute (heads/base.py: `cost`)."""
     config, mtp, cost = model.config, model.mtp_config, model.mtp.cost()
-    flops = len(cost.blocks) * _attention_flops(config, seq_len)
+    flops = (len(cost.blocks) + cost.attentions) * _attention_flops(config, seq_len)
     flops += sum(6 * _total_and_active(config, part)[1] for part in (*cost.blocks, *cost.products))
     learns = model.lm_head.weight.requires_grad
     into = learns and mtp.detach != "all" and (mtp.detach == "none" or mtp.reads_tokens)
-    flops += sum((4 + 2 * into) * _total_and_active(config, part)[1] for part in cost.first)
+    of_trunk = learns and mtp.detach == "none"
+    for parts, gradient in ((cost.first, into), (cost.first_of_trunk, of_trunk)):
+        flops += sum((4 + 2 * gradient) * _total_and_active(config, part)[1] for part in parts)
     into_rows = not cost.rows_of_trunk or mtp.detach == "none"  # there is a gradient
     learns = learns and mtp.detach != "all"
     size = model.lm_head.weight.numel()
     own = sum(_total_and_active(config, output)[1] for output in cost.own)
     # logits with their backward, of the rows of all depths
     rows = cost.shared * (2 + 2 * into_rows + 2 * learns) * size + (4 + 2 * into_rows) * own
-    # The label's cross-entropy is computed in any case. Other objectives make the logits anew, and
-    # those of the teacher.
+    # The label's cross-entropy is computed in any case. Other objectives, and terms that read the
+    # overlap, make the logits anew, and those of the teacher.
     flops += rows if model.loss.label_weight else 2 * (cost.shared * size + own)
-    return flops + (rows + 2 * size if model.loss.objectives else 0)
+    return flops + (rows + 2 * size if model.loss.compared else 0)
 
 
 def layer_flops(model: DeepseekV3MTP, seq_len: int) -> list[float]:

@@ -124,6 +124,8 @@ class Scores:
     prediction: Tensor  # argmax
     targets: Tensor
     valid: Tensor  # bool: the target counts
+    taught: Tensor  # (D, B, T) bool: and the main head predicts it as well
+    overlap: Tensor  # (D, B, T) with the main head, where taught; of `Head.overlap_in_terms` only
 
 
 def opened(
@@ -152,6 +154,7 @@ class HeadInputs:
     embedded: Tensor  # (B, T-1+A, C): embeddings of t_1 .. t_{T-1+A}; A = lookahead - 1
     angles: Tensor  # (2, T, P/2) rotary angles of the slots
     mask: Tensor | None  # document mask of whole rows
+    tokens: Tensor  # (B, T+1+A)
     documents: Tensor | None  # (B, T+1+A)
     lm_head: LMHead  # the shared output head
     keys: "Callable[[], Tensor]"  # (B, T) int64, see `uniform`
@@ -163,10 +166,19 @@ class HeadInputs:
         """
         length = self.trunk.post_norm.shape[1]
         embedding = self.embedded[:, distance - 1 : distance - 1 + length]
+        return embedding if self.documents is None else embedding * self.inside(distance)
+
+    def tokens_ahead(self, distance: int) -> Tensor:
+        """(B, T): t_{i+distance} of slot i."""
+        return self.tokens[:, distance : distance + self.trunk.post_norm.shape[1]]
+
+    def inside(self, distance: int) -> Tensor:
+        """(B, T, 1) bool: t_{i+distance} is of the same document as t_i."""
+        length = self.trunk.post_norm.shape[1]
         if self.documents is None:
-            return embedding
+            return torch.ones_like(self.tokens[:, :length, None], dtype=torch.bool)
         same = self.documents[:, distance : distance + length] == self.documents[:, :length]
-        return embedding * same.unsqueeze(-1)
+        return same.unsqueeze(-1)
 
     def later(self, state: Tensor, by: int) -> tuple[Tensor, Tensor]:
         """(B, T, C): at slot i the state of slot i+by, with its gradient wherever that slot is; and

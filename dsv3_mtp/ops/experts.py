@@ -86,9 +86,11 @@ class _Routed(torch.autograd.Function):
             ctx.kernels, grad_hidden, gate, up, row_gates
         )
         assert grad_gates is not None and hidden is not None  # there are gates
+        del grad_hidden  # each is as large as all that the layer keeps
         grad_down = (
             grouped_weight_grad(grad_out, hidden, ctx.rows) if ctx.needs_input_grad[3] else None
         )
+        del hidden
         rows = torch.index_select(x, 0, source, out=grad_out)  # gathered again rather than kept
         grad_gate_up = (
             grouped_weight_grad(grad_inner, rows, ctx.rows) if ctx.needs_input_grad[2] else None

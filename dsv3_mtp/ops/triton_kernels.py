@@ -19,6 +19,7 @@ from dsv3_mtp.ops.triton_jit import (
     _to_heads,
     _to_heads_backward,
 )
+from dsv3_mtp.ops.triton_router import route as route
 
 WIDE = 1024  # numbers that a program takes at a time
 HEADS = 16  # heads that a program takes at a time

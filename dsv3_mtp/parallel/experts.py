@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_mtp.config import ModelConfig
-from dsv3_mtp.model.moe import Experts, count
+from dsv3_mtp.model.moe import Beside, Experts, count
 from dsv3_mtp.ops.experts import gather_sum, spread
 from dsv3_mtp.ops.ranges import named
 from dsv3_mtp.parallel import private
@@ -52,12 +52,14 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """DeepSpeed asks for the groups, which are there already."""
 
-    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor, beside: Beside | None = None
+    ) -> Tensor:
         """`Experts.forward` for this rank's tokens, with the experts of all ranks of the group.
 
         A token travels once to each rank that has experts of it (dispatch), and the sum of their
-        outputs once back (combine). The host waits once, for the sizes. x: (N, C); chosen, gates:
-        (N, K); counts: (E,) -> (N, C).
+        outputs once back (combine). `beside` is computed while the tokens travel. The host waits
+        once, for the sizes. x: (N, C); chosen, gates: (N, K); counts: (E,) -> (N, C).
         """
         local = len(self.down_proj)
         ranks = len(counts) // local
@@ -80,12 +82,14 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
         numbers = torch.where(there, chosen.index_select(0, token) % local, -1)
 
         # (rows, K) of this rank's experts
-        numbers = _Exchange.apply(numbers, send, receive, self.group)
-        weights = _Exchange.apply(spread(gates, token, slots), send, receive, self.group)
-        rows = _Exchange.apply(spread(x, token, slots), send, receive, self.group)  # (rows, C)
-        out = self._of_rows(rows, weights, numbers, pairs)
-        back = _Exchange.apply(out, receive, send, self.group)  # (M, C)
-        return gather_sum(back, token, slots)
+        numbers = _exchange(numbers, send, receive, self.group)
+        weights = _exchange(spread(gates, token, slots), send, receive, self.group)
+        travel = _Travel(send, receive, self.group)
+        rows = _Depart.apply(spread(x, token, slots), travel)  # (rows, C)
+        other = None if beside is None else beside(x)
+        out = self._of_rows(_Arrive.apply(rows, travel), weights, numbers, pairs)
+        y = gather_sum(_exchange(out, receive, send, self.group), token, slots)  # of (M, C)
+        return y if other is None else y + other
 
     def _of_rows(self, rows: Tensor, weights: Tensor, numbers: Tensor, pairs: int) -> Tensor:
         """rows: (R, C) that have arrived; weights, numbers: (R, K) gates and experts, -1 where the
@@ -119,29 +123,67 @@ def _rows_of(wanted: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return tokens[:rows], place.view(wanted.shape[1], -1).T.contiguous()
 
 
-@named("all-to-all")
-def _all_to_all(
-    out: Tensor, x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
-) -> None:
-    dist.all_to_all_single(out, x, receive, send, group=group)
+class _Travel:
+    """One all-to-all of rows with uneven splits, under way between `_Depart` and `_Arrive`."""
+
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup):
+        self.send, self.receive, self.group = send, receive, group
+        self.under_way: tuple[dist.Work, Tensor, Tensor] | None = None
+
+    def start(self, x: Tensor, *, back: bool = False) -> Tensor:
+        """What will have arrived after `wait`; `back`: from the receivers to the senders."""
+        send, receive = (self.receive, self.send) if back else (self.send, self.receive)
+        x, out = x.contiguous(), x.new_empty(sum(receive), *x.shape[1:])
+        self.under_way = _all_to_all(out, x, receive, send, self.group), x, out
+        return out
+
+    def wait(self) -> Tensor:
+        assert self.under_way is not None
+        (work, _, out), self.under_way = self.under_way, None
+        work.wait()
+        return out
 
 
-class _Exchange(torch.autograd.Function):
-    """All-to-all of rows with uneven splits; its gradient is the all-to-all back."""
+class _Depart(torch.autograd.Function):
+    """Starts an all-to-all. Its backward waits for the one back, which `_Arrive`'s has started.
+
+    What was computed between the two runs between their backwards as well: autograd takes the
+    latest node first.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.exchange = send, receive, group
-        out = x.new_empty(sum(receive), *x.shape[1:])
-        _all_to_all(out, x.contiguous(), receive, send, group)
-        return out
+    def forward(ctx: Any, x: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        return travel.start(x)
+
+    @staticmethod
+    def backward(ctx: Any, _grad: Tensor):  # that of rows which are still under way
+        return ctx.travel.wait(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        travel.wait()
+        return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        send, receive, group = ctx.exchange
-        return _Exchange.apply(grad, receive, send, group), None, None, None
+        ctx.travel.start(grad, back=True)
+        return grad, None
+
+
+def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    travel = _Travel(send, receive, group)
+    return _Arrive.apply(_Depart.apply(x, travel), travel)
+
+
+@named("all-to-all")
+def _all_to_all(
+    out: Tensor, x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+) -> dist.Work:
+    return dist.all_to_all_single(out, x, receive, send, group=group, async_op=True)
 
 
 def local_experts(size: int, *, pipeline_stages: int = 1) -> Callable[[ModelConfig], LocalExperts]:

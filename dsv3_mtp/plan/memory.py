@@ -15,15 +15,16 @@ from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.objectives import losses
 from dsv3_mtp.ops.cross_entropy import chunk_rows
-from dsv3_mtp.parallel.engine import sums_in_float32
 from dsv3_mtp.parallel.pipeline import stage_layers
-from dsv3_mtp.plan.parts import Part, activation_elements, parts
+from dsv3_mtp.plan.parts import Part, activation_elements, backward_elements, parts
 from dsv3_mtp.plan.states import (
     Sizes,
+    bucket_elements,
     communication_size,
     element_size,
     gradient_size,
     host_bytes,
+    reduction_bytes,
     setting,
     state_bytes,
     update_bytes,
@@ -62,12 +63,12 @@ class Stage:
     host: float  # in host memory: offloaded optimizer states, the average of the weights
     activations: float  # of all micro-batches in flight
     in_flight: int  # micro-batches whose activations are held at once (1F1B)
-    buffers: float
+    buffers: float  # of the loss or of one block's backward, of the reduction, gathered weights
     update: float  # gradients and all that the update takes beside weights and states
 
     @property
     def total(self) -> float:
-        """The peak: at the end of a forward, or in the update, when activations are gone."""
+        """The peak: in the loss, in a backward, or in the update, when activations are gone."""
         working = self.gradients + self.activations + self.buffers
         return self.weights + self.states + max(working, self.update)
 
@@ -129,26 +130,26 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
     _, gradients, states = state_bytes(*learned, shape, **sizes)
     shards = [learned[0] / shape.data, learned[1] / shape.copies]
     elements = Sizes(
+        ranks=shape.data,
         whole=sum(learned),
         shard=sum(shards),
         group=max(shards) if shape.experts > 1 else sum(shards),
         dense=learned[0] if shape.experts > 1 else sum(learned),
-        largest=max(part.largest for part in mine),
+        parameters=tuple(
+            own.here(shape.experts) for part in mine for own in part.own if own.learned
+        ),
     )
     average = (
         0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
     )
-    buffers = _buffers(config, mine, elements, dense + experts)
-    if zero == 2 and shape.micro_batches > 1 and not sums_in_float32(config):
-        buffers += element * elements.shard  # the last micro-batch's, until it is added
+    # the loss is over when the backward begins
+    buffers = max(_loss_bytes(config, mine), _backward_bytes(config, mine, shape))
+    buffers += reduction_bytes(config, elements, shape.micro_batches)
+    buffers += _gathered_bytes(config, mine, shape, dense + experts)
     offload = config.parallel.offload_optimizer
     # from the stage before
     received = 0 if mine[0].name == "embedding" else config.model.hidden_size
-    activations = (
-        (received + sum(activation_elements(config, part) for part in mine))
-        * shape.tokens
-        * element
-    )
+    kept = received + sum(activation_elements(config, part) for part in mine)
     return Stage(
         names=[part.name for part in mine],
         dense=dense,
@@ -157,43 +158,70 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         blocks=sum(part.dense_blocks + part.moe_blocks for part in mine),
         moe_blocks=sum(part.moe_blocks for part in mine),
         weights=weights,
-        gradients=gradients,
+        gradients=0.0 if offload and zero == 3 else gradients,  # their sums are on the host
         states=0.0 if offload else states,
         host=average + (host_bytes(config, elements, states) if offload else 0.0),
-        activations=activations * in_flight,
+        activations=kept * shape.tokens * element * in_flight,
         in_flight=in_flight,
         buffers=buffers,
         update=update_bytes(config, elements),
     )
 
 
-def _buffers(config: Config, mine: list[Part], learned: Sizes, parameters: int) -> float:
-    """Working memory: of the loss, of DeepSpeed's reduction bucket, of the weights that ZeRO-3 has
-    gathered.
+def _gathered_bytes(config: Config, mine: list[Part], shape: Layout, parameters: int) -> float:
+    """Weights that ZeRO-3 has gathered at once: what it may keep, but at least one module's."""
+    if config.parallel.zero_stage < 3:
+        return 0.0
+    module = max(sum(own.here(shape.experts)) for part in mine for own in part.own)
+    live = min(setting(config, "stage3_max_live_parameters"), parameters)
+    return element_size(config) * max(live, module)
+
+
+def _loss_bytes(config: Config, mine: list[Part]) -> float:
+    """Working memory of the loss: a chunk of logits, which their gradient replaces, and the
+    gradient of the head in float32.
     """
-    model, zero, element = config.model, config.parallel.zero_stage, element_size(config)
-    scored = sum(part.rows for part in mine)
-    head, rows = scored > 0, scored * config.train.micro_batch_size * config.data.seq_len
-    # The loss holds a chunk of logits, which their gradient replaces, and the gradient of the head
-    # in float32.
-    chunk = chunk_rows(model.vocab_size, on_gpu=True)
-    logits = min(chunk, rows) * model.vocab_size
+    model, scored = config.model, sum(part.rows for part in mine)
+    if not scored:
+        return 0.0
+    rows = scored * config.train.micro_batch_size * config.data.seq_len
+    chunk = min(chunk_rows(model.vocab_size, on_gpu=True), rows)
     # none of a frozen one
     wide = 0 if config.train.freeze == "trunk" else 4 * model.vocab_size * model.hidden_size
-    size = float(element * logits + wide if head else 0)
-    if head and any(not kind.cross_entropy for kind, _ in config.mtp.objectives):
+    size = float(element_size(config) * chunk * model.vocab_size + wide)
+    if any(not kind.cross_entropy for kind, _ in config.mtp.objectives):
         # other objectives: eight chunks in float32, and one more gradient of the head
         size += 8 * 4 * min(losses.CHUNKS_ON_GPU * losses.CHUNK_ELEMENTS, rows * model.vocab_size)
         size += wide
-    if zero >= 2 or (zero == 1 and not sums_in_float32(config)):
-        # the bucket, the gradients that are in it, and the one that comes next
-        bucket, summed = setting(config, "reduce_bucket_size"), communication_size(config)
-        size += summed * max(bucket, learned.largest)
-        if zero >= 2:
-            size += element * min(max(bucket, learned.largest) + learned.largest, learned.whole)
-    if zero == 3:
-        size += element * min(setting(config, "stage3_max_live_parameters"), parameters)
     return size
+
+
+def _backward_bytes(config: Config, mine: list[Part], shape: Layout) -> float:
+    """The most that a backward holds beside sums, bucket, and the activations of the whole forward,
+    of which it frees what it has passed: a block's working memory and the gradients that one of its
+    functions makes, or those and the copies of a bucket that is reduced.
+    """
+    zero, element = config.parallel.zero_stage, element_size(config)
+    sizes = [own.here(shape.experts) for part in mine for own in part.own if own.learned]
+    bucket = bucket_elements(config, max(map(max, sizes), default=0))
+    wide = communication_size(config)
+    # of a bucket that is sent: flattened, and up to ZeRO-2 widened as well
+    copied = 0 if zero < 2 else element + (wide if zero == 2 and wide != element else 0)
+    most = freed = waiting = 0.0
+    for part in reversed(mine):
+        together = 0
+        for own in reversed(part.own):
+            few = own.here(shape.experts) if own.learned else ()
+            together = max(together, sum(few))
+            for size in reversed(few):
+                if waiting + size > bucket:
+                    most = max(most, copied * waiting + element * sum(few) - freed)
+                    waiting = 0
+                waiting += size
+        block = backward_elements(config, part) * shape.tokens
+        most = max(most, element * (block + together) - freed)
+        freed += element * activation_elements(config, part) * shape.tokens
+    return max(most, copied * waiting - freed)
 
 
 def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[str, float]:

@@ -4,12 +4,27 @@ backward.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 from dsv3_mtp.config import Config, ModelConfig
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.moe import Experts, MoE
+
+
+class Own(NamedTuple):
+    """The parameters of one module itself: ZeRO-3 gathers them together, and one function may make
+    all their gradients.
+    """
+
+    sizes: tuple[int, ...]  # elements of each
+    experts: bool  # divided over expert-parallel ranks
+    learned: bool
+
+    def here(self, ranks: int) -> tuple[int, ...]:
+        """`sizes` on each of the ranks that share a layer's experts."""
+        return tuple(size // ranks for size in self.sizes) if self.experts else self.sizes
 
 
 @dataclass(frozen=True)
@@ -24,7 +39,7 @@ class Part:
     kept: float  # elements per token that heads keep for the backward beside their blocks
     rows: int  # of a slot, that output heads score
     learned: tuple[int, int]  # `dense` and `experts` less what is frozen
-    largest: int  # elements of the largest parameter that is not frozen
+    own: tuple[Own, ...]  # of each of its modules that has parameters, in their order
 
 
 def parts(model: DeepseekV3MTP) -> list[Part]:
@@ -53,11 +68,16 @@ def _part(
     for parameter in module.parameters():
         sizes[id(parameter) in routed] += parameter.numel()
         learned[id(parameter) in routed] += parameter.numel() * parameter.requires_grad
-    largest = max((p.numel() for p in module.parameters() if p.requires_grad), default=0)
+    own = [(list(m.parameters(recurse=False)), isinstance(m, Experts)) for m in module.modules()]
+    owned = tuple(
+        Own(tuple(p.numel() for p in few), experts, any(p.requires_grad for p in few))
+        for few, experts in own
+        if few
+    )
     moe = sum(isinstance(block.mlp, MoE) for block in blocks)
     dense = len(blocks) - moe
     trained = learned[0], learned[1]
-    return Part(name, sizes[0], sizes[1], dense, moe, kept, rows, trained, largest)
+    return Part(name, sizes[0], sizes[1], dense, moe, kept, rows, trained, owned)
 
 
 def activation_elements(config: Config, part: Part) -> float:
@@ -109,3 +129,29 @@ def block_elements(
         kept += 2 * hidden + (queries or 0) + model.kv_lora_rank  # norms
         kept += 2 * inner  # silu(gate), and its product with up
     return kept
+
+
+def backward_elements(config: Config, part: Part) -> float:
+    """Elements per token that the backward of one of a part's blocks holds at once beside what its
+    forward kept: gradients, and what is computed again. 0 for a part without blocks or gradients.
+    """
+    model, mode = config.model, config.train.activation_checkpointing
+    if not any(part.learned) or not part.dense_blocks + part.moe_blocks:
+        return 0
+    spread = config.parallel.expert_parallel_size > 1
+    hidden, top_k, width = model.hidden_size, model.num_experts_per_tok, model.moe_intermediate_size
+    again = mode == "selective"
+    key = model.qk_nope_head_dim + model.qk_rope_head_dim
+    # query, key and value, of which the gradients are made, and made again of these
+    steps = [model.num_attention_heads * (2 * key + model.v_head_dim) * (1 + again)]
+    if part.dense_blocks:  # gradients of silu(gate) * up, gate and up
+        steps.append((3 + again) * model.intermediate_size)
+    if part.moe_blocks:  # SwiGLU's backward; then the rows, twice, and the gradients of gate and up
+        steps += [top_k * (hidden + 4 * width), top_k * (2 * hidden + 2 * width)]
+        if spread:  # on their way between ranks as well
+            steps[-2:] = [step + 2 * top_k * hidden for step in steps[-2:]]
+    repeated = 0.0
+    if mode == "full":
+        moe = part.moe_blocks > 0
+        repeated = block_elements(model, "none", moe=moe, spread=spread, sliced=False) - hidden
+    return repeated + 3 * hidden + max(steps)  # the stream's gradient, before and after the block

@@ -23,11 +23,17 @@ ALLREDUCE = 500_000_000  # elements that ZeRO 0, and 1 with float32 sums, copies
 class Sizes:
     """Elements that a rank learns: all it computes with, and its shards of them."""
 
+    ranks: int  # that share them
     whole: int
     shard: float
     group: float  # largest shard of one parameter group: ZeRO updates group by group
     dense: int  # of `whole`, all that no expert parallelism divides
-    largest: int  # parameter
+    parameters: tuple[tuple[int, ...], ...]  # of each module, its own, in their order
+
+    @property
+    def largest(self) -> int:
+        """Parameter."""
+        return max((max(sizes) for sizes in self.parameters), default=0)
 
 
 def element_size(config: Config) -> int:
@@ -96,8 +102,11 @@ def update_bytes(config: Config, sizes: Sizes) -> float:
         masters = (4 if element == 2 else 0) * sizes.whole + moments * largest
         copy = element * min(sizes.whole, ALLREDUCE)
         return element * sizes.whole + max(copy, masters)
-    if config.parallel.offload_optimizer:  # the rest is on the host; ZeRO-1 copies all to reduce it
-        return sums * {1: 2 * sizes.whole, 2: sizes.shard, 3: 0}[zero]
+    if config.parallel.offload_optimizer:  # the rest is on the host
+        if zero == 1:  # its shard's are copied as all are reduced
+            sent = bucket_elements(config, sizes.largest) + first_bucket(config, sizes)
+            return sums * (sizes.whole + sizes.shard) + communication_size(config) * sent
+        return sums * sizes.shard if zero == 2 else 0
     group = min(sizes.group, setting(config, "sub_group_size")) if zero == 3 else sizes.group
     moments *= min(CHUNK, group)
     norm = 8.0 * min(sizes.largest, sizes.shard)  # of one parameter, in float64
@@ -115,12 +124,59 @@ def update_bytes(config: Config, sizes: Sizes) -> float:
         peak = max(norm, moments)
     bucket = communication_size(config) * setting(config, "reduce_bucket_size")
     update = sums * sizes.shard + peak + (bucket if zero == 3 else 0)
-    # ZeRO-1 copies all gradients once more as the last backward ends, its bucket still there
-    return max(update, 2 * element * sizes.whole + bucket) if zero == 1 else update
+    if (
+        zero == 1
+    ):  # as the last backward ends, its shard's gradients are copied; the bucket is there
+        copies = sizes.whole - first_bucket(config, sizes) + overlapping(sizes)
+        return max(update, element * copies + bucket)
+    return update
 
 
 def host_bytes(config: Config, sizes: Sizes, states: float) -> float:
     """Of offloaded states on the host: they, float32 gradients, and what waits to be copied."""
-    zero, sums = config.parallel.zero_stage, gradient_size(config)
-    waiting = sums if zero == 3 else element_size(config) + (sums if zero == 2 else 0)
-    return states + (4 + waiting) * sizes.shard
+    if config.parallel.zero_stage == 3:
+        return states + (4 + gradient_size(config)) * sizes.shard
+    # up to ZeRO-2 the new weights, and two pages for the largest parameter
+    return states + 4 * sizes.shard + element_size(config) * (sizes.shard + 2 * sizes.largest)
+
+
+def reduction_bytes(config: Config, sizes: Sizes, micro_batches: int) -> float:
+    """What DeepSpeed keeps for the reduction of gradients while a backward runs: its bucket, and
+    under ZeRO-2 the last micro-batch's gradients until they are added.
+    """
+    zero, waiting = config.parallel.zero_stage, 0.0
+    if not zero or (zero == 1 and sums_in_float32(config)):
+        return 0.0
+    if zero == 2 and micro_batches > 1 and not sums_in_float32(config):
+        waiting = element_size(config) * overlapping(sizes)
+    if zero == 3 and config.parallel.offload_optimizer:  # of a norm, in float64
+        waiting = 8 * sizes.largest / sizes.ranks
+    size = communication_size(config) if zero == 3 else element_size(config)
+    return waiting + size * bucket_elements(config, sizes.largest)
+
+
+def bucket_elements(config: Config, largest: int) -> float:
+    """Gradients that are reduced at a time; a larger parameter takes a bucket of its own."""
+    return max(setting(config, "reduce_bucket_size"), largest)
+
+
+def first_bucket(config: Config, sizes: Sizes) -> int:
+    """Elements of the gradients that a backward makes before it sends the first."""
+    waiting, bucket = 0, bucket_elements(config, sizes.largest)
+    for module in reversed(sizes.parameters):  # it comes to the last first
+        for size in reversed(module):
+            if waiting + size > bucket:
+                return waiting
+            waiting += size
+    return waiting
+
+
+def overlapping(sizes: Sizes) -> int:
+    """Elements of the parameters that lie in a rank's shard, wholly or in part; the most of any."""
+    shard, begin, found = sizes.whole / sizes.ranks, 0, [0] * sizes.ranks
+    for size in (size for module in sizes.parameters for size in module):
+        first, last = int(begin // shard), int((begin + size - 1) // shard)
+        for rank in range(first, min(last, sizes.ranks - 1) + 1):
+            found[rank] += size
+        begin += size
+    return max(found)

@@ -284,7 +284,7 @@ PREPARES = [
     C("prepare: no tokenizer", WHERE + "--input words.txt", "--tokenizer|--vocab-size"),
     C("prepare: two tokenizers", TEXT + "--tokenizer data/tiny/tokenizer.json", "--tokenizer.*--vocab-size|one of"),
     C("prepare: two texts", TEXT + "--corpus pystdlib", "--corpus"),
-    C("prepare: out is a file", "prepare --out words.txt --input lines.jsonl --vocab-size 300", "words.txt.*(a file|no folder|exists)"),
+    C("prepare: out is a file", "prepare --out words.txt --input lines.jsonl --vocab-size 300", "--out words.txt: is a file"),
     C("prepare: out is prepared otherwise", "prepare --out data/tiny --input words.txt --vocab-size 300", "data/tiny"),
     C("prepare: out below a file", "prepare --out words.txt/x --input lines.jsonl --vocab-size 300", "words.txt"),
     C("prepare: out has no name", "prepare --out / --input lines.jsonl --vocab-size 300", "/"),

@@ -7,10 +7,12 @@ hf/tiny           its export in three files or so; hf/fp8, in FP8
 study.yaml        two arms             archive/    of a study that has run
 """
 
+import importlib
 import json
 import shutil
 from pathlib import Path
 
+from dsv3_mtp.cli.command import COMMANDS
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.runs.model import load_model
 from tests.bad_inputs.ask import ask
@@ -60,5 +62,9 @@ def make_world(folder: Path) -> Path:
         assert answer.code == 0, answer
     export_hf(folder / "runs/tiny", folder / "hf/tiny", dtype="bf16", shard_bytes=60_000)
     export_hf(folder / "runs/tiny", folder / "hf/fp8", dtype="fp8")
-    load_model(folder / "runs/tiny")  # what torch imports for it is there for every case
+    # what the commands import is there for every case
+    load_model(folder / "runs/tiny")
+    commands = [f"cli.{module}" for module, _ in COMMANDS.values()]
+    for name in [*commands, "study.run", "study.report"]:
+        importlib.import_module(f"dsv3_mtp.{name}")
     return folder

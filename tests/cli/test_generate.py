@@ -303,7 +303,7 @@ def test_the_benchmark_prints_its_tables(run_tool, folder):
         "K=1",
     ]
     assert "T3/T1" in out
-    assert "break-even K=2" in out
+    assert "break-even K=2" in out and "batch 16: one trunk step" in out
     code, _, err = run_tool("decode", "--run", folder, *options, "--hf-mtp", f"{folder}/gone")
     assert (code, err.count("\n")) == (2, 1)
     assert "gone/config.json: cannot be read" in err

@@ -355,6 +355,22 @@ def test_a_frozen_trunk_needs_weights_heads_and_a_detached_loss():
     assert problems("train.freeze=all") == ["train.freeze: must be one of none, trunk (got 'all')"]
 
 
+def test_what_heads_need_of_the_trunk_and_of_the_rows_is_there():
+    assert problems("mtp.mode=dspark", "mtp.target_layer_ids=[1, 4, 9]") == [
+        "mtp.mode: its heads read the output of trunk layer 4, 9; "
+        "model.num_hidden_layers = 4 gives 0..3"
+    ]
+    deep = ("mtp.num_nextn_predict_layers=3", "data.seq_len=3", "mtp.objective={tv: 1.0}")
+    assert problems(*deep) == [
+        "mtp.objective: tv compares depth 3 with the main head 3 slots later, and data.seq_len = 3 "
+        "has no such slot"
+    ]
+    assert problems("mtp.mode=none", "mtp.objective={kl: 1.0}") == [
+        "mtp.objective: has no effect with mode none; remove it or set "
+        "{'ce': 1.0} (got {'kl': 1.0})"
+    ]
+
+
 def test_all_problems_come_at_once_even_between_sections_that_parsed():
     lines = problems(
         "mtp.num_nextn_predict_layer=1", "train.micro_batch_size=0", "data.seq_len=512", "oops"

@@ -518,9 +518,16 @@ def whole_losses(model, tokens, scored, weights):
     sums, counts = (nll * valid).sum((1, 2)), valid.sum((1, 2))
     loss = (sums / counts * torch.tensor([1.0, *weights])).sum()
     if model.loss.terms:
-        scores = Scores(nll.detach(), logits.argmax(-1), targets, valid)
+        taught, overlap = valid[1:].clone(), torch.zeros(valid[1:].shape, dtype=logits.dtype)
+        p = logits.detach().softmax(-1)
+        for k, offset in enumerate(model.offsets[1:]):
+            taught[k, :, T - offset + 1 :] = False
+            overlap[k, :, : T - offset + 1] = (
+                p[k + 1, :, : T - offset + 1].minimum(p[0, :, offset - 1 :]).sum(-1)
+            )
+        scores = Scores(nll.detach(), logits.argmax(-1), targets, valid, taught, overlap)
         found = model.mtp.loss_terms(output, scores)
-        count = model.mtp.count_terms(model.mtp_config, valid)
+        count = model.mtp.count_terms(model.mtp_config, valid, taught)
         for (name, factor), times in zip(model.loss.terms.items(), count, strict=True):
             loss = loss + factor * found[name] / times
     return sums.tolist(), loss

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv3_mtp.model.moe import Gate, MoE
+from dsv3_mtp.ops.router import router_logits
 
 
 def config_of(make_tiny_config, **model):
@@ -177,3 +178,18 @@ def test_expert_widths_that_the_grouped_kernel_refuses_still_work(make_tiny_conf
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 7, 32)
     torch.testing.assert_close(moe(x)[0], loop_over_experts(moe, x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_router_multiplies_in_float32_and_keeps_no_wide_copy_of_the_tokens():
+    x, weight = torch.randn(2, 5, 16).bfloat16(), torch.randn(6, 16).bfloat16()
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    wide = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    logits, exact = router_logits(*leaves), F.linear(*wide)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+    assert [saved.dtype for saved in logits.grad_fn.saved_tensors] == [torch.bfloat16] * 2
+    slope = torch.randn(2, 5, 6)
+    grads = torch.autograd.grad(logits, leaves, slope)
+    for ours, want in zip(grads, torch.autograd.grad(exact, wide, slope.double()), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.double(), want, rtol=2**-8, atol=1e-3)

@@ -106,12 +106,23 @@ def by_formulas(model: DeepseekV3MTP, objective: dict[str, float], tokens, docum
             value = FORMULAS[name](p[:, ahead:], logits[k][:, : T - ahead].softmax(-1))
             means[f"{name}/{k}"] = mean(value, valid[k, :, : T - ahead])
     loss = means["ce/0"]
+    taught = valid[1:].clone()
+    overlap = torch.zeros(valid[1:].shape, dtype=every.dtype)
+    for k in range(1, 1 + DEPTHS):
+        ahead = model.offsets[k] - 1
+        taught[k - 1, :, T - ahead :] = False
+        q = logits[k][:, : T - ahead].detach().softmax(-1)
+        overlap[k - 1, :, : T - ahead] = q.minimum(p[:, ahead:]).sum(-1)
     for name, weight in objective.items():
+        counts = (valid[1:] if name == "ce" else taught).sum((1, 2)).double()
+        shared = model.mtp.denominators(counts, torch.tensor(LAMBDA, dtype=torch.float64))
         for k in range(1, 1 + DEPTHS):
-            loss = loss + LAMBDA[k - 1] * weight * means[f"{name}/{k}"]
+            share = LAMBDA[k - 1] * weight * counts[k - 1] / shared[k - 1].clamp(min=1e-9)
+            loss = loss + share * means[f"{name}/{k}"]
     if model.loss.terms:  # that the heads own
-        found = model.mtp.loss_terms(output, Scores(nll.detach(), every.argmax(-1), targets, valid))
-        counts = model.mtp.count_terms(model.mtp_config, valid)
+        scores = Scores(nll.detach(), every.argmax(-1), targets, valid, taught, overlap)
+        found = model.mtp.loss_terms(output, scores)
+        counts = model.mtp.count_terms(model.mtp_config, valid, taught)
         for (name, factor), count in zip(model.loss.terms.items(), counts, strict=True):
             loss = loss + factor * found[name] / count
     return loss, means

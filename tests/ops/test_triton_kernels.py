@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.moe import Gate, count
 from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops import choice, rotary, swiglu
 from dsv3_mtp.ops.compute import Compute, building
@@ -41,7 +42,11 @@ def test_every_kernel_compiles_for(capabilities, tmp_path):
     root = Path(__file__).parents[2]
     sources = (
         root / "dsv3_mtp" / name
-        for name in ("ops/triton_kernels.py", "precision/triton_quantise.py")
+        for name in (
+            "ops/triton_kernels.py",
+            "ops/triton_router.py",
+            "precision/triton_quantise.py",
+        )
     )
     launched = {
         name
@@ -168,6 +173,50 @@ def test_cross_entropy(dtype, vocab):
     )[0].cpu()
     # a token outside the vocabulary has no loss
     assert got[0].isnan() and not got[1:].isnan().any()
+
+
+ROUTERS = [
+    (8, {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}),
+    (24, {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 6}),
+    (9, {"n_group": 3, "topk_group": 3, "num_experts_per_tok": 3, "norm_topk_prob": False}),
+    (256, {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8}),
+]
+
+
+@pytest.mark.parametrize(("experts", "settings"), ROUTERS, ids=lambda x: str(x)[:9])
+def test_the_router_chooses_weighs_and_counts_as_torchs_operations(
+    make_tiny_config, experts, settings
+):
+    from dsv3_mtp.ops import triton_kernels
+
+    shape = {"n_routed_experts": experts, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+    config = make_tiny_config({f"model.{k}": v for k, v in (shape | settings).items()}).model
+    gate = Gate(config)
+    gate.e_score_correction_bias.normal_(std=0.2)
+    gate.to(DEVICE)
+    logits = torch.randn(2, 19, experts, device=DEVICE, requires_grad=True)
+    exact = logits.detach().double().requires_grad_()
+    chosen, gates, stats = gate.by_kernel(triton_kernels.route, logits)
+    scores = exact.sigmoid()
+    flat = scores.flatten(0, 1)
+    wanted = gate.choose(flat.detach())
+    assert torch.equal(chosen.sort(1).values, wanted.sort(1).values)
+    assert (
+        chosen.gather(1, (flat + gate.e_score_correction_bias).gather(1, chosen).argsort(1))
+        == chosen.flip(1)
+    ).all()  # the best first
+    exact_gates, balance = gate.weigh(flat, chosen), gate.balance_loss(scores)
+    torch.testing.assert_close(gates.double(), exact_gates, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.balance.double(), balance, rtol=1e-5, atol=0)
+    assert torch.equal(stats.load, count(wanted, experts).float())
+    assert stats.nodes == gate.count_nodes(wanted)
+    slope = torch.randn_like(gates)
+    (ours,) = torch.autograd.grad((gates * slope).sum() + 3 * stats.balance, logits)
+    (want,) = torch.autograd.grad((exact_gates * slope).sum() + 3 * balance, exact)
+    torch.testing.assert_close(ours.double(), want, rtol=1e-4, atol=1e-6)
+    logits = torch.full_like(logits, float("nan"))
+    chosen = gate.by_kernel(triton_kernels.route, logits)[0]
+    assert all(len(set(row)) == len(row) and max(row) < experts for row in chosen.tolist())
 
 
 def interpreter():

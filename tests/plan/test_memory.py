@@ -14,6 +14,7 @@ from bench.parallel import composition
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.size import model_size
+from dsv3_mtp.ops import experts
 from dsv3_mtp.ops.attention import sdpa
 from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.plan.memory import (
@@ -241,6 +242,13 @@ PEAKS: dict[str, dict] = {
     for dtype, narrow in (("float32", False), ("bfloat16", False), ("bf16", True))
     for moments in ("float32", "bfloat16")
     if not (narrow and stage == 0)
+} | {
+    f"ZeRO-{stage}, bfloat16, offload": {
+        "parallel.zero_stage": stage,
+        "train.dtype": "bfloat16",
+        "parallel.offload_optimizer": True,
+    }
+    for stage in (1, 2, 3)
 }
 
 
@@ -252,14 +260,14 @@ def peaks(configs: list[Config], out: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("zero_stage", range(4))
-def test_an_updates_peak_is_within_3_percent_of_the_planned_one(
-    make_tiny_config, tmp_path, zero_stage, ranks
+def test_a_steps_peak_is_within_3_percent_of_the_planned_one(
+    make_tiny_config, tmp_path, monkeypatch, zero_stage, ranks
 ):
-    """Where the copy for the last reduction is planned as part of the update, the whole step's peak
-    is compared. The others' is that of a backward here: a CPU's products pad so few tokens.
-    """
+    """Of a whole step, and of its update alone. Rows of experts are as many as on a GPU."""
+    monkeypatch.setattr(experts, "padding", lambda x: 1)
     prefix = write_markov(tmp_path / "markov", tokens=4000, documents=20)
     zero = {"reduce_bucket_size": 400_000, "stage3_param_persistence_threshold": 0}
     zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
@@ -282,17 +290,17 @@ def test_an_updates_peak_is_within_3_percent_of_the_planned_one(
         if keys["parallel.zero_stage"] == zero_stage
     ]
     out, log = tmp_path / "out", tmp_path / "log"
-    assert run_ranks(peaks, configs, out, world_size=ranks, log=log, timeout=280) == [0] * ranks
+    assert run_ranks(peaks, configs, out, world_size=ranks, log=log, timeout=560) == [0] * ranks
     measured = json.loads((tmp_path / "out.0").read_text())
     rows = []
     for config, (whole, update) in zip(configs, measured, strict=True):
         (stage,) = plan(config, meta_model(config.model, config.mtp), layout(config, ranks))
-        planned = stage.weights + stage.states + stage.update
-        peak = whole if zero_stage < 2 else update
-        rows.append((config.run.name, peak, planned))
-        print(
-            f"{ranks} {config.run.name:40} {whole:,} {update:,} {planned:,.0f} {stage.total:,.0f}"
-        )
+        rows.append((config.run.name, whole, stage.total + stage.host))
+        # up to ZeRO-1 the update is planned with the last reduction; offloaded, it is the host's
+        if zero_stage >= 2 and not config.parallel.offload_optimizer:
+            planned = stage.weights + stage.states + stage.update
+            rows.append((f"{config.run.name}: update", update, planned))
+        print(ranks, *(f"{name} {n:,.0f} {m:,.0f};" for name, n, m in rows[-2:]))
     for name, peak, planned in rows:
         assert planned == pytest.approx(peak, rel=0.03), name
 
