@@ -51,7 +51,11 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(
     ("prompts", "threshold"),
-    [([[5]], 0.0), ([CYCLE[:9], [5], CYCLE[4:7]], 0.0), ([CYCLE[:9], [5], CYCLE[4:7]], 0.8)],
+    [
+        pytest.param([[5]], 0.0, marks=pytest.mark.slow),
+        ([CYCLE[:9], [5], CYCLE[4:7]], 0.0),
+        ([CYCLE[:9], [5], CYCLE[4:7]], 0.8),
+    ],
     ids=["short", "batch", "threshold"],
 )
 def test_draft_logits_equal_the_training_forward_with_the_drafts_as_text(

@@ -19,7 +19,9 @@ from tests.decode.test_sample import chi_square_p
 PROMPTS = [[5], CYCLE[:7], [60, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
+@pytest.mark.parametrize(
+    "trained", [pytest.param(False, marks=pytest.mark.slow), True], ids=["random", "trained"]
+)
 @pytest.mark.parametrize("heads", HEADS)
 def test_greedy_speculative_output_is_plain_greedy_output(make_model, heads, trained):
     model = make_model(heads, trained=trained)

@@ -436,7 +436,13 @@ def test_a_depth_with_fewer_targets_than_ranks_weighs_as_on_one_rank(build):
 
 @pytest.mark.parametrize(
     ("frozen", "detach"),
-    [(False, "none"), (False, "trunk"), (False, "all"), (True, "trunk"), (True, "all")],
+    [
+        (False, "none"),
+        (False, "trunk"),
+        pytest.param(False, "all", marks=pytest.mark.slow),
+        (True, "trunk"),
+        pytest.param(True, "all", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("variant", HEADS)
 def test_flops_are_those_that_torch_counts(build, variant, frozen, detach):

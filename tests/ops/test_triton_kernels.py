@@ -32,9 +32,8 @@ DTYPES = pytest.mark.parametrize(
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 
 
-@pytest.mark.parametrize(
-    "capabilities", [["90"], pytest.param(["80", "100", "120"], marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("capabilities", [["90"], ["80", "100", "120"]], ids=str)
+@pytest.mark.slow
 def test_every_kernel_compiles_for(capabilities, tmp_path):
     """Neither the compiler nor the assembler needs a GPU; the interpreter takes what they
     refuse.
@@ -225,8 +224,15 @@ def interpreter():
     return triton_kernels
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize(
+    ("mode", "checkpointing"),
+    [
+        ("sequential", "full"),
+        ("parallel", "selective"),
+        *(pytest.param("sequential", how, marks=pytest.mark.slow) for how in ("none", "selective")),
+        *(pytest.param("parallel", how, marks=pytest.mark.slow) for how in ("none", "full")),
+    ],
+)
 def test_a_model_with_the_kernels_has_the_loss_and_gradients_of_one_without(
     make_tiny_config, monkeypatch, mode, checkpointing
 ):

@@ -183,6 +183,7 @@ def measure_layouts(configs: list[Config], out: Path) -> None:
     out.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(measured))
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_hold_and_send_what_is_planned(make_tiny_config, tmp_path):
     prefix = write_markov(tmp_path / "markov", tokens=4000, documents=20)

@@ -47,7 +47,7 @@ def frozen(tmp_path: Path, make_tiny_config) -> dict:
         pytest.param(
             *("bfloat16", "float32", False, ZERO + MORE + ONE, 2**-8), marks=pytest.mark.slow
         ),
-        ("bfloat16", "float32", True, ZERO + ONE, 1e-4),
+        pytest.param(*("bfloat16", "float32", True, ZERO + ONE, 1e-4), marks=pytest.mark.slow),
     ],
     ids=["float32", "bfloat16", "frozen trunk"],
 )
