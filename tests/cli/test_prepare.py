@@ -123,7 +123,7 @@ def test_verify_tells_right_from_damaged(whole: Path, tmp_path: Path):
         (b'{"text": "x"}\n{oops\n', ["--vocab-size", "260"], "a.jsonl, line 2: not valid JSON"),
         (b'{"text": "x"}\n', [], "--tokenizer or --vocab-size"),
         (b'{"text": "x"}\n', ["--tokenizer", "none.json"], "none.json: no such file"),
-        (b"", ["--vocab-size", "260"], "0 documents"),
+        (b"", ["--vocab-size", "260"], "a.jsonl: no text for train in it"),
     ],
 )
 def test_bad_input_is_a_message_and_exit_code_2(

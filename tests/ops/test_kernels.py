@@ -22,6 +22,7 @@ from dsv3_mtp.ops.cross_entropy import linear_cross_entropy
 from dsv3_mtp.ops.experts import routed
 from dsv3_mtp.ops.rotary import rotate
 from dsv3_mtp.train.optim import build_optimizer
+from tests.ranks import run_ranks
 
 TOLERANCE = {
     torch.float32: 2e-6,
@@ -338,8 +339,22 @@ def test_the_first_steps_in_bfloat16_are_as_near_to_float64_as_with_torchs_opera
     assert losses["kernels"][-1] < losses["kernels"][0]
 
 
+def in_a_process(function, *args, log: Path) -> None:
+    """Where torch may start threads: a process with threads must not fork the ranks of later tests,
+    whose first parallel loop would wait for threads that the fork left behind.
+    """
+    codes = run_ranks(function, *args, log=log)
+    assert codes == [0], Path(f"{log}.rank0").read_text()
+
+
 @DTYPES
-def test_attention_and_experts_give_the_same_bits_for_any_number_of_threads(compiled, dtype):
+def test_attention_and_experts_give_the_same_bits_for_any_number_of_threads(
+    compiled, dtype, tmp_path
+):
+    in_a_process(attention_and_experts_by_threads, dtype, log=tmp_path / "log")
+
+
+def attention_and_experts_by_threads(dtype):
     leaves, chosen, counts = experts_and_rows(dtype)
     query, kv, k_rope = (
         torch.randn(2, 70, *s).to(dtype).requires_grad_() for s in ((3, 12), (3, 14), (4,))
@@ -353,7 +368,11 @@ def test_attention_and_experts_give_the_same_bits_for_any_number_of_threads(comp
     assert all(map(torch.equal, *results))
 
 
-def test_any_number_of_threads_gives_the_same_bits(compiled):
+def test_any_number_of_threads_gives_the_same_bits(compiled, tmp_path):
+    in_a_process(norms_by_threads, log=tmp_path / "log")
+
+
+def norms_by_threads():
     x, weight = torch.randn(1000, 33), torch.rand(33)
     _, scale = c.rms_norm(x, weight, 1e-6)
     one = c.rms_norm_backward(x, x, weight, scale)
