@@ -1,4 +1,4 @@
-"""Floors of a text (DESIGN S19): what tables of 1, 2 and 3 tokens reach that were counted from the
+"""Floors of a text: what tables of 1, 2 and 3 tokens reach that were counted from the
 training tokens.
 
     p_0 = 1 / V

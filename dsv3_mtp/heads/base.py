@@ -196,7 +196,7 @@ class Head(nn.Module):
     @classmethod
     def denominators(cls, counts: Tensor, weights: Tensor) -> Tensor:
         """What the sums of depth 1..D are divided by, from their counts (.., D) and weights (D,):
-        each by its own (DESIGN S7).
+        each by its own.
         """
         return counts
 

@@ -19,7 +19,7 @@ gradient reaches the trunk (`mtp.detach: all`): configs/heads/dspark.yaml.
 
 What differs: every slot is an anchor (there 512 sampled ones of 4096); the rows of a block do not
 attend to each other: all of them are given t_{i+1} itself instead of reading it in row 1; and each
-has a learnt query at the anchor's position instead of one mask token at its own (DESIGN S4).
+has a learnt query at the anchor's position instead of one mask token at its own.
 """
 
 from collections.abc import Mapping, Sequence

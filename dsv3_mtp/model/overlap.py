@@ -1,4 +1,4 @@
-"""Overlap (DESIGN S14): how much of the main model's distribution the drafts have, along real text
+"""Overlap: how much of the main model's distribution the drafts have, along real text
 and without a draw.
 
 Depth k at slot i and the main head at slot i+k both predict t_{i+k+1}: q_k and its teacher p. A

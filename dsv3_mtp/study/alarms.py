@@ -53,7 +53,7 @@ def _depths(record: RunRecord) -> int:
 
 
 def _repeats(study: Study, table: Table, arms: list[str]) -> Iterator[str]:
-    """Drafts of a text that repeats itself are accepted whatever drafts them (S20)."""
+    """Drafts of a text that repeats itself are accepted whatever drafts them."""
     metric = study.primary.metric
     if metric.startswith("acceptance/"):
         kind = "/".join(metric.split("/")[:2])
@@ -66,9 +66,7 @@ def _repeats(study: Study, table: Table, arms: list[str]) -> Iterator[str]:
 
 
 def _above_the_trigram(table: Table, arms: list[str]) -> Iterator[str]:
-    """A main model that a table of three tokens beats has not learnt what heads could help with
-    (S19).
-    """
+    """A main model that a table of three tokens beats has not learnt what heads could help with."""
     high = []
     for arm in arms:
         floors, losses = values_of(table, arm, TRIGRAM), values_of(table, arm, LOSS)

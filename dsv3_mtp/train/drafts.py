@@ -1,5 +1,5 @@
 """What drafts are worth along real text, without a draw: how they differ from the main model, and
-what drafters without a network reach with the same main model (DESIGN S14, S19).
+what drafters without a network reach with the same main model.
 
 Shapes: B rows, T slots, C hidden_size, V vocab, D depths.
 """
@@ -128,8 +128,7 @@ class DraftStatistics:
 
 
 class TableDrafters:
-    """Floors of the overlap: drafters without a network, with the same main model as teacher
-    (DESIGN S19).
+    """Floors of the overlap: drafters without a network, with the same main model as teacher.
 
     constant    the main model's mean distribution, for every slot
     table       its mean distribution behind each token: behind t_{i+k}, the token before the

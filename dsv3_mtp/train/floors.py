@@ -1,4 +1,4 @@
-"""The floors of a run of text (DESIGN S19): n-gram tables counted from the tokens it was trained
+"""The floors of a run of text: n-gram tables counted from the tokens it was trained
 on, and drafters without a network that are measured with its own main model.
 """
 

@@ -1,4 +1,4 @@
-"""S18: with `mtp.detach: all` the trunk is that of `mtp.mode: none`, clipping included."""
+"""With `mtp.detach: all` the trunk is that of `mtp.mode: none`, clipping included."""
 
 from pathlib import Path
 from typing import Any
