@@ -18,7 +18,6 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config, MTPConfig, code
-from dsv3_mtp.config.reader import show
 from dsv3_mtp.config.resume import FREE, differences, rule_of
 from dsv3_mtp.config.section import OnResume
 from dsv3_mtp.data.source import DataSource
@@ -77,7 +76,7 @@ def lock_folder(folder: Path) -> int:
         descriptor = lock(folder / ".lock", busy)
     except OSError as error:
         raise ValueError(
-            f"run.dir, run.name: {show(str(folder))} cannot be written ({error.strerror}); "
+            f"run.dir, run.name: {str(folder)!r} cannot be written ({error.strerror}); "
             "choose another"
         ) from None
     for left in (folder, folder / "checkpoints", *checkpoints(folder / "checkpoints")):
@@ -229,7 +228,7 @@ def _without_defaults(saved: dict[str, Any], config: Config) -> dict[str, Any]:
     if mtp.get("mode") != config.mtp.mode:
         return saved
     common = {key: value for key, value in mtp.items() if key in MTPConfig.model_fields}
-    own = dict(config.mtp.kind.Options()) if config.mtp.depths else {}
+    own = config.mtp.kind.Options().model_dump(mode="json") if config.mtp.depths else {}
     return saved | {"mtp": common | {key: mtp.get(key, default) for key, default in own.items()}}
 
 

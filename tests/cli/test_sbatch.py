@@ -27,7 +27,9 @@ def run(script: str, tmp_path: Path, *arguments: str, **variables: str) -> tuple
     (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$2-of-$3"\n')
     for path in tmp_path.iterdir():
         path.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables
+    # VENV: what the scripts activate, and what make hands down where it is set by hand
+    environment = {name: value for name, value in os.environ.items() if name != "VENV"}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables
     done = subprocess.run(
         ["bash", ROOT / "tools" / script, *arguments],
         capture_output=True,
