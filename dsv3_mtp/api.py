@@ -33,8 +33,6 @@ from dsv3_mtp.runs.model import load_model
 if TYPE_CHECKING:
     import pyarrow
 
-    from dsv3_mtp.data.sampler import Sampler
-
 
 class LanguageModel:
     """A model in eval mode and the tokenizer that its text goes through.
@@ -152,9 +150,10 @@ class Run(LanguageModel):
             ValueError: the validation data is not there or of another vocabulary.
         """
         from dsv3_mtp.train.evaluation import evaluation
+        from dsv3_mtp.train.floors import readable_training
 
         source = validation_source(self.config)
-        trained, notes = self._trained_on()
+        trained, notes = readable_training(self.folder, trust_code=self.trust_code)
         metrics, more = evaluation(
             self.model,
             source,
@@ -168,14 +167,6 @@ class Run(LanguageModel):
         for note in [*notes, *more]:
             warnings.warn(f"{source.path}: {note}", stacklevel=2)
         return metrics
-
-    def _trained_on(self) -> tuple["Sampler | None", list[str]]:
-        from dsv3_mtp.train.floors import trained_on
-
-        try:
-            return trained_on(self.folder, trust_code=self.trust_code), []
-        except (ValueError, OSError) as error:  # the model can be evaluated all the same
-            return None, [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
 
 
 def train_run(config: Config) -> Run:

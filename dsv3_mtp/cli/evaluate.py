@@ -161,7 +161,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     from dsv3_mtp.ops.tuning import tune
     from dsv3_mtp.train.evaluate import open_model
     from dsv3_mtp.train.evaluation import evaluation
-    from dsv3_mtp.train.floors import trained_on
+    from dsv3_mtp.train.floors import readable_training
 
     model, config = open_model(
         run=options.run,
@@ -175,11 +175,10 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tune(device)  # as in training: the same bits
     model.to(device)
-    trained, lost = None, []
-    try:
-        trained = trained_on(options.run, trust_code=options.trust_code) if options.run else None
-    except (ValueError, OSError) as error:  # the model can be evaluated all the same
-        lost = [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
+    lost: list[str] = []
+    trained = None
+    if options.run:
+        trained, lost = readable_training(options.run, trust_code=options.trust_code)
     if options.drafts and not config.mtp.depths:
         raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
     if (options.draft_threshold or options.draft_vocab) and not config.mtp.depths:

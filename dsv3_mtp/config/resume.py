@@ -51,7 +51,7 @@ def differences(
     """Dotted key -> (before, now) of every setting in which two resolved configs differ, but those
     under `ignoring`.
     """
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(flat(before)), dict(flat(now))
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     return {key: (old.get(key), new.get(key)) for key in changed if not _under(key, ignoring)}
 
@@ -60,9 +60,10 @@ def _under(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting; one that is an empty mapping is its own value."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

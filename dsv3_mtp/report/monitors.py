@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from dsv3_mtp.config import Config
+from dsv3_mtp.config import Config, resume
 from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.report.metrics import Record
 
@@ -39,14 +39,12 @@ def open_monitors(config: Config, folder: Path, tokens: int) -> list[Monitor]:
     return found
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every setting; a list is one text."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
+def flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting; a list is one text, an empty mapping is left out."""
+    for key, value in resume.flat(tree):
+        if value != {}:
             plain = isinstance(value, str | bool | int | float)
-            yield f"{prefix}{key}", value if plain else str(value)
+            yield key, value if plain else str(value)
 
 
 class TensorBoard:

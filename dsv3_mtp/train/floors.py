@@ -44,6 +44,16 @@ def trained_on(run: str | Path, *, trust_code: bool = False) -> Sampler | None:
     return sampler
 
 
+def readable_training(
+    run: str | Path, *, trust_code: bool = False
+) -> tuple[Sampler | None, list[str]]:
+    """`trained_on`, or None and why: a model can be evaluated without the text it has read."""
+    try:
+        return trained_on(run, trust_code=trust_code), []
+    except (ValueError, OSError) as error:
+        return None, [f"no n-gram floors: the text it was trained on cannot be read ({error})"]
+
+
 def text_floors(
     sampler: Sampler, val: DataSource, config: Config, *, batches: int
 ) -> tuple[dict[str, float], str | None]:
@@ -101,9 +111,7 @@ def drafter_floors(
     sums: dict[str, Tensor] = {}
     for window in sequential_windows(source, **windows, count=count, micro_batch_size=micro):
         tokens, documents, scored = to_device(*window, config=config, device=device)
-        taught = teacher_slots(
-            valid_targets(tokens, documents, model.offsets, scored), model.offsets
-        )
+        taught = _taught(model, tokens, documents, scored)
         hidden = main_states(model, tokens, documents)
         for name, part in tables.sums_of(model.lm_head.head_logits, hidden, tokens, taught).items():
             sums[name] = sums[name] + part if name in sums else part
@@ -148,10 +156,15 @@ def draft_statistics(
     for window in sequential_windows(source, **windows, micro_batch_size=micro):
         tokens, documents, scored = to_device(*window, config=config, device=device)
         output = model.head_rows(tokens, documents)
-        taught = teacher_slots(
-            valid_targets(tokens, documents, model.offsets, scored), model.offsets
-        )
         states = output.by_depth(model.depths)
-        taught = output.scored_slots(taught, first=1)
+        taught = output.scored_slots(_taught(model, tokens, documents, scored), first=1)
         statistics.add(model.lm_head.head_logits, states, tokens, taught)
     return statistics.metrics()
+
+
+def _taught(
+    model: DeepseekV3MTP, tokens: Tensor, documents: Tensor | None, scored: Tensor | None
+) -> Tensor:
+    """(D, B, T) bool: the slots that have a teacher."""
+    valid = valid_targets(tokens, documents, model.offsets, scored)
+    return teacher_slots(valid, model.offsets)

@@ -5,15 +5,11 @@ import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from dsv3_mtp.config import load_config
 from dsv3_mtp.hf import export_hf
-
-if TYPE_CHECKING:  # evaluating a model needs no DeepSpeed
-    pass
 
 
 def lm_eval(
