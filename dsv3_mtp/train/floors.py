@@ -70,6 +70,9 @@ def text_floors(
         return {}, f"no n-gram floors: {why}"
     if sampler.masked:
         return {}, "no n-gram floors: they are of whole texts, and data.mask leaves prompts out"
+    if config.train.init_from is not None:
+        why = "the weights it began from (train.init_from) had read other text"
+        return {}, f"no n-gram floors: {why}"
     if sampler.samples < 2:
         return {}, "no n-gram floors: fewer than two rows of training text were consumed"
     rows, documents = sampler.consumed()
