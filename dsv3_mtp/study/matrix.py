@@ -25,6 +25,7 @@ from dsv3_mtp.config.section import (
     Text,
 )
 from dsv3_mtp.study.metric_names import METRICS, NEEDS, family, is_rate_over_seeds
+from dsv3_mtp.study.trend_key import Trend, trend_rules
 
 EVERY_ARM = "every arm"
 
@@ -195,6 +196,8 @@ class Study(Section):
     arms: Annotated[dict[Text, Arm], Field(min_length=1)]
     grid: Grid | None = None
     comparisons: Annotated[dict[Text, Comparison], Field(min_length=1)]
+    trends: dict[Text, Trend] = {}
+    """Effects that are followed over several comparisons."""
     primary: Primary
     metrics: tuple[Text, ...] = ()
     """Exploratory metrics, beside the primary one."""
@@ -244,6 +247,7 @@ class Study(Section):
                     text = "is a whole section, whose other keys would no longer be the base's"
                     yield f"{place}.{key}", f"{text}; give dotted keys, '{key}.KEY: VALUE'"
         yield from self._name_rules()
+        yield from trend_rules(self.trends, self.comparisons)
         yield from self._metric_rules()
 
     def _name_rules(self) -> Iterator[Problem]:
