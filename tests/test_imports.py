@@ -34,6 +34,7 @@ LAYERS = {
     "plan": 8,
     "train": 8,
     "study": 9,
+    "analysis": 9,
     "api": 10,
     "cli": 10,
 }
