@@ -19,7 +19,7 @@ from dsv3_mtp.decode.generate import generate
 from dsv3_mtp.hf import export_hf, import_hf
 from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.train import evaluate
-from dsv3_mtp.train.evaluate import open_model, validate
+from dsv3_mtp.train.validation import open_model, validate
 
 CPU = torch.device("cpu")
 VOCAB = 300

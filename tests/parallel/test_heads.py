@@ -12,8 +12,8 @@ import torch
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import refusals
-from dsv3_mtp.train.evaluate import evaluate
 from dsv3_mtp.train.trainer import Trainer
+from dsv3_mtp.train.validation import evaluate
 from tests.conftest import tiny
 from tests.heads_under_test import KINDS
 from tests.ranks import chosen, run_ranks, write_markov
