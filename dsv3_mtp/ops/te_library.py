@@ -1,4 +1,4 @@
-"""Loads Transformer Engine, of which cores.py has the attention and precision/te.py the products."""
+"""Loads Transformer Engine: cores.py has its attention, precision/te.py its FP8 products."""
 
 import ctypes
 import functools
