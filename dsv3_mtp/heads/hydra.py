@@ -28,7 +28,7 @@ from dsv3_mtp.decode.draft import Drafter, stacked
 from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head
 from dsv3_mtp.heads.medusa import copy_weight
-from dsv3_mtp.heads.parallel import DecodedBlock, ParallelDrafter, ParallelHead, trunk_alone
+from dsv3_mtp.heads.parallel import Block, ParallelDrafter, ParallelHead, trunk_alone
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, LMHead, TrunkStates
 
 
@@ -126,7 +126,7 @@ class Hydra(Head):
         return HydraDrafter
 
     def decode_forms(self, model: nn.Module) -> list[Any]:
-        return [] if self.prefix is None else [DecodedBlock(self.prefix)]
+        return [] if self.prefix is None else [Block(self.prefix)]
 
     @classmethod
     def export(cls, config: ModelConfig, mtp: MTPConfig) -> Export:

@@ -60,7 +60,7 @@ class Parallel(Head):
         return ParallelDrafter
 
     def decode_forms(self, model: nn.Module) -> list[Any]:
-        return [DecodedBlock(head) for head in self.layers]  # type: ignore[arg-type]
+        return [Block(head) for head in self.layers]  # type: ignore[arg-type]
 
     @classmethod
     def export(cls, config: ModelConfig, mtp: MTPConfig) -> Export:
@@ -76,7 +76,7 @@ def trunk_alone(mtp: MTPConfig) -> Export:
 # --- decoding -----------------------------------------------------------------------------------
 
 
-class DecodedBlock:
+class Block:
     """A transformer layer and its norm, made ready to decode."""
 
     def __init__(self, head: ParallelHead):
@@ -123,11 +123,7 @@ class ParallelDrafter(Drafter):
         x = self.rings[0].read(starts, max(counts))  # (B, T, C)
         window = self.slots.window(starts, max(counts))
         out = self.decoder.run(
-            DecodedBlock.forward,
-            self.decoder.heads[head],
-            x.flatten(0, 1),
-            self.caches[head],
-            window,
+            Block.forward, self.decoder.heads[head], x.flatten(0, 1), self.caches[head], window
         ).view_as(x)
         self.filled[head] = list(stops)
         rows = torch.arange(len(counts), device=x.device)

@@ -199,7 +199,7 @@ def test_acceptance_has_a_seed_and_sets_of_prompts_that_share_none(run, corpus, 
 
     def drawn(seed: int, first: int, step: int = 3) -> dict[str, float]:
         chosen = {"prompts": 12, "seed": seed, "part": (first, step)}
-        return evaluate.acceptance(model, source, **sizes, **chosen)
+        return validation.acceptance(model, source, **sizes, **chosen)
 
     assert drawn(1, 0) == drawn(1, 0) != drawn(2, 0)
     drawn(1, 1), drawn(1, 2), drawn(1, 0, 1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsv3_mtp.model import objective_losses
+from dsv3_mtp.model import objective_losses as losses
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.objective_losses import Teacher, objective_losses
 from dsv3_mtp.model.output import LossSettings
@@ -142,7 +142,7 @@ MIXTURES = [{name: 0.7 for name in FORMULAS}, {"ce": 0.1, "tv": 1.8}]
 @pytest.mark.parametrize("head", KINDS)
 def test_losses_and_gradients_equal_the_formulas_on_whole_logits(head, objective, monkeypatch):
     # two slots of all depths in a chunk: chunks begin and end within rows
-    monkeypatch.setattr(objective_losses, "CHUNK_ELEMENTS", 2 * DEPTHS * 64)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 2 * DEPTHS * 64)
     for detach, masked in (("none", True), ("trunk", False), ("all", True)):
         mode = KINDS[head]["mtp.mode"]
         model = model_of(mode, objective, **{"mtp.detach": detach})
@@ -175,7 +175,7 @@ def test_losses_and_gradients_equal_the_formulas_on_whole_logits(head, objective
 
 
 def test_cross_entropy_in_its_general_form_is_the_hand_written_one(monkeypatch):
-    monkeypatch.setattr(objective_losses, "CHUNK_ELEMENTS", 500)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 500)
     ce = registry()["ce"]
     general = type("General", (ce,), {"name": "general", "cross_entropy": False})
     results = []
@@ -228,7 +228,7 @@ def run(kinds, rows, teacher):
 def test_a_joint_objective_sees_all_depths_of_a_slot(monkeypatch):
     """-sum_k prod_{j<=k} overlap_j against whole probabilities, over chunks."""
     rows, teacher = tables(3, 10, 5)
-    monkeypatch.setattr(objective_losses, "CHUNK_ELEMENTS", 3 * 5 * 3)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 3 * 5 * 3)
     loss, _ = run([ExpectedLength()], rows, teacher)
     leaves = [one.inputs[0] for one in rows] + [*teacher.head.parameters()]
     leaves += [one.outputs[1].bias for one in rows]
@@ -278,7 +278,7 @@ def peak_bytes(function, folder) -> int:
 @pytest.mark.parametrize("names", [["kl"], [*FORMULAS]], ids=["kl", "all together"])
 def test_memory_is_at_most_eight_chunks_whatever_the_slots_and_depths(names, monkeypatch, tmp_path):
     chunk, vocab = 2**17, 1000
-    monkeypatch.setattr(objective_losses, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk)
     kinds, peaks = [registry()[name]() for name in names], {}
     for depths, slots in ((1, 600), (1, 2400), (4, 600)):
         arguments = arguments_of(kinds, *tables(depths, slots, vocab, torch.float32))
