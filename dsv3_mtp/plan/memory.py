@@ -12,8 +12,8 @@ from math import comb
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size
-from dsv3_mtp.model import objective_losses
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.objective_losses import CHUNK_ELEMENTS, CHUNKS_ON_GPU
 from dsv3_mtp.ops.cross_entropy import chunk_rows
 from dsv3_mtp.parallel.pipeline import stage_layers
 from dsv3_mtp.plan.parts import Part, activation_elements, backward_elements, parts
@@ -191,15 +191,7 @@ def _loss_bytes(config: Config, mine: list[Part]) -> float:
     size = float(element_size(config) * chunk * model.vocab_size + wide)
     if any(not kind.cross_entropy for kind, _ in config.mtp.objectives):
         # other objectives: eight chunks in float32, and one more gradient of the head
-        size += (
-            8
-            * 4
-            * min(
-                objective_losses.CHUNKS_ON_GPU * objective_losses.CHUNK_ELEMENTS,
-                rows * model.vocab_size,
-            )
-        )
-        size += wide
+        size += 8 * 4 * min(CHUNKS_ON_GPU * CHUNK_ELEMENTS, rows * model.vocab_size) + wide
     return size
 
 
