@@ -34,11 +34,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    variants = {
-        (folder, drafts): partial(run.decode, drafts)
-        for folder, run in runs.items()
-        for drafts in (0, run.drafts)
-    }
+    variants = {folder: partial(run.decode, run.drafts) for folder, run in runs.items()}
+    variants |= {f"{folder}, plain": partial(run.decode, 0) for folder, run in runs.items()}
     seconds = interleave(variants, options.rounds, torch.device("cpu"))
     print(
         f"{options.prompts} prompts of {options.prompt_tokens} tokens, {options.new_tokens} new, "
@@ -49,8 +46,8 @@ def main() -> int:
         "| plain / drafting |\n|---|---|---|---|---|---|---|"
     )
     for folder, run in runs.items():
-        own = seconds[folder, run.drafts]
-        low, middle, high = ratios(seconds[folder, 0], own)
+        own = seconds[folder]
+        low, middle, high = ratios(seconds[f"{folder}, plain"], own)
         time = quartiles(own)[1] / (options.prompts * options.new_tokens) * 1e6
         print(
             f"| {Path(folder).name} | {run.describe()} | {time:.0f} "
@@ -74,7 +71,7 @@ def parse() -> argparse.Namespace:
 
 
 class Drafting:
-    """One run, its prompts, and what its last decoding found."""
+    """One run and its prompts."""
 
     def __init__(self, folder: str, options: argparse.Namespace):
         """Raises ValueError where the run cannot be read, or nothing drafts with its heads."""
@@ -84,7 +81,8 @@ class Drafting:
         from dsv3_mtp.runs.model import load_model
 
         run = load_model(folder)
-        self.model, self.options, self.found = run.model, options, None
+        self.model, self.options = run.model, options
+        self.found: list[Any] = []  # of the last decoding with drafts
         if why := no_drafter(self.model.mtp_config):
             raise ValueError(f"{folder}: {why}")
         self.drafts = draft_limit(self.model, options.draft_depth or self.model.depths)
@@ -110,10 +108,8 @@ class Drafting:
         head: Any = self.model.mtp
         size = sum(parameter.numel() for parameter in head.parameters())
         lines = len(Path(inspect.getfile(type(head))).read_text().splitlines())
-        steps = sum(one.acceptance.steps for one in self.found or [])
-        tokens = sum(
-            one.acceptance.tokens_per_step * one.acceptance.steps for one in self.found or []
-        )
+        steps = sum(one.acceptance.steps for one in self.found)
+        tokens = sum(one.acceptance.tokens_per_step * one.acceptance.steps for one in self.found)
         return f"{head.name}, {self.drafts} drafts | {size:,} | {lines} | {tokens / steps:.2f}"
 
 
