@@ -26,9 +26,9 @@ import torch
 import torch._dynamo
 
 from dsv3_mtp.data.opening import build_missing, open_sources
+from dsv3_mtp.files.run_folder import checkpoints
 from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.report.progress import duration
-from dsv3_mtp.runs.loading import checkpoints
 from dsv3_mtp.study.archive import read_results
 from dsv3_mtp.study.expand import Run, expand
 from dsv3_mtp.study.folder import budgets_of, check_folders, is_closed, records_of

@@ -15,8 +15,8 @@ from typing_extensions import TypedDict
 
 from dsv3_mtp.files.atomic import lock, write_json
 from dsv3_mtp.files.checked import OPEN, read_json
+from dsv3_mtp.files.run_folder import is_complete, newest_checkpoint
 from dsv3_mtp.report.metrics import MetricsLog, read_metrics
-from dsv3_mtp.runs.loading import is_complete, newest_checkpoint
 from dsv3_mtp.study.archive import read_results, write_results
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.matrix import Study

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_mtp.files.run_folder import newest_checkpoint
 from dsv3_mtp.report.metrics import MetricsLog, read_metrics
-from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.study.archive import Fork, read_results, write_results
 from dsv3_mtp.study.expand import Run, expand
 from dsv3_mtp.study.folder import (
