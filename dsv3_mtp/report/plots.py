@@ -125,10 +125,14 @@ def _loss_weights(ax: Axes, config: Config) -> None:
     grey = {"color": "#c8c8c8", "linewidth": 5.0}
     _scheduled(ax, config, lambda p: mtp_loss_weight(weight, p), label="lambda", **grey)
     for depth in range(1, config.mtp.depths + 1):
+
+        def factor(progress: float, depth: int = depth) -> float:
+            return depth_loss_weights(config.mtp, progress)[depth - 1]
+
         # equal weights stay visible under one another
         width = 1.6 + 2.6 * (config.mtp.depths - depth)
         style = {"color": _color(depth), "linewidth": width, "label": f"depth {depth}"}
-        _scheduled(ax, config, lambda p, d=depth: depth_loss_weights(config.mtp, p)[d - 1], **style)
+        _scheduled(ax, config, factor, **style)
 
 
 def _losses(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:
@@ -188,7 +192,7 @@ def _schedules(ax: Axes, train: Sequence[Record]) -> None:
     if any("train/mtp_weight" in record for record in train):
         twin = _twin(ax)
         weight = _series(train, "train/mtp_weight")
-        style = {"color": "#d55e00", "linestyle": "--", "label": "MTP loss weight (right)"}
+        style: Any = {"color": "#d55e00", "linestyle": "--", "label": "MTP loss weight (right)"}
         # of the steps up to the point: where lambda jumps, the line jumps
         handles += _line(twin, *weight, drawstyle="steps-pre", **style)
         twin.set_ylim(bottom=0.0)
