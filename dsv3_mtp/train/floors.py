@@ -161,7 +161,8 @@ def draft_statistics(
         output = model.head_rows(tokens, documents)
         states = output.by_depth(model.depths)
         taught = output.scored_slots(_taught(model, tokens, documents, scored), first=1)
-        statistics.add(model.lm_head.head_logits, states, tokens, taught)
+        confidence = model.mtp.confidence(output)
+        statistics.add(model.lm_head.head_logits, states, tokens, taught, confidence)
     return statistics.metrics()
 
 
