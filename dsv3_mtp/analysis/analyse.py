@@ -19,10 +19,10 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.data.sampler import sequential_windows, spare_windows
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.data.tokenizer import recorded_encoder
+from dsv3_mtp.files.run_folder import newest_checkpoint, read_reached, tokenizer_of
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.moe import MoE
 from dsv3_mtp.report.metrics import read_metrics
-from dsv3_mtp.runs.loading import newest_checkpoint, read_reached, tokenizer_of
 from dsv3_mtp.train.floors import fitted_tables, readable_training, text_tables
 
 

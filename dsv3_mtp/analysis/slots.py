@@ -24,8 +24,8 @@ from dsv3_mtp.model.overlap import chunks, log_probabilities, slot_overlaps
 from dsv3_mtp.model.states import HeadOutput
 from dsv3_mtp.model.targets import valid_targets
 from dsv3_mtp.train.drafts import TableDrafters
-from dsv3_mtp.train.evaluate import to_device
 from dsv3_mtp.train.floors import taught_slots
+from dsv3_mtp.train.validation import to_device
 
 
 @dataclass

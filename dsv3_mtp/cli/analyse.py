@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
 def opened(folder: str, options: argparse.Namespace, device: Any) -> Any:
     """A run as `analyse` takes it."""
     from dsv3_mtp.analysis.analyse import Subject
-    from dsv3_mtp.train.evaluate import open_model
+    from dsv3_mtp.train.validation import open_model
 
     model, config = open_model(
         run=folder,
@@ -100,7 +100,7 @@ def text_of(subject: Any, other: Any, options: argparse.Namespace) -> Any:
     """
     from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
-    from dsv3_mtp.runs.loading import tokenizer_of
+    from dsv3_mtp.files.run_folder import tokenizer_of
 
     if options.data:
         source: Any = open_source(options.data, options.split)
