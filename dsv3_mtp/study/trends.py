@@ -17,7 +17,7 @@ from dsv3_mtp.study import stats
 from dsv3_mtp.study.archive import Table
 from dsv3_mtp.study.findings import ALPHA, FEWEST, values_of
 from dsv3_mtp.study.matrix import Study
-from dsv3_mtp.study.page import Block, Heading, Paragraph, Rows
+from dsv3_mtp.study.page import Element, Heading, Paragraph, Rows
 from dsv3_mtp.study.power import detectable
 from dsv3_mtp.study.stats import Interval
 from dsv3_mtp.study.trend_key import Trend
@@ -87,9 +87,9 @@ def _slope(study: Study, table: Table, name: str, trend: Trend) -> Slope:
     x = np.log10(sizes)
     y = np.array([[values[seed] for seed in seeds] for _, values in points])  # (sizes, seeds)
     slope, start = np.polyfit(x, y, 1)  # of each seed
-    ends = (start + slope * x[place] for place in (0, -1))
-    intervals = (stats.t_interval(part.tolist()) for part in (slope, *ends))
-    return Slope(name, trend.by, sizes, *intervals)
+    fitted = (slope, start + slope * x[0], start + slope * x[-1])
+    per_decade, first, last = (stats.t_interval(part.tolist()) for part in fitted)
+    return Slope(name, trend.by, sizes, per_decade, first, last)
 
 
 def _size(table: Table, arm: str, by: str) -> float:
@@ -100,7 +100,7 @@ def _size(table: Table, arm: str, by: str) -> float:
     return float(records[0].parameters["inference"]) if records else 0.0
 
 
-def blocks(slopes: Sequence[Slope]) -> list[Block]:
+def blocks(slopes: Sequence[Slope]) -> list[Element]:
     """The table of the report; nothing where the study has no trends."""
     if not slopes:
         return []
