@@ -96,9 +96,8 @@ class Expected(Section):
     """What a comparison is expected to show in one metric, written before the runs."""
 
     effect: Number | dict[Text, Number] | None = None
-    """Arm minus the arm compared with, signed, in units of the metric: one number for all arms, or
-    one
-    per arm. 0: equal, within +-margin. null: not said."""
+    """Arm minus the arm compared with, in units of the metric, for all arms or one number per arm.
+    0: equal, within +-margin. null: not said."""
     sd: Positive | None = None
     """Standard deviation of the paired differences over seeds. A solve rate needs none."""
     source: Text
@@ -158,9 +157,7 @@ class AcceptanceSection(Section):
     prefixes: Count = 64
     prefix_tokens: Count = 64
     new_tokens: Annotated[Integer, Field(ge=3)] = 16
-    """The first comes with the prompt, and the last of a step from the main model: two have nothing
-    to
-    draft."""
+    """The first comes with the prompt, the last of a step from the main model: without a draft."""
     draws: Count = 4
     """The prefixes are dealt to so many sets, each with random numbers of its own: the sd over
     draws
