@@ -76,6 +76,8 @@ def test_runs_that_cannot_be_read_on_the_same_windows_are_refused(runs, capsys):
 
 def test_a_task_is_refused(tmp_path, capsys):
     config = tiny({"data.task": {"type": "markov"}, "data.train": None, "data.val": None})
-    folder = write_run(tmp_path / "task", config, DeepseekV3MTP(config.model, config.mtp))
+    model = DeepseekV3MTP(config.model, config.mtp)
+    model.init_weights(1)
+    folder = write_run(tmp_path / "task", config, model)
     assert command("analyse", ["--run", str(folder)]) == 2
     assert "is no text" in capsys.readouterr().err
