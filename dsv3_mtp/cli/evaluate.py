@@ -162,9 +162,9 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.ops.tuning import tune
-    from dsv3_mtp.train.evaluate import open_model
     from dsv3_mtp.train.evaluation import evaluation
     from dsv3_mtp.train.floors import readable_training
+    from dsv3_mtp.train.validation import open_model
 
     model, config = open_model(
         run=options.run,
@@ -219,7 +219,7 @@ def opened(options: argparse.Namespace, config: Any) -> list[Any]:
         ValueError: they or --new-tokens do not fit the model.
     """
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
-    from dsv3_mtp.runs.loading import tokenizer_of
+    from dsv3_mtp.files.run_folder import tokenizer_of
 
     longest, new_tokens = config.model.max_position_embeddings, options.new_tokens
     task = config.data.task

@@ -12,8 +12,8 @@ from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.draft import no_drafter
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.train.evaluate import acceptance, validate
 from dsv3_mtp.train.floors import draft_statistics, drafter_floors, text_floors
+from dsv3_mtp.train.validation import acceptance, validate
 
 NEW_TOKENS = 64  # behind each prompt, where the model can read so many
 
