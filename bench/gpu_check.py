@@ -107,11 +107,12 @@ def environment() -> Iterator[Row]:
 def quantisers() -> Iterator[Row]:
     import torch
 
+    from dsv3_mtp.ops import te_library
     from dsv3_mtp.precision import te
     from dsv3_mtp.precision.quantise import BLOCK, ROW, quantise
 
-    if te.load()[0] is None:
-        yield [f"not run: Transformer Engine {te.load()[1]}", *[""] * 5]
+    if te_library.load()[0] is None:
+        yield [f"not run: Transformer Engine {te_library.load()[1]}", *[""] * 5]
         return
     for shape in ((256, 512), (1000, 576), (129, 272)):
         for dtype in (torch.bfloat16, torch.float32):

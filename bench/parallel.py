@@ -87,7 +87,7 @@ def composition(config: Any) -> str:
 
     config: a Config, the rest of the run.
     """
-    from dsv3_mtp.config.layout import refusals
+    from dsv3_mtp.config.layout import rank_problems
 
     names, reasons = list(FEATURES), list[str]()
 
@@ -102,7 +102,7 @@ def composition(config: Any) -> str:
         )
         for section, keys in [*FEATURES[row].items(), *FEATURES[column].items()]:
             run = run.model_copy(update={section: getattr(run, section).model_copy(update=keys)})
-        refused = refusals(run)
+        refused = rank_problems(run)
         reasons.extend(reason for reason in refused if reason not in reasons)
         return ", ".join(str(reasons.index(reason) + 1) for reason in refused) or "yes"
 

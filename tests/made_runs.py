@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dsv3_mtp.data.tokenizer import train_tokenizer
 from dsv3_mtp.files.digest import file_digest
+from dsv3_mtp.files.fragments import INDEX, Fragment, Fragments, merge_index, write_fragments
+from dsv3_mtp.files.run_folder import COMPLETE, newest_checkpoint
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.runs.fragments import INDEX, Fragment, Fragments, merge_index, write_fragments
-from dsv3_mtp.runs.loading import COMPLETE, newest_checkpoint
 
 
 def randomise(model: DeepseekV3MTP, seed: int = 0) -> DeepseekV3MTP:

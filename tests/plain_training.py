@@ -13,7 +13,7 @@ from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings, MTPOutput
-from dsv3_mtp.train.evaluate import to_device
+from dsv3_mtp.train.validation import to_device
 
 
 class PlainStep(NamedTuple):

@@ -21,7 +21,7 @@ NEEDS = (
 )  # the sections that the rules read
 
 
-def refusals(config: Any, world_size: int | None = None) -> list[str]:
+def rank_problems(config: Any, world_size: int | None = None) -> list[str]:
     """Every reason why this config cannot run on `world_size` ranks, as "key: text". None: on any
     number of ranks.
 

@@ -27,9 +27,9 @@ from dsv3_mtp.data.shards import (
     file_sha256,
     read_folder_index,
 )
-from dsv3_mtp.data.tokenise import PROGRESS, Position, ProgressCallback, Tokenising
+from dsv3_mtp.data.tokenise import PROGRESS, ProgressCallback, Tokenising, TokenisingState
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
-from dsv3_mtp.files.atomic import lock, naming, replacing, sync, sync_tree, write_json
+from dsv3_mtp.files.atomic import lock, naming_file, replacing, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
@@ -92,7 +92,7 @@ def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], Non
                 new = not partial.exists()
                 partial.mkdir(exist_ok=True)
                 try:
-                    with naming(partial):
+                    with naming_file(partial):
                         build(partial)
                 except ValueError:
                     if new:  # of input that has to change: there is nothing to go on from
@@ -212,8 +212,8 @@ def _begun(partial: Path) -> bool:
     return (partial / PROGRESS).is_file() and _read_position(partial)["documents"] > 0
 
 
-def _read_position(partial: Path) -> Position:
-    return read_json(partial / PROGRESS, Position, f"delete {partial} and start again")
+def _read_position(partial: Path) -> TokenisingState:
+    return read_json(partial / PROGRESS, TokenisingState, f"delete {partial} and start again")
 
 
 def _make_tokenizer(partial: Path, arguments: Arguments, inputs: Inputs) -> DocumentEncoder:

@@ -22,10 +22,12 @@ class Unreadable(ValueError):
 
 
 # Number of the next record, bytes read, text (not checked yet), where it stands.
-Record = tuple[int, int, Any, str]
+TextRecord = tuple[int, int, Any, str]
 
 
-def open_records(path: Path, key: str | None, start: int, cut: float | None) -> Iterator[Record]:
+def open_records(
+    path: Path, key: str | None, start: int, cut: float | None
+) -> Iterator[TextRecord]:
     """key: of the text in a record; None: the whole record, of JSON lines. cut: where to divide a
     text file in two, as a share of its characters; None: nowhere.
     """
@@ -38,7 +40,7 @@ def open_records(path: Path, key: str | None, start: int, cut: float | None) -> 
     return _text_records(path, start, cut)
 
 
-def _text_records(path: Path, start: int, cut: float | None) -> Iterator[Record]:
+def _text_records(path: Path, start: int, cut: float | None) -> Iterator[TextRecord]:
     """The whole file; or what lies before and behind the first line end from `cut` on."""
     if start == (1 if cut is None else 2):
         return
@@ -64,7 +66,7 @@ def _text_records(path: Path, start: int, cut: float | None) -> Iterator[Record]
             yield number, len(content) * number // 2, part, str(path)
 
 
-def jsonl_records(path: Path, key: str | None, start: int) -> Iterator[Record]:
+def jsonl_records(path: Path, key: str | None, start: int) -> Iterator[TextRecord]:
     with open(path, "rb") as raw:
         number = 0
         try:
@@ -105,7 +107,7 @@ def _json_text(line: bytes, key: str | None, place: str) -> Any:
     return record[key]
 
 
-def _table_records(path: Path, key: str, start: int) -> Iterator[Record]:
+def _table_records(path: Path, key: str, start: int) -> Iterator[TextRecord]:
     """Rows of a parquet file, or of an Arrow file as `datasets` saves them (IPC stream format)."""
     import pyarrow
 

@@ -184,10 +184,12 @@ def sequential_windows(
     `lookahead`. Windows repeat when the source has fewer than `count`; past the last document the
     first follows (as another document). A task has no end: these are its first validation rows.
     Micro-batches of `micro_batch_size` rows (None: one slice per rank) are dealt to the ranks in
-    turn, see `deal`.
+    turn, see `windows_of_rank`.
     """
     stream = source.stream(seq_len, None)
-    batches = deal(count, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+    batches = windows_of_rank(
+        count, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size
+    )
     return [
         _stack([stream.spread(row, count, seq_len + lookahead) for row in rows]) for rows in batches
     ]
@@ -208,7 +210,9 @@ def spare_windows(
     return _stack([stream.span(window * seq_len, seq_len + lookahead) for window in chosen])
 
 
-def deal(count: int, *, rank: int, world_size: int, micro_batch_size: int | None) -> list[range]:
+def windows_of_rank(
+    count: int, *, rank: int, world_size: int, micro_batch_size: int | None
+) -> list[range]:
     """The validation rows, out of `count`, of each of this rank's micro-batches."""
     micro = micro_batch_size or -(-count // world_size)
     return [range(i, min(i + micro, count)) for i in range(0, count, micro)][rank::world_size]

@@ -27,7 +27,7 @@ SAVE_SECONDS = 2.0
 
 
 @with_config(OPEN)
-class Position(TypedDict):
+class TokenisingState(TypedDict):
     """progress.json."""
 
     file: Amount

@@ -17,7 +17,7 @@ LEFT = re.compile(r"\..+\.\d+\.tmp")  # as `replacing` names them
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming_file(path: Path) -> Iterator[None]:
     """Adds the path to an OSError raised inside where it has none, as that of a full disk."""
     try:
         yield
@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path):
+        with naming_file(path):
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())

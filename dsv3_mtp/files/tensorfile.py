@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_mtp.files.atomic import naming
+from dsv3_mtp.files.atomic import naming_file
 from dsv3_mtp.files.checked import parse_json
 from dsv3_mtp.files.digest import Digest
 
@@ -130,7 +130,7 @@ def write_file(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> s
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     stream = iter(tensors)
-    with naming(path), path.open("wb") as file:
+    with naming_file(path), path.open("wb") as file:
         head = struct.pack("<Q", len(text)) + text
         file.write(head)
         digest = Digest()

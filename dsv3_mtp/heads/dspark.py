@@ -192,6 +192,10 @@ class DSpark(Head):
             "confidence": torch.stack([s * x for s, x in zip(shares, by_depth, strict=True)]).sum()
         }
 
+    def confidence(self, output: HeadOutput) -> Tensor | None:
+        logits = output.kept.get("confidence")
+        return None if logits is None else logits.float().sigmoid()
+
     def cost(self) -> Cost:
         depths, config = self.mtp.depths, self.config
         products: list[nn.Module] = []

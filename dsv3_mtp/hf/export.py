@@ -14,10 +14,11 @@ from dsv3_mtp.config import AdaptiveSchedule, Config, load_config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.files.atomic import lock, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
+from dsv3_mtp.files.run_folder import IMPORTED, newest_weights, read_reached, tokenizer_of
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, report, slots, summarise
-from dsv3_mtp.hf.load import is_finite, misfits, open_checkpoint, read_slot
+from dsv3_mtp.hf.load import is_finite, mismatches, open_checkpoint, read_slot
 from dsv3_mtp.hf.readers import findings
 from dsv3_mtp.hf.settings import (
     SPECIAL_IDS,
@@ -30,7 +31,6 @@ from dsv3_mtp.hf.settings import (
 from dsv3_mtp.hf.splice import TrunkFiles, splice
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
-from dsv3_mtp.runs.loading import IMPORTED, newest_weights, read_reached, tokenizer_of
 
 Read = Callable[[Slot], Tensor]
 TOKENIZER_FILES = (
@@ -184,7 +184,7 @@ def _open_run(
         )
     newest = stored.folder
     state = meta_model(config.model, config.mtp).state_dict()
-    problems = summarise(misfits(stored.shapes, state))
+    problems = summarise(mismatches(stored.shapes, state))
     progress = min(read_reached(newest)["tokens"] / config.train.total_tokens, 1.0)
     # Only the loss of the deepest module changes the weight of its norm. All ones: it never learnt.
     deepest = f"mtp.layers.{modules - 1}.shared_head.norm.weight"

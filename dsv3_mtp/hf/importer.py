@@ -16,6 +16,7 @@ from torch import Tensor
 from dsv3_mtp.config import Config, ConfigError, load_config
 from dsv3_mtp.config.tree import dump_tree, read_tree
 from dsv3_mtp.files.atomic import inside
+from dsv3_mtp.files.run_folder import IMPORTED
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint
@@ -29,7 +30,6 @@ from dsv3_mtp.hf.settings import (
     to_config_json,
     write_settings,
 )
-from dsv3_mtp.runs.loading import IMPORTED
 
 # How a stored type is kept: FP8 codes times a power of two are bfloat16 numbers.
 KEPT = {

@@ -257,7 +257,9 @@ def load_hf(folder: str | Path) -> tuple[DeepseekV3MTP, Path | None]:
     return model.eval(), tokenizer if tokenizer.is_file() else None
 
 
-def misfits(stored: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+def mismatches(
+    stored: Mapping[str, torch.Size], state: Mapping[str, Tensor]
+) -> list[tuple[str, str]]:
     """How the shapes in a run's checkpoint differ from those of its config's model. (tensor, what
     is wrong).
     """

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dsv3_mtp.config import MTPConfig
 from dsv3_mtp.config.schedules import depth_loss_weights
+from dsv3_mtp.model.objective_losses import Teacher, objective_losses
 from dsv3_mtp.model.output import LossSettings, MTPOutput
 from dsv3_mtp.model.overlap import row_overlap
 from dsv3_mtp.model.states import HeadOutput, HeadRows, LMHead, Scores, opened
@@ -28,7 +29,6 @@ from dsv3_mtp.model.targets import (
     valid_targets,
 )
 from dsv3_mtp.objectives.draft import TV
-from dsv3_mtp.objectives.losses import Teacher, objective_losses
 from dsv3_mtp.ops.compute import Shard
 from dsv3_mtp.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 from dsv3_mtp.ops.ranges import named

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3_mtp.ops import te_library
 from dsv3_mtp.ops.attention import Core, sdpa
-from dsv3_mtp.precision import te
 
 # what `auto` tries, by the major compute capability: Hopper, Blackwell
 ORDER = {9: ["fa4", "fa3", "sdpa"], 10: ["fa4", "sdpa"]}
@@ -85,7 +85,7 @@ def _try(
     if max(widths) > 256 or any(width % 8 for width in widths):
         return None, f"needs head widths that are multiples of 8 and at most 256 {sizes}"
     if name == "te":
-        module, reason = te.load()
+        module, reason = te_library.load()
         if module is None:
             return None, reason
         core = te_core(module, heads, widths)

@@ -5,7 +5,7 @@ One autograd function with its own backward, so that no step of it keeps more th
 scatters gradients. The gates weigh the hidden layer, F numbers per row, which is the same as
 weighing the output, C numbers. For FP8 products, which have a backward of their own, the other
 steps are there one by one too. Shapes: rows = N*K token-expert pairs, sorted by expert (plus
-padding, see `Layout`).
+padding, see `Permutation`).
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from dsv3_mtp.ops import choice, swiglu
 MULTIPLE = 64
 
 
-class Layout(NamedTuple):
+class Permutation(NamedTuple):
     """Where each token-expert pair sits among the sorted rows."""
 
     source: Tensor  # (rows,) int64: the token of each row; 0 for padding
@@ -39,7 +39,7 @@ def padding(x: Tensor) -> int:
 
 def sort_by_expert(
     chosen: Tensor, gates: Tensor, counts: Tensor, multiple: int, padded_rows: int | None = None
-) -> Layout:
+) -> Permutation:
     """chosen, gates: (N, K), counts: (E,). padded_rows: of all experts together. A caller on a GPU
     that knows this number gives it, so that the host need not wait for `counts`.
     """
@@ -52,7 +52,7 @@ def sort_by_expert(
         counts, rows = padded, int(padded.sum()) if padded_rows is None else padded_rows
     source = order.new_zeros(rows).index_copy_(0, place, order // chosen.shape[1])
     row_gates = gates.new_zeros(rows).index_copy_(0, place, gates.flatten()[order])
-    return Layout(
+    return Permutation(
         source,
         torch.empty_like(order).index_copy_(0, order, place).view_as(chosen),
         row_gates,
@@ -221,14 +221,14 @@ class _GatherSum(torch.autograd.Function):
 # --- the other steps one by one -------------------------------------------------------------------
 
 
-def to_experts(x: Tensor, layout: Layout) -> Tensor:
+def to_experts(x: Tensor, layout: Permutation) -> Tensor:
     """The rows of the experts from those of the tokens, (N, C) -> (rows, C). Padding is zeros:
     FP8's tiles see it.
     """
     return _ToExperts.apply(x, layout.source, layout.slots)
 
 
-def from_experts(rows: Tensor, layout: Layout) -> Tensor:
+def from_experts(rows: Tensor, layout: Permutation) -> Tensor:
     """The sum of each token's rows, (rows, C) -> (N, C)."""
     return _FromExperts.apply(rows, layout.source, layout.slots)
 

@@ -5,9 +5,9 @@ decayed quality.
 import torch
 from torch import Tensor
 
+from dsv3_mtp.files.fragments import AVERAGE, Fragments
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.placement import TensorShard, tensor_shards
-from dsv3_mtp.runs.fragments import AVERAGE, Fragments
 
 
 class WeightAverage:

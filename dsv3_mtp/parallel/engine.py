@@ -14,7 +14,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.config.layout import data_size, refusals
+from dsv3_mtp.config.layout import data_size, rank_problems
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
 from dsv3_mtp.ops.ranges import named
@@ -31,7 +31,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         ValueError: this many ranks cannot be laid out as the config says.
     """
     train = config.train
-    if refused := refusals(config, world_size):
+    if refused := rank_problems(config, world_size):
         raise ValueError("\n".join(refused))
     rows = train.micro_batch_size * data_size(config, world_size)
     generated: dict[str, Any] = {

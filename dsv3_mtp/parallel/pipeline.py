@@ -174,7 +174,7 @@ class SharedEmbedding(TiedLayerSpec):
         return self.module
 
 
-class Stages(PipelineModule):
+class PipelinedModel(PipelineModule):
     """The model as DeepSpeed's pipeline: `stage_layers` decides which layer is on which stage."""
 
     def __init__(
@@ -271,7 +271,7 @@ class PipelineEngine(Engine):
         config: Config,
         **start: Any,
     ):
-        self.stages = Stages(model, stage_layers(config), self.loss)
+        self.stages = PipelinedModel(model, stage_layers(config), self.loss)
         super().__init__(model, optimizer, module=self.stages, **start)
         private.replace_instruction(self.engine, schedule.BackwardPass, backward_pass)
         self.total, self.counted = model.no_output(), 0

@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 from dsv3_mtp.config import Config, schedules
-from dsv3_mtp.config.layout import refusals
+from dsv3_mtp.config.layout import rank_problems
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
-from dsv3_mtp.plan.memory import Layout, Stage, bubbles, communication, layout, plan
+from dsv3_mtp.plan.memory import Layout, StagePlan, bubbles, communication, layout, plan
 from dsv3_mtp.report.metrics import peak_flops
 from dsv3_mtp.report.plots import plot_schedules
 from dsv3_mtp.report.progress import duration
@@ -39,7 +39,7 @@ def dry_run(config: Config, *, world_size: int, plot: bool, settings: bool = Fal
         ValueError: `world_size` ranks cannot be laid out as the config says.
     """
     folder = run_folder(config)
-    if refused := refusals(config, world_size):
+    if refused := rank_problems(config, world_size):
         raise ValueError("\n".join([*refused, *near_sizes(config, world_size)]))
     model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
     size, shape = model_size(model, config.data.seq_len), layout(config, world_size)
@@ -71,7 +71,7 @@ def dry_run(config: Config, *, world_size: int, plot: bool, settings: bool = Fal
 def near_sizes(config: Config, world_size: int) -> list[str]:
     """A line that names the nearest numbers of ranks, below and above, that the config fits."""
     ranges = range(world_size - 1, 0, -1), range(world_size + 1, 8 * max(world_size, 256))
-    usable = [next((n for n in near if not refusals(config, n)), None) for near in ranges]
+    usable = [next((n for n in near if not rank_problems(config, n)), None) for near in ranges]
     found = " and ".join(f"{n:,}" for n in usable if n is not None)
     return [f"--world-size: the nearest that fit are {found}"] if found else []
 
@@ -92,7 +92,7 @@ def size_rows(config: Config, size: ModelSize) -> dict[str, Any]:
     }
 
 
-def memory_table(config: Config, stages: list[Stage]) -> str:
+def memory_table(config: Config, stages: list[StagePlan]) -> str:
     """One line for each pipeline stage, then what the largest fits into."""
     head = [
         "stage",

@@ -13,7 +13,7 @@ from math import comb
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import data_size
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.objectives import losses
+from dsv3_mtp.model.objective_losses import CHUNK_ELEMENTS, CHUNKS_ON_GPU
 from dsv3_mtp.ops.cross_entropy import chunk_rows
 from dsv3_mtp.parallel.pipeline import stage_layers
 from dsv3_mtp.plan.parts import Part, activation_elements, backward_elements, parts
@@ -48,7 +48,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StagePlan:
     """Bytes on each rank of one pipeline stage."""
 
     names: list[str]
@@ -74,7 +74,7 @@ class Stage:
 
 
 def layout(config: Config, world_size: int) -> Layout:
-    """Raises nothing: `config.layout.refusals` says which numbers of ranks do not fit."""
+    """Raises nothing: `config.layout.rank_problems` says which numbers of ranks do not fit."""
     parallel, train = config.parallel, config.train
     groups, slices = data_size(config, world_size), parallel.sequence_parallel_size
     micro_batches = train.batch_size // (train.micro_batch_size * groups)
@@ -89,7 +89,7 @@ def layout(config: Config, world_size: int) -> Layout:
     )
 
 
-def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[Stage]:
+def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[StagePlan]:
     """Memory of every pipeline stage; without a pipeline, of the only one. `model` may be on the
     meta device.
     """
@@ -109,7 +109,7 @@ def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[Stage]:
     return stages
 
 
-def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> Stage:
+def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> StagePlan:
     dense, experts = (
         sum(part.dense for part in mine),
         sum(part.experts for part in mine) // shape.experts,
@@ -150,7 +150,7 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
     # from the stage before
     received = 0 if mine[0].name == "embedding" else config.model.hidden_size
     kept = received + sum(activation_elements(config, part) for part in mine)
-    return Stage(
+    return StagePlan(
         names=[part.name for part in mine],
         dense=dense,
         experts=experts,
@@ -191,8 +191,7 @@ def _loss_bytes(config: Config, mine: list[Part]) -> float:
     size = float(element_size(config) * chunk * model.vocab_size + wide)
     if any(not kind.cross_entropy for kind, _ in config.mtp.objectives):
         # other objectives: eight chunks in float32, and one more gradient of the head
-        size += 8 * 4 * min(losses.CHUNKS_ON_GPU * losses.CHUNK_ELEMENTS, rows * model.vocab_size)
-        size += wide
+        size += 8 * 4 * min(CHUNKS_ON_GPU * CHUNK_ELEMENTS, rows * model.vocab_size) + wide
     return size
 
 
@@ -224,7 +223,7 @@ def _backward_bytes(config: Config, mine: list[Part], shape: Layout) -> float:
     return max(most, copied * waiting - freed)
 
 
-def communication(config: Config, stages: list[Stage], shape: Layout) -> dict[str, float]:
+def communication(config: Config, stages: list[StagePlan], shape: Layout) -> dict[str, float]:
     """Bytes that a rank of the busiest stage sends in one optimizer step, by purpose."""
     zero, element, model = config.parallel.zero_stage, element_size(config), config.model
     every, learned = (

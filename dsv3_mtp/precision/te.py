@@ -1,4 +1,4 @@
-"""Transformer Engine, and its only importer: te.Linear and te.GroupedLinear under the
+"""Transformer Engine: te.Linear and te.GroupedLinear under the
 Float8BlockScaling recipe.
 
 Parameters stay ours: the TE modules are handed the layer's own `weight`, and are themselves not
@@ -6,46 +6,17 @@ part of the model, so that checkpoints and optimizers see the same names and ten
 backend.
 """
 
-import ctypes
 import functools
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_mtp.ops.te_library import load
 from dsv3_mtp.precision.quantise import Scale
 
 ALIGN = 16  # tokens of a product, and dimensions of a weight
-
-
-@functools.cache
-def load() -> tuple[Any, str]:
-    """(transformer_engine.pytorch, "") or (None, why not). It fails in more ways than
-    ImportError.
-    """
-    try:
-        load_cudnn()
-        import transformer_engine.pytorch as te
-
-        available, reason = te.is_fp8_block_scaling_available(return_reason=True)
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        return None, f"cannot be imported ({why}); pip install -e '.[te]' after torch"
-    return (te, "") if available else (None, f"has no FP8 block scaling here: {reason}")
-
-
-def load_cudnn() -> None:
-    """All of the cuDNN that pip installed for torch. TE would take the system's for what torch has
-    not loaded yet, and two versions in one process break each other.
-    """
-    folder = Path(torch.__file__).parents[1] / "nvidia" / "cudnn"
-    if folder.exists():
-        os.environ.setdefault("CUDNN_HOME", str(folder))
-        for library in sorted(folder.glob("lib/libcudnn*.so.9")):
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def unsupported(device: torch.device) -> str | None:

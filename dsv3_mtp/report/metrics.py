@@ -16,7 +16,7 @@ from typing import Any, NotRequired
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from dsv3_mtp.files.atomic import naming, sync, write_text
+from dsv3_mtp.files.atomic import naming_file, sync, write_text
 from dsv3_mtp.files.checked import OPEN, parse_json
 
 Record = Mapping[str, Any]
@@ -54,7 +54,7 @@ class MetricsLog:
         line = json.dumps(
             {key: _encode(key, value) for key, value in record.items()}, allow_nan=False
         )
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+        with naming_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def sync(self) -> None:

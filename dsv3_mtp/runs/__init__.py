@@ -1,3 +1,3 @@
-"""A run folder: what it holds (folder.py), its checkpoints (loading.py, fragments.py), its model
-(model.py).
+"""What is done with a run folder: its writing (folder.py), its model (model.py), its digests
+(verify.py). files/run_folder.py reads it.
 """

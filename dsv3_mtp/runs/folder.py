@@ -23,8 +23,8 @@ from dsv3_mtp.config.section import OnResume
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.files.atomic import lock, sweep, write_json, write_text
 from dsv3_mtp.files.checked import OPEN, read_json
+from dsv3_mtp.files.run_folder import checkpoints, is_complete, newest_checkpoint
 from dsv3_mtp.report.metrics import read_metrics
-from dsv3_mtp.runs.loading import checkpoints, is_complete, newest_checkpoint
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "transformer-engine", "flash-attn")
 MANIFEST = "manifest.json"

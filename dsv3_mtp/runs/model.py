@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 
 from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.files.run_folder import newest_weights, start_weights, tokenizer_of
 from dsv3_mtp.hf.keys import report, summarise
-from dsv3_mtp.hf.load import empty_model, is_finite, load_weights, misfits
+from dsv3_mtp.hf.load import empty_model, is_finite, load_weights, mismatches
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.runs.loading import newest_weights, start_weights, tokenizer_of
 
 
 class LoadedModel(NamedTuple):
@@ -50,7 +50,7 @@ def load_model(
     model = empty_model(config.model, config.mtp, getattr(torch, config.train.dtype))
     if stored is not None:
         state = model.state_dict()
-        if problems := summarise(misfits(stored.shapes, state)):
+        if problems := summarise(mismatches(stored.shapes, state)):
             where = f"{stored.folder}: its weights do not fit {folder / 'config.yaml'}"
             raise ValueError(report(where, problems))
         for name, tensor in state.items():

@@ -7,12 +7,12 @@ from dsv3_mtp.config import code, load_config
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.data.shards import INDEX as PREPARED
 from dsv3_mtp.data.shards import verify_folder
+from dsv3_mtp.files.fragments import Fragments
+from dsv3_mtp.files.run_folder import COMPLETE, IMPORTED, checkpoints, differences, is_complete
 from dsv3_mtp.hf.files import INDEX as SHARDED
 from dsv3_mtp.hf.load import open_checkpoint
 from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.runs.folder import MANIFEST, read_starts
-from dsv3_mtp.runs.fragments import Fragments
-from dsv3_mtp.runs.loading import COMPLETE, IMPORTED, checkpoints, differences, is_complete
 
 
 def verify(folder: str | Path) -> list[str]:

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dsv3_mtp.config import Config
 from dsv3_mtp.study.archive import Table
 from dsv3_mtp.study.findings import values_of
-from dsv3_mtp.study.page import Block, Heading, Paragraph, Rows
+from dsv3_mtp.study.page import Element, Heading, Paragraph, Rows
 
 
-def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Block]:
+def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Element]:
     """Losses above the true source's on the same tokens, and acceptance beside the best
     possible.
     """

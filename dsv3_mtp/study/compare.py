@@ -19,7 +19,7 @@ from dsv3_mtp.study.findings import LOSS, effects_of
 from dsv3_mtp.study.folder import IGNORED
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import measure
-from dsv3_mtp.study.page import Block, Heading, Paragraph, Picture, Rows, to_html, to_markdown
+from dsv3_mtp.study.page import Element, Heading, Paragraph, Picture, Rows, to_html, to_markdown
 from dsv3_mtp.study.pictures import draw_all
 from dsv3_mtp.study.pictures.base import PictureData
 
@@ -58,7 +58,7 @@ def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> 
         for item in draw_all(data, out)
         if item[0] not in ("answer.png", "effects.png")
     ]
-    blocks: list[Block] = [
+    blocks: list[Element] = [
         Heading("Runs side by side", 1),
         Paragraph("Not planned beforehand: differences here are for looking, not for claims."),
         Rows(*_settings(by_arm)),

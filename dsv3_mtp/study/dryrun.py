@@ -36,7 +36,8 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
         rows.append(
             (name, count, quantity(size.mtp_total), budget, f"{flops:.2e}", parent, arm.about)
         )
-    workers = jobs or 1
+    workers, ranks = jobs or 1, study.ranks
+    at_once = f"{workers} process(es)" if ranks == 1 else f"{workers} run(s) of {ranks} processes"
     return "\n".join(
         [
             f"# {study.run.name}, scale {study.scale}: {study.question.strip()}",
@@ -48,7 +49,7 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
                 f"seeds = {len(study.arms) * len(study.seeds)} runs"
             ),
             f"training FLOPs: {total:.3e}",
-            f"time: about {duration(total / speed / workers)} in {workers} process(es) at a time, "
+            f"time: about {duration(total / speed / workers / ranks)} in {at_once} at a time, "
             f"at {speed:.1e} FLOP/s each (scales.{study.scale}.flops_per_s)",
             f"results: {study.folder}",
             "",

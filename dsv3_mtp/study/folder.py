@@ -8,7 +8,7 @@ from statistics import fmean
 from dsv3_mtp.config import Config, code, load_config
 from dsv3_mtp.config.resume import FREE, differences
 from dsv3_mtp.config.tree import read_tree
-from dsv3_mtp.runs.loading import checkpoints
+from dsv3_mtp.files.run_folder import checkpoints
 from dsv3_mtp.study.archive import RunRecord, read_archive, read_results, write_results
 from dsv3_mtp.study.expand import Run, expand, whole_steps
 from dsv3_mtp.study.load import LoadedStudy

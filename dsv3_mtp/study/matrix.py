@@ -177,7 +177,9 @@ class StudyScale(Section):
     """Run config that every arm starts from, relative to the study file."""
     set: Overrides = {}
     flops_per_s: Positive
-    """Training FLOP/s of one worker: turns FLOPs into the time that --dry-run foretells."""
+    """Training FLOP/s of one process: turns FLOPs into the time that --dry-run foretells."""
+    ranks: Count = 1
+    """Processes of every run, on one host: what `parallel` lays out."""
 
 
 class Study(Section):
@@ -315,6 +317,11 @@ class Study(Section):
         if self.grid:
             places.append(("grid.set", self.grid.set))
         return places + [(f"arms.{name}.set", arm.set) for name, arm in self.arms.items()]
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a run."""
+        return self.scales[self.scale].ranks
 
     @property
     def folder(self) -> Path:

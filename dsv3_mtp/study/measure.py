@@ -26,8 +26,8 @@ from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.study.archive import Curve, Data, Fork, RunRecord, Start
 from dsv3_mtp.study.expand import Run, consumed, size_of, training_flops
 from dsv3_mtp.study.matrix import AcceptanceSection, Study
-from dsv3_mtp.train.evaluate import acceptance, validate
 from dsv3_mtp.train.floors import drafter_floors
+from dsv3_mtp.train.validation import acceptance, validate
 
 SOLVED = "task/exact_match"
 SHIFT = "shift"  # a split of sitelib

@@ -8,12 +8,12 @@ from dsv3_mtp.study.alarms import TRIGRAM, alarms, dirty, primary_arms
 from dsv3_mtp.study.corpus import other_corpus
 from dsv3_mtp.study.findings import Findings, is_primary, values_of
 from dsv3_mtp.study.matrix import EVERY_ARM
-from dsv3_mtp.study.page import Block, Heading, Items, Paragraph, Picture
+from dsv3_mtp.study.page import Element, Heading, Items, Paragraph, Picture
 
 SMALL = 10_000_000  # parameters below which a report says that its scale is small
 
 
-def opening(found: Findings, picture: Picture) -> list[Block]:
+def opening(found: Findings, picture: Picture) -> list[Element]:
     study = found.loaded.study
     warnings = [f"Not interpretable: {alarm}." for alarm in alarms(study, found.table)]
     if text := dirty(found.table):

@@ -55,14 +55,14 @@ class Picture:
     caption: str
 
 
-Block = Heading | Paragraph | Items | Rows | Code | Picture
+Element = Heading | Paragraph | Items | Rows | Code | Picture
 
 
-def to_markdown(blocks: Sequence[Block]) -> str:
+def to_markdown(blocks: Sequence[Element]) -> str:
     return "\n\n".join(_markdown(block) for block in blocks) + "\n"
 
 
-def _markdown(block: Block) -> str:
+def _markdown(block: Element) -> str:
     match block:
         case Heading():
             return f"{'#' * block.level} {block.text}"
@@ -94,7 +94,7 @@ class Live:
     """PNG file -> the element in its place."""
 
 
-def to_html(blocks: Sequence[Block], live: Live, *, title: str, folder: Path) -> str:
+def to_html(blocks: Sequence[Element], live: Live, *, title: str, folder: Path) -> str:
     """The page; what is not live is a picture, read from `folder` and put into it."""
     parts = [_html(block, folder, live.elements) for block in blocks]
     first = next(n for n, block in enumerate(blocks) if isinstance(block, Picture))
@@ -109,7 +109,7 @@ def to_html(blocks: Sequence[Block], live: Live, *, title: str, folder: Path) ->
     )
 
 
-def _html(block: Block, folder: Path, elements: Mapping[str, str]) -> str:
+def _html(block: Element, folder: Path, elements: Mapping[str, str]) -> str:
     match block:
         case Heading():
             return f"<h{block.level}>{html.escape(block.text)}</h{block.level}>"

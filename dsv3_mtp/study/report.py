@@ -24,8 +24,8 @@ from dsv3_mtp.study.measure import loss_error_metrics
 from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.opening import opening
 from dsv3_mtp.study.page import (
-    Block,
     Code,
+    Element,
     Heading,
     Items,
     Paragraph,
@@ -113,7 +113,7 @@ def _with_loss_errors(loaded: LoadedStudy, table: Table) -> Table:
 # --- setup, health, plan --------------------------------------------------------------------------
 
 
-def setup(found: Findings) -> list[Block]:
+def setup(found: Findings) -> list[Element]:
     study = found.loaded.study
     scale, rows = study.scales[study.scale], []
     for arm, spec in study.arms.items():
@@ -177,11 +177,11 @@ def drafts_line(loaded: LoadedStudy) -> str:
     )
 
 
-def health(found: Findings) -> list[Block]:
+def health(found: Findings) -> list[Element]:
     """What did not go well, and the leak alarm."""
     study, table = found.loaded.study, found.table
     missing = findings.lost(table, list(study.arms)) + findings.not_run(study, table)
-    blocks: list[Block] = [Heading("Runs that do not count, and leaks")]
+    blocks: list[Element] = [Heading("Runs that do not count, and leaks")]
     good = Paragraph("Every run of the matrix finished; none diverged.")
     blocks.append(Items(missing) if missing else good)
     leaks = findings.leaks(table)
@@ -197,13 +197,13 @@ def health(found: Findings) -> list[Block]:
     return [*blocks, Paragraph(text), Items(leaks[:20] + more)]
 
 
-def plan_blocks(found: Findings) -> list[Block]:
+def plan_blocks(found: Findings) -> list[Element]:
     study, plan, table = found.loaded.study, found.plan, found.table
     lines = []
     for effect in (e for e in found.effects if is_primary(study, e)):
         lost = findings.lost(table, [effect.arm, effect.against])
         lines.append(words.verdict(effect, margin=study.primary.margin, lost_runs=lost))
-    blocks: list[Block] = [
+    blocks: list[Element] = [
         Heading("The plan, and what came of it"),
         Paragraph(
             f"Frozen at the first start, {plan.frozen_at}, with hash {plan.hash[:16]}. Expected "
@@ -241,7 +241,7 @@ def sources(power: Sequence[Detectable]) -> str:
     return "; ".join(dict.fromkeys(d.source for d in power if d.source)) or "solve rates need none"
 
 
-def environment(records: Sequence[RunRecord]) -> list[Block]:
+def environment(records: Sequence[RunRecord]) -> list[Element]:
     """Commit, data, versions, hardware: every value that occurs, so that a mixture shows."""
     starts = [start for record in records for start in record.starts]
 

@@ -11,17 +11,17 @@ from dsv3_mtp.study.findings import LOSS, Effect, draw_sd, is_primary, values_of
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import ABOVE, OVERLAP
 from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
-from dsv3_mtp.study.page import Block, Heading, Paragraph, Rows
+from dsv3_mtp.study.page import Element, Heading, Paragraph, Rows
 from dsv3_mtp.study.power import Detectable
 
 FLOORS = ("unigram", "bigram", "trigram")
 
 
-def floor_tables(study: Study, table: Table) -> list[Block]:
+def floor_tables(study: Study, table: Table) -> list[Element]:
     """The main loss beside n-gram tables of the same tokens, and overlap beside drafters without a
     network.
     """
-    blocks: list[Block] = []
+    blocks: list[Element] = []
     names = [f"val/floor/{name}" for name in FLOORS]
     rows = []
     for arm in study.arms:
@@ -56,7 +56,7 @@ def _mean(table: Table, arm: str, metric: str, spec: str) -> str:
     return format(fmean(values), spec) if values else "-"
 
 
-def result_table(study: Study, table: Table) -> list[Block]:
+def result_table(study: Study, table: Table) -> list[Element]:
     # Beside acceptance, whether the text repeats itself (then it is easily predicted), tokens per
     # step.
     beside = [
@@ -97,8 +97,8 @@ def interval_cell(table: Table, arm: str, metric: str) -> str:
     return f"{i.mean:.4f} +- {i.high - i.mean:.4f} ({i.n}){spread}"
 
 
-def comparison_tables(study: Study, table: Table, effects: Sequence[Effect]) -> list[Block]:
-    found: list[Block] = [Heading("Comparisons")]
+def comparison_tables(study: Study, table: Table, effects: Sequence[Effect]) -> list[Element]:
+    found: list[Element] = [Heading("Comparisons")]
     for name, comparison in study.comparisons.items():
         group = [e for e in effects if e.comparison == name and e.interval is not None]
         if group:
@@ -188,7 +188,7 @@ def reading(effect: Effect) -> str:
     return text + words.expectation(effect)
 
 
-def pair_table(table: Table, comparison: str, group: Sequence[Effect]) -> list[Block]:
+def pair_table(table: Table, comparison: str, group: Sequence[Effect]) -> list[Element]:
     """Of arms whose trunks were trained apart: overlap falls as a trunk learns, so it is read with
     the loss.
     """

@@ -45,7 +45,7 @@ Report = Callable[[int, int, int], None]  # prompts done, prompts in all, tokens
 
 
 @with_config(OPEN)
-class Position(TypedDict):
+class AnsweringState(TypedDict):
     """progress.json."""
 
     arguments: dict[str, Any]
@@ -222,11 +222,11 @@ class _Answering:
             left.unlink(missing_ok=True)
 
 
-def _saved(partial: Path, recorded: dict[str, Any]) -> Position | None:
+def _saved(partial: Path, recorded: dict[str, Any]) -> AnsweringState | None:
     path = partial / PROGRESS
     if not path.is_file():
         return None
-    state = read_json(path, Position, f"delete {partial} and start again")
+    state = read_json(path, AnsweringState, f"delete {partial} and start again")
     if other := [key for key in recorded if state["arguments"].get(key) != recorded[key]]:
         raise ValueError(
             f"{partial} was begun with another {', '.join(other)}; repeat it, choose another "

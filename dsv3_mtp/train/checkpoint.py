@@ -24,16 +24,11 @@ import torch.distributed as dist
 from pydantic import with_config
 from typing_extensions import TypedDict
 
-from dsv3_mtp.files.atomic import naming, sync, write_json, write_text
+from dsv3_mtp.files.atomic import naming_file, sync, write_json, write_text
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.files.digest import file_digest
 from dsv3_mtp.files.format import FORMAT, check_format
-from dsv3_mtp.hf.load import is_finite
-from dsv3_mtp.parallel.average import WeightAverage
-from dsv3_mtp.parallel.engine import Engine
-from dsv3_mtp.parallel.launch import World, on_all, on_main
-from dsv3_mtp.parallel.placement import TensorShard, restoring, tensor_shards
-from dsv3_mtp.runs.fragments import (
+from dsv3_mtp.files.fragments import (
     AVERAGE,
     INDEX,
     Fragment,
@@ -43,7 +38,7 @@ from dsv3_mtp.runs.fragments import (
     shard_name,
     write_fragments,
 )
-from dsv3_mtp.runs.loading import (
+from dsv3_mtp.files.run_folder import (
     COMPLETE,
     STATE,
     Reached,
@@ -52,12 +47,17 @@ from dsv3_mtp.runs.loading import (
     is_complete,
     read_complete,
 )
+from dsv3_mtp.hf.load import is_finite
+from dsv3_mtp.parallel.average import WeightAverage
+from dsv3_mtp.parallel.engine import Engine
+from dsv3_mtp.parallel.launch import World, on_all, on_main
+from dsv3_mtp.parallel.placement import TensorShard, restoring, tensor_shards
 
 COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed, which counts them
 
 
 @with_config(OPEN)
-class Position(TypedDict):
+class SamplerState(TypedDict):
     """What `Sampler.load_state_dict` reads beside the identity of its stream."""
 
     samples: int
@@ -76,7 +76,7 @@ class SavedState(Reached):
     """state.json."""
 
     config: dict[str, Any]
-    sampler: Position
+    sampler: SamplerState
     clock: Seconds
     layout: str
 
@@ -149,7 +149,7 @@ def _commit(
     parts: what `write_fragments` returned to each rank.
     """
     root = folder.parent
-    with naming(folder):
+    with naming_file(folder):
         (folder / INDEX).write_text(json.dumps(merge_index(part for part, _ in parts)))
         (folder / STATE).write_text(json.dumps({"format": FORMAT} | state, indent=1))
     digests = {shard_name(rank): digest for rank, (_, digest) in enumerate(parts)}

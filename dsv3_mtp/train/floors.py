@@ -15,13 +15,13 @@ from dsv3_mtp.data.ngrams import MOST_TOKENS, NGrams, floor_metrics
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.sampler import Sampler, sequential_windows, spare_windows
 from dsv3_mtp.data.source import DataSource, Source
+from dsv3_mtp.files.run_folder import newest_checkpoint, read_reached
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.model.targets import teacher_slots, valid_targets
-from dsv3_mtp.runs.loading import newest_checkpoint, read_reached
 from dsv3_mtp.train.checkpoint import read_state
 from dsv3_mtp.train.drafts import DraftStatistics, TableDrafters
-from dsv3_mtp.train.evaluate import to_device
+from dsv3_mtp.train.validation import to_device
 
 FIT_SLOTS = 2**16  # of the table drafters: other windows of the validation text
 
@@ -161,7 +161,8 @@ def draft_statistics(
         output = model.head_rows(tokens, documents)
         states = output.by_depth(model.depths)
         taught = output.scored_slots(_taught(model, tokens, documents, scored), first=1)
-        statistics.add(model.lm_head.head_logits, states, tokens, taught)
+        confidence = model.mtp.confidence(output)
+        statistics.add(model.lm_head.head_logits, states, tokens, taught, confidence)
     return statistics.metrics()
 
 

@@ -26,7 +26,6 @@ from dsv3_mtp.report.monitors import Monitor, open_monitors
 from dsv3_mtp.report.progress import Progress
 from dsv3_mtp.runs.folder import find_checkpoints, lock_folder, run_folder, write_run_folder
 from dsv3_mtp.train import checkpoint, words
-from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, to_device
 from dsv3_mtp.train.floors import text_floors
 from dsv3_mtp.train.gradients import gradient_angle
 from dsv3_mtp.train.optim import build_optimizer
@@ -40,6 +39,7 @@ from dsv3_mtp.train.record import (
     speed_metrics,
 )
 from dsv3_mtp.train.resume import resume_notes, resumed_lambda
+from dsv3_mtp.train.validation import evaluate, metric_means, metric_sums, to_device
 
 
 class Trainer:

@@ -10,11 +10,11 @@ from dsv3_mtp.config.reader import show
 from dsv3_mtp.data.ngrams import early_training
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import DataSource
+from dsv3_mtp.files.run_folder import newest_checkpoint
 from dsv3_mtp.model.size import ModelSize
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.report.metrics import LEAK_RATIO
 from dsv3_mtp.report.progress import WIDTH, floors_line, quantity
-from dsv3_mtp.runs.loading import newest_checkpoint
 
 
 def header(config: Config, size: ModelSize, world: World, sampler: Sampler) -> list[str]:

@@ -18,8 +18,8 @@ from dsv3_mtp.data.source import open_source
 from dsv3_mtp.decode.generate import generate
 from dsv3_mtp.hf import export_hf, import_hf
 from dsv3_mtp.runs.model import load_model
-from dsv3_mtp.train import evaluate
-from dsv3_mtp.train.evaluate import open_model, validate
+from dsv3_mtp.train import validation
+from dsv3_mtp.train.validation import open_model, validate
 
 CPU = torch.device("cpu")
 VOCAB = 300
@@ -193,13 +193,13 @@ def test_acceptance_has_a_seed_and_sets_of_prompts_that_share_none(run, corpus, 
         texts.append(list(prompts))
         return generate(model, prompts, settings)
 
-    monkeypatch.setattr(evaluate, "generate", generate_and_note)
+    monkeypatch.setattr(validation, "generate", generate_and_note)
     source = open_source(corpus, "val")
     sizes = {"depth": 2, "seq_len": 32, "new_tokens": 12, "temperature": 1.0}
 
     def drawn(seed: int, first: int, step: int = 3) -> dict[str, float]:
         chosen = {"prompts": 12, "seed": seed, "part": (first, step)}
-        return evaluate.acceptance(model, source, **sizes, **chosen)
+        return validation.acceptance(model, source, **sizes, **chosen)
 
     assert drawn(1, 0) == drawn(1, 0) != drawn(2, 0)
     drawn(1, 1), drawn(1, 2), drawn(1, 0, 1)

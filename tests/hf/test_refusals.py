@@ -362,7 +362,7 @@ def test_a_user_error_is_one_report_with_exit_code_2(tmp_path, name, arguments, 
     [
         ("export", "dsv3_mtp.hf.export_hf", ["--run", "x", "--out", "y"]),
         ("import", "dsv3_mtp.hf.import_hf", ["--from", "x", "--out", "y"]),
-        ("evaluate", "dsv3_mtp.train.evaluate.open_model", ["--run", "x"]),
+        ("evaluate", "dsv3_mtp.train.validation.open_model", ["--run", "x"]),
     ],
 )
 def test_an_interrupt_is_one_line_and_exit_code_130(monkeypatch, capsys, name, patched, arguments):

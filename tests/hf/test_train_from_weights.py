@@ -11,7 +11,7 @@ from dsv3_mtp.data.source import open_source
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
 from dsv3_mtp.ops.tuning import tune_cpu
 from dsv3_mtp.report.metrics import read_metrics
-from dsv3_mtp.train.evaluate import open_model, validate
+from dsv3_mtp.train.validation import open_model, validate
 from tests.conftest import short_run
 from tests.made_runs import read_newest
 from tests.ranks import run_ranks, train_to_end, write_markov

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dsv3_mtp.model import objective_losses as losses
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.objective_losses import Teacher, objective_losses
 from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.model.states import HeadRows, LMHead, Output, Scores
 from dsv3_mtp.model.targets import valid_targets
-from dsv3_mtp.objectives import losses, registry
+from dsv3_mtp.objectives import registry
 from dsv3_mtp.objectives.base import Objective, Slots
-from dsv3_mtp.objectives.losses import Teacher, objective_losses
 from tests.conftest import tiny
 from tests.heads_under_test import KINDS
 

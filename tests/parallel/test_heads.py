@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.config.layout import refusals
-from dsv3_mtp.train.evaluate import evaluate
+from dsv3_mtp.config.layout import rank_problems
 from dsv3_mtp.train.trainer import Trainer
+from dsv3_mtp.train.validation import evaluate
 from tests.conftest import tiny
 from tests.heads_under_test import KINDS
 from tests.ranks import chosen, run_ranks, write_markov
@@ -70,7 +70,7 @@ def found(tmp_path_factory, request) -> dict[tuple[str, str], dict[str, Any]]:
         for kind in KINDS:
             if (kind, layout) in cases and (kind, layout) != ("InnerHead", "PP=2"):
                 config = make_config(folder / f"{number}-{kind}", data, kind, keys)
-                assert refusals(config, ranks) == []
+                assert rank_problems(config, ranks) == []
                 jobs[kind] = config, str(folder / f"seen-{number}-{kind}")
         if not jobs:
             continue

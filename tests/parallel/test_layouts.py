@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.config.layout import refusals
+from dsv3_mtp.config.layout import rank_problems
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.objectives import registry
 from dsv3_mtp.ops.compute import Compute
 from dsv3_mtp.parallel.build import build_model
 from dsv3_mtp.parallel.launch import World
-from dsv3_mtp.train.evaluate import evaluate
 from dsv3_mtp.train.process import own_process
 from dsv3_mtp.train.trainer import Trainer
+from dsv3_mtp.train.validation import evaluate
 from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
 from tests.ranks import chosen, rows, run_ranks, write_markov
@@ -331,8 +331,8 @@ def test_a_rank_holds_only_its_experts_and_copies_stay_equal(seen, layout):
 
 def test_layouts_that_do_not_fit_the_ranks_are_refused_all_at_once(tmp_path):
     config = make_config(tmp_path, "data", "D1", experts=4, stage=1)
-    assert refusals(config) == refusals(config, 4) == []
-    first, second = refusals(config, 6)
+    assert rank_problems(config) == rank_problems(config, 4) == []
+    first, second = rank_problems(config, 6)
     assert first == "parallel.expert_parallel_size: must divide the number of ranks, 6 (got 4)"
     assert second.startswith(
         "train.batch_size: 8 sequences do not divide into micro-batches of 2 on 6 ranks"

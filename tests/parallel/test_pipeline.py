@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.config.layout import refusals, uncut
+from dsv3_mtp.config.layout import rank_problems, uncut
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.hf.load import load_weights
@@ -27,8 +27,8 @@ from dsv3_mtp.parallel.build import build_model
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.parallel.pipeline import balanced, stage_layers
-from dsv3_mtp.train.evaluate import evaluate, metric_means, metric_sums, validate
 from dsv3_mtp.train.process import own_process
+from dsv3_mtp.train.validation import evaluate, metric_means, metric_sums, validate
 from tests.conftest import tiny
 from tests.made_runs import randomise, write_run
 from tests.plain_training import plain_steps
@@ -363,7 +363,8 @@ def test_a_stage_holds_only_its_part_and_loads_only_that(data, tmp_path, make_ti
 def test_what_does_not_fit_the_number_of_ranks_is_said(data, tmp_path, ranks, overrides, problem):
     settings = {"parallel.pipeline_stages": 2, "train.batch_size": 6, **overrides}
     assert any(
-        text.startswith(problem) for text in refusals(make_config(tmp_path, data, settings), ranks)
+        text.startswith(problem)
+        for text in rank_problems(make_config(tmp_path, data, settings), ranks)
     )
 
 

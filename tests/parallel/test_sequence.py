@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from bench.meter import Meter
 from dsv3_mtp.config import Config
-from dsv3_mtp.config.layout import describe, refusals
+from dsv3_mtp.config.layout import describe, rank_problems
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.ops.compute import Compute, Shard, building
@@ -214,7 +214,7 @@ def test_rows_that_cannot_be_sliced_are_refused(make_tiny_config, overrides, ran
         )
     assert any(
         text.startswith(f"parallel.sequence_parallel_size: {problem}")
-        for text in refusals(config, ranks)
+        for text in rank_problems(config, ranks)
     )
 
 
@@ -223,7 +223,7 @@ def test_deepspeed_and_the_sampler_are_told_their_own_numbers_of_ranks(make_tiny
     given = deepspeed_config(config, 8)  # 4 groups of 2 ranks: 4 sequences, and 8 halves of one
     assert (given["train_batch_size"], given["train_micro_batch_size_per_gpu"]) == (8, 1)
     assert given["gradient_accumulation_steps"] == 1
-    (problem,) = refusals(config, 16)
+    (problem,) = rank_problems(config, 16)
     assert problem.endswith(
         "do not divide into micro-batches of 1 on 8 groups of 2 ranks; use a multiple of 8"
     )

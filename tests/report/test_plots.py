@@ -164,6 +164,17 @@ def test_plot_schedules_shows_the_schedule_functions(tmp_path, make_tiny_config,
     for line in depths:
         np.testing.assert_allclose([line.get_ydata()[0], line.get_ydata()[-1]], [0.15, 0.05])
     assert total.get_xdata()[-1] == config.train.total_tokens
+    for ax in drawn[0].axes:
+        assert all(line.get_drawstyle() == "steps-post" for line in ax.lines)  # no slopes
+
+
+def test_plot_run_draws_a_jump_of_lambda_as_a_jump(tmp_path, drawn):
+    run = records(1, 30)
+    for record in run[15:]:
+        record["train/mtp_weight"] = 0.1
+    plot_run(run, tmp_path / "curves.png", title="run")
+    (line,) = [line for ax in drawn[0].axes for line in ax.lines if line.get_color() == "#d55e00"]
+    assert line.get_drawstyle() == "steps-pre"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dsv3_mtp.files.format import FORMAT, check_format
-from dsv3_mtp.runs.loading import COMPLETE, is_complete, newest_checkpoint
+from dsv3_mtp.files.run_folder import COMPLETE, is_complete, newest_checkpoint
 from dsv3_mtp.train.checkpoint import read_state
 
 

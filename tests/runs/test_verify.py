@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dsv3_mtp.config import load_config
+from dsv3_mtp.files.fragments import INDEX, shard_name
+from dsv3_mtp.files.run_folder import STATE
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
-from dsv3_mtp.runs.fragments import INDEX, shard_name
-from dsv3_mtp.runs.loading import STATE
 from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.runs.verify import verify
 from tests.made_runs import complete, write_checkpoint, write_text_run

@@ -13,7 +13,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.measure import above_table, along_text
-from dsv3_mtp.train.evaluate import validate
+from dsv3_mtp.train.validation import validate
 from tests.made_runs import randomise, write_run
 from tests.ranks import write_markov
 

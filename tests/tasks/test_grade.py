@@ -20,7 +20,7 @@ from dsv3_mtp.tasks.base import TaskSource
 from dsv3_mtp.tasks.markov import MarkovTask, step_entropy, transition_matrix
 from dsv3_mtp.tasks.polynomial import PolynomialTask
 from dsv3_mtp.tasks.star import StarTask
-from dsv3_mtp.train.evaluate import acceptance, open_model, validate
+from dsv3_mtp.train.validation import acceptance, open_model, validate
 from tests.conftest import short_run
 from tests.ranks import run_ranks, timeless, train_to_end, train_until
 

@@ -11,10 +11,10 @@ import torch
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.layout import describe
+from dsv3_mtp.files.fragments import Fragments
+from dsv3_mtp.files.run_folder import COMPLETE
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.runs.fragments import Fragments
-from dsv3_mtp.runs.loading import COMPLETE
 from dsv3_mtp.train.process import own_process
 from tests.made_runs import randomise, write_run
 from tests.ranks import run_ranks, write_markov

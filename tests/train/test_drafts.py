@@ -27,7 +27,8 @@ def test_draft_statistics_are_those_by_hand(make_tiny_config):
     taught = teacher_slots(valid_targets(*rows, model.offsets, scored), model.offsets)
     vocab = model.config.vocab_size
     statistics = DraftStatistics((2, 3), vocab, temperature=0.7, device=torch.device("cpu"))
-    statistics.add(model.lm_head.head_logits, hiddens, rows[0], taught)
+    sure = torch.rand(2, 3, T, dtype=torch.float64)
+    statistics.add(model.lm_head.head_logits, hiddens, rows[0], taught, sure)
     found = statistics.metrics()
     probability = (model.logits(*rows[:2]) / 0.7).softmax(-1)
     for k in (1, 2):
@@ -55,6 +56,11 @@ def test_draft_statistics_are_those_by_hand(make_tiny_config):
                 chosen = (top >= number / 10) & (top < (number + 1) / 10)
                 gaps += abs(float((top[chosen] - hit[chosen].double()).sum()))
             assert found[f"drafts/ece_{name}/{k}"] == pytest.approx(gaps / len(slots))
+        own = torch.stack([sure[k - 1, b, i] for b, i in slots])
+        assert found[f"drafts/confidence/{k}"] == pytest.approx(float(own.mean()))
+        tenth = (own * 10).long()
+        gaps = sum(abs(float((own - overlap)[tenth == n].sum())) for n in range(10))
+        assert found[f"drafts/ece_confidence/{k}"] == pytest.approx(gaps / len(slots))
 
 
 @pytest.mark.parametrize("reads_tokens", [True, False])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dsv3_mtp.config import schedules
+from dsv3_mtp.files.run_folder import newest_checkpoint
 from dsv3_mtp.report.metrics import read_metrics
-from dsv3_mtp.runs.loading import newest_checkpoint
 from dsv3_mtp.study.expand import shared_steps
 from dsv3_mtp.train import checkpoint
 from tests.conftest import short_run

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dsv3_mtp.files.atomic import write_json
+from dsv3_mtp.files.fragments import Fragment, Fragments, write_fragments
+from dsv3_mtp.files.run_folder import newest_sound, read_reached
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.hf.load import open_checkpoint
 from dsv3_mtp.report.metrics import MetricsLog, read_metrics
-from dsv3_mtp.runs.fragments import Fragment, Fragments, write_fragments
-from dsv3_mtp.runs.loading import newest_sound, read_reached
 from dsv3_mtp.runs.verify import verify
 from dsv3_mtp.train import checkpoint
 from tests.made_runs import write_text_run

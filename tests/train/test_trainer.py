@@ -20,10 +20,10 @@ from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.data.ngrams import NGrams
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.sampler import sequential_windows
+from dsv3_mtp.files.fragments import shard_name
+from dsv3_mtp.files.run_folder import newest_checkpoint, newest_weights
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.report.metrics import read_metrics
-from dsv3_mtp.runs.fragments import shard_name
-from dsv3_mtp.runs.loading import newest_checkpoint, newest_weights
 from dsv3_mtp.runs.model import load_model
 from dsv3_mtp.train import checkpoint
 from dsv3_mtp.train.floors import text_floors, trained_on

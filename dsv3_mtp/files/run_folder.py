@@ -11,7 +11,7 @@ from dsv3_mtp.config import Config
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.files.digest import difference
 from dsv3_mtp.files.format import check_format
-from dsv3_mtp.runs.fragments import AVERAGE, Fragments
+from dsv3_mtp.files.fragments import AVERAGE, Fragments
 
 # written last: the step, DeepSpeed's counters, and the size of every file of a checkpoint
 COMPLETE = "COMPLETE.json"

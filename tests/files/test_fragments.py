@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dsv3_mtp.runs.fragments import (
+from dsv3_mtp.files.fragments import (
     INDEX,
     Fragment,
     Fragments,

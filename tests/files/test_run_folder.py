@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_mtp.files.fragments import shard_name
+from dsv3_mtp.files.run_folder import newest_checkpoint, tokenizer_of
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.runs.fragments import shard_name
-from dsv3_mtp.runs.loading import newest_checkpoint, tokenizer_of
 from dsv3_mtp.runs.model import load_model
 from tests.conftest import contents
 from tests.made_runs import write_checkpoint, write_text_run

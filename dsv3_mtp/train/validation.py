@@ -18,7 +18,7 @@ from torch import Tensor
 from dsv3_mtp.config import Config, ConfigError
 from dsv3_mtp.config.reader import problems_of
 from dsv3_mtp.config.task import Generate
-from dsv3_mtp.data.sampler import deal, sequential_windows
+from dsv3_mtp.data.sampler import sequential_windows, windows_of_rank
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import load_hf
@@ -81,7 +81,7 @@ def validate(
     sums = metric_sums(model.evaluate(batch, blanks=blanks))
     grade = None
     if source.task is not None:
-        rows = [row for part in deal(count, **share) for row in part]
+        rows = [row for part in windows_of_rank(count, **share) for row in part]
         whole = model if isinstance(model, DeepseekV3MTP) else model.model
         grade = source.task.grading(config.data.seq_len, config.mtp, greedy(whole))
         grade.mark(rows, windows)
@@ -231,7 +231,7 @@ def acceptance(
     Args:
         part: (first, step): only every `step`-th of the prompts, from number `first` on.
         seed: of the random numbers at a temperature.
-        drafting: `draft_threshold` and `draft_vocab` of `Settings`.
+        drafting: `recycle`, `draft_threshold` and `draft_vocab` of `Settings`.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.
