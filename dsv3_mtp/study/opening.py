@@ -1,6 +1,6 @@
 """The first screen of a report: question, answer, one picture, and what the study does not show."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import findings, words
@@ -13,7 +13,8 @@ from dsv3_mtp.study.page import Element, Heading, Items, Paragraph, Picture
 SMALL = 10_000_000  # parameters below which a report says that its scale is small
 
 
-def opening(found: Findings, picture: Picture) -> list[Element]:
+def opening(found: Findings, pictures: Sequence[Picture]) -> list[Element]:
+    """pictures: the answer's, if it was drawn."""
     study = found.loaded.study
     warnings = [f"Not interpretable: {alarm}." for alarm in alarms(study, found.table)]
     if text := dirty(found.table):
@@ -25,7 +26,7 @@ def opening(found: Findings, picture: Picture) -> list[Element]:
         Paragraph(study.question.strip()),
         Heading("Answer"),
         Paragraph(" ".join(words.answer(study, found.effects))),
-        picture,
+        *pictures,
         Heading("What it does not show"),
         Items(list(not_shown(found))),
     ]

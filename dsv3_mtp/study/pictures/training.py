@@ -13,7 +13,9 @@ from dsv3_mtp.study.stats import t_interval
 
 
 def draw_losses(data: PictureData) -> Figure | None:
-    curves, differences = data.curves(LOSS), data.over_reference()
+    curves = data.curves(LOSS)
+    # heads on a frozen or detached trunk leave the main loss as it is
+    differences = {arm: s for arm, s in data.over_reference().items() if s.values.any()}
     if data.reference not in curves:
         return None
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -84,6 +86,9 @@ def draw_balance(data: PictureData) -> Figure | None:
     figure = Figure(figsize=(2 + 5 * len(panels), 4.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, found) in zip(axes, panels.items(), strict=True):
+        first, *others = found.values()
+        if others and all(np.array_equal(first.values, other.values) for other in others):
+            title, found = f"{title} (the same in all arms)", dict(list(found.items())[:1])
         for arm, (tokens, values, _) in found.items():
             width = max(1, len(tokens) // 12)
             smooth = np.convolve(values.mean(0), np.ones(width) / width, "valid")
