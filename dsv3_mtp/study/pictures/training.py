@@ -13,9 +13,7 @@ from dsv3_mtp.study.stats import t_interval
 
 
 def draw_losses(data: PictureData) -> Figure | None:
-    curves = data.curves(LOSS)
-    # heads on a frozen or detached trunk leave the main loss as it is
-    differences = {arm: s for arm, s in data.over_reference().items() if s.values.any()}
+    curves, differences = data.curves(LOSS), data.over_reference()
     if data.reference not in curves:
         return None
     figure = Figure(figsize=(12, 5), layout="constrained")
