@@ -44,7 +44,7 @@ GPU = "NVIDIA H200"
 RATE, BANDWIDTH, LINK = 790e12, 4.3e12 * 0.75, 300e9
 EFFICIENCY = {"products": 0.85, "grouped": 0.80, "attention": 0.52, "float32": 0.06}
 LATENCY = 2e-6  # of the shortest kernel behind another
-FREE = ("empty", "detach", "alias", "lift")  # launch nothing
+FREE = ("empty", "new_empty", "detach", "alias", "lift")  # launch nothing
 
 
 class Count(TorchDispatchMode):
