@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="needs triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))  # as Python does for a script
@@ -80,3 +81,13 @@ def test_an_operation_takes_the_longest_of_bytes_flops_and_a_launch(moved, flops
     count = roofline.Count()
     count.add("products", moved, flops, rate)
     assert count.seconds == {"products": pytest.approx(seconds)}
+
+
+def test_what_launches_nothing_is_not_counted():
+    x = torch.empty(4, 6, device="meta")
+    with roofline.Count() as count:
+        x.new_empty(5), torch.empty_like(x), x.detach(), x.t()[1:].unsqueeze(0)
+    assert not count.launches
+    with count:
+        x + x
+    assert count.launches == {"passes": 1} and count.seconds == {"passes": roofline.LATENCY}
