@@ -32,6 +32,7 @@ LAYERS = {
     "plan": 9,
     "train": 9,
     "study": 10,
+    "analysis": 10,
     "api": 11,
     "cli": 11,
 }

@@ -23,7 +23,8 @@ COVERED = re.compile(
 MARKED = re.compile(r"#.*\b(GPUs?|nodes?|Slurm)\b")
 LAUNCHERS = {"python", "python3", "deepspeed", "torchrun"}
 # Sub-command of dsv3 -> the same command of a clone, and what comes before its arguments.
-DSV3 = {n: (f"tools/{n}.py", []) for n in ("train", "study", "generate", "evaluate", "verify")}
+SAME = ("train", "study", "generate", "evaluate", "analyse", "verify")
+DSV3 = {name: (f"tools/{name}.py", []) for name in SAME}
 DSV3 |= {"prepare": ("tools/prepare_data.py", []), "plan": ("tools/train.py", ["--dry-run"])}
 DSV3 |= {"export": ("tools/export_hf.py", []), "import": ("tools/import_hf.py", [])}
 

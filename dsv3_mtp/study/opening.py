@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from dsv3_mtp.report.progress import quantity
-from dsv3_mtp.study import findings, words
+from dsv3_mtp.study import findings, trends, words
 from dsv3_mtp.study.alarms import TRIGRAM, alarms, dirty, primary_arms
 from dsv3_mtp.study.corpus import other_corpus
 from dsv3_mtp.study.findings import Findings, is_primary, values_of
@@ -15,6 +15,8 @@ SMALL = 10_000_000  # parameters below which a report says that its scale is sma
 
 def opening(found: Findings, picture: Picture) -> list[Element]:
     study = found.loaded.study
+    answer = words.answer(study, found.effects)
+    answer += trends.sentences(trends.slopes_of(study, found.table))
     warnings = [f"Not interpretable: {alarm}." for alarm in alarms(study, found.table)]
     if text := dirty(found.table):
         warnings.append(f"{text[0].upper()}{text[1:]}.")
@@ -24,7 +26,7 @@ def opening(found: Findings, picture: Picture) -> list[Element]:
         Heading("Question"),
         Paragraph(study.question.strip()),
         Heading("Answer"),
-        Paragraph(" ".join(words.answer(study, found.effects))),
+        Paragraph(" ".join(answer)),
         picture,
         Heading("What it does not show"),
         Items(list(not_shown(found))),

@@ -14,7 +14,7 @@ from typing import Any
 
 from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.report.progress import quantity
-from dsv3_mtp.study import findings, hover, tables, words
+from dsv3_mtp.study import findings, hover, tables, trends, words
 from dsv3_mtp.study.archive import RunRecord, Table, table_of, write_archive
 from dsv3_mtp.study.calibration import calibration_table
 from dsv3_mtp.study.findings import Findings, is_primary
@@ -75,6 +75,7 @@ def write_report(
         *calibration_table(loaded.configs, table),
         *tables.result_table(study, table),
         *tables.comparison_tables(study, table, effects),
+        *trends.blocks(trends.slopes_of(study, table)),
         Heading("Pictures"),
         *(Picture(*item) for item in rest),
         *health(found),
