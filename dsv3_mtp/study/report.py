@@ -67,9 +67,10 @@ def write_report(
     found = Findings(loaded, plan, table, effects, list(detectables(study)))
     folder.mkdir(parents=True, exist_ok=True)
     data = PictureData(study, loaded.configs, table, effects)
-    first, *rest = draw_all(data, folder)
+    pictures = [Picture(*item) for item in draw_all(data, folder)]
+    first = [picture for picture in pictures if picture.file == "answer.png"]
     blocks = [
-        *opening(found, Picture(*first)),
+        *opening(found, first),
         *setup(found),
         *tables.floor_tables(study, table),
         *calibration_table(loaded.configs, table),
@@ -77,7 +78,7 @@ def write_report(
         *tables.comparison_tables(study, table, effects),
         *trends.blocks(trends.slopes_of(study, table)),
         Heading("Pictures"),
-        *(Picture(*item) for item in rest),
+        *(picture for picture in pictures if picture not in first),
         *health(found),
         *plan_blocks(found),
         *environment(found.records),
