@@ -54,6 +54,11 @@ for capability in map(int, sys.argv[1:]):
     for gates in (None, factor):
         kernels.swiglu(*made(rows, 2 * width).chunk(2, dim=1), gates)
         kernels.swiglu_backward(made(rows, width), *made(2, rows, width), gates)
+    for sizes in ((rows, width), (rows, 7168)):
+        x, weight = made(*sizes), made(sizes[1])
+        for other in (x, None):
+            scale = kernels.add_rms_norm(x, other, weight, 1e-6)[2]
+            kernels.add_rms_norm_backward(x, other, x, weight, scale, learns=other is not None)
     kernels.sum_rows(made(rows, width), torch.zeros(rows, 6, dtype=torch.int64))
     angles = torch.zeros(2, rows, 32)
     heads = kernels.to_heads(

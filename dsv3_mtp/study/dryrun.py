@@ -7,6 +7,7 @@ from dsv3_mtp.study.expand import Run, expand, size_of, tokens_of, training_flop
 from dsv3_mtp.study.load import LoadedStudy
 from dsv3_mtp.study.power import POWER, detectables
 from dsv3_mtp.study.tables import power_rows
+from dsv3_mtp.study.trends import detectable_lines
 
 
 def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
@@ -54,8 +55,18 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
             f"results: {study.folder}",
             "",
             *power_lines(loaded),
+            *trend_lines(loaded),
         ]
     )
+
+
+def trend_lines(loaded: LoadedStudy) -> list[str]:
+    sizes = {}
+    for name, config in loaded.configs.items():
+        # a matched arm has no budget yet: that of its own config
+        tokens = tokens_of(loaded, name, {}) or config.train.total_tokens
+        sizes[name] = (float(tokens), float(size_of(config).total))
+    return detectable_lines(loaded.study, sizes)
 
 
 def power_lines(loaded: LoadedStudy) -> list[str]:

@@ -15,8 +15,8 @@ from dsv3_mtp.model.overlap import (
     States,
     chunks,
     log_probabilities,
-    overlap_sums,
     pairs,
+    slot_overlaps,
 )
 
 # The main model's first choice is among so many first ones of the draft.
@@ -195,24 +195,24 @@ class TableDrafters:
                         0, behind, torch.ones_like(behind, dtype=torch.float32)
                     )
 
-    def sums_of(
+    def overlaps(
         self, head_logits: HeadLogits, hidden: Tensor, tokens: Tensor, taught: Tensor
     ) -> dict[str, Tensor]:
-        """`overlap_sums` of the drafters on other rows: {"constant": (4, D), "table": (4, D)}."""
+        """`slot_overlaps` of the drafters on other rows: {"constant": (D, B, T), "table": ...}."""
         length = hidden.shape[1]
         constant = (self.total / self.total.sum()).float()
         nothing = hidden.new_zeros(len(hidden), max(self.offsets) - 1, *hidden.shape[2:])
         behind = [tokens[:, read:][:, :length] for read in self.reads]
 
-        def overlaps(draft: Callable[[int, Tensor], Tensor]) -> Tensor:
+        def along(draft: Callable[[int, Tensor], Tensor]) -> Tensor:
             def logits(depth: int, x: Tensor) -> Tensor:
                 return head_logits(0, x) if depth == 0 else draft(depth, x).log()
 
             states = [hidden, *behind]
-            return overlap_sums(logits, states, nothing, taught, self.vocab_size, self.offsets)
+            return slot_overlaps(logits, states, nothing, taught, self.vocab_size, self.offsets)
 
-        found = {"constant": overlaps(lambda _, token: constant.expand(*token.shape, -1))}
+        found = {"constant": along(lambda _, token: constant.expand(*token.shape, -1))}
         if self.has_tables:
             tables = (self.sums + constant) / (self.counts + 1)[..., None]
-            found["table"] = overlaps(lambda k, token: tables[self.table_of[k - 1]][token])
+            found["table"] = along(lambda k, token: tables[self.table_of[k - 1]][token])
         return found

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.model.targets import teacher_slots, valid_targets
 from dsv3_mtp.train.drafts import DraftStatistics, TableDrafters
 
@@ -82,8 +81,8 @@ def test_a_table_drafter_is_perfect_where_the_main_model_is_that_table(reads_tok
     tables = TableDrafters([int(reads_tokens)], [2], vocab, device=torch.device("cpu"))
     tables.fit(logits, hidden[:300], tokens[:300])
     taught = teacher_slots(torch.ones(2, 100, length, dtype=torch.bool), (1, 2))
-    sums = tables.sums_of(logits, hidden[300:], tokens[300:], taught)
-    found = {name: overlap_means(part.tolist())["overlap/1"] for name, part in sums.items()}
+    overlaps = tables.overlaps(logits, hidden[300:], tokens[300:], taught)
+    found = {name: float(part[0][taught[0]].mean()) for name, part in overlaps.items()}
     pi = torch.linalg.matrix_power(chain, 60)[0]
     constant = (pi[:, None] * torch.minimum(chain, pi[None] @ chain)).sum()
     two_steps = chain @ chain
