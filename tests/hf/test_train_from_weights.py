@@ -63,7 +63,7 @@ def test_a_run_starts_from_the_weights_of_an_export(tmp_path, train):
         assert again[-1][key] == pytest.approx(last[key], abs=1e-6), key
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_fresh_module_learns_on_a_frozen_trunk_that_does_not_move(tmp_path, train, zero_stage):
     base, _, _ = train("base", mtp__mode="none")
     notes = export_hf(base, tmp_path / "hf", dtype="fp32")
