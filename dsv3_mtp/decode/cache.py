@@ -26,6 +26,17 @@ class Window(NamedTuple):
     mask: Tensor | None  # (1 or B, 1, T*H, end) additive; None: every slot is visible
 
 
+class FewSlots(NamedTuple):
+    """A window of few slots on a CPU, as its C kernels read it (ops/c_decode.py): what a slot may see
+    needs no mask there.
+    """
+
+    shape: tuple[int, int]  # (B, T)
+    starts: Sequence[int]  # each row's first slot
+    first: Tensor  # (B,) int64: `starts`
+    angles: Tensor  # (S, 1, P/2, 2): cosine and sine of every slot
+
+
 class CacheSlots:
     """Makes the windows of a model: where each row's new slots lie, their rotary angles, what they
     may see.
@@ -51,6 +62,10 @@ class CacheSlots:
         """
         shape = rows, self.slots, self.width
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
+
+    def few(self, starts: Sequence[int], length: int) -> FewSlots:
+        """`window` for the C kernels."""
+        return FewSlots((len(starts), length), starts, torch.tensor(starts), self.rotation)
 
     def window(self, starts: Sequence[int], length: int) -> Window:
         """Row b computes slots starts[b]..starts[b]+length-1 and sees slots 0..its own."""

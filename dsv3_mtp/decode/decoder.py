@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp.decode.cache import Window
+from dsv3_mtp.decode.cache import CacheSlots, FewSlots, Window
 from dsv3_mtp.decode.layers import Layer, Norm
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.states import TrunkStates
+from dsv3_mtp.ops import c, c_decode, choice
 
 DYNAMIC = r"L\['(window|caches?|tokens|hidden|x)'\].*"  # arguments whose sizes differ between calls
 
@@ -38,6 +39,7 @@ class Decoder:
             self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
         self.layers = DecodeTrunk(model)
         self.output = model.lm_head.weight.t()
+        self.by_c = choice.kernels(model.lm_head.weight) is c
         # with a draft vocabulary: its ids (N,), the output head of these, and which tokens it has
         # not
         self.draft_ids = self.draft_output = self.outside = None
@@ -50,7 +52,16 @@ class Decoder:
             self.outside[self.draft_ids] = False
         self.heads: list[Any] = model.mtp.decode_forms(model) if model.depths else []
 
-    def trunk(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
+    def window(self, slots: CacheSlots, starts: Sequence[int], length: int) -> Window | FewSlots:
+        """The window of these slots, of the kind that its layers run fastest."""
+        compiles = length <= self.compile_up_to
+        if self.by_c and not compiles and len(starts) * length <= c_decode.ROWS:
+            return slots.few(starts, length)
+        return slots.window(starts, length)
+
+    def trunk(
+        self, tokens: Tensor, caches: list[Tensor], window: Window | FewSlots
+    ) -> TrunkStates:
         """tokens: (B, T) of the window's slots; caches: (B, S, R+P) of each layer -> states, each
         (B*T, C).
         """
@@ -58,6 +69,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed states (N, C) -> (N, V)."""
+        if self.by_c and len(hidden) <= c_decode.ROWS:
+            return c_decode.linear(hidden, self.output.t())
         return torch.mm(hidden, self.output)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
@@ -114,7 +127,9 @@ class DecodeTrunk:
         self.norm = Norm(model.model.norm)
         self.kept = model.model.kept  # numbers of the layers whose output heads read
 
-    def forward(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
+    def forward(
+        self, tokens: Tensor, caches: list[Tensor], window: Window | FewSlots
+    ) -> TrunkStates:
         x = last_input = F.embedding(tokens.flatten(), self.table)
         layers = {}
         for number, (layer, latents) in enumerate(zip(self.layers, caches, strict=True)):

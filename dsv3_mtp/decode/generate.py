@@ -171,7 +171,7 @@ class _Batch:
 
     def _forward(self, starts: list[int], length: int):
         """The trunk on slots starts[b]..starts[b]+length-1 of each row."""
-        window = self.slots.window(starts, length)
+        window = self.decoder.window(self.slots, starts, length)
         return self.decoder.trunk(span(self.ids, starts, length), self.caches, window)
 
 

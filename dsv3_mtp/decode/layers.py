@@ -5,7 +5,10 @@ free. So norms give their weights to the product that follows, products with a c
 one, the softmax scale and, where that costs little more reading, W_UK go into the query's
 projection, and the views of experts are made beforehand. Each `generate` derives these weights from
 the model's own: they cannot go stale, and training never sees them. Copied are the attention's
-down-projections, W_UQ, W_UKV and the shared experts' gate and up; the rest are views.
+down-projections, W_UQ and W_UKV; the rest are views.
+
+Few slots on a CPU run in C, a sublayer at a time (ops/c_decode.py); prompts, other types and
+devices, and compiled steps run in torch.
 """
 
 import math
@@ -14,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp.decode.cache import Window
+from dsv3_mtp.decode.cache import FewSlots, Window
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, count
+from dsv3_mtp.ops import c, c_decode, choice
 
-FEW_TOKENS = 16  # up to here experts run one by one on a CPU
 # W_UK is multiplied into W_UQ where the product has at most this many times their elements.
 ABSORB = 1.5
 
@@ -33,8 +36,11 @@ class Norm:
         wide = torch.promote_types(self.dtype, torch.float32)
         self.gain = norm.weight.to(wide) * math.sqrt(size)  # (C,)
         self.floor = self.gain.new_tensor([math.sqrt(size * norm.eps)])
+        self.norm, self.by_c = norm, choice.kernels(norm.weight) is c
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.by_c and not torch.compiler.is_compiling():
+            return c.rms_norm(x, self.norm.weight, self.norm.eps)[0]
         return (x / self.length(x) * self.gain).to(self.dtype)
 
     def direction(self, x: Tensor) -> Tensor:
@@ -84,13 +90,28 @@ class Attention:
         )
         self.down = torch.cat(down).to(norm.weight.dtype).t()  # (C, q + R + P)
         self.up = rows.flatten(0, 1).to(norm.weight.dtype).t()  # (q, H (R+P)), or (q, H (nope+P))
-        self.w_uv = w_uv.transpose(1, 2).to(norm.weight.dtype).contiguous()  # (H, R, v)
+        w_uv = w_uv.to(norm.weight.dtype).contiguous()
+        self.w_uv = w_uv.transpose(1, 2)  # (H, R, v)
         self.out = mla.o_proj.weight.t()  # (H v, C)
+        self.few: c_decode.Attention | None = None
+        if choice.kernels(norm.weight) is c:
+            norms = self.norm, self.q_norm or self.norm, self.kv_norm
+            self.few = c_decode.Attention(
+                self.down.t(),
+                self.up.t(),
+                None if self.w_uk is None else self.w_uk.transpose(1, 2).contiguous(),
+                w_uv,
+                mla.o_proj.weight,
+                mla.rope,
+                floors=tuple(norm.floor.item() for norm in norms),
+            )
 
-    def __call__(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
+    def __call__(self, x: Tensor, cache: Tensor, window: Window | FewSlots) -> Tensor:
         """x: (N, C), N = B*T; cache: (B, S, R+P), where the window's slots are written -> (N,
         C).
         """
+        if isinstance(window, FewSlots):
+            return self.few(x, cache, window.angles, window.starts, window.first)
         hidden = self.norm.direction(x)
         low = torch.mm(hidden, self.down)
         self.write(low[:, self.q_rank :], cache, window)
@@ -153,12 +174,16 @@ class Dense:
 
     def __init__(self, norm: RMSNorm, mlp: MLP):
         self.norm = Norm(norm)
-        self.gate, self.up, self.down = (
-            part.weight.t() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        )
+        weights = tuple(part.weight for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.gate, self.up, self.down = (weight.t() for weight in weights)
+        self.few: c_decode.MLP | None = None
+        if self.norm.by_c:
+            self.few = c_decode.MLP(self.norm.gain, self.norm.floor.item(), weights)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *, few: bool = False) -> Tensor:
         """(N, C) -> (N, C)"""
+        if few and self.few is not None:
+            return self.few(x)
         hidden = self.norm(x)
         return torch.addmm(
             x, F.silu(torch.mm(hidden, self.gate)).mul_(torch.mm(hidden, self.up)), self.down
@@ -166,30 +191,35 @@ class Dense:
 
 
 class Mixture:
-    """x + MoE(norm(x)). The shared expert is as many experts of the common width, taken always and
-    with gate 1.
-    """
+    """x + MoE(norm(x))."""
 
     def __init__(self, norm: RMSNorm, moe: MoE):
         self.norm, self.moe = Norm(norm), moe
         self.router = moe.gate.weight.to(self.norm.gain.dtype).t()  # (C, E)
-        up, down = moe.experts.gate_up_proj, moe.experts.down_proj  # (E, 2F, C), (E, C, F)
-        self.width, self.shared = down.shape[2], []
-        self.up, self.down = [[weight.t() for weight in stack.unbind()] for stack in (up, down)]
-        if moe.shared_experts is not None:
-            count = moe.shared_experts.down_proj.weight.shape[1] // self.width
-            halves = [
-                part.weight.chunk(count)
-                for part in (moe.shared_experts.gate_proj, moe.shared_experts.up_proj)
-            ]
-            self.up += [torch.cat(pair).t() for pair in zip(*halves, strict=True)]
-            self.down += [
-                weight.t() for weight in moe.shared_experts.down_proj.weight.chunk(count, dim=1)
-            ]
-            self.shared = list(range(len(up), len(up) + count))
+        self.few: c_decode.MLP | None = None
+        if self.norm.by_c:
+            self.few = self.for_few()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def for_few(self) -> c_decode.MLP:
+        gate, experts, shared = self.moe.gate, self.moe.experts, self.moe.shared_experts
+        config, common = gate.config, None
+        how = config.n_group, config.topk_group, config.num_experts_per_tok
+        router = c_decode.Router(
+            gate.weight,
+            gate.e_score_correction_bias,
+            experts.gate_up_proj,
+            experts.down_proj,
+            (*how, config.norm_topk_prob, config.routed_scaling_factor),
+        )
+        if shared is not None:
+            parts = shared.gate_proj, shared.up_proj, shared.down_proj
+            common = tuple(part.weight for part in parts)
+        return c_decode.MLP(self.norm.gain, self.norm.floor.item(), common, router)
+
+    def __call__(self, x: Tensor, *, few: bool = False) -> Tensor:
         """(N, C) -> (N, C)"""
+        if few and self.few is not None:
+            return self.few(x)
         hidden = self.norm(x)
         # (N, E), in high precision as in V3
         scores = torch.mm(hidden.to(self.router.dtype), self.router).sigmoid()
@@ -197,36 +227,9 @@ class Mixture:
         gates = self.moe.gate.weigh(scores, chosen)  # (N, K)
         if torch.compiler.is_compiling():
             y = x + self.gathered(hidden, chosen, gates.to(x.dtype))
-        elif x.device.type == "cpu" and len(x) <= FEW_TOKENS:
-            return self.one_by_one(x, hidden, chosen, gates.to(x.dtype))
         else:
             y = x + self.moe.experts(hidden, chosen, gates, count(chosen, scores.shape[1]))
         return y if self.moe.shared_experts is None else y + self.moe.shared_experts(hidden)
-
-    def one_by_one(self, x: Tensor, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """Few tokens on a CPU: each expert that any of them chose runs on all of them, with gate 0
-        for the others.
-
-        At this size a product costs what reading its weights costs, whatever the number of rows;
-        sorting costs more.
-        """
-        if len(x) == 1:
-            experts, factors = chosen[0].tolist(), gates[0].tolist()
-        else:
-            share = x.new_zeros(len(x), self.router.shape[1]).scatter_(1, chosen, gates)  # (N, E)
-            experts = sorted(set(chosen.flatten().tolist()))
-            factors = [1.0] * len(experts)
-        both = x.new_empty(len(experts) + len(self.shared), len(x), 2 * self.width)
-        for row, expert in zip(both.unbind(), experts + self.shared, strict=True):
-            torch.mm(hidden, self.up[expert], out=row)
-        gate, up = both.chunk(2, dim=-1)
-        inner = F.silu(gate).mul_(up)  # (experts, N, F)
-        if len(x) > 1:
-            inner[: len(experts)].mul_(share.t()[experts].unsqueeze(2))
-        y, factors = x.clone(), factors + [1.0] * len(self.shared)
-        for row, expert, factor in zip(inner.unbind(), experts + self.shared, factors, strict=True):
-            y.addmm_(row, self.down[expert], alpha=factor)
-        return y
 
     def gathered(self, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """The routed experts for a compiler: static shapes, no loop. Inductor reads the picked
@@ -249,6 +252,7 @@ class Layer:
         norm, mlp = layer.post_attention_layernorm, layer.mlp
         self.feed_forward = Mixture(norm, mlp) if isinstance(mlp, MoE) else Dense(norm, mlp)
 
-    def __call__(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
+    def __call__(self, x: Tensor, cache: Tensor, window: Window | FewSlots) -> Tensor:
         """x: (N, C); cache: (B, S, R+P) of this layer, extended by the window's slots -> (N, C)."""
-        return self.feed_forward(self.attention(x, cache, window))
+        x = self.attention(x, cache, window)
+        return self.feed_forward(x, few=isinstance(window, FewSlots))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.section import Section
-from dsv3_mtp.decode.cache import Window, span
+from dsv3_mtp.decode.cache import FewSlots, Window, span
 from dsv3_mtp.decode.draft import Drafter, stacked
 from dsv3_mtp.decode.layers import Layer, Norm
 from dsv3_mtp.decode.sample import DraftSampler
@@ -208,7 +208,7 @@ class Module:
         self.normed = options.trunk_hidden == "post_norm"
 
     def forward(
-        self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window
+        self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window | FewSlots
     ) -> tuple[Tensor, Tensor]:
         """States (N, C) and tokens (N,) -> state, normed state."""
         inputs = [hidden] if len(self.norms) == 1 else [F.embedding(tokens, self.table), hidden]
@@ -321,7 +321,7 @@ class ChainDrafter(Drafter):
     def _module(self, depth: int, hidden: Any, starts: Sequence[int], length: int, ids: Tensor):
         """One module on (B*T, C) states -> its chained and its normed state, each (B*T, C)."""
         tokens = span(ids, [start + depth for start in starts], length)
-        window = self.slots.window(starts, length)
+        window = self.decoder.window(self.slots, starts, length)
         head = self.decoder.heads[min(depth, len(self.decoder.heads)) - 1]
         cache = self.caches[depth - 1]
         return self.decoder.run(Module.forward, head, hidden, tokens.flatten(), cache, window)

@@ -44,6 +44,9 @@ _SIGNATURES = {
     "attention_backward": "pppipppppppppp" + "iiiiiif",
     "sum_rows": "pippiii",
     "cross_entropy": "pppppii",
+    "decode_linear": "pppiii",
+    "decode_attention": "p" * 10 + "i" * 10 + "fff",
+    "decode_mlp": "p" * 10 + "i" * 9 + "ff",
 }
 
 
