@@ -27,8 +27,8 @@ class Window(NamedTuple):
 
 
 class FewSlots(NamedTuple):
-    """A window of few slots on a CPU, as its C kernels read it (ops/c_decode.py): what a slot may see
-    needs no mask there.
+    """A window of few slots on a CPU, as its C kernels read it (ops/c_decode.py): what a slot may
+    see needs no mask there.
     """
 
     shape: tuple[int, int]  # (B, T)
@@ -98,6 +98,16 @@ def span(ids: Tensor, starts: Sequence[int], length: int) -> Tensor:
         return ids[:, starts[0] : starts[0] + length]
     first = torch.tensor(starts, device=ids.device)[:, None]
     return ids.gather(1, first + torch.arange(length, device=ids.device))
+
+
+def put(ids: Tensor, slots: Sequence[int], tokens: Tensor) -> None:
+    """tokens (B,) become those at slots[b] of row b of ids (B, >S)."""
+    if min(slots) == max(slots):
+        ids[:, slots[0]] = tokens
+    else:
+        ids[torch.arange(len(slots), device=ids.device), torch.tensor(slots).to(ids.device)] = (
+            tokens
+        )
 
 
 class Ring:

@@ -12,6 +12,7 @@ devices, and compiled steps run in torch.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +37,8 @@ class Norm:
         wide = torch.promote_types(self.dtype, torch.float32)
         self.gain = norm.weight.to(wide) * math.sqrt(size)  # (C,)
         self.floor = self.gain.new_tensor([math.sqrt(size * norm.eps)])
-        self.norm, self.by_c = norm, choice.kernels(norm.weight) is c
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.by_c and not torch.compiler.is_compiling():
-            return c.rms_norm(x, self.norm.weight, self.norm.eps)[0]
         return (x / self.length(x) * self.gain).to(self.dtype)
 
     def direction(self, x: Tensor) -> Tensor:
@@ -60,7 +58,7 @@ class Attention:
     """
 
     def __init__(self, norm: RMSNorm, mla: MLA):
-        self.heads, self.rank = mla.heads, mla.kv_rank
+        self.heads, self.rank, self.rope = mla.heads, mla.kv_rank, mla.rope
         self.norm, self.kv_norm, self.q_norm = Norm(norm), Norm(mla.kv_a_layernorm), None
         down, self.q_rank = [mla.kv_a_proj_with_mqa.weight * self.norm.gain], 0
         if mla.q_compressed:
@@ -93,25 +91,18 @@ class Attention:
         w_uv = w_uv.to(norm.weight.dtype).contiguous()
         self.w_uv = w_uv.transpose(1, 2)  # (H, R, v)
         self.out = mla.o_proj.weight.t()  # (H v, C)
-        self.few: c_decode.Attention | None = None
-        if choice.kernels(norm.weight) is c:
-            norms = self.norm, self.q_norm or self.norm, self.kv_norm
-            self.few = c_decode.Attention(
-                self.down.t(),
-                self.up.t(),
-                None if self.w_uk is None else self.w_uk.transpose(1, 2).contiguous(),
-                w_uv,
-                mla.o_proj.weight,
-                mla.rope,
-                floors=tuple(norm.floor.item() for norm in norms),
-            )
 
-    def __call__(self, x: Tensor, cache: Tensor, window: Window | FewSlots) -> Tensor:
+    def for_c(self) -> c_decode.Attention:
+        norms = self.norm, self.q_norm or self.norm, self.kv_norm
+        w_uk = None if self.w_uk is None else self.w_uk.transpose(1, 2).contiguous()
+        weights = self.down.t(), self.up.t(), w_uk, self.w_uv.transpose(1, 2), self.out.t()
+        floor, q_floor, kv_floor = (norm.floor.item() for norm in norms)
+        return c_decode.Attention(*weights, self.rope, (floor, q_floor, kv_floor))
+
+    def __call__(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
         """x: (N, C), N = B*T; cache: (B, S, R+P), where the window's slots are written -> (N,
         C).
         """
-        if isinstance(window, FewSlots):
-            return self.few(x, cache, window.angles, window.starts, window.first)
         hidden = self.norm.direction(x)
         low = torch.mm(hidden, self.down)
         self.write(low[:, self.q_rank :], cache, window)
@@ -174,16 +165,16 @@ class Dense:
 
     def __init__(self, norm: RMSNorm, mlp: MLP):
         self.norm = Norm(norm)
-        weights = tuple(part.weight for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        self.gate, self.up, self.down = (weight.t() for weight in weights)
-        self.few: c_decode.MLP | None = None
-        if self.norm.by_c:
-            self.few = c_decode.MLP(self.norm.gain, self.norm.floor.item(), weights)
+        self.gate, self.up, self.down = (
+            part.weight.t() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
 
-    def __call__(self, x: Tensor, *, few: bool = False) -> Tensor:
+    def for_c(self) -> c_decode.MLP:
+        weights = self.gate.t(), self.up.t(), self.down.t()
+        return c_decode.MLP(self.norm.gain, self.norm.floor.item(), weights)
+
+    def __call__(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
-        if few and self.few is not None:
-            return self.few(x)
         hidden = self.norm(x)
         return torch.addmm(
             x, F.silu(torch.mm(hidden, self.gate)).mul_(torch.mm(hidden, self.up)), self.down
@@ -196,30 +187,27 @@ class Mixture:
     def __init__(self, norm: RMSNorm, moe: MoE):
         self.norm, self.moe = Norm(norm), moe
         self.router = moe.gate.weight.to(self.norm.gain.dtype).t()  # (C, E)
-        self.few: c_decode.MLP | None = None
-        if self.norm.by_c:
-            self.few = self.for_few()
 
-    def for_few(self) -> c_decode.MLP:
+    def for_c(self) -> c_decode.MLP:
         gate, experts, shared = self.moe.gate, self.moe.experts, self.moe.shared_experts
         config, common = gate.config, None
-        how = config.n_group, config.topk_group, config.num_experts_per_tok
         router = c_decode.Router(
             gate.weight,
             gate.e_score_correction_bias,
             experts.gate_up_proj,
             experts.down_proj,
-            (*how, config.norm_topk_prob, config.routed_scaling_factor),
+            groups=config.n_group,
+            topk_group=config.topk_group,
+            top_k=config.num_experts_per_tok,
+            normalise=config.norm_topk_prob,
+            scaling=config.routed_scaling_factor,
         )
         if shared is not None:
-            parts = shared.gate_proj, shared.up_proj, shared.down_proj
-            common = tuple(part.weight for part in parts)
+            common = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
         return c_decode.MLP(self.norm.gain, self.norm.floor.item(), common, router)
 
-    def __call__(self, x: Tensor, *, few: bool = False) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
-        if few and self.few is not None:
-            return self.few(x)
         hidden = self.norm(x)
         # (N, E), in high precision as in V3
         scores = torch.mm(hidden.to(self.router.dtype), self.router).sigmoid()
@@ -252,7 +240,33 @@ class Layer:
         norm, mlp = layer.post_attention_layernorm, layer.mlp
         self.feed_forward = Mixture(norm, mlp) if isinstance(mlp, MoE) else Dense(norm, mlp)
 
-    def __call__(self, x: Tensor, cache: Tensor, window: Window | FewSlots) -> Tensor:
+    def __call__(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
         """x: (N, C); cache: (B, S, R+P) of this layer, extended by the window's slots -> (N, C)."""
-        x = self.attention(x, cache, window)
-        return self.feed_forward(x, few=isinstance(window, FewSlots))
+        return self.feed_forward(self.attention(x, cache, window))
+
+
+class Layers:
+    """Decoder layers, one after the other, and the norm behind the last one: few slots in C, where
+    its kernels take the weights.
+    """
+
+    def __init__(self, layers: Iterable[DecoderLayer], norm: RMSNorm):
+        self.layers, self.norm, self.by_c = [Layer(layer) for layer in layers], Norm(norm), None
+        if choice.kernels(norm.weight) is c:
+            parts = [(layer.attention.for_c(), layer.feed_forward.for_c()) for layer in self.layers]
+            self.by_c = c_decode.Layers(parts, self.norm.gain, self.norm.floor.item())
+
+    def __call__(
+        self, x: Tensor, caches: Sequence[Tensor], window: Window | FewSlots
+    ) -> Sequence[Tensor]:
+        """x: (N, C); caches: of each layer (B, S, R+P), extended by the window's slots -> x, the
+        output of each layer, and the last one normed, each (N, C).
+        """
+        if isinstance(window, FewSlots):
+            assert self.by_c is not None, "Decoder.window makes these where the layers run in C"
+            x = x.contiguous()
+            return self.by_c(x, caches, window.starts, window.first, window.angles).unbind()
+        states = [x]
+        for layer, cache in zip(self.layers, caches, strict=True):
+            states.append(layer(states[-1], cache, window))
+        return [*states, self.norm(states[-1])]

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.section import Section
-from dsv3_mtp.decode.cache import FewSlots, Window, span
+from dsv3_mtp.decode.cache import FewSlots, Window, put, span
 from dsv3_mtp.decode.draft import Drafter, stacked
-from dsv3_mtp.decode.layers import Layer, Norm
+from dsv3_mtp.decode.layers import Layers, Norm
 from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head, SharedHead
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, TrunkStates
+from dsv3_mtp.ops import c_decode
 from dsv3_mtp.ops.compute import given
 
 
@@ -203,7 +204,8 @@ class Module:
         norms = [Norm(norm) for norm in (module.enorm, module.hnorm) if norm is not None]
         gain = torch.cat([norm.gain for norm in norms])
         self.table, self.norms = model.model.embed_tokens.weight, norms
-        self.layer, self.out_norm = Layer(module), Norm(module.shared_head.norm)
+        self.floors = torch.cat([norm.floor for norm in norms])
+        self.layer = Layers([module], module.shared_head.norm)
         self.merge = (module.eh_proj.weight * gain).to(module.eh_proj.weight.dtype).t()
         self.normed = options.trunk_hidden == "post_norm"
 
@@ -212,11 +214,12 @@ class Module:
     ) -> tuple[Tensor, Tensor]:
         """States (N, C) and tokens (N,) -> state, normed state."""
         inputs = [hidden] if len(self.norms) == 1 else [F.embedding(tokens, self.table), hidden]
-        merged = torch.cat(
-            [norm.direction(x) for norm, x in zip(self.norms, inputs, strict=True)], dim=-1
-        )
-        out = self.layer(torch.mm(merged, self.merge), cache, window)
-        normed = self.out_norm(out)
+        if isinstance(window, FewSlots):
+            x = c_decode.linear(torch.cat(inputs, dim=-1), self.merge.t(), self.floors)
+        else:
+            parts = [norm.direction(x) for norm, x in zip(self.norms, inputs, strict=True)]
+            x = torch.mm(torch.cat(parts, dim=-1), self.merge)
+        _, out, normed = self.layer(x, [cache], window)
         return (normed if self.normed else out), normed
 
 
@@ -268,7 +271,6 @@ class ChainDrafter(Drafter):
                 self.filled[depth - 1] = [stop] * len(starts)
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler):
-        rows = torch.arange(len(last), device=ids.device)
         drawn, hidden = [], None
         for depth in range(1, 1 + count):
             if depth <= self.modules:
@@ -279,7 +281,7 @@ class ChainDrafter(Drafter):
                     hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)
                 hidden, normed = self._module(self.modules, hidden, starts, 1, ids)
             drawn.append(sampler.draw(self.decoder.draft_logits(normed)))  # (B,), (B, V)
-            ids[rows, torch.tensor(last, device=ids.device) + depth] = drawn[-1][0]
+            put(ids, [m + depth for m in last], drawn[-1][0])
             if sampler.ended:
                 break
         left_out = range(1 + len(drawn), 1 + self.modules)

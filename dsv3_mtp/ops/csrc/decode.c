@@ -11,49 +11,78 @@ enum { FEW = 2, TOGETHER = 8, WORTH_THREADS = 1 << 15, BLOCK_OF_SLOTS = 64 };
 // Zeros, and a vector of them behind the last.
 static float *zeros_for(i64 count) { return calloc(count + LANES, sizeof(float)); }
 
-// y (few, many) = x @ w^T, x: (few, width), w: (many, width); rows of x and y have strides. Behind a row of x a vector may be
-// read, of which finite numbers count nothing.
+// In lanes without the bit `half` what a has there and `half` further on, added; in the others the same of b.
+static inline __attribute__((always_inline)) vec added(vec a, vec b, const int half) {
+    mask first = lane + (((lane & half) != 0) & (LANES - half)), second = first + half;
+    return (vec)shuffle((bits)a, (bits)b, first) + (vec)shuffle((bits)a, (bits)b, second);
+}
+
+// The sum of each of TOGETHER vectors.
+static inline __attribute__((always_inline)) void sums_of(const vec *x, float *y) {
+    vec fours[4], twos[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) fours[i] = added(x[i], x[i + 4], LANES / 2);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) twos[i] = added(fours[i], fours[i + 2], LANES / 4);
+    vec all = added(twos[0], twos[1], LANES / 8);
+    if (LANES / TOGETHER > 1) all += swapped(all, 1);
+#pragma GCC unroll 8
+    for (int m = 0; m < TOGETHER; m++) y[m] = all[m * (LANES / TOGETHER)];
+}
+
+// y (few, TOGETHER) = x @ w^T, x: (few, width), w: (TOGETHER, width); rows of x and y have strides. Behind a row of x a
+// vector may be read, of which finite numbers count nothing.
 static inline __attribute__((always_inline)) void dots(const float *x, i64 x_stride, const int few, const real *w,
-                                                       i64 width, const int many, float *y, i64 y_stride) {
+                                                       i64 width, float *y, i64 y_stride) {
     vec sum[FEW][TOGETHER] = {0};
     i64 c = 0;
     for (; c + LANES <= width; c += LANES)
 #pragma GCC unroll 8
-        for (int m = 0; m < many; m++) {
-            __builtin_prefetch(w + (c + 2 * width) * TOGETHER + m * LANES);  // two blocks ahead, line after line
+        for (int m = 0; m < TOGETHER; m++) {
             vec column = widen(*(const reals *)(w + m * width + c));
 #pragma GCC unroll 2
             for (int n = 0; n < few; n++) sum[n][m] += *(const vec *)(x + n * x_stride + c) * column;
         }
     if (c < width)
 #pragma GCC unroll 8
-        for (int m = 0; m < many; m++)
+        for (int m = 0; m < TOGETHER; m++)
 #pragma GCC unroll 2
             for (int n = 0; n < few; n++)
                 sum[n][m] += *(const vec *)(x + n * x_stride + c) * get(w + m * width + c, width - c);
 #pragma GCC unroll 2
-    for (int n = 0; n < few; n++)
-#pragma GCC unroll 8
-        for (int m = 0; m < many; m++) y[n * y_stride + m] = sum_of(sum[n][m]);
+    for (int n = 0; n < few; n++) sums_of(sum[n], y + n * y_stride);
+}
+
+static float dot(const float *x, const real *w, i64 width) {
+    vec sum = {0};
+    for (i64 c = 0; c < width; c += LANES) sum += *(const vec *)(x + c) * get(w + c, width - c);
+    return sum_of(sum);
+}
+
+// Of `product`: TOGETHER outputs, or those that are left.
+static void some(const float *x, i64 x_stride, i64 rows, const real *w, i64 width, i64 left, float *y, i64 y_stride) {
+    i64 n = 0;
+    if (left < TOGETHER)
+        for (; n < rows; n++)
+            for (i64 m = 0; m < left; m++) y[n * y_stride + m] = dot(x + n * x_stride, w + m * width, width);
+    else {  // the weights are there once the block after the next one is asked for
+        for (i64 c = 0; c < TOGETHER * width; c += 64 / sizeof(real)) __builtin_prefetch(w + 2 * TOGETHER * width + c);
+        for (; n + FEW <= rows; n += FEW) dots(x + n * x_stride, x_stride, FEW, w, width, y + n * y_stride, y_stride);
+        for (; n < rows; n++) dots(x + n * x_stride, x_stride, 1, w, width, y + n * y_stride, y_stride);
+    }
 }
 
 // y = x @ w^T. x: (rows, width), y: (rows, outputs), each with a stride; w: (outputs, width).
 static void product(const float *x, i64 x_stride, i64 rows, const real *w, i64 width, i64 outputs, float *y,
                     i64 y_stride) {
-#pragma omp parallel for schedule(static) if (outputs * width >= WORTH_THREADS)
+    if (outputs * width < WORTH_THREADS) {  // a clause `if` costs as much as many of these products
+        for (i64 o = 0; o < outputs; o += TOGETHER)
+            some(x, x_stride, rows, w + o * width, width, outputs - o, y + o, y_stride);
+        return;
+    }
+    PARALLEL
     for (i64 o = 0; o < outputs; o += TOGETHER)
-        for (i64 n = 0; n < rows; n += FEW) {
-            const float *in = x + n * x_stride;
-            float *at = y + n * y_stride + o;
-            const real *weights = w + o * width;
-            int pair = n + FEW <= rows;
-            if (o + TOGETHER > outputs)
-                for (i64 m = 0; m < outputs - o; m++, weights += width, at++)
-                    if (pair) dots(in, x_stride, FEW, weights, width, 1, at, y_stride);
-                    else dots(in, x_stride, 1, weights, width, 1, at, y_stride);
-            else if (pair) dots(in, x_stride, FEW, weights, width, TOGETHER, at, y_stride);
-            else dots(in, x_stride, 1, weights, width, TOGETHER, at, y_stride);
-        }
+        some(x, x_stride, rows, w + o * width, width, outputs - o, y + o, y_stride);
 }
 
 static void widen_row(const real *x, i64 width, float *y) {
@@ -110,63 +139,74 @@ static void mix(const float *p, i64 heads, i64 slots, const real *past, i64 entr
     }
 }
 
-void decode_linear(const real *x, const real *w, real *y, i64 rows, i64 width, i64 outputs) {
-    float *in = zeros_for(rows * width), *out = zeros_for(rows * outputs);
-    widen_row(x, rows * width, in);
-    product(in, width, rows, w, width, outputs, out, outputs);
-    narrow_row(out, rows * outputs, y);
-    free(in), free(out);
+// A decoder layer; c_decode.py fills it and says what it is. Where there are no experts, or nothing beside them, their sizes
+// are 0.
+typedef struct {
+    const real *down, *up, *w_uk, *w_uv, *out;  // attention
+    const float *gain, *bias;
+    const real *router, *gate_up, *expert_down, *common_gate, *common_up, *common_down;
+    i64 hidden, q_rank, rank, rope, heads, nope, value;
+    i64 experts, width, common_width, groups, topk_group, top_k, normalise;
+    float floor, q_floor, kv_floor, mlp_floor, scaling;
+} layer;
+
+// Slots of a cache that are computed: `length` from first[b] on in row b.
+typedef struct {
+    const float *angles;
+    const i64 *first;
+    i64 batch, length, slots;
+} window;
+
+// x + MLA(norm(x)), absorbed. One slot of one row asks: its head's values (heads, value), from asked (heads, nope + rope).
+static void look(const layer *l, const float *asked, const float *angles, const real *past, i64 end, float *values) {
+    i64 entry = l->rank + l->rope, mixed_width = (l->rank + LANES - 1) / LANES * LANES;
+    float *query = zeros_for(l->heads * entry), *scores = zeros_for(l->heads * end);
+    float *mixed = zeros_for(l->heads * mixed_width);
+    for (i64 h = 0; h < l->heads; h++, asked += l->nope + l->rope) {
+        float *to = query + h * entry;
+        if (l->w_uk) product(asked, 0, 1, l->w_uk + h * l->rank * l->nope, l->nope, l->rank, to, 0);
+        else memcpy(to, asked, l->rank * sizeof(float));
+        rotate(asked + l->nope, angles, l->rope, to + l->rank);
+    }
+    product(query, entry, l->heads, past, entry, end, scores, end);
+    for (i64 h = 0; h < l->heads; h++) softmax(scores + h * end, end);
+    mix(scores, l->heads, end, past, entry, l->rank, mixed, mixed_width);
+    for (i64 h = 0; h < l->heads; h++)
+        product(mixed + h * mixed_width, 0, 1, l->w_uv + h * l->value * l->rank, l->rank, l->value,
+                values + h * l->value, 0);
+    free(query), free(scores), free(mixed);
 }
 
-void decode_attention(const real *x, const real *down, const real *up, const real *w_uk, const real *w_uv,
-                      const real *out, const float *angles, const i64 *first, real *cache, real *y, i64 batch,
-                      i64 length, i64 slots, i64 hidden, i64 q_rank, i64 rank, i64 rope, i64 heads, i64 nope,
-                      i64 value, float floor, float q_floor, float kv_floor) {
-    i64 rows = batch * length, entry = rank + rope, low_width = q_rank + entry, wide = heads * (nope + rope);
-    i64 mixed_width = (rank + LANES - 1) / LANES * LANES, seen = 0;
-    for (i64 b = 0; b < batch; b++) seen = first[b] + length > seen ? first[b] + length : seen;
+static void attention(const layer *l, const real *x, real *cache, real *y, const window *at) {
+    i64 rows = at->batch * at->length, entry = l->rank + l->rope, low_width = l->q_rank + entry;
+    i64 wide = l->heads * (l->nope + l->rope), hidden = l->hidden, all_values = l->heads * l->value;
     float *in = zeros_for(rows * hidden), *h = zeros_for(rows * hidden), *low = zeros_for(rows * low_width);
-    float *asked = zeros_for(rows * wide), *query = zeros_for(heads * entry), *scores = zeros_for(heads * seen);
-    float *mixed = zeros_for(heads * mixed_width), *values = zeros_for(rows * heads * value);
-    float *added = zeros_for(rows * hidden);
+    float *asked = zeros_for(rows * wide), *values = zeros_for(rows * all_values), *added = zeros_for(rows * hidden);
     widen_row(x, rows * hidden, in);
-    for (i64 n = 0; n < rows; n++) direction(in + n * hidden, hidden, floor, h + n * hidden);
-    product(h, hidden, rows, down, hidden, low_width, low, low_width);
+    for (i64 n = 0; n < rows; n++) direction(in + n * hidden, hidden, l->floor, h + n * hidden);
+    product(h, hidden, rows, l->down, hidden, low_width, low, low_width);
     for (i64 n = 0; n < rows; n++) {  // the new entries of the cache
-        float *latent = low + n * low_width + q_rank, *key = latent + rank;
-        i64 slot = first[n / length] + n % length;
-        real *to = cache + (n / length * slots + slot) * entry;
-        direction(latent, rank, kv_floor, latent);
-        rotate(key, angles + slot * rope, rope, key);
-        for (i64 c = 0; c < entry; c += LANES) set(to + c, *(vec *)(latent + c), entry - c);
-        if (q_rank) direction(low + n * low_width, q_rank, q_floor, low + n * low_width);
+        float *query = low + n * low_width, *latent = query + l->q_rank, *key = latent + l->rank;
+        i64 row = n / at->length, slot = at->first[row] + n % at->length;
+        direction(latent, l->rank, l->kv_floor, latent);
+        rotate(key, at->angles + slot * l->rope, l->rope, key);
+        narrow_row(latent, entry, cache + (row * at->slots + slot) * entry);
+        if (l->q_rank) direction(query, l->q_rank, l->q_floor, query);
     }
-    if (q_rank) product(low, low_width, rows, up, q_rank, wide, asked, wide);
-    else product(h, hidden, rows, up, hidden, wide, asked, wide);
+    if (l->q_rank) product(low, low_width, rows, l->up, l->q_rank, wide, asked, wide);
+    else product(h, hidden, rows, l->up, hidden, wide, asked, wide);
     for (i64 n = 0; n < rows; n++) {
-        i64 slot = first[n / length] + n % length, end = slot + 1;
-        const real *past = cache + n / length * slots * entry;
-        for (i64 i = 0; i < heads; i++) {
-            const float *from = asked + n * wide + i * (nope + rope);
-            float *to = query + i * entry;
-            if (w_uk) product(from, 0, 1, w_uk + i * rank * nope, nope, rank, to, 0);
-            else memcpy(to, from, rank * sizeof(float));
-            rotate(from + nope, angles + slot * rope, rope, to + rank);
-        }
-        product(query, entry, heads, past, entry, end, scores, end);
-        for (i64 i = 0; i < heads; i++) softmax(scores + i * end, end);
-        mix(scores, heads, end, past, entry, rank, mixed, mixed_width);
-        for (i64 i = 0; i < heads; i++)
-            product(mixed + i * mixed_width, 0, 1, w_uv + i * value * rank, rank, value, values + (n * heads + i) * value,
-                    0);
+        i64 row = n / at->length, slot = at->first[row] + n % at->length;
+        look(l, asked + n * wide, at->angles + slot * l->rope, cache + row * at->slots * entry, slot + 1,
+             values + n * all_values);
     }
-    product(values, heads * value, rows, out, heads * value, hidden, added, hidden);
+    product(values, all_values, rows, l->out, all_values, hidden, added, hidden);
     for (i64 c = 0; c < rows * hidden; c++) in[c] += added[c];
     narrow_row(in, rows * hidden, y);
-    free(in), free(h), free(low), free(asked), free(query), free(scores), free(mixed), free(values), free(added);
+    free(in), free(h), free(low), free(asked), free(values), free(added);
 }
 
-// The `count` largest of x, those set to -inf not among them, become -inf; where[i]: which.
+// where[i]: which are the `count` largest of x. They become -inf.
 static void take_largest(float *x, i64 width, i64 count, i64 *where) {
     for (i64 k = 0; k < count; k++) {
         i64 best = 0;
@@ -178,32 +218,31 @@ static void take_largest(float *x, i64 width, i64 count, i64 *where) {
 }
 
 // Gates (experts,) of one row, 0 for experts that are not chosen. h: its normed state.
-static void route(const float *h, const real *router, const float *bias, i64 hidden, i64 experts, i64 groups,
-                  i64 topk_group, i64 top_k, i64 normalise, float scaling, float *gates) {
-    float *score = zeros_for(experts), *biased = zeros_for(experts), *best = zeros_for(groups), sum = 0;
-    i64 *where = calloc(experts + groups, sizeof(i64)), size = experts / groups;
-    product(h, hidden, 1, router, hidden, experts, score, 0);
+static void route(const layer *l, const float *h, float *gates) {
+    i64 experts = l->experts, size = experts / l->groups, *where = calloc(experts + l->groups, sizeof(i64));
+    float *score = zeros_for(experts), *biased = zeros_for(experts), *best = zeros_for(l->groups), sum = 0;
+    product(h, 0, 1, l->router, l->hidden, experts, score, 0);
     for (i64 e = 0; e < experts; e++) score[e] = 1 / (1 + expf(-score[e]));
-    for (i64 e = 0; e < experts; e++) biased[e] = score[e] + bias[e];
-    if (groups > 1) {
-        for (i64 g = 0; g < groups; g++) {
+    for (i64 e = 0; e < experts; e++) biased[e] = score[e] + l->bias[e];
+    if (l->groups > 1) {
+        for (i64 g = 0; g < l->groups; g++) {
             float one = -INFINITY, two = -INFINITY;
             for (i64 e = g * size; e < (g + 1) * size; e++)
                 if (biased[e] > one) two = one, one = biased[e];
                 else if (biased[e] > two) two = biased[e];
             best[g] = one + two;
         }
-        take_largest(best, groups, topk_group, where);
-        for (i64 g = 0; g < groups; g++) {
+        take_largest(best, l->groups, l->topk_group, where);
+        for (i64 g = 0; g < l->groups; g++) {
             int kept = 0;
-            for (i64 k = 0; k < topk_group; k++) kept |= where[k] == g;
-            if (!kept)
-                for (i64 e = g * size; e < (g + 1) * size; e++) biased[e] = -INFINITY;
+            for (i64 k = 0; k < l->topk_group; k++) kept |= where[k] == g;
+            for (i64 e = g * size; e < (g + 1) * size && !kept; e++) biased[e] = -INFINITY;
         }
     }
-    take_largest(biased, experts, top_k, where);
-    for (i64 k = 0; k < top_k; k++) sum += score[where[k]];
-    for (i64 k = 0; k < top_k; k++) gates[where[k]] = score[where[k]] / (normalise ? sum + 1e-20f : 1) * scaling;
+    take_largest(biased, experts, l->top_k, where);
+    for (i64 k = 0; k < l->top_k; k++) sum += score[where[k]];
+    for (i64 k = 0; k < l->top_k; k++)
+        gates[where[k]] = score[where[k]] / (l->normalise ? sum + 1e-20f : 1) * l->scaling;
     free(score), free(biased), free(best), free(where);
 }
 
@@ -219,45 +258,75 @@ static void feed_forward(const float *h, i64 rows, i64 hidden, const real *gate,
     product(a, width, rows, down, width, hidden, out, hidden);
 }
 
-void decode_mlp(const real *x, const float *gain, const real *router, const float *bias, const real *gate_up,
-                const real *down, const real *common_gate, const real *common_up, const real *common_down, real *y,
-                i64 rows, i64 hidden, i64 experts, i64 width, i64 common_width, i64 groups, i64 topk_group, i64 top_k,
-                i64 normalise, float scaling, float floor) {
-    i64 widest = width > common_width ? width : common_width;
+// x becomes x + common(norm(x)) + the sum over the chosen experts of gate * expert(norm(x)).
+static void mlp(const layer *l, real *x, i64 rows) {
+    i64 hidden = l->hidden, width = l->width, widest = width > l->common_width ? width : l->common_width;
     float *sum = zeros_for(rows * hidden), *h = zeros_for(rows * hidden), *picked = zeros_for(rows * hidden);
     float *a = zeros_for(rows * widest), *b = zeros_for(rows * widest), *out = zeros_for(rows * hidden);
-    float *gates = zeros_for(rows * experts);
+    float *gates = zeros_for(rows * l->experts);
     widen_row(x, rows * hidden, sum);
     for (i64 n = 0; n < rows; n++) {
         float *row = h + n * hidden;
-        direction(sum + n * hidden, hidden, floor, row);
-        for (i64 c = 0; c < hidden; c++) row[c] *= gain[c];
-        // the router sees the numbers that it sees in training; the next row is not there yet
+        direction(sum + n * hidden, hidden, l->mlp_floor, row);
+        for (i64 c = 0; c < hidden; c++) row[c] *= l->gain[c];
+        // the router reads the numbers that it reads in training; behind the row nothing is yet
         for (i64 c = 0; c < hidden; c += LANES) *(vec *)(row + c) = widen(narrow(*(vec *)(row + c)));
-        if (experts)
-            route(row, router, bias, hidden, experts, groups, topk_group, top_k, normalise, scaling,
-                  gates + n * experts);
+        if (l->experts) route(l, row, gates + n * l->experts);
     }
-    if (common_width) {
-        feed_forward(h, rows, hidden, common_gate, common_up, common_down, common_width, a, b, out);
+    if (l->common_width) {
+        feed_forward(h, rows, hidden, l->common_gate, l->common_up, l->common_down, l->common_width, a, b, out);
         for (i64 c = 0; c < rows * hidden; c++) sum[c] += out[c];
     }
-    for (i64 e = 0; e < experts; e++) {
-        const real *gate = gate_up + e * 2 * width * hidden;
-        i64 count = 0;
+    for (i64 e = 0; e < l->experts; e++) {
+        const real *gate = l->gate_up + e * 2 * width * hidden;
+        i64 count = 0, next = 0;
         for (i64 n = 0; n < rows; n++)
-            if (gates[n * experts + e] != 0)
+            if (gates[n * l->experts + e] != 0)
                 memcpy(picked + count++ * hidden, h + n * hidden, hidden * sizeof(float));
         if (!count) continue;
-        feed_forward(picked, count, hidden, gate, gate + width * hidden, down + e * hidden * width, width, a, b, out);
-        count = 0;
+        feed_forward(picked, count, hidden, gate, gate + width * hidden, l->expert_down + e * hidden * width, width, a, b,
+                     out);
         for (i64 n = 0; n < rows; n++) {
-            float factor = gates[n * experts + e];
+            float factor = gates[n * l->experts + e], *from = out + next * hidden;
             if (factor == 0) continue;
-            for (i64 c = 0; c < hidden; c++) sum[n * hidden + c] += factor * out[count * hidden + c];
-            count++;
+            for (i64 c = 0; c < hidden; c++) sum[n * hidden + c] += factor * from[c];
+            next++;
         }
     }
-    narrow_row(sum, rows * hidden, y);
+    narrow_row(sum, rows * hidden, x);
     free(sum), free(h), free(picked), free(a), free(b), free(out), free(gates);
+}
+
+// states: (2 + count, rows, hidden): the first are given, then the output of each layer, then the last one normed.
+// caches: of each layer (batch, slots, rank + rope); gain, norm_floor: of that norm.
+void decode_layers(const layer *layers, i64 count, real *states, real *const *caches, const float *gain,
+                   float norm_floor, const float *angles, const i64 *first, i64 batch, i64 length, i64 slots) {
+    window at = {angles, first, batch, length, slots};
+    i64 rows = batch * length, hidden = layers->hidden;
+    for (i64 k = 0; k < count; k++, states += rows * hidden) {
+        attention(layers + k, states, caches[k], states + rows * hidden, &at);
+        mlp(layers + k, states + rows * hidden, rows);
+    }
+    float *row = zeros_for(hidden);
+    for (i64 n = 0; n < rows; n++) {
+        widen_row(states + n * hidden, hidden, row);
+        direction(row, hidden, norm_floor, row);
+        for (i64 c = 0; c < hidden; c++) row[c] *= gain[c];
+        narrow_row(row, hidden, states + (rows + n) * hidden);
+    }
+    free(row);
+}
+
+// y (rows, outputs) = x @ w^T. Of x each of `parts` parts is normed first: part / |(part, floor)|. parts 0: none.
+void decode_linear(const real *x, const float *floors, i64 parts, const real *w, real *y, i64 rows, i64 width,
+                   i64 outputs) {
+    float *in = zeros_for(rows * width), *out = zeros_for(rows * outputs);
+    widen_row(x, rows * width, in);
+    for (i64 n = 0; n < rows * parts; n++) {
+        float *part = in + n * (width / parts);
+        direction(part, width / parts, floors[n % parts], part);
+    }
+    product(in, width, rows, w, width, outputs, out, outputs);
+    narrow_row(out, rows * outputs, y);
+    free(in), free(out);
 }
