@@ -33,7 +33,6 @@ class FewSlots(NamedTuple):
 
     shape: tuple[int, int]  # (B, T)
     starts: Sequence[int]  # each row's first slot
-    first: Tensor  # (B,) int64: `starts`
     angles: Tensor  # (S, 1, P/2, 2): cosine and sine of every slot
 
 
@@ -65,7 +64,7 @@ class CacheSlots:
 
     def few(self, starts: Sequence[int], length: int) -> FewSlots:
         """`window` for the C kernels."""
-        return FewSlots((len(starts), length), starts, torch.tensor(starts), self.rotation)
+        return FewSlots((len(starts), length), starts, self.rotation)
 
     def window(self, starts: Sequence[int], length: int) -> Window:
         """Row b computes slots starts[b]..starts[b]+length-1 and sees slots 0..its own."""

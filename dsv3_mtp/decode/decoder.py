@@ -74,7 +74,7 @@ class Decoder:
         return logits if self.draft_ids is None else logits[:, self.draft_ids]
 
     def _product(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        if self.by_c and len(hidden) <= c_decode.ROWS:
+        if self.by_c and hidden.shape[0] <= c_decode.ROWS:
             return c_decode.linear(hidden.contiguous(), weight)
         return torch.mm(hidden, weight.t())
 
@@ -129,4 +129,5 @@ class DecodeTrunk:
     ) -> TrunkStates:
         states = self.layers(F.embedding(tokens.flatten(), self.table), caches, window)
         layers = {number: states[1 + number] for number in self.kept}
-        return TrunkStates(*states[-3:], layers)
+        last_input, pre_norm, post_norm = states[-3:]
+        return TrunkStates(last_input, pre_norm, post_norm, layers)

@@ -265,7 +265,7 @@ class Layers:
         if isinstance(window, FewSlots):
             assert self.by_c is not None, "Decoder.window makes these where the layers run in C"
             x = x.contiguous()
-            return self.by_c(x, caches, window.starts, window.first, window.angles).unbind()
+            return self.by_c(x, caches, window.starts, window.angles).unbind()
         states = [x]
         for layer, cache in zip(self.layers, caches, strict=True):
             states.append(layer(states[-1], cache, window))

@@ -152,7 +152,7 @@ class DraftSampler:
         """
         if self.among is not None and logits.shape[-1] != len(self.among):
             raise ValueError(
-                f"logits: of {logits.shape[-1]} tokens, not the draft vocabulary's {len(self.among)}; "
+                f"logits: of {logits.shape[-1]} tokens, but {len(self.among)} can be drafted; "
                 "a drafter passes logits of its own through Decoder.narrow"
             )
         probability = None if self.greedy else self.sampler.probabilities(logits)

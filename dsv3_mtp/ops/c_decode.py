@@ -156,24 +156,18 @@ class Layers:
         self.run = function("decode_layers", self.dtype)
 
     def __call__(
-        self,
-        x: Tensor,
-        caches: Sequence[Tensor],
-        starts: Sequence[int],
-        first: Tensor,
-        angles: Tensor,
+        self, x: Tensor, caches: Sequence[Tensor], starts: Sequence[int], angles: Tensor
     ) -> Tensor:
         """x: (B*T, C) of slots starts[b].. of each row -> (2 + layers, B*T, C): x, what each layer
         makes of it, and the last one normed.
 
         caches: of each layer (B, S, R+P); these slots are written, and those before them read.
-        first: (B,) int64, `starts`; angles: (S, 1, P/2, 2).
+        angles: (S, 1, P/2, 2).
         """
         batch, slots, count = len(starts), angles.shape[0], len(caches)
         length = x.shape[0] // batch
         check("x", x, (batch * length, self.hidden), self.dtype)
         check("angles", angles, (slots, 1, self.rope // 2, 2), torch.float32)
-        check("first", first, (batch,), torch.int64)
         for cache in caches:
             check("cache", cache, (batch, slots, self.entry), self.dtype)
         if count != len(self.structs) or min(starts) < 0 or max(starts) + length > slots:
@@ -185,7 +179,8 @@ class Layers:
         pointers = (ctypes.c_void_p * count)(*(cache.data_ptr() for cache in caches))
         where = ctypes.addressof(self.structs), count, states.data_ptr(), ctypes.addressof(pointers)
         norm = self.gain.data_ptr(), self.floor
-        slots_of = angles.data_ptr(), first.data_ptr(), batch, length, slots
+        first = (ctypes.c_int64 * batch)(*starts)
+        slots_of = angles.data_ptr(), ctypes.addressof(first), batch, length, slots
         self.run(*where, *norm, *slots_of)
         return states
 
@@ -211,13 +206,14 @@ def linear(x: Tensor, weight: Tensor, floors: Tensor | None = None) -> Tensor:
     """x: (N, C), weight: (O, C) -> (N, O). floors: (parts,) float32, with which the parts of a row
     are normed first.
     """
-    parts = 0 if floors is None else len(floors)
-    check("x", x, (len(x), weight.shape[1]), weight.dtype)
-    check("weight", weight, tuple(weight.shape), weight.dtype)
+    rows, (outputs, width) = x.shape[0], weight.shape
+    parts = 0 if floors is None else floors.shape[0]
+    check("x", x, (rows, width), weight.dtype)
+    check("weight", weight, (outputs, width), weight.dtype)
     if floors is not None:
         check("floors", floors, (parts,), torch.float32)
-        if weight.shape[1] % parts:
-            raise ValueError(f"floors: {parts} parts of {weight.shape[1]} columns")
-    y = x.new_empty(len(x), len(weight))
-    call("decode_linear", x.dtype, x, floors, parts, weight, y, *x.shape, len(weight))
+        if width % parts:
+            raise ValueError(f"floors: {parts} parts of {width} columns")
+    y = x.new_empty(rows, outputs)
+    call("decode_linear", x.dtype, x, floors, parts, weight, y, rows, width, outputs)
     return y
