@@ -30,7 +30,7 @@ IN_VENV := PATH="$(BIN):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPAT
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install corpus train test test-slow lint format check clean
+.PHONY: help install corpus train test test-slow test-serve lint format check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ test: $(STAMP)  ## run the test suite, but for what takes long
 
 test-slow: $(STAMP)  ## run what takes long: the wheel, launchers, Triton for other GPUs, measured memory
 	@$(IN_VENV) python -m pytest $(PYTEST_FLAGS) -m slow
+
+test-serve: $(STAMP)  ## run an export in vLLM, of the python that VLLM_PYTHON names
+	@$(IN_VENV) python -m pytest -s -m serve tests/hf/test_vllm.py
 
 lint: $(STAMP)  ## check format, lint and types
 	@$(IN_VENV) ruff format --check .

@@ -28,20 +28,23 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.output import LossSettings
+from dsv3_mtp.model.size import model_size
 from dsv3_mtp.ops import choice, cross_entropy, experts, triton_kernels
 from dsv3_mtp.ops.attention import sdpa
 from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.parallel import private
 from dsv3_mtp.parallel.experts import local_experts
+from dsv3_mtp.report.metrics import mfu
 
 # One H200: 790 TFLOP/s is what large bfloat16 products reach; EFFICIENCY is what layers reached of
 # that on an H100
+GPU = "NVIDIA H200"
 RATE, BANDWIDTH, LINK = 790e12, 4.3e12 * 0.75, 300e9
 EFFICIENCY = {"products": 0.85, "grouped": 0.80, "attention": 0.52, "float32": 0.06}
 LATENCY = 2e-6  # of the shortest kernel behind another
-FREE = ("empty", "detach", "alias", "lift")  # launch nothing
+FREE = ("empty", "new_empty", "detach", "alias", "lift")  # launch nothing
 
 
 class Count(TorchDispatchMode):
@@ -193,6 +196,15 @@ def measure(config: Config, ranks: int) -> Count:
     return count
 
 
+def utilisation(config: Config, seconds: float) -> float:
+    """MFU of a micro-batch in `seconds` as a run logs it: what is computed again does not count."""
+    size = model_size(meta_model(config.model, config.mtp), config.data.seq_len)
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    share = mfu(tokens / seconds, size.flops_per_token, GPU, 1)
+    assert share is not None
+    return share
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -204,12 +216,12 @@ def main() -> None:
     config = load_config(args.config, args.set)
     count = measure(config, args.ranks)
     total, layers = sum(count.seconds.values()), config.model.num_hidden_layers
+    share = utilisation(config, total)
     print("| | launches | ms |\n|---|---|---|")
     for kind in sorted(count.launches, key=lambda kind: -count.seconds[kind]):
         print(f"| {kind} | {count.launches[kind]} | {1e3 * count.seconds[kind]:.1f} |")
     launches = count.launches.total() - count.launches["host waits"]
-    mfu = count.flops / total / 989e12
-    print(f"| all | {launches} | {1e3 * total:.1f} |\n\n{mfu:.1%} of 989 TFLOP/s; {layers} layers")
+    print(f"| all | {launches} | {1e3 * total:.1f} |\n\nMFU {share:.1%} of {GPU}; {layers} layers")
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

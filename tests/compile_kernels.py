@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from dsv3_mtp.ops import triton_kernels as kernels
-from dsv3_mtp.precision import quantise, triton_quantise
+from dsv3_mtp.precision import quantise, triton_grouped, triton_quantise
 
 
 class NoDriver:
@@ -34,7 +34,9 @@ class NoDriver:
 
 
 def compile_instead(self, *args, grid, warmup, **options):
-    assert launch(self, *args, grid=grid, warmup=True, **options).asm["cubin"]
+    compiled = launch(self, *args, grid=grid, warmup=True, **options).asm
+    # a product whose loads are of single bytes, for want of a known alignment, waits for each
+    assert compiled["cubin"] and (self.__name__ != "_grouped" or "cp.async.cg" in compiled["ptx"])
     print(capability, self.__name__)
 
 
@@ -52,6 +54,11 @@ for capability in map(int, sys.argv[1:]):
     for gates in (None, factor):
         kernels.swiglu(*made(rows, 2 * width).chunk(2, dim=1), gates)
         kernels.swiglu_backward(made(rows, width), *made(2, rows, width), gates)
+    for sizes in ((rows, width), (rows, 7168)):
+        x, weight = made(*sizes), made(sizes[1])
+        for other in (x, None):
+            scale = kernels.add_rms_norm(x, other, weight, 1e-6)[2]
+            kernels.add_rms_norm_backward(x, other, x, weight, scale, learns=other is not None)
     kernels.sum_rows(made(rows, width), torch.zeros(rows, 6, dtype=torch.int64))
     angles = torch.zeros(2, rows, 32)
     heads = kernels.to_heads(
@@ -67,5 +74,14 @@ for capability in map(int, sys.argv[1:]):
         settings |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5}
         routing = kernels.route(scores, torch.zeros(width), **settings)
         (routing.gates.sum() + routing.share.sum()).backward()
-    for tile in (quantise.ROW, quantise.BLOCK) if capability >= 89 else ():  # there is E4M3
-        triton_quantise.quantise(made(256, 256), tile, "pow2")
+    if capability < 89:  # no E4M3
+        continue
+    x, weight = made(256, 256), made(512, 256)
+    for tile in (quantise.ROW, quantise.BLOCK):
+        triton_quantise.quantise(x, tile, "pow2")
+    tiles = triton_quantise.quantise(x, quantise.ROW, "pow2")
+    blocks = (
+        y.unflatten(0, (2, -1)) for y in triton_quantise.quantise(weight, quantise.BLOCK, "pow2")
+    )
+    triton_grouped.by_rows(*tiles, *blocks, [128, 128], torch.bfloat16)
+    triton_grouped.over_rows(*tiles, *tiles, [128, 128], torch.bfloat16)

@@ -34,13 +34,13 @@ class ConfidenceHead(Parallel):
 
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
         super().__init__(config, mtp)
-        self.confidence = nn.ModuleList(
+        self.guesses = nn.ModuleList(
             nn.Linear(config.hidden_size, 1, bias=False) for _ in range(mtp.depths)
         )
 
     def forward(self, inputs: HeadInputs) -> HeadOutput:
         output, guesses = super().forward(inputs), []
-        for depth, (rows, guess) in enumerate(zip(output.rows, self.confidence, strict=True), 1):
+        for depth, (rows, guess) in enumerate(zip(output.rows, self.guesses, strict=True), 1):
             hidden = rows.inputs[0]
             if self.training:
                 kept = inputs.uniform(depth) >= self.options.noise
@@ -64,7 +64,7 @@ class ConfidenceHead(Parallel):
 
     def cost(self) -> Cost:
         cost = super().cost()
-        return Cost(cost.blocks, list(self.confidence), cost.shared)
+        return Cost(cost.blocks, list(self.guesses), cost.shared)
 
 
 class BiasedHead(Head):

@@ -4,6 +4,7 @@ DeepSpeed already.
 
 import faulthandler
 import gc
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -24,7 +25,9 @@ import dsv3_mtp.train.process  # for the forked processes: each would otherwise 
 from dsv3_mtp.data.megatron import write_index
 from dsv3_mtp.parallel.engine import import_muon
 
-import_muon()  # this too
+# This too, and what DeepSpeed imports late, of Mixture-of-Experts layers that it could put in.
+import_muon()
+importlib.import_module("deepspeed.module_inject.auto_ep_layer")
 
 
 def free_port() -> int:

@@ -32,6 +32,7 @@ LAYERS = {
     "plan": 9,
     "train": 9,
     "study": 10,
+    "analysis": 10,
     "api": 11,
     "cli": 11,
 }
@@ -41,7 +42,10 @@ TOP = 11  # the package's __init__.py (the public API) and tools/
 DOORS = {
     "deepspeed": {"parallel"},
     "transformer_engine": {"ops.te_library", "precision"},
-    "triton": {"precision", "ops.triton_kernels", "ops.triton_jit", "ops.triton_router"},
+    "triton": {
+        "precision",
+        *(f"ops.triton_{name}" for name in ("jit", "kernels", "norm", "router")),
+    },
 }
 # Part of the package -> all the third-party modules that it may import.
 ALLOWED = {"config": {"pydantic", "pydantic_core", "yaml"}, "model": {"torch"}}

@@ -2,8 +2,13 @@
 has not.
 """
 
+import inspect
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,8 @@ from tests.ranks import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # deepspeed starts `python`
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PATH": PATH}
 
 # Covered elsewhere: .ci/run is `make lint` and `make test`; tests train with the tool that `make
 # train` runs.
@@ -23,7 +30,8 @@ COVERED = re.compile(
 MARKED = re.compile(r"#.*\b(GPUs?|nodes?|Slurm)\b")
 LAUNCHERS = {"python", "python3", "deepspeed", "torchrun"}
 # Sub-command of dsv3 -> the same command of a clone, and what comes before its arguments.
-DSV3 = {n: (f"tools/{n}.py", []) for n in ("train", "study", "generate", "evaluate", "verify")}
+SAME = ("train", "study", "generate", "evaluate", "analyse", "verify")
+DSV3 = {name: (f"tools/{name}.py", []) for name in SAME}
 DSV3 |= {"prepare": ("tools/prepare_data.py", []), "plan": ("tools/train.py", ["--dry-run"])}
 DSV3 |= {"export": ("tools/export_hf.py", []), "import": ("tools/import_hf.py", [])}
 
@@ -145,3 +153,47 @@ def test_the_python_examples_run(tmp_path: Path):
         script = tmp_path / f"example{number}.py"
         script.write_text(block)
         run(str(script), [], tmp_path / script.stem)
+
+
+# What makes a command of the README short: options behind those that it has.
+FEWER = ["--set", "train.total_tokens=8192", "--set", "eval.batches=2"]
+SHORTER = {"train": FEWER, "study": ["--dry-run"], "generate": ["--max-new-tokens", "8"]}
+SHORTER["evaluate"] = ["--batches", "2", "--prompts", "4"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(1200)
+def test_the_journeys_run_one_after_another(tmp_path: Path):
+    """In a folder with the clone's configs and tools and a corpus of its own. Two processes get a
+    run of their own, and a study is not run: the tutorial's is.
+    """
+    for name in ("configs", "tools"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "corpus" / "mine").mkdir(parents=True)
+    modules = sorted(Path(inspect.__file__).parent.glob("*.py"))[:80]
+    lines = [json.dumps({"text": path.read_text()}) for path in modules]
+    (tmp_path / "corpus" / "mine" / "a.jsonl").write_text("\n".join(lines))
+    inline = re.findall(r"`(dsv3 compare [^`]+)`", README.read_text())
+    commands = [command for command in COMMANDS if how_covered(command) == "run"]
+    assert len(commands) > 10 and len(inline) == 1
+    compare = inline[0].replace("runs/a ", "runs/v3_tiny ").replace("runs/b ", "runs/cosine ")
+    for command in [*commands, compare]:
+        words = shlex.split(command, comments=True)
+        kind = words[1] if words[0] == "dsv3" else Path((tool_of(command) or [""])[0]).stem
+        if "--num_gpus" in words:
+            words += ["--set", "run.name=two"]
+        words += [
+            word for word in SHORTER.get(kind, []) if word.startswith("--set") or word not in words
+        ]
+        if words[0] == "dsv3":
+            words = [sys.executable, "-m", "dsv3_mtp", *words[1:]]
+        done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    for made in (
+        "runs/two/curves.png",
+        "runs/mine/curves.png",
+        "hf/v3_tiny/config.json",
+        "runs/ab",
+    ):
+        assert (tmp_path / made).exists(), made

@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": ("compare", "finished runs side by side: settings, metrics, curves"),
     "generate": ("generate", "text from a trained model, plain or speculative"),
     "evaluate": ("evaluate", "losses, agreement and acceptance of a run or checkpoint"),
+    "analyse": ("analyse", "loss and overlap by kind of token; probes, routers, gradients"),
     "prepare": ("prepare", "text to token shards for training"),
     "export": ("export_hf", "a run's checkpoint in DeepSeek-V3's layout"),
     "import": ("import_hf", "a checkpoint in DeepSeek-V3's layout as a run"),

@@ -1,6 +1,7 @@
 """Options that say how drafts are made, the same for every command that drafts."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ def share(text: str) -> float:
 def add_draft_options(group: Any) -> None:
     """group: a parser or a group of one."""
     group.add_argument(
+        "--draft-depth",
+        type=at_least(1),
+        metavar="K",
+        help="drafts per step (default: the model's D)",
+    )
+    group.add_argument(
+        "--recycle",
+        choices=("last", "cycle"),
+        help="what drafts beyond D: the last module at the next slots (as SGLang; vLLM at D = 1), "
+        "or modules 1..D again at the same slot (as vLLM at D > 1) (default: last)",
+    )
+    group.add_argument(
         "--draft-threshold",
         type=share,
         metavar="P",
@@ -35,13 +48,44 @@ def add_draft_options(group: Any) -> None:
     )
 
 
+def draft_depth(options: argparse.Namespace, model: Any) -> int:
+    """Drafts per step; says so where the heads make fewer than --draft-depth.
+
+    Raises:
+        ValueError: so many drafts never fit, or none is made by a module that is used again, and
+            --recycle says by which.
+    """
+    from dsv3_mtp.decode.draft import draft_limit
+
+    own = max(model.mtp_config.drafts, 1)
+    depth = options.draft_depth or own
+    if depth >= (longest := model.config.max_position_embeddings):
+        raise ValueError(
+            f"--draft-depth {depth}: must be < model.max_position_embeddings = {longest}"
+        )
+    limit = draft_limit(model, depth)
+    if options.recycle and limit <= own:
+        raise ValueError(
+            f"--recycle {options.recycle}: no effect on {limit} drafts of "
+            f"{model.mtp_config.mode} heads of D = {model.depths}, which use no module twice; "
+            + ("give a larger --draft-depth" if draft_limit(model, own + 1) > own else "drop it")
+        )
+    if 0 < limit < depth:
+        heads = (
+            f"the model has {model.depths} independent heads, which draft at most {limit} tokens"
+        )
+        print(f"note: --draft-depth {depth} drafts {limit}: {heads}", file=sys.stderr)
+        return limit
+    return depth
+
+
 def draft_settings(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     """Those options as fields of `decode.generate.Settings`. config: of the run, None: no run.
 
     Raises:
         ValueError: --draft-vocab without a run, or one that the run's training text does not give.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"recycle": options.recycle} if options.recycle else {}
     if options.draft_threshold is not None:
         settings["draft_threshold"] = options.draft_threshold
     if options.draft_vocab is not None:

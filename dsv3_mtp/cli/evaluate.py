@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.cli.command import add_run_options, at_least
-from dsv3_mtp.cli.drafting import add_draft_options, draft_settings
+from dsv3_mtp.cli.drafting import add_draft_options, draft_depth, draft_settings
 
 # What `check` compares with the given options.
 DEFAULTS = {"split": "val", "prompts": 8, "drafts": False}
@@ -38,6 +38,8 @@ LOSSES_ONLY = (
     "new_tokens",
     "temperature",
     "drafts",
+    "draft_depth",
+    "recycle",
     "draft_threshold",
     "draft_vocab",
 )
@@ -123,8 +125,9 @@ def check(options: argparse.Namespace) -> str | None:
         return f"--temperature {options.temperature}: must be in [0.001, 100]"
     if options.temperature is not None and not (options.prompts or options.drafts):
         return "--temperature: no effect with --prompts 0 and without --drafts"
-    if options.draft_threshold is not None and not options.prompts:
-        return "--draft-threshold: no effect with --prompts 0"
+    for key in ("draft_depth", "recycle", "draft_threshold"):
+        if getattr(options, key) is not None and not options.prompts:
+            return f"--{key.replace('_', '-')}: no effect with --prompts 0"
     if options.draft_vocab is not None and not (options.prompts or options.drafts):
         return "--draft-vocab: no effect with --prompts 0 and without --drafts"
     if options.hf and not options.data and not options.lm_eval:
@@ -181,11 +184,12 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         trained, lost = readable_training(options.run, trust_code=options.trust_code)
     if options.drafts and not config.mtp.depths:
         raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
-    if (options.draft_threshold or options.draft_vocab) and not config.mtp.depths:
-        raise ValueError(
-            "--draft-threshold, --draft-vocab: the model has no MTP heads to draft with"
-        )
+    own = ("draft_depth", "recycle", "draft_threshold", "draft_vocab")
+    if not config.mtp.depths and (given := [key for key in own if getattr(options, key)]):
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
+        raise ValueError(f"{names}: the model has no MTP heads to draft with")
     drafting = draft_settings(options, config)
+    depth = draft_depth(options, model) if options.draft_depth or options.recycle else None
     results = {}
     for source in sources or [validation_source(config, options.split)]:
         metrics, notes = evaluation(
@@ -199,6 +203,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
             new_tokens=options.new_tokens,
             temperature=options.temperature,
             drafts=options.drafts,
+            draft_depth=depth,
             drafting=drafting,
         )
         for note in [*notes, *(lost if source.text is not None else [])]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsv3_mtp.cli.command import add_run_options, at_least
-from dsv3_mtp.cli.drafting import add_draft_options, draft_settings
+from dsv3_mtp.cli.drafting import add_draft_options, draft_depth, draft_settings
 from dsv3_mtp.cli.prompts import read_prompts
 
 INTERRUPTED = "\ninterrupted"
@@ -42,12 +42,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--speculative",
         action="store_true",
         help="draft with the MTP heads; the output stays the same",
-    )
-    drafts.add_argument(
-        "--draft-depth",
-        type=at_least(1),
-        metavar="K",
-        help="drafts per step (default: the model's D)",
     )
     add_draft_options(drafts)
     drafts.add_argument(
@@ -99,7 +93,7 @@ def _add_choice(choice: Any) -> None:
 
 
 def check(options: argparse.Namespace) -> str | None:
-    own = ("draft_depth", "draft_threshold", "draft_vocab", "show_drafts")
+    own = ("draft_depth", "recycle", "draft_threshold", "draft_vocab", "show_drafts")
     given = [
         f"--{key.replace('_', '-')}" for key in own if getattr(options, key) not in (None, False)
     ]
@@ -158,7 +152,6 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: Any) -> Any:
-    from dsv3_mtp.decode.draft import draft_limit
     from dsv3_mtp.decode.generate import Settings
 
     stops = [] if options.ignore_eos or encoder is None else [encoder.eos_id]
@@ -170,20 +163,7 @@ def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: A
         if known is None and not (name.isdecimal() and int(name) < model.config.vocab_size):
             raise ValueError(f"--stop {name!r}: not one token of the vocabulary, nor an id")
         stops.append(int(name) if known is None else known)
-    depth = 0
-    if options.speculative:
-        depth = options.draft_depth or max(model.mtp_config.drafts, 1)
-        if depth >= (longest := model.config.max_position_embeddings):
-            raise ValueError(
-                f"--draft-depth {depth}: must be < model.max_position_embeddings = {longest}"
-            )
-        if 0 < (limit := draft_limit(model, depth)) < depth:
-            heads = (
-                f"the model has {model.depths} independent "
-                f"heads, which draft at most {limit} tokens"
-            )
-            print(f"note: --draft-depth {depth} drafts {limit}: {heads}", file=sys.stderr)
-            depth = limit
+    depth = draft_depth(options, model) if options.speculative else 0
     return Settings(
         max_new_tokens=options.max_new_tokens,
         draft_depth=depth,

@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=at_least(1, 1024),
         metavar="N",
-        help="runs at a time (default: CPU cores; on a GPU and for --dry-run 1)",
+        help="runs at a time (default: as many as the GPUs, or CPU cores, have room for)",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -132,7 +132,7 @@ def study_of(options: argparse.Namespace) -> int:
         adopt(loaded, options.adopt)
     elif not options.report_only:
         prefixes = tuple(options.only or [""])
-        jobs = options.jobs or default_jobs()
+        jobs = options.jobs or default_jobs(loaded.study.ranks)
         failed = run_study(loaded, only=lambda run: run.name.startswith(prefixes), jobs=jobs)
     try:
         print(f"report: {report_study(loaded, options.out)}")
@@ -143,7 +143,8 @@ def study_of(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def default_jobs() -> int:
+def default_jobs(ranks: int) -> int:
+    """Runs of so many processes that the GPUs of this host, or its cores, have room for."""
     from dsv3_mtp.study.run import devices
 
-    return devices() or len(os.sched_getaffinity(0))
+    return max(1, (devices() or len(os.sched_getaffinity(0))) // ranks)

@@ -63,8 +63,9 @@ class DataConfig(Section):
     ] = None
     """Generated examples with known answers instead of text; null: text."""
     build: Annotated[Literal["pystdlib", "sitelib"] | None, OnResume.FREE] = None
-    """Corpus to build into the folder `train` when it is missing: the standard library of the
-    running interpreter, or that and all of its site-packages (data/sitelib.py).
+    """Corpus to build into the folder `train` when it is missing and has the corpus in its name:
+    the standard library of the running interpreter, or that and all of its site-packages
+    (data/sitelib.py).
     """
     seq_len: Annotated[Integer, Field(ge=2), OnResume.FIXED]
     """Positions per sequence, T (V3 4.2: 4096). A sample holds T + 1 + D tokens."""

@@ -8,8 +8,10 @@ imports all of them:
         type: Literal["constant"] = "constant"
 """
 
+import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -88,10 +90,8 @@ class Registry(Mapping[str, type[S]]):
         return found.model_validate(value)
 
 
-def import_all(package: str, path: list[str]) -> None:
-    """Imports every module of a package, so that each registers what it defines.
-
-    path: the package's `__path__`.
-    """
-    for module in pkgutil.iter_modules(path):
+@functools.cache
+def import_all(package: str) -> None:
+    """Imports every module of a package, so that each registers what it defines; once."""
+    for module in pkgutil.iter_modules(sys.modules[package].__path__):
         importlib.import_module(f"{package}.{module.name}")

@@ -8,6 +8,8 @@ Mappings are merged key by key. All else is replaced: numbers, lists, an empty m
 another `type`, and one that the caller calls a single value. Nothing here knows the keys of a run.
 """
 
+import copy
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -240,23 +242,27 @@ def dump_tree(tree: Any) -> str:
 
 
 def _parse(text: str) -> tuple[Any, list[Problem]]:
+    value, problems = _read_once(text)
+    return copy.deepcopy(value), list(problems)
+
+
+@functools.lru_cache(maxsize=64)  # every arm of a study reads the same files again
+def _read_once(text: str) -> tuple[Any, tuple[Problem, ...]]:
     if len(text) > LARGEST:
         raise yaml.YAMLError(f"{len(text):,} characters, more than {LARGEST:,}")
     try:
         _require_shallow(text)
-        node = yaml.compose(text, Loader=_Loader)
+        node = (loader := _Loader(text)).get_single_node()
         if node is None:
-            return None, []
+            return None, ()
         if (count := _values(node, {}, 0)) > MOST_VALUES:
             raise yaml.YAMLError(
                 f"its aliases stand for {count:,} values, more than {MOST_VALUES:,}"
             )
-        problems = list(_duplicates(node, ""))
-        return yaml.load(text, Loader=_Loader), problems
+        problems = tuple(_duplicates(node, ""))  # before merge keys (<<) are written out
+        return loader.construct_document(node), problems
     except RecursionError:
         raise yaml.YAMLError(f"nested deeper than {DEEPEST} levels") from None
-    except yaml.YAMLError:
-        raise
     except ValueError as error:  # a date that is none, say
         raise yaml.YAMLError(f"{error}; put quotes around a value that is text") from None
 

@@ -135,7 +135,7 @@ class NGrams:
         for length in range(len(ORDERS)):
             share, seen = Counts(counted, length, vocab_size).shares(left_out)
             self.weights.append(em(share, lower, seen))
-            lower = _mix(share, seen, self.weights[-1], lower)
+            lower = mix(share, seen, self.weights[-1], lower)
         everything = events(np.ones(len(tokens), bool))
         self.counts = [Counts(everything, length, vocab_size) for length in range(len(ORDERS))]
 
@@ -143,7 +143,7 @@ class NGrams:
         """Of each order (N,) the probability of every target."""
         lower, found = np.full(len(events.target), 1 / self.vocab_size), []
         for counts, weights in zip(self.counts, self.weights, strict=True):
-            lower = _mix(*counts.shares(events), weights, lower)
+            lower = mix(*counts.shares(events), weights, lower)
             found.append(lower)
         return found
 
@@ -155,7 +155,8 @@ class NGrams:
         }
 
 
-def _mix(share: np.ndarray, seen: np.ndarray, weights: np.ndarray, lower: np.ndarray) -> np.ndarray:
+def mix(share: np.ndarray, seen: np.ndarray, weights: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """`share` of `Counts.shares` and `lower` with the weights of `em`."""
     weight = np.where(seen > 0, weights[_bucket(seen)], 0.0)
     return weight * share + (1 - weight) * lower
 

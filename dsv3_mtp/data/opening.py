@@ -21,15 +21,27 @@ from dsv3_mtp.tasks.base import TaskSource
 
 
 def build_missing(config: Config) -> None:
-    """Prepares the corpus that `data.build` names, if it is not there."""
-    folder = config.data.train
-    if config.data.build is not None and isinstance(folder, str) and not Path(folder).exists():
-        print(
-            f"{folder}: missing, building {config.data.build} from the Python files of this "
-            "environment",
-            flush=True,
+    """Prepares the corpus that `data.build` names, if it is not there.
+
+    Raises:
+        ValueError: the folder is not named after the corpus: a user's own text was meant.
+    """
+    folder, corpus = config.data.train, config.data.build
+    if corpus is None or not isinstance(folder, str) or Path(folder).exists():
+        return
+    if Path(f"{folder}.idx").exists():  # a Megatron pair
+        return
+    if corpus not in Path(folder).name and not Path(f"{folder}.partial").exists():
+        raise ValueError(
+            f"data.train: {folder} is not there; prepare your text with: dsv3 prepare --input FILES"
+            f" --out {folder} --vocab-size {config.model.vocab_size} (data.build: {corpus} makes "
+            f"only a folder with {corpus} in its name)"
         )
-        prepare(folder, Arguments(corpus=config.data.build, vocab_size=config.model.vocab_size))
+    print(
+        f"{folder}: missing, building {corpus} from the Python files of this environment",
+        flush=True,
+    )
+    prepare(folder, Arguments(corpus=corpus, vocab_size=config.model.vocab_size))
 
 
 def open_sources(config: Config) -> tuple[Sampler, DataSource]:
@@ -43,10 +55,10 @@ def open_sources(config: Config) -> tuple[Sampler, DataSource]:
         "lookahead": config.mtp.lookahead,
         "seed": config.run.seed,
     }
+    sources = [_open(config, entry.path, "train") for entry in config.data.entries]
     val = validation_source(config)
     if val.task is not None:
         return Sampler([val], **windows), val
-    sources = [_open(config, entry.path, "train") for entry in config.data.entries]
     check_masks(config.data.mask, sources, val)
     for source in sources:
         check_vocab(source, config.model.vocab_size)

@@ -98,7 +98,8 @@ def read_folder_index(folder: Path) -> FolderIndex:
     path = folder / INDEX
     if not path.is_file():
         raise ValueError(
-            f"{folder}: has no {INDEX}, so it is no prepared folder; make one with dsv3 prepare"
+            f"{folder}: has no {INDEX}, so it is no prepared folder; if your text lies there: "
+            f"dsv3 prepare --input {folder} --out {folder}-tokens, and name that folder"
         )
     head = read_json(path, dict[str, Any], AGAIN)
     found = (head.get("format"), head.get("version"))

@@ -31,12 +31,24 @@ class Drafter:
     # one forward, which costs little more than one slot.
     LAG = 16
 
-    def __init__(self, decoder: Decoder, slots: CacheSlots, *, rows: int, depth: int, chunk: int):
-        """depth: most drafts per step; chunk: most slots that one `observe` brings."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        slots: CacheSlots,
+        *,
+        rows: int,
+        depth: int,
+        chunk: int,
+        recycle: str = "last",
+    ):
+        """depth: most drafts per step; chunk: most slots that one `observe` brings; recycle: which
+        module drafts beyond the trained depths.
+        """
         model = decoder.model
         self.decoder, self.model, self.slots, self.depth = decoder, model, slots, depth
         self.options: Any = model.mtp_config.options
-        self.modules = min(depth, model.depths)
+        self.recycle = recycle
+        self.modules = self.modules_needed()
         width = max(chunk, depth + 1) + 2 * (self.modules + depth + self.LAG)
         self.rings = [
             Ring(rows, width, model.model.norm.weight[None]) for _ in range(self.rings_needed())
@@ -56,6 +68,10 @@ class Drafter:
         one that the trunk has computed, that guess is made.
         """
         return draft, 0
+
+    def modules_needed(self) -> int:
+        """Depths that read the known tokens, each with a cache of its own."""
+        return min(self.depth, self.model.depths)
 
     def rings_needed(self) -> int:
         return 1

@@ -50,6 +50,11 @@ def stream(
         problems.append(f"draft_vocab has ids outside the vocabulary of {vocab}: {unknown[:5]}")
     if settings.draft_depth and (why := no_drafter(model.mtp_config)):
         problems.append(f"{why}; decode without speculation")
+    elif settings.recycle and draft_limit(model, settings.draft_depth) <= model.mtp_config.drafts:
+        problems.append(
+            f"recycle {settings.recycle} has no effect: {settings.draft_depth} drafts per step of "
+            f"{model.mtp_config.mode} heads use no module twice"
+        )
     if problems:
         raise ValueError("; ".join(problems))
     return _stream(model, [list(prompt) for prompt in prompts], settings)
@@ -94,7 +99,14 @@ class _Batch:
         self.drafter: Drafter | None = None
         if depth:
             kind = model.mtp.drafter(model.mtp_config)
-            self.drafter = kind(decoder, slots, rows=len(prompts), depth=depth, chunk=self.chunk)
+            self.drafter = kind(
+                decoder,
+                slots,
+                rows=len(prompts),
+                depth=depth,
+                chunk=self.chunk,
+                recycle=settings.recycle or "last",
+            )
         # (B, S, R+P) per layer
         self.caches = slots.caches(model.config.num_hidden_layers, len(prompts))
         self.ids = torch.zeros(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+RECYCLE = ("last", "cycle")
 PREFILL_CHUNK = 128  # slots per forward of a prompt: bounds memory, whatever its length
 
 
@@ -18,6 +19,7 @@ class Settings:
     draft_depth: int = 0
     # A row drafts no further where q_k's top probability, or the head's confidence, is below it.
     draft_threshold: float = 0.0
+    recycle: str | None = None  # "last" (None) or "cycle": what drafts beyond the trained depths
     draft_vocab: tuple[int, ...] = ()  # the ids that drafts are drawn among; (): all
     temperature: float = 0.0
     top_k: int | None = None
@@ -33,6 +35,8 @@ class Settings:
             yield f"max_new_tokens must be >= 1 (got {self.max_new_tokens})"
         if self.draft_depth < 0:
             yield f"draft_depth must be >= 0 (got {self.draft_depth})"
+        if self.recycle not in (None, *RECYCLE):
+            yield f"recycle must be one of {', '.join(RECYCLE)} (got {self.recycle!r})"
         if not 0 <= self.draft_threshold <= 1:
             yield f"draft_threshold must be in [0, 1] (got {self.draft_threshold})"
         if not (self.temperature == 0 or 1e-3 <= self.temperature <= 100):

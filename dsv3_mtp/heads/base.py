@@ -204,6 +204,10 @@ class Head(nn.Module):
         """The sums of `terms` over this micro-batch, scalars with a gradient."""
         return {}
 
+    def confidence(self, output: HeadOutput) -> Tensor | None:
+        """(D, B, T) in [0, 1], what it gives for the overlap of each depth; None: nothing."""
+        return None
+
     def cost(self) -> Cost:
         raise NotImplementedError
 

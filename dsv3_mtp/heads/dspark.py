@@ -85,9 +85,9 @@ class ContextLayer(DecoderLayer):
 
     def compute(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
         """x: (1+D, B, T, C), the context and the rows -> the same, and no router's stats."""
-        rows = x[1:] + self.self_attn(recomputed(self.input_layernorm, x), angles, mask)
-        rows = rows + self.mlp(recomputed(self.post_attention_layernorm, rows))
-        return torch.cat([x[:1], rows]), None
+        attended = self.self_attn(recomputed(self.input_layernorm, x), angles, mask)
+        rows, normed = self.post_attention_layernorm(x[1:], attended)
+        return torch.cat([x[:1], rows + self.mlp(normed)]), None
 
 
 class MarkovBias(Output):
@@ -191,6 +191,10 @@ class DSpark(Head):
         return {
             "confidence": torch.stack([s * x for s, x in zip(shares, by_depth, strict=True)]).sum()
         }
+
+    def confidence(self, output: HeadOutput) -> Tensor | None:
+        logits = output.kept.get("confidence")
+        return None if logits is None else logits.float().sigmoid()
 
     def cost(self) -> Cost:
         depths, config = self.mtp.depths, self.config

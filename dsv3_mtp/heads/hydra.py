@@ -1,12 +1,12 @@
 """Hydra's heads (arXiv 2402.05109): Medusa's, each of which also reads the tokens drafted so far.
 
-Head k on the trunk's final state h_i (section 3), E the model's embedding:
+Head k on the trunk's final state h_i, E the model's embedding:
 
     x   = [h_i ; E(t_{i+1}) ; .. ; E(t_{i+k})]               (k+1) C wide
     x_1 = W_res x + SiLU(W_1 x),  x_j = x_{j-1} + SiLU(W_j x_{j-1})
     q_k = softmax(W_k x_n)
 
-Hydra++ (section 4) has `num_layers: 4`, `prefix: true`, which puts one decoder layer and a norm
+Hydra++ has `num_layers: 4`, `prefix: true`, which puts one decoder layer and a norm
 between the trunk and all heads, and the main head's distribution as target (`mtp.objective: {kl:
 1.0}`). At the start W_1 .. W_n are 0 and W_k is the main output head, as in the authors' code. Of
 that code this file leaves out dropout on what the layers read, and the biases; it repeats one

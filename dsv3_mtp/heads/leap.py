@@ -5,7 +5,7 @@ is depth 0, so that s = 1 is Medusa. The heads are Medusa's, as in the authors' 
 T + 1 + sD tokens.
 
 D heads draft sD tokens: the tokens that one slot skips are those that the s-1 slots before it
-predict ("looking backward", section 3.3). With s = 2, t_m the last known token, and so the trunk's
+predict ("looking backward"). With s = 2, t_m the last known token, and so the trunk's
 states of slots 0..m-1:
 
     draft     t_{m+1}   t_{m+2}   t_{m+3}   t_{m+4}

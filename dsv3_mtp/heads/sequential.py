@@ -224,12 +224,11 @@ class Module:
 
 
 class ChainDrafter(Drafter):
-    """Sequential modules: depth k reads the state of depth k-1 and the embedding of the token k
-    ahead.
+    """Depth k reads the state of depth k-1 and the embedding of the token k ahead.
 
-    Beyond the trained depths the last module goes on, one slot further per draft, as serving
-    engines recycle it: its own state stands in for the trunk state of a slot that the trunk has not
-    seen.
+    Beyond the trained depths (`recycle`): "last", the last module goes on, one slot further per
+    draft, and its own state stands in for the trunk state of a slot that the trunk has not seen.
+    "cycle": the modules follow one another at the same slot, as if the chain had K of them.
 
     Two modules, three drafts; t_m is the last known token, so that the trunk has states of slots
     0..m-1:
@@ -237,6 +236,7 @@ class ChainDrafter(Drafter):
         module 1, slot m-1   reads the trunk's state of m-1      and t_m       drafts t_{m+1}
         module 2, slot m-1   reads module 1's state of m-1       and t_{m+1}   drafts t_{m+2}
         module 2, slot m     reads its own state of m-1          and t_{m+2}   drafts t_{m+3}
+    or  module 1, slot m-1   reads module 2's state of m-1       and t_{m+2}   drafts t_{m+3}
 
     If t_{m+1} stands and t_{m+2} is replaced, m grows by 2. Module 1 then computes slots m and m+1
     (old m). Module 2 begins at m-1 again: the token it read there was a draft. `filled` holds where
@@ -248,6 +248,9 @@ class ChainDrafter(Drafter):
     @classmethod
     def limit(cls, mtp: MTPConfig, depth: int) -> int:
         return depth
+
+    def modules_needed(self) -> int:
+        return self.depth if self.recycle == "cycle" else super().modules_needed()
 
     def rings_needed(self) -> int:
         return self.modules if self.options.chain == "hidden" else 1
@@ -324,6 +327,6 @@ class ChainDrafter(Drafter):
         """One module on (B*T, C) states -> its chained and its normed state, each (B*T, C)."""
         tokens = span(ids, [start + depth for start in starts], length)
         window = self.decoder.window(self.slots, starts, length)
-        head = self.decoder.heads[min(depth, len(self.decoder.heads)) - 1]
+        head = self.decoder.heads[(depth - 1) % len(self.decoder.heads)]
         cache = self.caches[depth - 1]
         return self.decoder.run(Module.forward, head, hidden, tokens.flatten(), cache, window)

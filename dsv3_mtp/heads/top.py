@@ -3,7 +3,7 @@
 It reads the trunk's final state, as the main output head does, and learns which tokens of a window
 come, the sooner the higher, instead of which token is where. With D = num_nextn_predict_layers the
 window of slot i is t_{i+1} .. t_{i+1+D}; a token v that first comes at t_{i+1+d} has the score
-y_v = D - d, every other one -infinity, and the loss is ListNet's (section 3):
+y_v = D - d, every other one -infinity, as in the authors' seq_to_top, and the loss is ListNet's:
 
     L_TOP = - sum_v softmax(y)_v log softmax(W_TOP h_i)_v        L = L_main + L_TOP
 

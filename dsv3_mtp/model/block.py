@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.attention import MLA
-from dsv3_mtp.model.layers import MLP, RMSNorm
+from dsv3_mtp.model.layers import MLP, ResidualNorm, RMSNorm
 from dsv3_mtp.model.moe import MoE, RouterStats
 from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.recompute import recomputed, recomputing
@@ -26,7 +26,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MLA(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace
         self.mlp: MLP | MoE = (
             MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
@@ -49,7 +49,8 @@ class DecoderLayer(nn.Module):
     def compute(
         self, x: Tensor, angles: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, RouterStats | None]:
-        x = x + self.self_attn(recomputed(self.input_layernorm, x), angles, mask)
-        out = self.mlp(recomputed(self.post_attention_layernorm, x))
+        attended = self.self_attn(recomputed(self.input_layernorm, x), angles, mask)
+        x, normed = self.post_attention_layernorm(x, attended)
+        out = self.mlp(normed)
         y, stats = out if isinstance(self.mlp, MoE) else (out, None)
         return x + y, stats

@@ -1,15 +1,15 @@
 """RMSNorm, rotary embedding with interleaved pairs and YaRN, SwiGLU MLP."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, RopeScaling
 from dsv3_mtp.ops.compute import given
-from dsv3_mtp.ops.norm import rms_norm
-from dsv3_mtp.ops.recompute import recomputed
+from dsv3_mtp.ops.norm import add_rms_norm, norm_of_sum, rms_norm
+from dsv3_mtp.ops.recompute import recomputed, remember
 from dsv3_mtp.ops.swiglu import swiglu
 
 
@@ -23,6 +23,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class ResidualNorm(RMSNorm):
+    """A residual addition and the norm of the sum, in one pass where there is a kernel for both."""
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Any:
+        """x, added: (..., C) -> their sum and its norm; of a sum alone only its norm."""
+        if added is None:
+            return norm_of_sum(x, self.weight, self.eps)
+        total, y = add_rms_norm(x, added, self.weight, self.eps)
+        remember(y, self, total)  # by the module: ZeRO-3 has its weight only inside of a call
+        return total, y
 
 
 class MLP(nn.Module):

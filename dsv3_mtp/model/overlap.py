@@ -138,9 +138,28 @@ def overlap_sums(
 
     taught: (D, B, T) from `teachers`. hiddens, following: see `pairs`.
     """
+    overlap = slot_overlaps(head_logits, hiddens, following, taught, vocab_size, offsets)
+    return sums_of_slots(overlap, taught)
+
+
+@torch.no_grad()
+def slot_overlaps(
+    head_logits: HeadLogits,
+    hiddens: Sequence[States],
+    following: Tensor,
+    taught: Tensor,
+    vocab_size: int,
+    offsets: Sequence[int],
+) -> Tensor:
+    """(D, B, T) float64: the overlap of every slot, anything where it has no teacher."""
     overlap = taught.new_zeros(taught.shape, dtype=torch.float64)
     for pair in pairs(head_logits, hiddens, following, vocab_size, offsets):
         overlap[pair.depth - 1][:, pair.slots] = pair.overlap.double()
+    return overlap
+
+
+def sums_of_slots(overlap: Tensor, taught: Tensor) -> Tensor:
+    """`overlap_sums` of `slot_overlaps`."""
     counted = overlap.where(taught, 0.0)
     joint = taught.cumprod(0)
     sums = [counted, taught, counted.cumprod(0), joint]

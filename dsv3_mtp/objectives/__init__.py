@@ -2,14 +2,12 @@
 objective is.
 """
 
-import importlib
-import pkgutil
+from dsv3_mtp.config.registry import import_all
 
 
 def registry() -> dict[str, type]:
     """Every objective of this folder by its name in `mtp.objective`, the label's first."""
     from dsv3_mtp.objectives.base import REGISTRY
 
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+    import_all(__name__)
     return dict(sorted(REGISTRY.items(), key=lambda item: (item[1].teacher, item[0])))

@@ -81,6 +81,12 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     `function` must be pure and may itself save nothing but its arguments, or that is kept.
     """
     result = function(*args)
+    remember(result, function, *args)
+    return result
+
+
+def remember(result: Any, function: Callable[..., Any], *args: Any) -> None:
+    """`recomputed` of a result that is there already: function(*args) gives its bits again."""
     if _scopes:
         scope = _scopes[-1]
         call = _Call(
@@ -89,7 +95,6 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
         )
         for index, tensor in enumerate(_tensors(result)):
             scope[tensor.untyped_storage()._cdata] = call, index, tensor
-    return result
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -19,6 +19,8 @@ from dsv3_mtp.ops.triton_jit import (
     _to_heads,
     _to_heads_backward,
 )
+from dsv3_mtp.ops.triton_norm import add_rms_norm as add_rms_norm
+from dsv3_mtp.ops.triton_norm import add_rms_norm_backward as add_rms_norm_backward
 from dsv3_mtp.ops.triton_router import route as route
 
 WIDE = 1024  # numbers that a program takes at a time

@@ -1,6 +1,6 @@
 """Pictures of one run: its curves from metrics.jsonl, and the schedules a config asks for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +78,19 @@ def plot_schedules(config: Config, out: Path) -> None:
     """Draw what changes over a run (lr, MTP weights, bias speed, batch size) into the PNG file
     `out`.
     """
-    progress = np.linspace(0.0, 1.0, 1001).tolist()
-    tokens = [p * config.train.total_tokens for p in progress]
     figure, axes = _figure(f"{config.run.name}: schedules")
     axes[0].set_title("learning rate")
-    axes[0].plot(tokens, [learning_rate(config.optim, p) for p in progress], color="#0072b2")
-    _loss_weights(axes[1], config, progress)
+    _scheduled(axes[0], config, lambda p: learning_rate(config.optim, p), color="#0072b2")
+    _loss_weights(axes[1], config)
     if config.mtp.depths:
         figure.legend(
             handles=axes[1].lines, loc="outside lower center", ncols=1 + config.mtp.depths
         )
     axes[2].set_title("router bias update speed")
-    axes[2].plot(tokens, [bias_update_speed(config.train, p) for p in progress], color="#009e73")
+    _scheduled(axes[2], config, lambda p: bias_update_speed(config.train, p), color="#009e73")
     axes[3].set_title("batch size (sequences)")
-    micro = config.train.micro_batch_size
-    axes[3].plot(
-        tokens, [batch_size(config.train, p, multiple=micro) for p in progress], color="#cc79a7"
-    )
+    train, micro = config.train, config.train.micro_batch_size
+    _scheduled(axes[3], config, lambda p: batch_size(train, p, multiple=micro), color="#cc79a7")
     axes[3].yaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in axes:
         ax.set_ylim(bottom=0.0)
@@ -107,25 +103,36 @@ def plot_loss_weights(config: Config, out: Path) -> None:
     """Draw lambda and the factor of every depth over a run into the PNG file `out`."""
     figure = Figure(figsize=(6, 2.6), dpi=100, layout="constrained")
     ax = figure.subplots()
-    _loss_weights(ax, config, np.linspace(0.0, 1.0, 1001).tolist())
+    _loss_weights(ax, config)
     ax.set_ylim(bottom=0.0)
     _token_axis(ax, config.train.total_tokens)
     ax.legend(handles=ax.lines)
     save_figure(figure, out)
 
 
-def _loss_weights(ax: Axes, config: Config, progress: Sequence[float]) -> None:
+def _scheduled(ax: Axes, config: Config, value: Callable[[float], float], **style: Any) -> None:
+    """A schedule over the run. A value holds until the next one: a step is drawn as a step."""
+    progress = np.linspace(0.0, 1.0, 1001)
+    tokens = progress * config.train.total_tokens
+    ax.plot(tokens, [value(p) for p in progress.tolist()], drawstyle="steps-post", **style)
+
+
+def _loss_weights(ax: Axes, config: Config) -> None:
     ax.set_title("MTP loss weights")
     if not config.mtp.depths:
         return
-    tokens = [p * config.train.total_tokens for p in progress]
-    total = [mtp_loss_weight(config.mtp.loss_weight, p) for p in progress]
-    ax.plot(tokens, total, color="#c8c8c8", linewidth=5.0, label="lambda")
-    weights = np.array([depth_loss_weights(config.mtp, p) for p in progress])  # (points, D)
-    for depth, column in enumerate(weights.T, start=1):
+    weight = config.mtp.loss_weight
+    grey = {"color": "#c8c8c8", "linewidth": 5.0}
+    _scheduled(ax, config, lambda p: mtp_loss_weight(weight, p), label="lambda", **grey)
+    for depth in range(1, config.mtp.depths + 1):
+
+        def factor(progress: float, depth: int = depth) -> float:
+            return depth_loss_weights(config.mtp, progress)[depth - 1]
+
         # equal weights stay visible under one another
         width = 1.6 + 2.6 * (config.mtp.depths - depth)
-        ax.plot(tokens, column, color=_color(depth), linewidth=width, label=f"depth {depth}")
+        style = {"color": _color(depth), "linewidth": width, "label": f"depth {depth}"}
+        _scheduled(ax, config, factor, **style)
 
 
 def _losses(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> None:
@@ -185,9 +192,9 @@ def _schedules(ax: Axes, train: Sequence[Record]) -> None:
     if any("train/mtp_weight" in record for record in train):
         twin = _twin(ax)
         weight = _series(train, "train/mtp_weight")
-        handles += _line(
-            twin, *weight, color="#d55e00", linestyle="--", label="MTP loss weight (right)"
-        )
+        style: Any = {"color": "#d55e00", "linestyle": "--", "label": "MTP loss weight (right)"}
+        # of the steps up to the point: where lambda jumps, the line jumps
+        handles += _line(twin, *weight, drawstyle="steps-pre", **style)
         twin.set_ylim(bottom=0.0)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_ylim(bottom=0.0)

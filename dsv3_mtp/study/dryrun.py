@@ -7,6 +7,7 @@ from dsv3_mtp.study.expand import Run, expand, size_of, tokens_of, training_flop
 from dsv3_mtp.study.load import LoadedStudy
 from dsv3_mtp.study.power import POWER, detectables
 from dsv3_mtp.study.tables import power_rows
+from dsv3_mtp.study.trends import detectable_lines
 
 
 def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
@@ -36,7 +37,8 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
         rows.append(
             (name, count, quantity(size.mtp_total), budget, f"{flops:.2e}", parent, arm.about)
         )
-    workers = jobs or 1
+    workers, ranks = jobs or 1, study.ranks
+    at_once = f"{workers} process(es)" if ranks == 1 else f"{workers} run(s) of {ranks} processes"
     return "\n".join(
         [
             f"# {study.run.name}, scale {study.scale}: {study.question.strip()}",
@@ -48,13 +50,23 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
                 f"seeds = {len(study.arms) * len(study.seeds)} runs"
             ),
             f"training FLOPs: {total:.3e}",
-            f"time: about {duration(total / speed / workers)} in {workers} process(es) at a time, "
+            f"time: about {duration(total / speed / workers / ranks)} in {at_once} at a time, "
             f"at {speed:.1e} FLOP/s each (scales.{study.scale}.flops_per_s)",
             f"results: {study.folder}",
             "",
             *power_lines(loaded),
+            *trend_lines(loaded),
         ]
     )
+
+
+def trend_lines(loaded: LoadedStudy) -> list[str]:
+    sizes = {}
+    for name, config in loaded.configs.items():
+        # a matched arm has no budget yet: that of its own config
+        tokens = tokens_of(loaded, name, {}) or config.train.total_tokens
+        sizes[name] = (float(tokens), float(size_of(config).total))
+    return detectable_lines(loaded.study, sizes)
 
 
 def power_lines(loaded: LoadedStudy) -> list[str]:

@@ -48,10 +48,11 @@ def live(data: PictureData) -> Live:
 
 
 def _arm_boxes(data: PictureData) -> str:
-    """Check boxes that hide an arm in every figure of the page."""
+    """Check boxes that hide an arm that has been run in every figure of the page."""
     boxes = "".join(
         f'<label style="color:{color}"><input type="checkbox" value="{arm}" checked> {arm}</label>'
         for arm, color in data.colors.items()
+        if data.table[arm]
     )
     return f'<fieldset id="arms"><legend>arms</legend>{boxes}</fieldset><script>{FILTER}</script>'
 

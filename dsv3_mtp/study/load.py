@@ -48,8 +48,7 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     for name in study.arms:
         try:
             configs[name] = load_config(base, list(_settings(study, name, of_runs)))
-            # a run of a study is one process
-            refused = list(layout.problems(configs[name], world_size=1))
+            refused = list(layout.problems(configs[name], world_size=study.ranks))
         except ConfigError as error:
             refused = list(error.problems)
         for problem in refused:
@@ -115,6 +114,13 @@ def _grid_arms(grid: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator[Problem]:
     """What the study asks to be measured, and runs of these configs could not be."""
+    ramps = [name for name, config in configs.items() if config.train.batch_size_ramp is not None]
+    if study.ranks > 1 and ramps:
+        yield (
+            f"arms.{', '.join(ramps)}: train.batch_size_ramp",
+            f"rounds to other batches on {study.ranks} ranks (scales.{study.scale}.ranks) than on "
+            "one, so budgets would not be matched; set null",
+        )
     coarse = [name for name, config in configs.items() if config.log.every > 1]
     if study.loss_error_against is not None and coarse:
         yield (

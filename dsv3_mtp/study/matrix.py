@@ -25,6 +25,7 @@ from dsv3_mtp.config.section import (
     Text,
 )
 from dsv3_mtp.study.metric_names import METRICS, NEEDS, family, is_rate_over_seeds
+from dsv3_mtp.study.trend_key import Trend, trend_rules
 
 EVERY_ARM = "every arm"
 
@@ -95,9 +96,8 @@ class Expected(Section):
     """What a comparison is expected to show in one metric, written before the runs."""
 
     effect: Number | dict[Text, Number] | None = None
-    """Arm minus the arm compared with, signed, in units of the metric: one number for all arms, or
-    one
-    per arm. 0: equal, within +-margin. null: not said."""
+    """Arm minus the arm compared with, in units of the metric, for all arms or one number per arm.
+    0: equal, within +-margin. null: not said."""
     sd: Positive | None = None
     """Standard deviation of the paired differences over seeds. A solve rate needs none."""
     source: Text
@@ -157,9 +157,7 @@ class AcceptanceSection(Section):
     prefixes: Count = 64
     prefix_tokens: Count = 64
     new_tokens: Annotated[Integer, Field(ge=3)] = 16
-    """The first comes with the prompt, and the last of a step from the main model: two have nothing
-    to
-    draft."""
+    """The first comes with the prompt, the last of a step from the main model: without a draft."""
     draws: Count = 4
     """The prefixes are dealt to so many sets, each with random numbers of its own: the sd over
     draws
@@ -177,7 +175,9 @@ class StudyScale(Section):
     """Run config that every arm starts from, relative to the study file."""
     set: Overrides = {}
     flops_per_s: Positive
-    """Training FLOP/s of one worker: turns FLOPs into the time that --dry-run foretells."""
+    """Training FLOP/s of one process: turns FLOPs into the time that --dry-run foretells."""
+    ranks: Count = 1
+    """Processes of every run, on one host: what `parallel` lays out."""
 
 
 class Study(Section):
@@ -195,6 +195,8 @@ class Study(Section):
     arms: Annotated[dict[Text, Arm], Field(min_length=1)]
     grid: Grid | None = None
     comparisons: Annotated[dict[Text, Comparison], Field(min_length=1)]
+    trends: dict[Text, Trend] = {}
+    """Effects that are followed over several comparisons."""
     primary: Primary
     metrics: tuple[Text, ...] = ()
     """Exploratory metrics, beside the primary one."""
@@ -244,6 +246,7 @@ class Study(Section):
                     text = "is a whole section, whose other keys would no longer be the base's"
                     yield f"{place}.{key}", f"{text}; give dotted keys, '{key}.KEY: VALUE'"
         yield from self._name_rules()
+        yield from trend_rules(self.trends, self.comparisons)
         yield from self._metric_rules()
 
     def _name_rules(self) -> Iterator[Problem]:
@@ -315,6 +318,11 @@ class Study(Section):
         if self.grid:
             places.append(("grid.set", self.grid.set))
         return places + [(f"arms.{name}.set", arm.set) for name, arm in self.arms.items()]
+
+    @property
+    def ranks(self) -> int:
+        """Processes of a run."""
+        return self.scales[self.scale].ranks
 
     @property
     def folder(self) -> Path:

@@ -1,9 +1,9 @@
 """The first screen of a report: question, answer, one picture, and what the study does not show."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dsv3_mtp.report.progress import quantity
-from dsv3_mtp.study import findings, words
+from dsv3_mtp.study import findings, trends, words
 from dsv3_mtp.study.alarms import TRIGRAM, alarms, dirty, primary_arms
 from dsv3_mtp.study.corpus import other_corpus
 from dsv3_mtp.study.findings import Findings, is_primary, values_of
@@ -13,8 +13,11 @@ from dsv3_mtp.study.page import Element, Heading, Items, Paragraph, Picture
 SMALL = 10_000_000  # parameters below which a report says that its scale is small
 
 
-def opening(found: Findings, picture: Picture) -> list[Element]:
+def opening(found: Findings, pictures: Sequence[Picture]) -> list[Element]:
+    """pictures: the answer's, if it was drawn."""
     study = found.loaded.study
+    answer = words.answer(study, found.effects)
+    answer += trends.sentences(trends.slopes_of(study, found.table))
     warnings = [f"Not interpretable: {alarm}." for alarm in alarms(study, found.table)]
     if text := dirty(found.table):
         warnings.append(f"{text[0].upper()}{text[1:]}.")
@@ -24,8 +27,8 @@ def opening(found: Findings, picture: Picture) -> list[Element]:
         Heading("Question"),
         Paragraph(study.question.strip()),
         Heading("Answer"),
-        Paragraph(" ".join(words.answer(study, found.effects))),
-        picture,
+        Paragraph(" ".join(answer)),
+        *pictures,
         Heading("What it does not show"),
         Items(list(not_shown(found))),
     ]
@@ -59,10 +62,12 @@ def not_shown(found: Findings) -> Iterable[str]:
             f"these seeds can find: {'; '.join(unresolved)}."
         )
     on_text = any(record.config["data"].get("task") is None for record in records)
-    floors = [values_of(found.table, arm, TRIGRAM) for arm in primary_arms(study)]
-    if on_text and not all(floors):
+    arms = primary_arms(study)
+    bare = [arm for arm in arms if not values_of(found.table, arm, TRIGRAM)]
+    if on_text and bare:
+        which = "the models" if len(bare) == len(arms) else ", ".join(bare)
         yield (
-            "Whether the models beat n-gram tables of the same tokens: these floors were not "
+            f"Whether {which} beat n-gram tables of the same tokens: these floors were not "
             "measured."
         )
     hashes = {d.hash for record in records for start in record.starts for d in start.data.values()}

@@ -97,7 +97,8 @@ class Live:
 def to_html(blocks: Sequence[Element], live: Live, *, title: str, folder: Path) -> str:
     """The page; what is not live is a picture, read from `folder` and put into it."""
     parts = [_html(block, folder, live.elements) for block in blocks]
-    first = next(n for n, block in enumerate(blocks) if isinstance(block, Picture))
+    pictures = (n for n, block in enumerate(blocks) if isinstance(block, Picture))
+    first = next(pictures, len(blocks))
     parts.insert(first, live.controls)
     body = "\n".join(parts)
     return (

@@ -14,7 +14,7 @@ from typing import Any
 
 from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.report.progress import quantity
-from dsv3_mtp.study import findings, hover, tables, words
+from dsv3_mtp.study import findings, hover, tables, trends, words
 from dsv3_mtp.study.archive import RunRecord, Table, table_of, write_archive
 from dsv3_mtp.study.calibration import calibration_table
 from dsv3_mtp.study.findings import Findings, is_primary
@@ -67,16 +67,18 @@ def write_report(
     found = Findings(loaded, plan, table, effects, list(detectables(study)))
     folder.mkdir(parents=True, exist_ok=True)
     data = PictureData(study, loaded.configs, table, effects)
-    first, *rest = draw_all(data, folder)
+    pictures = [Picture(*item) for item in draw_all(data, folder)]
+    first = [picture for picture in pictures if picture.file == "answer.png"]
     blocks = [
-        *opening(found, Picture(*first)),
+        *opening(found, first),
         *setup(found),
         *tables.floor_tables(study, table),
         *calibration_table(loaded.configs, table),
         *tables.result_table(study, table),
         *tables.comparison_tables(study, table, effects),
+        *trends.blocks(trends.slopes_of(study, table)),
         Heading("Pictures"),
-        *(Picture(*item) for item in rest),
+        *(picture for picture in pictures if picture not in first),
         *health(found),
         *plan_blocks(found),
         *environment(found.records),

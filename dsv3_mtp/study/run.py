@@ -55,9 +55,12 @@ def run_study(
 
     Raises:
         ValueError: a run folder holds a run of other settings, `only` chooses nothing, or the data
-            of a run cannot be used.
+            of a run cannot be used; or a run has more ranks than this host has GPUs.
     """
     study, failed = loaded.study, []
+    if 0 < (seen := devices()) < study.ranks:
+        text = f"a run has {study.ranks} processes, and this host has {seen} GPU(s)"
+        raise ValueError(f"scales.{study.scale}.ranks: {text}")
     budgets, runs = _planned(loaded, only)
     study.folder.mkdir(parents=True, exist_ok=True)
     freeze(loaded, len(records_of(loaded)))
@@ -114,7 +117,7 @@ class _Active:
     process: BaseProcess
     run: Run
     started: float
-    slot: int  # number of the worker, and so of its device
+    slot: int  # number of the worker, and so of its devices
 
 
 class _Pool:
@@ -188,7 +191,8 @@ class _Pool:
         slot = min(set(range(self.jobs)) - {item.slot for item in self.active.values()})
         context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         process = context.Process(target=work, args=(self.study, run, sys.argv), name=run.name)
-        with _visible(device_of(slot, os.environ.get("CUDA_VISIBLE_DEVICES"), devices())):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        with _visible(devices_of(slot, self.study.ranks, visible, devices())):
             process.start()
         self.active[process.sentinel] = _Active(process, run, time.monotonic(), slot)
 
@@ -249,21 +253,21 @@ def devices() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def device_of(slot: int, visible: str | None, count: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of a worker: one of the devices that this program sees, in turn; None:
-    leave it.
+def devices_of(slot: int, ranks: int, visible: str | None, count: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of a worker: as many of the devices that this program sees as its run
+    has ranks, in turn; None: leave it.
 
     visible: the variable as it is here. count: devices that torch sees.
     """
     if count == 0:
         return None
     names = visible.split(",") if visible else [str(number) for number in range(count)]
-    return names[slot % count]
+    return ",".join(names[(slot * ranks + rank) % count] for rank in range(ranks))
 
 
 @contextmanager
 def _visible(device: str | None) -> Iterator[None]:
-    """For processes that are started inside: they see one device. This one has chosen its own
+    """For processes that are started inside: they see these devices. This one has chosen its own
     before.
     """
     before = os.environ.get("CUDA_VISIBLE_DEVICES")

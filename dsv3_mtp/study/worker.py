@@ -6,11 +6,9 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import traceback
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
 
 from pydantic import with_config
 from typing_extensions import TypedDict
@@ -23,8 +21,7 @@ from dsv3_mtp.study.archive import read_results, write_results
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import describe, measure, starts_of
-from dsv3_mtp.train.process import own_process
-from dsv3_mtp.train.record import NonFiniteError
+from dsv3_mtp.study.training import train, train_on_ranks
 
 TIME = "time.json"  # in a run folder
 STOPPED, ELSEWHERE = 3, 4  # exit codes
@@ -54,7 +51,7 @@ def work(study: Study, run: Run, command: list[str]) -> None:
     """The process of one run, start to end. It exits with the code of `train_and_measure`."""
     folder = study.folder / run.name
     try:
-        claim(folder)
+        held = claim(folder)
     except ValueError:
         os._exit(ELSEWHERE)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -66,7 +63,7 @@ def work(study: Study, run: Run, command: list[str]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     code = 1
     try:
-        code = train_and_measure(study, run, command)
+        code = train_and_measure(study, run, command, held=held)
     except Exception:
         traceback.print_exc()
     sys.stdout.flush()
@@ -82,26 +79,27 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
+def train_and_measure(study: Study, run: Run, command: list[str], *, held: int) -> int:
     """Trains the run to its end and writes results.json.
+
+    held: descriptor of the run's lock.
 
     Returns the exit code: 0 it is closed, STOPPED it was asked to stop.
     """
-    folder = study.folder / run.name
+    folder, ranks = study.folder / run.name, study.ranks
     if run.parent is not None:
         tokens = run.config.train.total_tokens
         fork(study.folder / run.parent, folder, run.fork_step, total_tokens=tokens)
-    try:
-        trainer = own_process(run.config, command=command)
-        begun, first = _seconds(trainer), trainer.tokens
-        trainer.run()
-    except NonFiniteError as error:
+    if ranks == 1:
+        trained = train(run.config, command)
+    else:
+        trained = train_on_ranks(run.config, command, ranks=ranks, held=held)
+    if (error := trained["error"]) is not None:
         record = describe(study, run, read_metrics(folder / "metrics.jsonl"), starts_of(folder))
-        update = {"status": "diverged", "error": str(error)}
-        write_results(folder, record.model_copy(update=update))
+        write_results(folder, record.model_copy(update={"status": "diverged", "error": error}))
         return 0
-    spent, tokens = add_time(folder, _seconds(trainer) - begun, trainer.tokens - first)
-    if trainer.progress < 1:
+    spent, tokens = add_time(folder, trained["seconds"], trained["tokens"])
+    if not trained["finished"]:
         return STOPPED
     before = read_results(folder)
     if tokens:
@@ -109,7 +107,7 @@ def train_and_measure(study: Study, run: Run, command: list[str]) -> int:
     elif before and before.seconds_per_token:
         pace = before.seconds_per_token
     else:  # of another version, or killed just before the time was written
-        pace = trainer.clock.seconds / trainer.tokens
+        pace = trained["pace"]
     write_results(folder, measure(study, run, folder, seconds_per_token=pace))
     return 0
 
@@ -135,13 +133,6 @@ def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
     if tokens:
         write_json(path, {"seconds": seconds, "tokens": tokens})
     return seconds, tokens
-
-
-def _seconds(trainer: Any) -> float:
-    """Time that training costs: of this process on a CPU, which other processes do not lengthen
-    much; else elapsed.
-    """
-    return time.process_time() if trainer.world.device.type == "cpu" else trainer.clock.seconds
 
 
 def fork(parent: Path, child: Path, step: int, *, total_tokens: int) -> None:

@@ -8,4 +8,4 @@ asked; base.py has what tasks of examples share). A task from elsewhere is named
 
 from dsv3_mtp.config.registry import import_all
 
-import_all(__name__, __path__)
+import_all(__name__)

@@ -15,8 +15,8 @@ from dsv3_mtp.model.overlap import (
     States,
     chunks,
     log_probabilities,
-    overlap_sums,
     pairs,
+    slot_overlaps,
 )
 
 # The main model's first choice is among so many first ones of the draft.
@@ -35,6 +35,8 @@ class DraftStatistics:
         drafts/ece_label/k     expected calibration error of q_k's top probability as the
                                probability that this token is the label,
         drafts/ece_main/k      and that it is the main model's first choice
+        drafts/confidence/k    the mean of what the head itself gives for the overlap, if it does,
+        drafts/ece_confidence/k  and its calibration error as the overlap
         drafts/kept_0.3/k      share of slots with a top probability of at least 0.3: what a p-min
                                of 0.3 drafts,
         drafts/accepted_0.3/k  and the share of these that is accepted, drawn from q_k
@@ -63,12 +65,21 @@ class DraftStatistics:
         self.kl = torch.zeros(depths, dtype=torch.float64, device=device)
         self.covered = torch.zeros(depths, len(self.coverage), dtype=torch.float64, device=device)
         self.bins = torch.zeros(depths, BINS, len(self.COLUMNS), dtype=torch.float64, device=device)
+        # by the head's own confidence: sums of it, and of the overlap
+        self.confidence = torch.zeros(depths, BINS, 2, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(
-        self, head_logits: HeadLogits, hiddens: Sequence[States], tokens: Tensor, taught: Tensor
+        self,
+        head_logits: HeadLogits,
+        hiddens: Sequence[States],
+        tokens: Tensor,
+        taught: Tensor,
+        confidence: Tensor | None = None,
     ) -> None:
-        """One micro-batch of whole rows. tokens: (B, T+1+D); taught: (D, B, T) from `teachers`."""
+        """One micro-batch of whole rows. tokens: (B, T+1+D); taught: (D, B, T) from `teachers`;
+        confidence: (D, B, T), see `Head.confidence`.
+        """
         main: Any = hiddens[0]
         nothing = main.new_zeros(len(tokens), max(self.offsets) - 1, *main.shape[2:])
         for pair in pairs(
@@ -95,6 +106,11 @@ class DraftStatistics:
             columns = [torch.ones_like(top), top, best == labels, best == choice, overlap]
             values = torch.stack([column.double() for column in columns], dim=-1)  # (M, columns)
             self.bins[pair.depth - 1].index_add_(0, number, values)
+            if confidence is not None:
+                sure = confidence[pair.depth - 1][:, pair.slots][counts]
+                values = torch.stack([sure, overlap], dim=-1).double()
+                number = (sure * BINS).long().clamp(max=BINS - 1)
+                self.confidence[pair.depth - 1].index_add_(0, number, values)
 
     def metrics(self) -> dict[str, float]:
         """See the class. A bin or depth without a slot has no entry."""
@@ -112,6 +128,11 @@ class DraftStatistics:
             for name, column in (("label", 2), ("main", 3)):
                 gap = (bins[:, 1] - bins[:, column]).abs().sum()
                 found[f"drafts/ece_{name}/{depth}"] = float(gap) / total
+            sure = self.confidence[depth - 1].cpu()
+            if sure.any():
+                found[f"drafts/confidence/{depth}"] = float(sure[:, 0].sum()) / total
+                gap = (sure[:, 0] - sure[:, 1]).abs().sum()
+                found[f"drafts/ece_confidence/{depth}"] = float(gap) / total
             for number in range(BINS):
                 lowest = f"{number / BINS:.1f}"
                 if kept := float(slots[number:].sum()):
@@ -174,24 +195,24 @@ class TableDrafters:
                         0, behind, torch.ones_like(behind, dtype=torch.float32)
                     )
 
-    def sums_of(
+    def overlaps(
         self, head_logits: HeadLogits, hidden: Tensor, tokens: Tensor, taught: Tensor
     ) -> dict[str, Tensor]:
-        """`overlap_sums` of the drafters on other rows: {"constant": (4, D), "table": (4, D)}."""
+        """`slot_overlaps` of the drafters on other rows: {"constant": (D, B, T), "table": ...}."""
         length = hidden.shape[1]
         constant = (self.total / self.total.sum()).float()
         nothing = hidden.new_zeros(len(hidden), max(self.offsets) - 1, *hidden.shape[2:])
         behind = [tokens[:, read:][:, :length] for read in self.reads]
 
-        def overlaps(draft: Callable[[int, Tensor], Tensor]) -> Tensor:
+        def along(draft: Callable[[int, Tensor], Tensor]) -> Tensor:
             def logits(depth: int, x: Tensor) -> Tensor:
                 return head_logits(0, x) if depth == 0 else draft(depth, x).log()
 
             states = [hidden, *behind]
-            return overlap_sums(logits, states, nothing, taught, self.vocab_size, self.offsets)
+            return slot_overlaps(logits, states, nothing, taught, self.vocab_size, self.offsets)
 
-        found = {"constant": overlaps(lambda _, token: constant.expand(*token.shape, -1))}
+        found = {"constant": along(lambda _, token: constant.expand(*token.shape, -1))}
         if self.has_tables:
             tables = (self.sums + constant) / (self.counts + 1)[..., None]
-            found["table"] = overlaps(lambda k, token: tables[self.table_of[k - 1]][token])
+            found["table"] = along(lambda k, token: tables[self.table_of[k - 1]][token])
         return found

@@ -30,6 +30,7 @@ def evaluation(
     new_tokens: int | None = None,
     temperature: float | None = None,
     drafts: bool = False,
+    draft_depth: int | None = None,
     drafting: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, float], list[str]]:
     """Metrics by name (docs/metrics.md), and what a reader should know about them.
@@ -39,7 +40,8 @@ def evaluation(
         prompts: for free-running acceptance; 0: it is not measured.
         temperature: of acceptance, None: greedy; and of the drafts' statistics, None: 1.
         drafts: the statistics of drafts along the text as well.
-        drafting: `draft_threshold` and `draft_vocab` of acceptance, where they are asked for.
+        draft_depth: drafts per step of acceptance; None: the model's D.
+        drafting: further `Settings` of acceptance, where they are asked for.
 
     Raises:
         ValueError: `drafts` of a task, whose answers are no text.
@@ -68,7 +70,7 @@ def evaluation(
             metrics |= acceptance(
                 model,
                 source,
-                depth=config.mtp.drafts,
+                depth=draft_depth or config.mtp.drafts,
                 prompts=prompts,
                 seq_len=config.data.seq_len,
                 new_tokens=new_tokens or min(NEW_TOKENS, longest // 2),

@@ -17,7 +17,7 @@ from dsv3_mtp.data.sampler import Sampler, sequential_windows, spare_windows
 from dsv3_mtp.data.source import DataSource, Source
 from dsv3_mtp.files.run_folder import newest_checkpoint, read_reached
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.overlap import overlap_means
+from dsv3_mtp.model.overlap import overlap_means, sums_of_slots
 from dsv3_mtp.model.targets import teacher_slots, valid_targets
 from dsv3_mtp.train.checkpoint import read_state
 from dsv3_mtp.train.drafts import DraftStatistics, TableDrafters
@@ -62,29 +62,38 @@ def text_floors(
     some of the data is no text).
     """
     source = val.text
-    if source is None or not all(one.text for one in sampler.sources):
+    if source is None:
         return {}, None
-    tokens = sampler.samples * sampler.seq_len
-    if tokens > MOST_TOKENS:
-        why = f"{tokens:,} tokens were consumed, and at most {MOST_TOKENS:,} are counted"
-        return {}, f"no n-gram floors: {why}"
-    if sampler.masked:
-        return {}, "no n-gram floors: they are of whole texts, and data.mask leaves prompts out"
-    if config.train.init_from is not None:
-        why = "the weights it began from (train.init_from) had read other text"
-        return {}, f"no n-gram floors: {why}"
-    if sampler.samples < 2:
-        return {}, "no n-gram floors: fewer than two rows of training text were consumed"
-    rows, documents = sampler.consumed()
-    masked = config.data.mask_documents
-    tables = NGrams(rows, documents if masked else None, vocab_size=config.model.vocab_size)
+    tables, why = text_tables(sampler, config)
+    if tables is None:
+        return {}, why
     count = batches * config.train.micro_batch_size
     [(rows, documents)] = sequential_windows(
         source, seq_len=config.data.seq_len, lookahead=1, count=count
     )
-    losses = tables.losses(rows, documents if masked else None)
+    losses = tables.losses(rows, documents if config.data.mask_documents else None)
     per_byte = None if source.bytes is None else source.tokens / source.bytes / math.log(2)
     return floor_metrics(losses, per_byte), None
+
+
+def text_tables(sampler: Sampler, config: Config) -> tuple[NGrams | None, str | None]:
+    """The n-gram tables of what a run has consumed; or none, and why (None: it is no text)."""
+    if not all(one.text for one in sampler.sources):
+        return None, None
+    tokens = sampler.samples * sampler.seq_len
+    if tokens > MOST_TOKENS:
+        why = f"{tokens:,} tokens were consumed, and at most {MOST_TOKENS:,} are counted"
+        return None, f"no n-gram floors: {why}"
+    if sampler.masked:
+        return None, "no n-gram floors: they are of whole texts, and data.mask leaves prompts out"
+    if config.train.init_from is not None:
+        why = "the weights it began from (train.init_from) had read other text"
+        return None, f"no n-gram floors: {why}"
+    if sampler.samples < 2:
+        return None, "no n-gram floors: fewer than two rows of training text were consumed"
+    rows, documents = sampler.consumed()
+    seen = documents if config.data.mask_documents else None
+    return NGrams(rows, seen, vocab_size=config.model.vocab_size), None
 
 
 @torch.no_grad()
@@ -96,35 +105,52 @@ def drafter_floors(
 
     And a line for each of the two that could not be had.
     """
-    depths, micro = model.depths, config.train.micro_batch_size
-    length, count = config.data.seq_len, batches * micro
-    windows = {"seq_len": length, "lookahead": model.lookahead}
-    spare = spare_windows(source, **windows, count=count, most=max(1, FIT_SLOTS // length))
-    if not depths:
+    micro = config.train.micro_batch_size
+    if not model.depths:
         return {}, []
+    count = batches * micro
+    tables, why = fitted_tables(model, source, config, count=count, device=device)
+    if tables is None:
+        return {}, [why]
+    windows = {"seq_len": config.data.seq_len, "lookahead": model.lookahead, "count": count}
+    sums: dict[str, Tensor] = {}
+    for window in sequential_windows(source, **windows, micro_batch_size=micro):
+        tokens, documents, scored = to_device(*window, config=config, device=device)
+        taught = taught_slots(model, tokens, documents, scored)
+        hidden = main_states(model, tokens, documents)
+        for name, part in tables.overlaps(
+            model.lm_head.head_logits, hidden, tokens, taught
+        ).items():
+            total = sums_of_slots(part, taught)
+            sums[name] = sums[name] + total if name in sums else total
+    metrics = {}
+    for name, total in sums.items():
+        for key, value in overlap_means(total.tolist()).items():
+            metrics[f"val/floor/overlap/{name}/{key.removeprefix('overlap/')}"] = value
+    return metrics, [why] if why else []
+
+
+def fitted_tables(
+    model: DeepseekV3MTP, source: Source, config: Config, *, count: int, device: torch.device
+) -> tuple[TableDrafters | None, str]:
+    """`TableDrafters`, fitted on other windows than the `count` of the validation; and what of them
+    could not be had, "" if nothing.
+    """
+    length, micro = config.data.seq_len, config.train.micro_batch_size
+    windows: Any = {"seq_len": length, "lookahead": model.lookahead}
+    spare = spare_windows(source, **windows, count=count, most=max(1, FIT_SLOTS // length))
     if not len(spare[0]):
         why = f"{source.path} has no window beside the {count} of the validation"
-        return {}, [f"no table drafters: {why}"]
-    reads = [model.mtp.horizon(model.mtp_config, depth) for depth in range(1, 1 + depths)]
+        return None, f"no table drafters: {why}"
+    reads = [model.mtp.horizon(model.mtp_config, depth) for depth in range(1, 1 + model.depths)]
     tables = TableDrafters(reads, model.offsets[1:], config.model.vocab_size, device=device)
     for start in range(0, len(spare[0]), micro):
         rows = (array[start : start + micro] for array in spare)
         tokens, documents, _ = to_device(*rows, config=config, device=device)
         tables.fit(model.lm_head.head_logits, main_states(model, tokens, documents), tokens)
-    sums: dict[str, Tensor] = {}
-    for window in sequential_windows(source, **windows, count=count, micro_batch_size=micro):
-        tokens, documents, scored = to_device(*window, config=config, device=device)
-        taught = _taught(model, tokens, documents, scored)
-        hidden = main_states(model, tokens, documents)
-        for name, part in tables.sums_of(model.lm_head.head_logits, hidden, tokens, taught).items():
-            sums[name] = sums[name] + part if name in sums else part
-    metrics = {}
-    for name, total in sums.items():
-        for key, value in overlap_means(total.tolist()).items():
-            metrics[f"val/floor/overlap/{name}/{key.removeprefix('overlap/')}"] = value
     if tables.has_tables:
-        return metrics, []
-    return metrics, ["no table drafter: a table of V x V entries is too large for this vocabulary"]
+        return tables, ""
+    return tables, "no table drafter: a table of V x V entries is too large for this vocabulary"
 
 
 def main_states(model: DeepseekV3MTP, tokens: Tensor, documents: Tensor | None) -> Tensor:
@@ -160,12 +186,13 @@ def draft_statistics(
         tokens, documents, scored = to_device(*window, config=config, device=device)
         output = model.head_rows(tokens, documents)
         states = output.by_depth(model.depths)
-        taught = output.scored_slots(_taught(model, tokens, documents, scored), first=1)
-        statistics.add(model.lm_head.head_logits, states, tokens, taught)
+        taught = output.scored_slots(taught_slots(model, tokens, documents, scored), first=1)
+        confidence = model.mtp.confidence(output)
+        statistics.add(model.lm_head.head_logits, states, tokens, taught, confidence)
     return statistics.metrics()
 
 
-def _taught(
+def taught_slots(
     model: DeepseekV3MTP, tokens: Tensor, documents: Tensor | None, scored: Tensor | None
 ) -> Tensor:
     """(D, B, T) bool: the slots that have a teacher."""

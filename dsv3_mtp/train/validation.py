@@ -231,7 +231,7 @@ def acceptance(
     Args:
         part: (first, step): only every `step`-th of the prompts, from number `first` on.
         seed: of the random numbers at a temperature.
-        drafting: `draft_threshold` and `draft_vocab` of `Settings`.
+        drafting: `recycle`, `draft_threshold` and `draft_vocab` of `Settings`.
 
     Raises:
         ValueError: `new_tokens` leave no room for a prompt.

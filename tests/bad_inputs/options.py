@@ -240,6 +240,16 @@ GENERATES = [
     ),
     C("generate: ema of hf", "generate --hf hf/tiny --ema --prompt x", "--ema goes with --run"),
 ]
+ANALYSES = [
+    C("analyse: no run", "analyse", "--run"),
+    C("analyse: a folder that is no run", "analyse --run data/tiny", r"data/tiny: no config\.yaml there"),
+    C("analyse: against nothing", "analyse --run runs/tiny --against nowhere", r"nowhere: no config\.yaml there"),
+    C("analyse: against a file", "analyse --run runs/tiny --against words.txt", r"words\.txt: no config\.yaml there"),
+    C("analyse: no average", "analyse --run runs/tiny --ema", "no average of the weights there"),
+    C("analyse: data is no folder", "analyse --run runs/tiny --data no", "no: neither a prepared folder"),
+    C("analyse: no such split", "analyse --run runs/tiny --split shift", "no split 'shift'"),
+    C("analyse: no batch", "analyse --run runs/tiny --batches 0", "--batches: 0: must be at least 1"),
+]
 EVALUATES = [
     C("evaluate: hf without data", "evaluate --hf hf/tiny", "--hf needs --data"),
     C("evaluate: data is no folder", EVALUATE + "--data no", "no"),
@@ -420,4 +430,4 @@ STUDIES = [
         )
     ),
 ]
-CASES = [*COMMANDS, *TRAIN, *GENERATES, *EVALUATES, *PREPARES, *CONVERTS, *STUDIES]
+CASES = [*COMMANDS, *TRAIN, *GENERATES, *EVALUATES, *ANALYSES, *PREPARES, *CONVERTS, *STUDIES]

@@ -1,60 +1,55 @@
+"""`dsv3 prepare` from the outside: a process of its own once, forks of this one for all else."""
+
+import contextlib
+import itertools
 import json
 import os
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from dsv3_mtp.cli import prepare
+from dsv3_mtp.data import tokenise
+from tests.bad_inputs.ask import Answer, ask
 from tests.conftest import contents
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = 1200
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, str(ROOT / "tools/prepare_data.py"), *map(str, arguments)]
+def process(*arguments: str | Path, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    command = [sys.executable, *flags, str(ROOT / "tools/prepare_data.py"), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment(), timeout=120
-    )
+def run(folder: Path, *arguments: str | Path) -> Answer:
+    """The command in a fork of this process; what it says goes beside `folder`/here."""
+    (folder / "here").mkdir(exist_ok=True)
+    return ask(shlex.join(["prepare", *map(str, arguments)]), folder / "here")
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("in") / "a.jsonl"
-    lines = [json.dumps({"text": f"record {i} " + "many words " * (i % 20)}) for i in range(12_000)]
-    path.write_text("\n".join(lines))
+    texts = [f"record {i} " + "many words " * (i % 20) for i in range(DOCUMENTS)]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return path
 
 
 def arguments(corpus: Path, out: Path) -> list[str | Path]:
-    return [
-        "--input",
-        corpus,
-        "--out",
-        out,
-        "--vocab-size",
-        "261",
-        "--shard-tokens",
-        "20000",
-        "--fim-rate",
-        "0.1",
-    ]
+    sizes = ["--vocab-size", "261", "--shard-tokens", "2000", "--fim-rate", "0.1"]
+    return ["--input", corpus, "--out", out, *sizes]
 
 
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
-    done = run(*arguments(corpus, out))
+    done = process(*arguments(corpus, out))
     assert done.returncode == 0, done.stderr
     assert "train: " in done.stdout and "val: " in done.stdout and "documents" in done.stdout
     return out
@@ -62,45 +57,31 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_in_the_middle_the_same_command_goes_on_byte_identically(
-    corpus, whole, tmp_path, sent, code
+    corpus, whole, tmp_path, monkeypatch, sent, code
 ):
+    """At its sixth batch, which it is told of where it would draw its progress."""
+
+    @contextlib.contextmanager
+    def struck():
+        batches = itertools.count(1)
+        yield lambda *_: os.kill(os.getpid(), sent) if next(batches) == 6 else None
+
     out, progress = tmp_path / "out", tmp_path / "out.partial/progress.json"
-    # A shell without job control starts background jobs with SIGINT ignored, and they hand that on.
-    heed = (
-        "import os, signal, sys; signal.signal(signal.SIGINT, "
-        "signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    # on a busy machine it may finish before this test is given a core to notice that it began
-    for _ in range(5):
-        words = [sys.executable, "-c", heed, *command(*arguments(corpus, out))]
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
-        while process.poll() is None and not (
-            progress.exists() and json.loads(progress.read_text())["record"]
-        ):
-            time.sleep(0.002)
-        process.send_signal(sent)
-        message = process.communicate(timeout=60)[1]
-        if process.returncode != 0:
-            break
-        shutil.rmtree(out)
-    assert process.returncode == code
-    assert "Traceback" not in message and ("the same command goes on" in message) == (
-        sent == signal.SIGINT
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenise, "BATCH_DOCUMENTS", 100)
+        patch.setattr(prepare, "progress_display", struck)
+        killed = run(tmp_path, *arguments(corpus, out))
+    assert killed.code == code
+    assert "Traceback" not in killed.err
+    assert ("the same command goes on" in killed.err) == (sent == signal.SIGINT)
     assert not out.exists()
-    done = json.loads(progress.read_text())["documents"]
-    assert 0 < done < 12_000
-    assert run(*arguments(corpus, out)).returncode == 0
+    assert 0 < json.loads(progress.read_text())["documents"] < DOCUMENTS
+    assert run(tmp_path, *arguments(corpus, out)).code == 0
     assert contents(out) == contents(whole)
 
 
 def test_help_loads_nothing_heavy():
-    shown = subprocess.run(
-        [sys.executable, "-X", "importtime", *command("--help")[1:]],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
+    shown = process("--help", flags=("-X", "importtime"))
     assert shown.returncode == 0 and "--fim-rate" in shown.stdout
     assert not any(
         name in shown.stderr for name in ("numpy", "tokenizers", "rich", "torch", "pydantic")
@@ -108,13 +89,15 @@ def test_help_loads_nothing_heavy():
 
 
 def test_verify_tells_right_from_damaged(whole: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
     for name, content in contents(whole).items():
-        (tmp_path / name).write_bytes(content)
-    assert run("--verify", tmp_path).returncode == 0
-    (tmp_path / "train-00000.bin").write_bytes(b"x")
-    assert "does not go with --fim-rate" in run("--verify", tmp_path, "--fim-rate", "0").stderr
-    damaged = run("--verify", tmp_path)
-    assert damaged.returncode == 2 and "train-00000.bin" in damaged.stderr
+        (copy / name).write_bytes(content)
+    assert run(tmp_path, "--verify", copy).code == 0
+    (copy / "train-00000.bin").write_bytes(b"x")
+    assert "does not go with --fim-rate" in run(tmp_path, "--verify", copy, "--fim-rate", "0").err
+    damaged = run(tmp_path, "--verify", copy)
+    assert damaged.code == 2 and "train-00000.bin" in damaged.err
 
 
 @pytest.mark.parametrize(
@@ -130,18 +113,15 @@ def test_bad_input_is_a_message_and_exit_code_2(
     tmp_path: Path, content: bytes, options: list[str], message: str
 ):
     (tmp_path / "a.jsonl").write_bytes(content)
-    failed = run("--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", *options)
-    assert failed.returncode == 2
+    failed = run(tmp_path, "--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", *options)
+    assert failed.code == 2
     assert (
-        failed.stderr.startswith("error: ")
-        and message in failed.stderr
-        and "Traceback" not in failed.stderr
+        failed.err.startswith("error: ") and message in failed.err and "Traceback" not in failed.err
     )
     assert not (tmp_path / "out").exists()
 
 
 def test_corpus_and_input_do_not_go_together(tmp_path: Path):
-    failed = run(
-        "--corpus", "pystdlib", "--input", "x", "--out", tmp_path / "out", "--vocab-size", "300"
-    )
-    assert failed.returncode == 2 and "either a corpus or inputs" in failed.stderr
+    both = ("--corpus", "pystdlib", "--input", "x", "--vocab-size", "300")
+    failed = run(tmp_path, *both, "--out", tmp_path / "out")
+    assert failed.code == 2 and "either a corpus or inputs" in failed.err

@@ -40,8 +40,9 @@ def run(script: str, tmp_path: Path, *arguments: str, **variables: str) -> tuple
 
 
 def test_the_study_gets_its_settings_and_the_job_its_exit_code(tmp_path: Path):
-    code, output = run("study.sbatch", tmp_path, "x.yaml", "--set", "scale=gpu")
-    assert (code, output) == (3, "python tools/study.py --study x.yaml --set scale=gpu\n")
+    words = ["x.yaml", "--only", "v3_step", "--set", "scale=gpu"]
+    code, output = run("study.sbatch", tmp_path, *words)
+    assert (code, output) == (3, f"python tools/study.py --study {' '.join(words)}\n")
 
 
 def test_every_node_starts_a_launcher_with_its_rank_and_a_port_of_the_jobs_own(tmp_path: Path):

@@ -213,3 +213,11 @@ def test_the_whole_document_has_every_key_of_the_schema():
     written = {key for key, _ in leaves(yaml.safe_load(TINY.read_text()))}
     whole = {key for key, _ in leaves(load_config(TINY).to_dict())}
     assert {key for key in whole ^ written if not key.startswith("mtp.loss_weight")} == set()
+
+
+def test_a_text_is_parsed_once_and_what_is_read_of_it_is_the_readers_own(tmp_path):
+    (tmp_path / "a.yaml").write_text("over: &over {x: 1, y: 2}\nown: {<<: *over, x: 3}\n")
+    first, problems = read_tree(tmp_path / "a.yaml")
+    assert first == {"over": {"x": 1, "y": 2}, "own": {"x": 3, "y": 2}} and problems == []
+    first["over"]["x"] = 9
+    assert read_tree(tmp_path / "a.yaml")[0]["over"] == {"x": 1, "y": 2}

@@ -240,7 +240,7 @@ def build(out: Path, files: tuple[str, ...], start) -> None:
 
 
 def test_concurrent_builders_make_one_right_folder(files, whole, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     start = context.Barrier(3)
     builders = [
         context.Process(target=build, args=(tmp_path / "out", files, start)) for _ in range(3)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dsv3_mtp.data.megatron import open_pair
+from dsv3_mtp.data.opening import build_missing
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import check_documents, check_tokenizers, check_vocab, open_source
 
@@ -116,3 +117,14 @@ def test_data_of_different_tokenizers_is_refused_where_it_says_of_which(folder: 
     )
     with pytest.raises(ValueError, match="first and third have different tokenizers"):
         check_tokenizers([("first", "a"), ("second", None), ("third", "b"), ("fourth", "a")])
+
+
+def test_a_users_own_folder_is_never_filled_with_the_builtin_corpus(
+    tmp_path: Path, make_tiny_config
+):
+    """data.build is inherited from the base: a name that was mistyped must not train on it."""
+    folder = tmp_path / "mine"
+    config = make_tiny_config({"data.train": str(folder), "data.build": "pystdlib"})
+    with pytest.raises(ValueError, match=rf"dsv3 prepare --input FILES --out {folder} --vocab"):
+        build_missing(config)
+    assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,14 @@ import torch
 
 from dsv3_mtp.decode.draft import Drafter, draft_limit
 from dsv3_mtp.decode.generate import Settings, generate, stream
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.conftest import tiny
 from tests.decode.plain import CYCLE, HEADS, plain_logits
+
+
+def draft_limit_of(keys: dict, depth: int) -> int:
+    mtp = tiny(keys).mtp
+    return mtp.kind.drafter(mtp).limit(mtp, depth)
 
 
 class RecordingSampler:
@@ -90,6 +96,33 @@ def test_beyond_its_depths_a_chain_goes_on_drafting(make_model, recorded):
     result = generate(model, [CYCLE[:6]], Settings(max_new_tokens=30, draft_depth=4))
     assert any(len(set(drafts[0])) > 1 for _, drafts, _ in recorded if len(drafts[0]) == 4)
     assert result.acceptance.joint[1] > 0.2
+
+
+CHAINS = [name for name, keys in HEADS.items() if draft_limit_of(keys, 5) == 5]
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        pytest.param(name, marks=[] if name in ("sequential", "chain_trunk") else pytest.mark.slow)
+        for name in CHAINS
+    ],
+)
+def test_a_cycle_drafts_as_a_chain_that_has_its_modules_several_times(make_model, recorded, heads):
+    model = make_model(heads, trained=True)
+    settings = model.mtp_config.model_copy(update={"num_nextn_predict_layers": 5})
+    longer = DeepseekV3MTP(model.config, settings)
+    longer.load_state_dict(model.state_dict(), strict=False)
+    modules = list(model.mtp.layers)
+    longer.mtp.layers = torch.nn.ModuleList(modules[k % len(modules)] for k in range(5))
+    generate(model, [CYCLE[:9], [5]], Settings(20, draft_depth=5, recycle="cycle"))
+    assert len(recorded) > 2
+    for known, drafts, logits in recorded:
+        for row, tokens in enumerate(known):
+            expected = plain_logits(longer.eval(), tokens + drafts[row])
+            for depth, drawn in enumerate(logits, start=1):
+                want = expected[depth, max(len(tokens) - 2, 0)]
+                torch.testing.assert_close(drawn[row], want, rtol=1e-4, atol=1e-4)
 
 
 def test_independent_heads_end_at_their_depth(make_model):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_mtp.decode.draft import draft_limit
 from dsv3_mtp.decode.generate import Acceptance, Settings, Step, generate, stream
 from dsv3_mtp.heads.sequential import ChainDrafter
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
@@ -33,6 +34,10 @@ def test_greedy_speculative_output_is_plain_greedy_output(make_model, heads, tra
             assert generate(model, [prompt], Settings(draft_depth=depth)).tokens == [expected], (
                 depth
             )
+    if draft_limit(model, 5) > model.mtp_config.drafts:  # modules that are used again
+        for recycle in ("last", "cycle"):
+            use = Settings(draft_depth=5, recycle=recycle)
+            assert generate(model, [prompt], use).tokens == [expected], recycle
 
 
 @pytest.mark.parametrize(
@@ -204,6 +209,8 @@ def test_acceptance_counts_by_hand():
         ([[1, 64, -1]], {}, "outside the vocabulary of 64: -1, 64"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be >= 1 (got 0)"),
         ([[1]], {"draft_depth": -1}, "draft_depth must be >= 0 (got -1)"),
+        ([[1]], {"draft_depth": 2, "recycle": "first"}, "recycle must be one of last, cycle"),
+        ([[1]], {"draft_depth": 1, "recycle": "cycle"}, "recycle cycle has no effect: 1 drafts"),
         ([[1]], {"draft_threshold": 1.5}, "draft_threshold must be in [0, 1] (got 1.5)"),
         ([[1]], {"draft_vocab": (3, 64)}, "ids outside the vocabulary of 64: [64]"),
         ([[1]], {"temperature": float("nan")}, "temperature must be 0"),

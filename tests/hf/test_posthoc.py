@@ -130,7 +130,8 @@ def test_losses_of_answers_are_those_of_one_process_in_every_layout(tmp_path, tr
     }
     for name, sets in layouts.items():
         run = tmp_path / "runs" / name
-        sets = [*SHORT, *sets, "data.mask=prompts", "mtp.num_nextn_predict_layers=2"]
+        sets = [*SHORT, "train.total_tokens=128", *sets, "data.mask=prompts"]  # one step
+        sets += ["mtp.num_nextn_predict_layers=2"]
         recipe = ROOT / "configs/posthoc_tiny.yaml"
         import_hf(source, run, base=recipe, sets=sets, data=str(questions), frozen=True)
         train(run, tmp_path, 1 if name == "one" else 2)

@@ -26,7 +26,7 @@ from dsv3_mtp.tasks.markov import stationary, transition_matrix
 from tests.conftest import tiny
 from tests.ranks import markov_tokens
 
-STATES, C, T, ROWS = 6, 32, 64, 96
+STATES, C, T, ROWS = 6, 32, 64, 64
 CHAIN = transition_matrix(STATES, sharpness=2.0, chain_seed=5)
 
 
@@ -148,7 +148,7 @@ def trained(mode: str, objective: str) -> np.ndarray:
     walk = torch.from_numpy(markov_tokens(CHAIN, ROWS * T + 2, seed=1).astype(np.int64))
     tokens = torch.stack([walk[row * T :][: T + 2] for row in range(ROWS)])
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer, steps = torch.optim.Adam(learning), 110
+    optimizer, steps = torch.optim.Adam(learning), 80
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / steps)
         optimizer.zero_grad()

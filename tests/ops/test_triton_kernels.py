@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.moe import Gate, count
 from dsv3_mtp.model.output import LossSettings
-from dsv3_mtp.ops import choice, rotary, swiglu
+from dsv3_mtp.ops import choice, norm, rotary, swiglu
 from dsv3_mtp.ops.compute import Compute, building
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
@@ -43,7 +43,9 @@ def test_every_kernel_compiles_for(capabilities, tmp_path):
         root / "dsv3_mtp" / name
         for name in (
             "ops/triton_kernels.py",
+            "ops/triton_norm.py",
             "ops/triton_router.py",
+            "precision/triton_grouped.py",
             "precision/triton_quantise.py",
         )
     )
@@ -60,10 +62,8 @@ def test_every_kernel_compiles_for(capabilities, tmp_path):
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     found = {(capability, name) for capability in capabilities for name in launched}
-    # no E4M3 before Ada: torch's operations quantise there
-    assert {tuple(line.split()) for line in run.stdout.splitlines()} == found - {
-        ("80", "_quantise")
-    }
+    no_e4m3 = {("80", "_quantise"), ("80", "_grouped")}  # before Ada: FP8 is emulated there
+    assert {tuple(line.split()) for line in run.stdout.splitlines()} == found - no_e4m3
 
 
 def check(kernel, reference, *inputs):
@@ -109,6 +109,34 @@ def test_sums_of_the_rows_of_a_token(dtype, width):
     rows, slots = torch.randn(20, width).to(dtype), torch.randint(20, (45, 4))
     check("sum_rows", lambda x, slots: x[slots].sum(1), rows, slots)
     check("sum_rows", lambda x, slots: x[slots].sum(1), rows, slots[:0])
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "width"), [(5, 40), (601, 24), (3, 1500)])
+def test_residual_additions_with_their_norm(monkeypatch, dtype, rows, width):
+    """Several rows per program, several turns of the backward's programs, a row of two tiles."""
+    monkeypatch.setattr(norm, "LARGE", 0)
+    monkeypatch.setattr(triton_norm(), "PROGRAMS", 4)
+    if DEVICE == "cpu":  # the interpreter is as good as a GPU
+        monkeypatch.setattr(choice, "kernels", lambda *x: interpreter())
+    shape = (1, rows, width)
+    inputs = [torch.randn(shape), 2 * torch.randn(shape), 1 + torch.randn(width)]
+    slopes = [torch.randn(shape).to(dtype) for _ in range(2)]  # of the sum and of its norm
+    ours = [x.to(dtype).to(DEVICE).requires_grad_() for x in inputs]
+    exact = [x.detach().cpu().double().requires_grad_() for x in ours]
+    got = norm.add_rms_norm(*ours, 1e-6)
+    total = exact[0] + exact[1]
+    wanted = total, F.rms_norm(total, (width,), exact[2], 1e-6)
+    assert torch.equal(norm.norm_of_sum(got[0], ours[2], 1e-6), got[1])  # what is made again
+    (alone,) = torch.autograd.grad(norm.norm_of_sum(ours[0], ours[2], 1e-6).sum(), ours[0])
+    (wanted_alone,) = torch.autograd.grad(
+        F.rms_norm(exact[0], (width,), exact[2], 1e-6).sum(), exact[0]
+    )
+    got = *got, *torch.autograd.grad(got, ours, [x.to(DEVICE) for x in slopes]), alone
+    wanted = *wanted, *torch.autograd.grad(wanted, exact, [x.double() for x in slopes])
+    for mine, float64 in zip(got, [*wanted, wanted_alone], strict=True):
+        assert mine.shape == float64.shape and mine.dtype == dtype
+        assert (mine.cpu().double() - float64).norm() <= ROUNDING[dtype] * float64.norm()
 
 
 def test_a_slot_without_a_row_reads_nothing_and_shows():
@@ -218,6 +246,12 @@ def test_the_router_chooses_weighs_and_counts_as_torchs_operations(
     assert all(len(set(row)) == len(row) and max(row) < experts for row in chosen.tolist())
 
 
+def triton_norm():
+    from dsv3_mtp.ops import triton_norm as module
+
+    return module
+
+
 def interpreter():
     from dsv3_mtp.ops import triton_kernels
 
@@ -236,6 +270,7 @@ def interpreter():
 def test_a_model_with_the_kernels_has_the_loss_and_gradients_of_one_without(
     make_tiny_config, monkeypatch, mode, checkpointing
 ):
+    monkeypatch.setattr(norm, "LARGE", 0)
     layers = {
         "model.num_hidden_layers": 2,
         "mtp.num_nextn_predict_layers": 2,

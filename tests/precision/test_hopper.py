@@ -1,6 +1,10 @@
-"""What hopper.py hands to cuBLAS, on any device, against the rules of ScaledBlas.cpp in torch."""
+"""What hopper.py hands to cuBLAS, on any device, against the rules of ScaledBlas.cpp in torch; its
+grouped products in Triton's interpreter.
+"""
 
+import os
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +19,11 @@ from dsv3_mtp.precision.emulate import Emulated
 from dsv3_mtp.precision.linear import Recipe
 from dsv3_mtp.precision.quantise import BLOCK, ROW, dequantise, quantise
 
+interpreted = pytest.mark.skipif(
+    find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs triton and TRITON_INTERPRET=1",
+)
+
 
 @pytest.fixture(autouse=True)
 def cublas(monkeypatch):
@@ -22,9 +31,7 @@ def cublas(monkeypatch):
     monkeypatch.setattr(torch, "_scaled_mm_v2", scaled_mm)
 
 
-def scaled_mm(
-    a, b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, dtype, *rest, out=None
-):
+def scaled_mm(a, b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, dtype, *rest):
     """torch's checks of block scaling on Hopper, then the product in float32."""
     (scale_a,), (scale_b,) = scale_a, scale_b
     (rows, inner), columns = a.shape, b.shape[1]
@@ -49,16 +56,7 @@ def scaled_mm(
     for scale in (scale_a, scale_b):
         assert scale.dtype == torch.float32 and scale.data_ptr() % 16 == 0
     inverse_b = scale_b if tile == ROW else scale_b.t()[:, :tiles]
-    product = (dequantise(a, scale_a, ROW) @ dequantise(b.t(), inverse_b, tile).T).to(dtype)
-    if out is None:
-        return product
-    assert (
-        out.shape == product.shape
-        and out.dtype == dtype
-        and out.is_contiguous()
-        and out.data_ptr() % 16 == 0
-    )
-    return out.copy_(product)
+    return (dequantise(a, scale_a, ROW) @ dequantise(b.t(), inverse_b, tile).T).to(dtype)
 
 
 def close(ours, emulated, dtype):
@@ -88,13 +86,12 @@ def test_operands_and_scales_are_laid_out_as_cublas_wants_them(dtype, tokens, in
         close(ours, emulated, dtype)
 
 
-COUNTS = [[53, 0, 17], [0, 300, 0], [128, 256, 128], [1, 130, 255], [0, 0, 0]]
+COUNTS = [[0, 300, 0], [128, 256, 128], [53, 0, 17], [0, 0, 0]]
 
 
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("inputs", "outputs"), [(128, 256), (640, 128), (64, 32), (16, 128), (256, 48)]
-)
+@pytest.mark.parametrize(("inputs", "outputs"), [(128, 256), (16, 128), (256, 48)])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_groups_are_multiplied_as_one_by_one(counts, inputs, outputs, dtype):
     rows = sum(counts)
@@ -113,15 +110,7 @@ def test_groups_are_multiplied_as_one_by_one(counts, inputs, outputs, dtype):
         assert bool(results[0][2][expert].any()) == bool(count)
 
 
-def test_the_scales_of_each_group_are_those_of_its_rows():
-    rows = [256, 0, 128, 384]
-    x = torch.exp(2 * torch.randn(768, 300))
-    _, scale_inv = quantise(x, ROW, "fp32")  # (768, 3)
-    flat = hopper._by_group(scale_inv, *hopper._groups_of_blocks(rows, x.device))
-    expected = torch.cat([part.t().flatten() for part in scale_inv.split(rows)])
-    assert torch.equal(flat, expected)
-
-
+@interpreted
 @pytest.mark.parametrize(
     ("outputs", "inputs", "weights"), [(256, 128, 1), (48, 128, 4), (128, 48, 1)]
 )
@@ -141,6 +130,7 @@ def test_all_groups_share_one_call_of_the_quantiser(monkeypatch, outputs, inputs
     assert len(shapes) == 2 * (1 + weights) + 2
 
 
+@interpreted
 @pytest.mark.parametrize("tokens", [77, 0])
 def test_a_layer_of_experts_computes_what_the_emulated_one_does(
     make_tiny_config, monkeypatch, tokens

@@ -45,12 +45,9 @@ def records(depths, points, *, validate_every=3):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The Figure objects that were saved."""
+    """The Figure objects that would be saved."""
     figures: list[Figure] = []
-    save = plots.save_figure
-    monkeypatch.setattr(
-        plots, "save_figure", lambda figure, out: (figures.append(figure), save(figure, out))
-    )
+    monkeypatch.setattr(plots, "save_figure", lambda figure, out: figures.append(figure))
     return figures
 
 
@@ -58,7 +55,7 @@ def is_blank(path):
     return np.asarray(Image.open(path).convert("L")).min() > 250
 
 
-@pytest.mark.parametrize(("depths", "points"), [(0, 30), (1, 1), (1, 2), (2, 30), (4, 300)])
+@pytest.mark.parametrize(("depths", "points"), [(0, 30), (1, 1), (4, 300)])
 def test_plot_run_draws_every_kind_of_run(tmp_path, depths, points):
     out = tmp_path / "new" / "curves.png"
     plot_run(records(depths, points), out, title="a run")
@@ -67,7 +64,7 @@ def test_plot_run_draws_every_kind_of_run(tmp_path, depths, points):
     assert [path.name for path in out.parent.iterdir()] == ["curves.png"]
 
 
-@pytest.mark.parametrize("keep", ["train/loss", "val/main_loss", "nothing"])
+@pytest.mark.parametrize("keep", ["val/main_loss", "nothing"])
 def test_plot_run_draws_what_there_is(tmp_path, keep):
     plot_run([r for r in records(2, 9) if keep in r], tmp_path / "curves.png", title="a run")
     assert not is_blank(tmp_path / "curves.png")
@@ -117,8 +114,8 @@ def test_plot_run_leaves_a_gap_where_the_loss_was_not_finite(tmp_path):
 
 def test_a_failed_drawing_keeps_the_old_picture(tmp_path, monkeypatch):
     out = tmp_path / "curves.png"
-    plot_run(records(1, 5), out, title="a run")
-    before = out.read_bytes()
+    before = b"the old picture"
+    out.write_bytes(before)
 
     def fail(self, path, **_):
         path.write_bytes(b"half a picture")
@@ -167,6 +164,17 @@ def test_plot_schedules_shows_the_schedule_functions(tmp_path, make_tiny_config,
     for line in depths:
         np.testing.assert_allclose([line.get_ydata()[0], line.get_ydata()[-1]], [0.15, 0.05])
     assert total.get_xdata()[-1] == config.train.total_tokens
+    for ax in drawn[0].axes:
+        assert all(line.get_drawstyle() == "steps-post" for line in ax.lines)  # no slopes
+
+
+def test_plot_run_draws_a_jump_of_lambda_as_a_jump(tmp_path, drawn):
+    run = records(1, 30)
+    for record in run[15:]:
+        record["train/mtp_weight"] = 0.1
+    plot_run(run, tmp_path / "curves.png", title="run")
+    (line,) = [line for ax in drawn[0].axes for line in ax.lines if line.get_color() == "#d55e00"]
+    assert line.get_drawstyle() == "steps-pre"
 
 
 @pytest.mark.parametrize(

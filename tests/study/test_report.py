@@ -16,7 +16,8 @@ from dsv3_mtp.study.matrix import Primary
 from dsv3_mtp.study.measure import loss_error_metrics, loss_errors
 from dsv3_mtp.study.page import Rows, to_markdown
 from dsv3_mtp.study.pictures.base import PictureData
-from dsv3_mtp.study.pictures.outcome import draw_depths, draw_effects
+from dsv3_mtp.study.pictures.outcome import draw_answer, draw_depths, draw_effects
+from dsv3_mtp.study.pictures.training import draw_losses
 from dsv3_mtp.study.stats import t_interval
 from dsv3_mtp.study.words import verdict
 from tests.study.toy import five_seeds, load_toy, write_run, write_runs, write_toy
@@ -24,7 +25,7 @@ from tests.study.toy import five_seeds, load_toy, write_run, write_runs, write_t
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr("dsv3_mtp.study.report.draw_all", lambda data, folder: [("a.png", "")])
+    monkeypatch.setattr("dsv3_mtp.study.report.draw_all", lambda data, folder: [("answer.png", "")])
     monkeypatch.setattr("dsv3_mtp.study.hover.live", lambda data: None)
     monkeypatch.setattr("dsv3_mtp.study.report.to_html", lambda *_, **__: "")
 
@@ -59,7 +60,7 @@ def line_of(text: str, start: str) -> str:
 def test_the_first_screen_is_question_answer_picture_and_what_is_not_shown(report):
     text = report({"none": 4.0, "constant": 4.1, "step": 4.1})
     marks = ["# toy", "## Question", "Does it work?", "## Answer", "Main validation loss"]
-    marks += ["![](a.png)", "## What it does not show", "## Setup"]
+    marks += ["![](answer.png)", "## What it does not show", "## Setup"]
     places = [text.index(mark) for mark in marks]
     assert places == sorted(places) and places[-1] < 1800
 
@@ -372,3 +373,21 @@ def test_what_makes_a_study_uninterpretable_is_the_first_line(report):
     first = text.splitlines()[0]
     assert first.startswith("Not interpretable: the main model is not below the trigram floor")
     assert "| none | 4.000 | - | - | 3.000 |" in text  # the floors stand in a table
+
+
+def test_no_picture_without_anything_in_it(tmp_path):
+    """No row of the answer has a result; heads on a frozen trunk leave the main loss as it is."""
+    loaded = load_toy(tmp_path, five_seeds)
+
+    def data() -> PictureData:
+        table = table_of(loaded.study.arms, loaded.study.seeds, records_of(loaded))
+        return PictureData(loaded.study, loaded.configs, table, effects_of(loaded.study, table))
+
+    write_runs(loaded, {"none": 4.0})
+    assert draw_answer(data()) is None
+    write_runs(loaded, {"none": 4.0, "constant": 4.1})
+    assert draw_answer(data()) is not None and len(draw_losses(data()).axes) == 2
+    for seed in loaded.study.seeds:
+        none = read_results(loaded.study.folder / f"none-seed{seed}")
+        edit(loaded, f"constant-seed{seed}", curves=none.curves)
+    assert len(draw_losses(data()).axes) == 1

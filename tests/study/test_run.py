@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,8 @@ from dsv3_mtp.study.folder import (
 )
 from dsv3_mtp.study.load import load_study
 from dsv3_mtp.study.plan import read_plan
-from dsv3_mtp.study.run import _reached, device_of, run_study
+from dsv3_mtp.study.run import _reached, devices_of, run_study
+from dsv3_mtp.study.training import Trained
 from dsv3_mtp.study.worker import claim, fork, train_and_measure
 from tests.made_runs import read_newest
 from tests.ranks import run_tool, timeless, touch
@@ -203,23 +203,20 @@ def test_the_time_of_a_run_is_that_of_all_its_starts(tmp_path, monkeypatch):
     # tokens before and after, seconds
     starts = iter([(0, 192, 6.0), (192, 512, 10.0), (512, 512, 1.0)])
 
-    class Start(SimpleNamespace):
-        def __init__(self, config, *, command):
-            first, self.after, self.cost = next(starts)
-            super().__init__(tokens=first, seconds=0.0, progress=first / 512)
-
-        def run(self):
-            self.tokens, self.seconds, self.progress = self.after, self.cost, self.after / 512
+    def start(config, command):
+        first, after, cost = next(starts)
+        return Trained(
+            seconds=cost, tokens=after - first, pace=0.0, finished=after == 512, error=None
+        )
 
     bare = record_of(loaded, run, {"val/main_loss": 4.0})
     module = "dsv3_mtp.study.worker"
-    monkeypatch.setattr(f"{module}.own_process", Start)
-    monkeypatch.setattr(f"{module}._seconds", lambda trainer: trainer.seconds)
+    monkeypatch.setattr(f"{module}.train", start)
     monkeypatch.setattr(f"{module}.measure", lambda *_, **more: bare.model_copy(update=more))
-    assert train_and_measure(loaded.study, run, []) == 3
-    assert train_and_measure(loaded.study, run, []) == 0
+    assert train_and_measure(loaded.study, run, [], held=0) == 3
+    assert train_and_measure(loaded.study, run, [], held=0) == 0
     (folder / "results.json").unlink()
-    assert train_and_measure(loaded.study, run, []) == 0
+    assert train_and_measure(loaded.study, run, [], held=0) == 0
     assert read_results(folder).seconds_per_token == 16.0 / 512
 
 
@@ -334,6 +331,26 @@ def test_two_programs_share_a_study_and_repeat_nothing(tmp_path):
     assert read_plan(folder).changes == []
 
 
+@pytest.mark.slow
+def test_a_run_of_two_ranks_equals_that_of_one(tmp_path):
+    """Sequence parallel on two processes under a launcher of its own: losses differ by rounding."""
+
+    def two(tree):
+        tree["seeds"] = [1]
+        tree["scales"]["cpu"]["ranks"] = 2
+        tree["set"] = {"parallel.sequence_parallel_size": 2}
+
+    alone = load_toy(tmp_path / "one", lambda tree: tree.update(seeds=[1]))
+    pair = load_toy(tmp_path / "two", two)
+    only = lambda run: run.arm == "constant"  # noqa: E731
+    for loaded in (alone, pair):
+        assert run_study(loaded, only=only, jobs=1, say=lambda text: None) == []
+    one, both = (read_results(x.study.folder / "constant-seed1") for x in (alone, pair))
+    assert both.metrics["val/main_loss"] == pytest.approx(one.metrics["val/main_loss"], abs=1e-4)
+    starts = json.loads((pair.study.folder / "constant-seed1/manifest.json").read_text())["starts"]
+    assert [start["world_size"] for start in starts] == [2] and both.seconds_per_token > 0
+
+
 def test_a_run_that_another_program_works_on_is_left_to_it(tmp_path):
     loaded, said = load_toy(tmp_path), []
     name = "none-seed1"
@@ -381,9 +398,10 @@ def test_a_finished_run_of_equal_settings_is_adopted(finished, tmp_path):
 
 
 def test_every_worker_has_a_device_of_its_own():
-    assert [device_of(slot, None, 2) for slot in range(4)] == ["0", "1", "0", "1"]
-    assert [device_of(slot, "5,GPU-a", 2) for slot in range(2)] == ["5", "GPU-a"]
-    assert device_of(3, None, 0) is None
+    assert [devices_of(slot, 1, None, 2) for slot in range(4)] == ["0", "1", "0", "1"]
+    assert [devices_of(slot, 1, "5,GPU-a", 2) for slot in range(2)] == ["5", "GPU-a"]
+    assert [devices_of(slot, 2, None, 5) for slot in range(3)] == ["0,1", "2,3", "4,0"]
+    assert devices_of(3, 1, None, 0) is None
 
 
 def test_the_tool_reports_a_wrong_file_without_a_traceback(tmp_path):

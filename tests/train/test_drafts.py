@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.overlap import overlap_means
 from dsv3_mtp.model.targets import teacher_slots, valid_targets
 from dsv3_mtp.train.drafts import DraftStatistics, TableDrafters
 
@@ -27,7 +26,8 @@ def test_draft_statistics_are_those_by_hand(make_tiny_config):
     taught = teacher_slots(valid_targets(*rows, model.offsets, scored), model.offsets)
     vocab = model.config.vocab_size
     statistics = DraftStatistics((2, 3), vocab, temperature=0.7, device=torch.device("cpu"))
-    statistics.add(model.lm_head.head_logits, hiddens, rows[0], taught)
+    sure = torch.rand(2, 3, T, dtype=torch.float64)
+    statistics.add(model.lm_head.head_logits, hiddens, rows[0], taught, sure)
     found = statistics.metrics()
     probability = (model.logits(*rows[:2]) / 0.7).softmax(-1)
     for k in (1, 2):
@@ -55,6 +55,11 @@ def test_draft_statistics_are_those_by_hand(make_tiny_config):
                 chosen = (top >= number / 10) & (top < (number + 1) / 10)
                 gaps += abs(float((top[chosen] - hit[chosen].double()).sum()))
             assert found[f"drafts/ece_{name}/{k}"] == pytest.approx(gaps / len(slots))
+        own = torch.stack([sure[k - 1, b, i] for b, i in slots])
+        assert found[f"drafts/confidence/{k}"] == pytest.approx(float(own.mean()))
+        tenth = (own * 10).long()
+        gaps = sum(abs(float((own - overlap)[tenth == n].sum())) for n in range(10))
+        assert found[f"drafts/ece_confidence/{k}"] == pytest.approx(gaps / len(slots))
 
 
 @pytest.mark.parametrize("reads_tokens", [True, False])
@@ -76,8 +81,8 @@ def test_a_table_drafter_is_perfect_where_the_main_model_is_that_table(reads_tok
     tables = TableDrafters([int(reads_tokens)], [2], vocab, device=torch.device("cpu"))
     tables.fit(logits, hidden[:300], tokens[:300])
     taught = teacher_slots(torch.ones(2, 100, length, dtype=torch.bool), (1, 2))
-    sums = tables.sums_of(logits, hidden[300:], tokens[300:], taught)
-    found = {name: overlap_means(part.tolist())["overlap/1"] for name, part in sums.items()}
+    overlaps = tables.overlaps(logits, hidden[300:], tokens[300:], taught)
+    found = {name: float(part[0][taught[0]].mean()) for name, part in overlaps.items()}
     pi = torch.linalg.matrix_power(chain, 60)[0]
     constant = (pi[:, None] * torch.minimum(chain, pi[None] @ chain)).sum()
     two_steps = chain @ chain

@@ -2,6 +2,7 @@
 process of its own stands in train/process.py.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import tiny
 from tests.ranks import write_markov
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +28,6 @@ def look():
         "timeout": str(torch.distributed.distributed_c10d.default_pg_timeout),
         "dtype": str(torch.get_default_dtype()),
     }
-
-before = look()
 """
 IMPORT_ALL = """
 import dsv3_mtp
@@ -41,47 +41,49 @@ trainer = Trainer(load_config(sys.argv[1]), command=[])
 trainer.optimizer_step()
 """
 OWN = """
-from dsv3_mtp import load_config
 from dsv3_mtp.train.process import own_process
-own_process(load_config(sys.argv[1]), command=[]).optimizer_step()
+own_process(load_config(sys.argv[1]).replace("run.name", "own"), command=[]).optimizer_step()
 """
+TELL = "\nprint('LOOK', json.dumps(look()), flush=True)\n"
 
 
-def changes(code: str, *arguments: str) -> dict:
-    """What `code` changes in a process of its own: name -> [before, after]."""
-    report = "print('CHANGES', json.dumps([before, look()]), flush=True); os._exit(0)"
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each of the three changes, one after the other in one process that has loaded what the
+    package uses: name -> [before, after].
+    """
+    folder = tmp_path_factory.mktemp("process")
+    data = write_markov(folder / "markov", tokens=3000, documents=40)
+    own = {"run.dir": str(folder), "data.train": data, "data.val": data}
+    path = folder / "run.yaml"
+    path.write_text(tiny(own | {"train.dtype": "float32"}).to_yaml())
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "DS_ACCELERATOR")}
+    code = TELL.join([LOOK, IMPORT_ALL, BUILD, OWN, "os._exit(0)"])
     done = subprocess.run(
-        [sys.executable, "-c", LOOK + code + report, *arguments],
+        [sys.executable, "-c", code, str(path)],
         env=environment | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("CHANGES ")]
-    assert lines, done.stderr
-    before, after = json.loads(lines[0].removeprefix("CHANGES "))
-    return {name: [before[name], after[name]] for name in before if before[name] != after[name]}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("LOOK ")]
+    assert len(lines) == 4, done.stderr
+    looks = [json.loads(line.removeprefix("LOOK ")) for line in lines]
+    return [
+        {name: [before[name], after[name]] for name in before if before[name] != after[name]}
+        for before, after in itertools.pairwise(looks)
+    ]
 
 
-def test_importing_every_module_leaves_the_process_as_it_was():
-    assert changes(IMPORT_ALL) == {}
-
-
-@pytest.fixture
-def job(tmp_path, make_tiny_config) -> str:
-    data = write_markov(tmp_path / "markov", tokens=3000, documents=40)
-    own = {"run.dir": str(tmp_path), "data.train": data, "data.val": data}
-    path = tmp_path / "run.yaml"
-    path.write_text(make_tiny_config(own | {"train.dtype": "float32"}).to_yaml())
-    return str(path)
+def test_importing_every_module_leaves_the_process_as_it_was(changes):
+    assert changes[0] == {}
 
 
 @pytest.mark.dist
-def test_a_trainer_in_a_notebook_leaves_the_process_as_it_was(job):
-    assert changes(BUILD, job) == {}
+def test_a_trainer_in_a_notebook_leaves_the_process_as_it_was(changes):
+    assert changes[1] == {}
 
 
 @pytest.mark.dist
-def test_the_command_line_changes_its_own_process_and_the_test_sees_it(job):
-    assert {"signals", "filters"} <= changes(OWN, job).keys()
+def test_the_command_line_changes_its_own_process_and_the_test_sees_it(changes):
+    assert {"signals", "filters"} <= changes[2].keys()

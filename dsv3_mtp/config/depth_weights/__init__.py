@@ -10,7 +10,7 @@ from dsv3_mtp.config.depth_weights.base import DEPTH_WEIGHTS, DepthRule
 from dsv3_mtp.config.registry import import_all
 from dsv3_mtp.config.section import NotNegative
 
-import_all(__name__, __path__)
+import_all(__name__)
 
 
 def _list_or_rule(value: Any) -> str:

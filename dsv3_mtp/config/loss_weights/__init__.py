@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 from dsv3_mtp.config.loss_weights.base import LOSS_WEIGHTS, AdaptiveSchedule, LambdaSchedule, State
 from dsv3_mtp.config.registry import import_all
 
-import_all(__name__, __path__)
+import_all(__name__)
 
 
 def _validate(value: Any) -> Any:

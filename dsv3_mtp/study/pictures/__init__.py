@@ -1,28 +1,14 @@
 """The figures of a study's report. Each arm keeps its colour and its marker."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import matplotlib
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from dsv3_mtp.config import Config
-from dsv3_mtp.config.schedules import mtp_loss_weight
-from dsv3_mtp.report import plots
-from dsv3_mtp.report.metrics import depths_of
-from dsv3_mtp.report.plots import STYLE, save_figure, short_number
-from dsv3_mtp.study.archive import Table
-from dsv3_mtp.study.findings import LOSS, Effect, is_primary, references, values_of
+from dsv3_mtp.report.plots import STYLE, save_figure
 from dsv3_mtp.study.matrix import Study
-from dsv3_mtp.study.measure import loss_errors
-from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
+from dsv3_mtp.study.metric_names import is_rate_over_seeds
 from dsv3_mtp.study.pictures.base import PictureData
 from dsv3_mtp.study.pictures.outcome import (
     draw_answer,
@@ -37,7 +23,6 @@ from dsv3_mtp.study.pictures.training import (
     draw_loss_errors,
     draw_losses,
 )
-from dsv3_mtp.study.stats import exact_rate, solve_curve, t_interval
 
 
 def draw_all(data: PictureData, folder: Path) -> list[tuple[str, str]]:
@@ -74,8 +59,9 @@ def figures(study: Study) -> dict[str, tuple[Callable[[PictureData], Figure | No
         "loss.png": (
             draw_losses,
             f"Left: main validation loss of {against} over training, beside n-gram floors where "
-            f"they were measured. Right: each arm's main loss minus that of {against}, mean over "
-            "paired seeds, with the 95 % t interval at the end; below 0 is better.",
+            "they were measured. Right, unless all are equal: each arm's main loss minus that of "
+            f"{against}, mean over paired seeds, with the 95 % t interval at the end; below 0 is "
+            "better.",
         ),
         "effects.png": (
             draw_effects,

@@ -74,7 +74,9 @@ class PictureData:
         return found
 
     def over_reference(self) -> dict[str, Series]:
-        """Main loss minus that of the reference arm, paired by seed, at the tokens of both."""
+        """Main loss minus that of the reference arm, paired by seed, at the tokens of both. Arms
+        whose loss is the same throughout, such as heads on a frozen trunk, are left out.
+        """
         curves = self.curves(LOSS)
         base, found = curves.pop(self.reference, None), {}
         for arm, ours in curves.items() if base else ():
@@ -84,7 +86,8 @@ class PictureData:
             if seeds and len(common):
                 a = ours.values[[ours.seeds.index(s) for s in seeds]][:, left]
                 b = base.values[[base.seeds.index(s) for s in seeds]][:, right]
-                found[arm] = Series(common, a - b, seeds)
+                if (a != b).any():
+                    found[arm] = Series(common, a - b, seeds)
         return found
 
 

@@ -1,12 +1,18 @@
 """Pictures of what came out: the answer, effects, depths, drafts against loss, time to solve."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from dsv3_mtp.report.metrics import depths_of
 from dsv3_mtp.study.findings import LOSS, Effect, is_primary, values_of
+from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
 from dsv3_mtp.study.pictures.base import (
     PictureData,
@@ -25,45 +31,74 @@ DEPTHS = {  # what depths.png shows, with its title
 }
 
 
-def draw_answer(data: PictureData) -> Figure:
+def draw_answer(data: PictureData) -> Figure | None:
     """The primary comparison alone, readable at the width of a phone."""
     study, metric = data.study, data.study.primary.metric
     effects = [e for e in data.effects if is_primary(study, e)]
     arms = [data.reference, *study.comparisons[study.primary.comparison].arms]
-    rows = len(arms) if is_rate_over_seeds(metric) else len(effects)
+    rate = is_rate_over_seeds(metric)
+    measured = (
+        [arm for arm in arms if values_of(data.table, arm, metric)]
+        if rate
+        else [e.arm for e in effects if e.interval is not None]
+    )
+    if not measured:
+        return None
+    rows = len(arms) if rate else len(effects)
     figure = Figure(figsize=(7, max(2.6, 1.5 + 0.5 * rows)), layout="constrained")
     ax = figure.subplots()
     words, better = describe_metric(metric)
-    if is_rate_over_seeds(metric):
-        for y, arm in enumerate(reversed(arms)):
-            values = list(values_of(data.table, arm, metric).values())
-            if values:
-                low, high = exact_rate(int(sum(values)), len(values))
-                ax.plot([low, high], [y, y], color=data.colors[arm], lw=2.5)
-                ax.plot([np.mean(values)], [y], data.markers[arm], color=data.colors[arm], ms=8)
-        ax.set_yticks(range(rows), list(reversed(arms)))
-        ax.set_xlim(-0.02, 1.02)
+    if rate:
+        _rates(ax, data, arms)
         ax.set_xlabel(words)
     else:
-        for y, effect in enumerate(reversed(effects)):
-            draw_interval(ax, y, effect, data.colors[effect.arm], data.markers[effect.arm])
-            seeds = (
-                values_of(data.table, effect.arm, metric),
-                values_of(data.table, effect.against, metric),
-            )
-            each = [seeds[0][s] - seeds[1][s] for s in seeds[0] if s in seeds[1]]
-            ax.plot(
-                each, [y - 0.25] * len(each), ".", color=data.colors[effect.arm], ms=5, alpha=0.7
-            )
-            if effect.expected is not None:
-                ax.plot([effect.expected], [y], "D", mfc="none", mec="#1a1a1a", ms=9)
-        ax.axvspan(-study.primary.margin, study.primary.margin, color="#8c8c8c", alpha=0.18, lw=0)
-        ax.axvline(0, color="#8c8c8c", lw=1)
-        ax.set_yticks(range(rows), [e.arm for e in reversed(effects)])
+        _paired(ax, data, effects)
         ax.set_xlabel(f"{words}: arm minus {data.reference}", fontsize=9)
+        figure.legend(handles=_key(study, effects), loc="outside lower center", ncols=4, fontsize=8)
     ax.set_ylim(-0.6, rows - 0.4)
     mark_better(ax, better)
     return figure
+
+
+def _rates(ax: Axes, data: PictureData, arms: Sequence[str]) -> None:
+    for y, arm in enumerate(reversed(arms)):
+        values = list(values_of(data.table, arm, data.study.primary.metric).values())
+        if values:
+            low, high = exact_rate(int(sum(values)), len(values))
+            ax.plot([low, high], [y, y], color=data.colors[arm], lw=2.5)
+            ax.plot([np.mean(values)], [y], data.markers[arm], color=data.colors[arm], ms=8)
+    ax.set_yticks(range(len(arms)), list(reversed(arms)))
+    ax.set_xlim(-0.02, 1.02)
+
+
+def _paired(ax: Axes, data: PictureData, effects: Sequence[Effect]) -> None:
+    metric, margin = data.study.primary.metric, data.study.primary.margin
+    for y, effect in enumerate(reversed(effects)):
+        color = data.colors[effect.arm]
+        draw_interval(ax, y, effect, color, data.markers[effect.arm])
+        ours = values_of(data.table, effect.arm, metric)
+        theirs = values_of(data.table, effect.against, metric)
+        each = [ours[s] - theirs[s] for s in ours if s in theirs]
+        ax.plot(each, [y - 0.25] * len(each), ".", color=color, ms=5, alpha=0.7)
+        if effect.expected is not None:
+            ax.plot([effect.expected], [y], "D", mfc="none", mec="#1a1a1a", ms=9)
+    ax.axvspan(-margin, margin, color="#8c8c8c", alpha=0.18, lw=0)
+    ax.axvline(0, color="#8c8c8c", lw=1)
+    names = [e.arm if e.interval else f"{e.arm} (no result)" for e in reversed(effects)]
+    ax.set_yticks(range(len(effects)), names)
+
+
+def _key(study: Study, effects: Sequence[Effect]) -> list[Artist]:
+    """What the marks of the answer are."""
+    mark: Any = {"color": "#1a1a1a", "marker": "o"}
+    handles: list[Artist] = [Line2D([], [], lw=2.5, ms=6, label="mean, 95 %", **mark)]
+    handles.append(Line2D([], [], ls="", ms=3, label="one seed", **mark))
+    handles.append(Patch(color="#8c8c8c", alpha=0.18, label=f"margin {study.primary.margin:g}"))
+    if any(e.expected is not None for e in effects):
+        handles.append(
+            Line2D([], [], ls="", marker="D", mfc="none", mec="#1a1a1a", label="expected")
+        )
+    return handles
 
 
 def draw_effects(data: PictureData) -> Figure | None:

@@ -84,6 +84,9 @@ def draw_balance(data: PictureData) -> Figure | None:
     figure = Figure(figsize=(2 + 5 * len(panels), 4.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, found) in zip(axes, panels.items(), strict=True):
+        first, *others = found.values()
+        if others and all(np.array_equal(first.values, other.values) for other in others):
+            title, found = f"{title} (the same in all arms)", dict(list(found.items())[:1])
         for arm, (tokens, values, _) in found.items():
             width = max(1, len(tokens) // 12)
             smooth = np.convolve(values.mean(0), np.ones(width) / width, "valid")
