@@ -232,6 +232,23 @@ class Mixture:
         return (experts.down_proj[chosen] * inner.unsqueeze(2)).sum((1, 3))
 
 
+class Merge:
+    """Parts side by side, each normed, times a weight, which takes the weights of the norms."""
+
+    def __init__(self, norms: Sequence[RMSNorm], weight: Tensor):
+        self.norms = [Norm(norm) for norm in norms]
+        gain = torch.cat([norm.gain for norm in self.norms])
+        self.weight = (weight * gain).to(weight.dtype)  # (C', parts C)
+        self.floors = torch.cat([norm.floor for norm in self.norms])
+
+    def __call__(self, parts: Sequence[Tensor], window: Window | FewSlots) -> Tensor:
+        """(N, C) each -> (N, C')"""
+        if isinstance(window, FewSlots):
+            return c_decode.linear(torch.cat(list(parts), dim=-1), self.weight, self.floors)
+        normed = [norm.direction(x) for norm, x in zip(self.norms, parts, strict=True)]
+        return torch.mm(torch.cat(normed, dim=-1), self.weight.t())
+
+
 class Layer:
     """One decoder layer."""
 

@@ -15,13 +15,12 @@ from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.section import Section
 from dsv3_mtp.decode.cache import FewSlots, Window, put, span
 from dsv3_mtp.decode.draft import Drafter, stacked
-from dsv3_mtp.decode.layers import Layers, Norm
+from dsv3_mtp.decode.layers import Layers, Merge
 from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head, SharedHead
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, TrunkStates
-from dsv3_mtp.ops import c_decode
 from dsv3_mtp.ops.compute import given
 
 
@@ -198,27 +197,23 @@ def layout_module(config: ModelConfig) -> MTPModule:
 
 
 class Module:
-    """A module made ready to decode. `eh_proj` takes the weights of both norms in front of it."""
+    """A module made ready to decode."""
 
     def __init__(self, module: MTPModule, model: Any, options: SequentialOptions):
-        norms = [Norm(norm) for norm in (module.enorm, module.hnorm) if norm is not None]
-        gain = torch.cat([norm.gain for norm in norms])
-        self.table, self.norms = model.model.embed_tokens.weight, norms
-        self.floors = torch.cat([norm.floor for norm in norms])
+        norms = [norm for norm in (module.enorm, module.hnorm) if norm is not None]
+        self.table, self.merge = (
+            model.model.embed_tokens.weight,
+            Merge(norms, module.eh_proj.weight),
+        )
         self.layer = Layers([module], module.shared_head.norm)
-        self.merge = (module.eh_proj.weight * gain).to(module.eh_proj.weight.dtype).t()
         self.normed = options.trunk_hidden == "post_norm"
 
     def forward(
         self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window | FewSlots
     ) -> tuple[Tensor, Tensor]:
         """States (N, C) and tokens (N,) -> state, normed state."""
-        inputs = [hidden] if len(self.norms) == 1 else [F.embedding(tokens, self.table), hidden]
-        if isinstance(window, FewSlots):
-            x = c_decode.linear(torch.cat(inputs, dim=-1), self.merge.t(), self.floors)
-        else:
-            parts = [norm.direction(x) for norm, x in zip(self.norms, inputs, strict=True)]
-            x = torch.mm(torch.cat(parts, dim=-1), self.merge)
+        embedded = [F.embedding(tokens, self.table)] if len(self.merge.norms) == 2 else []
+        x = self.merge([*embedded, hidden], window)
         _, out, normed = self.layer(x, [cache], window)
         return (normed if self.normed else out), normed
 
