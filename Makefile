@@ -33,7 +33,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 .PHONY: help install corpus train test test-slow test-serve lint format check clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## create the virtual environment $(VENV) and install the project into it
 

@@ -37,7 +37,7 @@ TRAIN="python tools/train.py --set run.dir=$RUNS --set data.train=$DATA --set da
 TOKENS=2621440 MORE=3276800 ROUNDS=5 LAYERS=6 PYTEST="python -m pytest -q -x -p no:cacheprovider"
 SMALL="--config configs/v3_small.yaml --set train.batch_size=64 --set train.micro_batch_size=32 --set data.seq_len=1024"
 STEP="python bench/step.py" BIG="--config configs/v3_3b.yaml"
-KERNELS="attention passes loss"
+KERNELS="attention passes experts loss"
 if [ -n "$DRY" ]; then
   TINY="--set model.hidden_size=64 --set model.intermediate_size=96 --set model.moe_intermediate_size=32
     --set model.num_hidden_layers=2 --set model.n_routed_experts=8 --set model.n_group=1 --set model.topk_group=1
@@ -52,7 +52,7 @@ step triton_kernels 60 $PYTEST tests/ops/test_triton_kernels.py --deselect tests
 step bench_3b_6layers 110 $STEP $BIG --set mtp.mode=none --set model.num_hidden_layers=$LAYERS --set train.micro_batch_size=2 --set train.activation_checkpointing=none --against transformers --rounds $ROUNDS --json "$OUT/3b_6layers.json"
 step bench_3b_parts 90 $STEP $BIG --parts --rounds $ROUNDS --json "$OUT/3b_parts.json"
 step bench_small 60 $STEP $SMALL --set mtp.mode=none --against transformers --rounds $ROUNDS --json "$OUT/small.json"
-[ -n "$DRY" ] || step kernels 45 python bench/kernels.py $KERNELS
+[ -n "$DRY" ] || step kernels 60 python bench/kernels.py $KERNELS
 step resume_small 60 $TRAIN $SMALL --set run.name=a --set train.total_tokens=$MORE
 [ -n "$DRY" ] || step transformer_engine 45 python bench/gpu_check.py --out "$OUT/gpu_check.md"
 for backend in te torch emulate; do

@@ -31,7 +31,10 @@ from dsv3_mtp.ops import cross_entropy as losses
 from dsv3_mtp.ops import experts as dispatch
 from dsv3_mtp.ops.attention import Core
 from dsv3_mtp.ops.cores import choose_attention
+from dsv3_mtp.ops.norm import add_rms_norm
 from dsv3_mtp.precision.convert import UNSUPPORTED
+from dsv3_mtp.precision.hopper import ScaledMM
+from dsv3_mtp.precision.linear import Product, Recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Variants = dict[str, Callable[[], object]]
@@ -82,7 +85,7 @@ def compare(title: str, flops: float | None, variants: Variants, rounds: int) ->
         middle = statistics.median(seconds)
         base = base or middle
         rate = "" if flops is None else f"{flops / middle / 1e12:8.3g} TFLOP/s"
-        print(f"{title:42}{name:12}{middle * 1e3:9.3f} ms{rate}{base / middle:8.2f}x", flush=True)
+        print(f"{title:42}{name:20}{middle * 1e3:9.3f} ms{rate}{base / middle:8.2f}x", flush=True)
 
 
 def numbers(*shape: int) -> Tensor:
@@ -105,6 +108,12 @@ def linear(config: Config, tokens: int):
 
         variants: Variants = {name: partial(run, build(weights)) for name, build, _ in backends()}
         yield f"linear {width} x {out}", 6.0 * tokens * width * out, variants
+
+
+class OneByOne(ScaledMM):
+    """`fp8.backend: torch` with a product by cuBLAS for each expert, in place of one kernel."""
+
+    grouped, grouped_over_rows = Product.grouped, Product.grouped_over_rows
 
 
 def experts(config: Config, tokens: int):
@@ -130,6 +139,8 @@ def experts(config: Config, tokens: int):
     variants: Variants = {
         name: partial(low, grouped) if grouped else high for name, _, grouped in backends()
     }
+    if "torch" in variants:
+        variants["torch, a call each"] = partial(low, Recipe(OneByOne()).grouped_linear)
     yield f"{groups} experts, {rows} rows, {width} x {out}", 6.0 * rows * width * out, variants
 
 
@@ -190,6 +201,13 @@ def passes(config: Config, tokens: int):
     )
     gate, up = (numbers(tokens, shape.intermediate_size).requires_grad_() for _ in range(2))
 
+    x, added, slope = (numbers(tokens, shape.hidden_size) for _ in range(3))
+    norm = x.requires_grad_(), added.requires_grad_(), numbers(shape.hidden_size).requires_grad_()
+
+    def residual() -> None:
+        total, y = add_rms_norm(*norm, shape.rms_norm_eps)
+        torch.autograd.grad((total, y), norm, (slope, slope))
+
     def heads() -> None:
         parts = rotary.to_heads(query, kv, k_rope, angles)
         torch.autograd.grad(parts, (query, kv, k_rope), [part.detach() for part in parts])
@@ -204,6 +222,7 @@ def passes(config: Config, tokens: int):
             ),
             "rows of experts to tokens": lambda: dispatch.combine(out, slots),
             "rotary heads": heads,
+            "residual and norm": residual,
         }
     )
 

@@ -161,16 +161,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in tests/gpu needs a GPU. The files that take longest come first: two processes
     then end together.
     """
-    longest = [
-        "trainer",
-        "train_cli",
-        "layouts",
-        "checkpoint",
-        "bench",
-        "pipeline",
-        "generate",
-        "triton_kernels",
-    ]
+    longest = ["trainer", "layouts", "answers", "generate", "run", "causal_lm", "draft", "heads"]
+    longest += ["pipeline", "posthoc", "checkpoint", "triton_kernels", "evaluate", "parity"]
     place = {f"test_{name}.py": number for number, name in enumerate(longest)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
     for item in items:

@@ -24,7 +24,7 @@ def non_finite(record: Mapping[str, Any]) -> list[str]:
 
 
 def norm_metrics(config: Config, norm: float, sides: Mapping[str, float]) -> dict[str, float]:
-    """The gradient's norm, of the whole and of each side ("trunk", "heads"), and whether
+    """The gradient's norm, of the whole and of each side ("trunk", "mtp"), and whether
     `optim.grad_clip` was below it: of each side where the sides are clipped apart.
     """
     record = {"optim/grad_norm": norm}

@@ -283,7 +283,14 @@ def test_kernels_are_timed_one_by_one_and_what_cannot_run_says_why(tmp_path):
     code, output = run_tool(tool, *config, "--tokens=128", "--rounds=1", log=tmp_path / "log")
     assert code == 0, output
     rows = output.splitlines()
-    for name in ("linear", "experts", "attention", "rotary heads", "head and loss"):
+    for name in (
+        "linear",
+        "experts",
+        "attention",
+        "rotary heads",
+        "residual and norm",
+        "head and loss",
+    ):
         assert any(name in row and row.endswith("1.00x") for row in rows), name
     assert any("fp8.backend: te needs a Hopper GPU" in row for row in rows)
     code, output = run_tool(tool, *config, "--tokens=100", "lniear", log=tmp_path / "wrong")

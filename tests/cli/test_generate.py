@@ -106,6 +106,7 @@ def test_compiled_steps_generate_the_same_text_and_few_graphs_serve_all_lengths(
     assert [0 < counter.frame_count <= 2 for counter in counters] == [True, True]  # trunk, module
 
 
+@pytest.mark.slow  # to import torch's compiler takes seconds
 def test_graphs_of_one_kind_of_model_are_not_run_for_another(make_tiny_config, monkeypatch):
     """They are not checked against the weights: another configuration needs its own, other weights
     do not.

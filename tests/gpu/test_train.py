@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,27 +103,44 @@ def trained(tmp_path_factory) -> Path:
     config = folder / "config.yaml"
     config.write_text(Config.model_validate(sections).to_yaml())
     names = [name for name in RUNS if missing(name) is None]
-    finish(folder, {name: start(config, name, folder / f"{name}.log") for name in names})
+    lost = finish(folder, {name: start(config, name, folder / f"{name}.log") for name in names})
+    names = [name for name in names if name not in lost]
     for name in names:
         run = folder / "runs" / f"{name}_resumed"
         shutil.copytree(folder / "runs" / name, run)
         shutil.rmtree(run / "checkpoints" / f"global_step{STEPS}")
         (run / "checkpoints" / "latest").write_text(f"global_step{STEPS // 2}")
     again = [f"{name}_resumed" for name in names]
-    finish(folder, {name: start(config, name, folder / f"{name}.log") for name in again})
+    lost |= finish(folder, {name: start(config, name, folder / f"{name}.log") for name in again})
+    for name, why in lost.items():  # costs the tests of this run alone
+        (folder / f"{name}.failed").write_text(why)
     return folder
 
 
-def finish(folder: Path, processes: dict[str, subprocess.Popen]) -> None:
-    for name, process in processes.items():
-        try:
-            code = process.wait(150)
-        finally:
+def finish(
+    folder: Path, processes: dict[str, subprocess.Popen], seconds: float = 120
+) -> dict[str, str]:
+    """Waits for all, and leaves none behind. Why some failed, by name."""
+    end, failed = time.monotonic() + seconds, {}
+    try:
+        for name, process in processes.items():
+            try:
+                code = process.wait(max(0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                failed[name] = f"{name}: no end in {seconds:.0f} s"
+                continue
+            if code:
+                failed[name] = f"{name}: {(folder / f'{name}.log').read_text()[-3000:]}"
+    finally:
+        for process in processes.values():
             process.kill()
-        assert code == 0, f"{name}: {(folder / f'{name}.log').read_text()[-3000:]}"
+            process.wait()
+    return failed
 
 
 def steps(folder: Path, name: str) -> list[dict]:
+    failed = folder / f"{name.removesuffix('_resumed')}.failed", folder / f"{name}.failed"
+    assert not (why := [file.read_text() for file in failed if file.exists()]), why
     return [r for r in read_metrics(folder / "runs" / name / "metrics.jsonl") if "train/loss" in r]
 
 
@@ -175,7 +193,7 @@ def test_the_tools_evaluate_decode_and_export_a_run(trained):
             "export_hf", "--run", str(run), "--out", str(exported), log=trained / "export.log"
         ),
     }
-    finish(trained, processes)
+    assert not finish(trained, processes)
     text = (trained / "evaluate.log").read_text()
     (metrics,) = json.loads(text[text.index("{") :]).values()
     last = [r for r in read_metrics(run / "metrics.jsonl") if "val/main_loss" in r][-1]
@@ -198,7 +216,7 @@ def test_the_benchmark_compares_and_times_the_parts(tmp_path):
     numbers = tmp_path / "numbers.json"
     compared = ("step", *sets, "--against", "fp8", "--parts", "--rounds=2", "--json")
     processes = {"compare": start_tool(*compared, str(numbers), log=tmp_path / "compare.log")}
-    finish(tmp_path, processes)
+    assert not finish(tmp_path, processes)
     found = json.loads(numbers.read_text())
     own = found["variants"]["dsv3_mtp"]
     # not that of the products it is compared with

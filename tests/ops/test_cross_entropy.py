@@ -40,6 +40,12 @@ def test_values_and_gradients_equal_the_full_cross_entropy(monkeypatch, chunk_ro
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize(("vocab", "rows"), [(129280, 4096), (102400, 4096), (2048, 65536)])
+def test_a_gpus_chunks_are_whole_tiles_and_no_fewer_than_its_products_want(vocab, rows):
+    assert losses.chunk_rows(vocab, on_gpu=True) == rows
+    assert losses.chunk_rows(vocab, on_gpu=False) == 2**24 // vocab  # 64 MiB in float32
+
+
 def test_without_gradients_only_the_logits_are_computed():
     h, w, targets, row_weight = inputs()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
