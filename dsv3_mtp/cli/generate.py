@@ -118,6 +118,8 @@ def run(options: argparse.Namespace) -> None:
         if len(prompt) + len(tokens) == longest and len(tokens) < settings.max_new_tokens:
             note = f"note: {name} ends where the model does, after {longest} tokens"
             print(note, file=sys.stderr)
+    if options.show_drafts and sys.stdout.isatty():
+        print("green: accepted drafts", file=sys.stderr)
     print(summary(model, prompts, settings, result, seconds), file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, SerializeAsAny, Tag
 
 from dsv3_mtp.config.reader import Problem, show
-from dsv3_mtp.config.section import FilePath, Integer, OnResume, Positive, Section
+from dsv3_mtp.config.section import Boolean, FilePath, Integer, OnResume, Positive, Section
 from dsv3_mtp.config.source import SOURCES, SourceSection
 from dsv3_mtp.config.task import TASKS, Task
 
@@ -67,11 +67,11 @@ class DataConfig(Section):
     the standard library of the running interpreter, or that and all of its site-packages
     (data/sitelib.py).
     """
-    seq_len: Annotated[Integer, Field(ge=2), OnResume.FIXED]
+    seq_len: Annotated[Integer, Field(ge=2, le=2**26), OnResume.FIXED]
     """Positions per sequence, T (V3 4.2: 4096). A sample holds T + 1 + D tokens."""
     mask: Literal["none", "prompts"] = "none"
     """What is no target. prompts: all but the answers, in data prepared with --mask prompts."""
-    mask_documents: Annotated[bool, OnResume.FIXED] = False
+    mask_documents: Annotated[Boolean, OnResume.FIXED] = False
     """Mask attention, targets and MTP inputs across document boundaries (V3 4.1: not done)."""
 
     @property

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from dsv3_mtp.config.reader import Problem
 from dsv3_mtp.config.section import (
+    Boolean,
     Count,
     Integer,
     Layers,
@@ -30,7 +31,7 @@ class RopeScaling(Section):
     """YaRN on the decoupled rotary key (V3 4.3)."""
 
     type: Literal["yarn"]
-    factor: Annotated[Number, Field(ge=1)]
+    factor: Annotated[Number, Field(ge=1, le=1e18)]
     """Context extension factor s (V3: 40)."""
     original_max_position_embeddings: Count
     """Context length before the extension, tokens (V3: 4096)."""
@@ -42,7 +43,7 @@ class RopeScaling(Section):
     """Attention temperature: sqrt(t) = 0.1 * mscale * ln(s) + 1."""
     mscale_all_dim: NotNegative = 1.0
     """The same for the softmax scale of all dimensions, as in the released code."""
-    truncate: bool = True
+    truncate: Boolean = True
     """The ramp between the two begins and ends at whole pairs, as in the released code."""
 
     def rules(self) -> Iterator[Problem]:
@@ -91,13 +92,13 @@ class ModelConfig(Section):
     """Groups per token (4)."""
     routed_scaling_factor: Positive = 2.5
     """Factor on the routed gates (2.5; released code, not in the paper)."""
-    norm_topk_prob: bool = True
+    norm_topk_prob: Boolean = True
     """Gates of the chosen experts sum to one before scaling (V3 eq. 13)."""
-    first_k_dense_replace: Annotated[Integer, Field(ge=0)]
+    first_k_dense_replace: Annotated[Integer, Field(ge=0, le=2**20)]
     """Leading layers with a dense FFN (3)."""
     max_position_embeddings: Annotated[Integer, Field(ge=1, le=2**26)]
     """Longest sequence, tokens (4096 in pre-training)."""
-    rope_theta: Annotated[Number, Field(gt=1)] = 10000.0
+    rope_theta: Annotated[Number, Field(gt=1, le=1e18)] = 10000.0
     """Rotary base."""
     rope_scaling: RopeScaling | None = None
     """Long-context extension; null in pre-training."""

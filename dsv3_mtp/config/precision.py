@@ -3,10 +3,12 @@ kernel.
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from dsv3_mtp.config.reader import Problem, show
-from dsv3_mtp.config.section import OnResume, Section
+from dsv3_mtp.config.section import Boolean, OnResume, Section, not_number
 
 FP8Module = Literal["attention", "dense_mlp", "shared_experts", "routed_experts", "eh_proj"]
 
@@ -18,7 +20,7 @@ class FP8Config(Section):
 
     on_resume = OnResume.RECORDED
 
-    enabled: Literal[True, False, "auto"] = "auto"
+    enabled: Annotated[Literal[True, False, "auto"], BeforeValidator(not_number)] = "auto"
     """auto: where the hardware multiplies FP8, or with the named backend; true: everywhere, by
     emulation if need be.
     """
@@ -32,7 +34,7 @@ class FP8Config(Section):
     """
     modules: tuple[FP8Module, ...] = ("attention", "dense_mlp", "shared_experts", "routed_experts")
     """Linear layers in FP8. V3: all but eh_proj."""
-    mtp: bool = True
+    mtp: Boolean = True
     """MTP blocks like the trunk's."""
     accumulation: Literal["fp32", "fp22", "fp22_promote128"] = "fp32"
     """emulate only: the 14-bit accumulator of Hopper's tensor cores, with V3's promotion or without

@@ -18,10 +18,12 @@ from dsv3_mtp.config.precision import AttentionConfig, FP8Config
 from dsv3_mtp.config.reader import Problem
 from dsv3_mtp.config.schedules import depth_loss_weights
 from dsv3_mtp.config.section import (
+    Boolean,
     Count,
     FilePath,
     FolderName,
     Integer,
+    NotNegativeCount,
     Number,
     OnResume,
     Section,
@@ -54,7 +56,7 @@ class ParallelConfig(Section):
     """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also
     weights.
     """
-    offload_optimizer: bool = False
+    offload_optimizer: Boolean = False
     """Keep optimizer states and master weights in host memory, and update there (ZeRO 1, 2, 3)."""
     expert_parallel_size: Count = 1
     """Ranks that share the routed experts of a layer; the groups of ranks are copies (V3 3.2:
@@ -86,7 +88,7 @@ class EvalConfig(Section):
 
     on_resume = OnResume.FREE
 
-    every: Annotated[Integer, Field(ge=0)] = 100
+    every: NotNegativeCount = 100
     """Steps between validations; 0: only at the end."""
     batches: Count = 16
     """Batches of micro_batch_size sequences, over all ranks."""
@@ -112,11 +114,11 @@ class LogConfig(Section):
 
     every: Count = 10
     """Steps between lines."""
-    tensorboard: bool = True
+    tensorboard: Boolean = True
     """Write event files to the run's tb folder."""
     wandb: WandbConfig | None = None
     """null: off."""
-    gradients: Annotated[Integer, Field(ge=0)] = 0
+    gradients: NotNegativeCount = 0
     """Steps between measurements of the angle between the main loss's and the heads' gradients on
     the trunk (optim/gradient_cosine), two more passes over a micro-batch each; a multiple of
     `every`. 0: none.

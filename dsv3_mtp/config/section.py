@@ -5,7 +5,15 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    model_validator,
+)
 
 from dsv3_mtp.config.reader import KeyProblems, Problem
 
@@ -16,22 +24,38 @@ def not_bool(value: Any) -> Any:
     return value
 
 
+def not_number(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):  # 1 equals true
+        raise ValueError("must be no number")
+    return value
+
+
+def _unquoted(value: Any) -> Any:
+    """pydantic would read the text '1' as the number; other text is left to its own message."""
+    if isinstance(value, str) and value.strip().lstrip("+-").replace(".", "", 1).isdecimal():
+        raise ValueError("must be a number, without quotes")
+    return not_bool(value)
+
+
 def _plain_name(name: str) -> str:
     if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise ValueError("must be a plain folder name; put folders into run.dir")
     return name
 
 
-Integer = Annotated[int, BeforeValidator(not_bool)]
-Number = Annotated[float, BeforeValidator(not_bool)]
+Boolean = Annotated[bool, Strict()]  # pydantic would read 0 and 'off' as false
+Integer = Annotated[int, BeforeValidator(_unquoted)]
+Number = Annotated[float, BeforeValidator(_unquoted)]
 Count = Annotated[Integer, Field(ge=1, le=2**62)]
+NotNegativeCount = Annotated[Integer, Field(ge=0, le=2**62)]
 # Bounds that no model comes near: a stranger's config.json must not keep this machine busy.
 Width = Annotated[Integer, Field(ge=1, le=2**20)]
 Layers = Annotated[Integer, Field(ge=1, le=1024)]
-NotNegative = Annotated[Number, Field(ge=0)]
-Positive = Annotated[Number, Field(gt=0)]
+# Squares of larger numbers are no finite float32.
+NotNegative = Annotated[Number, Field(ge=0, le=1e18)]
+Positive = Annotated[Number, Field(gt=0, le=1e18)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Strict(), Field(min_length=1)]
 # no shell expands the ~ of a config or of --set
 FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]
 FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
-from dsv3_mtp.config.section import Integer, Section
+from dsv3_mtp.config.section import Boolean, Integer, Section
 from dsv3_mtp.decode.draft import Drafter, stacked
 from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head
@@ -37,7 +37,7 @@ class HydraOptions(Section):
 
     num_layers: Annotated[Integer, Field(ge=1, le=64)] = 1
     """Layers of each head's MLP (arXiv 2402.05109: 1; Hydra++: 4)."""
-    prefix: bool = False
+    prefix: Boolean = False
     """One decoder layer between the trunk and the heads (Hydra++)."""
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
-from dsv3_mtp.config.section import Section
+from dsv3_mtp.config.section import Boolean, Section
 from dsv3_mtp.decode.cache import FewSlots, Window, put, span
 from dsv3_mtp.decode.draft import Drafter, stacked
 from dsv3_mtp.decode.layers import Layers, Merge
@@ -31,9 +31,9 @@ class SequentialOptions(Section):
     """The trunk state that module 1 reads, after or before the final norm (open in V3 2.2)."""
     chain: Literal["hidden", "trunk"] = "hidden"
     """Module k reads h_{k-1} (V3 eq. 21), or always the trunk's state."""
-    embed: bool = True
+    embed: Boolean = True
     """Modules read the embedding of the token at i+k (V3 eq. 21)."""
-    share_weights: bool = False
+    share_weights: Boolean = False
     """One module, used at every depth."""
     block: Literal["trunk", "dense"] = "trunk"
     """The module's layer is of the kind of the trunk's last one (V3), or dense (MiMo, LongCat)."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from dsv3_mtp.config.reader import Problem
+from dsv3_mtp.config.section import Boolean
 from dsv3_mtp.config.task import TASKS
 from dsv3_mtp.tasks.base import AtLeast2, Draws, Example, ExampleTask, LossOn
 
@@ -27,7 +28,7 @@ class StarTask(ExampleTask):
     """Nodes of a path with start and goal, l."""
     nodes: AtLeast2 = 10
     """Labels that the nodes of a graph are drawn from, N."""
-    reverse: bool = False
+    reverse: Boolean = False
     """Answer from the goal to the start: the paper's control, which next-token prediction
     solves.
     """

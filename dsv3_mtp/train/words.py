@@ -16,6 +16,8 @@ from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.report.metrics import LEAK_RATIO
 from dsv3_mtp.report.progress import WIDTH, floors_line, quantity
 
+TIMES = {"at", "begin", "until", "points"}  # keys of a schedule that are fractions of the run
+
 
 def header(config: Config, size: ModelSize, world: World, sampler: Sampler) -> list[str]:
     """One line each on the model, the data and lambda; none is wider than a terminal."""
@@ -61,7 +63,9 @@ def lambda_pieces(config: Config) -> list[str]:
     keys: dict[str, Any] = mtp.loss_weight.model_dump(mode="json")
     first = f"lambda: {keys.pop('type')}"
     pieces = [f"{key} {_short(value)}" for key, value in keys.items() if value is not None]
-    first += f" ({', '.join(pieces)}, in fractions of the run)" if pieces else ""
+    if TIMES & keys.keys():
+        pieces.append("in fractions of the run")
+    first += f" ({', '.join(pieces)})" if pieces else ""
     more: dict[str, Any] = {"curriculum": mtp.curriculum, "detach": mtp.detach}
     more["objective"] = dict(mtp.objective)
     if mtp.depth_weights is not None:

@@ -56,6 +56,7 @@ def test_every_schedule_of_lambda_is_one_line_with_its_keys(kind: str):
 def test_what_else_weighs_the_depths_is_said_only_where_it_differs():
     usual = lambda_pieces(tiny())
     assert usual == ["lambda: step (values [0.3, 0.1], at [0.676], in fractions of the run)"]
+    assert lambda_pieces(tiny({"mtp.loss_weight": 0.7})) == ["lambda: constant (value 0.7)"]
     heads = {"mtp.depth_weights": [1.0], "mtp.objective": {"ce": 0.1, "tv": 0.9}}
     assert lambda_pieces(tiny({**heads, "mtp.detach": "trunk"}))[1:] == [
         "detach trunk",
