@@ -1,4 +1,4 @@
-"""One picture of an analysis: loss by class, overlap by entropy, probes, gradient angle."""
+"""One picture of an analysis: loss by class, overlap by entropy, probes, gradients or routers."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ def draw(found: Analysis, out: Path) -> None:
     _losses(axes[0], found.groups.get("class", {}))
     _overlaps(axes[1], found.groups["entropy"])
     _probes(axes[2], found)
-    _angles(axes[3], found)
+    if found.gradients or not found.routers:
+        _angles(axes[3], found)
+    else:
+        _routers(axes[3], found)
     save_figure(figure, out)
 
 
@@ -42,7 +45,8 @@ def _losses(ax: Axes, groups: Groups) -> None:
             ax.plot(row["trigram"].mean, place, marker="|", color=GREY, markersize=14, mew=2.5)
     ax.set_yticks(places, labels)
     ax.invert_yaxis()
-    ax.set_xlim(left=0)
+    # an interval over two windows may be of any length
+    ax.set_xlim(0, 1.3 * max(row["main_loss"].mean for row in groups.values()))
     if any("trigram" in row for row in groups.values()):
         ax.set_xlabel("dot: main head, 95 % interval over windows; grey bar: trigram table")
 
@@ -98,6 +102,18 @@ def _angles(ax: Axes, found: Analysis) -> None:
     ax.axhline(0, color=GREY, linewidth=1)
     ax.set_xlim(0, 1)
     ax.set_xlabel("part of the run; mean, lowest and highest of each quarter")
+
+
+def _routers(ax: Axes, found: Analysis) -> None:
+    ax.set_title("Experts that a head shares with a trunk layer, after matching")
+    for place, one in enumerate(found.routers):
+        _bar(ax, place, one.share, color=COLORS[one.depth % len(COLORS)])
+        ax.plot(one.independent, place, marker="|", color=GREY, markersize=14, mew=2.5)
+    labels = [f"depth {one.depth}, layer {one.layer}" for one in found.routers]
+    ax.set_yticks(range(len(labels)), labels)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("dot: share, 95 % interval over windows; grey bar: independent routers")
 
 
 def _bar(ax: Axes, place: float, value: Estimate, **style: Any) -> None:

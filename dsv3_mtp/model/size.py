@@ -102,12 +102,17 @@ def _attention_flops(config: ModelConfig, seq_len: int) -> float:
     return 6 * config.num_attention_heads * width * seq_len / 2
 
 
-def require_memory(model: nn.Module, *, bytes_per_value: float, ranks: int = 1) -> None:
+def require_memory(
+    model: nn.Module, *, bytes_per_value: float, frozen: float | None = None, ranks: int = 1
+) -> None:
     """Raises ValueError where the weights of a model, shared by all ranks at best, are more than
-    the memory of this machine and its GPUs; the model may be on the meta device.
+    the memory of this machine and its GPUs; the model may be on the meta device. frozen: bytes of a
+    value that does not learn, None: as of one that does.
     """
-    values = sum(p.numel() for p in model.parameters())
-    needed = values * bytes_per_value / ranks
+    kept = bytes_per_value if frozen is None else frozen
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    values = sum(size for size, _ in sizes)
+    needed = sum(size * (bytes_per_value if learns else kept) for size, learns in sizes) / ranks
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     there += sum(
         torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.config import Config
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.experts import LocalExperts, local_experts
@@ -55,8 +55,12 @@ def _build(config: Config, ds_config: dict[str, Any], world: World) -> DeepseekV
         with deepspeed.zero.Init(config_dict_or_path=ds_config), world.device:
             model = DeepseekV3MTP(config.model, config.mtp)
     else:
-        with torch.device("meta"):
-            model = DeepseekV3MTP(config.model, config.mtp)
+        model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
+        # What DeepSpeed turns the others into later: a frozen weight has no float32 master, and
+        # a trunk that is made in float32 would need twice the memory once, at the start.
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, config.train.dtype))
         for part in stage_parts(config, model, world) if world.stages > 1 else [model]:
             part.to_empty(device=world.device)
         for module in model.modules():

@@ -128,8 +128,9 @@ class Trainer:
         """Model, optimizer and DeepSpeed's engine; fresh: nothing of a checkpoint follows."""
         config = self.config
         whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
-        # bfloat16 weights, float32 masters and two moments at the least
-        require_memory(whole, bytes_per_value=12, ranks=self.world.size)
+        # bfloat16 weights, float32 masters and two moments at the least; of a frozen trunk weights
+        frozen = getattr(torch, config.train.dtype).itemsize
+        require_memory(whole, bytes_per_value=12, frozen=frozen, ranks=self.world.size)
         self.size = model_size(whole, config.data.seq_len)
         compute, chosen = choose_compute(
             config, self.world.device, lambda: meta_model(config.model, config.mtp)

@@ -91,3 +91,13 @@ def test_what_launches_nothing_is_not_counted():
     with count:
         x + x
     assert count.launches == {"passes": 1} and count.seconds == {"passes": roofline.LATENCY}
+
+
+def test_the_host_waits_once_in_a_layer_of_experts_over_ranks_and_never_on_one_gpu(
+    make_tiny_config,
+):
+    """Without storage every other wait is an error: a number of a meta tensor, nonzero, tolist."""
+    for layers in (2, 4):
+        config = make_tiny_config(TRUNK | {"model.num_hidden_layers": layers})
+        waits = [roofline.measure(config, ranks).launches["host waits"] for ranks in (1, 2)]
+        assert waits == [0, layers - 1]

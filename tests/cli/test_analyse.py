@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_mtp.analysis.analyse import Analysis
+from dsv3_mtp.analysis.intervals import Estimate
+from dsv3_mtp.analysis.picture import draw as picture
+from dsv3_mtp.analysis.routers import Shared
 from dsv3_mtp.cli.command import run as command
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.conftest import tiny
@@ -64,6 +68,16 @@ def test_a_run_without_heads_is_analysed_and_says_what_it_lacks(runs, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["windows"] == 4 and not found["routers"]
     assert any("no gradient angles" in note for note in found["notes"])
+
+
+def test_without_angles_the_picture_shows_the_routers(tmp_path):
+    draw, routers = [], [Shared(1, layer, Estimate(0.4, 0.1, 9), 0.25) for layer in (1, 2)]
+    for gradients in ([], [{"from": 0.0, "to": 1.0, "cosine": 0.1, "lowest": 0.0, "highest": 1.0}]):
+        found = Analysis("run", None, 1, "data", 2, 8, groups={"entropy": {}})
+        found.routers, found.gradients = routers, gradients
+        picture(found, tmp_path / "x.png")
+        draw.append((tmp_path / "x.png").read_bytes())
+    assert draw[0] != draw[1]
 
 
 def test_runs_that_cannot_be_read_on_the_same_windows_are_refused(runs, capsys):

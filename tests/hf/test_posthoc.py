@@ -3,6 +3,7 @@ the journey of docs/posthoc.md with a tiny model; and what a frozen trunk costs.
 """
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from dsv3_mtp.hf import export_hf, import_hf, load_hf
 from dsv3_mtp.hf.files import INDEX
 from dsv3_mtp.hf.splice import SHARD
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
+from dsv3_mtp.model.size import require_memory
 from dsv3_mtp.ops.compute import Compute, building
+from dsv3_mtp.parallel.build import build_model
+from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.plan.memory import layout, plan
 from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.runs.model import load_model
@@ -228,6 +232,31 @@ def changed(run, init_from):
     config["train"]["init_from"] = init_from
     (run / "config.yaml").write_text(Config.model_validate(config).to_yaml())
     return run
+
+
+@pytest.mark.parametrize("freeze", ["trunk", "none"])
+def test_a_frozen_trunk_is_made_in_the_type_it_computes_in(make_tiny_config, monkeypatch, freeze):
+    """And not in float32 first, which would need twice the memory when a run starts."""
+    frozen = freeze == "trunk"
+    settings = {"train.dtype": "bfloat16", "train.freeze": freeze, "train.init_from": "x"}
+    config = make_tiny_config(settings | ({"mtp.detach": "all"} if frozen else {}))
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    model = build_model(config, {}, world, Compute())
+    wide = DeepseekV3MTP(config.model, config.mtp)
+    wide.init_weights(config.run.seed)
+    for (name, ours), theirs in zip(model.named_parameters(), wide.parameters(), strict=True):
+        narrow = frozen and not name.startswith("mtp.")
+        assert ours.dtype == (torch.bfloat16 if narrow else torch.float32), name
+        assert torch.equal(ours, theirs.to(ours.dtype)), name  # as DeepSpeed rounds it
+    trunk, heads = (sum(p.numel() for p in part.parameters()) for part in (wide, wide.mtp))
+    needed = 2 * (trunk - heads) + 12 * heads if frozen else 12 * trunk
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for there in (needed - 1, needed):
+        monkeypatch.setattr("os.sysconf", lambda name, n=there: n if "PAGES" in name else 1)
+        with nullcontext() if there == needed else pytest.raises(ValueError, match="parameters"):
+            require_memory(
+                meta_model(config.model, config.mtp, freeze=freeze), bytes_per_value=12, frozen=2
+            )
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -4,12 +4,14 @@ sampler on them.
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsv3_mtp.config import TASKS
 from dsv3_mtp.data.sampler import Sampler, sequential_windows
+from dsv3_mtp.study.load import load_study
 from dsv3_mtp.tasks.base import TaskSource
 from dsv3_mtp.tasks.induction import InductionTask
 from dsv3_mtp.tasks.markov import MarkovTask, stationary, transition_matrix
@@ -227,3 +229,24 @@ def test_validation_rows_are_fixed_and_not_those_of_training(task):
     assert (longer[0][:6] == whole[0]).all()
     training = Sampler([source], seq_len=seq_len, lookahead=LOOKAHEAD, seed=0).next_batch(6)[0]
     assert (training[0] != whole[0]).any(1).sum() >= 5
+
+
+def graph_of(example, nodes: int):
+    """Edges, start and goal: all that the answer depends on."""
+    cut = example.tokens.index(nodes + 2)
+    edges = frozenset(tuple(example.tokens[n : n + 2]) for n in range(0, cut, 3))
+    return edges, *example.tokens[cut + 1 : cut + 3]
+
+
+@pytest.mark.slow
+def test_no_validation_graph_of_the_star_study_is_trained_on():
+    study = load_study(Path(__file__).parents[2] / "configs/studies/star.yaml")
+    config = study.configs["none"]
+    task, rows = config.data.task, config.eval.batches * config.train.micro_batch_size
+    held, length = task.stream(config.data.seq_len, None), config.data.seq_len
+    graphs = {graph_of(e, task.nodes) for row in range(rows) for e in held.examples(row)}
+    assert len(graphs) == 128
+    for seed in study.study.seeds[:2]:  # the others were counted once, 4 seconds each
+        trained = task.stream(length, (seed, 0))
+        for row in range(config.train.total_tokens // length):
+            assert not any(graph_of(e, task.nodes) in graphs for e in trained.examples(row)), seed
