@@ -150,7 +150,7 @@ LAYER = {
 
 
 def write_gguf(folder: Path, config: dict[str, Any], target: Path) -> None:
-    import gguf
+    import gguf  # type: ignore[import-not-found]
     import numpy as np
 
     writer, c = gguf.GGUFWriter(str(target), "deepseek2"), config
@@ -201,7 +201,7 @@ def write_gguf(folder: Path, config: dict[str, Any], target: Path) -> None:
 def child() -> None:
     import time
 
-    import llama_cpp
+    import llama_cpp  # type: ignore[import-not-found]
 
     work = json.loads(sys.stdin.readline())
     folder, prompt, count = Path(work["folder"]), work["prompt"], work["count"]
@@ -223,7 +223,8 @@ def child() -> None:
     import numpy as np
 
     for _ in sys.stdin:
-        start, tokens, now = time.process_time(), [], list(prompt)
+        start, now = time.process_time(), list(prompt)
+        tokens: list[int] = []
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         while len(tokens) < count:
             ids = (llama_cpp.llama_token * len(now))(*now)

@@ -20,7 +20,8 @@ from torch import Tensor
 from dsv3_mtp.ops.c import check
 from dsv3_mtp.ops.c_library import call, function
 
-ROWS = 16  # up to here a product costs what reading its weights costs
+# Up to here C is used. At 64 rows it took 0.4 to 0.7 of torch's time (models of 2M and 12M).
+ROWS = 64
 
 
 @dataclass(frozen=True)

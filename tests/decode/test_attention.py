@@ -1,5 +1,7 @@
 """The absorbed, cached attention and the cached trunk against the training forward."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.decode.sample import TokenSampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.ops import choice
 from tests.made_runs import randomise
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -48,7 +51,10 @@ def test_cached_trunk_equals_the_training_forward(make_model, case, chunks):
     model = make_model(overrides=CASES[case])
     tokens = torch.randint(64, (2, 20))
     expected = model.head_rows(torch.cat([tokens, tokens[:, :2]], 1)).rows[0].inputs[0]
-    torch.testing.assert_close(cached_states(model, tokens, chunks), expected, rtol=2e-5, atol=2e-5)
+    for how in (nullcontext(), choice.plain()):  # in C, where there is a compiler, and in torch
+        with how:
+            found = cached_states(model, tokens, chunks)
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -172,7 +178,7 @@ def test_a_slot_has_the_same_bits_alone_and_in_any_company(make_tiny_config, com
             states = cached_states(model, tokens, chunks)
             one_row = cached_states(model, tokens[1:2], chunks)
             assert torch.equal(states[1:2], one_row)
-            logits = torch.cat([decoder.logits(part) for part in states.flatten(0, 1).split(16)])
+            logits = torch.cat([decoder.logits(part) for part in states.flatten(0, 1).split(21)])
             found.append((states, logits))
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
         assert torch.equal(
