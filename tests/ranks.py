@@ -24,6 +24,7 @@ import dsv3_mtp.report.plots
 import dsv3_mtp.train.process  # for the forked processes: each would otherwise load it for seconds
 from dsv3_mtp.data.megatron import write_index
 from dsv3_mtp.parallel.engine import import_muon
+from dsv3_mtp.report.metrics import read_metrics
 
 # This too, and what DeepSpeed imports late, of Mixture-of-Experts layers that it could put in.
 import_muon()
@@ -169,6 +170,28 @@ def train_until(config: Any, step: int) -> None:
 
     trainer.sampler.next_batch = next_batch  # type: ignore[method-assign]
     trainer.run()
+
+
+def folder_of(config: Any) -> Path:
+    return Path(config.run.dir) / config.run.name
+
+
+def trained(
+    config: Any,
+    function: Callable[..., Any] = train_to_end,
+    *args: Any,
+    world_size: int = 1,
+    expect: int | None = 0,
+) -> list[dict]:
+    """Calls function(config, *args) on ranks, whose exit codes have to be `expect` (None: any);
+    returns the metrics. Output goes to NAME.log.rank{r} beside the folder of runs.
+    """
+    log = Path(config.run.dir).parent / f"{config.run.name}.log"
+    codes = run_ranks(function, config, *args, world_size=world_size, log=log)
+    text = "".join(path.read_text() for path in sorted(log.parent.glob(f"{log.name}.rank*")))
+    assert expect is None or codes == [expect] * world_size, f"exit codes {codes}\n{text}"
+    metrics = folder_of(config) / "metrics.jsonl"
+    return read_metrics(metrics) if metrics.exists() else []
 
 
 def timeless(records: list[dict]) -> list[dict]:

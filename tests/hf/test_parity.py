@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from dsv3_mtp.hf import export_hf, load_hf
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.layers import rotary_angles
 from dsv3_mtp.model.moe import Gate
 from dsv3_mtp.model.output import LossSettings
+from tests.conftest import tiny
+from tests.made_runs import randomise, write_run
 
 transformers = pytest.importorskip("transformers", reason="the hf extra is not installed")
 
@@ -29,14 +32,14 @@ YARN = {
 }
 CASES = {
     "v3": {},
-    "no_query_compression": {"model__q_lora_rank": None},
-    "no_groups": {"model__n_group": 1, "model__topk_group": 1},
-    "yarn": {"model__rope_scaling": YARN, "model__max_position_embeddings": 64},
+    "no_query_compression": {"model.q_lora_rank": None},
+    "no_groups": {"model.n_group": 1, "model.topk_group": 1},
+    "yarn": {"model.rope_scaling": YARN, "model.max_position_embeddings": 64},
     "yarn_without_temperature": {
-        "model__rope_scaling": YARN | {"mscale_all_dim": 0.0},
-        "model__max_position_embeddings": 64,
+        "model.rope_scaling": YARN | {"mscale_all_dim": 0.0},
+        "model.max_position_embeddings": 64,
     },
-    "two_shared_unnormalised": {"model__n_shared_experts": 2, "model__norm_topk_prob": False},
+    "two_shared_unnormalised": {"model.n_shared_experts": 2, "model.norm_topk_prob": False},
 }
 
 
@@ -64,12 +67,18 @@ def read_by_transformers(folder, modules: int):
     return model.eval()
 
 
-@pytest.fixture(params=CASES)
-def pair(request, make_run, tmp_path):
-    """(our model, transformers' reading of its export)."""
-    run, model = make_run(mtp__num_nextn_predict_layers=2, **CASES[request.param])
-    export_hf(run, tmp_path / "hf", dtype="fp32")
-    return model, read_by_transformers(tmp_path / "hf", 2)
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """(our model, transformers' reading of its export): made once, and changed by no test."""
+    folder = tmp_path_factory.mktemp("pair")
+    config = tiny(
+        {"train.dtype": "float32", "mtp.num_nextn_predict_layers": 2, **CASES[request.param]}
+    )
+    model = randomise(DeepseekV3MTP(config.model, config.mtp))
+    export_hf(write_run(folder / "run", config, model), folder / "hf", dtype="fp32")
+    theirs = read_by_transformers(folder / "hf", 2)
+    theirs.config.name_or_path = str(folder / "hf")
+    return model, theirs
 
 
 @torch.no_grad()
@@ -113,11 +122,10 @@ def test_routers_choose_the_same_experts_with_the_same_weights(pair):
         )
 
 
-def mtp_model(theirs, folder):
+def mtp_model(theirs):
     from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpModel
 
-    theirs.config.name_or_path = str(folder)
     return MtpModel.from_pretrained(theirs).eval(), MtpCache(config=theirs.config.get_mtp_config())
 
 
@@ -134,18 +142,18 @@ def their_hidden_states(theirs, module, cache, tokens, length):
 
 
 @torch.no_grad()
-def test_mtp_hidden_states_agree_with_transformers_own_inference(pair, tmp_path):
+def test_mtp_hidden_states_agree_with_transformers_own_inference(pair):
     ours, theirs = pair
-    module, cache = mtp_model(theirs, tmp_path / "hf")
+    module, cache = mtp_model(theirs)
     tokens = torch.randint(64, (1, 12 + 1 + 2))
     hidden = [rows.inputs[0] for rows in ours.head_rows(tokens).rows]
     for depth, state in enumerate(their_hidden_states(theirs, module, cache, tokens, 12)):
         close(hidden[depth], state, f"depth {depth}")
 
 
-def test_gradients_of_one_training_step_agree_main_loss_and_mtp(pair, tmp_path):
+def test_gradients_of_one_training_step_agree_main_loss_and_mtp(pair):
     ours, theirs = pair
-    module, cache = mtp_model(theirs, tmp_path / "hf")
+    module, cache = mtp_model(theirs)
     tokens, length, weights = torch.randint(64, (1, 12 + 1 + 2)), 12, (0.3, 0.15)
     out = ours(tokens, settings=LossSettings(weights))
     out.loss.backward()
@@ -195,9 +203,10 @@ def test_generate_with_mtp_equals_plain_greedy_and_our_own_greedy(make_run, tmp_
         assert torch.equal(tokens, plain)
 
 
-def test_what_transformers_saves_is_imported_back(pair, tmp_path):
+def test_what_transformers_saves_is_imported_back(pair, tmp_path, monkeypatch):
     ours, theirs = pair
-    theirs.config.num_nextn_predict_layers = 0  # transformers writes the trunk alone
+    # transformers writes the trunk alone
+    monkeypatch.setattr(theirs.config, "num_nextn_predict_layers", 0)
     theirs.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
     model, tokenizer = load_hf(tmp_path / "saved")

@@ -10,11 +10,10 @@ import torch
 from dsv3_mtp.data.source import open_source
 from dsv3_mtp.hf import export_hf, import_hf, load_hf
 from dsv3_mtp.ops.tuning import tune_cpu
-from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.train.validation import open_model, validate
 from tests.conftest import short_run
 from tests.made_runs import read_newest
-from tests.ranks import run_ranks, train_to_end, write_markov
+from tests.ranks import folder_of, run_ranks, train_to_end, trained, write_markov
 
 pytestmark = pytest.mark.dist
 STEPS = 3
@@ -29,13 +28,8 @@ def train(tmp_path, make_tiny_config):
         base = {"train.total_tokens": STEPS * 8 * 16, "train.batch_size": 8}
         base["optim.schedule"] = {"warmup": 0.0}
         config = short_run(tmp_path, name, data, base, overrides)
-        log = tmp_path / f"{name}.log"
-        codes = run_ranks(train_to_end, config, world_size=world_size, log=log)
-        text = Path(f"{log}.rank0").read_text()
-        assert codes == [expect] * world_size, text
-        folder = tmp_path / "runs" / name
-        metrics = folder / "metrics.jsonl"
-        return folder, read_metrics(metrics) if metrics.exists() else [], text
+        metrics = trained(config, world_size=world_size, expect=expect)
+        return folder_of(config), metrics, Path(f"{tmp_path / name}.log.rank0").read_text()
 
     return make
 
@@ -63,7 +57,7 @@ def test_a_run_starts_from_the_weights_of_an_export(tmp_path, train):
         assert again[-1][key] == pytest.approx(last[key], abs=1e-6), key
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_fresh_module_learns_on_a_frozen_trunk_that_does_not_move(tmp_path, train, zero_stage):
     base, _, _ = train("base", mtp__mode="none")
     notes = export_hf(base, tmp_path / "hf", dtype="fp32")

@@ -63,7 +63,7 @@ def finished(tmp_path_factory):
     """
 
     def add(tree):
-        tree["arms"]["wild"] = {"about": "far too fast", "set": {"optim.lr": 1e30}}
+        tree["arms"]["wild"] = {"about": "far too fast", "set": {"optim.lr": 1e18}}
         tree["arms"]["absent"] = {"about": "no weights", "set": {"train.init_from": "nowhere"}}
         match = {"arm": "constant", "by": "cpu_time", "pace": "none"}
         tree["arms"]["timed"] = {

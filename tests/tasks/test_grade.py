@@ -14,7 +14,6 @@ from dsv3_mtp.data.opening import validation_source
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.decode.generate import Settings, generate
 from dsv3_mtp.hf import export_hf
-from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.tasks import base
 from dsv3_mtp.tasks.base import TaskSource
 from dsv3_mtp.tasks.markov import MarkovTask, step_entropy, transition_matrix
@@ -22,7 +21,7 @@ from dsv3_mtp.tasks.polynomial import PolynomialTask
 from dsv3_mtp.tasks.star import StarTask
 from dsv3_mtp.train.validation import acceptance, open_model, validate
 from tests.conftest import short_run
-from tests.ranks import run_ranks, timeless, train_to_end, train_until
+from tests.ranks import timeless, train_until, trained
 
 SUFFIX = {"type": "suffix_sum", "terms": 3, "modulus": 3}
 STAR = StarTask(type="star", degree=2, path_length=3, nodes=10)
@@ -148,11 +147,8 @@ def make_run(tmp_path):
     return make
 
 
-def train(config, function=train_to_end, *args, world_size=1):
-    log = Path(config.run.dir).parent / "log"
-    codes = run_ranks(function, config, *args, world_size=world_size, log=log)
-    assert codes == [0] * world_size, log.with_suffix(".rank0")
-    return timeless(read_metrics(Path(config.run.dir) / config.run.name / "metrics.jsonl"))
+def train(config, *function, world_size=1):
+    return timeless(trained(config, *function, world_size=world_size))
 
 
 @pytest.mark.dist

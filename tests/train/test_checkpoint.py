@@ -43,13 +43,14 @@ def frozen(tmp_path: Path, make_tiny_config) -> dict:
 @pytest.mark.parametrize(
     ("dtype", "moments", "freeze", "layouts", "tolerance"),
     [
-        ("float32", "bfloat16", False, ZERO + MORE + FOUR + ONE, 2e-6),
+        ("float32", "bfloat16", False, ZERO + MORE + ONE[1:], 2e-6),
+        pytest.param(*("float32", "bfloat16", False, FOUR + ONE, 2e-6), marks=pytest.mark.slow),
         pytest.param(
             *("bfloat16", "float32", False, ZERO + MORE + ONE, 2**-8), marks=pytest.mark.slow
         ),
         pytest.param(*("bfloat16", "float32", True, ZERO + ONE, 1e-4), marks=pytest.mark.slow),
     ],
-    ids=["float32", "bfloat16", "frozen trunk"],
+    ids=["float32", "four ranks", "bfloat16", "frozen trunk"],
 )
 def test_every_layout_reads_what_another_wrote_and_goes_on_alike(
     tmp_path, make_tiny_config, dtype, moments, freeze, layouts, tolerance

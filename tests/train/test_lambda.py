@@ -1,6 +1,5 @@
 """lambda in a run: what is logged is what was used, and a schedule with a state goes on bitwise."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,11 @@ import torch
 
 from dsv3_mtp.config import schedules
 from dsv3_mtp.files.run_folder import newest_checkpoint
-from dsv3_mtp.report.metrics import read_metrics
 from dsv3_mtp.study.expand import shared_steps
 from dsv3_mtp.train import checkpoint
 from tests.conftest import short_run
 from tests.made_runs import read_newest
-from tests.ranks import run_ranks, timeless, train_to_end, train_until, write_markov
+from tests.ranks import folder_of, timeless, train_until, trained, write_markov
 
 pytestmark = pytest.mark.dist
 STEPS = 8
@@ -33,16 +31,8 @@ def make_run(tmp_path):
     return make
 
 
-def folder_of(config) -> Path:
-    return Path(config.run.dir) / config.run.name
-
-
-def train(config, function=train_to_end, *args, world_size=1) -> list[dict]:
-    log = Path(config.run.dir).parent / f"{config.run.name}.log"
-    codes = run_ranks(partial(function, config, *args), world_size=world_size, log=log)
-    text = "".join(path.read_text() for path in sorted(log.parent.glob(f"{log.name}.rank*")))
-    assert codes == [0] * world_size, text
-    return [r for r in read_metrics(folder_of(config) / "metrics.jsonl") if "train/loss" in r]
+def train(config, *function, world_size=1) -> list[dict]:
+    return [r for r in trained(config, *function, world_size=world_size) if "train/loss" in r]
 
 
 def recombines(record: dict) -> bool:

@@ -1,32 +1,42 @@
 """A run folder says what the weights in it were trained with, whatever is started there later."""
 
 import json
+import shutil
+from functools import partial
 
 import pytest
 
 from dsv3_mtp.config import load_config
+from tests.conftest import tiny
 from tests.ranks import run_ranks, train_to_end, write_markov
 
 pytestmark = pytest.mark.dist
 
 
+def make(data: str, overrides=None):
+    """A config of 6 steps whose run lies below the working directory."""
+    own = {"run.dir": "runs", "data.train": data, "data.val": data, "train.dtype": "float32"}
+    return tiny(own | {"train.total_tokens": 6 * 4 * 16} | (overrides or {}))
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """(folder with a trained run, its data)."""
+    folder = tmp_path_factory.mktemp("origin")
+    data = write_markov(folder / "markov", tokens=3000, documents=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_ranks(train_to_end, make(data), log=folder / "first") == [0]
+    return folder, data
+
+
 @pytest.fixture
-def finished(tmp_path, make_tiny_config):
-    """make(overrides) -> a config of 6 steps in one folder; that with none has been trained."""
-    data = write_markov(tmp_path / "markov", tokens=3000, documents=40)
-    own = {
-        "run.dir": str(tmp_path / "runs"),
-        "data.train": data,
-        "data.val": data,
-        "train.dtype": "float32",
-        "train.total_tokens": 6 * 4 * 16,
-    }
-
-    def make(overrides=None):
-        return make_tiny_config(own | (overrides or {}))
-
-    assert run_ranks(train_to_end, make(), log=tmp_path / "first") == [0]
-    return make
+def finished(origin, tmp_path, monkeypatch):
+    """A function from overrides to a config of 6 steps; that with none has been trained here."""
+    folder, data = origin
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return partial(make, data)
 
 
 def record(tmp_path):

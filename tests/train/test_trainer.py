@@ -32,7 +32,8 @@ from dsv3_mtp.train.record import NonFiniteError
 from tests.conftest import contents, short_run
 from tests.made_runs import read_newest, read_state_dict
 from tests.plain_training import plain_steps
-from tests.ranks import run_ranks, timeless, train_to_end, train_until, write_markov
+from tests.ranks import folder_of, timeless, train_to_end, train_until, write_markov
+from tests.ranks import trained as train
 
 pytestmark = pytest.mark.dist
 STEPS = 12
@@ -81,20 +82,6 @@ def finished(make_run, origin) -> Config:
     return config
 
 
-def folder_of(config: Config) -> Path:
-    return Path(config.run.dir) / config.run.name
-
-
-def train(config: Config, *, world_size: int = 1, function=None, args=(), expect=0) -> list[dict]:
-    """Runs to the end; returns the metrics."""
-    log = Path(config.run.dir).parent / f"{config.run.name}.log"
-    codes = run_ranks(function or train_to_end, config, *args, world_size=world_size, log=log)
-    text = "".join(path.read_text() for path in sorted(log.parent.glob(f"{log.name}.rank*")))
-    assert expect is None or codes == [expect] * world_size, f"exit codes {codes}\n{text}"
-    metrics = folder_of(config) / "metrics.jsonl"
-    return read_metrics(metrics) if metrics.exists() else []
-
-
 def weights_of(config: Config) -> dict[str, torch.Tensor]:
     return read_newest(folder_of(config))
 
@@ -124,7 +111,7 @@ def test_resume_after_sigterm_equals_an_uninterrupted_run_bitwise(make_run, worl
     settings |= {"train__total_tokens": 8 * 8 * 16}
     whole, parts = make_run("whole", **settings), make_run("parts", **settings)
     expected = train(whole, world_size=world_size)
-    train(parts, world_size=world_size, function=train_until, args=(4,))
+    train(parts, train_until, 4, world_size=world_size)
     assert newest_checkpoint(folder_of(parts) / "checkpoints").name == "global_step4"
     got = train(parts, world_size=world_size)
     assert timeless(got) == timeless(expected)
@@ -200,7 +187,7 @@ def test_kill_9_of_a_rank_while_it_saves_leaves_a_loadable_latest(make_run):
     expected = timeless(train(whole, world_size=2))
     for victim in (0, 1):
         parts = make_run(f"victim{victim}", **short)
-        train(parts, world_size=2, function=killed_in_save, args=(victim, 4), expect=None)
+        train(parts, killed_in_save, victim, 4, world_size=2, expect=None)
         root = folder_of(parts) / "checkpoints"
         assert (root / "global_step4").exists()  # begun
         assert newest_checkpoint(root).name == "global_step2" == (root / "latest").read_text()
@@ -362,7 +349,7 @@ def test_a_non_finite_value_stops_with_the_step_the_metric_and_the_last_checkpoi
     make_run, what, metric, step
 ):
     config = make_run(f"bad_{what}", train__micro_batch_size=4)
-    train(config, function=poisoned, args=(what,))
+    train(config, poisoned, what)
     message = Path(f"{folder_of(config)}.error").read_text()
     assert message.startswith(f"step {step} ") and any(
         f"{metric} = {x}" in message for x in ("nan", "inf")
@@ -377,7 +364,7 @@ def test_a_last_step_that_ruins_the_weights_is_neither_saved_nor_called_finished
         "optim__schedule": {"decay_start": 1, "decay_end": 1, "final_start": 1},
     }
     config = make_run("ruined", train__total_tokens=8 * 16, **rate)
-    train(config, function=poisoned, args=("nothing",))
+    train(config, poisoned, "nothing")
     message = Path(f"{folder_of(config)}.error").read_text()
     assert (
         message.startswith("step 1 (128 tokens): val/main_loss = nan")
@@ -398,7 +385,7 @@ def count_waits(config: Config) -> None:
 def test_deepspeed_never_waits_for_the_device(make_run, zero_stage):
     """Its throughput timer would, twice in every micro-batch, from the third step on."""
     config = make_run(train__micro_batch_size=2, parallel__zero_stage=zero_stage)
-    train(config, function=count_waits)
+    train(config, count_waits)
     assert Path(f"{folder_of(config)}.waits").read_text() == "0"
 
 
@@ -425,7 +412,7 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name_and_harmless_changes_
 ):
     config = make_run(**change)
     error = Path(f"{folder_of(config)}.error")
-    train(config, function=refused)
+    train(config, refused)
     assert (message in error.read_text()) if message else not error.exists()
 
 
@@ -450,7 +437,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_not_begun_anew(finis
     before = (folder / "metrics.jsonl").read_text()
     for complete in folder.glob("checkpoints/*/COMPLETE.json"):
         complete.write_text("{}")
-    train(finished, function=refused)
+    train(finished, refused)
     assert "no checkpoint in it is complete" in Path(f"{folder}.error").read_text()
     assert (folder / "metrics.jsonl").read_text() == before
 
@@ -478,7 +465,7 @@ def test_where_no_checkpoint_is_sound_all_are_named_and_left_as_they_are(finishe
         file = folder / shard_name(0)
         file.write_bytes(b"x" * file.stat().st_size)
     before = contents(root)
-    train(finished, function=refused)
+    train(finished, refused)
     error = Path(f"{folder_of(finished)}.error").read_text()
     assert "global_step12: damaged" in error and "global_step10: damaged" in error
     assert "no other checkpoint is left" in error and contents(root) == before
@@ -486,19 +473,19 @@ def test_where_no_checkpoint_is_sound_all_are_named_and_left_as_they_are(finishe
 
 def test_what_one_rank_cannot_read_every_rank_names(make_run):
     config = make_run()
-    train(config, world_size=2, function=train_until, args=(3,))
+    train(config, train_until, 3, world_size=2)
     folder = folder_of(config) / "checkpoints" / "global_step3"
     for name in (shard_name(1), "state.json"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(b"x" * len(content))
-        train(config, world_size=2, function=refused_by_rank)
+        train(config, refused_by_rank, world_size=2)
         assert all("global_step3: damaged" in error for error in errors_of(config)), name
         (folder / name).write_bytes(content)
 
 
 def test_a_full_disk_of_one_rank_is_said_by_all_and_leaves_the_checkpoint_before(make_run):
     config = make_run()
-    train(config, world_size=2, function=full_disk)
+    train(config, full_disk, world_size=2)
     assert all(
         re.search("File too large: .*global_step10/shard_rank1", error)
         for error in errors_of(config)
@@ -523,7 +510,7 @@ def test_optimizer_settings_changed_on_resume_are_those_in_use(make_run):
     changed = {"optim__weight_decay": 0.7, "optim__betas": [0.5, 0.6], "optim__eps": 0.1}
     changed["train__total_tokens"] = 8192  # a run that is to go on: a finished one refuses them
     config = make_run(**changed)
-    train(config, function=hyperparameters)
+    train(config, hyperparameters)
     groups = json.loads(Path(f"{folder_of(config)}.groups").read_text())
     assert groups == [[0.7, [0.5, 0.6], 0.1], [0.0, [0.5, 0.6], 0.1]]
 
@@ -541,14 +528,14 @@ def test_two_processes_never_train_in_one_run_folder(make_run):
 
     config = make_run()
     lock_folder(run_folder(config))  # this process holds it
-    train(config, function=refused)
+    train(config, refused)
     assert "another process works in this folder" in Path(f"{folder_of(config)}.error").read_text()
 
 
 def test_an_error_that_only_rank_0_meets_is_raised_on_every_rank(make_run):
     config = make_run()
     folder_of(config).parent.write_text("a file where the folder of runs should be")
-    train(config, world_size=2, function=refused_by_rank)
+    train(config, refused_by_rank, world_size=2)
     errors = errors_of(config)
     assert errors[0] == errors[1] and "runs" in errors[0]
 
@@ -568,7 +555,7 @@ def refused_by_rank(config: Config, run: bool = False) -> None:
 
 def test_what_deepspeed_says_against_the_deepspeed_section_names_the_section(make_run):
     config = make_run(**{"deepspeed.zero_optimization": {"overlap_com": True}})
-    train(config, function=refused)
+    train(config, refused)
     assert "deepspeed: DeepSpeed refuses" in (
         error := Path(f"{folder_of(config)}.error").read_text()
     )
