@@ -115,6 +115,8 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> str | None:
+    if options.lm_eval is not None and not all(options.lm_eval.split(",")):
+        return f"--lm-eval {options.lm_eval!r}: must name tasks, with commas between them"
     own = LOSSES_ONLY if options.lm_eval else TASKS_ONLY
     if unused := [key for key in own if getattr(options, key) != DEFAULTS.get(key)]:
         names = ", ".join("--" + key.replace("_", "-") for key in unused)

@@ -142,7 +142,9 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         from dsv3_mtp.hf import load_hf
 
         (model, tokenizer), config = load_hf(options.hf), None
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.device
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "meta":

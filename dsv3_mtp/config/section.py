@@ -1,6 +1,7 @@
 """The base class of all sections, and the kinds of values that their keys have."""
 
 import os
+import re
 from collections.abc import Iterator
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Self
@@ -30,11 +31,20 @@ def not_number(value: Any) -> Any:
     return value
 
 
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf(inity)?)", re.I)
+
+
 def _unquoted(value: Any) -> Any:
     """pydantic would read the text '1' as the number; other text is left to its own message."""
-    if isinstance(value, str) and value.strip().lstrip("+-").replace(".", "", 1).isdecimal():
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         raise ValueError("must be a number, without quotes")
     return not_bool(value)
+
+
+def _path(name: str) -> str:
+    if "\0" in name:
+        raise ValueError("must be a path: a zero byte is in it")
+    return os.path.expanduser(name)
 
 
 def _plain_name(name: str) -> str:
@@ -57,7 +67,7 @@ Positive = Annotated[Number, Field(gt=0, le=1e18)]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 # no shell expands the ~ of a config or of --set
-FilePath = Annotated[Text, AfterValidator(os.path.expanduser)]
+FilePath = Annotated[Text, AfterValidator(_path)]
 FolderName = Annotated[Text, AfterValidator(_plain_name)]  # of run.name
 
 

@@ -217,16 +217,15 @@ for _side in (_Loader, _Dumper):
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
     """No 010, which is 8 to YAML 1.1 and 10 to its readers, and no 1:30, which is 90 or 01:30."""
-    if re.match(r"[-+]?0\d|.*:", node.value):
-        text = (
-            f"{node.value} is octal or sexagesimal here; "
-            "write the number in decimal, or put text in quotes"
-        )
-        raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
-    construct = (
-        loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
-    )
-    return construct(node)
+    text = "write the number in decimal, or put text in quotes"
+    if len(node.value) > 4000:  # Python reads no longer ones
+        text = f"a number of {len(node.value):,} digits"
+    elif re.match(r"[-+]?0\d|.*:", node.value):
+        text = f"{node.value} is octal or sexagesimal here; {text}"
+    else:
+        integer = node.tag.endswith(":int")
+        return (loader.construct_yaml_int if integer else loader.construct_yaml_float)(node)
+    raise yaml.constructor.ConstructorError(None, None, text, node.start_mark)
 
 
 for _tag in ("int", "float"):

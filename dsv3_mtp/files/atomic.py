@@ -80,7 +80,10 @@ def inside(path: Path, folder: Path) -> bool:
 
     The cache of the Hugging Face Hub has snapshots of links to the blobs beside them.
     """
-    real, home = path.resolve(), folder.resolve()
+    try:
+        real, home = path.resolve(), folder.resolve()
+    except RuntimeError:  # a link to itself
+        return False
     cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
     return real.is_relative_to(home) or (cached and real.parent == home.parents[1] / "blobs")
 

@@ -69,6 +69,8 @@ class Checkpoint:
     def _index(self) -> dict[str, str]:
         path = self.folder / INDEX
         if not path.is_file():
+            if path.is_symlink():
+                self.problems.append((INDEX, "is a link that leads to no file"))
             return {}
         try:
             index = read_json(path, WeightMap, "download or export it again")
@@ -80,7 +82,11 @@ class Checkpoint:
         recorded = (index.get("metadata") or {}).get(DIGESTS)
         if isinstance(recorded, dict):
             self.digests = {Path(str(name)).name: str(x) for name, x in recorded.items()}
-        return {key: Path(value).name for key, value in index["weight_map"].items()}
+        named = {key: Path(value).name for key, value in index["weight_map"].items()}
+        if odd := next((name for name in named.values() if not name.isprintable()), None):
+            self.problems.append((INDEX, f"{odd!r} is the name of no file"))
+            return {}
+        return named
 
     def _add(self, path: Path) -> None:
         if not inside(path, self.folder):

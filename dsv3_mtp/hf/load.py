@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.config.reader import show
 from dsv3_mtp.files.tensorfile import DTYPES
 from dsv3_mtp.hf.files import Checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, report, slot_count, slots, summarise
@@ -96,7 +97,7 @@ def key_problems(
             problems.append(
                 (
                     slot.name,
-                    f"has shape {list(place.shape)}, config.json asks for {list(slot.shape)}",
+                    f"has shape {show(place.shape)}, config.json asks for {list(slot.shape)}",
                 )
             )
         elif place.dtype not in DTYPES:

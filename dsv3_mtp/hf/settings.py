@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.config.reader import problems_of
 from dsv3_mtp.files.atomic import write_json
 from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.model.layers import yarn_mscale
@@ -198,8 +199,8 @@ def read_settings(folder: Path) -> HFSettings:
         values |= _rope(content)
         model = ModelConfig.model_validate(values)
     except ValidationError as error:
-        for fault in error.errors():
-            problems.append(f"{'.'.join(map(str, fault['loc'])) or 'model'}: {fault['msg']}")
+        found = problems_of(error, values, ModelConfig)
+        problems += [f"{key or 'model'}: {text}" for key, text in found]
     except ValueError as error:
         problems.append(str(error))
     modules: Any = content.get("num_nextn_predict_layers", content.get("num_mtp_layers"))

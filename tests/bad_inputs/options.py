@@ -279,7 +279,6 @@ EVALUATES = [
             ("--temperature 2 --prompts 0", "no effect"),
             ("--ema", "no average of the weights"),
             ("--lm-eval no_such_task", "no_such_task|lm.eval"),
-            ("--lm-eval ''", "lm.eval"),
             ("--limit 5", "--limit: only with --lm-eval"),
             ("--lm-eval x --batches 2", "no effect with --lm-eval"),
         )

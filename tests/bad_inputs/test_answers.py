@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 import dsv3_mtp.train.process  # noqa: F401  for the forked processes
-from tests.bad_inputs import folders, options, strangers
+from tests.bad_inputs import edges, folders, options, strangers
 from tests.bad_inputs.ask import Case, faults
 from tests.bad_inputs.world import ROOT, make_world
 
-CASES = {case.name: case for case in (*options.CASES, *folders.CASES, *strangers.CASES)}
+TABLES = (options.CASES, folders.CASES, strangers.CASES, edges.CASES)
+CASES = {case.name: case for table in TABLES for case in table}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_a_wrong_input_is_answered(world: Path, tmp_path: Path, case: Case):
 
 
 def test_no_two_cases_have_one_name():
-    assert len(CASES) == sum(map(len, (options.CASES, folders.CASES, strangers.CASES)))
+    assert len(CASES) == sum(map(len, TABLES))
 
 
 # As a user starts it: what a fork of this process has in place already is built anew.
