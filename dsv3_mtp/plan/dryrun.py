@@ -10,7 +10,6 @@ from dsv3_mtp.model.size import ModelSize, model_size
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.plan.memory import Layout, StagePlan, bubbles, communication, layout, plan
 from dsv3_mtp.report.metrics import peak_flops
-from dsv3_mtp.report.plots import plot_schedules
 from dsv3_mtp.report.progress import duration
 from dsv3_mtp.runs.folder import run_folder
 
@@ -63,6 +62,8 @@ def dry_run(config: Config, *, world_size: int, plot: bool, settings: bool = Fal
         parts.append("# DeepSpeed JSON\n" + json.dumps(ds_config, indent=2))
     if plot:
         folder.mkdir(parents=True, exist_ok=True)
+        from dsv3_mtp.report.plots import plot_schedules  # matplotlib, a second
+
         plot_schedules(config, folder / "schedules.png")
         parts.append(f"schedules: {folder / 'schedules.png'}")
     return "\n\n".join(parts)
