@@ -21,6 +21,7 @@ from models import TINY, check_transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import llama
 from decode_costs import measure, steps_report
 
 from dsv3_mtp.cli.command import at_least
@@ -54,6 +55,7 @@ def main() -> int:
         )
     for rows in options.batches:
         print(steps_report(model, prompt, options, rows))
+    print(llama.report(options.llama, model, prompt, options.new_tokens, options.rounds))
     return 0
 
 
@@ -61,9 +63,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--run", metavar="DIR", help="run folder (default: random weights, see the source)"
-    )
+    text = "run folder (default: random weights, see the source)"
+    parser.add_argument("--run", metavar="DIR", help=text)
     parser.add_argument("--prompt", metavar="TEXT", help="with --run (default: 'def ')")
     parser.add_argument(
         "--prompt-tokens", type=at_least(1), metavar="N", help="without --run (default: 64)"
@@ -98,6 +99,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=at_least(1), default=1, metavar="N", help="default: 1")
     parser.add_argument("--compile", action="store_true", help="also measure compiled steps")
+    text = "an interpreter with llama-cpp-python and gguf: also llama.cpp (default: this one)"
+    parser.add_argument("--llama", default=sys.executable, metavar="PYTHON", help=text)
     parser.add_argument(
         "--hf-mtp", metavar="DIR", help="exported folder: also transformers' generate(use_mtp=True)"
     )

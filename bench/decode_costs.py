@@ -35,7 +35,8 @@ def steps_report(model: Any, prompt: list[int], options: argparse.Namespace, row
     @torch.inference_mode()
     def forward(count: int) -> None:
         for _ in range(20):
-            states = decoder.trunk(tokens[:, :count], caches, slots.window(starts, count))
+            window = decoder.window(slots, starts, count)
+            states = decoder.trunk(tokens[:, :count], caches, window)
             decoder.logits(states.post_norm).argmax(-1).tolist()
 
     steps: dict[str, Callable[[], Any]] = {str(n): partial(forward, n) for n in range(1, most + 2)}

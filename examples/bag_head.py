@@ -74,7 +74,7 @@ class BagDrafter(ParallelDrafter):
     ) -> tuple[Tensor, Tensor | None]:
         logits, drawn = self.decoder.logits(self.run(0, last)), []
         for _ in range(count):
-            drawn.append(sampler.draw(logits))
+            drawn.append(sampler.draw(self.decoder.narrow(logits)))
             if sampler.ended:
                 break
             if sampler.greedy:

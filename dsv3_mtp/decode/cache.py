@@ -26,6 +26,16 @@ class Window(NamedTuple):
     mask: Tensor | None  # (1 or B, 1, T*H, end) additive; None: every slot is visible
 
 
+class FewSlots(NamedTuple):
+    """A window of few slots on a CPU, as its C kernels read it (ops/c_decode.py): what a slot may
+    see needs no mask there.
+    """
+
+    shape: tuple[int, int]  # (B, T)
+    starts: Sequence[int]  # each row's first slot
+    angles: Tensor  # (S, 1, P/2, 2): cosine and sine of every slot
+
+
 class CacheSlots:
     """Makes the windows of a model: where each row's new slots lie, their rotary angles, what they
     may see.
@@ -51,6 +61,10 @@ class CacheSlots:
         """
         shape = rows, self.slots, self.width
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
+
+    def few(self, starts: Sequence[int], length: int) -> FewSlots:
+        """`window` for the C kernels."""
+        return FewSlots((len(starts), length), starts, self.rotation)
 
     def window(self, starts: Sequence[int], length: int) -> Window:
         """Row b computes slots starts[b]..starts[b]+length-1 and sees slots 0..its own."""
@@ -83,6 +97,16 @@ def span(ids: Tensor, starts: Sequence[int], length: int) -> Tensor:
         return ids[:, starts[0] : starts[0] + length]
     first = torch.tensor(starts, device=ids.device)[:, None]
     return ids.gather(1, first + torch.arange(length, device=ids.device))
+
+
+def put(ids: Tensor, slots: Sequence[int], tokens: Tensor) -> None:
+    """tokens (B,) become those at slots[b] of row b of ids (B, >S)."""
+    if min(slots) == max(slots):
+        ids[:, slots[0]] = tokens
+    else:
+        ids[torch.arange(len(slots), device=ids.device), torch.tensor(slots).to(ids.device)] = (
+            tokens
+        )
 
 
 class Ring:

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp.decode.cache import Window
-from dsv3_mtp.decode.layers import Layer, Norm
+from dsv3_mtp.decode.cache import CacheSlots, FewSlots, Window
+from dsv3_mtp.decode.layers import Layers
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.states import TrunkStates
+from dsv3_mtp.ops import c, c_decode, choice
 
 DYNAMIC = r"L\['(window|caches?|tokens|hidden|x)'\].*"  # arguments whose sizes differ between calls
 
@@ -37,20 +38,23 @@ class Decoder:
             )
             self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
         self.layers = DecodeTrunk(model)
-        self.output = model.lm_head.weight.t()
-        # with a draft vocabulary: its ids (N,), the output head of these, and which tokens it has
-        # not
-        self.draft_ids = self.draft_output = self.outside = None
+        self.output = model.lm_head.weight  # (V, C)
+        self.by_c = choice.kernels(model.lm_head.weight) is c
+        # with a draft vocabulary: its ids (N,), and their rows of the output head (N, C)
+        self.draft_ids: Tensor | None = None
         if draft_vocab:
-            self.draft_ids = torch.tensor(draft_vocab, device=self.output.device)
-            self.draft_output = self.output[:, self.draft_ids]  # (C, N)
-            self.outside = torch.ones(
-                self.output.shape[1], dtype=torch.bool, device=self.draft_ids.device
-            )
-            self.outside[self.draft_ids] = False
+            self.draft_ids = torch.tensor(sorted(set(draft_vocab)), device=self.output.device)
+            self.draft_output = self.output[self.draft_ids]
         self.heads: list[Any] = model.mtp.decode_forms(model) if model.depths else []
 
-    def trunk(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
+    def window(self, slots: CacheSlots, starts: Sequence[int], length: int) -> Window | FewSlots:
+        """The window of these slots, of the kind that its layers run fastest."""
+        compiles = length <= self.compile_up_to
+        if self.by_c and not compiles and len(starts) * length <= c_decode.ROWS:
+            return slots.few(starts, length)
+        return slots.window(starts, length)
+
+    def trunk(self, tokens: Tensor, caches: list[Tensor], window: Window | FewSlots) -> TrunkStates:
         """tokens: (B, T) of the window's slots; caches: (B, S, R+P) of each layer -> states, each
         (B*T, C).
         """
@@ -58,14 +62,21 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed states (N, C) -> (N, V)."""
-        return torch.mm(hidden, self.output)
+        return self._product(hidden, self.output)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
-        """As `logits`; with a draft vocabulary -inf for all other tokens."""
-        if self.draft_ids is None or self.draft_output is None:
-            return self.logits(hidden)
-        logits = hidden.new_full((len(hidden), self.output.shape[1]), float("-inf"))
-        return logits.index_copy_(1, self.draft_ids, torch.mm(hidden, self.draft_output))
+        """As `logits`; with a draft vocabulary of its tokens alone."""
+        weight = self.output if self.draft_ids is None else self.draft_output
+        return self._product(hidden, weight)
+
+    def narrow(self, logits: Tensor) -> Tensor:
+        """Of logits (N, V) that a head made otherwise what `draft_logits` would have."""
+        return logits if self.draft_ids is None else logits[:, self.draft_ids]
+
+    def _product(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        if self.by_c and hidden.shape[0] <= c_decode.ROWS:
+            return c_decode.linear(hidden.contiguous(), weight)
+        return torch.mm(hidden, weight.t())
 
     def run(self, function: Callable, *arguments: Any) -> Any:
         """function(*arguments), compiled where a window is small enough. The last argument is the
@@ -110,16 +121,13 @@ class DecodeTrunk:
 
     def __init__(self, model: DeepseekV3MTP):
         self.table = model.model.embed_tokens.weight
-        self.layers = [Layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]
-        self.norm = Norm(model.model.norm)
+        self.layers = Layers(model.model.layers, model.model.norm)  # type: ignore[arg-type]
         self.kept = model.model.kept  # numbers of the layers whose output heads read
 
-    def forward(self, tokens: Tensor, caches: list[Tensor], window: Window) -> TrunkStates:
-        x = last_input = F.embedding(tokens.flatten(), self.table)
-        layers = {}
-        for number, (layer, latents) in enumerate(zip(self.layers, caches, strict=True)):
-            last_input = x
-            x = layer(x, latents, window)
-            if number in self.kept:
-                layers[number] = x
-        return TrunkStates(last_input, x, self.norm(x), layers)
+    def forward(
+        self, tokens: Tensor, caches: list[Tensor], window: Window | FewSlots
+    ) -> TrunkStates:
+        states = self.layers(F.embedding(tokens.flatten(), self.table), caches, window)
+        layers = {number: states[1 + number] for number in self.kept}
+        last_input, pre_norm, post_norm = states[-3:]
+        return TrunkStates(last_input, pre_norm, post_norm, layers)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.config import MTPConfig
-from dsv3_mtp.decode.cache import CacheSlots, Ring
+from dsv3_mtp.decode.cache import CacheSlots, Ring, put
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
@@ -154,10 +154,8 @@ def write_drafts(
     into ids.
     """
     drafts, probabilities = stacked(drawn)
-    rows, first = torch.arange(len(last), device=ids.device), torch.tensor(last, device=ids.device)
-    ids[rows[:, None], first[:, None] + torch.arange(1, 1 + drafts.shape[1], device=ids.device)] = (
-        drafts
-    )
+    for depth, tokens in enumerate(drafts.unbind(1), start=1):
+        put(ids, [m + depth for m in last], tokens)
     return drafts, probabilities
 
 
@@ -165,7 +163,7 @@ def stacked(drawn: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor |
     """(B,) tokens and (B, V) probabilities of each depth -> (B, K) and (B, K, V), None when
     greedy.
     """
-    probabilities = [probability for _, probability in drawn if probability is not None]
-    return torch.stack([tokens for tokens, _ in drawn], 1), torch.stack(
-        probabilities, 1
-    ) if probabilities else None
+    tokens, probabilities = zip(*drawn, strict=True)
+    if probabilities[0] is None:
+        return torch.stack(tokens, 1), None
+    return torch.stack(tokens, 1), torch.stack(probabilities, 1)

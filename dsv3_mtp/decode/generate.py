@@ -134,7 +134,8 @@ class _Batch:
         drafts, lengths = self.ids[:, :0], None
         probability: torch.Tensor | None = None
         if count and self.drafter is not None:
-            draws = DraftSampler(sampler, threshold=self.threshold, outside=self.decoder.outside)
+            among, vocab = self.decoder.draft_ids, self.decoder.model.config.vocab_size
+            draws = DraftSampler(sampler, threshold=self.threshold, among=among, vocab=vocab)
             drafts, probability = self.drafter.draft(self.ids, self.last, count, draws)
             if (lengths := draws.lengths) is not None:
                 drafts = drafts[:, : int(lengths.max())]
@@ -145,6 +146,9 @@ class _Batch:
             self.drafter.observe(states, self.last, self.ids)
         logits = self.decoder.logits(states.post_norm).view(len(self.last), 1 + count, -1)
         accepted, following = sampler.verify(logits, drafts, probability, lengths)
+        if not count:
+            none = [0] * len(self.last)
+            return none, none, [[token] for token in following.tolist()]
         drafted = torch.full_like(accepted, count) if lengths is None else lengths
         # one transfer per step
         new = torch.cat([drafts, *(x[:, None] for x in (following, accepted, drafted))], 1).tolist()
@@ -183,7 +187,7 @@ class _Batch:
 
     def _forward(self, starts: list[int], length: int):
         """The trunk on slots starts[b]..starts[b]+length-1 of each row."""
-        window = self.slots.window(starts, length)
+        window = self.decoder.window(self.slots, starts, length)
         return self.decoder.trunk(span(self.ids, starts, length), self.caches, window)
 
 

@@ -5,22 +5,26 @@ free. So norms give their weights to the product that follows, products with a c
 one, the softmax scale and, where that costs little more reading, W_UK go into the query's
 projection, and the views of experts are made beforehand. Each `generate` derives these weights from
 the model's own: they cannot go stale, and training never sees them. Copied are the attention's
-down-projections, W_UQ, W_UKV and the shared experts' gate and up; the rest are views.
+down-projections, W_UQ and W_UKV; the rest are views.
+
+Few slots on a CPU run in C, a sublayer at a time (ops/c_decode.py); prompts, other types and
+devices, and compiled steps run in torch.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp.decode.cache import Window
+from dsv3_mtp.decode.cache import FewSlots, Window
 from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, count
+from dsv3_mtp.ops import c, c_decode, choice
 
-FEW_TOKENS = 16  # up to here experts run one by one on a CPU
 # W_UK is multiplied into W_UQ where the product has at most this many times their elements.
 ABSORB = 1.5
 
@@ -54,7 +58,7 @@ class Attention:
     """
 
     def __init__(self, norm: RMSNorm, mla: MLA):
-        self.heads, self.rank = mla.heads, mla.kv_rank
+        self.heads, self.rank, self.rope = mla.heads, mla.kv_rank, mla.rope
         self.norm, self.kv_norm, self.q_norm = Norm(norm), Norm(mla.kv_a_layernorm), None
         down, self.q_rank = [mla.kv_a_proj_with_mqa.weight * self.norm.gain], 0
         if mla.q_compressed:
@@ -84,8 +88,16 @@ class Attention:
         )
         self.down = torch.cat(down).to(norm.weight.dtype).t()  # (C, q + R + P)
         self.up = rows.flatten(0, 1).to(norm.weight.dtype).t()  # (q, H (R+P)), or (q, H (nope+P))
-        self.w_uv = w_uv.transpose(1, 2).to(norm.weight.dtype).contiguous()  # (H, R, v)
+        w_uv = w_uv.to(norm.weight.dtype).contiguous()
+        self.w_uv = w_uv.transpose(1, 2)  # (H, R, v)
         self.out = mla.o_proj.weight.t()  # (H v, C)
+
+    def for_c(self) -> c_decode.Attention:
+        norms = self.norm, self.q_norm or self.norm, self.kv_norm
+        w_uk = None if self.w_uk is None else self.w_uk.transpose(1, 2).contiguous()
+        weights = self.down.t(), self.up.t(), w_uk, self.w_uv.transpose(1, 2), self.out.t()
+        floor, q_floor, kv_floor = (norm.floor.item() for norm in norms)
+        return c_decode.Attention(*weights, self.rope, (floor, q_floor, kv_floor))
 
     def __call__(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
         """x: (N, C), N = B*T; cache: (B, S, R+P), where the window's slots are written -> (N,
@@ -157,6 +169,10 @@ class Dense:
             part.weight.t() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
 
+    def for_c(self) -> c_decode.MLP:
+        weights = self.gate.t(), self.up.t(), self.down.t()
+        return c_decode.MLP(self.norm.gain, self.norm.floor.item(), weights)
+
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
         hidden = self.norm(x)
@@ -166,27 +182,29 @@ class Dense:
 
 
 class Mixture:
-    """x + MoE(norm(x)). The shared expert is as many experts of the common width, taken always and
-    with gate 1.
-    """
+    """x + MoE(norm(x))."""
 
     def __init__(self, norm: RMSNorm, moe: MoE):
         self.norm, self.moe = Norm(norm), moe
         self.router = moe.gate.weight.to(self.norm.gain.dtype).t()  # (C, E)
-        up, down = moe.experts.gate_up_proj, moe.experts.down_proj  # (E, 2F, C), (E, C, F)
-        self.width, self.shared = down.shape[2], []
-        self.up, self.down = [[weight.t() for weight in stack.unbind()] for stack in (up, down)]
-        if moe.shared_experts is not None:
-            count = moe.shared_experts.down_proj.weight.shape[1] // self.width
-            halves = [
-                part.weight.chunk(count)
-                for part in (moe.shared_experts.gate_proj, moe.shared_experts.up_proj)
-            ]
-            self.up += [torch.cat(pair).t() for pair in zip(*halves, strict=True)]
-            self.down += [
-                weight.t() for weight in moe.shared_experts.down_proj.weight.chunk(count, dim=1)
-            ]
-            self.shared = list(range(len(up), len(up) + count))
+
+    def for_c(self) -> c_decode.MLP:
+        gate, experts, shared = self.moe.gate, self.moe.experts, self.moe.shared_experts
+        config, common = gate.config, None
+        router = c_decode.Router(
+            gate.weight,
+            gate.e_score_correction_bias,
+            experts.gate_up_proj,
+            experts.down_proj,
+            groups=config.n_group,
+            topk_group=config.topk_group,
+            top_k=config.num_experts_per_tok,
+            normalise=config.norm_topk_prob,
+            scaling=config.routed_scaling_factor,
+        )
+        if shared is not None:
+            common = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
+        return c_decode.MLP(self.norm.gain, self.norm.floor.item(), common, router)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
@@ -197,36 +215,9 @@ class Mixture:
         gates = self.moe.gate.weigh(scores, chosen)  # (N, K)
         if torch.compiler.is_compiling():
             y = x + self.gathered(hidden, chosen, gates.to(x.dtype))
-        elif x.device.type == "cpu" and len(x) <= FEW_TOKENS:
-            return self.one_by_one(x, hidden, chosen, gates.to(x.dtype))
         else:
             y = x + self.moe.experts(hidden, chosen, gates, count(chosen, scores.shape[1]))
         return y if self.moe.shared_experts is None else y + self.moe.shared_experts(hidden)
-
-    def one_by_one(self, x: Tensor, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """Few tokens on a CPU: each expert that any of them chose runs on all of them, with gate 0
-        for the others.
-
-        At this size a product costs what reading its weights costs, whatever the number of rows;
-        sorting costs more.
-        """
-        if len(x) == 1:
-            experts, factors = chosen[0].tolist(), gates[0].tolist()
-        else:
-            share = x.new_zeros(len(x), self.router.shape[1]).scatter_(1, chosen, gates)  # (N, E)
-            experts = sorted(set(chosen.flatten().tolist()))
-            factors = [1.0] * len(experts)
-        both = x.new_empty(len(experts) + len(self.shared), len(x), 2 * self.width)
-        for row, expert in zip(both.unbind(), experts + self.shared, strict=True):
-            torch.mm(hidden, self.up[expert], out=row)
-        gate, up = both.chunk(2, dim=-1)
-        inner = F.silu(gate).mul_(up)  # (experts, N, F)
-        if len(x) > 1:
-            inner[: len(experts)].mul_(share.t()[experts].unsqueeze(2))
-        y, factors = x.clone(), factors + [1.0] * len(self.shared)
-        for row, expert, factor in zip(inner.unbind(), experts + self.shared, factors, strict=True):
-            y.addmm_(row, self.down[expert], alpha=factor)
-        return y
 
     def gathered(self, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """The routed experts for a compiler: static shapes, no loop. Inductor reads the picked
@@ -241,6 +232,23 @@ class Mixture:
         return (experts.down_proj[chosen] * inner.unsqueeze(2)).sum((1, 3))
 
 
+class Merge:
+    """Parts side by side, each normed, times a weight, which takes the weights of the norms."""
+
+    def __init__(self, norms: Sequence[RMSNorm], weight: Tensor):
+        self.norms = [Norm(norm) for norm in norms]
+        gain = torch.cat([norm.gain for norm in self.norms])
+        self.weight = (weight * gain).to(weight.dtype)  # (C', parts C)
+        self.floors = torch.cat([norm.floor for norm in self.norms])
+
+    def __call__(self, parts: Sequence[Tensor], window: Window | FewSlots) -> Tensor:
+        """(N, C) each -> (N, C')"""
+        if isinstance(window, FewSlots):
+            return c_decode.linear(torch.cat(list(parts), dim=-1), self.weight, self.floors)
+        normed = [norm.direction(x) for norm, x in zip(self.norms, parts, strict=True)]
+        return torch.mm(torch.cat(normed, dim=-1), self.weight.t())
+
+
 class Layer:
     """One decoder layer."""
 
@@ -252,3 +260,30 @@ class Layer:
     def __call__(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
         """x: (N, C); cache: (B, S, R+P) of this layer, extended by the window's slots -> (N, C)."""
         return self.feed_forward(self.attention(x, cache, window))
+
+
+class Layers:
+    """Decoder layers, one after the other, and the norm behind the last one: few slots in C, where
+    its kernels take the weights.
+    """
+
+    def __init__(self, layers: Iterable[DecoderLayer], norm: RMSNorm):
+        self.layers, self.norm, self.by_c = [Layer(layer) for layer in layers], Norm(norm), None
+        if choice.kernels(norm.weight) is c:
+            parts = [(layer.attention.for_c(), layer.feed_forward.for_c()) for layer in self.layers]
+            self.by_c = c_decode.Layers(parts, self.norm.gain, self.norm.floor.item())
+
+    def __call__(
+        self, x: Tensor, caches: Sequence[Tensor], window: Window | FewSlots
+    ) -> Sequence[Tensor]:
+        """x: (N, C); caches: of each layer (B, S, R+P), extended by the window's slots -> x, the
+        output of each layer, and the last one normed, each (N, C).
+        """
+        if isinstance(window, FewSlots):
+            assert self.by_c is not None, "Decoder.window makes these where the layers run in C"
+            x = x.contiguous()
+            return self.by_c(x, caches, window.starts, window.angles).unbind()
+        states = [x]
+        for layer, cache in zip(self.layers, caches, strict=True):
+            states.append(layer(states[-1], cache, window))
+        return [*states, self.norm(states[-1])]

@@ -78,13 +78,16 @@ class TokenSampler:
             accepted (B,) in 0..K, and next (B,).
         """
         count = drafts.shape[1]
+        if self.greedy:
+            best = logits.argmax(-1)  # (B, K+1)
+            stands = best[:, :count] == drafts
+            if lengths is not None:
+                stands &= torch.arange(count, device=drafts.device) < lengths[:, None]
+            accepted = stands.cumprod(1).sum(1)
+            return accepted, best.gather(1, accepted[:, None]).squeeze(1)
         tested = torch.ones_like(drafts, dtype=torch.bool)
         if lengths is not None:
             tested = torch.arange(count, device=drafts.device) < lengths[:, None]
-        if self.greedy:
-            best = logits.argmax(-1)  # (B, K+1)
-            accepted = ((best[:, :count] == drafts) & tested).cumprod(1).sum(1)
-            return accepted, best.gather(1, accepted[:, None]).squeeze(1)
         p = self.probabilities(logits)  # (B, K+1, V)
         rows = torch.arange(len(p), device=p.device)
         accepted = torch.zeros(len(p), dtype=torch.long, device=p.device)
@@ -114,10 +117,17 @@ class DraftSampler:
     """
 
     def __init__(
-        self, sampler: TokenSampler, *, threshold: float = 0.0, outside: Tensor | None = None
+        self,
+        sampler: TokenSampler,
+        *,
+        threshold: float = 0.0,
+        among: Tensor | None = None,
+        vocab: int = 0,
     ):
-        """threshold: 0: nothing stops; outside: (V,) bool, the tokens that no draft is."""
-        self.sampler, self.threshold, self.outside = sampler, threshold, outside
+        """threshold: 0: nothing stops; among: (N,) the ids, out of `vocab`, that drafts are drawn
+        among; None: all.
+        """
+        self.sampler, self.threshold, self.among, self.vocab = sampler, threshold, among, vocab
         self.greedy = sampler.greedy
         self._lengths: Tensor | int = 0
         self._going: Tensor | bool = True
@@ -135,11 +145,16 @@ class DraftSampler:
     def draw(
         self, logits: Tensor, confidence: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """As `TokenSampler.draw`, of the next depth. confidence: (B,) in [0, 1], a head's estimate
-        of its acceptance, instead of the top probability.
+        """As `TokenSampler.draw`, of the next depth.
+
+        logits: (B, V), or of the tokens of `among` alone (`Decoder.draft_logits`); confidence:
+        (B,) in [0, 1], a head's estimate of its acceptance, instead of the top probability.
         """
-        if self.outside is not None:
-            logits = logits.masked_fill(self.outside, float("-inf"))
+        if self.among is not None and logits.shape[-1] != len(self.among):
+            raise ValueError(
+                f"logits: of {logits.shape[-1]} tokens, but {len(self.among)} can be drafted; "
+                "a drafter passes logits of its own through Decoder.narrow"
+            )
         probability = None if self.greedy else self.sampler.probabilities(logits)
         if self.threshold > 0:
             if confidence is None:
@@ -147,6 +162,10 @@ class DraftSampler:
                 confidence = known.amax(-1)
             self._going = (confidence >= self.threshold) & self._going
             self._lengths = self._going.long() + self._lengths
-        if probability is None:
-            return logits.argmax(-1), None
-        return self.sampler.pick(probability), probability
+        tokens = logits.argmax(-1) if probability is None else self.sampler.pick(probability)
+        if self.among is None:
+            return tokens, probability
+        if probability is not None:
+            wide = probability.new_zeros(len(probability), self.vocab)
+            probability = wide.index_copy_(1, self.among, probability)
+        return self.among[tokens], probability

@@ -311,7 +311,8 @@ class DSparkDrafter(Drafter):
             if head.confidence_head is not None:
                 features = torch.cat([out[:, k], low], -1)
                 certain = head.confidence_head(features).squeeze(-1).float().sigmoid()
-            drawn.append(sampler.draw(logits[:, k] + F.linear(low, head.markov_w2.w2), certain))
+            bias = self.decoder.narrow(F.linear(low, head.markov_w2.w2))
+            drawn.append(sampler.draw(logits[:, k] + bias, certain))
             known = drawn[-1][0]
             if sampler.ended:
                 break

@@ -153,6 +153,6 @@ class HydraDrafter(ParallelDrafter):
         rows, end = torch.arange(len(last), device=ids.device), torch.tensor(last).to(ids.device)
         while len(drawn) < count and not sampler.ended:
             parts.append(F.embedding(ids[rows, end + len(drawn)], table))
-            drawn.append(sampler.draw(self.model.mtp.heads[len(drawn)](parts)))
+            drawn.append(sampler.draw(self.decoder.narrow(self.model.mtp.heads[len(drawn)](parts))))
             ids[rows, end + len(drawn)] = drawn[-1][0]
         return stacked(drawn)

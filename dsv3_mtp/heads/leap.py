@@ -82,7 +82,7 @@ class LeapDrafter(LinearDrafter):
             # verified like any other.
             slots = [max(m - 1 - back, 0) for m in last]
             hidden = self.rings[0].read(slots, 1).squeeze(1)  # (B, C)
-            drawn.append(sampler.draw(self.model.mtp.heads[depth - 1](hidden)))
+            drawn.append(sampler.draw(self.decoder.narrow(self.model.mtp.heads[depth - 1](hidden))))
             if sampler.ended:
                 break
         return write_drafts(ids, last, drawn)

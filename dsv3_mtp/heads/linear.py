@@ -58,7 +58,7 @@ class LinearDrafter(Drafter):
         hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)  # (B, C)
         drawn = []
         for head in self.model.mtp.heads[:count]:
-            drawn.append(sampler.draw(head(hidden)))
+            drawn.append(sampler.draw(self.decoder.narrow(head(hidden))))
             if sampler.ended:
                 break
         return write_drafts(ids, last, drawn)

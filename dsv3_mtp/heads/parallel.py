@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
-from dsv3_mtp.decode.cache import Window
+from dsv3_mtp.decode.cache import FewSlots, Window
 from dsv3_mtp.decode.draft import Drafter, write_drafts
-from dsv3_mtp.decode.layers import Layer, Norm
+from dsv3_mtp.decode.layers import Layers
 from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head, SharedHead
 from dsv3_mtp.model.block import DecoderLayer
@@ -80,11 +80,11 @@ class Block:
     """A transformer layer and its norm, made ready to decode."""
 
     def __init__(self, head: ParallelHead):
-        self.layer, self.norm = Layer(head), Norm(head.shared_head.norm)
+        self.layer = Layers([head], head.shared_head.norm)
 
-    def forward(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor, window: Window | FewSlots) -> Tensor:
         """Inputs (N, C) -> normed states (N, C)."""
-        return self.norm(self.layer(x, cache, window))
+        return self.layer(x, [cache], window)[-1]
 
 
 class ParallelDrafter(Drafter):
@@ -121,7 +121,7 @@ class ParallelDrafter(Drafter):
         starts = self.filled[head]
         counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
         x = self.rings[0].read(starts, max(counts))  # (B, T, C)
-        window = self.slots.window(starts, max(counts))
+        window = self.decoder.window(self.slots, starts, max(counts))
         out = self.decoder.run(
             Block.forward, self.decoder.heads[head], x.flatten(0, 1), self.caches[head], window
         ).view_as(x)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.section import Boolean, Section
-from dsv3_mtp.decode.cache import Window, span
+from dsv3_mtp.decode.cache import FewSlots, Window, put, span
 from dsv3_mtp.decode.draft import Drafter, stacked
-from dsv3_mtp.decode.layers import Layer, Norm
+from dsv3_mtp.decode.layers import Layers, Merge
 from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.heads.base import Cost, Export, Head, SharedHead
 from dsv3_mtp.model.block import DecoderLayer
@@ -197,26 +197,24 @@ def layout_module(config: ModelConfig) -> MTPModule:
 
 
 class Module:
-    """A module made ready to decode. `eh_proj` takes the weights of both norms in front of it."""
+    """A module made ready to decode."""
 
     def __init__(self, module: MTPModule, model: Any, options: SequentialOptions):
-        norms = [Norm(norm) for norm in (module.enorm, module.hnorm) if norm is not None]
-        gain = torch.cat([norm.gain for norm in norms])
-        self.table, self.norms = model.model.embed_tokens.weight, norms
-        self.layer, self.out_norm = Layer(module), Norm(module.shared_head.norm)
-        self.merge = (module.eh_proj.weight * gain).to(module.eh_proj.weight.dtype).t()
+        norms = [norm for norm in (module.enorm, module.hnorm) if norm is not None]
+        self.table, self.merge = (
+            model.model.embed_tokens.weight,
+            Merge(norms, module.eh_proj.weight),
+        )
+        self.layer = Layers([module], module.shared_head.norm)
         self.normed = options.trunk_hidden == "post_norm"
 
     def forward(
-        self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window
+        self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window | FewSlots
     ) -> tuple[Tensor, Tensor]:
         """States (N, C) and tokens (N,) -> state, normed state."""
-        inputs = [hidden] if len(self.norms) == 1 else [F.embedding(tokens, self.table), hidden]
-        merged = torch.cat(
-            [norm.direction(x) for norm, x in zip(self.norms, inputs, strict=True)], dim=-1
-        )
-        out = self.layer(torch.mm(merged, self.merge), cache, window)
-        normed = self.out_norm(out)
+        embedded = [F.embedding(tokens, self.table)] if len(self.merge.norms) == 2 else []
+        x = self.merge([*embedded, hidden], window)
+        _, out, normed = self.layer(x, [cache], window)
         return (normed if self.normed else out), normed
 
 
@@ -271,7 +269,6 @@ class ChainDrafter(Drafter):
                 self.filled[depth - 1] = [stop] * len(starts)
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler):
-        rows = torch.arange(len(last), device=ids.device)
         drawn, hidden = [], None
         for depth in range(1, 1 + count):
             if depth <= self.modules:
@@ -282,7 +279,7 @@ class ChainDrafter(Drafter):
                     hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)
                 hidden, normed = self._module(self.modules, hidden, starts, 1, ids)
             drawn.append(sampler.draw(self.decoder.draft_logits(normed)))  # (B,), (B, V)
-            ids[rows, torch.tensor(last, device=ids.device) + depth] = drawn[-1][0]
+            put(ids, [m + depth for m in last], drawn[-1][0])
             if sampler.ended:
                 break
         left_out = range(1 + len(drawn), 1 + self.modules)
@@ -324,7 +321,7 @@ class ChainDrafter(Drafter):
     def _module(self, depth: int, hidden: Any, starts: Sequence[int], length: int, ids: Tensor):
         """One module on (B*T, C) states -> its chained and its normed state, each (B*T, C)."""
         tokens = span(ids, [start + depth for start in starts], length)
-        window = self.slots.window(starts, length)
+        window = self.decoder.window(self.slots, starts, length)
         head = self.decoder.heads[(depth - 1) % len(self.decoder.heads)]
         cache = self.caches[depth - 1]
         return self.decoder.run(Module.forward, head, hidden, tokens.flatten(), cache, window)

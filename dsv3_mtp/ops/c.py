@@ -16,7 +16,7 @@ from dsv3_mtp.ops.c_library import call
 PARTS = 16
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """A contiguous tensor on the CPU with this shape and type.
 
     Raises:
@@ -43,13 +43,13 @@ def _check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
             f"strides {tensor.stride()})"
         )
     if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
-        _check(name, tensor, shape, dtype)
+        check(name, tensor, shape, dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x: (rows, C), contiguous in C only; weight: (C,) -> y (rows, C), 1/rms (rows,)."""
     _check_rows("x", x, x.shape, x.dtype)
-    _check("weight", weight, x.shape[1:], x.dtype)
+    check("weight", weight, x.shape[1:], x.dtype)
     y, scale = x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
     call("rms_norm", x.dtype, x, x.stride(0), weight, y, scale, *x.shape, eps)
     return y, scale
@@ -60,9 +60,9 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """grad: (rows, C); the rest as in and from `rms_norm` -> gradients of x and of weight."""
     _check_rows("x", x, x.shape, x.dtype)
-    _check("weight", weight, x.shape[1:], x.dtype)
-    _check("grad", grad, x.shape, x.dtype)
-    _check("scale", scale, x.shape[:1], torch.float32)
+    check("weight", weight, x.shape[1:], x.dtype)
+    check("grad", grad, x.shape, x.dtype)
+    check("scale", scale, x.shape[:1], torch.float32)
     grad_x, partial = x.new_empty(x.shape), scale.new_empty(PARTS, x.shape[1])
     inputs = grad, x, x.stride(0), weight, scale
     call("rms_norm_backward", x.dtype, *inputs, grad_x, partial, *x.shape, PARTS)
@@ -76,7 +76,7 @@ def swiglu(gate: Tensor, up: Tensor, factor: Tensor | None) -> Tensor:
     _check_rows("gate", gate, gate.shape, gate.dtype)
     _check_rows("up", up, gate.shape, gate.dtype)
     if factor is not None:
-        _check("factor", factor, gate.shape[:1], torch.float32)
+        check("factor", factor, gate.shape[:1], torch.float32)
     y = gate.new_empty(gate.shape)
     inputs = gate, gate.stride(0), up, up.stride(0), factor
     call("swiglu", gate.dtype, *inputs, y, *gate.shape)
@@ -91,10 +91,10 @@ def swiglu_backward(
     """
     _check_rows("gate", gate, gate.shape, gate.dtype)
     _check_rows("up", up, gate.shape, gate.dtype)
-    _check("grad", grad, gate.shape, gate.dtype)
+    check("grad", grad, gate.shape, gate.dtype)
     (rows, width), (grad_factor, y) = gate.shape, (None, None)
     if factor is not None:
-        _check("factor", factor, gate.shape[:1], torch.float32)
+        check("factor", factor, gate.shape[:1], torch.float32)
         grad_factor, y = torch.empty_like(factor), torch.empty_like(grad)
     both = gate.new_empty(rows, 2 * width)
     inputs = grad, gate, gate.stride(0), up, up.stride(0), factor
@@ -141,8 +141,8 @@ def attention_backward(
     """
     sizes = _attention_sizes(query, kv, k_rope, angles, first)
     batch, length, heads, _, rope, value = sizes
-    _check("grad", grad, (batch, length, heads, value), query.dtype)
-    _check("softmax", softmax, (2, batch, heads, length), torch.float32)
+    check("grad", grad, (batch, length, heads, value), query.dtype)
+    check("softmax", softmax, (2, batch, heads, length), torch.float32)
     grads = torch.empty_like(query), torch.empty_like(kv), k_rope.new_empty(k_rope.shape)
     each = angles.new_empty(batch, heads, length, rope)  # of k_rope from each head
     inputs = query, kv, k_rope, k_rope.stride(1), angles[0], angles[1], first
@@ -162,9 +162,9 @@ def _attention_sizes(
     (batch, length, heads, width), rope = query.shape, k_rope.shape[-1]
     nope = width - rope
     value = kv.shape[-1] - nope
-    _check("query", query, (batch, length, heads, nope + rope), query.dtype)
-    _check("kv", kv, (batch, length, heads, nope + max(value, 1)), query.dtype)
-    _check("angles", angles, (2, length, rope // 2), torch.float32)
+    check("query", query, (batch, length, heads, nope + rope), query.dtype)
+    check("kv", kv, (batch, length, heads, nope + max(value, 1)), query.dtype)
+    check("angles", angles, (2, length, rope // 2), torch.float32)
     if k_rope.shape != (batch, length, rope) or k_rope.dtype != query.dtype or rope % 2:
         raise ValueError(
             f"k_rope: must be {query.dtype} of shape {(batch, length, 'even')} "
@@ -173,7 +173,7 @@ def _attention_sizes(
     if k_rope.stride(2) != 1 or k_rope.stride(0) != length * k_rope.stride(1):
         raise ValueError(f"k_rope: rows must be equally far apart (strides {k_rope.stride()})")
     if first is not None:
-        _check("first", first, (batch, length), torch.int64)
+        check("first", first, (batch, length), torch.int64)
     return batch, length, heads, nope, rope, value
 
 
@@ -184,8 +184,8 @@ def sum_rows(x: Tensor, index: Tensor) -> Tensor:
     Raises:
         IndexError: an index is neither -1 nor a row of x.
     """
-    _check("x", x, (x.shape[0], x.shape[-1]), x.dtype)
-    _check("index", index, (index.shape[0], index.shape[-1]), torch.int64)
+    check("x", x, (x.shape[0], x.shape[-1]), x.dtype)
+    check("index", index, (index.shape[0], index.shape[-1]), torch.int64)
     y = x.new_empty(index.shape[0], x.shape[1])
     if outside := call("sum_rows", x.dtype, x, len(x), index, y, *index.shape, x.shape[1]):
         raise IndexError(f"index: {outside} numbers are outside -1 .. {len(x) - 1}, the rows of x")
@@ -197,9 +197,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple
     prediction, (rows,) each. A target outside 0 .. V-1 has the loss nan.
     """
     rows = logits.shape[:1]
-    _check("logits", logits, (*rows, logits.shape[-1]), logits.dtype)
-    _check("targets", targets, rows, torch.int64)
-    _check("row_weight", row_weight, rows, torch.float32)
+    check("logits", logits, (*rows, logits.shape[-1]), logits.dtype)
+    check("targets", targets, rows, torch.int64)
+    check("row_weight", row_weight, rows, torch.float32)
     nll, prediction = torch.empty_like(row_weight), torch.empty_like(targets)
     inputs = logits, targets, row_weight
     call("cross_entropy", logits.dtype, *inputs, nll, prediction, *logits.shape)

@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,6 +45,8 @@ _SIGNATURES = {
     "attention_backward": "pppipppppppppp" + "iiiiiif",
     "sum_rows": "pippiii",
     "cross_entropy": "pppppii",
+    "decode_layers": "pipppfppiii",
+    "decode_linear": "ppippiii",
 }
 
 
@@ -156,8 +159,18 @@ def _processor() -> str:
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> int | None:
     """Hands the tensors to C. C does not check shapes or types: the caller has."""
+    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    return function(name, dtype)(*values)
+
+
+@functools.cache
+def function(name: str, dtype: torch.dtype) -> Callable[..., int | None]:
+    """A function of C, which takes addresses in place of tensors.
+
+    Raises:
+        RuntimeError: the library was not built.
+    """
     library, reason = _library(dtype)
     if library is None:
         raise RuntimeError(f"{name}: the C kernels were not built: {reason}")
-    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    return getattr(library, name)(*values)
+    return getattr(library, name)

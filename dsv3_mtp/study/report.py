@@ -67,17 +67,19 @@ def write_report(
     found = Findings(loaded, plan, table, effects, list(detectables(study)))
     folder.mkdir(parents=True, exist_ok=True)
     data = PictureData(study, loaded.configs, table, effects)
-    pictures = [Picture(*item) for item in draw_all(data, folder)]
+    pictures = [Picture(*item) for item in draw_all(data.legible, folder)]
     first = [picture for picture in pictures if picture.file == "answer.png"]
     blocks = [
         *opening(found, first),
         *setup(found),
         *tables.floor_tables(study, table),
         *calibration_table(loaded.configs, table),
+        *tables.grid_tables(study, table),
         *tables.result_table(study, table),
         *tables.comparison_tables(study, table, effects),
         *trends.blocks(trends.slopes_of(study, table)),
         Heading("Pictures"),
+        *few_arms(data),
         *(picture for picture in pictures if picture not in first),
         *health(found),
         *plan_blocks(found),
@@ -113,6 +115,17 @@ def _with_loss_errors(loaded: LoadedStudy, table: Table) -> Table:
 
 
 # --- setup, health, plan --------------------------------------------------------------------------
+
+
+def few_arms(data: PictureData) -> list[Element]:
+    """A line where the pictures leave arms out."""
+    shown, arms = len(data.legible.study.arms), len(data.study.arms)
+    if shown == arms:
+        return []
+    text = (
+        f"Of {arms} arms {shown} are drawn, those of the primary comparison; report.html has all."
+    )
+    return [Paragraph(text)]
 
 
 def setup(found: Findings) -> list[Element]:

@@ -1,7 +1,8 @@
 """The tables of a report: floors, results, comparisons, and the pair of main loss and overlap."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
+from typing import Any
 
 from dsv3_mtp.report.metrics import depths_of
 from dsv3_mtp.report.progress import quantity
@@ -54,6 +55,45 @@ def floor_tables(study: Study, table: Table) -> list[Element]:
 def _mean(table: Table, arm: str, metric: str, spec: str) -> str:
     values = values_of(table, arm, metric).values()
     return format(fmean(values), spec) if values else "-"
+
+
+def grid_tables(study: Study, table: Table) -> list[Element]:
+    """Of a grid of two axes: the primary metric, and tokens per step, by the values of both."""
+    if study.grid is None or len(study.grid.axes) != 2:
+        return []
+    (down, first), (across, second) = (
+        (label, _names(label, axis.values)) for label, axis in study.grid.axes.items()
+    )
+    found: list[Element] = []
+    for metric in dict.fromkeys([study.primary.metric, "acceptance/T1/tokens_per_step"]):
+        cells = [[_grid_cell(table, f"{a}_{b}", metric) for b in second] for a in first]
+        if any(cell != "-" for row in cells for cell in row):
+            floor = metric.replace("val/overlap/", "val/floor/overlap/table/")
+            floors = [_grid_cell(table, f"{a}_{second[0]}", floor) for a in first]
+            beside = floor != metric and floors != ["-"] * len(first)
+            rows = [
+                [a, *row, *([own.partition(" ")[0]] if beside else [])]
+                for a, row, own in zip(first, cells, floors, strict=True)
+            ]
+            header = [f"{down} \\ {across}", *second, *(["table drafter"] if beside else [])]
+            found += [Paragraph(f"{describe_metric(metric)[0]}:"), Rows(header, rows)]
+    if not found:
+        return []
+    note = "Mean over seeds and half of its 95 % t interval."
+    return [Heading(f"Every {down} with every {across}"), *found, Paragraph(note)]
+
+
+def _names(label: str, values: Iterable[Any]) -> list[str]:
+    """Of an axis's values, in the names of arms."""
+    return [*values] if isinstance(values, dict) else [f"{label}{value}" for value in values]
+
+
+def _grid_cell(table: Table, arm: str, metric: str) -> str:
+    values = list(values_of(table, arm, metric).values()) if arm in table else []
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "-"
+    interval = stats.t_interval(values)
+    return f"{interval.mean:.3f} +- {interval.high - interval.mean:.3f}"
 
 
 def result_table(study: Study, table: Table) -> list[Element]:

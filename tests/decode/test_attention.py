@@ -1,13 +1,17 @@
 """The absorbed, cached attention and the cached trunk against the training forward."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from dsv3_mtp.decode.cache import CacheSlots, Ring
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.generate import Settings, generate
-from dsv3_mtp.decode.layers import Mixture
 from dsv3_mtp.decode.sample import TokenSampler
+from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.ops import choice
+from tests.made_runs import randomise
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 CASES = {
@@ -32,7 +36,7 @@ def cached_states(model, tokens, chunks):
     with torch.inference_mode():
         decoder = Decoder(model)
         for length in chunks:
-            window = slots.window([start] * len(tokens), length)
+            window = decoder.window(slots, [start] * len(tokens), length)
             states = decoder.trunk(tokens[:, start : start + length], caches, window)
             parts.append(states.post_norm.view(len(tokens), length, -1))
             start += length
@@ -47,13 +51,14 @@ def test_cached_trunk_equals_the_training_forward(make_model, case, chunks):
     model = make_model(overrides=CASES[case])
     tokens = torch.randint(64, (2, 20))
     expected = model.head_rows(torch.cat([tokens, tokens[:, :2]], 1)).rows[0].inputs[0]
-    torch.testing.assert_close(cached_states(model, tokens, chunks), expected, rtol=2e-5, atol=2e-5)
+    for how in (nullcontext(), choice.plain()):  # in C, where there is a compiler, and in torch
+        with how:
+            found = cached_states(model, tokens, chunks)
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_cached_logits_equal_the_uncached_ones_in_every_dtype(make_tiny_config, dtype):
-    from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-
     config = make_tiny_config({"model.max_position_embeddings": 48, "model.num_experts_per_tok": 4})
     model = DeepseekV3MTP(config.model, config.mtp)
     model.init_weights(1)
@@ -158,14 +163,45 @@ def test_the_chunk_of_the_prefill_changes_neither_tokens_nor_drafts(make_model, 
         torch.testing.assert_close(run[0], drafted[-1][0], rtol=1e-4, atol=1e-7)
 
 
-def test_experts_one_by_one_equal_grouped_experts(make_model):
-    layer = make_model().model.layers[1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["v3", "no_query_compression", "odd_nope", "no_groups_no_shared"])
+def test_a_slot_has_the_same_bits_alone_and_in_any_company(make_tiny_config, compiled, case, dtype):
+    """In C. So a verified draft is the plain token, near-ties included."""
+    config = make_tiny_config({"model.max_position_embeddings": 48, **CASES[case]})
+    model = randomise(DeepseekV3MTP(config.model, config.mtp)).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    tokens, found = torch.randint(64, (3, 14)), []
     with torch.inference_mode():
-        mixture = Mixture(layer.post_attention_layernorm, layer.mlp)
-        for rows in (1, 2, 5, 40):
-            x = torch.randn(rows, 32)
-            expected = layer.mlp(layer.post_attention_layernorm(x)[None])[0][0]
-            torch.testing.assert_close(mixture(x), x + expected, rtol=1e-5, atol=1e-6)
+        decoder = Decoder(model)
+        for chunks in ([1] * 14, [3, 1, 5, 4, 1]):
+            states = cached_states(model, tokens, chunks)
+            one_row = cached_states(model, tokens[1:2], chunks)
+            assert torch.equal(states[1:2], one_row)
+            logits = torch.cat([decoder.logits(part) for part in states.flatten(0, 1).split(21)])
+            found.append((states, logits))
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        assert torch.equal(
+            decoder.logits(states[1, 3:4]), found[0][1].unflatten(0, (3, 14))[1, 3:4]
+        )
+
+
+def test_c_layers_refuse_what_they_would_read_beyond(make_model, compiled):
+    model = make_model()
+    slots = CacheSlots(model, 10)
+    with torch.inference_mode():
+        layers = Decoder(model).layers.layers.by_c
+        x, caches = torch.zeros(2, 32), slots.caches(3, 1)
+        layers(x, caches, [8], slots.rotation)
+        for wrong in (
+            (x[:, :31], caches, [8]),
+            (x, caches, [9]),  # the second slot would be the eleventh
+            (x, caches[:2], [8]),
+            (x, [cache[:, :9] for cache in caches], [8]),
+            (x.double(), caches, [8]),
+        ):
+            with pytest.raises(ValueError):
+                layers(*wrong, slots.rotation)
 
 
 def test_ring_forgets_only_what_is_older_than_its_width():

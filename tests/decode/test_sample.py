@@ -151,8 +151,9 @@ def test_drafts_stop_where_the_head_is_unsure_and_stay_in_their_vocabulary():
     assert draws.lengths.tolist() == [2, 0] and not draws.ended
     draws.draw(logits.flip(0))  # one that has stopped does not go on
     assert draws.lengths.tolist() == [2, 0] and draws.ended
-    narrow = DraftSampler(seeded(), outside=torch.tensor([True, False, False]))
-    _, probability = narrow.draw(logits)
+    narrow = DraftSampler(seeded(), among=torch.tensor([1, 2]), vocab=3)
+    tokens, probability = narrow.draw(logits[:, 1:])
+    assert (tokens > 0).all()
     torch.testing.assert_close(probability, torch.tensor([[0, 0.75, 0.25], [0, 0.2, 0.8]]))
     assert narrow.lengths is None and not narrow.ended
 

@@ -391,3 +391,26 @@ def test_no_picture_without_anything_in_it(tmp_path):
         none = read_results(loaded.study.folder / f"none-seed{seed}")
         edit(loaded, f"constant-seed{seed}", curves=none.curves)
     assert len(draw_losses(data()).axes) == 1
+
+
+def a_grid(tree) -> None:
+    tree["grid"] = {
+        "axes": {
+            "w": {"key": "mtp.loss_weight", "values": [0.1, 0.2]},
+            "kind": {"key": "mtp.mode", "values": {f"k{n}": "sequential" for n in range(8)}},
+        }
+    }
+
+
+def test_a_grid_of_two_axes_has_a_table_of_both_and_pictures_of_the_primary_arms(report):
+    losses = {f"w{w}_k{n}": 4 + w + n / 2 for w in (0.1, 0.2) for n in range(8)}
+    text = report({"none": 4.0, "constant": 4.1, "step": 4.2} | losses, a_grid)
+    assert "| w \\ kind | k0 | k1 |" in text
+    cells = line_of(text, "| w0.2 |").split(" | ")
+    assert float(cells[3].split()[0]) == pytest.approx(5.2, abs=0.05)
+    assert "Of 19 arms 2 are drawn, those of the primary comparison" in text
+
+
+def test_a_study_without_a_grid_draws_all_its_arms(report):
+    text = report({"none": 4.0, "constant": 4.1, "step": 4.2})
+    assert "are drawn" not in text and "Every w with" not in text

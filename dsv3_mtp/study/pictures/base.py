@@ -1,7 +1,7 @@
 """What all pictures share: the data, each arm's colour and marker, axes and legends."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from dsv3_mtp.config import Config
 from dsv3_mtp.report import plots
 from dsv3_mtp.report.plots import short_number
+from dsv3_mtp.study.alarms import primary_arms
 from dsv3_mtp.study.archive import Table
 from dsv3_mtp.study.findings import LOSS, Effect
 from dsv3_mtp.study.matrix import Study
@@ -52,6 +53,17 @@ class PictureData:
     @cached_property
     def markers(self) -> dict[str, str]:
         return {arm: MARKERS[n % len(MARKERS)] for n, arm in enumerate(self.study.arms)}
+
+    @cached_property
+    def legible(self) -> "PictureData":
+        """Of more arms than there are colours, those of the primary comparison."""
+        if sum(bool(seeds) for seeds in self.table.values()) <= len(COLORS):
+            return self
+        arms = primary_arms(self.study)
+        study = self.study.model_copy(update={"arms": {a: self.study.arms[a] for a in arms}})
+        table = {arm: self.table[arm] for arm in arms}
+        effects = [effect for effect in self.effects if {effect.arm, effect.against} <= {*arms}]
+        return replace(self, study=study, table=table, effects=effects)
 
     @property
     def reference(self) -> str:

@@ -1,0 +1,332 @@
+// The steps of decoding: few rows (tokens), so that a product costs what reading its weights costs. Each weight is read
+// once for all rows, and a row's sums have one order whatever rows stand beside it: a token that is verified behind
+// drafts gets the bits that it gets alone. c_decode.py documents the shapes.
+#include <stdlib.h>
+
+#include "kernels.h"
+
+// Rows of x and of a weight that are multiplied at once.
+enum { FEW = 2, TOGETHER = 8, WORTH_THREADS = 1 << 15, BLOCK_OF_SLOTS = 64 };
+
+// Zeros, and a vector of them behind the last.
+static float *zeros_for(i64 count) { return calloc(count + LANES, sizeof(float)); }
+
+// In lanes without the bit `half` what a has there and `half` further on, added; in the others the same of b.
+static inline __attribute__((always_inline)) vec added(vec a, vec b, const int half) {
+    mask first = lane + (((lane & half) != 0) & (LANES - half)), second = first + half;
+    return (vec)shuffle((bits)a, (bits)b, first) + (vec)shuffle((bits)a, (bits)b, second);
+}
+
+// The sum of each of TOGETHER vectors.
+static inline __attribute__((always_inline)) void sums_of(const vec *x, float *y) {
+    vec fours[4], twos[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) fours[i] = added(x[i], x[i + 4], LANES / 2);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) twos[i] = added(fours[i], fours[i + 2], LANES / 4);
+    vec all = added(twos[0], twos[1], LANES / 8);
+    if (LANES / TOGETHER > 1) all += swapped(all, 1);
+#pragma GCC unroll 8
+    for (int m = 0; m < TOGETHER; m++) y[m] = all[m * (LANES / TOGETHER)];
+}
+
+// y (few, TOGETHER) = x @ w^T, x: (few, width), w: (TOGETHER, width); rows of x and y have strides. Behind a row of x a
+// vector may be read, of which finite numbers count nothing.
+static inline __attribute__((always_inline)) void dots(const float *x, i64 x_stride, const int few, const real *w,
+                                                       i64 width, float *y, i64 y_stride) {
+    vec sum[FEW][TOGETHER] = {0};
+    i64 c = 0;
+    for (; c + LANES <= width; c += LANES)
+#pragma GCC unroll 8
+        for (int m = 0; m < TOGETHER; m++) {
+            vec column = widen(*(const reals *)(w + m * width + c));
+#pragma GCC unroll 2
+            for (int n = 0; n < few; n++) sum[n][m] += *(const vec *)(x + n * x_stride + c) * column;
+        }
+    if (c < width)
+#pragma GCC unroll 8
+        for (int m = 0; m < TOGETHER; m++)
+#pragma GCC unroll 2
+            for (int n = 0; n < few; n++)
+                sum[n][m] += *(const vec *)(x + n * x_stride + c) * get(w + m * width + c, width - c);
+#pragma GCC unroll 2
+    for (int n = 0; n < few; n++) sums_of(sum[n], y + n * y_stride);
+}
+
+static float dot(const float *x, const real *w, i64 width) {
+    vec sum = {0};
+    for (i64 c = 0; c < width; c += LANES) sum += *(const vec *)(x + c) * get(w + c, width - c);
+    return sum_of(sum);
+}
+
+// Of `product`: TOGETHER outputs, or those that are left.
+static void some(const float *x, i64 x_stride, i64 rows, const real *w, i64 width, i64 left, float *y, i64 y_stride) {
+    i64 n = 0;
+    if (left < TOGETHER)
+        for (; n < rows; n++)
+            for (i64 m = 0; m < left; m++) y[n * y_stride + m] = dot(x + n * x_stride, w + m * width, width);
+    else {  // the weights are there once the block after the next one is asked for
+        for (i64 c = 0; c < TOGETHER * width; c += 64 / sizeof(real)) __builtin_prefetch(w + 2 * TOGETHER * width + c);
+        for (; n + FEW <= rows; n += FEW) dots(x + n * x_stride, x_stride, FEW, w, width, y + n * y_stride, y_stride);
+        for (; n < rows; n++) dots(x + n * x_stride, x_stride, 1, w, width, y + n * y_stride, y_stride);
+    }
+}
+
+// y = x @ w^T. x: (rows, width), y: (rows, outputs), each with a stride; w: (outputs, width).
+static void product(const float *x, i64 x_stride, i64 rows, const real *w, i64 width, i64 outputs, float *y,
+                    i64 y_stride) {
+    if (outputs * width < WORTH_THREADS) {  // a clause `if` costs as much as many of these products
+        for (i64 o = 0; o < outputs; o += TOGETHER)
+            some(x, x_stride, rows, w + o * width, width, outputs - o, y + o, y_stride);
+        return;
+    }
+    PARALLEL
+    for (i64 o = 0; o < outputs; o += TOGETHER)
+        some(x, x_stride, rows, w + o * width, width, outputs - o, y + o, y_stride);
+}
+
+static void widen_row(const real *x, i64 width, float *y) {
+    for (i64 c = 0; c < width; c++) y[c] = load(x[c]);
+}
+
+static void narrow_row(const float *x, i64 width, real *y) {
+    for (i64 c = 0; c < width; c += LANES) set(y + c, *(const vec *)(x + c), width - c);
+}
+
+// y = x / |(x, floor)|, which may be x.
+static void direction(const float *x, i64 width, float floor, float *y) {
+    vec squares = {0};
+    i64 c = 0;
+    for (; c + LANES <= width; c += LANES) squares += *(const vec *)(x + c) * *(const vec *)(x + c);
+    float sum = sum_of(squares) + floor * floor;
+    for (; c < width; c++) sum += x[c] * x[c];
+    float scale = 1 / sqrtf(sum);
+    for (c = 0; c < width; c++) y[c] = x[c] * scale;
+}
+
+static void rotate(const float *x, const float *angles, i64 width, float *y) {
+    for (i64 p = 0; p < width; p += 2) {
+        float even = x[p], odd = x[p + 1], cosine = angles[p], sine = angles[p + 1];
+        y[p] = even * cosine - odd * sine;
+        y[p + 1] = even * sine + odd * cosine;
+    }
+}
+
+static void softmax(float *x, i64 width) {
+    float most = -INFINITY, sum = 0;
+    for (i64 c = 0; c < width; c++) most = x[c] > most ? x[c] : most;
+    for (i64 c = 0; c < width; c += LANES) {
+        float some[LANES];
+        for (int l = 0; l < LANES; l++) some[l] = c + l < width ? x[c + l] - most : -INFINITY;
+        vec e = exponential(*(vec *)some);
+        sum += sum_of(e);
+        memcpy(x + c, &e, (width - c < LANES ? width - c : LANES) * sizeof(float));
+    }
+    for (i64 c = 0; c < width; c++) x[c] /= sum;
+}
+
+// y (heads, y_stride) = p (heads, slots) @ the first `width` columns of past (slots, entry).
+static void mix(const float *p, i64 heads, i64 slots, const real *past, i64 entry, i64 width, float *y, i64 y_stride) {
+    memset(y, 0, heads * y_stride * sizeof(float));
+    for (i64 from = 0; from < slots; from += BLOCK_OF_SLOTS) {
+        i64 to = from + BLOCK_OF_SLOTS < slots ? from + BLOCK_OF_SLOTS : slots;
+        for (i64 h = 0; h < heads; h++)
+            for (i64 c = 0; c < width; c += LANES) {
+                vec *at = (vec *)(y + h * y_stride + c), sum = *at;
+                for (i64 s = from; s < to; s++) sum += p[h * slots + s] * get(past + s * entry + c, width - c);
+                *at = sum;
+            }
+    }
+}
+
+// A decoder layer; c_decode.py fills it and says what it is. Where there are no experts, or nothing beside them, their sizes
+// are 0.
+typedef struct {
+    const real *down, *up, *w_uk, *w_uv, *out;  // attention
+    const float *gain, *bias;
+    const real *router, *gate_up, *expert_down, *common_gate, *common_up, *common_down;
+    i64 hidden, q_rank, rank, rope, heads, nope, value;
+    i64 experts, width, common_width, groups, topk_group, top_k, normalise;
+    float floor, q_floor, kv_floor, mlp_floor, scaling;
+} layer;
+
+// Slots of a cache that are computed: `length` from first[b] on in row b.
+typedef struct {
+    const float *angles;
+    const i64 *first;
+    i64 batch, length, slots;
+} window;
+
+// x + MLA(norm(x)), absorbed. One slot of one row asks: its head's values (heads, value), from asked (heads, nope + rope).
+static void look(const layer *l, const float *asked, const float *angles, const real *past, i64 end, float *values) {
+    i64 entry = l->rank + l->rope, mixed_width = (l->rank + LANES - 1) / LANES * LANES;
+    float *query = zeros_for(l->heads * entry), *scores = zeros_for(l->heads * end);
+    float *mixed = zeros_for(l->heads * mixed_width);
+    for (i64 h = 0; h < l->heads; h++, asked += l->nope + l->rope) {
+        float *to = query + h * entry;
+        if (l->w_uk) product(asked, 0, 1, l->w_uk + h * l->rank * l->nope, l->nope, l->rank, to, 0);
+        else memcpy(to, asked, l->rank * sizeof(float));
+        rotate(asked + l->nope, angles, l->rope, to + l->rank);
+    }
+    product(query, entry, l->heads, past, entry, end, scores, end);
+    for (i64 h = 0; h < l->heads; h++) softmax(scores + h * end, end);
+    mix(scores, l->heads, end, past, entry, l->rank, mixed, mixed_width);
+    for (i64 h = 0; h < l->heads; h++)
+        product(mixed + h * mixed_width, 0, 1, l->w_uv + h * l->value * l->rank, l->rank, l->value,
+                values + h * l->value, 0);
+    free(query), free(scores), free(mixed);
+}
+
+static void attention(const layer *l, const real *x, real *cache, real *y, const window *at) {
+    i64 rows = at->batch * at->length, entry = l->rank + l->rope, low_width = l->q_rank + entry;
+    i64 wide = l->heads * (l->nope + l->rope), hidden = l->hidden, all_values = l->heads * l->value;
+    float *in = zeros_for(rows * hidden), *h = zeros_for(rows * hidden), *low = zeros_for(rows * low_width);
+    float *asked = zeros_for(rows * wide), *values = zeros_for(rows * all_values), *added = zeros_for(rows * hidden);
+    widen_row(x, rows * hidden, in);
+    for (i64 n = 0; n < rows; n++) direction(in + n * hidden, hidden, l->floor, h + n * hidden);
+    product(h, hidden, rows, l->down, hidden, low_width, low, low_width);
+    for (i64 n = 0; n < rows; n++) {  // the new entries of the cache
+        float *query = low + n * low_width, *latent = query + l->q_rank, *key = latent + l->rank;
+        i64 row = n / at->length, slot = at->first[row] + n % at->length;
+        direction(latent, l->rank, l->kv_floor, latent);
+        rotate(key, at->angles + slot * l->rope, l->rope, key);
+        narrow_row(latent, entry, cache + (row * at->slots + slot) * entry);
+        if (l->q_rank) direction(query, l->q_rank, l->q_floor, query);
+    }
+    if (l->q_rank) product(low, low_width, rows, l->up, l->q_rank, wide, asked, wide);
+    else product(h, hidden, rows, l->up, hidden, wide, asked, wide);
+    for (i64 n = 0; n < rows; n++) {
+        i64 row = n / at->length, slot = at->first[row] + n % at->length;
+        look(l, asked + n * wide, at->angles + slot * l->rope, cache + row * at->slots * entry, slot + 1,
+             values + n * all_values);
+    }
+    product(values, all_values, rows, l->out, all_values, hidden, added, hidden);
+    for (i64 c = 0; c < rows * hidden; c++) in[c] += added[c];
+    narrow_row(in, rows * hidden, y);
+    free(in), free(h), free(low), free(asked), free(values), free(added);
+}
+
+// where[i]: which are the `count` largest of x. They become -inf.
+static void take_largest(float *x, i64 width, i64 count, i64 *where) {
+    for (i64 k = 0; k < count; k++) {
+        i64 best = 0;
+        for (i64 c = 1; c < width; c++)
+            if (x[c] > x[best]) best = c;
+        where[k] = best;
+        x[best] = -INFINITY;
+    }
+}
+
+// Gates (experts,) of one row, 0 for experts that are not chosen. h: its normed state.
+static void route(const layer *l, const float *h, float *gates) {
+    i64 experts = l->experts, size = experts / l->groups, *where = calloc(experts + l->groups, sizeof(i64));
+    float *score = zeros_for(experts), *biased = zeros_for(experts), *best = zeros_for(l->groups), sum = 0;
+    product(h, 0, 1, l->router, l->hidden, experts, score, 0);
+    for (i64 e = 0; e < experts; e++) score[e] = 1 / (1 + expf(-score[e]));
+    for (i64 e = 0; e < experts; e++) biased[e] = score[e] + l->bias[e];
+    if (l->groups > 1) {
+        for (i64 g = 0; g < l->groups; g++) {
+            float one = -INFINITY, two = -INFINITY;
+            for (i64 e = g * size; e < (g + 1) * size; e++)
+                if (biased[e] > one) two = one, one = biased[e];
+                else if (biased[e] > two) two = biased[e];
+            best[g] = one + two;
+        }
+        take_largest(best, l->groups, l->topk_group, where);
+        for (i64 g = 0; g < l->groups; g++) {
+            int kept = 0;
+            for (i64 k = 0; k < l->topk_group; k++) kept |= where[k] == g;
+            for (i64 e = g * size; e < (g + 1) * size && !kept; e++) biased[e] = -INFINITY;
+        }
+    }
+    take_largest(biased, experts, l->top_k, where);
+    for (i64 k = 0; k < l->top_k; k++) sum += score[where[k]];
+    for (i64 k = 0; k < l->top_k; k++)
+        gates[where[k]] = score[where[k]] / (l->normalise ? sum + 1e-20f : 1) * l->scaling;
+    free(score), free(biased), free(best), free(where);
+}
+
+// out (rows, hidden) = down (silu(gate h) * up h). a, b: room for (rows, width).
+static void feed_forward(const float *h, i64 rows, i64 hidden, const real *gate, const real *up, const real *down,
+                         i64 width, float *a, float *b, float *out) {
+    product(h, hidden, rows, gate, hidden, width, a, width);
+    product(h, hidden, rows, up, hidden, width, b, width);
+    for (i64 c = 0; c < rows * width; c += LANES) {
+        vec x = *(vec *)(a + c);
+        *(vec *)(a + c) = x / (1.0f + exponential(-x)) * *(vec *)(b + c);
+    }
+    product(a, width, rows, down, width, hidden, out, hidden);
+}
+
+// x becomes x + common(norm(x)) + the sum over the chosen experts of gate * expert(norm(x)).
+static void mlp(const layer *l, real *x, i64 rows) {
+    i64 hidden = l->hidden, width = l->width, widest = width > l->common_width ? width : l->common_width;
+    float *sum = zeros_for(rows * hidden), *h = zeros_for(rows * hidden), *picked = zeros_for(rows * hidden);
+    float *a = zeros_for(rows * widest), *b = zeros_for(rows * widest), *out = zeros_for(rows * hidden);
+    float *gates = zeros_for(rows * l->experts);
+    widen_row(x, rows * hidden, sum);
+    for (i64 n = 0; n < rows; n++) {
+        float *row = h + n * hidden;
+        direction(sum + n * hidden, hidden, l->mlp_floor, row);
+        for (i64 c = 0; c < hidden; c++) row[c] *= l->gain[c];
+        // the router reads the numbers that it reads in training; behind the row nothing is yet
+        for (i64 c = 0; c < hidden; c += LANES) *(vec *)(row + c) = widen(narrow(*(vec *)(row + c)));
+        if (l->experts) route(l, row, gates + n * l->experts);
+    }
+    if (l->common_width) {
+        feed_forward(h, rows, hidden, l->common_gate, l->common_up, l->common_down, l->common_width, a, b, out);
+        for (i64 c = 0; c < rows * hidden; c++) sum[c] += out[c];
+    }
+    for (i64 e = 0; e < l->experts; e++) {
+        const real *gate = l->gate_up + e * 2 * width * hidden;
+        i64 count = 0, next = 0;
+        for (i64 n = 0; n < rows; n++)
+            if (gates[n * l->experts + e] != 0)
+                memcpy(picked + count++ * hidden, h + n * hidden, hidden * sizeof(float));
+        if (!count) continue;
+        feed_forward(picked, count, hidden, gate, gate + width * hidden, l->expert_down + e * hidden * width, width, a, b,
+                     out);
+        for (i64 n = 0; n < rows; n++) {
+            float factor = gates[n * l->experts + e], *from = out + next * hidden;
+            if (factor == 0) continue;
+            for (i64 c = 0; c < hidden; c++) sum[n * hidden + c] += factor * from[c];
+            next++;
+        }
+    }
+    narrow_row(sum, rows * hidden, x);
+    free(sum), free(h), free(picked), free(a), free(b), free(out), free(gates);
+}
+
+// states: (2 + count, rows, hidden): the first are given, then the output of each layer, then the last one normed.
+// caches: of each layer (batch, slots, rank + rope); gain, norm_floor: of that norm.
+void decode_layers(const layer *layers, i64 count, real *states, real *const *caches, const float *gain,
+                   float norm_floor, const float *angles, const i64 *first, i64 batch, i64 length, i64 slots) {
+    window at = {angles, first, batch, length, slots};
+    i64 rows = batch * length, hidden = layers->hidden;
+    for (i64 k = 0; k < count; k++, states += rows * hidden) {
+        attention(layers + k, states, caches[k], states + rows * hidden, &at);
+        mlp(layers + k, states + rows * hidden, rows);
+    }
+    float *row = zeros_for(hidden);
+    for (i64 n = 0; n < rows; n++) {
+        widen_row(states + n * hidden, hidden, row);
+        direction(row, hidden, norm_floor, row);
+        for (i64 c = 0; c < hidden; c++) row[c] *= gain[c];
+        narrow_row(row, hidden, states + (rows + n) * hidden);
+    }
+    free(row);
+}
+
+// y (rows, outputs) = x @ w^T. Of x each of `parts` parts is normed first: part / |(part, floor)|. parts 0: none.
+void decode_linear(const real *x, const float *floors, i64 parts, const real *w, real *y, i64 rows, i64 width,
+                   i64 outputs) {
+    float *in = zeros_for(rows * width), *out = zeros_for(rows * outputs);
+    widen_row(x, rows * width, in);
+    for (i64 n = 0; n < rows * parts; n++) {
+        float *part = in + n * (width / parts);
+        direction(part, width / parts, floors[n % parts], part);
+    }
+    product(in, width, rows, w, width, outputs, out, outputs);
+    narrow_row(out, rows * outputs, y);
+    free(in), free(out);
+}
