@@ -41,7 +41,6 @@ LINKS = [
     C("itself: checkpoints", GENERATE, "no complete checkpoint", itself(f"{RUN}/checkpoints")),
     C("itself: data", TRAIN, "data/tiny: neither", itself(DATA)),
     C("itself: data index.json", TRAIN, r"has no index\.json", itself(INDEX)),
-    C("checkpoints is a file", GENERATE, "no complete checkpoint", both(gone(f"{RUN}/checkpoints"), put(f"{RUN}/checkpoints", "x"))),
     C("a config that is its base", GENERATE, "build on one another", put(f"{RUN}/config.yaml", "base: config.yaml\n")),
 ]
 NAMES = [
