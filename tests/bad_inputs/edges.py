@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from tests.bad_inputs.ask import Case as C
-from tests.bad_inputs.ask import Damage, both, edit, given, gone, put, raw
+from tests.bad_inputs.ask import Damage, edit, given, put, raw
 from tests.bad_inputs.folders import DATA, HF, INDEX, RUN, SHARD, first, header
 
 
