@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.config import Config
 from dsv3_mtp.data.opening import validation_source
 from dsv3_mtp.data.tokenizer import DocumentEncoder, recorded_encoder
 from dsv3_mtp.decode.draft import draft_limit
 from dsv3_mtp.decode.generate import Settings, generate
+from dsv3_mtp.files.run_folder import run_config
 from dsv3_mtp.hf.load import load_hf as load_hf_model
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.report.metrics import read_metrics
@@ -105,7 +106,7 @@ class Run(LanguageModel):
         self.folder, self.trust_code = Path(folder), trust_code
         if not (self.folder / "config.yaml").is_file():
             raise ValueError(f"{folder}: no config.yaml there; name the folder of a run")
-        self.config = load_config(self.folder / "config.yaml", trust_code=trust_code)
+        self.config = run_config(self.folder, trust_code=trust_code)
 
     @cached_property
     def _loaded(self) -> tuple[DeepseekV3MTP, Path | None]:

@@ -1,13 +1,14 @@
 """What a run folder holds, read without DeepSpeed: for training, decoding, export and analysis."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, NotRequired
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from dsv3_mtp.config import Config
+from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.files.digest import difference
 from dsv3_mtp.files.format import check_format
@@ -138,13 +139,43 @@ def start_weights(config: Config, run: Path) -> Path | None:
     return Path(config.train.init_from or "") if config.train.freeze == "trunk" else None
 
 
+def run_config(run: Path, *, trust_code: bool | Collection[str] = False) -> Config:
+    """config.yaml of a run. Its data and first weights, which it names from where training started,
+    are found from elsewhere too.
+    """
+    config = load_config(run / "config.yaml", trust_code=trust_code)
+    started = _started_in(config, run)
+
+    def found(path: Any) -> Any:
+        if not isinstance(path, str) or _is_there(Path(path)) or not _is_there(started / path):
+            return path
+        return str(started / path)
+
+    data, corpora = config.data, config.data.train
+    if isinstance(corpora, tuple):
+        corpora = tuple(c.model_copy(update={"path": found(c.path)}) for c in corpora)
+    data = data.model_copy(update={"train": found(corpora), "val": found(data.val)})
+    train = config.train.model_copy(update={"init_from": found(config.train.init_from)})
+    return config.model_copy(update={"data": data, "train": train})
+
+
+def _is_there(data: Path) -> bool:
+    """A folder, or a Megatron pair."""
+    return data.exists() or data.with_name(f"{data.name}.idx").exists()
+
+
+def _started_in(config: Config, run: Path) -> Path:
+    """The folder that run.dir is relative to."""
+    runs = Path(config.run.dir)
+    return [*run.resolve().parents][: 1 + (1 if runs.is_absolute() else len(runs.parts))][-1]
+
+
 def tokenizer_of(config: Config, run: Path) -> Path | None:
     """tokenizer.json of a run: the imported one, else that of its data (a path relative to where
     training started).
     """
     corpora = [Path(path) for path in config.data.paths]
-    runs = Path(config.run.dir)
-    started = [*run.resolve().parents][: 1 + (1 if runs.is_absolute() else len(runs.parts))][-1]
+    started = _started_in(config, run)
     own = start_weights(config, run)
     places = [*([own] if own else []), *corpora, *(started / corpus for corpus in corpora)]
     return next(

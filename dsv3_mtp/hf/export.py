@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_mtp.config import AdaptiveSchedule, Config, load_config, schedules
+from dsv3_mtp.config import AdaptiveSchedule, Config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.files.atomic import lock, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
-from dsv3_mtp.files.run_folder import IMPORTED, newest_weights, read_reached, tokenizer_of
+from dsv3_mtp.files.run_folder import (
+    IMPORTED,
+    newest_weights,
+    read_reached,
+    run_config,
+    tokenizer_of,
+)
 from dsv3_mtp.files.tensorfile import Entry
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import SCALE, Slot, report, slots, summarise
@@ -68,7 +74,7 @@ def export_hf(
             shape or not finite; all reasons of a kind at once, and nothing is written.
     """
     run, out = Path(run), Path(out)
-    config = load_config(run / "config.yaml", trust_code=trust_code)
+    config = run_config(run, trust_code=trust_code)
     modules, notes = representable(config.model, config.mtp, trunk_only=trunk_only)
     if dtype is None and config.train.freeze == "trunk" and modules and not ema:
         return _beside_trunk(run, out, config, modules, notes, reader)

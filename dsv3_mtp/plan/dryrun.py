@@ -128,14 +128,15 @@ def memory_table(config: Config, stages: list[StagePlan]) -> str:
         for line in lines
     ]
     largest = max(stage.total for stage in stages)
-    fitting = next((f"{size} GiB" for size in DEVICES if largest <= size * 2**30), "no device")
+    fitting = next(
+        (f"{size} GiB" for size in DEVICES if largest <= 0.9 * size * 2**30), "no device"
+    )
     text.append(
         "peak: weights, optimizer, and the larger of update (gradients with their copies) and "
         "gradients + activations + buffers"
     )
     text.append(
-        f"largest: {_bytes(largest)}, fits in {fitting} "
-        "(allocator and driver come on top: leave 10 %)"
+        f"largest: {_bytes(largest)}, fits in {fitting} with 10 % left for allocator and driver"
     )
     if host := max(stage.host for stage in stages):
         kinds = {

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.files.run_folder import newest_weights, start_weights, tokenizer_of
+from dsv3_mtp.config import Config
+from dsv3_mtp.files.run_folder import newest_weights, run_config, start_weights, tokenizer_of
 from dsv3_mtp.hf.keys import report, summarise
 from dsv3_mtp.hf.load import empty_model, is_finite, load_weights, mismatches
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
@@ -42,7 +42,7 @@ def load_model(
         raise ValueError(
             f"{folder}: no config.yaml there; name the folder of a run, like runs/v3_tiny"
         )
-    config = load_config(folder / "config.yaml", trust_code=trust_code)
+    config = run_config(folder, trust_code=trust_code)
     stored, notes = newest_weights(folder, ema=ema)
     start = start_weights(config, folder)
     if stored is None and start is None:

@@ -10,7 +10,7 @@ from dsv3_mtp.study.metric_names import bounds, describe_metric
 
 NEAR = 0.03  # share of a metric's range that counts as its end
 DISTINCT = 0.5  # share of distinct tokens below which a text repeats itself
-TRIGRAM = "val/floor/trigram"
+UNIGRAM, TRIGRAM = "val/floor/unigram", "val/floor/trigram"
 
 
 def alarms(study: Study, table: Table) -> list[str]:
@@ -74,7 +74,10 @@ def _above_the_trigram(table: Table, arms: list[str]) -> Iterator[str]:
         if seeds:
             loss, floor = fmean(losses[s] for s in seeds), fmean(floors[s] for s in seeds)
             if loss >= floor:
-                high.append(f"{arm} {loss:.3f} against {floor:.3f}")
+                unigrams = values_of(table, arm, UNIGRAM)
+                worst = bool(unigrams) and loss >= fmean(unigrams.values())
+                worse = ", worse than a unigram table" if worst else ""
+                high.append(f"{arm} {loss:.3f} against {floor:.3f}{worse}")
     if high:
         yield (
             "the main model is not below the trigram floor of its own training tokens "

@@ -10,6 +10,7 @@ from dsv3_mtp.study.findings import Findings, is_primary, values_of
 from dsv3_mtp.study.matrix import EVERY_ARM
 from dsv3_mtp.study.page import Element, Heading, Items, Paragraph, Picture
 
+GOALS = ("question", "expectation", "primary", "comparisons", "arms")  # keys of a study's claims
 SMALL = 10_000_000  # parameters below which a report says that its scale is small
 
 
@@ -28,10 +29,22 @@ def opening(found: Findings, pictures: Sequence[Picture]) -> list[Element]:
         Paragraph(study.question.strip()),
         Heading("Answer"),
         Paragraph(" ".join(answer)),
+        *_moved(found),
         *pictures,
         Heading("What it does not show"),
         Items(list(not_shown(found))),
     ]
+
+
+def _moved(found: Findings) -> list[Element]:
+    """A line where the plan was changed once runs had finished."""
+    late = [c for c in found.plan.changes if c.finished and c.key.startswith(GOALS)]
+    if not late:
+        return []
+    keys = ", ".join(dict.fromkeys(change.key for change in late))
+    first = min(change.finished for change in late)
+    text = f"Changed when {first} or more runs had finished: {keys} (the plan, below)."
+    return [Paragraph(text)]
 
 
 def not_shown(found: Findings) -> Iterable[str]:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_mtp.config import Config, load_config
+from dsv3_mtp.config import Config
 from dsv3_mtp.data.ngrams import MOST_TOKENS, NGrams, floor_metrics
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.sampler import Sampler, sequential_windows, spare_windows
 from dsv3_mtp.data.source import DataSource, Source
-from dsv3_mtp.files.run_folder import newest_checkpoint, read_reached
+from dsv3_mtp.files.run_folder import newest_checkpoint, read_reached, run_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.overlap import overlap_means, sums_of_slots
 from dsv3_mtp.model.targets import teacher_slots, valid_targets
@@ -32,7 +32,7 @@ def trained_on(run: str | Path, *, trust_code: bool = False) -> Sampler | None:
     Raises:
         ValueError: the data it was trained on is not there, or is another text by now.
     """
-    config = load_config(Path(run) / "config.yaml", trust_code=trust_code)
+    config = run_config(Path(run), trust_code=trust_code)
     newest = newest_checkpoint(Path(run) / "checkpoints")
     if config.data.task is not None or newest is None:
         return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3_mtp.config import load_config
+from dsv3_mtp.files.run_folder import run_config
 from dsv3_mtp.hf import export_hf
 
 
@@ -77,7 +77,7 @@ def _exported(run: str | None, hf: str | None, ema: bool, trust_code: bool) -> I
         yield Path(hf)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        config = load_config(Path(run or "") / "config.yaml", trust_code=trust_code)
+        config = run_config(Path(run or ""), trust_code=trust_code)
         wide = config.train.dtype == "float32"
         export_hf(
             run or "",

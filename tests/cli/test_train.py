@@ -126,7 +126,7 @@ def test_dry_run_plans_v3_on_2048_gpus(tmp_path):
     assert "2048 ranks; 16 pipeline stages x 128; experts over 64 ranks, 2 copies; ZeRO-1" in output
     plan_of_2048 = output
     assert "# config" not in output
-    assert "fits in 80 GiB" in output and "1F1B (run here)  11.1%" in output
+    assert "fits in 96 GiB" in output and "1F1B (run here)  11.1%" in output
     code, output = run_tool(TRAIN, *plan, log=tmp_path / "log")
     assert (
         code == 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsv3_mtp.files.fragments import shard_name
-from dsv3_mtp.files.run_folder import newest_checkpoint, tokenizer_of
+from dsv3_mtp.files.run_folder import newest_checkpoint, run_config, tokenizer_of
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.model import load_model
@@ -24,7 +24,7 @@ def test_a_run_loads_with_its_weights_biases_dtype_and_tokenizer(make_tiny_confi
     folder, model = write_text_run(config, tmp_path)
     run = load_model(folder)
     expected = model.state_dict()
-    assert run.config == config
+    assert run.config.model_copy(update={"data": config.data}) == config
     assert run.tokenizer == tmp_path / "data/tiny/tokenizer.json"
     assert not run.model.training
     assert {name: value.dtype for name, value in run.model.state_dict().items()} == {
@@ -40,6 +40,21 @@ def test_the_tokenizer_is_found_from_another_folder_than_training_began_in(
     config = make_tiny_config({"run.dir": runs})
     write_text_run(config, tmp_path)
     assert tokenizer_of(config, tmp_path / runs / "tiny") == tmp_path / "data/tiny/tokenizer.json"
+
+
+def test_data_are_found_from_another_folder_than_training_began_in(
+    make_tiny_config, tmp_path, monkeypatch
+):
+    config = make_tiny_config({"run.dir": "runs", "data.val": "data/pair"})
+    folder = tmp_path / "runs/tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    (tmp_path / "data/tiny").mkdir(parents=True)
+    (tmp_path / "data/pair.idx").touch()
+    found = run_config(folder).data
+    assert (found.train, found.val) == (f"{tmp_path}/data/tiny", f"{tmp_path}/data/pair")
+    monkeypatch.chdir(tmp_path)
+    assert run_config(folder) == config
 
 
 def test_a_checkpoint_of_many_ranks_loads_and_exports_as_one_of_one_rank(

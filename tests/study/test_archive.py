@@ -124,6 +124,7 @@ def test_the_report_prints_what_was_changed_and_names_late_seeds(tmp_path, monke
     text = write_report(late, freeze(late, 6), records, tmp_path).read_text()
     assert "Seeds added after the first start: 9." in text
     assert "| primary.margin | 0.01 | 0.5 | 6 |" in text and "Expected then: It does." in text
+    assert "Changed when 6 or more runs had finished: primary.margin" in text
 
 
 def test_an_archive_takes_other_seeds_and_no_other_settings(tmp_path):
