@@ -59,7 +59,7 @@ def draw_lambda(data: PictureData) -> Figure | None:
     shapes: dict[tuple[float, ...], list[str]] = {}
     for arm in data.colors:
         mtp = data.configs[arm].mtp
-        if mtp.depths:
+        if mtp.depths and data.table[arm]:
             curve = tuple(mtp_loss_weight(mtp.loss_weight, p) for p in progress)
             shapes.setdefault(curve, []).append(arm)
     if len(shapes) < 2:
@@ -68,7 +68,7 @@ def draw_lambda(data: PictureData) -> Figure | None:
     ax = figure.subplots()
     for n, (curve, arms) in enumerate(shapes.items()):
         style: Any = {"color": data.colors[arms[0]], "marker": data.markers[arms[0]], "ms": 5}
-        ax.plot(progress, curve, markevery=(30 * n % 100, 100), label=", ".join(arms), **style)
+        ax.plot(progress, curve, markevery=(30 * n % 100, 100), label="\n".join(arms), **style)
     ax.set_title("lambda")
     ax.set_xlabel("fraction of the training tokens")
     ax.set_ylim(bottom=0)
