@@ -20,9 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.cli.command import add_run_options, at_least
-
-MOST = 2**16  # of micro-batches: a slip of the finger must not keep the machine for days
+from dsv3_mtp.cli.command import add_run_options, add_window_options
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,17 +31,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="DIR", help="prepared folder or Megatron prefix (default: the run's own)"
     )
-    parser.add_argument(
-        "--split",
-        default="val",
-        choices=["train", "val", "shift"],
-        help="of a prepared folder (default: val)",
-    )
-    parser.add_argument(
-        "--batches",
-        type=at_least(1, MOST),
-        metavar="N",
-        help="micro-batches of windows (default: the run's eval.batches)",
+    add_window_options(
+        parser,
+        split="of a prepared folder",
+        batches=" of windows (default: the run's eval.batches)",
     )
     add_run_options(parser)
     parser.add_argument("--json", action="store_true", help="print analysis.json, not tables")

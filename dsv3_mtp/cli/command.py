@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+# Of what an evaluation reads: a slip of the finger must not keep the machine for days.
+MOST_WINDOWS = 2**16
 # Command -> its file in this folder, and what `dsv3 --help` says of it.
 COMMANDS = {
     "train": ("train", "train a model, or go on with a run"),
@@ -130,6 +132,18 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--trust-code",
         action="store_true",
         help="import the code outside the package that the run's config names",
+    )
+
+
+def add_window_options(parser: argparse.ArgumentParser, *, split: str, batches: str) -> None:
+    """The options `--split` and `--batches` of commands that read a text; the rest of their
+    help.
+    """
+    parser.add_argument(
+        "--split", default="val", choices=["train", "val", "shift"], help=f"{split} (default: val)"
+    )
+    parser.add_argument(
+        "--batches", type=at_least(1, MOST_WINDOWS), metavar="N", help=f"micro-batches{batches}"
     )
 
 

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsv3_mtp.cli.command import add_run_options, at_least
+from dsv3_mtp.cli.command import MOST_WINDOWS, add_run_options, add_window_options, at_least
 from dsv3_mtp.cli.drafting import add_draft_options, draft_depth, draft_settings
 
 # What `check` compares with the given options.
@@ -44,7 +44,6 @@ LOSSES_ONLY = (
     "draft_vocab",
 )
 TASKS_ONLY = ("lm_eval_include", "limit")
-MOST = 2**16  # of what an evaluation reads: a slip of the finger must not keep the machine for days
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,25 +56,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="prepared folders or Megatron prefixes (default: what the run is validated on)",
     )
-    parser.add_argument(
-        "--split",
-        default="val",
-        choices=["train", "val", "shift"],
-        help="of prepared folders (default: val)",
+    add_window_options(
+        parser,
+        split="of prepared folders",
+        batches=" (default: the run's eval.batches, as in training; with --hf 16)",
     )
     parser.add_argument(
-        "--batches",
-        type=at_least(1, MOST),
+        "--micro-batch-size",
+        type=at_least(1, MOST_WINDOWS),
         metavar="N",
-        help="micro-batches (default: the run's eval.batches, as in training; with --hf 16)",
-    )
-    parser.add_argument(
-        "--micro-batch-size", type=at_least(1, MOST), metavar="N", help="sequences per forward"
+        help="sequences per forward",
     )
     parser.add_argument("--seq-len", type=at_least(1), metavar="T", help="tokens per window")
     parser.add_argument(
         "--prompts",
-        type=at_least(0, MOST),
+        type=at_least(0, MOST_WINDOWS),
         default=8,
         metavar="N",
         help="prompts for acceptance; 0: leave it out (default: 8)",

@@ -140,11 +140,12 @@ def start_weights(config: Config, run: Path) -> Path | None:
 
 
 def run_config(run: Path, *, trust_code: bool | Collection[str] = False) -> Config:
-    """config.yaml of a run. Its data and first weights, which it names from where training started,
-    are found from elsewhere too.
+    """config.yaml of a run. Its data and first weights, which it names from where training started
+    (run.dir is relative to that folder), are found from elsewhere too.
     """
     config = load_config(run / "config.yaml", trust_code=trust_code)
-    started = _started_in(config, run)
+    runs = Path(config.run.dir)
+    started = [*run.resolve().parents][: 1 + (1 if runs.is_absolute() else len(runs.parts))][-1]
 
     def found(path: Any) -> Any:
         if not isinstance(path, str) or _is_there(Path(path)) or not _is_there(started / path):
@@ -164,20 +165,10 @@ def _is_there(data: Path) -> bool:
     return data.exists() or data.with_name(f"{data.name}.idx").exists()
 
 
-def _started_in(config: Config, run: Path) -> Path:
-    """The folder that run.dir is relative to."""
-    runs = Path(config.run.dir)
-    return [*run.resolve().parents][: 1 + (1 if runs.is_absolute() else len(runs.parts))][-1]
-
-
 def tokenizer_of(config: Config, run: Path) -> Path | None:
-    """tokenizer.json of a run: the imported one, else that of its data (a path relative to where
-    training started).
-    """
-    corpora = [Path(path) for path in config.data.paths]
-    started = _started_in(config, run)
+    """tokenizer.json of a run: the imported one, else that of its data. config: by `run_config`."""
     own = start_weights(config, run)
-    places = [*([own] if own else []), *corpora, *(started / corpus for corpus in corpora)]
+    places = [*([own] if own else []), *(Path(path) for path in config.data.paths)]
     return next(
         (place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None
     )

@@ -201,10 +201,8 @@ class Module:
 
     def __init__(self, module: MTPModule, model: Any, options: SequentialOptions):
         norms = [norm for norm in (module.enorm, module.hnorm) if norm is not None]
-        self.table, self.merge = (
-            model.model.embed_tokens.weight,
-            Merge(norms, module.eh_proj.weight),
-        )
+        self.table = model.model.embed_tokens.weight
+        self.merge = Merge(norms, module.eh_proj.weight)
         self.layer = Layers([module], module.shared_head.norm)
         self.normed = options.trunk_hidden == "post_norm"
 

@@ -57,9 +57,8 @@ class _AddRMSNorm(torch.autograd.Function):
         other = None if added is None else _rows(added)
         total, y, scale = kernels.add_rms_norm(rows, other, weight, eps)
         if added is not None:
-            total = total.view(
-                x.shape
-            )  # saved as what is returned: to autograd, and to `recomputed`
+            # saved as what is returned: to autograd, and to `recomputed`
+            total = total.view(x.shape)
         ctx.kernels = kernels
         ctx.save_for_backward(total, weight, scale)
         return None if added is None else total, y.view(x.shape)

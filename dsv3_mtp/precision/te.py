@@ -1,5 +1,4 @@
-"""Transformer Engine: te.Linear and te.GroupedLinear under the
-Float8BlockScaling recipe.
+"""Transformer Engine: te.Linear and te.GroupedLinear under the Float8BlockScaling recipe.
 
 Parameters stay ours: the TE modules are handed the layer's own `weight`, and are themselves not
 part of the model, so that checkpoints and optimizers see the same names and tensors with every

@@ -100,16 +100,22 @@ def _grid_arms(grid: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     choices: list[list[tuple[str, str, Any]]] = []  # per axis: part of the name, key, value
     for label, axis in axes.items() if isinstance(axes, dict) else ():
         values = axis.get("values") if isinstance(axis, dict) else None
-        if isinstance(values, list):
-            choices.append([(f"{label}{value}", axis.get("key"), value) for value in values])
-        elif isinstance(values, dict):
-            choices.append([(str(name), axis.get("key"), value) for name, value in values.items()])
-        else:
+        if not isinstance(values, list | dict):
             return
+        given = values.values() if isinstance(values, dict) else values
+        parts = zip(axis_names(label, values), given, strict=True)
+        choices.append([(name, axis.get("key"), value) for name, value in parts])
     about, common = grid.get("about", "of the grid"), grid.get("set", {})
     for chosen in itertools.product(*choices) if choices else ():
         settings = {**common, **{key: value for _, key, value in chosen}}
         yield "_".join(part for part, _, _ in chosen), {"about": about, "set": settings}
+
+
+def axis_names(label: str, values: list[Any] | dict[str, Any]) -> list[str]:
+    """What an axis of a grid adds to the names of arms, one for each of its values."""
+    if isinstance(values, dict):
+        return [str(name) for name in values]
+    return [f"{label}{value}" for value in values]
 
 
 def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator[Problem]:

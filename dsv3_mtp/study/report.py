@@ -111,21 +111,7 @@ def _with_loss_errors(loaded: LoadedStudy, table: Table) -> Table:
     }
 
 
-# --- the first screen -----------------------------------------------------------------------------
-
-
 # --- setup, health, plan --------------------------------------------------------------------------
-
-
-def few_arms(data: PictureData) -> list[Element]:
-    """A line where the pictures leave arms out."""
-    shown, arms = len(data.legible.study.arms), len(data.study.arms)
-    if shown == arms:
-        return []
-    text = (
-        f"Of {arms} arms {shown} are drawn, those of the primary comparison; report.html has all."
-    )
-    return [Paragraph(text)]
 
 
 def setup(found: Findings) -> list[Element]:
@@ -190,6 +176,17 @@ def drafts_line(loaded: LoadedStudy) -> str:
         f"Free-running drafts: {behind}, in {drafts.draws} sets with random numbers of their "
         "own in every run."
     )
+
+
+def few_arms(data: PictureData) -> list[Element]:
+    """A line where the pictures leave arms out."""
+    shown, arms = len(data.legible.study.arms), len(data.study.arms)
+    if shown == arms:
+        return []
+    text = (
+        f"Of {arms} arms {shown} are drawn, those of the primary comparison; report.html has all."
+    )
+    return [Paragraph(text)]
 
 
 def health(found: Findings) -> list[Element]:

@@ -1,14 +1,14 @@
 """The tables of a report: floors, results, comparisons, and the pair of main loss and overlap."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from dsv3_mtp.report.metrics import depths_of
 from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import findings, stats, words
 from dsv3_mtp.study.archive import Table
 from dsv3_mtp.study.findings import LOSS, Effect, draw_sd, is_primary, values_of
+from dsv3_mtp.study.load import axis_names
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import ABOVE, OVERLAP
 from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
@@ -62,7 +62,7 @@ def grid_tables(study: Study, table: Table) -> list[Element]:
     if study.grid is None or len(study.grid.axes) != 2:
         return []
     (down, first), (across, second) = (
-        (label, _names(label, axis.values)) for label, axis in study.grid.axes.items()
+        (label, axis_names(label, axis.values)) for label, axis in study.grid.axes.items()
     )
     found: list[Element] = []
     for metric in dict.fromkeys([study.primary.metric, "acceptance/T1/tokens_per_step"]):
@@ -81,11 +81,6 @@ def grid_tables(study: Study, table: Table) -> list[Element]:
         return []
     note = "Mean over seeds and half of its 95 % t interval."
     return [Heading(f"Every {down} with every {across}"), *found, Paragraph(note)]
-
-
-def _names(label: str, values: Iterable[Any]) -> list[str]:
-    """Of an axis's values, in the names of arms."""
-    return [*values] if isinstance(values, dict) else [f"{label}{value}" for value in values]
 
 
 def _grid_cell(table: Table, arm: str, metric: str) -> str:
