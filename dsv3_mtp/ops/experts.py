@@ -164,7 +164,7 @@ def grouped_kernel(x: Tensor, *weights: Tensor | Stack) -> bool:
     And matrices that begin at such: under ZeRO all lie in one buffer, where one of odd sides shifts
         the next.
     """
-    numbers = [number for weight in weights for number in weight.shape[1:]]
+    numbers: list[int | torch.SymInt] = [n for weight in weights for n in weight.shape[1:]]
     numbers += [weight.storage_offset() for weight in weights if isinstance(weight, Tensor)]
     return (
         x.device.type == "cuda"

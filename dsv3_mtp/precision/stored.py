@@ -10,6 +10,7 @@ float32, rounded once, which is what a model that is loaded in that type holds. 
 come out. The heads learn, and have weights as ever.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dsv3_mtp.files.fragments import Fragments
 from dsv3_mtp.ops import c, choice
 from dsv3_mtp.ops.compute import Compute, Kind
 from dsv3_mtp.precision.quantise import BLOCK, EDGE, dequantise, scale_shape
@@ -105,6 +107,27 @@ def weight_of(layer: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     if not is_codes(weight):
         return weight
     return numbers(weight.detach(), getattr(layer, name + SCALE), dtype)
+
+
+class StoredMatrices:
+    """The codes and scales of one name in a checkpoint, matrix by matrix."""
+
+    def __init__(self, folder: Fragments, name: str):
+        self.folder, self.name = folder, name
+        shape, blocks = folder.shapes[name], folder.shapes[name + SCALE]
+        parts = blocks[-3] if len(blocks) > len(shape) else 1
+        self.shape = shape[-2] // parts, shape[-1]  # of each
+        self.blocks = blocks[-2:]
+        self.count = math.prod(shape[:-2]) * parts
+
+    def __getitem__(self, number: int) -> Tensor:
+        """What the codes of this matrix stand for, (rows, columns) float32."""
+        codes = self._read(self.name, number, self.shape)
+        return dequantise(codes, self._read(self.name + SCALE, number, self.blocks), BLOCK)
+
+    def _read(self, name: str, number: int, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape)
+        return self.folder.read(name, number * size, (number + 1) * size).view(shape)
 
 
 def numbers(codes: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
