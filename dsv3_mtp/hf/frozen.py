@@ -32,7 +32,7 @@ def stays_fp8(config: Config, checkpoint: Path | None = None) -> tuple[bool, lis
     if codes == 0:
         return False, []
     if codes < len(types):
-        why = f"{codes:,} of the {len(types):,} matrices of {folder} that can be are FP8"
+        why = f"only {codes:,} of the {len(types):,} projections of {folder} are FP8"
     elif settings.block != BLOCK:
         why = f"the FP8 blocks of {folder} are {settings.block}, not {BLOCK}"
     else:
