@@ -34,14 +34,11 @@ def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Eleme
         "acceptance at T = 1 (best possible)",
     ]
     note = (
-        "Loss above that of the true source on the same tokens, "
-        "in nats: 0 is perfect. A sequential module sees the "
-        "token before its target and can reach the entropy "
-        "rate; a head that does not is left with the entropy of "
-        "k + 1 steps and is measured against that. The best "
-        "acceptance is that of the first step behind a real prefix; "
-        "later steps start behind the model's own text, so "
-        "that the measured one may lie a little above it."
+        "Loss above that of the true source on the same tokens, in nats: 0 is perfect. A "
+        "sequential module sees the token before its target and can reach the entropy rate; a head "
+        "that does not is left with the entropy of k + 1 steps and is measured against that. The "
+        "best acceptance is that of the first step behind a real prefix; later steps start behind "
+        "the model's own text, so that the measured one may lie a little above it."
     )
     worst = Paragraph(worst_excess(table))
     return [Heading("Against the known source"), worst, Rows(header, rows), Paragraph(note)]
