@@ -11,6 +11,7 @@ from dsv3_mtp.data.ngrams import early_training
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.draft import no_drafter
+from dsv3_mtp.decode.generation import repetition
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.train.floors import draft_statistics, drafter_floors, text_floors
 from dsv3_mtp.train.validation import acceptance, validate
@@ -77,4 +78,6 @@ def evaluation(
                 temperature=temperature or 0.0,
                 **drafting,
             )
+            if source.text is not None:  # a task's text may be of few tokens
+                notes.append(repetition(metrics.get("val/distinct", 1.0)))
     return metrics, [note for note in notes if note]
