@@ -64,8 +64,8 @@ def evaluation(
     elif drafts:
         raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
     if prompts and config.mtp.depths:
-        asked = {"prompts": prompts, "new_tokens": new_tokens, "temperature": temperature or 0.0}
-        asked["depth"] = draft_depth or config.mtp.drafts
+        asked: Any = {"prompts": prompts, "new_tokens": new_tokens}
+        asked |= {"temperature": temperature or 0.0, "depth": draft_depth or config.mtp.drafts}
         found, why = _free_running(model, source, config, **asked, **drafting)
         metrics |= found
         notes.append(why)
