@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from statistics import fmean
 
+from dsv3_mtp.decode.generation import REPEATS
 from dsv3_mtp.study.archive import RunRecord, Table
 from dsv3_mtp.study.findings import LOSS, values_of
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import bounds, describe_metric
 
 NEAR = 0.03  # share of a metric's range that counts as its end
-DISTINCT = 0.5  # share of distinct tokens below which a text repeats itself
 UNIGRAM, TRIGRAM = "val/floor/unigram", "val/floor/trigram"
 
 
@@ -58,9 +58,9 @@ def _repeats(study: Study, table: Table, arms: list[str]) -> Iterator[str]:
         kind = "/".join(metric.split("/")[:2])
         values = {arm: values_of(table, arm, f"{kind}/distinct") for arm in arms}
         shares = {arm: fmean(found.values()) for arm, found in values.items() if found}
-        low = [f"{arm} {share:.2f}" for arm, share in shares.items() if share < DISTINCT]
+        low = [f"{arm} {share:.2f}" for arm, share in shares.items() if share < REPEATS]
         if low:
-            text = f"share of distinct tokens below {DISTINCT:g}: {', '.join(low)}"
+            text = f"share of distinct tokens below {REPEATS:g}: {', '.join(low)}"
             yield f"the text that was drafted repeats itself ({text})"
 
 
