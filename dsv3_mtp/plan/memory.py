@@ -7,7 +7,6 @@ follows the ZeRO paper (arXiv 1910.02054, section 5) as DeepSpeed 0.19.8 carries
 bytes that one rank sends, with ring algorithms, in one optimizer step.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import comb
 
@@ -17,7 +16,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.objective_losses import CHUNK_ELEMENTS, CHUNKS_ON_GPU
 from dsv3_mtp.ops.cross_entropy import chunk_rows
 from dsv3_mtp.parallel.pipeline import stage_layers
-from dsv3_mtp.plan.parts import Part, activation_elements, backward_elements, parts
+from dsv3_mtp.plan.parts import Part, activation_elements, backward_elements, on_rank, parts
 from dsv3_mtp.plan.states import (
     Sizes,
     bucket_elements,
@@ -113,7 +112,7 @@ def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[StagePlan]
 
 
 def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> StagePlan:
-    dense, experts = _here(((part.dense, part.experts) for part in mine), shape)
+    dense, experts = on_rank(((part.dense, part.experts) for part in mine), shape.experts)
     zero, element = config.parallel.zero_stage, element_size(config)
     moment = 2 if config.optim.moments == "bfloat16" else 4
     sizes = {
@@ -122,10 +121,10 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         "gradient": gradient_size(config),
         "moment": moment,
     }
-    coded = _here((part.codes for part in mine), shape)
+    coded = on_rank((part.codes for part in mine), shape.experts)
     weights = weight_bytes((dense, experts), coded, shape, zero_stage=zero, element=element)
-    scales = _here((part.scales for part in mine), shape)
-    learned = _here((part.learned for part in mine), shape)
+    scales = on_rank((part.scales for part in mine), shape.experts)
+    learned = on_rank((part.learned for part in mine), shape.experts)
     _, gradients, states = state_bytes(*learned, shape, **sizes)
     shards = [learned[0] / shape.data, learned[1] / shape.copies]
     elements = Sizes(
@@ -169,12 +168,6 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         buffers=buffers,
         update=update_bytes(config, elements),
     )
-
-
-def _here(pairs: Iterable[tuple[int, int]], shape: Layout) -> tuple[int, int]:
-    """Of parts, counts of dense parameters and of experts -> those on this rank."""
-    dense, experts = zip(*pairs, strict=True)
-    return sum(dense), sum(experts) // shape.experts
 
 
 def _gathered_bytes(config: Config, mine: list[Part], shape: Layout, parameters: int) -> float:

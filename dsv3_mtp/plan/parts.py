@@ -2,7 +2,7 @@
 backward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,6 +91,14 @@ def _part(
     dense = len(blocks) - moe
     pairs = [(few[0], few[1]) for few in (learned, codes, scales)]
     return Part(name, sizes[0], sizes[1], dense, moe, kept, rows, pairs[0], owned, *pairs[1:])
+
+
+def on_rank(pairs: Iterable[tuple[int, int]], ranks: int) -> tuple[int, int]:
+    """Of parts, counts of dense parameters and of experts -> the sums on each of the ranks that
+    share a layer's experts.
+    """
+    dense, experts = zip(*pairs, strict=True)
+    return sum(dense), sum(experts) // ranks
 
 
 def activation_elements(config: Config, part: Part) -> float:
