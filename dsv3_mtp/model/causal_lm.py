@@ -133,7 +133,8 @@ class DeepseekV3MTP(nn.Module):
             keys=keys,
             shard=self.shard,
         )
-        heads = self.mtp(inputs)
+        with self.lm_head.held(constant=detach == "all"):
+            heads = self.mtp(inputs)
         return HeadOutput([main, *heads.rows], [*stats, *heads.stats], heads.kept)
 
     def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -253,7 +254,7 @@ class DeepseekV3MTP(nn.Module):
     ) -> None:
         """What of the heads starts at other values than random ones (heads/base.py: `start`)."""
         if self.depths and not self.lm_head.weight.is_meta:  # else on another pipeline stage
-            self.mtp.start(self.lm_head, writable)
+            self.mtp.start(self.model, self.lm_head, writable)
 
 
 def meta_model(config: ModelConfig, mtp: MTPConfig, *, freeze: str = "none") -> DeepseekV3MTP:

@@ -42,9 +42,8 @@ def _at_an_end(
     if all(mean >= ceiling - near for mean in means):
         yield f"{words}: every arm is at the ceiling, {min(means):.3g} of {ceiling:g} or more"
     if all(mean <= floor + near for mean in means):
-        yield (
-            f"{words}: every arm is at the floor, {max(means):.3g} or less ({floor:g} is the least)"
-        )
+        most = f"{max(means):.3g} or less ({floor:g} is the least)"
+        yield f"{words}: every arm is at the floor, {most}"
 
 
 def _depths(record: RunRecord) -> int:
@@ -89,9 +88,6 @@ def dirty(table: Table) -> str | None:
     """Runs from a tree with uncommitted changes cannot be repeated; None: there are none."""
     runs = [r for seeds in table.values() for r in seeds.values()]
     names = [r.name for r in runs if any(start.dirty for start in r.starts)]
-    if not names:
-        return None
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return (
-        f"made from a tree with uncommitted changes ({shown}): it cannot be repeated from a commit"
-    )
+    text = f"made from a tree with uncommitted changes ({shown})"
+    return f"{text}: it cannot be repeated from a commit" if names else None
