@@ -22,6 +22,7 @@ from dsv3_mtp.files.run_folder import (
     tokenizer_of,
 )
 from dsv3_mtp.files.tensorfile import Entry
+from dsv3_mtp.hf.card import Made, write_card
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, report, slots, summarise
 from dsv3_mtp.hf.load import is_finite, mismatches, open_checkpoint, read_slot
@@ -102,6 +103,7 @@ def export_hf(
             raise ValueError(
                 "\n".join([f"{origin}: {len(bad)} tensor(s) hold nan or infinity:", *bad])
             )
+        write_card(temporary, Made(run, config, origin, modules, dtype, ema), expected)
         open_checkpoint(temporary)  # the key contract, on the files as a reader finds them
     return notes
 
@@ -144,6 +146,8 @@ def _beside_trunk(
         splice(trunk, temporary, modules, entries, tensors)
         if bad:
             raise ValueError(f"{origin}: {len(bad)} tensor(s) hold nan or infinity:\n{bad[0]}")
+        made = Made(run, config, origin, modules, trunk.dtype, ema=False)
+        more += write_card(temporary, made, expected)
         open_checkpoint(temporary)  # the key contract, on the files as a reader finds them
     return [
         f"{modules} MTP module(s) from {origin}, stored as the trunk is: {trunk.dtype}",
