@@ -6,7 +6,6 @@ from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_mtp.decode.cache import CacheSlots, FewSlots, Window
@@ -47,12 +46,18 @@ class Decoder:
             self.draft_output = self.output[self.draft_ids]
         self.heads: list[Any] = model.mtp.decode_forms(model) if model.depths else []
 
-    def window(self, slots: CacheSlots, starts: Sequence[int], length: int) -> Window | FewSlots:
+    def window(
+        self,
+        slots: CacheSlots,
+        starts: Sequence[int],
+        length: int,
+        asked: Sequence[int] | None = None,
+    ) -> Window | FewSlots:
         """The window of these slots, of the kind that its layers run fastest."""
         compiles = length <= self.compile_up_to
         if self.by_c and not compiles and len(starts) * length <= c_decode.ROWS:
-            return slots.few(starts, length)
-        return slots.window(starts, length)
+            return slots.few(starts, length, asked)
+        return slots.window(starts, length, asked)
 
     def trunk(self, tokens: Tensor, caches: list[Tensor], window: Window | FewSlots) -> TrunkStates:
         """tokens: (B, T) of the window's slots; caches: (B, S, R+P) of each layer -> states, each
@@ -120,14 +125,13 @@ class DecodeTrunk:
     """Embedding, decoder layers, final norm."""
 
     def __init__(self, model: DeepseekV3MTP):
-        self.table = model.model.embed_tokens.weight
-        self.layers = Layers(model.model.layers, model.model.norm)  # type: ignore[arg-type]
+        table = model.model.embed_tokens.weight
+        self.layers = Layers(model.model.layers, model.model.norm, table)  # type: ignore[arg-type]
         self.kept = model.model.kept  # numbers of the layers whose output heads read
 
     def forward(
         self, tokens: Tensor, caches: list[Tensor], window: Window | FewSlots
     ) -> TrunkStates:
-        states = self.layers(F.embedding(tokens.flatten(), self.table), caches, window)
-        layers = {number: states[1 + number] for number in self.kept}
-        last_input, pre_norm, post_norm = states[-3:]
-        return TrunkStates(last_input, pre_norm, post_norm, layers)
+        read, pre_norm, post_norm = self.layers(None, tokens, caches, window)
+        layers = {k: pre_norm if k == len(read) - 1 else read[1 + k] for k in self.kept}
+        return TrunkStates(read[-1], pre_norm, post_norm, layers)
