@@ -37,13 +37,16 @@ class Decoder:
             )
             self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
         self.layers = DecodeTrunk(model)
-        self.output = model.lm_head.weight  # (V, C)
-        self.by_c = choice.kernels(model.lm_head.weight) is c
+        self.output: Tensor = model.lm_head.weight  # (V, C)
+        self.by_c = choice.kernels(self.output) is c
         # with a draft vocabulary: its ids (N,), and their rows of the output head (N, C)
         self.draft_ids: Tensor | None = None
         if draft_vocab:
             self.draft_ids = torch.tensor(sorted(set(draft_vocab)), device=self.output.device)
-            self.draft_output = self.output[self.draft_ids]
+        self.draft_output = self.output if self.draft_ids is None else self.output[self.draft_ids]
+        if self.by_c:
+            self.linear = c_decode.Linear(self.output)
+            self.draft_linear = c_decode.Linear(self.draft_output)
         self.heads: list[Any] = model.mtp.decode_forms(model) if model.depths else []
 
     def window(
@@ -67,21 +70,19 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed states (N, C) -> (N, V)."""
-        return self._product(hidden, self.output)
+        if self.by_c and hidden.shape[0] <= c_decode.ROWS:
+            return self.linear(hidden.contiguous())
+        return torch.mm(hidden, self.output.t())
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """As `logits`; with a draft vocabulary of its tokens alone."""
-        weight = self.output if self.draft_ids is None else self.draft_output
-        return self._product(hidden, weight)
+        if self.by_c and hidden.shape[0] <= c_decode.ROWS:
+            return self.draft_linear(hidden.contiguous())
+        return torch.mm(hidden, self.draft_output.t())
 
     def narrow(self, logits: Tensor) -> Tensor:
         """Of logits (N, V) that a head made otherwise what `draft_logits` would have."""
         return logits if self.draft_ids is None else logits[:, self.draft_ids]
-
-    def _product(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        if self.by_c and hidden.shape[0] <= c_decode.ROWS:
-            return c_decode.linear(hidden.contiguous(), weight)
-        return torch.mm(hidden, weight.t())
 
     def run(self, function: Callable, *arguments: Any) -> Any:
         """function(*arguments), compiled where a window is small enough. The last argument is the

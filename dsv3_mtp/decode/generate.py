@@ -17,7 +17,7 @@ from dsv3_mtp.decode.cache import CacheSlots, span
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.draft import Drafter, draft_limit, no_drafter
 from dsv3_mtp.decode.generation import Acceptance, Generation, Settings, Step
-from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
+from dsv3_mtp.decode.sample import DraftSampler, TokenSampler, agreeing, largest
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 
@@ -144,26 +144,35 @@ class _Batch:
         states = self._forward(self.last, 1 + count)
         if self.drafter is not None:
             self.drafter.observe(states, self.last, self.ids)
-        logits = self.decoder.logits(states.post_norm).view(len(self.last), 1 + count, -1)
-        accepted, following = sampler.verify(logits, drafts, probability, lengths)
+        logits = self.decoder.logits(states.post_norm)  # (B*(K+1), V)
         if not count:
             none = [0] * len(self.last)
-            return none, none, [[token] for token in following.tolist()]
-        drafted = torch.full_like(accepted, count) if lengths is None else lengths
+            return none, none, [[token] for token in sampler.draw(logits)[0].tolist()]
+        if sampler.greedy:
+            known = [drafts, largest(logits).view(-1, 1 + count)]
+        else:
+            logits = logits.view(-1, 1 + count, logits.shape[-1])
+            accepted, following = sampler.verify(logits, drafts, probability, lengths)
+            known = [drafts, accepted[:, None], following[:, None]]
         # one transfer per step
-        new = torch.cat([drafts, *(x[:, None] for x in (following, accepted, drafted))], 1).tolist()
-        return (
-            [row[-1] for row in new],
-            [row[-2] for row in new],
-            [row[: row[-2]] + [row[-3]] for row in new],
-        )
+        rows = torch.cat(known if lengths is None else [*known, lengths[:, None]], 1).tolist()
+        drafted = [count] * len(rows) if lengths is None else [row.pop() for row in rows]
+        if sampler.greedy:
+            stand = [agreeing(row[count:], row[:n]) for row, n in zip(rows, drafted, strict=True)]
+            return (
+                drafted,
+                stand,
+                [r[count : count + n + 1] for r, n in zip(rows, stand, strict=True)],
+            )
+        return drafted, [row[-2] for row in rows], [row[: row[-2]] + [row[-1]] for row in rows]
 
     def append(self, new: list[list[int]]) -> None:
-        """Makes the given tokens of each row known."""
+        """Makes the given tokens of each row known. All but the last are drafts, which stand in
+        `ids`.
+        """
         for row, tokens in enumerate(new):
-            start = self.last[row] + 1
-            self.ids[row, start : start + len(tokens)] = torch.tensor(tokens)
             self.last[row] += len(tokens)
+            self.ids[row, self.last[row]] = tokens[-1]
 
     def join(self, others: "list[_Batch]") -> None:
         if not others:

@@ -186,14 +186,22 @@ class Layers:
         return self.known[1]
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x: (N, C), weight: (O, C) -> (N, O)."""
-    rows, (outputs, width) = x.shape[0], weight.shape
-    check("x", x, (rows, width), weight.dtype)
-    check("weight", weight, (outputs, width), weight.dtype)
-    y = torch.empty(rows, outputs, dtype=x.dtype)
-    call("decode_linear", x.dtype, x, weight, y, rows, width, outputs)
-    return y
+class Linear:
+    """x: (N, C) -> x @ weight^T (N, O)."""
+
+    def __init__(self, weight: Tensor):
+        """weight: (O, C)."""
+        self.outputs, self.width = weight.shape
+        check("weight", weight, (self.outputs, self.width), weight.dtype)
+        self.weight, self.run = weight, function("decode_linear", weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        check("x", x, (rows, self.width), self.weight.dtype)
+        y = torch.empty(rows, self.outputs, dtype=x.dtype)
+        out = self.weight.data_ptr(), y.data_ptr(), rows, self.width, self.outputs
+        self.run(x.data_ptr(), *out)
+        return y
 
 
 def largest(x: Tensor) -> Tensor:
