@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from dsv3_mtp.decode.cache import CacheSlots, FewSlots, Window
 from dsv3_mtp.decode.layers import Layers
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.states import TrunkStates
-from dsv3_mtp.ops import c, c_decode, choice
+from dsv3_mtp.ops import c, c_decode, c_step, choice
+
+if TYPE_CHECKING:
+    from dsv3_mtp.decode.draft import Drafter
 
 DYNAMIC = r"L\['(window|caches?|tokens|hidden|x)'\].*"  # arguments whose sizes differ between calls
 
@@ -48,6 +51,16 @@ class Decoder:
             self.linear = c_decode.Linear(self.output)
             self.draft_linear = c_decode.Linear(self.draft_output)
         self.heads: list[Any] = model.mtp.decode_forms(model) if model.depths else []
+
+    def whole_step(self, drafter: "Drafter | None") -> c_step.Step | None:
+        """A step in one call of C, with what drafts or alone; None where it goes piece by piece."""
+        if not self.by_c or self.compile_up_to:
+            return None
+        drafting = None if drafter is None else drafter.drafting()
+        if drafter is not None and drafting is None:
+            return None
+        assert self.layers.layers.by_c is not None
+        return c_step.Step(self.layers.layers.by_c, self.output, drafting)
 
     def window(
         self,

@@ -299,9 +299,11 @@ class Layers:
             assert self.by_c is not None, "Decoder.window makes these where the layers run in C"
             given = None if given is None else given.contiguous()
             read, out = self.by_c(given, tokens, caches, window.starts, window.angles, window.asked)
-            return read, out[0], out[1]
-        parts = [] if tokens is None else [F.embedding(tokens.flatten(), self.table)]
-        parts += [] if given is None else [given]
+            return list(read), out[0], out[1]
+        parts = [] if given is None else [given]
+        if tokens is not None:
+            assert self.table is not None
+            parts.insert(0, F.embedding(tokens.flatten(), self.table))
         states = [parts[0] if self.merge is None else self.merge(parts)]
         for layer, cache in zip(self.layers, caches, strict=True):
             states.append(layer(states[-1], cache, window))

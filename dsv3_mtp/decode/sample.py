@@ -23,6 +23,10 @@ class TokenSampler:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def truncates(self) -> bool:
+        return self.top_k is not None or self.top_p < 1
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """(..., V) logits -> float32 probabilities after temperature, top-k, then top-p,
         renormalised.

@@ -20,6 +20,7 @@ from dsv3_mtp.heads.base import Cost, Export, Head, SharedHead
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, TrunkStates
+from dsv3_mtp.ops.c_step import Drafting
 from dsv3_mtp.ops.compute import given
 
 
@@ -209,9 +210,7 @@ class Module:
     def forward(
         self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window | FewSlots
     ) -> tuple[Tensor, Tensor]:
-        """States (B*T, C) and tokens (B, T) -> state and normed state of the rows that are asked
-        for.
-        """
+        """States (B*T, C), tokens (B, T) -> state and normed state of the rows asked for."""
         _, out, normed = self.layer(hidden, tokens if self.embeds else None, [cache], window)
         return (normed if self.normed else out), normed
 
@@ -248,6 +247,13 @@ class ChainDrafter(Drafter):
     def rings_needed(self) -> int:
         return self.modules if self.options.chain == "hidden" else 1
 
+    def drafting(self) -> Drafting | None:
+        if self.modules != 1 or (self.options.chain == "trunk" and self.depth > 1):
+            return None
+        layers = self.decoder.heads[0].layer.by_c
+        normed = self.options.trunk_hidden == "post_norm"
+        return Drafting(layers, self.decoder.draft_output, self.decoder.draft_ids, normed)
+
     def source(self, states: TrunkStates) -> Tensor:
         return states.post_norm if self.options.trunk_hidden == "post_norm" else states.pre_norm
 
@@ -275,7 +281,7 @@ class ChainDrafter(Drafter):
                 starts = [m - 1 + depth - self.modules for m in last]
                 if self.options.chain == "trunk":
                     hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)
-                hidden, normed = self._module(self.modules, hidden, starts, 1, ids)
+                hidden, normed = self._module(self.modules, hidden, starts, 1, ids, None)
             drawn.append(sampler.draw(self.decoder.draft_logits(normed)))  # (B,), (B, V)
             put(ids, [m + depth for m in last], drawn[-1][0])
             if sampler.ended:
@@ -306,25 +312,16 @@ class ChainDrafter(Drafter):
         chained = self.options.chain == "hidden"
         hidden = self.rings[depth - 1 if chained else 0].read(starts, length).flatten(0, 1)
         if chained and depth < self.modules:
-            out, normed = self._module(depth, hidden, starts, length, ids)
+            out, normed = self._module(depth, hidden, starts, length, ids, None)
             self.rings[depth].write(starts, out.view(len(starts), length, -1))
             return out[wanted], normed[wanted]
-        # nobody reads the other slots' output: their entries of the cache are all that is left
-        asked = None if length == 1 else wanted
-        return self._module(depth, hidden, starts, length, ids, asked)
+        # of the other slots nobody reads more than their entries of the cache
+        return self._module(depth, hidden, starts, length, ids, None if length == 1 else wanted)
 
     def _module(
-        self,
-        depth: int,
-        hidden: Any,
-        starts: Sequence[int],
-        length: int,
-        ids: Tensor,
-        asked: Sequence[int] | None = None,
+        self, depth: int, hidden: Any, starts: Sequence[int], length: int, ids: Tensor, asked: Any
     ) -> tuple[Tensor, Tensor]:
-        """One module on (B*T, C) states -> its chained and its normed state, (B*T, C) each, or of
-        the rows that are asked for.
-        """
+        """One module on (B*T, C) states -> chained and normed states of the rows asked for."""
         tokens = span(ids, [start + depth for start in starts], length)
         window = self.decoder.window(self.slots, starts, length, asked)
         head = self.decoder.heads[(depth - 1) % len(self.decoder.heads)]

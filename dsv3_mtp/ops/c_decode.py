@@ -48,7 +48,7 @@ class Reads:
 
     def pointers(self, hidden: int, dtype: torch.dtype) -> dict[str, int]:
         """The members of `stack` in decode.c, once they are found to agree."""
-        found = {}
+        found: dict[str, int] = {}
         if self.table is not None:
             check("table", self.table, (len(self.table), hidden), dtype)
             found |= {"table": self.table.data_ptr(), "vocab": len(self.table)}
@@ -123,7 +123,7 @@ class Layers:
         length = rows // batch
         if min(starts) < 0 or max(starts) + length > slots or length * batch != rows:
             raise ValueError(f"starts: {starts} + {length} of {rows} rows must be in 0..{slots}")
-        pointers = self._pointers(caches, angles, batch)
+        pointers = self.pointers(caches, angles, batch)
         x: Any = tokens if given is None else given
         states = torch.empty(len(caches), rows, self.hidden, dtype=self.dtype)
         wanted = range(rows) if asked is None else asked
@@ -170,7 +170,7 @@ class Layers:
             check("given", given, (rows, self.hidden), self.dtype)
         return rows
 
-    def _pointers(self, caches: Sequence[Tensor], angles: Tensor, batch: int) -> Any:
+    def pointers(self, caches: Sequence[Tensor], angles: Tensor, batch: int) -> Any:
         """The caches' addresses. Checked where they are not those of the call before."""
         ids = [batch, id(angles), *map(id, caches)]
         if ids != self.known[0]:

@@ -48,6 +48,7 @@ _SIGNATURES = {
     "decode_layers": "ppippppppiiipi",
     "decode_linear": "pppiii",
     "decode_largest": "ppii",
+    "decode_step": "ppifppp",
 }
 
 
@@ -71,7 +72,7 @@ def _library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = [_TYPES[kind] for kind in signature]
-        counts = name in ("sum_rows", "decode_layers")  # of wrong indices
+        counts = name in ("sum_rows", "decode_layers", "decode_step")  # of wrong indices
         function.restype = ctypes.c_int64 if counts else None
     return library, None
 

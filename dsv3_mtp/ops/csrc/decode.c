@@ -3,7 +3,7 @@
 // drafts gets the bits that it gets alone. c_decode.py documents the shapes.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "decode.h"
 
 // Rows of x and of a weight that are multiplied at once.
 enum { FEW = 2, TOGETHER = 8, WORTH_THREADS = 1 << 15, BLOCK_OF_SLOTS = 64 };
@@ -138,17 +138,6 @@ static void mix(const float *p, i64 heads, i64 slots, const real *past, i64 entr
             }
     }
 }
-
-// A decoder layer; c_decode.py fills it and says what it is. Where there are no experts, or nothing beside them, their sizes
-// are 0.
-typedef struct {
-    const real *down, *up, *w_uk, *w_uv, *out;  // attention
-    const float *gain, *bias;
-    const real *router, *gate_up, *expert_down, *common_gate, *common_up, *common_down;
-    i64 hidden, q_rank, rank, rope, heads, nope, value;
-    i64 experts, width, common_width, groups, topk_group, top_k, normalise;
-    float floor, q_floor, kv_floor, mlp_floor, scaling;
-} layer;
 
 // Slots of a cache that are computed: `length` from first[b] on in row b.
 typedef struct {
@@ -306,15 +295,6 @@ static void mlp(const layer *l, real *x, i64 rows) {
     free(sum), free(h), free(picked), free(a), free(b), free(out), free(gates);
 }
 
-// Decoder layers, one after the other, what the first one reads, and the norm behind the last one. c_decode.py fills it.
-typedef struct {
-    const real *table, *merge;  // (vocab, hidden); (hidden, parts * hidden), or nothing is merged
-    const float *floors, *gain;
-    const layer *layers;
-    i64 vocab, parts, count;
-    float norm_floor;
-} stack;
-
 // y (rows, outputs) = x @ w^T.
 static void linear(const float *x, i64 rows, const real *w, i64 width, i64 outputs, real *y) {
     float *out = zeros_for(rows * outputs);
@@ -344,10 +324,6 @@ static void begin(const stack *s, const i64 *tokens, const real *given, i64 rows
     free(in);
 }
 
-// tokens: those of row b begin at ids[b * ids_stride]; NULL: none are read. states: (count, rows, hidden), what each layer
-// reads; out: (2, asked_count, hidden), the output of the last layer and the same normed, of the rows asked_for, whose
-// numbers ascend. caches: of each layer (batch, slots, rank + rope). Returns how many tokens are outside the vocabulary;
-// then nothing is computed.
 i64 decode_layers(const stack *s, const i64 *ids, i64 ids_stride, const real *given, real *states, real *out,
                   real *const *caches, const float *angles, const i64 *first, i64 batch, i64 length, i64 slots,
                   const i64 *asked_for, i64 asked_count) {
@@ -383,7 +359,6 @@ i64 decode_layers(const stack *s, const i64 *ids, i64 ids_stride, const real *gi
     return 0;
 }
 
-// y (rows, outputs) = x @ w^T.
 void decode_linear(const real *x, const real *w, real *y, i64 rows, i64 width, i64 outputs) {
     float *in = zeros_for(rows * width);
     widen_row(x, rows * width, in);
@@ -391,7 +366,6 @@ void decode_linear(const real *x, const real *w, real *y, i64 rows, i64 width, i
     free(in);
 }
 
-// y (rows): where the largest of x (rows, width) is, the first of them.
 void decode_largest(const real *x, i64 *y, i64 rows, i64 width) {
     for (i64 n = 0; n < rows; n++, x += width) {
         vec most = {0};
