@@ -102,11 +102,13 @@ def test_what_would_be_read_beyond_is_refused(make_model, compiled):
     accepted, tokens = step(rows, 1, 0.0, None)
     assert len(tokens[0]) == accepted[0] + 1 and rows.filled == [2]
     assert rows.ids[0, 3 : 4 + accepted[0]].tolist() == tokens[0]
+    rows.filled = [1]
     coins = torch.rand(1, 3, dtype=torch.float64)
     for wrong, message in (
         ({"last": [11]}, "last"),  # the draft would be in slot 12
-        ({"last": [0]}, "last"),
+        ({"last": [-1]}, "last"),
         ({"filled": [-1]}, "filled"),
+        ({"filled": [2]}, "filled"),  # a draft needs a slot of the module's
         ({"ring": rows.ring[:, :, :31]}, "ring"),
         ({"ids": rows.ids.int()}, "ids"),
         ({"caches": rows.caches[:2]}, "caches"),
