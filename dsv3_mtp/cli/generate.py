@@ -4,22 +4,21 @@
     dsv3 generate --run runs/v3_tiny --prompt 'import ' --prompt 'class ' --temperature 0.8
     dsv3 generate --hf hf/v3_tiny --prompt-file prompt.py --speculative --draft-depth 3
 
-The text goes to stdout, one line of numbers to stderr. Exit codes: 0 done, 2 wrong options, prompt
-or checkpoint.
+The continuation goes to stdout, in a terminal after its prompt; one line of numbers to stderr. Exit
+codes: 0 done, 2 wrong options, prompt or checkpoint.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from dsv3_mtp.cli.command import add_run_options, at_least
 from dsv3_mtp.cli.drafting import add_draft_options, draft_depth, draft_settings
+from dsv3_mtp.cli.printer import Printer, marks
 from dsv3_mtp.cli.prompts import read_prompts
 
 INTERRUPTED = "\ninterrupted"
-DRAFT, PLAIN = "\x1b[32m", "\x1b[0m"  # accepted drafts are green
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_draft_options(drafts)
     drafts.add_argument(
-        "--show-drafts", action="store_true", help="accepted drafts in colour, in a terminal"
+        "--show-drafts",
+        action="store_true",
+        help="mark accepted drafts: green in a terminal, « » elsewhere",
     )
     parser.add_argument(
         "--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu"
@@ -107,6 +108,8 @@ def check(options: argparse.Namespace) -> str | None:
 def run(options: argparse.Namespace) -> None:
     import torch
 
+    from dsv3_mtp.decode.generation import repetition
+
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model, config, encoder = load(options)
@@ -118,8 +121,11 @@ def run(options: argparse.Namespace) -> None:
         if len(prompt) + len(tokens) == longest and len(tokens) < settings.max_new_tokens:
             note = f"note: {name} ends where the model does, after {longest} tokens"
             print(note, file=sys.stderr)
-    if options.show_drafts and sys.stdout.isatty():
-        print("green: accepted drafts", file=sys.stderr)
+    if legend := marks(drafts=options.show_drafts).legend:
+        print(legend, file=sys.stderr)
+    is_text = encoder is not None and (config is None or config.data.task is None)
+    if is_text and (warning := repetition(result.distinct)):
+        print(f"note: {warning}", file=sys.stderr)
     print(summary(model, prompts, settings, result, seconds), file=sys.stderr)
 
 
@@ -181,32 +187,6 @@ def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: A
     )
 
 
-class Printer:
-    """Token ids to text as it grows; bytes of an unfinished character wait for the rest."""
-
-    def __init__(self, encoder: Any, *, colour: bool):
-        self.encoder, self.colour = encoder, colour
-        self.ids: list[int] = []
-        self.text = ""
-
-    def push(self, tokens: Sequence[int], accepted: int, *, done: bool) -> str:
-        """What to print for new tokens, of which the first `accepted` were drafts. done: nothing
-        comes after them.
-        """
-        out = ""
-        for number, token in enumerate(tokens):
-            self.ids.append(token)
-            if self.encoder is None:
-                piece = f"{token} "
-            else:
-                text = self.encoder.tokenizer.decode(self.ids, skip_special_tokens=False)
-                if text.endswith("\ufffd") and not (done and number == len(tokens) - 1):
-                    continue
-                piece, self.text = text[len(self.text) :], text
-            out += f"{DRAFT}{piece}{PLAIN}" if self.colour and number < accepted else piece
-        return out
-
-
 def timed(
     model: Any,
     prompts: list[list[int]],
@@ -221,14 +201,16 @@ def timed(
     """
     from dsv3_mtp.decode.generate import Acceptance, Generation, stream
 
-    colour = options.show_drafts and sys.stdout.isatty()
-    printers = [Printer(encoder, colour=colour) for _ in prompts]
+    printers = [Printer(encoder, marks(drafts=options.show_drafts)) for _ in prompts]
     texts, result, started = (
         [""] * len(prompts),
         Generation([[] for _ in prompts], Acceptance()),
         None,
     )
-    for step in stream(model, prompts, settings):
+    steps = stream(model, prompts, settings)
+    if len(prompts) == 1 and names != ["stdin"]:
+        print(printers[0].opening(prompts[0]), end="", flush=True)
+    for step in steps:
         started = started or time.perf_counter()  # the first token ends the (first) prefill
         result.add(step)
         piece = printers[step.row].push(step.tokens, step.accepted, done=step.done)
@@ -265,10 +247,12 @@ def summary(
     if settings.draft_depth:
         acceptance = result.acceptance
         parts.append(f"{acceptance.tokens_per_step:.2f} tokens per trunk forward")
+        parts.append(f"{sum(acceptance.kept)} of {sum(acceptance.tried)} drafts accepted")
         joint, conditional = (
             " ".join(f"{p:.3f}" for p in x) for x in (acceptance.joint, acceptance.conditional)
         )
-        parts.append(f"acceptance by position {joint} joint, {conditional} conditional")
+        if len(acceptance.tried) > 1:
+            parts[-1] += f" (by position {joint} joint, {conditional} conditional)"
         plain_settings = replace(settings, draft_depth=0)
         times = {0: 0.0, settings.draft_depth: 0.0}
         plain = generate(model, prompts, plain_settings)

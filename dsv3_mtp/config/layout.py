@@ -299,9 +299,8 @@ def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
         )
         yield (
             "train.batch_size",
-            f"{train.batch_size} sequences do not divide into "
-            f"micro-batches of {train.micro_batch_size} on "
-            f"{on}; use a multiple of {rows}",
+            f"{train.batch_size} sequences do not divide into micro-batches of "
+            f"{train.micro_batch_size} on {on}; use a multiple of {rows}",
         )
 
 

@@ -15,6 +15,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from dsv3_mtp.config.synonyms import our_key
+
 Problem = tuple[str, str]  # (dotted key, what is wrong with it and what to do)
 UNKNOWN = "unknown key"  # `problems_of` adds the key that was probably meant
 
@@ -145,8 +147,8 @@ def show(value: Any) -> str:
 
 
 def did_you_mean(key: str, paths: Iterable[str]) -> str:
-    """The known key that an unknown one most likely stands for: a close neighbour, or one
-    elsewhere.
+    """The known key that an unknown one most likely stands for: what others call it, a close
+    neighbour, or one elsewhere.
     """
     paths = list(paths)
     parent, _, name = key.rpartition(".")
@@ -158,6 +160,8 @@ def did_you_mean(key: str, paths: Iterable[str]) -> str:
     leaves = {path.rpartition(".")[2]: path for path in paths}
     if key in paths:
         return " of this type"
+    if (ours := our_key(f"{schema_parent}.{name}")) in paths:
+        return f"; did you mean '{ours}'?"
     if close := get_close_matches(name, siblings, n=1, cutoff=0.75):
         found = f"{parent}.{close[0]}".lstrip(".")
     elif elsewhere:

@@ -262,10 +262,9 @@ def _finish(
     if documents["train"] == 0 or (documents["val"] == 0 and arguments.val_fraction > 0):
         shutil.rmtree(partial)  # nothing in it fits other text or another fraction
         raise ValueError(
-            f"{state['documents']} documents ({state['empty']} "
-            f"empty) gave {documents['train']} for train "
-            f"and {documents['val']} for val; give more text, another --val-fraction "
-            "(0: no val), or, for few long text files, --val-by-position"
+            f"{state['documents']} documents ({state['empty']} empty) gave {documents['train']} "
+            f"for train and {documents['val']} for val; give more text, another --val-fraction (0: "
+            "no val), or, for few long text files, --val-by-position"
         )
     index = {
         "format": FORMAT,

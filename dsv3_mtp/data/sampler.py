@@ -121,9 +121,8 @@ class Sampler:
             differences.append(f"counts of {len(state['counts'])} corpora, now {len(self.counts)}")
         if differences:
             raise ValueError(
-                "the saved data position belongs to another "
-                "token stream; restore these settings, or start a "
-                "new run under another run.name:\n  " + "\n  ".join(differences)
+                "the saved data position belongs to another token stream; restore these settings, "
+                "or start a new run under another run.name:\n  " + "\n  ".join(differences)
             )
         self.samples = int(state["samples"])
         self.counts = [int(count) for count in state["counts"]]
@@ -228,9 +227,8 @@ def _divide(batch_size: int, world_size: int, micro_batch_size: int | None) -> i
     rows = batch_size // world_size
     if rows * world_size != batch_size or rows % (micro_batch_size or rows or 1) or rows == 0:
         raise ValueError(
-            f"a batch of {batch_size} sequences does not "
-            f"divide into {world_size} ranks x micro-batches of "
-            f"{micro_batch_size or 'any'} sequences; make it a multiple of "
+            f"a batch of {batch_size} sequences does not divide into {world_size} ranks x "
+            f"micro-batches of {micro_batch_size or 'any'} sequences; make it a multiple of "
             f"{world_size * (micro_batch_size or 1)}"
         )
     return rows

@@ -30,7 +30,9 @@ VAL_PER_MILLE = 20  # of the files of training packages
 SHIFT_PER_MILLE = 100  # of the packages
 MIN_FILE_BYTES = 64
 MIN_BYTES = 20_000_000  # torch alone has twice that
-OWN = "dsv3-mtp"  # an installed copy of this project is no part of its corpus
+# an installed copy of this project, and installers: `pip freeze` leaves these out of a lock file,
+# and so their versions change from one day to the next
+LEFT_OUT = {"dsv3-mtp", "pip", "setuptools", "wheel"}
 STANDARD_LIBRARY = "python"
 
 
@@ -118,7 +120,7 @@ def sitelib_inputs(site: Path | None = None, library: Path | None = None) -> Sit
     for name in _source_files(site, skip_site=False):
         top = name.partition("/")[0].removesuffix(".py")
         package = owners.get(top, top)
-        if package != OWN:
+        if package not in LEFT_OUT:
             found.append((package, name, site / name))
     # Training packages first, so that of two equal files theirs is kept.
     found.sort(key=lambda item: (is_shift(item[0]), item[0], item[1]))

@@ -206,10 +206,9 @@ def check_vocab(source: DataSource, vocab_size: int) -> None:
     low, high = source.id_range()
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"{source.path} holds token id {low if low < 0 else high}, "
-            f"but model.vocab_size is {vocab_size} "
-            f"(ids 0 .. {vocab_size - 1}); set model.vocab_size "
-            "to that of the tokenizer that made this data"
+            f"{source.path} holds token id {low if low < 0 else high}, but model.vocab_size is "
+            f"{vocab_size} (ids 0 .. {vocab_size - 1}); set model.vocab_size to that of the "
+            "tokenizer that made this data"
         )
 
 
@@ -220,9 +219,8 @@ def check_documents(source: DataSource, depths: int, lookahead: int) -> None:
     longest = source.longest_document
     if longest is not None and longest < 1 + lookahead:
         raise ValueError(
-            f"{source.path}: its longest document has {longest} "
-            "tokens, so that with data.mask_documents: true depth "
-            f"{depths} never has a target; set false, lower "
+            f"{source.path}: its longest document has {longest} tokens, so that with "
+            f"data.mask_documents: true depth {depths} never has a target; set false, lower "
             "mtp.num_nextn_predict_layers, or take longer documents"
         )
 
@@ -242,10 +240,9 @@ def check_tokenizers(made: Iterable[tuple[str, str | None]]) -> None:
             paths.setdefault(sha256, path)
     if len(paths) > 1:
         raise ValueError(
-            f"{' and '.join(paths.values())} have different "
-            "tokenizers, so that the same id is different "
-            "text; prepare all data with the same "
-            "tokenizer.json (dsv3 prepare --tokenizer)"
+            f"{' and '.join(paths.values())} have different tokenizers, so that the same id is "
+            "different text; prepare all data with the same tokenizer.json (dsv3 prepare "
+            "--tokenizer)"
         )
 
 

@@ -84,11 +84,10 @@ def stdlib_inputs(root: Path | None = None) -> StdlibInputs:
         manifest.append((name, hashlib.sha256(content).hexdigest(), split))
     if len(texts) < MIN_FILES:
         raise ValueError(
-            f"{root}: has {len(texts)} standard library .py "
-            f"files, at least {MIN_FILES} are needed: this "
-            "Python comes without its sources. Install a full "
-            "one (Debian: apt install libpython3-stdlib; or "
-            "uv python install), or prepare other text with dsv3 prepare --input"
+            f"{root}: has {len(texts)} standard library .py files, at least {MIN_FILES} are "
+            "needed: this Python comes without its sources. Install a full one (Debian: apt "
+            "install libpython3-stdlib; or uv python install), or prepare other text with dsv3 "
+            "prepare --input"
         )
     listing = "".join(f"{name} {sha} {split}\n" for name, sha, split in manifest)
     digest = hashlib.sha256(listing.encode()).hexdigest()

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 RECYCLE = ("last", "cycle")
+REPEATS = 0.5  # share of distinct tokens below which a text repeats itself
+STRETCH = 64  # tokens in a row among which they are counted: in longer ones any text repeats words
 PREFILL_CHUNK = 128  # slots per forward of a prompt: bounds memory, whatever its length
 
 
@@ -113,12 +115,28 @@ class Generation:
 
     @property
     def distinct(self) -> float:
-        """Share of distinct tokens in a text, mean over the texts: one that repeats itself accepts
-        every draft.
+        """Share of distinct tokens, of each STRETCH in a row; mean over the texts. One that repeats
+        itself accepts every draft.
         """
-        return sum(len(set(row)) / len(row) for row in self.tokens) / len(self.tokens)
+        counts = (
+            sum(len(set(row[start : start + STRETCH])) for start in range(0, len(row), STRETCH))
+            for row in self.tokens
+        )
+        shares = [count / len(row) for count, row in zip(counts, self.tokens, strict=True)]
+        return sum(shares) / len(shares)
 
     def add(self, step: Step) -> None:
         if self.tokens[step.row]:  # the first token of a row comes from its prefill
             self.acceptance.add(step)
         self.tokens[step.row] += step.tokens
+
+
+def repetition(distinct: float) -> str | None:
+    """What is to be said of generated text with this share of distinct tokens; None: nothing."""
+    if distinct >= REPEATS:
+        return None
+    return (
+        f"the generated text repeats itself (share of distinct tokens {distinct:.2f}, below "
+        f"{REPEATS:g}), and how many drafts it accepts says nothing of other text: compare the "
+        "overlap, which dsv3 evaluate measures along real text"
+    )

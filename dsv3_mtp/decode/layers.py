@@ -13,6 +13,7 @@ devices, and compiled steps run in torch.
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, count
 from dsv3_mtp.ops import c, c_decode, c_layer, choice
+from dsv3_mtp.precision.stored import weight_of
 
 # W_UK is multiplied into W_UQ where the product has at most this many times their elements.
 ABSORB = 1.5
@@ -60,15 +62,16 @@ class Attention:
     def __init__(self, norm: RMSNorm, mla: MLA):
         self.heads, self.rank, self.rope = mla.heads, mla.kv_rank, mla.rope
         self.norm, self.kv_norm, self.q_norm = Norm(norm), Norm(mla.kv_a_layernorm), None
-        down, self.q_rank = [mla.kv_a_proj_with_mqa.weight * self.norm.gain], 0
+        weight = partial(weight_of, name="weight", dtype=norm.weight.dtype)
+        down, self.q_rank = [weight(mla.kv_a_proj_with_mqa) * self.norm.gain], 0
         if mla.q_compressed:
             self.q_norm, self.q_rank = Norm(mla.q_a_layernorm), mla.q_a_proj.weight.shape[0]
-            down.insert(0, mla.q_a_proj.weight * self.norm.gain)
-            up = mla.q_b_proj.weight * (self.q_norm.gain * mla.scale)
+            down.insert(0, weight(mla.q_a_proj) * self.norm.gain)
+            up = weight(mla.q_b_proj) * (self.q_norm.gain * mla.scale)
         else:
-            up = mla.q_proj.weight * (self.norm.gain * mla.scale)
+            up = weight(mla.q_proj) * (self.norm.gain * mla.scale)
         w_uk, w_uv = (
-            (mla.kv_b_proj.weight * self.kv_norm.gain)
+            (weight(mla.kv_b_proj) * self.kv_norm.gain)
             .view(self.heads, -1, self.rank)
             .split([mla.nope, mla.value], dim=1)
         )  # (H, nope, R), (H, v, R)
@@ -90,7 +93,7 @@ class Attention:
         self.up = rows.flatten(0, 1).to(norm.weight.dtype).t()  # (q, H (R+P)), or (q, H (nope+P))
         w_uv = w_uv.to(norm.weight.dtype).contiguous()
         self.w_uv = w_uv.transpose(1, 2)  # (H, R, v)
-        self.out = mla.o_proj.weight.t()  # (H v, C)
+        self.out = weight(mla.o_proj).t()  # (H v, C)
 
     def for_c(self) -> c_layer.Attention:
         norms = self.norm, self.q_norm or self.norm, self.kv_norm
@@ -160,14 +163,18 @@ def rotate(x: Tensor, rotation: Tensor, *, paired: bool) -> Tensor:
     )
 
 
+def _matrices(mlp: MLP, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and down."""
+    weight = partial(weight_of, name="weight", dtype=dtype)
+    return weight(mlp.gate_proj), weight(mlp.up_proj), weight(mlp.down_proj)
+
+
 class Dense:
     """x + MLP(norm(x))."""
 
     def __init__(self, norm: RMSNorm, mlp: MLP):
         self.norm = Norm(norm)
-        self.gate, self.up, self.down = (
-            part.weight.t() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        )
+        self.gate, self.up, self.down = (weight.t() for weight in _matrices(mlp, norm.weight.dtype))
 
     def for_c(self) -> c_layer.MLP:
         weights = self.gate.t(), self.up.t(), self.down.t()
@@ -190,12 +197,12 @@ class Mixture:
 
     def for_c(self) -> c_layer.MLP:
         gate, experts, shared = self.moe.gate, self.moe.experts, self.moe.shared_experts
-        config, common = gate.config, None
+        config, common, dtype = gate.config, None, self.norm.dtype
         router = c_layer.Router(
             gate.weight,
             gate.e_score_correction_bias,
-            experts.gate_up_proj,
-            experts.down_proj,
+            weight_of(experts, "gate_up_proj", dtype),
+            weight_of(experts, "down_proj", dtype),
             groups=config.n_group,
             topk_group=config.topk_group,
             top_k=config.num_experts_per_tok,
@@ -203,7 +210,7 @@ class Mixture:
             scaling=config.routed_scaling_factor,
         )
         if shared is not None:
-            common = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
+            common = _matrices(shared, dtype)
         return c_layer.MLP(self.norm.gain, self.norm.floor.item(), common, router)
 
     def __call__(self, x: Tensor) -> Tensor:

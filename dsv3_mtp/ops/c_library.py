@@ -45,6 +45,7 @@ _SIGNATURES = {
     "attention_backward": "pppipppppppppp" + "iiiiiif",
     "sum_rows": "pippiii",
     "cross_entropy": "pppppii",
+    "dequantise": "pppiii",
     "decode_layers": "ppippppppiiipi",
     "decode_linear": "pppiii",
     "decode_largest": "ppii",

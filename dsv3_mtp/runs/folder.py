@@ -103,9 +103,8 @@ def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
     damaged = [folder for folder in checkpoints(root) if not is_complete(folder)]
     if newest is None and (root / "latest").exists():
         raise ValueError(
-            f"{root}: no checkpoint in it is complete any "
-            "more; delete the run folder to start again, "
-            "or choose another run.name"
+            f"{root}: no checkpoint in it is complete any more; delete the run folder to start "
+            "again, or choose another run.name"
         )
     complete = [folder for folder in reversed(checkpoints(root)) if folder not in damaged]
     return complete, [

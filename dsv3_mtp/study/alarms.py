@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from statistics import fmean
 
+from dsv3_mtp.decode.generation import REPEATS
 from dsv3_mtp.study.archive import RunRecord, Table
 from dsv3_mtp.study.findings import LOSS, values_of
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import bounds, describe_metric
 
 NEAR = 0.03  # share of a metric's range that counts as its end
-DISTINCT = 0.5  # share of distinct tokens below which a text repeats itself
 UNIGRAM, TRIGRAM = "val/floor/unigram", "val/floor/trigram"
 
 
@@ -42,9 +42,8 @@ def _at_an_end(
     if all(mean >= ceiling - near for mean in means):
         yield f"{words}: every arm is at the ceiling, {min(means):.3g} of {ceiling:g} or more"
     if all(mean <= floor + near for mean in means):
-        yield (
-            f"{words}: every arm is at the floor, {max(means):.3g} or less ({floor:g} is the least)"
-        )
+        most = f"{max(means):.3g} or less ({floor:g} is the least)"
+        yield f"{words}: every arm is at the floor, {most}"
 
 
 def _depths(record: RunRecord) -> int:
@@ -59,9 +58,9 @@ def _repeats(study: Study, table: Table, arms: list[str]) -> Iterator[str]:
         kind = "/".join(metric.split("/")[:2])
         values = {arm: values_of(table, arm, f"{kind}/distinct") for arm in arms}
         shares = {arm: fmean(found.values()) for arm, found in values.items() if found}
-        low = [f"{arm} {share:.2f}" for arm, share in shares.items() if share < DISTINCT]
+        low = [f"{arm} {share:.2f}" for arm, share in shares.items() if share < REPEATS]
         if low:
-            text = f"share of distinct tokens below {DISTINCT:g}: {', '.join(low)}"
+            text = f"share of distinct tokens below {REPEATS:g}: {', '.join(low)}"
             yield f"the text that was drafted repeats itself ({text})"
 
 
@@ -89,9 +88,6 @@ def dirty(table: Table) -> str | None:
     """Runs from a tree with uncommitted changes cannot be repeated; None: there are none."""
     runs = [r for seeds in table.values() for r in seeds.values()]
     names = [r.name for r in runs if any(start.dirty for start in r.starts)]
-    if not names:
-        return None
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return (
-        f"made from a tree with uncommitted changes ({shown}): it cannot be repeated from a commit"
-    )
+    text = f"made from a tree with uncommitted changes ({shown})"
+    return f"{text}: it cannot be repeated from a commit" if names else None

@@ -28,11 +28,8 @@ class Curve(Section):
     values: list[Number]
 
     def rules(self) -> Iterator[Problem]:
-        if len(self.tokens) != len(self.values):
-            yield (
-                "values",
-                f"must be as many as tokens, {len(self.tokens)} (got {len(self.values)})",
-            )
+        if (n := len(self.tokens)) != len(self.values):
+            yield "values", f"must be as many as tokens, {n} (got {len(self.values)})"
 
     @property
     def points(self) -> list[tuple[int, float]]:

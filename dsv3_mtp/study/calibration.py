@@ -9,39 +9,25 @@ from dsv3_mtp.study.page import Element, Heading, Paragraph, Rows
 
 
 def calibration_table(configs: Mapping[str, Config], table: Table) -> list[Element]:
-    """Losses above the true source's on the same tokens, and acceptance beside the best
-    possible.
-    """
-    known = {
-        arm: c
-        for arm, c in configs.items()
-        if c.data.task is not None and c.data.task.reference(c.mtp)
-    }
+    """Losses above the true source's on the same tokens; acceptance beside the best possible."""
+    known = {arm: c for arm, c in configs.items() if c.data.task and c.data.task.reference(c.mtp)}
     if not known:
         return []
     width = max(1 + config.mtp.depths for config in known.values())
     rows = []
     for arm, config in known.items():
-        depths = config.mtp.depths
-        excess = [
-            list(values_of(table, arm, f"task/excess_loss/{k}").values()) for k in range(1 + depths)
-        ]
+        metrics = [f"task/excess_loss/{k}" for k in range(1 + config.mtp.depths)]
+        excess = [list(values_of(table, arm, metric).values()) for metric in metrics]
         cells = [format(sum(v) / len(v), "+.4f") if v else "-" for v in excess]
         rows.append([arm, *cells, *["-"] * (width - len(cells)), acceptances(table, arm, config)])
-    header = [
-        "arm",
-        *[f"excess loss, depth {k}" for k in range(width)],
-        "acceptance at T = 1 (best possible)",
-    ]
+    columns = [f"excess loss, depth {k}" for k in range(width)]
+    header = ["arm", *columns, "acceptance at T = 1 (best possible)"]
     note = (
-        "Loss above that of the true source on the same tokens, "
-        "in nats: 0 is perfect. A sequential module sees the "
-        "token before its target and can reach the entropy "
-        "rate; a head that does not is left with the entropy of "
-        "k + 1 steps and is measured against that. The best "
-        "acceptance is that of the first step behind a real prefix; "
-        "later steps start behind the model's own text, so "
-        "that the measured one may lie a little above it."
+        "Loss above that of the true source on the same tokens, in nats: 0 is perfect. A "
+        "sequential module sees the token before its target and can reach the entropy rate; a head "
+        "that does not is left with the entropy of k + 1 steps and is measured against that. The "
+        "best acceptance is that of the first step behind a real prefix; later steps start behind "
+        "the model's own text, so that the measured one may lie a little above it."
     )
     worst = Paragraph(worst_excess(table))
     return [Heading("Against the known source"), worst, Rows(header, rows), Paragraph(note)]

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.config import Config, load_config
-from dsv3_mtp.config.resume import differences
+from dsv3_mtp.config.resume import differences, flat
 from dsv3_mtp.files.atomic import write_text
-from dsv3_mtp.study import hover, tables
-from dsv3_mtp.study.archive import RunRecord, table_of
+from dsv3_mtp.study import hover, page, tables
+from dsv3_mtp.study.archive import RunRecord, Table, table_of
 from dsv3_mtp.study.dryrun import columns
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.findings import LOSS, effects_of
 from dsv3_mtp.study.folder import IGNORED
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import measure
-from dsv3_mtp.study.page import Element, Heading, Paragraph, Picture, Rows, to_html, to_markdown
+from dsv3_mtp.study.page import Element, Heading, Paragraph, Picture, Rows
 from dsv3_mtp.study.pictures import draw_all
 from dsv3_mtp.study.pictures.base import PictureData
 
@@ -34,30 +34,21 @@ def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> 
     """
     if len(folders) < 2:
         raise ValueError("give two runs or more")
-    configs = {
-        folder: load_config(folder / "config.yaml", trust_code=trust_code) for folder in folders
-    }
+    configs = {f: load_config(f / "config.yaml", trust_code=trust_code) for f in folders}
     arms = _arms(configs)
     study = _study(arms, [config.run.seed for config in configs.values()])
-    records = [
-        _record(study, arm, configs[folder], folder)
-        for arm, members in arms.items()
-        for folder in members
-    ]
+    runs = [(arm, folder) for arm, members in arms.items() for folder in members]
+    records = [_record(study, arm, configs[folder], folder) for arm, folder in runs]
     if len(set(folders)) < len(folders) or len({r.name for r in records}) < len(records):
-        raise ValueError(
-            "two of these runs have the same settings and the same run.seed: one is enough"
-        )
+        text = "two of these runs have the same settings and the same run.seed: one is enough"
+        raise ValueError(text)
     study = study.model_copy(update={"metrics": _metrics(records)})
     by_arm = {arm: configs[members[0]] for arm, members in arms.items()}
     table = table_of(study.arms, study.seeds, records)
     data = PictureData(study, by_arm, table, effects_of(study, table))
     out.mkdir(parents=True, exist_ok=True)
-    pictures = [
-        Picture(*item)
-        for item in draw_all(data, out)
-        if item[0] not in ("answer.png", "effects.png")
-    ]
+    planned = ("answer.png", "effects.png")
+    pictures = [Picture(*item) for item in draw_all(data, out) if item[0] not in planned]
     blocks: list[Element] = [
         Heading("Runs side by side", 1),
         Paragraph("Not planned beforehand: differences here are for looking, not for claims."),
@@ -65,12 +56,10 @@ def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> 
         *tables.result_table(study, table),
         *pictures,
     ]
-    write_text(out / "compare.md", to_markdown(blocks))
-    write_text(
-        out / "compare.html",
-        to_html(blocks, hover.live(data), title="Runs side by side", folder=out),
-    )
-    return _text(study, records), out / "compare.html"
+    write_text(out / "compare.md", page.to_markdown(blocks))
+    html = page.to_html(blocks, hover.live(data), title="Runs side by side", folder=out)
+    write_text(out / "compare.html", html)
+    return _text(study, table), out / "compare.html"
 
 
 def _arms(configs: dict[Path, Config]) -> dict[str, list[Path]]:
@@ -124,26 +113,15 @@ def _metrics(records: Sequence[RunRecord]) -> tuple[str, ...]:
 
 def _settings(configs: dict[str, Config]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the settings in which the runs differ."""
-    first, *_ = configs.values()
-    keys: dict[str, None] = {}
-    for config in configs.values():
-        keys |= dict.fromkeys(differences(first.to_dict(), config.to_dict(), ignoring=FREE))
-    rows = []
-    for key in keys:
-        cells = []
-        for config in configs.values():
-            value: Any = config.to_dict()
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            cells.append(str(value))
-        rows.append([key, *cells])
-    return ["setting", *configs], rows
+    trees = [config.to_dict() for config in configs.values()]
+    found = [differences(trees[0], tree, ignoring=FREE) for tree in trees]
+    settings = [dict(flat(tree)) for tree in trees]
+    keys = dict.fromkeys(key for changed in found for key in changed)
+    return ["setting", *configs], [[key, *(str(s.get(key)) for s in settings)] for key in keys]
 
 
-def _text(study: Study, records: Sequence[RunRecord]) -> str:
-    table = table_of(study.arms, study.seeds, records)
-    metrics = [LOSS, *study.metrics]
+def _text(study: Study, table: Table) -> str:
     rows = [["metric", *study.arms]]
-    for metric in metrics:
+    for metric in (LOSS, *study.metrics):
         rows.append([metric, *(tables.interval_cell(table, arm, metric) for arm in study.arms)])
     return "\n".join(columns(rows))

@@ -11,15 +11,13 @@ from dsv3_mtp.study.trends import detectable_lines
 
 
 def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
-    """The matrix of arms, their sizes and budgets, and an estimate of FLOPs and time, each forked
-    prefix counted once.
+    """The matrix of arms, their sizes and budgets, FLOPs and time, forked prefixes counted once.
 
-    An arm with the measured time of another has no budget yet: it is counted with the time of that
-        arm.
+    An arm with the measured time of another has no budget yet: it is counted with that arm's.
     """
     study, speed = loaded.study, loaded.study.scales[loaded.study.scale].flops_per_s
     runs = {run.name: run for run in expand(loaded, budgets={})}
-    rows = [("arm", "parameters", "of these MTP", "tokens", "FLOPs", "forks from", "what")]
+    rows = [["arm", "parameters", "of these MTP", "tokens", "FLOPs", "forks from", "what"]]
     total = 0.0
     for name, arm in study.arms.items():
         config = loaded.configs[name]
@@ -27,37 +25,24 @@ def dry_run(loaded: LoadedStudy, *, jobs: int | None) -> str:
         flops = cost(run) if run else _matched_cost(loaded, name)
         total += flops * len(study.seeds)
         tokens = tokens_of(loaded, name, {})
-        parent = (
-            f"{run.parent.rpartition('-')[0]} at step {run.fork_step}"
-            if run and run.parent
-            else "-"
-        )
+        parent = "-"
+        if run and run.parent:
+            parent = f"{run.parent.rpartition('-')[0]} at step {run.fork_step}"
         budget = quantity(tokens) if tokens else f"time of {arm.match.arm if arm.match else ''}"
-        count = quantity(size.total + size.mtp_total)
-        rows.append(
-            (name, count, quantity(size.mtp_total), budget, f"{flops:.2e}", parent, arm.about)
-        )
-    workers, ranks = jobs or 1, study.ranks
+        counts = [quantity(count) for count in (size.total + size.mtp_total, size.mtp_total)]
+        rows.append([name, *counts, budget, f"{flops:.2e}", parent, arm.about])
+    workers, ranks, arms, seeds = jobs or 1, study.ranks, len(study.arms), len(study.seeds)
     at_once = f"{workers} process(es)" if ranks == 1 else f"{workers} run(s) of {ranks} processes"
-    return "\n".join(
-        [
-            f"# {study.run.name}, scale {study.scale}: {study.question.strip()}",
-            "",
-            *columns(rows),
-            "",
-            (
-                f"{len(study.arms)} arms x {len(study.seeds)} "
-                f"seeds = {len(study.arms) * len(study.seeds)} runs"
-            ),
-            f"training FLOPs: {total:.3e}",
-            f"time: about {duration(total / speed / workers / ranks)} in {at_once} at a time, "
-            f"at {speed:.1e} FLOP/s each (scales.{study.scale}.flops_per_s)",
-            f"results: {study.folder}",
-            "",
-            *power_lines(loaded),
-            *trend_lines(loaded),
-        ]
-    )
+    lines = [f"# {study.run.name}, scale {study.scale}: {study.question.strip()}", ""]
+    lines += [*columns(rows), "", f"{arms} arms x {seeds} seeds = {arms * seeds} runs"]
+    lines += [
+        f"training FLOPs: {total:.3e}",
+        f"time: about {duration(total / speed / workers / ranks)} in {at_once} at a time, "
+        f"at {speed:.1e} FLOP/s each (scales.{study.scale}.flops_per_s)",
+        f"results: {study.folder}",
+        "",
+    ]
+    return "\n".join([*lines, *power_lines(loaded), *trend_lines(loaded)])
 
 
 def trend_lines(loaded: LoadedStudy) -> list[str]:
@@ -79,12 +64,11 @@ def power_lines(loaded: LoadedStudy) -> list[str]:
         *columns(power_rows(found)),
         *dict.fromkeys(f"sd of {d.metric}, {d.comparison}: {d.source}" for d in found if d.sd),
     ]
-    for item in unresolved:
-        lines.append(
-            f"UNRESOLVED in advance: {item.arm} against {item.against}, {item.metric}: expected is "
-            f"{item.expected:+.3g}, found is {item.smallest:.3g} or more"
-        )
-    return lines
+    return lines + [
+        f"UNRESOLVED in advance: {item.arm} against {item.against}, {item.metric}: expected is "
+        f"{item.expected:+.3g}, found is {item.smallest:.3g} or more"
+        for item in unresolved
+    ]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -19,15 +19,9 @@ from dsv3_mtp.study.matrix import Study
 # A run is a pure function of what these are at each step: arms that differ in nothing else may
 # share a prefix.
 SCHEDULED = (
-    "mtp.loss_weight",
-    "mtp.depth_weights",
-    "mtp.curriculum",
-    "optim.lr",
-    "optim.schedule",
-    "train.bias_update_speed",
-    "train.bias_update_until",
-    "train.batch_size_ramp",
-    "train.total_tokens",
+    *("mtp.loss_weight", "mtp.depth_weights", "mtp.curriculum", "optim.lr", "optim.schedule"),
+    *("train.bias_update_speed", "train.bias_update_until"),
+    *("train.batch_size_ramp", "train.total_tokens"),
 )
 
 
@@ -65,8 +59,7 @@ def expand(loaded: LoadedStudy, budgets: Mapping[str, int]) -> list[Run]:
     runs = []
     for seed in study.seeds:
         for name, config in configs.items():
-            # A run that others fork from keeps every checkpoint until all of them have taken
-            # theirs.
+            # a run that others fork from keeps every checkpoint until all have taken theirs
             keep = 2 + steps_of(config) if name in forked else config.checkpoint.keep
             run = {"name": f"{name}-seed{seed}", "seed": seed}
             own = _replace(config, run=run, checkpoint={"keep": keep}, log=_grouped(config, study))
@@ -148,9 +141,7 @@ def _best_parent(config: Config, others: Mapping[str, Config]) -> tuple[str | No
 
 
 def shared_steps(a: Config, b: Config) -> int:
-    """How many of the first steps of two runs are the same, number for number. Both train in one
-    process.
-    """
+    """How many of the first steps of two runs are the same, number for number, in one process."""
     free = ("run.name", "run.dir", "log", "checkpoint", "train.threads")
     if differences(a.to_dict(), b.to_dict(), ignoring=(*SCHEDULED, *free)):
         return 0

@@ -1,7 +1,7 @@
 """From the results of all runs to effects. No words, no drawing, no layout."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -16,11 +16,7 @@ from dsv3_mtp.study.power import Detectable
 from dsv3_mtp.study.stats import Interval
 
 ALPHA = 0.05
-
-
 FEWEST = 3  # seeds below which nothing is concluded
-
-
 LOSS = "val/main_loss"
 
 
@@ -38,6 +34,7 @@ class Effect:
     equivalence_p: float | None  # of the primary metric, with the declared margin
     lost: int  # seeds without a pair, because a run diverged, failed or has not been run
     unpaired_sd: float  # what the interval would have rested on without pairing
+    primary: bool = False
     expected: float | None = None  # as the study file says
     speed_up: float | None = None  # of the main loss: tokens to equal loss, geometric mean
 
@@ -47,9 +44,7 @@ class Effect:
 
     @property
     def stands_out(self) -> bool:
-        """The interval of the difference leaves out 0; of solve rates it is McNemar's p that
-        counts.
-        """
+        """The interval of the difference leaves out 0; of solve rates McNemar's p counts."""
         if self.interval is None or self.few:
             return False
         rate = is_rate_over_seeds(self.metric)
@@ -68,30 +63,17 @@ class Effect:
 
 def effects_of(study: Study, table: Table) -> list[Effect]:
     """Every comparison x arm x metric, primary ones first."""
-    metrics = dict.fromkeys([study.primary.metric, *study.metrics])
-    effects = [
-        _effect(study, table, comparison, arm, metric)
-        for comparison, item in study.comparisons.items()
-        for metric in metrics
-        for arm in item.arms
-    ]
-    effects.sort(key=lambda effect: not is_primary(study, effect))
+    effects = [_effect(study, table, *test) for test in study.tests()]
     adjusted: dict[str, float] = {}
     for primary in (True, False):
-        family = {
-            str(n): e.p
-            for n, e in enumerate(effects)
-            if is_primary(study, e) == primary and e.interval
-        }
-        adjusted |= stats.holm(family)
+        members = [(n, e) for n, e in enumerate(effects) if e.primary == primary]
+        adjusted |= stats.holm({str(n): e.p for n, e in members if e.interval})
     return [replace(e, adjusted_p=adjusted.get(str(n), 1.0)) for n, e in enumerate(effects)]
 
 
-def is_primary(study: Study, effect: Effect) -> bool:
-    return (effect.comparison, effect.metric) == (study.primary.comparison, study.primary.metric)
-
-
-def _effect(study: Study, table: Table, comparison: str, arm: str, metric: str) -> Effect:
+def _effect(
+    study: Study, table: Table, comparison: str, metric: str, arm: str, primary: bool
+) -> Effect:
     item = study.comparisons[comparison]
     left, right = values_of(table, arm, metric), values_of(table, item.against, metric)
     seeds = [seed for seed in study.seeds if seed in left and seed in right]
@@ -104,16 +86,12 @@ def _effect(study: Study, table: Table, comparison: str, arm: str, metric: str) 
     spread = [stats.t_interval(list(side.values())).sd for side in (left, right) if len(side) > 1]
     given = item.expected.get(metric)
     return Effect(
-        comparison,
-        arm,
-        item.against,
-        metric,
-        interval,
-        p,
+        *(comparison, arm, item.against, metric, interval, p),
         adjusted_p=1.0,
         equivalence_p=stats.equivalence(differences, study.primary.margin) if decides else None,
         lost=len(study.seeds) - len(seeds),
         unpaired_sd=math.hypot(*spread) if spread else math.nan,
+        primary=primary,
         expected=given.effect_of(arm) if given else None,
         speed_up=_speed_up(table, arm, item.against, seeds) if metric == LOSS else None,
     )
@@ -138,6 +116,12 @@ def values_of(table: Table, arm: str, metric: str) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
 
+def paired(table: Table, arm: str, against: str, metric: str) -> dict[int, float]:
+    """seed -> value of `arm` minus that of `against`, of the seeds that both have."""
+    ours, theirs = (values_of(table, side, metric) for side in (arm, against))
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+
 def draw_sd(table: Table, arm: str, metric: str) -> float | None:
     """Standard deviation of a run's value over draws, root mean square over the arm's runs."""
     found = [r.draw_sd[metric] for r in table.get(arm, {}).values() if metric in r.draw_sd]
@@ -155,7 +139,6 @@ def references(study: Study, table: Table) -> list[tuple[RunRecord, RunRecord]]:
 class SolveTimes:
     """Which of two arms solves the task first, seed by seed."""
 
-    comparison: str
     arm: str
     against: str
     first: int  # seeds in which `arm` is first
@@ -169,34 +152,27 @@ def solve_times(study: Study, table: Table) -> list[SolveTimes]:
     if study.solve_threshold is None:
         return []
     found = []
-    for comparison, item in study.comparisons.items():
+    for item in study.comparisons.values():
         for arm in item.arms:
-            sides = [table.get(name, {}) for name in (arm, item.against)]
-            seeds = [
-                s for s in study.seeds if all(s in side and side[s].finished for side in sides)
-            ]
-            pairs = [tuple(_solve_time(side[seed]) for side in sides) for seed in seeds]
-            first, later, p = stats.logrank(pairs)  # type: ignore[arg-type]
-            found.append(
-                SolveTimes(comparison, arm, item.against, first, later, len(pairs), p, 1.0)
-            )
+            ours, theirs = (_solve_times(table, name) for name in (arm, item.against))
+            pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+            first, later, p = stats.logrank(pairs)
+            found.append(SolveTimes(arm, item.against, first, later, len(pairs), p, 1.0))
     adjusted = stats.holm({str(n): item.p for n, item in enumerate(found)})
     return [replace(item, adjusted_p=adjusted[str(n)]) for n, item in enumerate(found)]
 
 
-def _solve_time(record: RunRecord) -> tuple[float, bool]:
-    solved = record.solved_at is not None
-    return float(record.solved_at if record.solved_at is not None else record.tokens), solved
+def _solve_times(table: Table, arm: str) -> dict[int, tuple[float, bool]]:
+    """seed -> (tokens, whether its task was solved after so many), of the finished runs."""
+    runs = [(s, r, r.solved_at) for s, r in table.get(arm, {}).items() if r.finished]
+    return {s: (float(r.tokens if at is None else at), at is not None) for s, r, at in runs}
 
 
 def trunks_apart(table: Table, arm: str, against: str) -> bool:
-    """The main models of two arms were trained apart, so that overlap alone does not rank their
-    heads.
-    """
-    pairs = [
-        (r, table[against][s]) for s, r in table.get(arm, {}).items() if s in table.get(against, {})
-    ]
-    return not all(_trunk(left) == _trunk(right) is not None for left, right in pairs)
+    """The main models of two arms were trained apart: overlap alone does not rank their heads."""
+    ours, theirs = table.get(arm, {}), table.get(against, {})
+    pairs = [(_trunk(ours[seed]), _trunk(theirs[seed])) for seed in ours if seed in theirs]
+    return not all(left == right is not None for left, right in pairs)
 
 
 def _trunk(record: RunRecord) -> str | None:
@@ -210,16 +186,12 @@ def _trunk(record: RunRecord) -> str | None:
 def leaks(table: Table) -> list[str]:
     """Depths whose loss lies far below the main loss see their own target, or an easier one."""
     alarms = []
-    for arm, seeds in table.items():
-        for seed, record in seeds.items():
-            metrics: Mapping[str, float] = record.metrics
-            main = metrics.get(LOSS, math.nan)
-            heads = [key for key in metrics if key.startswith("val/mtp_loss/")]
-            low = [key for key in heads if metrics[key] < LEAK_RATIO * main]
-            alarms += [
-                f"{arm}, seed {seed}: {key} {metrics[key]:.3f} against main {main:.3f}"
-                for key in low
-            ]
+    for record in (record for seeds in table.values() for record in seeds.values()):
+        main = record.metrics.get(LOSS, math.nan)
+        for key, loss in record.metrics.items():
+            if key.startswith("val/mtp_loss/") and loss < LEAK_RATIO * main:
+                where = f"{record.arm}, seed {record.seed}"
+                alarms.append(f"{where}: {key} {loss:.3f} against main {main:.3f}")
     return alarms
 
 
@@ -231,12 +203,9 @@ def lost(table: Table, arms: Sequence[str]) -> list[str]:
 
 def not_run(study: Study, table: Table) -> list[str]:
     """Per arm the seeds that were not run or measured as asked, or failed for another reason."""
-    found = []
-    for arm in study.arms:
-        seeds = [str(seed) for seed in study.seeds if seed not in table.get(arm, {})]
-        if seeds:
-            found.append(f"{arm}: no result with seed {', '.join(seeds)}")
-    return found
+    seeds = {arm: [s for s in study.seeds if s not in table.get(arm, {})] for arm in study.arms}
+    named = {arm: ", ".join(map(str, missing)) for arm, missing in seeds.items() if missing}
+    return [f"{arm}: no result with seed {missing}" for arm, missing in named.items()]
 
 
 @dataclass(frozen=True)

@@ -21,22 +21,21 @@ from dsv3_mtp.study.worker import claim
 IGNORED = tuple(k for k in FREE if k not in ("eval.batches", "train.micro_batch_size"))
 
 
+def record_of(study: Study, name: str) -> RunRecord | None:
+    """What stands in the folder of a run, if it was measured as the study asks."""
+    record = read_results(study.folder / name)
+    return record if record and record.measured == measured_settings(study) else None
+
+
 def records_of(loaded: LoadedStudy) -> list[RunRecord]:
-    """The records in the study's run folders that are of its arms and seeds and were measured as it
-    asks.
-    """
-    study, found = loaded.study, []
-    for seed in study.seeds:
-        for arm in study.arms:
-            record = read_results(study.folder / f"{arm}-seed{seed}")
-            if record is not None and record.measured == measured_settings(study):
-                found.append(record)
-    return found
+    """Those of the study's arms and seeds that there are."""
+    study = loaded.study
+    names = (f"{arm}-seed{seed}" for seed in study.seeds for arm in study.arms)
+    return [record for name in names if (record := record_of(study, name)) is not None]
 
 
 def budgets_of(loaded: LoadedStudy) -> dict[str, int]:
-    """total_tokens of the arms with another's measured time: of their own runs, else from the
-    measurement.
+    """total_tokens of the arms with another's measured time, of their own runs or by measurement.
 
     An arm is left out until all seeds of both arms that it depends on are closed; finished ones
     count.
@@ -56,9 +55,8 @@ def budgets_of(loaded: LoadedStudy) -> dict[str, int]:
             found[name] = begun
         elif all(len(side) == len(study.seeds) for side in sides) and all(paces):
             seconds = fmean(pace * tokens for pace, tokens in paces[0])
-            found[name] = whole_steps(
-                loaded.configs[name], seconds / fmean(pace for pace, _ in paces[1])
-            )
+            tokens = seconds / fmean(pace for pace, _ in paces[1])
+            found[name] = whole_steps(loaded.configs[name], tokens)
     return found
 
 
@@ -80,8 +78,7 @@ def _closed(study: Study, arm: str) -> list[RunRecord]:
 
 def is_closed(study: Study, run: Run) -> bool:
     """The run is trained, or diverged, and was measured as the study asks."""
-    record = read_results(study.folder / run.name)
-    return record is not None and record.measured == measured_settings(study)
+    return record_of(study, run.name) is not None
 
 
 def check_folders(study: Study, runs: Sequence[Run]) -> None:
@@ -98,15 +95,11 @@ def check_folders(study: Study, runs: Sequence[Run]) -> None:
             there = Config.model_validate(record.config).to_dict()
         else:
             continue
-        other = differences(there, run.config.to_dict(), ignoring=IGNORED)
-        problems += [
-            f"{place}: {key} is {old}, the study says {new}" for key, (old, new) in other.items()
-        ]
+        other = differences(there, run.config.to_dict(), ignoring=IGNORED).items()
+        problems += [f"{place}: {key} is {old}, the study says {new}" for key, (old, new) in other]
     if problems:
-        raise ValueError(
-            "run folders of other settings; delete them, or give the study another run.name:\n  "
-            + "\n  ".join(problems)
-        )
+        text = "run folders of other settings; delete them, or give the study another run.name:"
+        raise ValueError("\n  ".join([text, *problems]))
 
 
 def report_study(loaded: LoadedStudy, out: Path | None = None) -> Path:
@@ -114,13 +107,10 @@ def report_study(loaded: LoadedStudy, out: Path | None = None) -> Path:
 
     Raises:
         ValueError: nothing has been run, a run folder holds a run of other settings, or a
-        results.json
-            or the plan is damaged.
+            results.json or the plan is damaged.
     """
-    from dsv3_mtp.study.report import (  # matplotlib, which training does not need
-        require_runs,
-        write_report,
-    )
+    # not above: matplotlib, which training does not need
+    from dsv3_mtp.study.report import require_runs, write_report
 
     study = loaded.study
     check_folders(study, expand(loaded, budgets_of(loaded)))
@@ -133,8 +123,7 @@ def report_study(loaded: LoadedStudy, out: Path | None = None) -> Path:
 def load_archived(
     folder: Path, sets: tuple[str, ...] = (), *, trust_code: bool = False
 ) -> LoadedStudy:
-    """The study of an archive, with its records and its plan in the study's folder: to go on with
-    it.
+    """The study of an archive, with its records and plan in the study's folder, to go on with it.
 
     Raises:
         ValueError: the archive is damaged, or the folder has a plan of its own.
@@ -170,10 +159,8 @@ def adopt(loaded: LoadedStudy, folders: Iterable[Path], say: Callable[[str], Non
     for folder in folders:
         own = [name for run in runs for name in code.named(run.config.to_dict())]
         there = load_config(folder / "config.yaml", trust_code=own).to_dict()
-        others = [
-            differences(there, run.config.to_dict(), ignoring=(*IGNORED, "run.name"))
-            for run in runs
-        ]
+        free = (*IGNORED, "run.name")
+        others = [differences(there, run.config.to_dict(), ignoring=free) for run in runs]
         number = min(range(len(runs)), key=lambda n: len(others[n]))
         run, other = runs[number], others[number]
         if other:
@@ -181,7 +168,7 @@ def adopt(loaded: LoadedStudy, folders: Iterable[Path], say: Callable[[str], Non
             raise ValueError(
                 f"{folder}: no run of this study has its settings; {run.name} has not: {keys}"
             )
-        if not (checkpoints(folder / "checkpoints")):
+        if not checkpoints(folder / "checkpoints"):
             raise ValueError(f"{folder}: has no checkpoint; train it to its end first")
         if is_closed(study, run):
             say(f"{run.name}: has a result already; {folder} is not needed")

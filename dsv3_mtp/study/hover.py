@@ -1,5 +1,4 @@
-"""Figures of the HTML page that answer to the pointer: hover values, and arms that can be switched
-off.
+"""Figures of the HTML page that answer to the pointer: hover values, arms to switch off.
 
 Drawn by Bokeh, whose script (1.3 MB) is put into the page: no network. Without that package
 (pip install 'dsv3_mtp[report]') the page has the PNG files, and says so.
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_mtp.study.findings import LOSS, is_primary, values_of
+from dsv3_mtp.study.findings import LOSS, paired, values_of
 from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
 from dsv3_mtp.study.page import Live
 from dsv3_mtp.study.pictures.base import PictureData, Series
@@ -33,11 +32,8 @@ for (const box of document.querySelectorAll('#arms input')) box.addEventListener
 def live(data: PictureData) -> Live:
     """The live parts of a report's page; without Bokeh a sentence."""
     if importlib.util.find_spec("bokeh") is None:
-        text = (
-            "Pictures only: hover values and arms to switch off need pip install "
-            "'dsv3_mtp[report]'."
-        )
-        return Live(controls=f"<p>{text}</p>")
+        needed = "hover values and arms to switch off need pip install 'dsv3_mtp[report]'"
+        return Live(controls=f"<p>Pictures only: {needed}.</p>")
     from bokeh.embed import components
     from bokeh.resources import Resources
 
@@ -60,13 +56,8 @@ def _arm_boxes(data: PictureData) -> str:
 def _figure(**more: Any) -> Any:
     from bokeh.plotting import figure
 
-    plot = figure(
-        sizing_mode="stretch_width",
-        toolbar_location="above",
-        tools="pan,box_zoom,reset,save",
-        active_drag=None,
-        **more,
-    )
+    tools: Any = {"tools": "pan,box_zoom,reset,save", "active_drag": None}
+    plot = figure(sizing_mode="stretch_width", toolbar_location="above", **tools, **more)
     plot.toolbar.logo = None
     return plot
 
@@ -82,48 +73,37 @@ def _answer(data: PictureData) -> Any:
         return None  # shares of seeds, with intervals: the picture is as good
     from bokeh.models.annotations import BoxAnnotation, Span
 
-    effects = [e for e in data.effects if is_primary(data.study, e) and e.interval is not None]
+    effects = [e for e in data.effects if e.primary and e.interval is not None]
     arms = [e.arm for e in effects]
     if not arms:
         return None
     plot = _figure(height=110 + 42 * len(arms), y_range=list(reversed(arms)))
     margin = data.study.primary.margin
-    plot.add_layout(
-        BoxAnnotation(left=-margin, right=margin, fill_color="#8c8c8c", fill_alpha=0.15)
-    )
+    grey: Any = {"fill_color": "#8c8c8c", "fill_alpha": 0.15}
+    plot.add_layout(BoxAnnotation(left=-margin, right=margin, **grey))
     plot.add_layout(Span(location=0, dimension="height", line_color="#8c8c8c"))
     marks = []
     for effect in effects:
         i, color = effect.interval, data.colors[effect.arm]
         assert i is not None
-        row = {"arm": [effect.arm], "mean": [i.mean], "n": [i.n], "p": [effect.adjusted_p]}
-        bounds = (
-            {"low": [i.low], "high": [i.high]}
-            if i.n > 1
-            else {"low": row["mean"], "high": row["mean"]}
-        )
-        source, look = row | bounds, {"color": color, "name": effect.arm}
+        low, high = (i.low, i.high) if i.n > 1 else (i.mean, i.mean)
+        row = {"arm": effect.arm, "mean": i.mean, "n": i.n, "p": effect.adjusted_p}
+        source = {key: [value] for key, value in (row | {"low": low, "high": high}).items()}
+        look = {"color": color, "name": effect.arm}
         plot.segment("low", "arm", "high", "arm", source=source, line_width=3, **look)
         marker = SHAPES[data.markers[effect.arm]]
         marks.append(plot.scatter("mean", "arm", source=source, size=11, marker=marker, **look))
-        ours, theirs = (
-            values_of(data.table, arm, effect.metric) for arm in (effect.arm, effect.against)
-        )
-        each = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        each = list(paired(data.table, effect.arm, effect.against, effect.metric).values())
         below = [(effect.arm, -0.3)] * len(each)  # a little below the arm's line
         plot.scatter(each, below, size=4, alpha=0.7, **look)
         if effect.expected is not None:
             open_mark = {"fill_color": None, "line_color": "#1a1a1a", "name": effect.arm}
             plot.scatter([effect.expected], [effect.arm], marker="diamond", size=14, **open_mark)
-    rows = [
-        ("arm", "@arm"),
-        ("difference", "@mean{+0.0000}"),
-        ("95 %", "@low{+0.0000} .. @high{+0.0000}"),
-    ]
-    _hover(plot, marks, [*rows, ("seeds", "@n"), ("Holm p", "@p{0.0000}")])
-    plot.xaxis.axis_label = (
-        f"{describe_metric(data.study.primary.metric)[0]}: minus {data.reference}"
-    )
+    rows = [("arm", "@arm"), ("difference", "@mean{+0.0000}")]
+    rows += [("95 %", "@low{+0.0000} .. @high{+0.0000}"), ("seeds", "@n")]
+    _hover(plot, marks, [*rows, ("Holm p", "@p{0.0000}")])
+    words, _ = describe_metric(data.study.primary.metric)
+    plot.xaxis.axis_label = f"{words}: minus {data.reference}"
     return plot
 
 
@@ -132,23 +112,15 @@ def _curves(data: PictureData, found: Mapping[str, Series], label: str) -> Any:
         return None
     plot, marks = _figure(height=380), []
     for arm, (tokens, values, _) in found.items():
-        source = {
-            "tokens": tokens.tolist(),
-            "mean": values.mean(0).tolist(),
-            "low": values.min(0).tolist(),
-            "high": values.max(0).tolist(),
-            "arm": [arm] * len(tokens),
-        }
-        color = data.colors[arm]
-        plot.line("tokens", "mean", source=source, color=color, line_width=2, name=arm)
+        rows = {"mean": values.mean(0), "low": values.min(0), "high": values.max(0)}
+        columns = {name: x.tolist() for name, x in ({"tokens": tokens} | rows).items()}
+        source = columns | {"arm": [arm] * len(tokens)}
+        look = {"source": source, "color": data.colors[arm], "name": arm}
+        plot.line("tokens", "mean", line_width=2, **look)
         shape = SHAPES[data.markers[arm]]
-        marks.append(
-            plot.scatter(
-                "tokens", "mean", source=source, color=color, size=6, marker=shape, name=arm
-            )
-        )
-    rows = [("arm", "@arm"), ("tokens", "@tokens{0,0}"), ("mean", "@mean{0.0000}")]
-    _hover(plot, marks, [*rows, ("seeds", "@low{0.0000} .. @high{0.0000}")])
+        marks.append(plot.scatter("tokens", "mean", size=6, marker=shape, **look))
+    shown = [("arm", "@arm"), ("tokens", "@tokens{0,0}"), ("mean", "@mean{0.0000}")]
+    _hover(plot, marks, [*shown, ("seeds", "@low{0.0000} .. @high{0.0000}")])
     plot.xaxis.axis_label, plot.yaxis.axis_label = "tokens", label
     plot.xaxis.formatter.use_scientific = False
     return plot
@@ -178,18 +150,10 @@ def _tradeoff(data: PictureData) -> Any:
         loss, drafts = values_of(data.table, arm, LOSS), values_of(data.table, arm, metric)
         seeds = [seed for seed in drafts if seed in loss]
         if seeds:
-            source = {
-                "drafts": [drafts[s] for s in seeds],
-                "loss": [loss[s] for s in seeds],
-                "seed": [str(s) for s in seeds],
-                "arm": [arm] * len(seeds),
-            }
-            shape = SHAPES[data.markers[arm]]
-            marks.append(
-                plot.scatter(
-                    "drafts", "loss", source=source, size=9, color=color, marker=shape, name=arm
-                )
-            )
+            source: Any = {"drafts": [drafts[s] for s in seeds], "loss": [loss[s] for s in seeds]}
+            source |= {"seed": [str(s) for s in seeds], "arm": [arm] * len(seeds)}
+            look = {"color": color, "marker": SHAPES[data.markers[arm]], "name": arm}
+            marks.append(plot.scatter("drafts", "loss", source=source, size=9, **look))
         elif loss:
             from bokeh.models.annotations import Span
 
@@ -197,10 +161,8 @@ def _tradeoff(data: PictureData) -> Any:
             plot.add_layout(Span(location=level, dimension="width", line_color=color, name=arm))
     _hover(plot, marks, [("arm", "@arm"), ("seed", "@seed"), ("tokens per step", "@drafts{0.000}"),
                          ("main loss", "@loss{0.0000}")])  # fmt: skip
-    plot.xaxis.axis_label, plot.yaxis.axis_label = (
-        describe_metric(metric)[0],
-        "main validation loss",
-    )
+    plot.xaxis.axis_label = describe_metric(metric)[0]
+    plot.yaxis.axis_label = "main validation loss"
     return plot
 
 

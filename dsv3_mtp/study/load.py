@@ -4,6 +4,7 @@ loaded = load_study("configs/studies/lambda.yaml", ["seeds=[1, 2]"])
 loaded.study.arms, loaded.configs["v3_step"].mtp.loss_weight
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from dsv3_mtp.config import Config, ConfigError, layout, load_config
 from dsv3_mtp.config.reader import Problem, problems_of
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.study.matrix import Overrides, Study
+from dsv3_mtp.study.metric_names import OWN, not_measured
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ class LoadedStudy:
 def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     """Reads and checks a study file and every arm's config.
 
-    sets: overrides of the file, such as "scale=gpu", or of the run that all arms start from, such
-    as "optim.lr=1e-3". Raises ConfigError, whose text reports every problem of the study and of its
-    arms.
+    sets: overrides of the file ("scale=gpu"), or of the run that all arms start from
+    ("optim.lr=1e-3").
+
+    Raises:
+        ConfigError: every problem of the study and of its arms.
     """
     path, sets = Path(path), tuple(sets)
     # of a run, that are not keys of a study file too
@@ -47,12 +51,13 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
     read_tree(base)  # a base that cannot be read is no problem of the arms
     for name in study.arms:
         try:
-            configs[name] = load_config(base, list(_settings(study, name, of_runs)))
+            configs[name] = load_config(base, _settings(study, name, of_runs))
             refused = list(layout.problems(configs[name], world_size=study.ranks))
         except ConfigError as error:
             refused = list(error.problems)
         for problem in refused:
             found.setdefault(problem, []).append(name)
+    problems += metric_problems(study, configs)
     problems += _measuring_problems(study, configs)
     for (key, text), arms in found.items():
         where = "every arm" if len(arms) == len(study.arms) else f"arms.{', '.join(arms)}"
@@ -76,9 +81,7 @@ def study_of(tree: dict[str, Any], *, source: str, problems: list[Problem]) -> S
 
 
 def _spell_out(tree: dict[str, Any]) -> None:
-    """Adds the grid's arms and puts names for patterns; what has not the right shape is left to the
-    schema.
-    """
+    """Adds the grid's arms, puts names for patterns; a wrong shape is left to the schema."""
     grid, arms = tree.get("grid"), tree.setdefault("arms", {})
     if isinstance(grid, dict) and isinstance(arms, dict):
         arms |= {name: arm for name, arm in _grid_arms(grid) if name not in arms}
@@ -86,10 +89,9 @@ def _spell_out(tree: dict[str, Any]) -> None:
     for item in comparisons.values() if isinstance(comparisons, dict) else ():
         if isinstance(item, dict) and isinstance(item.get("arms"), list):
             names: dict[Any, None] = {}
+            others = [arm for arm in arms if arm != item.get("against")]
             for pattern in item["arms"]:
-                fitting = [
-                    a for a in arms if fnmatchcase(a, str(pattern)) and a != item.get("against")
-                ]
+                fitting = [arm for arm in others if fnmatchcase(arm, str(pattern))]
                 names |= dict.fromkeys(fitting if "*" in str(pattern) and fitting else [pattern])
             if any("*" in str(pattern) for pattern in item["arms"]):
                 item["arms"] = list(names)
@@ -118,60 +120,50 @@ def axis_names(label: str, values: list[Any] | dict[str, Any]) -> list[str]:
     return [f"{label}{value}" for value in values]
 
 
+def metric_problems(study: Study, configs: Mapping[str, Config]) -> Iterator[Problem]:
+    """Metrics that could be of heads, objectives or tasks of one's own, and are of no arm's. An arm
+    that is refused may have them.
+    """
+    for place, metric in study.asked() if len(configs) == len(study.arms) else ():
+        if OWN.fullmatch(metric) and (text := not_measured(metric, configs.values())):
+            yield place, text
+
+
 def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator[Problem]:
     """What the study asks to be measured, and runs of these configs could not be."""
     ramps = [name for name, config in configs.items() if config.train.batch_size_ramp is not None]
     if study.ranks > 1 and ramps:
-        yield (
-            f"arms.{', '.join(ramps)}: train.batch_size_ramp",
-            f"rounds to other batches on {study.ranks} ranks (scales.{study.scale}.ranks) than on "
-            "one, so budgets would not be matched; set null",
-        )
+        text = f"rounds to other batches on {study.ranks} ranks (scales.{study.scale}.ranks) than"
+        remedy = "on one, so budgets would not be matched; set null"
+        yield f"arms.{', '.join(ramps)}: train.batch_size_ramp", f"{text} {remedy}"
     coarse = [name for name, config in configs.items() if config.log.every > 1]
     if study.loss_error_against is not None and coarse:
-        yield (
-            f"arms.{', '.join(coarse)}: log.every",
-            "must be 1 with loss_error_against: it is smoothed by step",
-        )
-    texts = [
-        name
-        for name, config in configs.items()
-        if config.data.task is None or not config.data.task.has_answers
-    ]
+        text = "must be 1 with loss_error_against: it is smoothed by step"
+        yield f"arms.{', '.join(coarse)}: log.every", text
+    tasks = {name: config.data.task for name, config in configs.items()}
+    texts = [name for name, task in tasks.items() if task is None or not task.has_answers]
     if study.solve_threshold is not None and texts:
-        yield (
-            "solve_threshold",
-            f"needs a data.task with answers, which arms.{', '.join(texts)} have not; set null",
-        )
+        text = f"needs a data.task with answers, which arms.{', '.join(texts)} have not; set null"
+        yield "solve_threshold", text
     if study.acceptance is not None:
         needed = study.acceptance.prefix_tokens + study.acceptance.new_tokens
         for name in texts:
             longest = configs[name].model.max_position_embeddings
             if configs[name].mtp.depths and needed > longest:
-                text = (
-                    "prefix_tokens + new_tokens must be <= model.max_position_embeddings = "
-                    f"{longest} of arms.{name}"
-                )
-                yield "acceptance", f"{text} (got {needed})"
+                bound = f"model.max_position_embeddings = {longest} of arms.{name}"
+                text = f"prefix_tokens + new_tokens must be <= {bound} (got {needed})"
+                yield "acceptance", text
 
 
-def _settings(study: Study, name: str, of_runs: Iterable[str]) -> Iterator[str]:
+def _settings(study: Study, name: str, of_runs: Iterable[str]) -> list[str]:
     """What load_config is to override in the base for an arm's first seed: later ones win."""
 
-    def items(
-        overrides: Overrides,
-    ) -> Iterator[str]:  # default: a date, which no key takes, is refused as text
-        yield from (
-            f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
-            for key, value in overrides.items()
-        )
+    def items(overrides: Overrides) -> list[str]:
+        # default: a date, which no key takes, is refused as text
+        dump = functools.partial(json.dumps, ensure_ascii=False, default=str)
+        return [f"{key}={dump(value)}" for key, value in overrides.items()]
 
-    own = {
-        "run.name": f"{name}-seed{study.seeds[0]}",
-        "run.dir": str(study.folder),
-        "run.seed": study.seeds[0],
-    }
-    for overrides in (study.scales[study.scale].set, study.set):
-        yield from items(overrides)
-    yield from of_runs
-    yield from items(study.arms[name].set | own)
+    seed = study.seeds[0]
+    own = {"run.name": f"{name}-seed{seed}", "run.dir": str(study.folder), "run.seed": seed}
+    common = [*items(study.scales[study.scale].set), *items(study.set)]
+    return [*common, *of_runs, *items(study.arms[name].set | own)]

@@ -5,7 +5,6 @@ else is exploratory. load.py reads it; docs/study.md is the reference.
 """
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +23,7 @@ from dsv3_mtp.config.section import (
     Section,
     Text,
 )
-from dsv3_mtp.study.metric_names import METRICS, NEEDS, family, is_rate_over_seeds
+from dsv3_mtp.study.metric_names import NEEDS, OWN, is_rate_over_seeds, not_measured
 from dsv3_mtp.study.trend_key import Trend, trend_rules
 
 EVERY_ARM = "every arm"
@@ -46,9 +45,7 @@ class Match(Section):
     arm: Text
     """The arm whose cost is matched."""
     by: Literal["flops", "cpu_time"]
-    """flops: training FLOPs, by count; cpu_time: seconds of computing, as measured in the finished
-    runs of `arm`.
-    """
+    """flops: training FLOPs, by count; cpu_time: seconds of computing in finished runs of `arm`."""
     pace: Text | None = None
     """With cpu_time: the arm whose measured tokens per second this arm has."""
 
@@ -80,8 +77,7 @@ class Axis(Section):
     values: (
         Annotated[dict[Text, Any], Field(min_length=1)] | Annotated[list[Any], Field(min_length=1)]
     )
-    """A list (arms are called AXISVALUE), or a mapping of names to values (arms are called NAME).
-    """
+    """A list (arms are called AXISVALUE), or a mapping of names to values (called NAME)."""
 
 
 class Grid(Section):
@@ -107,26 +103,21 @@ class Expected(Section):
         return self.effect.get(arm) if isinstance(self.effect, dict) else self.effect
 
 
+# What makes a comparison fair: heads on top (V3), heads instead of trunk layers (Meta), equal cost,
+# other heads on the same trunk, or other settings of the same model.
+Matched = Literal["matched parameters", "matched training FLOPs", "matched CPU time"]
+Rule = Literal["added parameters", Matched, "same trunk", "same model"]
+
+
 class Comparison(Section):
     """Arms against one other arm, paired by seed."""
 
     against: Text
     arms: Annotated[tuple[Text, ...], Field(min_length=1)]
     """Names, or patterns with * that stand for every arm they fit but `against`."""
-    rule: Literal[
-        "added parameters",
-        "matched parameters",
-        "matched training FLOPs",
-        "matched CPU time",
-        "same trunk",
-        "same model",
-    ]
-    """What makes it fair: heads on top (V3), heads instead of trunk layers (Meta), equal cost,
-    other heads on the same
-    trunk, or other settings of the same model."""
+    rule: Rule
     expected: dict[Text, Expected] = {}
-    """Metric -> what is expected of it; --dry-run and the report set it beside what can be found.
-    """
+    """Metric -> what is expected of it; shown beside what can be found."""
 
 
 class LearningRate(Section):
@@ -144,24 +135,18 @@ class Primary(Section):
     metric: Text
     comparison: Text
     margin: Positive
-    """Differences within +-margin would not matter: the equivalence test's bound, in units of the
-    metric.
-    """
+    """The equivalence test's bound: differences within +-margin would not matter."""
 
 
 class AcceptanceSection(Section):
-    """Free-running drafts on prefixes of real validation text, after training, at temperature 0 and
-    1.
-    """
+    """Free-running drafts on prefixes of validation text after training, at temperature 0 and 1."""
 
     prefixes: Count = 64
     prefix_tokens: Count = 64
     new_tokens: Annotated[Integer, Field(ge=3)] = 16
     """The first comes with the prompt, the last of a step from the main model: without a draft."""
     draws: Count = 4
-    """The prefixes are dealt to so many sets, each with random numbers of its own: the sd over
-    draws
-    stands beside that over seeds."""
+    """Sets that the prefixes are dealt to, each with random numbers of its own, for an sd."""
 
     def rules(self) -> Iterator[Problem]:
         if self.draws > self.prefixes:
@@ -203,17 +188,11 @@ class Study(Section):
     acceptance: AcceptanceSection | None = None
     """null: not measured."""
     loss_error_against: Text | None = None
-    """Arm whose training losses are the reference of train/main_loss_error and its like (V3 B.1);
-    null: not asked.
-    """
+    """Arm whose training losses train/main_loss_error is relative to (V3 B.1); null: not asked."""
     solve_threshold: Fraction | None = None
-    """A run has solved its task at the first validation whose task/exact_match reaches this; null:
-    not asked.
-    """
+    """task/exact_match of a validation from which on a run has solved its task; null: not asked."""
     corpus: Text | None = None
-    """Manifest hash, or its beginning, of the prepared text that the study's numbers are of; null:
-    not named.
-    """
+    """Manifest hash, or its beginning, of the prepared text of the study's numbers; null: any."""
     learning_rate: LearningRate | None = None
     """null: the report says that this is not known."""
     limits: Text | None = None
@@ -224,24 +203,17 @@ class Study(Section):
             yield "scale", f"must be one of {', '.join(self.scales)} (got {show(self.scale)})"
         if len(set(self.seeds)) != len(self.seeds):
             yield "seeds", f"must differ (got {show(self.seeds)})"
-        if self.primary.comparison not in self.comparisons:
+        if (decides := self.primary.comparison) not in self.comparisons:
             names = ", ".join(self.comparisons)
-            yield (
-                "primary.comparison",
-                f"must be one of {names} (got {show(self.primary.comparison)})",
-            )
-        if self.loss_error_against not in (None, *self.arms):
-            yield (
-                "loss_error_against",
-                f"must be one of {', '.join(self.arms)} (got {show(self.loss_error_against)})",
-            )
+            yield "primary.comparison", f"must be one of {names} (got {show(decides)})"
+        if (other := self.loss_error_against) not in (None, *self.arms):
+            names = ", ".join(self.arms)
+            yield "loss_error_against", f"must be one of {names} (got {show(other)})"
         for place, overrides in self.overrides():
             for key in overrides:
                 if key in OWNED:
-                    yield (
-                        f"{place}.{key}",
-                        "is given by the study: use run, seeds and the names of the arms",
-                    )
+                    text = "is given by the study: use run, seeds and the names of the arms"
+                    yield f"{place}.{key}", text
                 elif key in Config.model_fields and key != "deepspeed":
                     text = "is a whole section, whose other keys would no longer be the base's"
                     yield f"{place}.{key}", f"{text}; give dotted keys, '{key}.KEY: VALUE'"
@@ -254,15 +226,11 @@ class Study(Section):
         for name, arm in self.arms.items():
             if not name.replace("_", "").replace(".", "").isalnum():
                 yield f"arms.{name}", "names are letters, digits, dots and underscores"
-            for role, other in (
-                ("arm", arm.match and arm.match.arm),
-                ("pace", arm.match and arm.match.pace),
-            ):
+            for role in ("arm", "pace") if arm.match else ():
+                other = getattr(arm.match, role)
                 if other is not None and other not in earlier:
-                    yield (
-                        f"arms.{name}.match.{role}",
-                        f"must be an arm above it (got {show(other)})",
-                    )
+                    text = f"must be an arm above it (got {show(other)})"
+                    yield f"arms.{name}.match.{role}", text
             earlier.append(name)
         for name, comparison in self.comparisons.items():
             for arm_name in (comparison.against, *comparison.arms):
@@ -281,10 +249,8 @@ class Study(Section):
         for metric, expected in comparison.expected.items():
             place = f"comparisons.{name}.expected.{metric}"
             if metric not in (self.primary.metric, *self.metrics):
-                yield (
-                    place,
-                    "is neither primary.metric nor one of `metrics`: it would not be tested",
-                )
+                text = "is neither primary.metric nor one of `metrics`: it would not be tested"
+                yield place, text
             if isinstance(expected.effect, dict):
                 for arm in sorted(set(expected.effect) - set(comparison.arms)):
                     yield f"{place}.effect.{arm}", "is no arm of this comparison"
@@ -293,23 +259,30 @@ class Study(Section):
             if expected.sd is not None and is_rate_over_seeds(metric):
                 yield f"{place}.sd", "has no use: a solve rate is tested by counting seeds"
 
-    def _metric_rules(self) -> Iterator[Problem]:
+    def asked(self) -> list[tuple[str, str]]:
+        """Every metric that the file names, with its place."""
         listed = [(f"metrics[{number}]", metric) for number, metric in enumerate(self.metrics)]
-        for place, metric in [("primary.metric", self.primary.metric), *listed]:
-            name, key = (
-                family(metric),
-                next((key for prefix, key in NEEDS.items() if metric.startswith(prefix)), None),
-            )
-            if name not in METRICS:
-                close = get_close_matches(name, METRICS, n=1)
-                hint = (
-                    f"; did you mean '{close[0]}'?"
-                    if close
-                    else f"; there are {', '.join(METRICS)}"
-                )
-                yield place, f"no run is measured by it (got {show(metric)}){hint}"
-            elif key and getattr(self, key) is None:
-                yield place, f"is measured only with {key}; set that too (got {show(metric)})"
+        return [("primary.metric", self.primary.metric), *listed]
+
+    def _metric_rules(self) -> Iterator[Problem]:
+        for place, metric in self.asked():
+            needed = [key for prefix, key in NEEDS.items() if metric.startswith(prefix)]
+            if needed and getattr(self, needed[0]) is None:
+                only = f"is measured only with {needed[0]}; set that too (got {show(metric)})"
+                yield place, only
+            elif not OWN.fullmatch(metric) and (text := not_measured(metric)):
+                yield place, text
+
+    def tests(self) -> list[tuple[str, str, str, bool]]:
+        """(comparison, metric, arm, whether it is primary) of all tests, the primary ones first."""
+        decides = (self.primary.comparison, self.primary.metric)
+        found = [
+            (name, metric, arm, (name, metric) == decides)
+            for name, comparison in self.comparisons.items()
+            for metric in dict.fromkeys([self.primary.metric, *self.metrics])
+            for arm in comparison.arms
+        ]
+        return sorted(found, key=lambda test: not test[3])
 
     def overrides(self) -> list[tuple[str, Overrides]]:
         """Every `set` of the file and its place."""

@@ -39,10 +39,8 @@ TABLE, OVERLAP, ABOVE = "val/floor/overlap/table", "val/overlap", "val/overlap_a
 
 def measured_settings(study: Study) -> dict[str, Any]:
     """What a record depends on beside the run's config."""
-    keys = {"acceptance", "solve_threshold"}
-    return study.model_dump(mode="json", include=keys) | {
-        "every_loss": bool(study.loss_error_against)
-    }
+    asked = study.model_dump(mode="json", include={"acceptance", "solve_threshold"})
+    return asked | {"every_loss": bool(study.loss_error_against)}
 
 
 def measure(
@@ -78,17 +76,15 @@ def measure(
 def describe(study: Study, run: Run, records: Sequence[Logged], starts: list[Start]) -> RunRecord:
     """What a record says of every run, before anything is measured."""
     size = size_of(run.config)
+    counts: Any = {"training": size.total + size.mtp_total}
+    counts |= {"inference": size.total, "active": size.active}
     return RunRecord(
         arm=run.arm,
         seed=run.seed,
         status="finished",
         config=run.config.to_dict(),
         measured=measured_settings(study),
-        parameters={
-            "training": size.total + size.mtp_total,
-            "inference": size.total,
-            "active": size.active,
-        },
+        parameters=counts,
         flops_per_token=size.flops_per_token,
         flops=training_flops(run.config),
         tokens=consumed(run.config),
@@ -159,9 +155,7 @@ def along_text(folder: Path, run: Run) -> dict[str, float]:
 
 
 def above_table(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Overlap minus that of the table drafter with the same trunk: fair between trunks trained
-    apart.
-    """
+    """Overlap minus the table drafter's with the same trunk: fair between trunks trained apart."""
     depths = [k for k in depths_of(metrics, OVERLAP) if f"{TABLE}/{k}" in metrics]
     return {f"{ABOVE}/{k}": metrics[f"{OVERLAP}/{k}"] - metrics[f"{TABLE}/{k}"] for k in depths}
 
@@ -221,9 +215,8 @@ def loss_error_metrics(
 
 def solved_at(records: Sequence[Logged], threshold: float) -> int | None:
     """Tokens at the first validation with task/exact_match >= threshold."""
-    return next(
-        (record["tokens"] for record in records if record.get(SOLVED, -1.0) >= threshold), None
-    )
+    reached = (record["tokens"] for record in records if record.get(SOLVED, -1.0) >= threshold)
+    return next(reached, None)
 
 
 def free_running(
@@ -254,11 +247,8 @@ def free_running(
                 name = key.removeprefix("val/").replace("acceptance/", "joint/")
                 found.setdefault(f"acceptance/T{temperature}/{name}", []).append(value)
     means = {key: fmean(values) for key, values in found.items()}
-    return means, {
-        key: stdev(values) / math.sqrt(len(values))
-        for key, values in found.items()
-        if len(values) > 1
-    }
+    many = {key: values for key, values in found.items() if len(values) > 1}
+    return means, {key: stdev(values) / math.sqrt(len(values)) for key, values in many.items()}
 
 
 def _model(folder: Path, run: Run) -> DeepseekV3MTP:

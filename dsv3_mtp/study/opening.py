@@ -6,7 +6,7 @@ from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import findings, trends, words
 from dsv3_mtp.study.alarms import TRIGRAM, alarms, dirty, primary_arms
 from dsv3_mtp.study.corpus import other_corpus
-from dsv3_mtp.study.findings import Findings, is_primary, values_of
+from dsv3_mtp.study.findings import Findings, values_of
 from dsv3_mtp.study.matrix import EVERY_ARM
 from dsv3_mtp.study.page import Element, Heading, Items, Paragraph, Picture
 
@@ -39,12 +39,10 @@ def opening(found: Findings, pictures: Sequence[Picture]) -> list[Element]:
 def _moved(found: Findings) -> list[Element]:
     """A line where the plan was changed once runs had finished."""
     late = [c for c in found.plan.changes if c.finished and c.key.startswith(GOALS)]
-    if not late:
-        return []
     keys = ", ".join(dict.fromkeys(change.key for change in late))
-    first = min(change.finished for change in late)
+    first = min((change.finished for change in late), default=0)
     text = f"Changed when {first} or more runs had finished: {keys} (the plan, below)."
-    return [Paragraph(text)]
+    return [Paragraph(text)] if late else []
 
 
 def not_shown(found: Findings) -> Iterable[str]:
@@ -79,18 +77,14 @@ def not_shown(found: Findings) -> Iterable[str]:
     bare = [arm for arm in arms if not values_of(found.table, arm, TRIGRAM)]
     if on_text and bare:
         which = "the models" if len(bare) == len(arms) else ", ".join(bare)
-        yield (
-            f"Whether {which} beat n-gram tables of the same tokens: these floors were not "
-            "measured."
-        )
+        whether = f"Whether {which} beat n-gram tables of the same tokens"
+        yield f"{whether}: these floors were not measured."
     hashes = {d.hash for record in records for start in record.starts for d in start.data.values()}
     if (note := other_corpus(study, hashes)) is not None:
         yield note
-    if study.primary.metric.startswith("val/overlap/") and any(
-        findings.trunks_apart(found.table, e.arm, e.against)
-        for e in found.effects
-        if is_primary(study, e)
-    ):
+    primary = [effect for effect in found.effects if effect.primary]
+    apart = any(findings.trunks_apart(found.table, e.arm, e.against) for e in primary)
+    if apart and study.primary.metric.startswith("val/overlap/"):
         yield (
             "Which heads are better by overlap alone: the trunks were trained apart, and overlap "
             "falls as a trunk learns. Read it with the main loss (below)."

@@ -98,8 +98,7 @@ def to_html(blocks: Sequence[Element], live: Live, *, title: str, folder: Path) 
     """The page; what is not live is a picture, read from `folder` and put into it."""
     parts = [_html(block, folder, live.elements) for block in blocks]
     pictures = (n for n, block in enumerate(blocks) if isinstance(block, Picture))
-    first = next(pictures, len(blocks))
-    parts.insert(first, live.controls)
+    parts.insert(next(pictures, len(blocks)), live.controls)
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
@@ -117,9 +116,8 @@ def _html(block: Element, folder: Path, elements: Mapping[str, str]) -> str:
         case Paragraph():
             return f"<p>{html.escape(block.text)}</p>"
         case Items():
-            return (
-                "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in block.texts) + "</ul>"
-            )
+            items = "".join(f"<li>{html.escape(text)}</li>" for text in block.texts)
+            return f"<ul>{items}</ul>"
         case Code():
             return f"<pre>{html.escape(block.text)}</pre>"
         case Picture():

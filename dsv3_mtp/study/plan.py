@@ -15,13 +15,13 @@ from pydantic import ValidationError, with_config
 from typing_extensions import TypedDict
 
 from dsv3_mtp.config import Config, code
-from dsv3_mtp.config.reader import problems_of
+from dsv3_mtp.config.reader import Problem, problems_of
 from dsv3_mtp.config.resume import differences
 from dsv3_mtp.config.section import Integer, Section
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.files.atomic import lock, write_json
 from dsv3_mtp.files.checked import OPEN, parse_json
-from dsv3_mtp.study.load import LoadedStudy, study_of
+from dsv3_mtp.study.load import LoadedStudy, metric_problems, study_of
 
 PLAN = "plan.json"
 FREE = ("run", "scales")  # where the study lives, and how fast the machine is thought to be
@@ -79,25 +79,16 @@ def freeze(loaded: LoadedStudy, finished: int) -> Plan:
     held = lock(folder / ".plan.lock", f"{folder}: waiting for another process's plan", wait=True)
     try:
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        sets = list(loaded.sets)
         if not (folder / PLAN).exists():
-            plan = Plan(
-                frozen_at=at, hash=_hash(now), frozen=now, current=now, sets=list(loaded.sets)
-            )
+            plan = Plan(frozen_at=at, hash=_hash(now), frozen=now, current=now, sets=sets)
         else:
             plan = read_plan(folder)
-            plan = plan.model_copy(
-                update={
-                    "current": now,
-                    "sets": list(loaded.sets),
-                    "changes": [
-                        *plan.changes,
-                        *(
-                            Change(time=at, finished=finished, key=key, before=before, now=after)
-                            for key, (before, after) in _edited(plan.current, now).items()
-                        ),
-                    ],
-                }
-            )
+            changes = plan.changes + [
+                Change(time=at, finished=finished, key=key, before=before, now=after)
+                for key, (before, after) in _edited(plan.current, now).items()
+            ]
+            plan = plan.model_copy(update={"current": now, "sets": sets, "changes": changes})
         write_plan(folder, plan)
         return plan
     finally:
@@ -150,14 +141,11 @@ def load_archive(
     for item in sets:
         if item.partition("=")[0].partition(".")[0] not in ("run", "seeds"):
             raise ValueError(f"--set {item}: with --from only run.* and seeds can be set")
-    tree, problems = (
-        read_tree(path, [f"current.study.{item}" for item in sets]) if sets else ({}, [])
-    )
-    study = study_of(
-        tree["current"]["study"] if sets else plan.current["study"],
-        source=str(path),
-        problems=problems,
-    )
+    content, problems = plan.current["study"], list[Problem]()
+    if sets:
+        tree, problems = read_tree(path, [f"current.study.{item}" for item in sets])
+        content = tree["current"]["study"]
+    study = study_of(content, source=str(path), problems=problems)
     configs = {}
     for arm, config in plan.current["configs"].items():
         if isinstance(config.get("run"), dict):
@@ -172,21 +160,20 @@ def load_archive(
                 f"{path}: configs.{arm}: {key} {what}; the archive is of another version of this "
                 "program: read it with the commit that its report names"
             ) from None
+    for place, text in metric_problems(study, configs):
+        raise ValueError(f"{path}: current.study.{place}: {text}")
     return LoadedStudy(study, tuple(plan.sets), configs)
 
 
 def _edited(before: Contents, now: Contents) -> dict[str, tuple[Any, Any]]:
     """Key -> (before, now) of all that differs. A setting new in this version is no edit."""
     study = differences(before["study"], now["study"], ignoring=FREE)
-    configs = {
-        f"configs.{arm}.{key}": values
-        for arm, config in now["configs"].items()
-        if arm in before["configs"]
-        for key, values in differences(
-            _of_this_version(before["configs"][arm], code.named(config)), config, ignoring=("run",)
-        ).items()
-    }
-    return study | configs
+    for arm, config in now["configs"].items():
+        if arm in before["configs"]:
+            old = _of_this_version(before["configs"][arm], code.named(config))
+            changed = differences(old, config, ignoring=("run",)).items()
+            study |= {f"configs.{arm}.{key}": values for key, values in changed}
+    return study
 
 
 def _of_this_version(config: dict[str, Any], trusted: list[str]) -> dict[str, Any]:

@@ -1,12 +1,10 @@
-"""What a comparison can detect before it is run: from its seeds and the standard deviation
-expected.
+"""What a comparison can detect, from its seeds and the standard deviation expected.
 
-Power of the paired t test by the noncentral t distribution, and of McNemar's exact test by
-counting.
+Power of the paired t test by the noncentral t distribution, of McNemar's exact test by counting.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import scipy
@@ -18,9 +16,7 @@ ALPHA, POWER = 0.05, 0.8
 
 
 def power(effect: float, sd: float, n: int, *, alpha: float = ALPHA) -> float:
-    """Probability that a two-sided paired t test of n differences finds a mean of `effect`; 0 for n
-    < 2.
-    """
+    """Probability that a two-sided paired t test of n differences finds a mean of `effect`."""
     if n < 2:
         return 0.0
     limit = scipy.stats.t.ppf(1 - alpha / 2, n - 1)
@@ -31,9 +27,7 @@ def power(effect: float, sd: float, n: int, *, alpha: float = ALPHA) -> float:
 
 
 def detectable(sd: float, n: int, *, alpha: float = ALPHA) -> float:
-    """The smallest effect, in units of sd, that is found with probability POWER; infinite for n <
-    2.
-    """
+    """The smallest effect that is found with probability POWER; infinite for n < 2."""
     if n < 2:
         return math.inf
     high = 1.0
@@ -44,16 +38,13 @@ def detectable(sd: float, n: int, *, alpha: float = ALPHA) -> float:
 
 
 def detectable_rate(n: int, *, alpha: float = ALPHA) -> float:
-    """The smallest difference of solve rates that McNemar's exact test finds with probability POWER
-    in n pairs.
-
-    At best: no pair speaks for the other side. Infinite where even n of n pairs do not suffice.
+    """The smallest difference of solve rates that McNemar's exact test of n pairs finds with
+    probability POWER, where no pair speaks for the other side; infinite where n pairs are too few.
     """
     needed = next((k for k in range(1, n + 1) if 2 * 0.5**k < alpha), None)
     if needed is None:
         return math.inf
-    # P(at least `needed` of n pairs differ) = POWER, solved for the rate: a quantile of the beta
-    # distribution
+    # P(at least `needed` of n pairs differ) = POWER, solved for the rate: the beta's quantile
     return float(scipy.stats.beta.ppf(POWER, needed, n - needed + 1))
 
 
@@ -74,46 +65,26 @@ class Detectable:
 
     @property
     def unresolved(self) -> bool:
-        """The effect expected is smaller than what can be found. An effect of 0 is the equivalence
-        test's matter.
-        """
-        return (
-            bool(self.expected)
-            and self.smallest is not None
-            and self.smallest > abs(self.expected or 0.0)
+        """The effect expected, other than 0 (the equivalence test's matter), cannot be found."""
+        return bool(self.expected and self.smallest and self.smallest > abs(self.expected))
+
+
+def detectables(study: Study) -> Iterator[Detectable]:
+    """Of every test of the study, at Holm's first step within its family."""
+    n, tests = len(study.seeds), study.tests()
+    for comparison, metric, arm, primary in tests:
+        item = study.comparisons[comparison]
+        given, smallest = item.expected.get(metric), None
+        alpha = ALPHA / sum(test[3] == primary for test in tests)
+        if is_rate_over_seeds(metric):
+            smallest = detectable_rate(n, alpha=alpha)
+        elif given is not None and given.sd is not None:
+            smallest = detectable(given.sd, n, alpha=alpha)
+        yield Detectable(
+            *(comparison, arm, item.against, metric),
+            sd=given.sd if given else None,
+            source=given.source if given else None,
+            smallest=smallest,
+            expected=given.effect_of(arm) if given else None,
+            primary=primary,
         )
-
-
-def detectables(study: Study, seeds: Sequence[int] | None = None) -> Iterator[Detectable]:
-    """Every comparison x metric x arm, the primary ones first, at Holm's first step within their
-    family.
-
-    seeds: None: those of the study.
-    """
-    n = len(study.seeds if seeds is None else seeds)
-    metrics = dict.fromkeys([study.primary.metric, *study.metrics])
-    family: dict[bool, list[tuple[str, str, str]]] = {True: [], False: []}
-    for comparison, item in study.comparisons.items():
-        for metric in metrics:
-            decides = (comparison, metric) == (study.primary.comparison, study.primary.metric)
-            family[decides] += [(comparison, metric, arm) for arm in item.arms]
-    for primary, members in ((True, family[True]), (False, family[False])):
-        for comparison, metric, arm in members:
-            item = study.comparisons[comparison]
-            given = item.expected.get(metric)
-            alpha, smallest = ALPHA / len(members), None
-            if is_rate_over_seeds(metric):
-                smallest = detectable_rate(n, alpha=alpha)
-            elif given is not None and given.sd is not None:
-                smallest = detectable(given.sd, n, alpha=alpha)
-            yield Detectable(
-                comparison,
-                arm,
-                item.against,
-                metric,
-                given.sd if given else None,
-                given.source if given else None,
-                smallest,
-                given.effect_of(arm) if given else None,
-                primary,
-            )

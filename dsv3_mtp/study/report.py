@@ -14,30 +14,20 @@ from typing import Any
 
 from dsv3_mtp.files.atomic import write_text
 from dsv3_mtp.report.progress import quantity
-from dsv3_mtp.study import findings, hover, tables, trends, words
+from dsv3_mtp.study import findings, hover, page, tables, trends, words
 from dsv3_mtp.study.archive import RunRecord, Table, table_of, write_archive
 from dsv3_mtp.study.calibration import calibration_table
-from dsv3_mtp.study.findings import Findings, is_primary
+from dsv3_mtp.study.findings import Findings
 from dsv3_mtp.study.load import LoadedStudy
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import loss_error_metrics
 from dsv3_mtp.study.metric_names import describe_metric
 from dsv3_mtp.study.opening import opening
-from dsv3_mtp.study.page import (
-    Code,
-    Element,
-    Heading,
-    Items,
-    Paragraph,
-    Picture,
-    Rows,
-    to_html,
-    to_markdown,
-)
+from dsv3_mtp.study.page import Code, Element, Heading, Items, Paragraph, Picture, Rows
 from dsv3_mtp.study.pictures import draw_all
 from dsv3_mtp.study.pictures.base import PictureData
 from dsv3_mtp.study.plan import Plan, write_plan
-from dsv3_mtp.study.power import Detectable, detectables
+from dsv3_mtp.study.power import detectables
 
 
 def require_runs(study: Study, records: Iterable[RunRecord], folder: Path) -> Table:
@@ -54,8 +44,7 @@ def require_runs(study: Study, records: Iterable[RunRecord], folder: Path) -> Ta
 def write_report(
     loaded: LoadedStudy, plan: Plan, records: Iterable[RunRecord], folder: Path
 ) -> Path:
-    """Writes the report on these runs, and its archive, into `folder`; returns the path of
-    report.md.
+    """Writes the report on these runs, and its archive, into `folder`; returns report.md.
 
     Raises:
         ValueError: there is no run.
@@ -87,31 +76,21 @@ def write_report(
     ]
     write_archive(folder, (record for seeds in kept.values() for record in seeds.values()))
     write_plan(folder, plan)
-    write_text(folder / "report.md", to_markdown(blocks))
-    write_text(
-        folder / "report.html",
-        to_html(blocks, hover.live(data), title=study.run.name, folder=folder),
-    )
+    html = page.to_html(blocks, hover.live(data), title=study.run.name, folder=folder)
+    write_text(folder / "report.html", html)
+    write_text(folder / "report.md", page.to_markdown(blocks))
     return folder / "report.md"
 
 
 def _with_loss_errors(loaded: LoadedStudy, table: Table) -> Table:
     """The records with what needs the runs of another arm."""
-    more: dict[tuple[str, int], dict[str, float]] = {}
+    found = {arm: dict(seeds) for arm, seeds in table.items()}
     for record, reference in findings.references(loaded.study, table):
         if record.finished:
             errors = loss_error_metrics(record.curves, reference.curves, total_tokens=record.tokens)
-            more[record.arm, record.seed] = {**record.metrics, **errors}
-    return {
-        arm: {
-            seed: record.model_copy(update={"metrics": more.get((arm, seed), record.metrics)})
-            for seed, record in seeds.items()
-        }
-        for arm, seeds in table.items()
-    }
-
-
-# --- setup, health, plan --------------------------------------------------------------------------
+            metrics = {"metrics": record.metrics | errors}
+            found[record.arm][record.seed] = record.model_copy(update=metrics)
+    return found
 
 
 def setup(found: Findings) -> list[Element]:
@@ -181,12 +160,8 @@ def drafts_line(loaded: LoadedStudy) -> str:
 def few_arms(data: PictureData) -> list[Element]:
     """A line where the pictures leave arms out."""
     shown, arms = len(data.legible.study.arms), len(data.study.arms)
-    if shown == arms:
-        return []
-    text = (
-        f"Of {arms} arms {shown} are drawn, those of the primary comparison; report.html has all."
-    )
-    return [Paragraph(text)]
+    whose = "those of the primary comparison; report.html has all"
+    return [Paragraph(f"Of {arms} arms {shown} are drawn, {whose}.")] if shown < arms else []
 
 
 def health(found: Findings) -> list[Element]:
@@ -212,7 +187,7 @@ def health(found: Findings) -> list[Element]:
 def plan_blocks(found: Findings) -> list[Element]:
     study, plan, table = found.loaded.study, found.plan, found.table
     lines = []
-    for effect in (e for e in found.effects if is_primary(study, e)):
+    for effect in (e for e in found.effects if e.primary):
         lost = findings.lost(table, [effect.arm, effect.against])
         lines.append(words.verdict(effect, margin=study.primary.margin, lost_runs=lost))
     blocks: list[Element] = [
@@ -224,11 +199,8 @@ def plan_blocks(found: Findings) -> list[Element]:
         Items(lines),
     ]
     if plan.changes:
-        late = plan.late_seeds()
-        if late:
-            blocks.append(
-                Paragraph(f"Seeds added after the first start: {', '.join(map(str, late))}.")
-            )
+        if late := ", ".join(map(str, plan.late_seeds())):
+            blocks.append(Paragraph(f"Seeds added after the first start: {late}."))
         rows = [
             [c.key, json.dumps(c.before), json.dumps(c.now), str(c.finished), c.time]
             for c in plan.changes
@@ -239,18 +211,13 @@ def plan_blocks(found: Findings) -> list[Element]:
         blocks.append(Paragraph("Nothing was changed since."))
     if any(d.smallest is not None or d.expected is not None for d in found.power):
         header, *rows = tables.power_rows(found.power)
-        blocks.append(
-            Paragraph(
-                "What these seeds could find with probability 0.8, at Holm's first step, by the "
-                f"standard deviation expected: {sources(found.power)}."
-            )
+        sources = "; ".join(dict.fromkeys(d.source for d in found.power if d.source))
+        note = (
+            "What these seeds could find with probability 0.8, at Holm's first step, by the "
+            f"standard deviation expected: {sources or 'solve rates need none'}."
         )
-        blocks.append(Rows(header, rows))
+        blocks += [Paragraph(note), Rows(header, rows)]
     return blocks
-
-
-def sources(power: Sequence[Detectable]) -> str:
-    return "; ".join(dict.fromkeys(d.source for d in power if d.source)) or "solve rates need none"
 
 
 def environment(records: Sequence[RunRecord]) -> list[Element]:

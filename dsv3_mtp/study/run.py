@@ -1,5 +1,4 @@
-"""Runs a study: one process per run, as many at a time as asked; what is finished is never
-repeated.
+"""Runs a study: one process per run, as many at a time as asked; nothing finished is repeated.
 
 Each process is forked from this one, which has imported everything once (on a GPU it is started
 afresh: CUDA does not survive a fork). A kill of a run, or of all, loses at most the steps since its
@@ -85,9 +84,8 @@ def _planned(loaded: LoadedStudy, only: Callable[[Run], bool]) -> tuple[dict[str
     check_folders(loaded.study, runs)
     if not any(map(only, runs)):
         names = ", ".join(dict.fromkeys(run.arm for run in runs))
-        raise ValueError(
-            f"--only: none of the runs that can be planned now is called so; their arms are {names}"
-        )
+        text = "none of the runs that can be planned now is called so"
+        raise ValueError(f"--only: {text}; their arms are {names}")
     return budgets, runs
 
 
@@ -98,11 +96,9 @@ def check_data(runs: Sequence[Run]) -> None:
         ValueError: it cannot be used; all reasons are listed.
     """
     problems: dict[str, None] = {}
-    configs = {
-        repr((c.data, c.mtp.lookahead, c.mtp.depths, c.model.vocab_size)): c
-        for c in (run.config for run in runs)
-    }
-    for config in configs.values():
+    configs = [run.config for run in runs]
+    keys = [repr((c.data, c.mtp.lookahead, c.mtp.depths, c.model.vocab_size)) for c in configs]
+    for config in dict(zip(keys, configs, strict=True)).values():
         try:
             build_missing(config)
             open_sources(config)
@@ -179,12 +175,9 @@ class _Pool:
 
     def _ready(self, waiting: Sequence[Run]) -> list[Run]:
         here = {run.name for run in waiting} | {item.run.name for item in self.active.values()}
-        ready = [
-            run
-            for run in waiting
-            if run.parent not in here
-            and not (run.parent and is_claimed(self.study.folder / run.parent))
-        ]
+        folder = self.study.folder
+        ready = [run for run in waiting if run.parent not in here]
+        ready = [run for run in ready if not (run.parent and is_claimed(folder / run.parent))]
         return ready[: self.jobs - len(self.active)]
 
     def _start(self, run: Run) -> None:
@@ -208,9 +201,7 @@ class _Pool:
             self.say(f"  {item.run.name}: {_reached(folder)}; {folder / 'log.txt'}")
 
     def _judge(self, run: Run, good: bool) -> None:
-        """Two arms that have failed with the same last words, before anything succeeded, are taken
-        for all of them.
-        """
+        """Two arms that fail with the same last words, before any success, stand for all arms."""
         self.succeeded = self.succeeded or good
         if self.succeeded:
             return
@@ -243,9 +234,8 @@ def _reached(folder: Path) -> str:
     paced = [record for record in records if "perf/tokens_per_s" in record]
     if not paced:
         return "starting"
-    done, left = paced[-1]["progress"], None
-    if done and (spent := paced[-1]["time_s"]):
-        left = spent * (1 - done) / done
+    done, spent = paced[-1]["progress"], paced[-1]["time_s"]
+    left = spent * (1 - done) / done if done and spent else None
     return f"{done:.0%}, loss {paced[-1]['train/main_loss']:.3f}, eta {duration(left)}"
 
 
@@ -254,10 +244,9 @@ def devices() -> int:
 
 
 def devices_of(slot: int, ranks: int, visible: str | None, count: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of a worker: as many of the devices that this program sees as its run
-    has ranks, in turn; None: leave it.
+    """CUDA_VISIBLE_DEVICES of a worker, in turn of those that this program sees; None: leave it.
 
-    visible: the variable as it is here. count: devices that torch sees.
+    ranks: of its run. visible: the variable as it is here. count: devices that torch sees.
     """
     if count == 0:
         return None
@@ -267,9 +256,7 @@ def devices_of(slot: int, ranks: int, visible: str | None, count: int) -> str | 
 
 @contextmanager
 def _visible(device: str | None) -> Iterator[None]:
-    """For processes that are started inside: they see these devices. This one has chosen its own
-    before.
-    """
+    """Processes that are started inside see these devices; this one has chosen its own before."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device

@@ -30,6 +30,12 @@ class Interval:
     def covers_zero(self) -> bool:
         return self.low <= 0 <= self.high
 
+    @property
+    def signed(self) -> str:
+        """+0.0123 [-0.0100, +0.0346]; of one value the mean alone."""
+        limits = f" [{self.low:+.4f}, {self.high:+.4f}]" if self.n > 1 else ""
+        return f"{self.mean:+.4f}{limits}"
+
 
 def t_interval(values: Sequence[float]) -> Interval:
     """Student's interval of the mean. For a comparison give the paired differences.
@@ -53,9 +59,7 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down adjustment: claims with adjusted p < a are wrong anywhere in the family with
-    probability < a.
-    """
+    """Holm's step-down: claims with adjusted p < a are all right with probability > 1 - a."""
     adjusted, largest, ranked = {}, 0.0, sorted(p_values.items(), key=lambda item: item[1])
     for rank, (name, p) in enumerate(ranked):
         largest = max(largest, min(1.0, (len(ranked) - rank) * p))
@@ -64,9 +68,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def equivalence(differences: Sequence[float], margin: float) -> float:
-    """p of two one-sided t tests (TOST): small means that the mean lies within +-margin. 1 with one
-    value.
-    """
+    """p of two one-sided t tests (TOST): small, the mean lies within +-margin; 1 with one value."""
     x = np.asarray(differences, dtype=np.float64)
     if len(x) < 2:
         return 1.0
@@ -83,14 +85,10 @@ def exact_rate(successes: int, trials: int) -> tuple[float, float]:
 
 
 def mcnemar(pairs: Sequence[tuple[float, float]]) -> float:
-    """Exact p of equal rates in pairs of 0 or 1: only pairs whose halves differ speak, half of them
-    for each side.
-
-    McNemar (1947); exact, that is by the binomial distribution of the pairs that differ.
+    """p of equal rates in pairs of 0 or 1: McNemar (1947), exact by the binomial distribution of
+    the pairs whose halves differ.
     """
-    only_first = sum(a > b for a, b in pairs)
-    only_second = sum(a < b for a, b in pairs)
-    return _sign_test(only_first, only_second)
+    return _sign_test(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
 
 
 def logrank(
@@ -116,10 +114,8 @@ def _sign_test(a: int, b: int) -> float:
 
 
 def tokens_to_loss(points: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Where a validation curve of (tokens, loss) first reaches `loss`, None: never, or it starts
-    there.
-
-    Linear in log tokens between two validations.
+    """Where a validation curve of (tokens, loss) first reaches `loss`, linear in log tokens between
+    two validations; None: never, or it starts there.
     """
     for (t0, l0), (t1, l1) in pairwise(points):
         if l0 > loss >= l1:
@@ -157,15 +153,11 @@ class SolveCurve:
 
 
 def solve_curve(solved_at: Sequence[float | None], budgets: Sequence[float]) -> SolveCurve:
-    """solved_at: tokens at which each run solved its task, None where it did not within its budget
-    (censored).
-    """
+    """solved_at: tokens at which each run solved its task; None: not in its budget (censored)."""
     times = [budget if at is None else at for at, budget in zip(solved_at, budgets, strict=True)]
     data = scipy.stats.CensoredData.right_censored(times, [at is None for at in solved_at])
     curve = scipy.stats.ecdf(data).sf
-    steps = [
-        (float(t), float(s)) for t, s in zip(curve.quantiles, curve.probabilities, strict=True)
-    ]
+    steps = list(zip(curve.quantiles.tolist(), curve.probabilities.tolist(), strict=True))
     events = [(t, s) for t, s in steps if t in {at for at in solved_at if at is not None}]
     median = next((t for t, s in events if s <= 0.5), None)
     return SolveCurve(tuple(t for t, _ in events), tuple(s for _, s in events), median)

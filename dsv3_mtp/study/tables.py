@@ -7,7 +7,7 @@ from dsv3_mtp.report.metrics import depths_of
 from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import findings, stats, words
 from dsv3_mtp.study.archive import Table
-from dsv3_mtp.study.findings import LOSS, Effect, draw_sd, is_primary, values_of
+from dsv3_mtp.study.findings import LOSS, Effect, draw_sd, paired, values_of
 from dsv3_mtp.study.load import axis_names
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.measure import ABOVE, OVERLAP
@@ -19,9 +19,7 @@ FLOORS = ("unigram", "bigram", "trigram")
 
 
 def floor_tables(study: Study, table: Table) -> list[Element]:
-    """The main loss beside n-gram tables of the same tokens, and overlap beside drafters without a
-    network.
-    """
+    """Main loss beside n-gram tables, overlap beside drafters without a network."""
     blocks: list[Element] = []
     names = [f"val/floor/{name}" for name in FLOORS]
     rows = []
@@ -37,8 +35,7 @@ def floor_tables(study: Study, table: Table) -> list[Element]:
         blocks += [Rows(["arm", "main loss", *FLOORS], rows), Paragraph(note)]
     rows = []
     for arm in study.arms:
-        metrics = next((r.metrics for r in table.get(arm, {}).values() if r.finished), {})
-        for k in depths_of(metrics, OVERLAP):
+        for k in _depths(table, arm, OVERLAP):
             floor = f"val/floor/overlap/{{}}/{k}"
             names = [f"{OVERLAP}/{k}", *(floor.format(kind) for kind in ("constant", "table"))]
             rows.append([arm, str(k), *(_mean(table, arm, name, ".3f") for name in names)])
@@ -50,6 +47,12 @@ def floor_tables(study: Study, table: Table) -> list[Element]:
         )
         blocks += [Rows(header, rows), Paragraph(note)]
     return [Heading("Floors"), *blocks] if blocks else []
+
+
+def _depths(table: Table, arm: str, metric: str) -> list[int]:
+    """Depths for which the first finished run of an arm has `metric`/k."""
+    finished = (record.metrics for record in table.get(arm, {}).values() if record.finished)
+    return depths_of(next(finished, {}), metric)
 
 
 def _mean(table: Table, arm: str, metric: str, spec: str) -> str:
@@ -92,14 +95,10 @@ def _grid_cell(table: Table, arm: str, metric: str) -> str:
 
 
 def result_table(study: Study, table: Table) -> list[Element]:
-    # Beside acceptance, whether the text repeats itself (then it is easily predicted), tokens per
-    # step.
-    beside = [
-        "acceptance/T0/tokens_per_step",
-        "acceptance/T1/tokens_per_step",
-        "acceptance/T0/distinct",
-    ]
-    metrics = list(dict.fromkeys([study.primary.metric, *study.metrics, *beside]))
+    # text that repeats itself is easily predicted
+    beside = ("T0/tokens_per_step", "T1/tokens_per_step", "T0/distinct")
+    asked = [study.primary.metric, *study.metrics, *(f"acceptance/{name}" for name in beside)]
+    metrics = list(dict.fromkeys(asked))
     measured = [m for m in metrics if any(values_of(table, arm, m) for arm in study.arms)]
     rows = [[arm, *(interval_cell(table, arm, m) for m in measured)] for arm in study.arms]
     note = "Mean over seeds, half of its 95 % t interval, and (number of seeds)"
@@ -140,30 +139,19 @@ def comparison_tables(study: Study, table: Table, effects: Sequence[Effect]) -> 
             found += [
                 Heading(f"{name}: against {comparison.against}", 3),
                 Paragraph(f"Fairness: {comparison.rule}. Paired by seed."),
-                Rows(EFFECT_HEADER, [effect_row(study, e) for e in group]),
+                Rows(EFFECT_HEADER, [effect_row(e) for e in group]),
                 *pair_table(table, name, group),
             ]
     times = findings.solve_times(study, table)
     if times:
         rows = [
-            [
-                t.arm,
-                t.against,
-                f"{t.first} of {t.n}",
-                f"{t.later} of {t.n}",
-                f"{t.p:.3g}",
-                f"{t.adjusted_p:.3g}",
-            ]
+            [t.arm, t.against, *(f"{count} of {t.n}" for count in (t.first, t.later))]
+            + [f"{p:.3g}" for p in (t.p, t.adjusted_p)]
             for t in times
         ]
         header = ["arm", "against", "solves first", "solves later", "p (log-rank)", "p (Holm)"]
-        found += [
-            Heading("Time to solve", 3),
-            Rows(header, rows),
-            Paragraph(
-                "Log-rank test, stratified by seed; a run that does not solve its task is censored."
-            ),
-        ]
+        note = "Log-rank test, stratified by seed; a run that does not solve its task is censored."
+        found += [Heading("Time to solve", 3), Rows(header, rows), Paragraph(note)]
     readings = "Holm's correction is within the primary comparison, and within all others together."
     if any(e.speed_up for e in effects):
         readings += (
@@ -175,25 +163,16 @@ def comparison_tables(study: Study, table: Table, effects: Sequence[Effect]) -> 
     return [*found, Paragraph(readings)]
 
 
-EFFECT_HEADER = [
-    "arm",
-    "metric",
-    "difference",
-    "95 % interval",
-    "n",
-    "p (Holm)",
-    "reading",
-    "sd paired / unpaired",
-    "TOST p",
-    "speed-up",
-]
+EFFECT_HEADER = (
+    *("arm", "metric", "difference", "95 % interval", "n", "p (Holm)", "reading"),
+    *("sd paired / unpaired", "TOST p", "speed-up"),
+)
 
 
-def effect_row(study: Study, effect: Effect) -> list[str]:
+def effect_row(effect: Effect) -> list[str]:
     i = effect.interval
     assert i is not None
-    primary = is_primary(study, effect)
-    name = f"{effect.arm} (primary)" if primary else effect.arm
+    name = f"{effect.arm} (primary)" if effect.primary else effect.arm
     tost = "-" if effect.equivalence_p is None else f"{effect.equivalence_p:.2g}"
     limits, spread = f"[{i.low:+.4f}, {i.high:+.4f}]", f"{i.sd:.4f} / {effect.unpaired_sd:.4f}"
     p = f"{effect.adjusted_p:.2g}"
@@ -224,20 +203,14 @@ def reading(effect: Effect) -> str:
 
 
 def pair_table(table: Table, comparison: str, group: Sequence[Effect]) -> list[Element]:
-    """Of arms whose trunks were trained apart: overlap falls as a trunk learns, so it is read with
-    the loss.
-    """
+    """Of arms whose trunks were trained apart: overlap beside the loss of the trunk."""
     rows = []
     for arm, against in dict.fromkeys((e.arm, e.against) for e in group):
         if not findings.trunks_apart(table, arm, against):
             continue
-        metrics = next((r.metrics for r in table.get(arm, {}).values() if r.finished), {})
-        for k in depths_of(metrics, ABOVE):
-            cells = [
-                _difference(table, arm, against, m)
-                for m in (LOSS, f"{ABOVE}/{k}", f"{OVERLAP}/{k}")
-            ]
-            rows.append([arm, str(k), *cells])
+        for k in _depths(table, arm, ABOVE):
+            metrics = (LOSS, f"{ABOVE}/{k}", f"{OVERLAP}/{k}")
+            rows.append([arm, str(k), *(_difference(table, arm, against, m) for m in metrics)])
     if not rows:
         return []
     note = (
@@ -250,18 +223,12 @@ def pair_table(table: Table, comparison: str, group: Sequence[Effect]) -> list[E
 
 
 def _difference(table: Table, arm: str, against: str, metric: str) -> str:
-    left, right = values_of(table, arm, metric), values_of(table, against, metric)
-    differences = [left[seed] - right[seed] for seed in left if seed in right]
-    if not differences:
-        return "-"
-    i = stats.t_interval(differences)
-    return f"{i.mean:+.4f}" + (f" [{i.low:+.4f}, {i.high:+.4f}]" if i.n > 1 else "")
+    differences = list(paired(table, arm, against, metric).values())
+    return stats.t_interval(differences).signed if differences else "-"
 
 
 def power_rows(found: Sequence[Detectable]) -> list[list[str]]:
-    """What each comparison can find, beside what it expects; the same lines in --dry-run and
-    report.
-    """
+    """What each comparison can find, beside what it expects."""
     rows = [["comparison", "arm", "metric", "sd expected", "detectable", "expected", "in advance"]]
     for item in found:
         if item.smallest is None and item.expected is None and not item.primary:

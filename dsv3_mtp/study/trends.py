@@ -15,7 +15,7 @@ import numpy as np
 from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import stats
 from dsv3_mtp.study.archive import Table
-from dsv3_mtp.study.findings import ALPHA, FEWEST, values_of
+from dsv3_mtp.study.findings import ALPHA, FEWEST, paired
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.page import Element, Heading, Paragraph, Rows
 from dsv3_mtp.study.power import detectable
@@ -74,9 +74,7 @@ def slopes_of(study: Study, table: Table) -> list[Slope]:
 def _slope(study: Study, table: Table, name: str, trend: Trend) -> Slope:
     metric, points = study.primary.metric, []
     for arm, against in trend.members(study.comparisons):
-        left, right = (values_of(table, side, metric) for side in (arm, against))
-        size = _size(table, against, trend.by)
-        points.append((size, {s: left[s] - right[s] for s in left if s in right}))
+        points.append((_size(table, against, trend.by), paired(table, arm, against, metric)))
     if not all(size for size, _ in points):  # an arm has not been run at all
         return Slope(name, trend.by, (), None, None, None)
     points.sort(key=lambda point: point[0])
@@ -108,7 +106,7 @@ def blocks(slopes: Sequence[Slope]) -> list[Element]:
     for one in slopes:
         sizes = " to ".join(quantity(int(one.sizes[place])) for place in (0, -1) if one.sizes)
         n = "0" if one.slope is None else str(one.slope.n)
-        cells = [_cell(part) for part in (one.slope, one.first, one.last)]
+        cells = [i.signed if i else "-" for i in (one.slope, one.first, one.last)]
         p = f"{one.adjusted_p:.2g}" if one.slope is not None and one.slope.n > 1 else "-"
         cross = "-" if one.crossing is None else quantity(int(one.crossing))
         rows.append([one.name, f"{sizes or '-'} {one.by}", n, *cells, p, cross, one.reading])
@@ -123,12 +121,6 @@ def blocks(slopes: Sequence[Slope]) -> list[Element]:
             "other sides. A line is all that is fitted: between and beyond the sizes it can bend."
         ),
     ]
-
-
-def _cell(i: Interval | None) -> str:
-    if i is None:
-        return "-"
-    return f"{i.mean:+.4f}" + (f" [{i.low:+.4f}, {i.high:+.4f}]" if i.n > 1 else "")
 
 
 def sentences(slopes: Sequence[Slope]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dsv3_mtp.study.findings import FEWEST, Effect, is_primary
+from dsv3_mtp.study.findings import FEWEST, Effect
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
 
@@ -62,7 +62,7 @@ def answer(study: Study, effects: Sequence[Effect]) -> list[str]:
     words, better = describe_metric(study.primary.metric)
     groups: dict[str, list[str]] = {}
     against = study.comparisons[study.primary.comparison].against
-    for e in (effect for effect in effects if is_primary(study, effect)):
+    for e in (effect for effect in effects if effect.primary):
         i = e.interval
         if i is None:
             groups.setdefault("Not measured", []).append(e.arm)

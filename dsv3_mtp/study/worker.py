@@ -123,8 +123,7 @@ class Spent(TypedDict):
 def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
     """What training has cost in all starts of a run: (seconds, tokens), kept in time.json.
 
-    A start that trains nothing adds nothing: a run that was interrupted while it was measured, or
-    is measured anew.
+    A start that trains nothing, of a run that was still to be measured, adds nothing.
     """
     path = folder / TIME
     if path.exists():
@@ -136,17 +135,13 @@ def add_time(folder: Path, seconds: float, tokens: int) -> tuple[float, int]:
 
 
 def fork(parent: Path, child: Path, step: int, *, total_tokens: int) -> None:
-    """Makes `child` a run at `step` with the parent's state and log: it goes on as it would have
-    trained so far.
+    """Makes `child` a run at `step` with the parent's state and log.
 
     total_tokens: of the child, whose progress at these steps is another than the parent's if its
     length is another. Without that checkpoint (the parent was pruned) it trains from the start,
     which gives the same numbers.
     """
-    source, target = (
-        parent / "checkpoints" / f"global_step{step}",
-        child / "checkpoints" / f"global_step{step}",
-    )
+    source, target = (run / "checkpoints" / f"global_step{step}" for run in (parent, child))
     if newest_checkpoint(child / "checkpoints") is not None:
         return
     if not is_complete(source):

@@ -11,6 +11,7 @@ from dsv3_mtp.data.ngrams import early_training
 from dsv3_mtp.data.sampler import Sampler
 from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.draft import no_drafter
+from dsv3_mtp.decode.generation import repetition
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.train.floors import draft_statistics, drafter_floors, text_floors
 from dsv3_mtp.train.validation import acceptance, validate
@@ -63,18 +64,28 @@ def evaluation(
     elif drafts:
         raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
     if prompts and config.mtp.depths:
-        if why := no_drafter(config.mtp):
-            notes.append(f"{why}; acceptance is not measured")
-        else:
-            longest = config.model.max_position_embeddings
-            metrics |= acceptance(
-                model,
-                source,
-                depth=draft_depth or config.mtp.drafts,
-                prompts=prompts,
-                seq_len=config.data.seq_len,
-                new_tokens=new_tokens or min(NEW_TOKENS, longest // 2),
-                temperature=temperature or 0.0,
-                **drafting,
-            )
+        asked: Any = {"prompts": prompts, "new_tokens": new_tokens}
+        asked |= {"temperature": temperature or 0.0, "depth": draft_depth or config.mtp.drafts}
+        found, why = _free_running(model, source, config, **asked, **drafting)
+        metrics |= found
+        notes.append(why)
     return metrics, [note for note in notes if note]
+
+
+def _free_running(
+    model: DeepseekV3MTP,
+    source: DataSource,
+    config: Config,
+    *,
+    new_tokens: int | None,
+    **asked: Any,
+) -> tuple[dict[str, float], str | None]:
+    """Acceptance of text that the model writes, and what is to be said of it."""
+    if why := no_drafter(config.mtp):
+        return {}, f"{why}; acceptance is not measured"
+    new_tokens = new_tokens or min(NEW_TOKENS, config.model.max_position_embeddings // 2)
+    length = config.data.seq_len
+    metrics = acceptance(model, source, seq_len=length, new_tokens=new_tokens, **asked)
+    if source.text is None:  # a task's text may be of few tokens
+        return metrics, None
+    return metrics, repetition(metrics.get("val/distinct", 1.0))

@@ -14,8 +14,9 @@ import torch
 
 from dsv3_mtp.cli import command
 from dsv3_mtp.cli.command import COMMANDS
+from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.decode.decoder import compiled
-from dsv3_mtp.decode.generate import Settings, generate
+from dsv3_mtp.decode.generate import Acceptance, Generation, Settings, generate
 from dsv3_mtp.hf import export_hf
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.runs.model import load_model
@@ -72,10 +73,9 @@ def test_speculative_text_is_plain_text_and_the_summary_says_so(run_tool, folder
     assert plain[0] == drafted[0] == 0
     assert plain[1] == drafted[1] != "\n"
     pattern = r"6 tokens, [\d.,]+ tokens/s, [\d.]+ tokens per trunk forward, "
-    pattern += r"acceptance by position [\d.]+ [\d.]+ joint,"
-    assert re.match(
-        pattern + r" [\d.]+ [\d.]+ conditional, [\d.]+x plain decoding, same tokens\n$", drafted[2]
-    )
+    pattern += r"\d+ of \d+ drafts accepted \(by position [\d.]+ [\d.]+ joint,"
+    pattern += r" [\d.]+ [\d.]+ conditional\), [\d.]+x plain decoding, same tokens\n$"
+    assert re.search(pattern, drafted[2])
 
 
 @pytest.mark.slow
@@ -138,10 +138,20 @@ def test_graphs_of_one_kind_of_model_are_not_run_for_another(make_tiny_config, m
     assert len(functions) == 2
 
 
-def test_accepted_drafts_are_green_in_a_terminal_and_nowhere_else(run_tool, folder, monkeypatch):
-    """On a real pseudo-terminal: colours stand around the accepted drafts, and without them the
-    text is the same.
-    """
+def in_a_terminal(run_tool, monkeypatch, *options: str) -> str:
+    """What a real pseudo-terminal shows of stdout."""
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert run_tool("generate", *options)[0] == 0
+    shown = os.read(master, 4096).decode().replace("\r\n", "\n")
+    os.close(master)
+    return shown
+
+
+@pytest.fixture
+def drafts_hit(folder, monkeypatch) -> None:
+    """Every draft behind the prompt of token 5 is the token that the model takes."""
     from dsv3_mtp.heads.sequential import ChainDrafter
 
     text = generate(load_model(folder).model, [[5]], Settings(max_new_tokens=6)).tokens[0]
@@ -152,30 +162,39 @@ def test_accepted_drafts_are_green_in_a_terminal_and_nowhere_else(run_tool, fold
         return drafts, None
 
     monkeypatch.setattr(ChainDrafter, "draft", know_the_text)
-    options = [
-        "--run",
-        folder,
-        "--prompt-ids",
-        "5",
-        "--speculative",
-        "--draft-depth",
-        "2",
-        "--show-drafts",
-        *SHORT,
-    ]
-    _, piped, _ = run_tool("generate", *options)
-    assert "\x1b" not in piped
-    master, slave = pty.openpty()
-    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
-        code = run_tool("generate", *options)[0]
-    shown = os.read(master, 4096).decode().replace("\r\n", "\n")
-    os.close(master)
-    assert code == 0
-    coloured = re.findall("\x1b\\[32m(.*?)\x1b\\[0m", shown, re.DOTALL)
+
+
+@pytest.mark.usefixtures("drafts_hit")
+def test_accepted_drafts_are_green_in_a_terminal_and_in_quotes_elsewhere(
+    run_tool, folder, monkeypatch
+):
+    """Without its marks the text is the same, and in a terminal it stands behind the prompt."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    options = ["--run", folder, "--prompt-ids", "5", "--speculative", "--draft-depth", "2", *SHORT]
+    _, plain, said = run_tool("generate", *options)
+    assert not re.search("[\x1b«]", plain) and "3 of 3 drafts accepted" in said
+    show = [*options, "--show-drafts"]
+    _, piped, said = run_tool("generate", *show)
     # token 1 from the prefill, then 2 drafts and 1 free, then 1 draft and 1 free
-    assert len(coloured) == 3
-    assert re.sub("\x1b\\[\\d+m", "", shown) == piped
+    assert "\x1b" not in piped and piped.count("«") == piped.count("»") == 3
+    assert re.sub("[«»]", "", piped) == plain and "« »: accepted drafts\n" in said
+    shown = in_a_terminal(run_tool, monkeypatch, *show)
+    assert re.findall("\x1b\\[32m(.*?)\x1b\\[0m", shown, re.DOTALL) == re.findall(
+        "«(.*?)»", piped, re.DOTALL
+    )
+    prompt = recorded_encoder(load_model(folder).tokenizer).tokenizer.decode([5])
+    assert re.sub("\x1b\\[\\d+m", "", shown) == prompt + plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert in_a_terminal(run_tool, monkeypatch, *show) == piped
+
+
+def test_distinct_tokens_are_counted_among_64_in_a_row():
+    """A long text has fewer distinct tokens of all, whether it repeats itself or not."""
+    row = list(range(64))
+    counts = Acceptance()
+    assert Generation([row * 4, [7] * 64], counts).distinct == (1 + 1 / 64) / 2
+    assert Generation([[*row, 1, 1]], counts).distinct == 65 / 66
 
 
 def test_an_export_generates_the_text_of_its_run(run_tool, folder, tmp_path):

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from dsv3_mtp.config import Config, ConfigError, ModelConfig, StepWeight, load_config
+from dsv3_mtp.config.reader import did_you_mean, key_paths
+from dsv3_mtp.config.synonyms import OURS, SYNONYMS
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.heads import registry
 
@@ -36,6 +38,23 @@ MISTAKES = [
     ("lr=1", "lr: unknown key; did you mean 'optim.lr'?"),
     ("optm.lr=1", "optm: unknown key; did you mean 'optim'?"),
     ("zzz=1", "zzz: unknown key"),
+    # what others call our keys
+    *(
+        (f"{name}=1", f"{name}: unknown key; did you mean '{key}'?")
+        for name, key in [
+            ("mtp.depth", "mtp.num_nextn_predict_layers"),
+            ("mtp.num_heads", "mtp.num_nextn_predict_layers"),
+            ("mtp.n_future_tokens", "mtp.num_nextn_predict_layers"),
+            ("mtp.lambda", "mtp.loss_weight"),
+            ("train.lr", "optim.lr"),
+            ("optim.learning_rate", "optim.lr"),
+            ("optim.batch_size", "train.batch_size"),
+            ("train.max_steps", "train.total_tokens"),
+            ("model.num_layers", "model.num_hidden_layers"),
+            ("train.num_heads", "model.num_attention_heads"),
+            ("max_steps", "train.total_tokens"),
+        ]
+    ),
     (
         "optim.schedule.warm_up=0",
         "optim.schedule.warm_up: unknown key; did you mean 'optim.schedule.warmup'?",
@@ -300,6 +319,17 @@ MISTAKES = [
         "--set mtp.mode.x=1: mtp.mode is 'sequential', not a mapping; set mtp.mode as a whole",
     ),
 ]
+
+
+def test_every_name_of_elsewhere_suggests_a_key_that_exists():
+    paths = key_paths(Config)
+    assert set(SYNONYMS) <= set(paths)
+    assert not OURS.keys() & set(paths), "such a name is a key of ours"
+    names = [name for line in SYNONYMS.values() for name in line.split()]
+    assert len(names) == len(set(names)) == len(OURS)
+    for name, key in OURS.items():
+        asked = name if "." in name else f"{key.rpartition('.')[0]}.{name}"
+        assert did_you_mean(asked, paths) == f"; did you mean '{key}'?", asked
 
 
 @pytest.mark.parametrize(("override", "line"), MISTAKES, ids=[override for override, _ in MISTAKES])

@@ -33,7 +33,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A site-packages folder and a standard library of a few files."""
     monkeypatch.setattr(sitelib, "MIN_BYTES", 1000)
     root, library = tmp_path / "site-packages", tmp_path / "lib"
-    for number, name in enumerate(["torch", "numpy", "scikit_learn", "requests", "dsv3_mtp"]):
+    for number, name in enumerate(
+        ["torch", "numpy", "scikit_learn", "requests", "dsv3_mtp", "pip"]
+    ):
         module = {"scikit_learn": "sklearn"}.get(name, name)
         files = {f"{module}/m{i}.py": text(1000 * number + i) for i in range(200)}
         install(root, name, f"1.{number}", files)
@@ -63,7 +65,7 @@ def test_packages_are_whole_and_files_are_distinct(site: tuple[Path, Path]):
         splits.setdefault(file.package, set()).add(file.split)
     assert splits["scikit-learn"] == splits["requests"] == {"shift"}
     assert splits["torch"] == splits["numpy"] == {"train", "val"}
-    assert splits.keys() == {*KEPT, *HELD, "python", "loose"}  # not this project's own files
+    assert splits.keys() == {*KEPT, *HELD, "python", "loose"}  # neither this project nor installers
     hashes = [file.sha256 for file in inputs.files]
     assert len(set(hashes)) == len(hashes)
     names = {file.name for file in inputs.files}

@@ -3,6 +3,7 @@ lm-evaluation-harness.
 """
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from dsv3_mtp.config import ConfigError, load_config
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import open_source
+from dsv3_mtp.decode import generation
 from dsv3_mtp.decode.generate import generate
 from dsv3_mtp.hf import export_hf, import_hf
 from dsv3_mtp.runs.model import load_model
@@ -183,6 +185,24 @@ def test_acceptance_is_measured_by_decoding(run, monkeypatch, capsys):
     (metrics,) = call(monkeypatch, capsys, *arguments).values()
     assert 0 <= metrics["val/acceptance/2"] <= metrics["val/acceptance/1"] <= 1
     assert 1 <= metrics["val/tokens_per_step"] <= 3
+
+
+def test_text_that_repeats_itself_is_no_evidence_to_generate_and_to_evaluate(
+    run, monkeypatch, capsys
+):
+    generated = ("generate", "--run", str(run), "--prompt", "def")
+    evaluated = ("evaluate", "--run", str(run), "--batches", "1", "--prompts", "2")
+    words = []
+    for limit in (0.0, 1.1):
+        monkeypatch.setattr(generation, "REPEATS", limit)
+        for arguments in (generated, evaluated):
+            assert command.run(arguments[0], arguments[1:]) == 0
+            words.append(re.findall("the generated text repeats.*", capsys.readouterr().err))
+    assert words[:2] == [[], []] and len(words[2]) == 1
+    assert re.search(r"share of distinct tokens \d\.\d\d, below 1\.1", words[2][0])
+    assert [re.sub(r"\d\.\d\d", "X", word) for word in words[2] + words[3]] == [
+        re.sub(r"\d\.\d\d", "X", words[2][0])
+    ] * 2
 
 
 def test_acceptance_has_a_seed_and_sets_of_prompts_that_share_none(run, corpus, monkeypatch):

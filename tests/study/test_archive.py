@@ -115,7 +115,7 @@ def test_the_plan_is_frozen_at_the_first_start_and_changes_are_kept_with_the_run
 def test_the_report_prints_what_was_changed_and_names_late_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr("dsv3_mtp.study.report.draw_all", lambda data, folder: [("a.png", "")])
     monkeypatch.setattr("dsv3_mtp.study.hover.live", lambda data: None)
-    monkeypatch.setattr("dsv3_mtp.study.report.to_html", lambda *_, **__: "")
+    monkeypatch.setattr("dsv3_mtp.study.page.to_html", lambda *_, **__: "")
     loaded = load_toy(tmp_path)
     loaded.study.folder.mkdir(parents=True)
     freeze(loaded, 0)
@@ -148,7 +148,7 @@ def test_each_committed_report_equals_its_archive(report, tmp_path, monkeypatch)
         assert not (folder / "results.jsonl").exists(), "take its name off the list"
         return
     monkeypatch.setattr("dsv3_mtp.study.hover.live", lambda data: None)
-    monkeypatch.setattr("dsv3_mtp.study.report.to_html", lambda *_, **__: "")
+    monkeypatch.setattr("dsv3_mtp.study.page.to_html", lambda *_, **__: "")
     write_report(load_archive(folder), read_plan(folder), read_archive(folder), tmp_path)
     for name in ("report.md", "results.jsonl", "plan.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name

@@ -27,7 +27,7 @@ from tests.study.toy import five_seeds, load_toy, write_run, write_runs, write_t
 def no_pictures(monkeypatch):
     monkeypatch.setattr("dsv3_mtp.study.report.draw_all", lambda data, folder: [("answer.png", "")])
     monkeypatch.setattr("dsv3_mtp.study.hover.live", lambda data: None)
-    monkeypatch.setattr("dsv3_mtp.study.report.to_html", lambda *_, **__: "")
+    monkeypatch.setattr("dsv3_mtp.study.page.to_html", lambda *_, **__: "")
 
 
 @pytest.fixture

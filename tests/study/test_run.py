@@ -39,7 +39,7 @@ def no_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsv3_mtp.report.plots.plot_run", touch)
         patch.setattr("dsv3_mtp.study.report.draw_all", lambda data, folder: [("a.png", "")])
-        patch.setattr("dsv3_mtp.study.report.to_html", lambda *_, **__: "")
+        patch.setattr("dsv3_mtp.study.page.to_html", lambda *_, **__: "")
         patch.setattr("dsv3_mtp.study.hover.live", lambda data: None)
         yield
 

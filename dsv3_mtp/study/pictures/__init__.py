@@ -9,27 +9,14 @@ from matplotlib.figure import Figure
 from dsv3_mtp.report.plots import STYLE, save_figure
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import is_rate_over_seeds
+from dsv3_mtp.study.pictures import outcome, training
 from dsv3_mtp.study.pictures.base import PictureData
-from dsv3_mtp.study.pictures.outcome import (
-    draw_answer,
-    draw_depths,
-    draw_effects,
-    draw_solved,
-    draw_tradeoff,
-)
-from dsv3_mtp.study.pictures.training import (
-    draw_balance,
-    draw_lambda,
-    draw_loss_errors,
-    draw_losses,
-)
 
 
 def draw_all(data: PictureData, folder: Path) -> list[tuple[str, str]]:
-    """Writes the PNG files that the data allow, the answer's first, and removes others of these
-    names.
+    """Writes the PNG files that the data allow, and removes others of these names.
 
-    Returns [(file, caption)].
+    Returns [(file, caption)], the answer's first.
     """
     drawn = []
     for name, (draw, caption) in figures(data.study).items():
@@ -55,46 +42,46 @@ def figures(study: Study) -> dict[str, tuple[Callable[[PictureData], Figure | No
         "which a difference would not matter. Open diamond: what was expected."
     )
     return {
-        "answer.png": (draw_answer, answer),
+        "answer.png": (outcome.draw_answer, answer),
         "loss.png": (
-            draw_losses,
+            training.draw_losses,
             f"Left: main validation loss of {against} over training, beside n-gram floors where "
             "they were measured. Right, unless all are equal: each arm's main loss minus that of "
             f"{against}, mean over paired seeds, with the 95 % t interval at the end; below 0 is "
             "better.",
         ),
         "effects.png": (
-            draw_effects,
+            outcome.draw_effects,
             "Exploratory comparisons: paired differences with 95 % t intervals over seeds.",
         ),
         "depths.png": (
-            draw_depths,
+            outcome.draw_depths,
             "Per depth, mean over seeds with 95 % t intervals. Losses of heads that see other "
             "tokens must not be ranked against each other.",
         ),
         "tradeoff.png": (
-            draw_tradeoff,
+            outcome.draw_tradeoff,
             "Quality against drafting: main loss and tokens per step, free-running; small marks "
             "are seeds, large ones means. Better is to the lower right. Lines: arms that do not "
             "draft.",
         ),
         "lambda.png": (
-            draw_lambda,
+            training.draw_lambda,
             "The loss weight lambda over training, of the arms that differ in it.",
         ),
         "balance.png": (
-            draw_balance,
+            training.draw_balance,
             "MaxVio, the load of the busiest expert above the mean, over training; lower is "
             "better.",
         ),
         "loss_error.png": (
-            draw_loss_errors,
+            training.draw_loss_errors,
             f"Training losses relative to those of {study.loss_error_against}, smoothed with EMA "
             "0.9 (V3 B.1): mean over seeds, band from the lowest to the highest seed; the grey "
             "band is +-0.25 %, V3's bound.",
         ),
         "solved.png": (
-            draw_solved,
+            outcome.draw_solved,
             "Share of seeds that have not solved the task yet (Kaplan and Meier); runs that end "
             "unsolved are censored. Lower, sooner is better.",
         ),

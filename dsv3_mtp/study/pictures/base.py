@@ -22,8 +22,6 @@ from dsv3_mtp.study.metric_names import is_rate_over_seeds
 
 # Okabe and Ito's colours, then darker ones of the same hues: as many arms as a study has.
 COLORS = (*plots.COLORS, plots.GREY, "#004c77", "#8f3f00", "#00694d", "#8a4f70", "#9a6b00")
-
-
 MARKERS = "osD^vPX<>*hpd"
 
 
@@ -54,6 +52,10 @@ class PictureData:
     def markers(self) -> dict[str, str]:
         return {arm: MARKERS[n % len(MARKERS)] for n, arm in enumerate(self.study.arms)}
 
+    def style(self, arm: str, **more: Any) -> dict[str, Any]:
+        """Of a line with marks."""
+        return {"color": self.colors[arm], "marker": self.markers[arm], "ms": 5} | more
+
     @cached_property
     def legible(self) -> "PictureData":
         """Of more arms than there are colours, those of the primary comparison."""
@@ -74,11 +76,8 @@ class PictureData:
         """Arm -> its runs' logged `key`, of every arm that has any."""
         found = {}
         for arm in self.colors:
-            runs = {
-                r.seed: dict(r.curves[key].points)
-                for r in self.table[arm].values()
-                if key in r.curves
-            }
+            logged = [record for record in self.table[arm].values() if key in record.curves]
+            runs = {record.seed: dict(record.curves[key].points) for record in logged}
             common = sorted(set.intersection(*map(set, runs.values()))) if runs else []
             if common:
                 values = np.array([[run[t] for t in common] for run in runs.values()])
@@ -114,28 +113,23 @@ def draw_interval(ax: Axes, y: float, effect: Effect, color: str, marker: str) -
 
 
 def mark_better(ax: Axes, better: str | None) -> None:
-    if better:
-        text = "better \N{RIGHTWARDS ARROW}" if better == "higher" else "\N{LEFTWARDS ARROW} better"
-        ax.set_title(
-            text, loc="right" if better == "higher" else "left", fontsize=9, color="#555555"
-        )
+    if better == "higher":
+        ax.set_title("better \N{RIGHTWARDS ARROW}", loc="right", fontsize=9, color="#555555")
+    elif better:
+        ax.set_title("\N{LEFTWARDS ARROW} better", loc="left", fontsize=9, color="#555555")
 
 
 def mean_and_band(data: PictureData, ax: Axes, arm: str, series: Series, alpha: float) -> None:
-    color, (tokens, values, _) = data.colors[arm], series
-    marker: Any = {"marker": data.markers[arm], "ms": 4, "markevery": 0.1}
-    ax.plot(tokens, values.mean(0), color=color, label=arm, **marker)
-    ax.fill_between(tokens, values.min(0), values.max(0), color=color, alpha=alpha, lw=0)
+    (tokens, values, _), style = series, data.style(arm, ms=4, markevery=0.1)
+    ax.plot(tokens, values.mean(0), label=arm, **style)
+    ax.fill_between(tokens, values.min(0), values.max(0), color=style["color"], alpha=alpha, lw=0)
 
 
 def with_legend(data: PictureData, figure: Figure) -> Figure:
     """A legend of the arms that are drawn, in their order."""
     shown = {label for ax in figure.axes for label in ax.get_legend_handles_labels()[1]}
-    handles = [
-        Line2D([], [], color=data.colors[arm], marker=data.markers[arm], ms=5, label=arm)
-        for arm in data.colors
-        if arm in shown
-    ]
+    arms = [arm for arm in data.colors if arm in shown]
+    handles = [Line2D([], [], label=arm, **data.style(arm)) for arm in arms]
     figure.legend(handles=handles, loc="outside right upper")
     return figure
 

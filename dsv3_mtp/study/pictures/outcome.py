@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from dsv3_mtp.report.metrics import depths_of
-from dsv3_mtp.study.findings import LOSS, Effect, is_primary, values_of
+from dsv3_mtp.study.findings import LOSS, Effect, paired, values_of
 from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import describe_metric, is_rate_over_seeds
 from dsv3_mtp.study.pictures.base import (
@@ -34,15 +34,11 @@ DEPTHS = {  # what depths.png shows, with its title
 def draw_answer(data: PictureData) -> Figure | None:
     """The primary comparison alone, readable at the width of a phone."""
     study, metric = data.study, data.study.primary.metric
-    effects = [e for e in data.effects if is_primary(study, e)]
+    effects = [e for e in data.effects if e.primary]
     arms = [data.reference, *study.comparisons[study.primary.comparison].arms]
     rate = is_rate_over_seeds(metric)
-    measured = (
-        [arm for arm in arms if values_of(data.table, arm, metric)]
-        if rate
-        else [e.arm for e in effects if e.interval is not None]
-    )
-    if not measured:
+    rated = any(values_of(data.table, arm, metric) for arm in arms)
+    if not (rated if rate else any(e.interval for e in effects)):
         return None
     rows = len(arms) if rate else len(effects)
     figure = Figure(figsize=(7, max(2.6, 1.5 + 0.5 * rows)), layout="constrained")
@@ -76,9 +72,7 @@ def _paired(ax: Axes, data: PictureData, effects: Sequence[Effect]) -> None:
     for y, effect in enumerate(reversed(effects)):
         color = data.colors[effect.arm]
         draw_interval(ax, y, effect, color, data.markers[effect.arm])
-        ours = values_of(data.table, effect.arm, metric)
-        theirs = values_of(data.table, effect.against, metric)
-        each = [ours[s] - theirs[s] for s in ours if s in theirs]
+        each = list(paired(data.table, effect.arm, effect.against, metric).values())
         ax.plot(each, [y - 0.25] * len(each), ".", color=color, ms=5, alpha=0.7)
         if effect.expected is not None:
             ax.plot([effect.expected], [y], "D", mfc="none", mec="#1a1a1a", ms=9)
@@ -95,9 +89,8 @@ def _key(study: Study, effects: Sequence[Effect]) -> list[Artist]:
     handles.append(Line2D([], [], ls="", ms=3, label="one seed", **mark))
     handles.append(Patch(color="#8c8c8c", alpha=0.18, label=f"margin {study.primary.margin:g}"))
     if any(e.expected is not None for e in effects):
-        handles.append(
-            Line2D([], [], ls="", marker="D", mfc="none", mec="#1a1a1a", label="expected")
-        )
+        hollow: Any = {"mfc": "none", "mec": "#1a1a1a"}
+        handles.append(Line2D([], [], ls="", marker="D", label="expected", **hollow))
     return handles
 
 
@@ -105,11 +98,7 @@ def draw_effects(data: PictureData) -> Figure | None:
     """One panel per metric; metrics without an interval are left out."""
     groups: dict[str, list[Effect]] = {}
     for effect in data.effects:
-        if (
-            effect.interval is not None
-            and effect.interval.n > 1
-            and not is_primary(data.study, effect)
-        ):
+        if effect.interval is not None and effect.interval.n > 1 and not effect.primary:
             groups.setdefault(effect.metric, []).append(effect)
     if not groups:
         return None
@@ -119,13 +108,8 @@ def draw_effects(data: PictureData) -> Figure | None:
     axes = figure.subplots(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
     for ax, (metric, group) in zip(axes, groups.items(), strict=True):
         for y, effect in enumerate(reversed(group)):
-            draw_interval(
-                ax,
-                y,
-                effect,
-                data.colors.get(effect.arm, "#1a1a1a"),
-                data.markers.get(effect.arm, "o"),
-            )
+            color = data.colors.get(effect.arm, "#1a1a1a")
+            draw_interval(ax, y, effect, color, data.markers.get(effect.arm, "o"))
         ax.axvline(0, color="#8c8c8c", lw=1)
         if metric == data.study.primary.metric:
             margin = data.study.primary.margin
@@ -163,17 +147,10 @@ def draw_depths(data: PictureData) -> Figure | None:
             values = [list(values_of(data.table, arm, f"{family}/{k}").values()) for k in ks]
             if all(values):
                 shift = 0.24 * ((n + 0.5) / len(depths) - 0.5)  # a quarter of a depth in all
+                means = [np.mean(v) for v in values]
                 half = [t_interval(v).high - np.mean(v) if len(v) > 1 else 0.0 for v in values]
-                style: Any = {"color": data.colors[arm], "marker": data.markers[arm], "ms": 5}
-                line = {"ls": "-" if len(ks) > 1 else "none"}
-                ax.errorbar(
-                    np.array(ks) + shift,
-                    [np.mean(v) for v in values],
-                    half,
-                    label=arm,
-                    **style,
-                    **line,
-                )
+                style = data.style(arm, ls="-" if len(ks) > 1 else "none")
+                ax.errorbar(np.array(ks) + shift, means, half, label=arm, **style)
         ax.set_title(DEPTHS[family])
         ax.set_xlabel("depth k")
         ax.set_xticks(range(1, deepest + 1))
@@ -201,21 +178,15 @@ def draw_tradeoff(data: PictureData) -> Figure | None:
     drafting = set().union(*points.values())
     for ax, (temperature, arms) in zip(axes, points.items(), strict=True):
         for arm, both in arms.items():
-            style: Any = {"color": data.colors[arm], "marker": data.markers[arm], "ls": ""}
-            ax.plot(*both.T, alpha=0.45, ms=4, **style)
-            ax.plot(*both.mean(0), ms=10, mec="white", label=arm, **style)
+            ax.plot(*both.T, alpha=0.45, **data.style(arm, ms=4, ls=""))
+            ax.plot(*both.mean(0), mec="white", label=arm, **data.style(arm, ms=10, ls=""))
         for arm, loss in losses.items():
             if loss and arm not in drafting:
                 ax.axhline(np.mean(list(loss.values())), color=data.colors[arm], lw=1.4, label=arm)
         ax.set_title(kinds[temperature])
         ax.set_xlabel("tokens per step, free-running")
-        ax.annotate(
-            "better \N{SOUTH EAST ARROW}",
-            (0.98, 0.02),
-            xycoords="axes fraction",
-            ha="right",
-            fontsize=9,
-        )
+        place: Any = {"xycoords": "axes fraction", "ha": "right", "fontsize": 9}
+        ax.annotate("better \N{SOUTH EAST ARROW}", (0.98, 0.02), **place)
     axes[0].set_ylabel("main validation loss")
     return with_legend(data, figure)
 
@@ -232,9 +203,8 @@ def draw_solved(data: PictureData) -> Figure | None:
             end = max(record.tokens for record in runs)
             # side by side
             left = np.array([1, *curve.unsolved, (1, *curve.unsolved)[-1]]) + 0.004 * n
-            style: Any = {"color": data.colors[arm], "marker": data.markers[arm], "ms": 5}
             label = f"{arm} (n = {len(runs)})"
-            ax.step([0, *curve.times, end], left, where="post", label=label, **style)
+            ax.step([0, *curve.times, end], left, where="post", label=label, **data.style(arm))
     ax.set_title("share of seeds still unsolved")
     ax.set_ylim(-0.03, 1.06)
     token_axis(ax)

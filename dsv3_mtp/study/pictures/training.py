@@ -25,30 +25,23 @@ def draw_losses(data: PictureData) -> Figure | None:
         floor = list(values_of(data.table, data.reference, f"val/floor/{name}").values())
         if floor:
             axes[0].axhline(np.mean(floor), color="#8c8c8c", ls=style, lw=1.2)
-            axes[0].annotate(
-                f"{name} table", (base.tokens[0], np.mean(floor)), fontsize=8, va="bottom"
-            )
+            place = (base.tokens[0], np.mean(floor))
+            axes[0].annotate(f"{name} table", place, fontsize=8, va="bottom")
     token_axis(axes[0])
     if differences:
         ax = axes[1]
         ax.axhline(0, color=data.colors[data.reference], lw=1)
         for n, (arm, (tokens, values, _)) in enumerate(differences.items()):
-            color, marker = data.colors[arm], data.markers[arm]
             # the first steps, where losses fall fast, would set the scale
             late = tokens >= tokens[-1] / 5
-            ax.plot(tokens[late], values.mean(0)[late], marker=marker, ms=4, color=color, label=arm)
+            ax.plot(tokens[late], values.mean(0)[late], label=arm, **data.style(arm, ms=4))
             if len(values) > 1:
                 i = t_interval(values[:, -1].tolist())
                 x = tokens[-1] * (1.02 + 0.012 * n)
-                ax.plot([x, x], [i.low, i.high], color=color, lw=2)
+                ax.plot([x, x], [i.low, i.high], color=data.colors[arm], lw=2)
         ax.set_title(f"main loss minus that of {data.reference}")
-        ax.annotate(
-            "\N{DOWNWARDS ARROW} better",
-            (0.01, 0.01),
-            xycoords="axes fraction",
-            fontsize=9,
-            color="#555555",
-        )
+        note: Any = {"xycoords": "axes fraction", "fontsize": 9, "color": "#555555"}
+        ax.annotate("\N{DOWNWARDS ARROW} better", (0.01, 0.01), **note)
         token_axis(ax)
     return with_legend(data, figure)
 
@@ -67,8 +60,8 @@ def draw_lambda(data: PictureData) -> Figure | None:
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     ax = figure.subplots()
     for n, (curve, arms) in enumerate(shapes.items()):
-        style: Any = {"color": data.colors[arms[0]], "marker": data.markers[arms[0]], "ms": 5}
-        ax.plot(progress, curve, markevery=(30 * n % 100, 100), label="\n".join(arms), **style)
+        style = data.style(arms[0], markevery=(30 * n % 100, 100))
+        ax.plot(progress, curve, label="\n".join(arms), **style)
     ax.set_title("lambda")
     ax.set_xlabel("fraction of the training tokens")
     ax.set_ylim(bottom=0)
@@ -90,8 +83,7 @@ def draw_balance(data: PictureData) -> Figure | None:
         for arm, (tokens, values, _) in found.items():
             width = max(1, len(tokens) // 12)
             smooth = np.convolve(values.mean(0), np.ones(width) / width, "valid")
-            style: Any = {"color": data.colors[arm], "marker": data.markers[arm], "ms": 5}
-            ax.plot(tokens[width - 1 :], smooth, markevery=0.15, label=arm, **style)
+            ax.plot(tokens[width - 1 :], smooth, label=arm, **data.style(arm, markevery=0.15))
         ax.set_title(f"MaxVio, {title}")
         ax.set_ylim(bottom=0)
         token_axis(ax)
