@@ -46,8 +46,10 @@ _SIGNATURES = {
     "sum_rows": "pippiii",
     "cross_entropy": "pppppii",
     "dequantise": "pppiii",
-    "decode_layers": "pipppfppiii",
-    "decode_linear": "ppippiii",
+    "decode_layers": "ppippppppiiipi",
+    "decode_linear": "pppiii",
+    "decode_largest": "ppii",
+    "decode_step": "ppifppp",
 }
 
 
@@ -71,7 +73,8 @@ def _library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = [_TYPES[kind] for kind in signature]
-        function.restype = ctypes.c_int64 if name == "sum_rows" else None
+        counts = name in ("sum_rows", "decode_layers", "decode_step")  # of wrong indices
+        function.restype = ctypes.c_int64 if counts else None
     return library, None
 
 
