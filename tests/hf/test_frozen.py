@@ -4,6 +4,7 @@ bit for bit: losses, validation, and what the heads learn.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -256,6 +257,23 @@ def test_a_folder_that_is_not_wholly_in_blocks_of_128_is_held_in_bfloat16_and_sa
     assert not kept
     where = f"of the 72 projections of {tmp_path}/mixed are FP8"
     assert note == f"frozen trunk: held in bfloat16, because only 71 {where}"
+
+
+@pytest.mark.parametrize("what", ["code", "scale", "overflow"])
+def test_codes_of_no_number_are_refused(sources, tmp_path, what):
+    shutil.copytree(sources["fp8"], tmp_path / "bad")
+    (file,) = (tmp_path / "bad").glob("*.safetensors")
+    tensors, name = load_file(file), "model.layers.2.mlp.experts.3.up_proj.weight"
+    if what == "code":
+        tensors[name].view(torch.uint8)[7, 5] = 255
+    else:
+        tensors[name + SCALE][0, 1] = float("nan") if what == "scale" else 3e38
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = frozen_run(tmp_path, tmp_path / "bad")
+    with building(stored(Compute())):
+        model = meta_model(config.model, config.mtp, freeze="trunk").to_empty(device="cpu")
+    with pytest.raises(ValueError, match=re.escape(f"{name}: holds nan or infinity")):
+        load_weights(model, tmp_path / "bad")
 
 
 @pytest.mark.slow
