@@ -22,6 +22,7 @@ from dsv3_mtp.model.targets import document_starts
 from dsv3_mtp.model.trunk import Trunk
 from dsv3_mtp.ops.compute import building, given
 from dsv3_mtp.ops.ranges import named
+from dsv3_mtp.precision.stored import is_codes
 
 
 class DeepseekV3MTP(nn.Module):
@@ -242,8 +243,10 @@ class DeepseekV3MTP(nn.Module):
                         )
                     values = torch.empty(shape, dtype=wide, device=device)
                     values.normal_(0.0, self.config.initializer_range, generator=generator)
-                    # of another pipeline stage: on meta, not kept
-                    parameter.copy_(values[first : first + count])
+                    # Codes are only ever loaded; their numbers are drawn for those that follow. Of
+                    # another pipeline stage: on meta, not kept.
+                    if not is_codes(parameter):
+                        parameter.copy_(values[first : first + count])
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
         self.start_heads(writable=writable)
