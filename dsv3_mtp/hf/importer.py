@@ -94,7 +94,7 @@ def import_hf(
     wide = keep["model.embed_tokens.weight"] == torch.float32
     notes = list(settings.notes)
     with new_folder(out) as temporary:
-        kept = {"dtype": "float32" if wide else "bfloat16", "frozen": frozen}
+        kept: Any = {"dtype": "float32" if wide else "bfloat16", "frozen": frozen}
         tree = _tree(out, settings, modules, base=base, data=data, **kept)
         if frozen:
             _freeze(tree, source, modules)
