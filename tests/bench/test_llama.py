@@ -57,7 +57,7 @@ def test_what_llama_cpp_reads_otherwise_is_not_run(keys):
 @pytest.mark.skipif(not MISSING, reason="llama.cpp is installed here")
 def test_where_it_is_not_installed_that_is_said():
     said = tool.report(sys.executable, made(), [1, 2, 3], 4, 1)
-    assert said.startswith("llama.cpp: not run: ModuleNotFoundError") and MISSING[-1] in said
+    assert said.startswith("llama.cpp: not run: ModuleNotFoundError") and MISSING[0] in said
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
