@@ -198,7 +198,7 @@ def test_a_class_without_its_function_says_so():
     class Empty(LambdaSchedule):
         type: str = "empty"
 
-    with pytest.raises(NotImplementedError, match="Empty has no weight"):
+    with pytest.raises(TypeError, match="abstract method weight"):
         Empty().weight(0.5)
 
 
