@@ -68,10 +68,7 @@ class Registry(Mapping[str, type[S]]):
         """
         if not code.is_code(name):
             return self.classes[name]
-        try:
-            return code.subclass(name, self.base)
-        except ValueError as error:
-            raise ValueError(f"no {self.kind}: {error}") from None
+        return code.subclass(name, self.base)
 
     def section(self, value: Any) -> Any:
         """Validates a mapping with a `type` into the section of that type; for BeforeValidator."""
