@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
+from dsv3_mtp.config.code import is_code
 from dsv3_mtp.config.depth_weights import DepthWeights
-from dsv3_mtp.config.kinds import head_kind, heads, objective_kind
+from dsv3_mtp.config.kinds import head_kind, head_problems, heads, objective_kind
 from dsv3_mtp.config.loss_weights import LossWeight
 from dsv3_mtp.config.loss_weights.step import StepWeight
 from dsv3_mtp.config.model import V3_TOKENS
@@ -161,6 +162,7 @@ class MTPConfig(Section):
             yield "num_nextn_predict_layers", f"{text}; mtp.mode=none turns the heads off"
         elif self.mode != "none" and parsed is not None:
             yield from self.kind.problems(self)
+            yield from head_problems(self) if is_code(self.mode) else ()
         if (
             self.mode != "none"
             and isinstance(self.depth_weights, tuple)
