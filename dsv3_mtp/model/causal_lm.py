@@ -229,8 +229,7 @@ class DeepseekV3MTP(nn.Module):
             writable: context in which a parameter can be written, for parameters that are kept in
                 parts.
         """
-        device = self.device
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(seed)
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 with writable(parameter):
@@ -238,21 +237,9 @@ class DeepseekV3MTP(nn.Module):
                         parameter.fill_(1.0)
                         continue
                     first, count = 0, len(parameter)
-                    shape, wide = (
-                        parameter.shape,
-                        torch.promote_types(parameter.dtype, torch.float32),
-                    )
                     if isinstance(module, Experts):
-                        first, shape = (
-                            module.first,
-                            torch.Size([self.config.n_routed_experts, *shape[1:]]),
-                        )
-                    values = torch.empty(shape, dtype=wide, device=device)
-                    values.normal_(0.0, self.config.initializer_range, generator=generator)
-                    # Codes are only ever loaded; their numbers are drawn for those that follow. Of
-                    # another pipeline stage: on meta, not kept.
-                    if not is_codes(parameter):
-                        parameter.copy_(values[first : first + count])
+                        first, count = module.first, self.config.n_routed_experts
+                    _draw(parameter, generator, self.config.initializer_range, first, count)
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
         self.start_heads(writable=writable)
@@ -264,6 +251,27 @@ class DeepseekV3MTP(nn.Module):
         """What of the heads starts at other values than random ones (heads/base.py: `start`)."""
         if self.depths and not self.lm_head.weight.is_meta:  # else on another pipeline stage
             self.mtp.start(self.model, self.lm_head, writable)
+
+
+def _draw(
+    parameter: Tensor, generator: torch.Generator, spread: float, first: int, count: int
+) -> None:
+    """Fills a parameter, which is number `first` to first + len(parameter) of a stack of `count`,
+    with those of the normal numbers drawn for the whole stack. Codes are only ever loaded: theirs
+    are drawn for the parameters that follow. Of another pipeline stage: on meta, not kept.
+    """
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    size = parameter[0].numel()
+    # One of a stack of matrices at a time: on a CPU the same numbers as all at once where each
+    # has a multiple of the 16 that torch draws together.
+    step = 1 if parameter.ndim == 3 and size % 16 == 0 else count
+    for start in range(0, count, step):
+        values = torch.empty(
+            (step, *parameter.shape[1:]), dtype=wide, device=generator.device
+        ).normal_(0.0, spread, generator=generator)
+        mine = parameter[max(start - first, 0) : max(start + step - first, 0)]
+        if len(mine) and not is_codes(parameter):
+            mine.copy_(values[max(first - start, 0) :][: len(mine)])
 
 
 def meta_model(config: ModelConfig, mtp: MTPConfig, *, freeze: str = "none") -> DeepseekV3MTP:

@@ -27,7 +27,7 @@ def build_model(
 ) -> DeepseekV3MTP:
     """The model at its random start, equal for every layout of the ranks.
 
-    No rank ever holds more than its part and one whole tensor.
+    No rank ever holds more than its part and one whole matrix, or one expert.
 
     Args:
         compute: kernels and precision; None: torch's for this device. The layout's part of it,
