@@ -48,9 +48,7 @@ FREE = tuple(key for key in keys() if rule_of(key) is OnResume.FREE)
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, ignoring: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (before, now) of every setting in which two resolved configs differ, but those
-    under `ignoring`.
-    """
+    """Dotted key -> (before, now) of every setting that differs, but those under `ignoring`."""
     old, new = dict(flat(before)), dict(flat(now))
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     return {key: (old.get(key), new.get(key)) for key in changed if not _under(key, ignoring)}

@@ -18,9 +18,7 @@ class LambdaSchedule(Section):
     type: str
 
     def weight(self, progress: float) -> float:
-        """lambda >= 0 of a step. progress: fraction in [0, 1] of train.total_tokens that was
-        consumed before the step.
-        """
+        """lambda >= 0 of a step. progress: share of train.total_tokens consumed before it."""
         raise NotImplementedError(f"{type(self).__name__} has no weight(progress)")
 
 
