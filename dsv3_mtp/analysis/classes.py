@@ -115,9 +115,7 @@ def _decide(text: str, codes: np.ndarray) -> int:
 
 
 def character_codes(text: str) -> np.ndarray | None:
-    """(characters,) number of PYTHON of every character; None: Python's tokenizer cannot read
-    it.
-    """
+    """(characters,) number of PYTHON of each character; None: Python's tokenizer cannot read it."""
     lines = list(io.StringIO(text, newline=""))  # \n, \r\n and \r end a line, as in Python
     starts = np.cumsum([0, *(len(line) for line in lines)])
     codes = np.full(len(text), PYTHON.index("space"))

@@ -136,9 +136,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_window_options(parser: argparse.ArgumentParser, *, split: str, batches: str) -> None:
-    """The options `--split` and `--batches` of commands that read a text; the rest of their
-    help.
-    """
+    """`--split` and `--batches` of commands that read a text; the rest of their help."""
     parser.add_argument(
         "--split", default="val", choices=["train", "val", "shift"], help=f"{split} (default: val)"
     )

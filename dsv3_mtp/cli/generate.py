@@ -130,9 +130,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The model on its device, its config (None: of a folder without a run), and its tokenizer
-    (None: there is none).
-    """
+    """The model on its device, its config (None: no run) and its tokenizer (None: none there)."""
     import torch
 
     from dsv3_mtp.data.tokenizer import recorded_encoder
@@ -196,9 +194,7 @@ def timed(
     names: list[str],
     options: Any,
 ) -> Any:
-    """Generates and prints: a single prompt as it comes, several one after the other. Returns
-    result and seconds.
-    """
+    """Generates and prints, a single prompt as it comes; returns result and seconds."""
     from dsv3_mtp.decode.generate import Acceptance, Generation, stream
 
     printers = [Printer(encoder, marks(drafts=options.show_drafts)) for _ in prompts]
@@ -229,9 +225,7 @@ def timed(
 def summary(
     model: Any, prompts: list[list[int]], settings: Any, result: Any, seconds: float
 ) -> str:
-    """One line: speed, tokens per trunk forward, acceptance by position, speed-up over plain
-    decoding.
-    """
+    """Speed, tokens per trunk forward, acceptance by position, speed-up over plain decoding."""
     from dataclasses import replace
 
     from dsv3_mtp.decode.generate import generate

@@ -203,9 +203,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def progress_display() -> Iterator[Any]:
-    """A function (bytes done, bytes in all, tokens): a bar on a terminal, else a line every ten
-    seconds.
-    """
+    """A function (bytes done, bytes in all, tokens): a bar, or a line every ten seconds."""
     if not sys.stderr.isatty():
         shown = time.monotonic()
 

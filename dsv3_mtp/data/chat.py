@@ -25,9 +25,7 @@ PLACES = "chat_template.jinja, or the key chat_template of tokenizer_config.json
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive text of a document. It is tokenised apart from its neighbours, as a prompt is
-    when the model is used.
-    """
+    """Consecutive text of a document, tokenised apart from its neighbours, as a prompt is."""
 
     text: str
     scored: bool  # its tokens are targets
@@ -55,16 +53,13 @@ class ChatTemplate:
             raise ValueError(f"{path}: not a Jinja template ({error})") from None
 
     def render(self, messages: list[dict[str, Any]], *, answer_follows: bool, place: str) -> str:
-        """The whole text, with marks for the contents; `answer_follows`: up to where the model's
-        answer begins.
-        """
+        """The text, with marks for contents; answer_follows: up to where the answer begins."""
         from jinja2 import TemplateError
 
         marked = [m | {"content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+        names = {"messages": marked, "add_generation_prompt": answer_follows}
         try:
-            return self._template.render(
-                messages=marked, add_generation_prompt=answer_follows, **self.tokens
-            )
+            return self._template.render(**names, **self.tokens)
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"{place}: {self.path} refuses these messages: {error}") from None
 
@@ -104,12 +99,9 @@ def read_template(tokenizer: Path) -> ChatTemplate | None:
     Raises:
         ValueError: tokenizer_config.json is damaged, or the template is none.
     """
-    beside = tokenizer.with_name("tokenizer_config.json")
-    content = (
-        read_json(beside, dict[str, Any], "take it from where the tokenizer came from")
-        if (beside.is_file())
-        else {}
-    )
+    beside, content = tokenizer.with_name("tokenizer_config.json"), dict[str, Any]()
+    if beside.is_file():
+        content = read_json(beside, dict[str, Any], "take it from where the tokenizer came from")
     tokens: dict[str, str] = {}
     for key, value in content.items():
         if key.endswith("_token"):

@@ -59,9 +59,7 @@ def shard_name(rank: int) -> str:
 def write_fragments(
     folder: Path, rank: int, fragments: Sequence[Fragment]
 ) -> tuple[list[dict[str, Any]], str]:
-    """Writes this rank's shard; returns its part of the index, for `merge_index`, and the digest of
-    the file.
-    """
+    """Writes this rank's shard; returns its part of the index, and the digest of the file."""
     tensors = {}
     for fragment in fragments:
         tensors[fragment.name] = fragment.values
@@ -138,9 +136,7 @@ class Fragments:
     def read(
         self, name: str, start: int = 0, stop: int | None = None, *, state: str | None = None
     ) -> Tensor:
-        """(stop - start,) elements of the flattened tensor, or of the optimizer's `state` for
-        it.
-        """
+        """(stop - start,) elements of the flattened tensor, or of its optimizer's `state`."""
         state = state or self.state
         key = name if state is None else f"{name}/{state}"
         stop = math.prod(self.shapes[name]) if stop is None else stop

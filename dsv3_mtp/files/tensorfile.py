@@ -115,9 +115,7 @@ def _ask_the_library(path: Path, size: int) -> None:
 
 
 def write_file(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> str:
-    """Writes the tensors, which come in the order of `entries`, and flushes them to disk. Returns
-    the digest of the file.
-    """
+    """Writes and flushes the tensors, in the order of `entries`; returns the file's digest."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:

@@ -136,9 +136,7 @@ class Clock:
         self._recent: deque[tuple[float, int]] = deque(maxlen=window + 1)
 
     def start(self, tokens: int = 0) -> None:
-        """Begin counting; `tokens` were consumed before this start, the first lap counts from
-        there.
-        """
+        """Begin counting; the first lap counts from `tokens`, consumed before this start."""
         self._since = self._now()
         self._lap = (self.seconds, tokens)
         self._recent.append((self._since, tokens))
@@ -166,9 +164,7 @@ class Clock:
         return previous / max(seconds, 1e-9)
 
     def eta(self, tokens_left: int) -> float | None:
-        """Seconds to the end at the average speed of the recent laps, pauses included; None before
-        a lap.
-        """
+        """Seconds to the end at the pace of the recent laps, pauses included; None before a lap."""
         (first, tokens), (last, tokens_now) = self._recent[0], self._recent[-1]
         if tokens_now <= tokens:
             return None
@@ -200,17 +196,13 @@ PEAK_FLOPS = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, by torch.cuda.get_device_name(); None where unknown
-    (every CPU).
-    """
+    """Peak dense bf16 FLOP/s by torch.cuda.get_device_name(); None: unknown, as of every CPU."""
     return next((flops for pattern, flops in PEAK_FLOPS if re.search(pattern, device_name)), None)
 
 
 def mfu(
     tokens_per_s: float, flops_per_token: float, device_name: str, num_devices: int
 ) -> float | None:
-    """Model FLOP utilisation in [0, 1]: FLOPs the model needs per second over the peak; None if
-    unknown.
-    """
+    """Model FLOP utilisation: FLOPs that the model needs over the peak; None: unknown."""
     peak = peak_flops(device_name)
     return None if peak is None else tokens_per_s * flops_per_token / (peak * num_devices)

@@ -46,9 +46,7 @@ STYLE: Any = {
 
 @matplotlib.rc_context(STYLE)
 def plot_run(metrics: Sequence[Record], out: Path, *, title: str) -> None:
-    """Draw the curves of one run (records of metrics.jsonl, any number of depths) into the PNG file
-    `out`.
-    """
+    """Draw the curves of one run (records of metrics.jsonl) into the PNG file `out`."""
     train = [record for record in metrics if "train/loss" in record]
     val = [record for record in metrics if "val/main_loss" in record]
     figure, axes = _figure(title)
@@ -75,9 +73,7 @@ def plot_run(metrics: Sequence[Record], out: Path, *, title: str) -> None:
 
 @matplotlib.rc_context(STYLE)
 def plot_schedules(config: Config, out: Path) -> None:
-    """Draw what changes over a run (lr, MTP weights, bias speed, batch size) into the PNG file
-    `out`.
-    """
+    """Draw lr, MTP weights, bias speed and batch size over a run into the PNG file `out`."""
     figure, axes = _figure(f"{config.run.name}: schedules")
     axes[0].set_title("learning rate")
     _scheduled(axes[0], config, lambda p: learning_rate(config.optim, p), color="#0072b2")
@@ -228,9 +224,7 @@ def _series(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of the finite values in a centred window of a twentieth of the curve, narrower at the
-    ends.
-    """
+    """Mean of the finite values in a centred window of a twentieth, narrower at the ends."""
     length, known = len(values), np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])

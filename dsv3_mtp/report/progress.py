@@ -1,6 +1,4 @@
-"""What a run shows while it runs: lines made of the records that are logged, and a live bar. No
-torch here.
-"""
+"""What a run shows while it runs: lines made of logged records, and a live bar. No torch."""
 
 import math
 import os

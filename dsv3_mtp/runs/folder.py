@@ -157,9 +157,7 @@ def read_starts(folder: Path) -> list[Start]:
 def describe_start(
     *, world_size: int, command: list[str], sources: dict[str, DataSource]
 ) -> dict[str, Any]:
-    """Versions, command, git commit, hardware, and the hash of every data source (of a task: of its
-    settings).
-    """
+    """Versions, command, git commit, hardware, and the hash of every data source or task."""
     cuda = torch.cuda.is_available()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -25,9 +25,7 @@ ROWS = 1024  # prompts that are decoded together
 
 
 class Draws:
-    """Random numbers of a key. numpy fixes the raw output of a generator for ever, so these stay
-    the same too.
-    """
+    """Random numbers of a key: raw output of a generator, which numpy has fixed for ever."""
 
     def __init__(self, *key: int) -> None:
         self._raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw
@@ -46,9 +44,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Example:
-    """Answers are the spans [start, stop) of `tokens` that the model has to generate from all
-    tokens before them.
-    """
+    """`answers`: spans [start, stop) of `tokens` that are to be generated from what precedes."""
 
     tokens: list[int]
     answers: list[tuple[int, int]]

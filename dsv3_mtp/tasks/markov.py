@@ -28,9 +28,7 @@ Seed = Annotated[Integer, Field(ge=0, lt=2**63)]
 
 @TASKS.register
 class MarkovTask(Task):
-    """Walks through one random chain of order 1: entropies and best acceptance in closed form
-    (the functions below).
-    """
+    """Walks through a random chain of order 1, whose entropies and best acceptance are known."""
 
     METRICS: ClassVar[dict[str, tuple[str, str | None]]] = {
         "task/excess_loss/k": (
@@ -188,9 +186,7 @@ class Walks:
 
 
 def transition_matrix(states: int, *, sharpness: float, chain_seed: int) -> np.ndarray:
-    """(S, S): softmax over each row of `sharpness` times standard normal logits. The same for
-    ever.
-    """
+    """(S, S): softmax of `sharpness` times standard normal logits, always the same."""
     raw = np.random.PCG64(np.random.SeedSequence(chain_seed)).random_raw(2 * states * states)
     uniform = ((raw >> np.uint64(11)) + np.uint64(1)) * 2.0**-53  # in (0, 1]
     radius, angle = np.sqrt(-2 * np.log(uniform[::2])), 2 * np.pi * uniform[1::2]  # Box and Muller
@@ -199,18 +195,14 @@ def transition_matrix(states: int, *, sharpness: float, chain_seed: int) -> np.n
 
 
 def stationary(chain: np.ndarray) -> np.ndarray:
-    """(S,) pi with pi P = pi. The chain must have one such distribution; every positive matrix
-    does.
-    """
+    """(S,) pi with pi P = pi, which every positive matrix has, and only one."""
     states = len(chain)
     equations = np.vstack([chain.T - np.eye(states), np.ones(states)])
     return np.linalg.lstsq(equations, np.append(np.zeros(states), 1.0), rcond=None)[0].clip(min=0)
 
 
 def step_entropy(chain: np.ndarray, steps: int) -> float:
-    """H(t_{i+steps} | t_i): with one step the entropy rate, with k+1 the best loss of a parallel
-    head of depth k.
-    """
+    """H(t_{i+steps} | t_i); with k+1 steps the best loss of a parallel head of depth k."""
     return cross_entropy(chain, np.linalg.matrix_power(chain, steps), steps)
 
 

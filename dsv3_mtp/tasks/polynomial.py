@@ -11,9 +11,7 @@ from dsv3_mtp.tasks.base import AtLeast2, Draws, Example, ExampleTask, LossOn
 
 @TASKS.register
 class PolynomialTask(ExampleTask):
-    """Expressions in F_p[X]/(X^degree) and their value (arXiv 2404.19737, 4.2); the notation is
-    ours: prefix.
-    """
+    """Expressions in F_p[X]/(X^degree) and their value (arXiv 2404.19737, 4.2), prefix notation."""
 
     METRICS: ClassVar[dict[str, tuple[str, str | None]]] = ExampleTask.METRICS | {
         "task/exact_match/k": ("exact match with {} operations, by generation", None)

@@ -12,9 +12,7 @@ from dsv3_mtp.tasks.base import AtLeast2, Draws, Example, ExampleTask, LossOn
 
 @TASKS.register
 class StarTask(ExampleTask):
-    """Path-star graphs G(degree, path_length) as arXiv 2403.06963 writes them: edges / start goal =
-    path.
-    """
+    """Path-star graphs G(degree, path_length) (arXiv 2403.06963): edges / start goal = path."""
 
     METRICS: ClassVar[dict[str, tuple[str, str | None]]] = ExampleTask.METRICS | {
         "task/first_node": ("first node of the path, by generation", "higher")
@@ -29,9 +27,7 @@ class StarTask(ExampleTask):
     nodes: AtLeast2 = 10
     """Labels that the nodes of a graph are drawn from, N."""
     reverse: Boolean = False
-    """Answer from the goal to the start: the paper's control, which next-token prediction
-    solves.
-    """
+    """Answer from the goal to the start: the control, which next-token prediction solves."""
     loss_on: LossOn = "answer"
     """answer: the path (arXiv 2403.06963); all: the graph too."""
 
