@@ -35,9 +35,8 @@ def is_python(path: str) -> bool:
         return False
     arguments = read_folder_index(Path(path)).get("arguments", {})
     inputs = arguments.get("inputs") or []
-    return arguments.get("corpus") in CORPORA or (
-        bool(inputs) and all(str(name).endswith(".py") for name in inputs)
-    )
+    of_files = bool(inputs) and all(str(name).endswith(".py") for name in inputs)
+    return of_files or arguments.get("corpus") in CORPORA
 
 
 def target_classes(

@@ -44,16 +44,8 @@ def run(options: argparse.Namespace) -> None:
     from dsv3_mtp.hf import import_hf
     from dsv3_mtp.plan.outlook import outlook
 
-    notes = import_hf(
-        options.source,
-        options.out,
-        base=options.config,
-        sets=options.sets,
-        data=options.data,
-        dtype=options.dtype,
-        trunk_only=options.trunk_only,
-        frozen=options.frozen,
-        trunk_hidden=options.trunk_hidden,
-    )
+    keys = ("sets", "data", "dtype", "trunk_only", "frozen", "trunk_hidden")
+    what = {key: getattr(options, key) for key in keys}
+    notes = import_hf(options.source, options.out, base=options.config, **what)
     notes += outlook(options.out)
     print("\n".join([*notes, f"wrote {options.out}"]))

@@ -21,7 +21,8 @@ class Stream(Protocol):
         """
 
     def spread(self, index: int, count: int, length: int) -> tuple[Array, ...]:
-        """Validation row `index` of `count`."""
+        """Validation row `index` of `count`; in a stream without end, by `index` alone."""
+        return self.sample(index, length)
 
 
 class Grading(Protocol):

@@ -85,8 +85,7 @@ def inside(path: Path, folder: Path) -> bool:
 
 
 def lock(path: Path, busy: str, *, wait: bool = False) -> int:
-    """Holds the file `path` for this process until it ends, however it does, or until the
-    descriptor is closed.
+    """Holds the file `path` for this process until it ends, or until the descriptor is closed.
 
     wait: for another holder, after printing `busy`.
 

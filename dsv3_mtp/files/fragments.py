@@ -1,5 +1,4 @@
-"""The tensors of a checkpoint, cut into ranges in whatever way the ranks held them, and read in any
-other way.
+"""The tensors of a checkpoint, cut into ranges as the ranks held them, and read in any other way.
 
     shard_rank{r}.safetensors   what rank r wrote, flat. NAME: a range of the values of tensor NAME
                                 (float32 masters of what is trained; frozen parameters and buffers
@@ -142,9 +141,7 @@ class Fragments:
         stop = math.prod(self.shapes[name]) if stop is None else stop
         try:
             ranges = self.index[name]["ranges"]
-            overlapping = [
-                (first, last, rank) for first, last, rank in ranges if first < stop and start < last
-            ]
+            overlapping = [part for part in ranges if part[0] < stop and start < part[1]]
             found = [(first, last, self._place(rank, key)) for first, last, rank in overlapping]
             dtype = found[0][2].dtype
             if dtype not in DTYPES:

@@ -59,8 +59,7 @@ class Place(NamedTuple):
         return flat.view(self.shape)
 
     def read_into(self, flat: Tensor, first: int = 0) -> None:
-        """Fills `flat`, contiguous on the CPU and of the stored type, with the elements from
-        `first` on.
+        """Fills `flat`, contiguous, on the CPU, of the stored type, with the elements from `first`.
 
         Raises:
             OSError: the file ends before.
@@ -119,12 +118,9 @@ def write_file(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> s
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
+        about = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape)}
         span = [offset, offset := offset + entry.size]
-        header[entry.name] = {
-            "dtype": NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": span,
-        }
+        header[entry.name] = about | {"data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     stream = iter(tensors)

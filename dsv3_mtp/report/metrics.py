@@ -51,9 +51,8 @@ class MetricsLog:
 
     def append(self, record: Record) -> None:
         """Write one record. TypeError: a value is not a number, string, bool or None."""
-        line = json.dumps(
-            {key: _encode(key, value) for key, value in record.items()}, allow_nan=False
-        )
+        encoded = {key: _encode(key, value) for key, value in record.items()}
+        line = json.dumps(encoded, allow_nan=False)
         with naming_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -85,16 +84,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if nested := [key for key, value in record.items() if isinstance(value, dict | list)]:
                 raise ValueError(f"{nested[0]} is no number")
         except ValueError as error:
-            raise ValueError(
-                f"{path}:{number}: not a JSON object of metrics ({error}); delete this line"
-            ) from None
+            text = f"not a JSON object of metrics ({error}); delete this line"
+            raise ValueError(f"{path}:{number}: {text}") from None
         records.append({key: _decode(value) for key, value in record.items()})
     return records
 
 
 def _whole_lines(path: Path) -> list[str]:
-    # Every line is written with its newline in one call: what follows the last newline was cut off
-    # by a kill.
+    # a line is written with its newline in one call: what follows the last one was cut off
     return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
@@ -103,10 +100,8 @@ def _encode(key: str, value: Any) -> Any:
         return str(float(value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(
-        f"metric {key}: {type(value).__name__} is not a "
-        "number or string; convert it, e.g. with .item()"
-    )
+    text = "is not a number or string; convert it, e.g. with .item()"
+    raise TypeError(f"metric {key}: {type(value).__name__} {text}")
 
 
 def _decode(value: Any) -> Any:
@@ -132,8 +127,7 @@ class Clock:
         self._before = 0.0  # seconds up to the last start or pause
         self._since: float | None = None
         self._lap: tuple[float, int] | None = None  # training seconds, tokens
-        # wall-clock seconds, tokens
-        self._recent: deque[tuple[float, int]] = deque(maxlen=window + 1)
+        self._recent = deque[tuple[float, int]](maxlen=window + 1)  # wall-clock seconds, tokens
 
     def start(self, tokens: int = 0) -> None:
         """Begin counting; the first lap counts from `tokens`, consumed before this start."""

@@ -11,9 +11,9 @@ from typing import Any
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.config.resume import differences, flat
 from dsv3_mtp.files.atomic import write_text
+from dsv3_mtp.report.progress import columns
 from dsv3_mtp.study import hover, page, tables
 from dsv3_mtp.study.archive import RunRecord, Table, table_of
-from dsv3_mtp.study.dryrun import columns
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.findings import LOSS, effects_of
 from dsv3_mtp.study.folder import IGNORED

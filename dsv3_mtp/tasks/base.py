@@ -93,9 +93,8 @@ class ExampleTask(Task):
         stream = self.stream(self.example_length - 1, None)  # one example per row
         examples = [example for row in range(count) for example in stream.examples(row)]
         spans = [example.answers[-1] for example in examples]
-        texts = [
-            example.tokens[:start] for example, (start, _) in zip(examples, spans, strict=True)
-        ]
+        pairs = zip(examples, spans, strict=True)
+        texts = [example.tokens[:start] for example, (start, _) in pairs]
         return texts, max(stop - start for start, stop in spans)
 
     def facts(self, seq_len: int, mtp: Any) -> dict[str, str]:
@@ -104,7 +103,7 @@ class ExampleTask(Task):
         return {f"task {self.type}": f"{text}; {self.vocab_size} token ids"}
 
 
-class ExampleStream:
+class ExampleStream(Stream):
     """Rows of whole examples, as many as T + 1 tokens hold; what is left of a row is padding."""
 
     def __init__(self, task: ExampleTask, seq_len: int, key: tuple[int, int] | None) -> None:
@@ -129,12 +128,6 @@ class ExampleStream:
                 scored[start + first : start + last] = True
             start = stop
         return tokens, documents, scored
-
-    def spread(
-        self, index: int, count: int, length: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Validation row `index` of `count`, drawn by `index` alone."""
-        return self.sample(index, length)
 
     def examples(self, index: int) -> list[Example]:
         """The examples of row `index`."""
@@ -166,14 +159,12 @@ class ExampleGrading:
             self._count(example, [next(answers) for _ in example.answers])
 
     def _count(self, example: Example, answers: list[list[int]]) -> None:
-        pairs = [
-            (example.tokens[a:b], given)
-            for (a, b), given in zip(example.answers, answers, strict=True)
-        ]
-        right = all(true == given[: len(true)] for true, given in pairs)
+        true = [example.tokens[start:stop] for start, stop in example.answers]
+        pairs = list(zip(true, answers, strict=True))
+        right = all(answer == given[: len(answer)] for answer, given in pairs)
         hard = self.task.hard_token
         self.sums[:2] += 1, right
-        self.sums[2:4] += len(pairs), sum(true[hard] == given[hard] for true, given in pairs)
+        self.sums[2:4] += len(pairs), sum(answer[hard] == given[hard] for answer, given in pairs)
         if example.group is not None:
             self.sums[3 + example.group] += 1
             self.sums[3 + self.task.groups + example.group] += right

@@ -51,10 +51,8 @@ class InductionTask(ExampleTask):
             text = f"must be >= {2 * self.names}: the tokens of {self.names} names all differ"
             yield "name_tokens", f"{text} (got {self.name_tokens})"
         if self.length < 2 * self.mentions:
-            yield (
-                "length",
-                f"must be >= {2 * self.mentions}, two tokens for each mention (got {self.length})",
-            )
+            text = f"must be >= {2 * self.mentions}, two tokens for each mention"
+            yield "length", f"{text} (got {self.length})"
 
     def example(self, draws: Draws) -> Example:
         """Filler and names in turn, with random gaps; the ids of names come before filler's."""
@@ -62,10 +60,8 @@ class InductionTask(ExampleTask):
         space = self.length - 2 * self.mentions
         cuts = sorted(draws.below(space + 1) for _ in range(self.mentions - 1))
         mentions = [draws.below(self.names) for _ in range(self.mentions)]
-        filler = [
-            self.name_tokens + state
-            for state in walks(self.filler_tokens, 2.0, 0).walk(draws, space)
-        ]
+        states = walks(self.filler_tokens, 2.0, 0).walk(draws, space)
+        filler = [self.name_tokens + state for state in states]
         tokens: list[int] = []
         answers, seen = [], set()
         for begin, end, name in zip([0, *cuts], [*cuts, space], mentions, strict=True):

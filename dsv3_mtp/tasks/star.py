@@ -43,20 +43,13 @@ class StarTask(ExampleTask):
     def rules(self) -> Iterator[Problem]:
         needed = self.degree * (self.path_length - 1) + 1
         if self.nodes < needed:
-            yield (
-                "nodes",
-                (
-                    f"must be >= {needed}, the nodes of a graph "
-                    f"with {self.degree} paths (got {self.nodes})"
-                ),
-            )
+            text = f"must be >= {needed}, the nodes of a graph with {self.degree} paths"
+            yield "nodes", f"{text} (got {self.nodes})"
 
     def example(self, draws: Draws) -> Example:
-        """`a b | b c | ... / start goal =` and the path, edges shuffled and directed away from the
-        start.
+        """`a b | b c | ... / start goal =` and the path, edges shuffled, away from the start.
 
-        As the code of arXiv 2403.06963 writes it without its commas: nodes are 0..N-1, then | = /
-        and $, here padding.
+        As the code of arXiv 2403.06963 has it without its commas; its $ is the padding.
         """
         bar, equals, slash = range(self.nodes, self.nodes + 3)
         steps = self.path_length - 1
