@@ -73,11 +73,7 @@ def opened(folder: str, options: argparse.Namespace, device: Any) -> Any:
 
 
 def text_of(subject: Any, other: Any, options: argparse.Namespace) -> Any:
-    """The text to read.
-
-    Raises:
-        ValueError: it is none, or of another tokenizer than a run's.
-    """
+    """The text to read. Raises ValueError: it is none, or of another tokenizer than a run's."""
     from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
     from dsv3_mtp.files.run_folder import tokenizer_of

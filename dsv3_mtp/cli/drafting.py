@@ -36,11 +36,9 @@ def add_draft_options(group: Any) -> None:
 
 
 def draft_depth(options: argparse.Namespace, model: Any) -> int:
-    """Drafts per step; says so where the heads make fewer than --draft-depth.
-
-    Raises:
-        ValueError: so many drafts never fit, or none is made by a module that is used again, and
-            --recycle says by which.
+    """Drafts per step; says so where the heads make fewer than --draft-depth. Raises ValueError: so
+    many drafts never fit, or none is made by a module that is used again, and --recycle says by
+    which.
     """
     from dsv3_mtp.decode.draft import draft_limit
 

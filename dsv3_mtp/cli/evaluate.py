@@ -142,11 +142,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def opened(options: argparse.Namespace, config: Any) -> list[Any]:
-    """The sources that --data names.
-
-    Raises:
-        ValueError: they or --new-tokens do not fit the model.
-    """
+    """The sources that --data names. Raises ValueError: they or --new-tokens do not fit."""
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
     from dsv3_mtp.files.run_folder import tokenizer_of
 

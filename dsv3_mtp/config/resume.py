@@ -8,10 +8,8 @@ from dsv3_mtp.config.section import OnResume, Section
 
 
 def rule_of(key: str) -> OnResume:
-    """What a start may do with the dotted key where it differs from the checkpoint's.
-
-    Raises:
-        KeyError: neither the key nor a section around it says so.
+    """What a start may do with the dotted key where it differs from the checkpoint's. Raises
+    KeyError: neither the key nor a section around it says so.
     """
     section: Any = Config
     rule: OnResume | None = None

@@ -65,10 +65,8 @@ def first_state(mtp: MTPConfig) -> State | None:
 
 
 def next_state(mtp: MTPConfig, state: State | None, metrics: dict[str, float]) -> State | None:
-    """The state after a step with these metrics, as JSON gives it back.
-
-    Raises:
-        ValueError: JSON cannot hold the state, so that no checkpoint could.
+    """The state after a step with these metrics, as JSON gives it back. Raises ValueError: JSON
+    cannot hold the state, so that no checkpoint could.
     """
     schedule = mtp.loss_weight
     if state is None or not isinstance(schedule, AdaptiveSchedule):

@@ -12,11 +12,7 @@ class SourceSection(Section):
     type: str
 
     def open(self, split: str) -> Any:
-        """The dsv3_mtp.data.source.DataSource of a split, "train" or "val".
-
-        Raises:
-            ValueError: there is nothing to open, or no such split.
-        """
+        """The data.source.DataSource of "train" or "val". Raises ValueError: there is none."""
         raise NotImplementedError(f"{type(self).__name__} has no open(split)")
 
 

@@ -33,11 +33,7 @@ class Piece:
 
 
 class ChatTemplate:
-    """The Jinja template beside a tokenizer.json.
-
-    Raises:
-        ValueError: it is no Jinja template.
-    """
+    """The Jinja template beside a tokenizer.json. Raises ValueError: it is none."""
 
     def __init__(self, source: str, path: Path, tokens: dict[str, str]) -> None:
         """tokens: bos_token, eos_token, ..., which templates name."""
@@ -94,10 +90,8 @@ class ChatTemplate:
 
 
 def read_template(tokenizer: Path) -> ChatTemplate | None:
-    """The template beside a tokenizer.json, None if there is none.
-
-    Raises:
-        ValueError: tokenizer_config.json is damaged, or the template is none.
+    """The template beside a tokenizer.json, None if there is none. Raises ValueError:
+    tokenizer_config.json is damaged, or the template is none.
     """
     beside, content = tokenizer.with_name("tokenizer_config.json"), dict[str, Any]()
     if beside.is_file():
@@ -120,11 +114,9 @@ def read_template(tokenizer: Path) -> ChatTemplate | None:
 def record_pieces(
     record: Any, template: ChatTemplate | None, *, specials: frozenset[str], place: str
 ) -> tuple[Piece, ...]:
-    """The pieces of a JSON record with `prompt` and `completion`, or with `messages`.
-
-    Raises:
-        ValueError: it has neither, a part of it is no text, nothing in it is an answer, or
-            `messages` without a template.
+    """The pieces of a JSON record with `prompt` and `completion`, or with `messages`. Raises
+    ValueError: it has neither, a part of it is no text, nothing in it is an answer, or `messages`
+    without a template.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{place}: is a JSON {type(record).__name__}, must be an object")
@@ -152,10 +144,8 @@ def prompt_pieces(
     record: Any, template: ChatTemplate | None, *, specials: frozenset[str], place: str
 ) -> tuple[Piece, ...]:
     """The pieces in front of an answer that is to be generated: of `prompt`, or of `messages` up to
-    the last one that is not the assistant's.
-
-    Raises:
-        ValueError: as `record_pieces`; or nothing is left.
+    the last one that is not the assistant's. Raises ValueError: as `record_pieces`; or nothing is
+    left.
     """
     if isinstance(record, dict) and "messages" in record and template is not None:
         chat = list(_checked(record["messages"], place))

@@ -42,9 +42,7 @@ def write_index(path: Path, dtype: np.dtype, sizes: np.ndarray) -> None:
 
 def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     """The token dtype of a `.idx` file, and the tokens per document (int64, no empty documents).
-
-    Raises:
-        ValueError: it is no Megatron index, cut off, of floats, or contradicts itself.
+    Raises ValueError: it is no Megatron index, cut off, of floats, or contradicts itself.
     """
     raw = np.fromfile(path, np.uint8)
     if len(raw) < HEADER.size:
@@ -81,9 +79,7 @@ def read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
 
 def open_pair(prefix: Path | str) -> tuple[np.ndarray, np.ndarray]:
     """Memory-maps PREFIX.bin, reads PREFIX.idx: (tokens (N,), tokens per document (documents,)).
-
-    Raises:
-        ValueError: a file is missing, the two disagree about N, or there are no tokens.
+    Raises ValueError: a file is missing, the two disagree about N, or there are no tokens.
     """
     binary, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (binary, index):

@@ -102,9 +102,7 @@ class NGrams:
 
     def __init__(self, tokens: np.ndarray, documents: np.ndarray | None, *, vocab_size: int):
         """tokens, documents: (R, T+1), see `Events.of`; each training token is to be a target once.
-
-        Raises:
-            ValueError: fewer than two rows: nothing to count, or nothing to find the weights on.
+        Raises ValueError: fewer than two rows: nothing to count, or nothing to find the weights on.
         """
         if len(tokens) < 2:
             raise ValueError(f"floors need at least 2 rows of training tokens (got {len(tokens)})")

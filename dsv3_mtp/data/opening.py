@@ -19,10 +19,8 @@ from dsv3_mtp.tasks.base import TaskSource
 
 
 def build_missing(config: Config) -> None:
-    """Prepares the corpus that `data.build` names, if it is not there.
-
-    Raises:
-        ValueError: the folder is not named after the corpus: a user's own text was meant.
+    """Prepares the corpus that `data.build` names, if it is not there. Raises ValueError: the
+    folder is not named after the corpus: a user's own text was meant.
     """
     folder, corpus = config.data.train, config.data.build
     if corpus is None or not isinstance(folder, str) or Path(folder).exists():
@@ -41,11 +39,7 @@ def build_missing(config: Config) -> None:
 
 
 def open_sources(config: Config) -> tuple[Sampler, DataSource]:
-    """The training sampler and the validation source.
-
-    Raises:
-        ValueError: the data cannot be used, or was not made with one tokenizer.
-    """
+    """The training sampler and the validation source. Raises ValueError: they cannot be used."""
     windows: Any = {"seq_len": config.data.seq_len, "lookahead": config.mtp.lookahead}
     windows["seed"] = config.run.seed
     sources = [_open(config, entry.path, "train") for entry in config.data.entries]
@@ -81,9 +75,7 @@ def check_masks(mask: str, sources: list[DataSource], val: DataSource) -> None:
 
 def validation_source(config: Config, split: str = "val") -> DataSource:
     """What a run is validated on: data.val, or other examples of its task than it is trained on.
-
-    Raises:
-        ValueError: the data cannot be used, or another split is asked of a task.
+    Raises ValueError: the data cannot be used, or another split is asked of a task.
     """
     if config.data.task is None:
         source = _open(config, config.data.val or "", split)

@@ -69,9 +69,7 @@ def prepare(
 
 def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], None]) -> FolderIndex:
     """The prepared folder `out`, which `build` makes in `out`.partial where it is not there yet.
-
-    Raises:
-        ValueError: `out` was made with other arguments than `recorded`.
+    Raises ValueError: `out` was made with other arguments than `recorded`.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder that is to be made")
@@ -139,9 +137,7 @@ def _build(
 
 def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
     """progress.json of an interrupted run, checked against this one; without it all is deleted.
-
-    Raises:
-        ValueError: the folder holds other files, or the state of another preparation.
+    Raises ValueError: the folder holds other files, or the state of another preparation.
     """
     if foreign := _foreign(partial):
         raise ValueError(

@@ -70,10 +70,8 @@ class SitelibInputs:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
-        """All documents from record `record` (0 or 1) of file `file` on.
-
-        Raises:
-            ValueError: a file is no longer what it was when the corpus was listed.
+        """All documents from record `record` (0 or 1) of file `file` on. Raises ValueError: a file
+        is no longer what it was when the corpus was listed.
         """
         for number in range(file + record, len(self.files)):
             listed = self.files[number]
@@ -107,9 +105,7 @@ class SitelibInputs:
 
 def sitelib_inputs(site: Path | None = None, library: Path | None = None) -> SitelibInputs:
     """List the site-packages and the standard library of the running interpreter, or those given.
-
-    Raises:
-        ValueError: there is too little text.
+    Raises ValueError: there is too little text.
     """
     site = Path(sysconfig.get_path("purelib")) if site is None else site
     library = Path(sysconfig.get_path("stdlib")) if library is None else library

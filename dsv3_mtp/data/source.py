@@ -267,11 +267,7 @@ def _open_folder(folder: Path, split: str) -> Source:
 
 
 def _open_mask(path: Path, tokens: int) -> np.ndarray:
-    """(tokens,) uint8, memory-mapped.
-
-    Raises:
-        ValueError: it is missing or of another length.
-    """
+    """(tokens,) uint8, memory-mapped. Raises ValueError: missing, or of another length."""
     found = path.stat().st_size if path.is_file() else 0
     if found != tokens:
         raise ValueError(

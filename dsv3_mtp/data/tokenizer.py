@@ -140,9 +140,7 @@ def recorded_eos(path: Path) -> int | None:
 
 def load_encoder(path: Path, *, eos: str | int | None = None) -> DocumentEncoder:
     """Reads a tokenizer.json. eos: its end of text, by name or id; None: the first common name.
-
-    Raises:
-        ValueError: the file is no tokenizer or has no such token.
+    Raises ValueError: the file is no tokenizer or has no such token.
     """
     from tokenizers import Tokenizer
 

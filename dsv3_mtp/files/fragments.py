@@ -80,11 +80,7 @@ def write_fragments(
 
 
 def merge_index(parts: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
-    """The index of all shards.
-
-    Raises:
-        RuntimeError: the ranges do not make whole tensors, each element once.
-    """
+    """The index of all shards. Raises RuntimeError: ranges do not make whole tensors, once each."""
     index: dict[str, Any] = {}
     for part in parts:
         for entry in part:

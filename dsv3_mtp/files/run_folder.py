@@ -45,11 +45,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """COMPLETE.json is there and every file that it lists has its size.
-
-    Raises:
-        ValueError: the checkpoint is of a newer format.
-    """
+    """Every file of COMPLETE.json has its size. Raises ValueError: it is of a newer format."""
     try:
         complete = read_complete(checkpoint)
     except ValueError:
@@ -105,11 +101,8 @@ def newest_sound(root: Path) -> tuple[Path | None, list[str]]:
 
 def newest_weights(run: Path, *, ema: bool = False) -> tuple[Fragments | None, list[str]]:
     """The weights in a run's newest sound checkpoint, or their moving average, None if there is no
-    checkpoint; and what is wrong with newer ones.
-
-    Raises:
-        ValueError: ema, and the run has no average; or no checkpoint is sound, or it is of another
-            format.
+    checkpoint; and what is wrong with newer ones. Raises ValueError: ema, and the run has no
+    average; or no checkpoint is sound, or it is of another format.
     """
     newest, notes = newest_sound(run / "checkpoints")
     if newest is None and notes:

@@ -60,9 +60,7 @@ class Place(NamedTuple):
 
     def read_into(self, flat: Tensor, first: int = 0) -> None:
         """Fills `flat`, contiguous, on the CPU, of the stored type, with the elements from `first`.
-
-        Raises:
-            OSError: the file ends before.
+        Raises OSError: the file ends before.
         """
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start + first * flat.itemsize)
@@ -75,11 +73,9 @@ class Place(NamedTuple):
 
 
 def read_places(path: Path) -> dict[str, Place]:
-    """Where each tensor of a file lies. Reads the header only.
-
-    Raises:
-        OSError, ValueError: no such file, or none that the safetensors library reads: cut off, not
-            covered wholly or covered twice, sizes that are no sizes.
+    """Where each tensor of a file lies. Reads the header only. Raises OSError, ValueError: no such
+    file, or none that the safetensors library reads: cut off, not covered wholly or covered twice,
+    sizes that are no sizes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

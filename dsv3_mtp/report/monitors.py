@@ -27,10 +27,7 @@ class Monitor(Protocol):
 
 def open_monitors(config: Config, folder: Path, tokens: int) -> list[Monitor]:
     """Those that `config.log` asks for. tokens: consumed before this start; later points, which a
-    kill left behind, are shown once only.
-
-    Raises:
-        ValueError: W&B cannot be started.
+    kill left behind, are shown once only. Raises ValueError: W&B cannot be started.
     """
     found: list[Monitor] = []
     if config.log.tensorboard:

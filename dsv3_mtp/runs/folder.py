@@ -65,10 +65,8 @@ def run_folder(config: Config) -> Path:
 
 def lock_folder(folder: Path) -> int:
     """Holds the folder for this process until it ends, or until the returned descriptor is closed.
-    What a killed process left half-written there is deleted.
-
-    Raises:
-        ValueError: another process holds it, or it cannot be made.
+    What a killed process left half-written there is deleted. Raises ValueError: another process
+    holds it, or it cannot be made.
     """
     busy = f"{folder}: another process works in this folder; choose another run.name"
     try:
@@ -82,10 +80,8 @@ def lock_folder(folder: Path) -> int:
 
 
 def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
-    """The complete checkpoints of the run, the newest first, and what to say of others.
-
-    Raises:
-        ValueError: `checkpoint.resume: never` and there is one; or all are damaged.
+    """The complete checkpoints of the run, the newest first, and what to say of others. Raises
+    ValueError: `checkpoint.resume: never` and there is one; or all are damaged.
     """
     root = run_folder(config) / "checkpoints"
     _read_back(run_folder(config))
@@ -137,11 +133,7 @@ def write_run_folder(
 
 
 def read_starts(folder: Path) -> list[Start]:
-    """What manifest.json says of every start of a run.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
+    """What manifest.json says of every start. Raises ValueError: it is missing or damaged."""
     remedy = "delete this file: it describes the starts of the run, and the next one writes it anew"
     return read_json(folder / MANIFEST, Manifest, remedy)["starts"]
 

@@ -43,11 +43,9 @@ class TokenCounts(TypedDict):
 
 def most_frequent(folder: Path, config: Config, size: int) -> tuple[int, ...]:
     """The `size` tokens that are the most frequent targets of the run's training text, sources by
-    their share of the samples, in rising order; of equally frequent ones those of lower id.
-
-    Raises:
-        ValueError: size is not in 1 .. vocab_size, the run is trained on a generated task, or the
-            counts, or the text to count, are not those of the run.
+    their share of the samples, in rising order; of equally frequent ones those of lower id. Raises
+    ValueError: size is not in 1 .. vocab_size, the run is trained on a generated task, or the
+    counts, or the text to count, are not those of the run.
     """
     vocab = config.model.vocab_size
     if not 1 <= size <= vocab:

@@ -28,9 +28,7 @@ FREE = (*IGNORED, "run.name", "run.seed")
 
 def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> tuple[str, Path]:
     """Compares run folders with the first of them; returns (a table for the terminal, the page).
-
-    Raises:
-        ValueError: fewer than two runs, a folder is no run, or one has not been validated.
+    Raises ValueError: fewer than two runs, a folder is no run, or one has not been validated.
     """
     if len(folders) < 2:
         raise ValueError("give two runs or more")
