@@ -303,9 +303,7 @@ class ChainDrafter(Drafter):
     def _run(
         self, depth: int, starts: Sequence[int], length: int, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Depth's chained and normed states of `length` slots from starts[b]; the next depth's ring
-        gets them.
-        """
+        """Chained and normed states of `length` slots from starts[b]; the next ring gets them."""
         chained = self.options.chain == "hidden"
         hidden = self.rings[depth - 1 if chained else 0].read(starts, length).flatten(0, 1)
         out, normed = (

@@ -75,9 +75,7 @@ def _library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _build(flags: tuple[str, ...]) -> Path:
-    """The shared library of this source, compiler and processor in the user's cache; made if it is
-    missing.
-    """
+    """The shared library of this source, compiler and processor in the cache, made if missing."""
     folder = Path(__file__).parent / "csrc"
     sources = sorted(folder.glob("*.c"))
     name, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]  # such as "ccache gcc"
