@@ -12,19 +12,24 @@ from torch import Tensor, nn
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.section import Fraction, NotNegative, Section
 from dsv3_mtp.decode.draft import Drafter
-from dsv3_mtp.heads.base import Cost, Head
+from dsv3_mtp.heads.base import Cost, Head, Writable, copy_weights
 from dsv3_mtp.heads.parallel import Parallel, ParallelDrafter
 from dsv3_mtp.model.layers import RMSNorm
-from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, Output, Scores
+from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, LMHead, Output, Scores
+from dsv3_mtp.model.trunk import Trunk
 
 
 class ConfidenceOptions(Section):
     confidence: NotNegative = 0.5
+    regression: NotNegative = 0.2
+    entropy: NotNegative = 0.1
     noise: Fraction = 0.25
 
 
 class ConfidenceHead(Parallel):
-    """Parallel heads, each with a guess whether its own argmax is right: a loss term of its own.
+    """Parallel heads that start as the trunk's last layer, with three losses of their own: a guess
+    whether the own argmax is right, the distance to the trunk's state that many slots later, and
+    the entropy of depth 1 by the shared output head.
 
     And noise on the hidden states that the guess reads, while it trains: it draws random numbers.
     """
@@ -46,30 +51,53 @@ class ConfidenceHead(Parallel):
                 kept = inputs.uniform(depth) >= self.options.noise
                 hidden = hidden * kept.unsqueeze(-1)
             guesses.append(guess(hidden).squeeze(-1))
-        return HeadOutput(output.rows, output.stats, {"guess": torch.stack(guesses)})  # (D, B, T)
+        off = []
+        for depth, rows in enumerate(output.rows, 1):
+            aim, _ = inputs.later(inputs.trunk.post_norm.detach(), depth)
+            off.append(F.smooth_l1_loss(rows.inputs[0], aim, reduction="none").mean(-1))
+        kept = {"guess": torch.stack(guesses), "off": torch.stack(off)}  # (D, B, T)
+        return HeadOutput(output.rows, output.stats, kept)
+
+    def start(self, trunk: Trunk, lm_head: LMHead, writable: Writable) -> None:
+        for layer in self.layers:
+            copy_weights(trunk.norm, layer.shared_head.norm, writable)  # type: ignore[union-attr]
+            for name, part in trunk.layers[-1].named_children():
+                copy_weights(part, getattr(layer, name), writable)
+
+    @classmethod
+    def reads(cls, mtp: MTPConfig) -> frozenset[str | int]:
+        return frozenset({"last_input", "post_norm"})
 
     @classmethod
     def terms(cls, mtp: MTPConfig) -> dict[str, float]:
-        return {"confidence": mtp.options.confidence}
+        return {
+            name: getattr(mtp.options, name) for name in ("confidence", "regression", "entropy")
+        }
 
     @classmethod
     def count_terms(cls, mtp: MTPConfig, valid: Tensor, taught: Tensor) -> Tensor:
-        return valid[1:].sum().view(1)
+        return torch.stack([valid[1:].sum(), taught.sum(), valid[1].sum()])
 
     def loss_terms(self, output: HeadOutput, scores: Scores) -> dict[str, Tensor]:
         right = (scores.prediction == scores.targets)[1:]
         guess, valid = output.kept["guess"], scores.valid[1:]
         loss = F.binary_cross_entropy_with_logits(guess, right.to(guess), reduction="none")
-        return {"confidence": (loss * valid).sum()}
+        (first,) = [rows for rows in output.rows if rows.depths == (1,)]
+        log_q = first.logits().log_softmax(-1)
+        return {
+            "confidence": (loss * valid).sum(),
+            "regression": (output.kept["off"] * scores.taught).sum(),
+            "entropy": (log_q.exp() * log_q).sum(-1)[scores.valid[1]].sum(),
+        }
 
     def cost(self) -> Cost:
         cost = super().cost()
-        return Cost(cost.blocks, list(self.guesses), cost.shared)
+        return Cost(cost.blocks, list(self.guesses), cost.shared + 1)  # depth 1 twice
 
 
 class BiasedHead(Head):
-    """The trunk's state and a bias by the token before the target: logits that are no product with
-    the shared head alone. Depth k reads t_{i+k} and nothing between.
+    """The trunk's state and a bias by a token before the target: logits that are no product with
+    the shared head alone. Depth k reads t_{i+k} and nothing between, and predicts t_{i+2k+1}.
     """
 
     def __init__(self, config: ModelConfig, mtp: MTPConfig):
@@ -82,6 +110,10 @@ class BiasedHead(Head):
     @classmethod
     def reads(cls, mtp: MTPConfig) -> frozenset[str | int]:
         return frozenset({"pre_norm"})
+
+    @classmethod
+    def offset(cls, mtp: MTPConfig, depth: int) -> int:
+        return 2 * depth + 1
 
     @classmethod
     def horizon(cls, mtp: MTPConfig, depth: int) -> int:

@@ -46,8 +46,15 @@ class Task(Section):
     """Name of a metric -> (its words, {} being k; which way is better: lower, higher or None)."""
     VERSION: ClassVar[int] = 1
     """To be raised with any change to the examples, so that no run is resumed on other data."""
+    EVERY: ClassVar[dict[str, tuple[str, str | None]]] = {}
+    """The metrics of all tasks that are imported, those of a file of one's own as well."""
     has_answers: ClassVar[bool] = True
     """A model answers by generating; false: there is a known theory of its losses."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **settings: Any) -> None:
+        super().__pydantic_init_subclass__(**settings)
+        Task.EVERY.update(cls.METRICS)
 
     @property
     def vocab_size(self) -> int:

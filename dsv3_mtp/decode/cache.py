@@ -24,6 +24,7 @@ class Window(NamedTuple):
     end: int  # slots 0..end-1 of the cache are read
     rotation: Tensor  # (B*T, 1, P/2, 2): cosine and sine at the window's positions
     mask: Tensor | None  # (1 or B, 1, T*H, end) additive; None: every slot is visible
+    asked: Tensor | None = None  # which rows of B*T the last layer ends with; None: all
 
 
 class FewSlots(NamedTuple):
@@ -34,6 +35,7 @@ class FewSlots(NamedTuple):
     shape: tuple[int, int]  # (B, T)
     starts: Sequence[int]  # each row's first slot
     angles: Tensor  # (S, 1, P/2, 2): cosine and sine of every slot
+    asked: Sequence[int] | None = None  # as in `Window`, in ascending order
 
 
 class CacheSlots:
@@ -62,12 +64,20 @@ class CacheSlots:
         shape = rows, self.slots, self.width
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(layers)]
 
-    def few(self, starts: Sequence[int], length: int) -> FewSlots:
+    def few(
+        self, starts: Sequence[int], length: int, asked: Sequence[int] | None = None
+    ) -> FewSlots:
         """`window` for the C kernels."""
-        return FewSlots((len(starts), length), starts, self.rotation)
+        return FewSlots((len(starts), length), starts, self.rotation, asked)
 
-    def window(self, starts: Sequence[int], length: int) -> Window:
-        """Row b computes slots starts[b]..starts[b]+length-1 and sees slots 0..its own."""
+    def window(
+        self, starts: Sequence[int], length: int, asked: Sequence[int] | None = None
+    ) -> Window:
+        """Row b computes slots starts[b]..starts[b]+length-1 and sees slots 0..its own.
+
+        asked: the last layer's output is needed of these rows of B*T alone, of the others what the
+        caches hold of them; None: of all.
+        """
         rows, start, end = len(starts), starts[0], max(starts) + length
         write: tuple[Any, Any]
         if min(starts) == max(starts):
@@ -88,7 +98,8 @@ class CacheSlots:
                 hidden, float("-inf")
             )
             mask = mask.repeat_interleave(self.heads, dim=-2).view(-1, 1, length * self.heads, end)
-        return Window((rows, length), write, end, rotation, mask)
+        needed = None if asked is None else torch.tensor(asked, device=self.device)
+        return Window((rows, length), write, end, rotation, mask, needed)
 
 
 def span(ids: Tensor, starts: Sequence[int], length: int) -> Tensor:

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_mtp.decode.cache import CacheSlots, FewSlots, Window
 from dsv3_mtp.decode.layers import Layers
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.states import TrunkStates
-from dsv3_mtp.ops import c, c_decode, choice
+from dsv3_mtp.ops import c, c_decode, c_step, choice
+
+if TYPE_CHECKING:
+    from dsv3_mtp.decode.draft import Drafter
 
 DYNAMIC = r"L\['(window|caches?|tokens|hidden|x)'\].*"  # arguments whose sizes differ between calls
 
@@ -38,21 +40,40 @@ class Decoder:
             )
             self.kind = model.config.model_dump_json(), model.mtp_config.model_dump_json(), weights
         self.layers = DecodeTrunk(model)
-        self.output = model.lm_head.weight  # (V, C)
-        self.by_c = choice.kernels(model.lm_head.weight) is c
+        self.output: Tensor = model.lm_head.weight  # (V, C)
+        self.by_c = choice.kernels(self.output) is c
         # with a draft vocabulary: its ids (N,), and their rows of the output head (N, C)
         self.draft_ids: Tensor | None = None
         if draft_vocab:
             self.draft_ids = torch.tensor(sorted(set(draft_vocab)), device=self.output.device)
-            self.draft_output = self.output[self.draft_ids]
+        self.draft_output = self.output if self.draft_ids is None else self.output[self.draft_ids]
+        if self.by_c:
+            self.linear = c_decode.Linear(self.output)
+            self.draft_linear = c_decode.Linear(self.draft_output)
         self.heads: list[Any] = model.mtp.decode_forms(model) if model.depths else []
 
-    def window(self, slots: CacheSlots, starts: Sequence[int], length: int) -> Window | FewSlots:
+    def whole_step(self, drafter: "Drafter | None") -> c_step.Step | None:
+        """A step in one call of C, with what drafts or alone; None where it goes piece by piece."""
+        if not self.by_c or self.compile_up_to:
+            return None
+        drafting = None if drafter is None else drafter.drafting()
+        if drafter is not None and drafting is None:
+            return None
+        assert self.layers.layers.by_c is not None
+        return c_step.Step(self.layers.layers.by_c, self.output, drafting)
+
+    def window(
+        self,
+        slots: CacheSlots,
+        starts: Sequence[int],
+        length: int,
+        asked: Sequence[int] | None = None,
+    ) -> Window | FewSlots:
         """The window of these slots, of the kind that its layers run fastest."""
         compiles = length <= self.compile_up_to
         if self.by_c and not compiles and len(starts) * length <= c_decode.ROWS:
-            return slots.few(starts, length)
-        return slots.window(starts, length)
+            return slots.few(starts, length, asked)
+        return slots.window(starts, length, asked)
 
     def trunk(self, tokens: Tensor, caches: list[Tensor], window: Window | FewSlots) -> TrunkStates:
         """tokens: (B, T) of the window's slots; caches: (B, S, R+P) of each layer -> states, each
@@ -62,21 +83,19 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed states (N, C) -> (N, V)."""
-        return self._product(hidden, self.output)
+        if self.by_c and hidden.shape[0] <= c_decode.ROWS:
+            return self.linear(hidden.contiguous())
+        return torch.mm(hidden, self.output.t())
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """As `logits`; with a draft vocabulary of its tokens alone."""
-        weight = self.output if self.draft_ids is None else self.draft_output
-        return self._product(hidden, weight)
+        if self.by_c and hidden.shape[0] <= c_decode.ROWS:
+            return self.draft_linear(hidden.contiguous())
+        return torch.mm(hidden, self.draft_output.t())
 
     def narrow(self, logits: Tensor) -> Tensor:
         """Of logits (N, V) that a head made otherwise what `draft_logits` would have."""
         return logits if self.draft_ids is None else logits[:, self.draft_ids]
-
-    def _product(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        if self.by_c and hidden.shape[0] <= c_decode.ROWS:
-            return c_decode.linear(hidden.contiguous(), weight)
-        return torch.mm(hidden, weight.t())
 
     def run(self, function: Callable, *arguments: Any) -> Any:
         """function(*arguments), compiled where a window is small enough. The last argument is the
@@ -120,14 +139,13 @@ class DecodeTrunk:
     """Embedding, decoder layers, final norm."""
 
     def __init__(self, model: DeepseekV3MTP):
-        self.table = model.model.embed_tokens.weight
-        self.layers = Layers(model.model.layers, model.model.norm)  # type: ignore[arg-type]
+        table = model.model.embed_tokens.weight
+        self.layers = Layers(model.model.layers, model.model.norm, table)  # type: ignore[arg-type]
         self.kept = model.model.kept  # numbers of the layers whose output heads read
 
     def forward(
         self, tokens: Tensor, caches: list[Tensor], window: Window | FewSlots
     ) -> TrunkStates:
-        states = self.layers(F.embedding(tokens.flatten(), self.table), caches, window)
-        layers = {number: states[1 + number] for number in self.kept}
-        last_input, pre_norm, post_norm = states[-3:]
-        return TrunkStates(last_input, pre_norm, post_norm, layers)
+        read, pre_norm, post_norm = self.layers(None, tokens, caches, window)
+        layers = {k: pre_norm if k == len(read) - 1 else read[1 + k] for k in self.kept}
+        return TrunkStates(read[-1], pre_norm, post_norm, layers)

@@ -20,6 +20,7 @@ from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.sample import DraftSampler
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.states import TrunkStates
+from dsv3_mtp.ops.c_step import Drafting
 
 
 class Drafter:
@@ -105,6 +106,10 @@ class Drafter:
             when greedy.
         """
         raise NotImplementedError
+
+    def drafting(self) -> Drafting | None:
+        """How a whole step runs in one call of C (ops/c_step.py); None: it goes piece by piece."""
+        return None
 
     def lag(self, module: int, last: Sequence[int]) -> int:
         """Slots that a module has to catch up with, in the row where they are most."""

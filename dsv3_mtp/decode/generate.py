@@ -17,8 +17,10 @@ from dsv3_mtp.decode.cache import CacheSlots, span
 from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.draft import Drafter, draft_limit, no_drafter
 from dsv3_mtp.decode.generation import Acceptance, Generation, Settings, Step
-from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
+from dsv3_mtp.decode.sample import DraftSampler, TokenSampler, agreeing, largest
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.ops import c_decode
+from dsv3_mtp.ops.c_step import Rows
 
 
 def generate(
@@ -107,6 +109,7 @@ class _Batch:
                 chunk=self.chunk,
                 recycle=settings.recycle or "last",
             )
+        self.whole = None if self.threshold and depth else decoder.whole_step(self.drafter)
         # (B, S, R+P) per layer
         self.caches = slots.caches(model.config.num_hidden_layers, len(prompts))
         self.ids = torch.zeros(
@@ -123,14 +126,53 @@ class _Batch:
             if self.drafter is not None:
                 self.drafter.observe(states, [start] * rows, self.ids, length)
         final = states.post_norm.unflatten(0, (rows, -1))[:, -1]  # (B, C)
-        return sampler.draw(self.decoder.logits(final))[0].tolist()
+        tokens = sampler.draw(self.decoder.logits(final))[0].tolist()
+        self._append([[token] for token in tokens])
+        return tokens
 
     def step(
         self, count: int, sampler: TokenSampler
     ) -> tuple[list[int], list[int], list[list[int]]]:
         """Drafts and verifies. Of each row: how many drafts, at most `count`, were put to the test,
-        how many of them stand, and these plus the next token.
+        how many of them stand, and these plus the next token, all of which become known.
         """
+        if (rows := self._rows_for_c(count, sampler)) is not None:
+            return self._step_in_c(rows, count, sampler)
+        found = self._step(count, sampler)
+        self._append(found[2])
+        return found
+
+    def _rows_for_c(self, count: int, sampler: TokenSampler) -> Rows | None:
+        """The rows for a step in one call of C; None: it goes piece by piece."""
+        shape = len(self.last), 1 + count
+        if self.whole is None or sampler.truncates or shape[0] * shape[1] > c_decode.ROWS:
+            return None
+        rows = Rows(self.ids, self.last, self.caches, self.slots.rotation)
+        if self.drafter is not None:
+            rows.ring, rows.filled = self.drafter.rings[0].states, self.drafter.filled[0]
+            rows.module_caches = self.drafter.caches
+            if self.drafter.lag(0, self.last) * shape[0] > c_decode.ROWS:
+                return None
+        return rows
+
+    def _step_in_c(
+        self, rows: Rows, count: int, sampler: TokenSampler
+    ) -> tuple[list[int], list[int], list[list[int]]]:
+        coins = None
+        if not sampler.greedy:
+            shape = len(self.last), 2 * count + 1
+            coins = torch.rand(shape, generator=sampler.generator, dtype=torch.float64)
+        assert self.whole is not None
+        accepted, new = self.whole(rows, count, sampler.temperature, coins)
+        if self.drafter is not None:
+            self.drafter.filled[0] = rows.filled
+        self.last = [m + len(tokens) for m, tokens in zip(self.last, new, strict=True)]
+        return [count] * len(new), accepted, new
+
+    def _step(
+        self, count: int, sampler: TokenSampler
+    ) -> tuple[list[int], list[int], list[list[int]]]:
+        """`step` in pieces, for every kind of head, sampling and device."""
         drafts, lengths = self.ids[:, :0], None
         probability: torch.Tensor | None = None
         if count and self.drafter is not None:
@@ -144,26 +186,35 @@ class _Batch:
         states = self._forward(self.last, 1 + count)
         if self.drafter is not None:
             self.drafter.observe(states, self.last, self.ids)
-        logits = self.decoder.logits(states.post_norm).view(len(self.last), 1 + count, -1)
-        accepted, following = sampler.verify(logits, drafts, probability, lengths)
+        logits = self.decoder.logits(states.post_norm)  # (B*(K+1), V)
         if not count:
             none = [0] * len(self.last)
-            return none, none, [[token] for token in following.tolist()]
-        drafted = torch.full_like(accepted, count) if lengths is None else lengths
+            return none, none, [[token] for token in sampler.draw(logits)[0].tolist()]
+        if sampler.greedy:
+            known = [drafts, largest(logits).view(-1, 1 + count)]
+        else:
+            logits = logits.view(-1, 1 + count, logits.shape[-1])
+            accepted, following = sampler.verify(logits, drafts, probability, lengths)
+            known = [drafts, accepted[:, None], following[:, None]]
         # one transfer per step
-        new = torch.cat([drafts, *(x[:, None] for x in (following, accepted, drafted))], 1).tolist()
-        return (
-            [row[-1] for row in new],
-            [row[-2] for row in new],
-            [row[: row[-2]] + [row[-3]] for row in new],
-        )
+        rows = torch.cat(known if lengths is None else [*known, lengths[:, None]], 1).tolist()
+        drafted = [count] * len(rows) if lengths is None else [row.pop() for row in rows]
+        if sampler.greedy:
+            stand = [agreeing(row[count:], row[:n]) for row, n in zip(rows, drafted, strict=True)]
+            return (
+                drafted,
+                stand,
+                [r[count : count + n + 1] for r, n in zip(rows, stand, strict=True)],
+            )
+        return drafted, [row[-2] for row in rows], [row[: row[-2]] + [row[-1]] for row in rows]
 
-    def append(self, new: list[list[int]]) -> None:
-        """Makes the given tokens of each row known."""
+    def _append(self, new: list[list[int]]) -> None:
+        """Makes the given tokens of each row known. All but the last are drafts, which stand in
+        `ids`.
+        """
         for row, tokens in enumerate(new):
-            start = self.last[row] + 1
-            self.ids[row, start : start + len(tokens)] = torch.tensor(tokens)
             self.last[row] += len(tokens)
+            self.ids[row, self.last[row]] = tokens[-1]
 
     def join(self, others: "list[_Batch]") -> None:
         if not others:
@@ -232,7 +283,6 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
     for numbers in by_length.values():
         batch = _Batch(decoder, slots, [prompts[row] for row in numbers], settings)
         first = batch.prefill(sampler)
-        batch.append([[token] for token in first])
         steps = [
             _cut(
                 row, [token], accepted=0, drafted=0, room=ends[row] - len(prompts[row]), stops=stops
@@ -258,7 +308,6 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
             _cut(row, new[i], accepted=accepted[i], drafted=drafted[i], room=room[i], stops=stops)
             for i, row in enumerate(rows)
         ]
-        batch.append([step.tokens for step in steps])
         going = [i for i, step in enumerate(steps) if not step.done]
         rows = [rows[i] for i in going]
         if rows:

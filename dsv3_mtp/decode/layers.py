@@ -7,12 +7,13 @@ projection, and the views of experts are made beforehand. Each `generate` derive
 the model's own: they cannot go stale, and training never sees them. Copied are the attention's
 down-projections, W_UQ and W_UKV; the rest are views.
 
-Few slots on a CPU run in C, a sublayer at a time (ops/c_decode.py); prompts, other types and
+Few slots on a CPU run in C, all layers in one call (ops/c_decode.py); prompts, other types and
 devices, and compiled steps run in torch.
 """
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ from dsv3_mtp.model.attention import MLA
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import MLP, RMSNorm
 from dsv3_mtp.model.moe import MoE, count
-from dsv3_mtp.ops import c, c_decode, choice
+from dsv3_mtp.ops import c, c_decode, c_layer, choice
+from dsv3_mtp.precision.stored import weight_of
 
 # W_UK is multiplied into W_UQ where the product has at most this many times their elements.
 ABSORB = 1.5
@@ -60,15 +62,16 @@ class Attention:
     def __init__(self, norm: RMSNorm, mla: MLA):
         self.heads, self.rank, self.rope = mla.heads, mla.kv_rank, mla.rope
         self.norm, self.kv_norm, self.q_norm = Norm(norm), Norm(mla.kv_a_layernorm), None
-        down, self.q_rank = [mla.kv_a_proj_with_mqa.weight * self.norm.gain], 0
+        weight = partial(weight_of, name="weight", dtype=norm.weight.dtype)
+        down, self.q_rank = [weight(mla.kv_a_proj_with_mqa) * self.norm.gain], 0
         if mla.q_compressed:
             self.q_norm, self.q_rank = Norm(mla.q_a_layernorm), mla.q_a_proj.weight.shape[0]
-            down.insert(0, mla.q_a_proj.weight * self.norm.gain)
-            up = mla.q_b_proj.weight * (self.q_norm.gain * mla.scale)
+            down.insert(0, weight(mla.q_a_proj) * self.norm.gain)
+            up = weight(mla.q_b_proj) * (self.q_norm.gain * mla.scale)
         else:
-            up = mla.q_proj.weight * (self.norm.gain * mla.scale)
+            up = weight(mla.q_proj) * (self.norm.gain * mla.scale)
         w_uk, w_uv = (
-            (mla.kv_b_proj.weight * self.kv_norm.gain)
+            (weight(mla.kv_b_proj) * self.kv_norm.gain)
             .view(self.heads, -1, self.rank)
             .split([mla.nope, mla.value], dim=1)
         )  # (H, nope, R), (H, v, R)
@@ -90,14 +93,14 @@ class Attention:
         self.up = rows.flatten(0, 1).to(norm.weight.dtype).t()  # (q, H (R+P)), or (q, H (nope+P))
         w_uv = w_uv.to(norm.weight.dtype).contiguous()
         self.w_uv = w_uv.transpose(1, 2)  # (H, R, v)
-        self.out = mla.o_proj.weight.t()  # (H v, C)
+        self.out = weight(mla.o_proj).t()  # (H v, C)
 
-    def for_c(self) -> c_decode.Attention:
+    def for_c(self) -> c_layer.Attention:
         norms = self.norm, self.q_norm or self.norm, self.kv_norm
         w_uk = None if self.w_uk is None else self.w_uk.transpose(1, 2).contiguous()
         weights = self.down.t(), self.up.t(), w_uk, self.w_uv.transpose(1, 2), self.out.t()
         floor, q_floor, kv_floor = (norm.floor.item() for norm in norms)
-        return c_decode.Attention(*weights, self.rope, (floor, q_floor, kv_floor))
+        return c_layer.Attention(*weights, self.rope, (floor, q_floor, kv_floor))
 
     def __call__(self, x: Tensor, cache: Tensor, window: Window) -> Tensor:
         """x: (N, C), N = B*T; cache: (B, S, R+P), where the window's slots are written -> (N,
@@ -160,18 +163,22 @@ def rotate(x: Tensor, rotation: Tensor, *, paired: bool) -> Tensor:
     )
 
 
+def _matrices(mlp: MLP, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and down."""
+    weight = partial(weight_of, name="weight", dtype=dtype)
+    return weight(mlp.gate_proj), weight(mlp.up_proj), weight(mlp.down_proj)
+
+
 class Dense:
     """x + MLP(norm(x))."""
 
     def __init__(self, norm: RMSNorm, mlp: MLP):
         self.norm = Norm(norm)
-        self.gate, self.up, self.down = (
-            part.weight.t() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        )
+        self.gate, self.up, self.down = (weight.t() for weight in _matrices(mlp, norm.weight.dtype))
 
-    def for_c(self) -> c_decode.MLP:
+    def for_c(self) -> c_layer.MLP:
         weights = self.gate.t(), self.up.t(), self.down.t()
-        return c_decode.MLP(self.norm.gain, self.norm.floor.item(), weights)
+        return c_layer.MLP(self.norm.gain, self.norm.floor.item(), weights)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
@@ -188,14 +195,14 @@ class Mixture:
         self.norm, self.moe = Norm(norm), moe
         self.router = moe.gate.weight.to(self.norm.gain.dtype).t()  # (C, E)
 
-    def for_c(self) -> c_decode.MLP:
+    def for_c(self) -> c_layer.MLP:
         gate, experts, shared = self.moe.gate, self.moe.experts, self.moe.shared_experts
-        config, common = gate.config, None
-        router = c_decode.Router(
+        config, common, dtype = gate.config, None, self.norm.dtype
+        router = c_layer.Router(
             gate.weight,
             gate.e_score_correction_bias,
-            experts.gate_up_proj,
-            experts.down_proj,
+            weight_of(experts, "gate_up_proj", dtype),
+            weight_of(experts, "down_proj", dtype),
             groups=config.n_group,
             topk_group=config.topk_group,
             top_k=config.num_experts_per_tok,
@@ -203,8 +210,8 @@ class Mixture:
             scaling=config.routed_scaling_factor,
         )
         if shared is not None:
-            common = shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight
-        return c_decode.MLP(self.norm.gain, self.norm.floor.item(), common, router)
+            common = _matrices(shared, dtype)
+        return c_layer.MLP(self.norm.gain, self.norm.floor.item(), common, router)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)"""
@@ -239,12 +246,12 @@ class Merge:
         self.norms = [Norm(norm) for norm in norms]
         gain = torch.cat([norm.gain for norm in self.norms])
         self.weight = (weight * gain).to(weight.dtype)  # (C', parts C)
-        self.floors = torch.cat([norm.floor for norm in self.norms])
 
-    def __call__(self, parts: Sequence[Tensor], window: Window | FewSlots) -> Tensor:
+    def for_c(self) -> tuple[Tensor, Tensor]:
+        return self.weight, torch.cat([norm.floor for norm in self.norms])
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
         """(N, C) each -> (N, C')"""
-        if isinstance(window, FewSlots):
-            return c_decode.linear(torch.cat(list(parts), dim=-1), self.weight, self.floors)
         normed = [norm.direction(x) for norm, x in zip(self.norms, parts, strict=True)]
         return torch.mm(torch.cat(normed, dim=-1), self.weight.t())
 
@@ -263,27 +270,50 @@ class Layer:
 
 
 class Layers:
-    """Decoder layers, one after the other, and the norm behind the last one: few slots in C, where
-    its kernels take the weights.
+    """Decoder layers, one after the other, what the first one reads, and the norm behind the last:
+    few slots in C, where its kernels take the weights.
     """
 
-    def __init__(self, layers: Iterable[DecoderLayer], norm: RMSNorm):
+    def __init__(
+        self,
+        layers: Iterable[DecoderLayer],
+        norm: RMSNorm,
+        table: Tensor | None = None,
+        merge: Merge | None = None,
+    ):
+        """table: (V, C), of which tokens are embedded; None: no tokens are read. merge: takes the
+        embedding and given states, or these alone; None: only one of them is read.
+        """
         self.layers, self.norm, self.by_c = [Layer(layer) for layer in layers], Norm(norm), None
+        self.table, self.merge = table, merge
         if choice.kernels(norm.weight) is c:
             parts = [(layer.attention.for_c(), layer.feed_forward.for_c()) for layer in self.layers]
-            self.by_c = c_decode.Layers(parts, self.norm.gain, self.norm.floor.item())
+            reads = c_decode.Reads(table, None if merge is None else merge.for_c())
+            self.by_c = c_decode.Layers(parts, self.norm.gain, self.norm.floor.item(), reads)
 
     def __call__(
-        self, x: Tensor, caches: Sequence[Tensor], window: Window | FewSlots
-    ) -> Sequence[Tensor]:
-        """x: (N, C); caches: of each layer (B, S, R+P), extended by the window's slots -> x, the
-        output of each layer, and the last one normed, each (N, C).
+        self,
+        given: Tensor | None,
+        tokens: Tensor | None,
+        caches: Sequence[Tensor],
+        window: Window | FewSlots,
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+        """given: (B*T, C) states, and tokens (B, T), each None where the layers read none; caches:
+        of each layer (B, S, R+P), extended by the window's slots -> what each layer reads, (B*T,
+        C), and of the rows that the window asks for the last output and the same normed, (N, C).
         """
         if isinstance(window, FewSlots):
             assert self.by_c is not None, "Decoder.window makes these where the layers run in C"
-            x = x.contiguous()
-            return self.by_c(x, caches, window.starts, window.angles).unbind()
-        states = [x]
+            given = None if given is None else given.contiguous()
+            read, out = self.by_c(given, tokens, caches, window.starts, window.angles, window.asked)
+            return list(read), out[0], out[1]
+        parts = [] if given is None else [given]
+        if tokens is not None:
+            assert self.table is not None
+            parts.insert(0, F.embedding(tokens.flatten(), self.table))
+        states = [parts[0] if self.merge is None else self.merge(parts)]
         for layer, cache in zip(self.layers, caches, strict=True):
             states.append(layer(states[-1], cache, window))
-        return [*states, self.norm(states[-1])]
+        out = states.pop()
+        out = out if window.asked is None else out[window.asked]
+        return states, out, self.norm(out)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3_mtp.ops import c, c_decode, choice
+
 
 @dataclass(frozen=True)
 class TokenSampler:
@@ -20,6 +22,10 @@ class TokenSampler:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k is not None or self.top_p < 1
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(..., V) logits -> float32 probabilities after temperature, top-k, then top-p,
@@ -48,7 +54,7 @@ class TokenSampler:
         drawn from.
         """
         if self.greedy:
-            return logits.argmax(-1), None
+            return largest(logits), None
         probability = self.probabilities(logits)
         return self.pick(probability), probability
 
@@ -63,28 +69,20 @@ class TokenSampler:
         draft_probability: Tensor | None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """How many drafts of each row stand, and the token after them.
+        """When sampling, how many drafts of each row stand, and the token after them.
 
-        Greedy: the longest prefix that equals the main model's argmax. Sampling: draft d stands
-        with probability min(1, p(d)/q(d)); the first that falls is replaced by a draw from (p - q)+
-        (arXiv 2211.17192, 2302.01318). Both give exactly the main model's own distribution,
-        whatever the drafts.
+        Draft d stands with probability min(1, p(d)/q(d)); the first that falls is replaced by a
+        draw from (p - q)+ (arXiv 2211.17192, 2302.01318). That gives exactly the main model's own
+        distribution, whatever the drafts.
 
         Args:
             logits: (B, K+1, V) of the main model at the last known token and the K drafts.
-            drafts: (B, K); draft_probability: (B, K, V), None when greedy.
+            drafts: (B, K); draft_probability: (B, K, V).
             lengths: (B,) how many of its drafts a row puts to the test; None: all of them.
         Returns:
             accepted (B,) in 0..K, and next (B,).
         """
         count = drafts.shape[1]
-        if self.greedy:
-            best = logits.argmax(-1)  # (B, K+1)
-            stands = best[:, :count] == drafts
-            if lengths is not None:
-                stands &= torch.arange(count, device=drafts.device) < lengths[:, None]
-            accepted = stands.cumprod(1).sum(1)
-            return accepted, best.gather(1, accepted[:, None]).squeeze(1)
         tested = torch.ones_like(drafts, dtype=torch.bool)
         if lengths is not None:
             tested = torch.arange(count, device=drafts.device) < lengths[:, None]
@@ -105,6 +103,22 @@ class TokenSampler:
             empty = residual.sum(-1, keepdim=True) == 0  # p and q differ by rounding only
             return accepted, self.pick(torch.where(empty, p[rows, accepted], residual))
         return accepted, self.pick(p[:, 0])
+
+
+def largest(logits: Tensor) -> Tensor:
+    """(N, V) -> (N,), the most likely token. Torch's argmax takes as long as C does for a layer."""
+    if choice.kernels(logits) is c and logits.is_contiguous():
+        return c_decode.largest(logits)
+    return logits.argmax(-1)
+
+
+def agreeing(best: list[int], drafts: list[int]) -> int:
+    """Greedy: how many drafts stand, the longest prefix that equals the main model's argmax.
+
+    best: K+1 tokens, at the last known one and at each draft; drafts: K or fewer.
+    """
+    pairs = enumerate(zip(drafts, best, strict=False))
+    return next((k for k, (draft, token) in pairs if draft != token), len(drafts))
 
 
 class DraftSampler:
@@ -162,7 +176,7 @@ class DraftSampler:
                 confidence = known.amax(-1)
             self._going = (confidence >= self.threshold) & self._going
             self._lengths = self._going.long() + self._lengths
-        tokens = logits.argmax(-1) if probability is None else self.sampler.pick(probability)
+        tokens = largest(logits) if probability is None else self.sampler.pick(probability)
         if self.among is None:
             return tokens, probability
         if probability is not None:

@@ -2,8 +2,9 @@
 
     shard_rank{r}.safetensors   what rank r wrote, flat. NAME: a range of the values of tensor NAME
                                 (float32 masters of what is trained; frozen parameters and buffers
-                                in their own type). NAME/exp_avg, NAME/exp_avg_sq, ...: what the
-                                optimizer keeps for the same range. NAME/ema: the average of the
+                                in their own type, codes of a trunk in block-FP8 as F8_E4M3).
+                                NAME/exp_avg, NAME/exp_avg_sq, ...: what the optimizer keeps for
+                                the same range. NAME/ema: the average of the
                                 weights (train.ema_decay).
     index.json                  {NAME: {"shape": [...], "states": ["exp_avg", ...],
                                         "scalars": {"step": 20.0},
@@ -131,8 +132,12 @@ class Fragments:
     def read(
         self, name: str, start: int = 0, stop: int | None = None, *, state: str | None = None
     ) -> Tensor:
-        """(stop - start,) elements of the flattened tensor, or of its optimizer's `state`."""
+        """(stop - start,) elements of the flattened tensor, or of the optimizer's `state` for
+        it. A tensor without an average is its own.
+        """
         state = state or self.state
+        if state == AVERAGE and AVERAGE not in self.index[name]["states"]:
+            state = None
         key = name if state is None else f"{name}/{state}"
         stop = math.prod(self.shapes[name]) if stop is None else stop
         try:
@@ -156,8 +161,8 @@ class Fragments:
         return flat
 
     def has(self, state: str) -> bool:
-        """Every tensor has this state."""
-        return all(state in about["states"] for about in self.index.values())
+        """Some tensor has this state: all that learn, or none."""
+        return any(state in about["states"] for about in self.index.values())
 
     def _place(self, rank: int, key: str) -> Place:
         if rank not in self._headers:

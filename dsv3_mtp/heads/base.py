@@ -41,7 +41,10 @@ from dsv3_mtp.model.states import HeadInputs, HeadOutput, LMHead, Output, Scores
 
 if TYPE_CHECKING:
     from dsv3_mtp.decode.draft import Drafter
+    from dsv3_mtp.model.trunk import Trunk
 
+# context in which a parameter that is kept in parts can be read and written
+Writable = Callable[[Tensor], AbstractContextManager[Any]]
 REGISTRY: dict[str, type["Head"]] = {}
 
 
@@ -157,14 +160,12 @@ class Head(nn.Module):
 
     # --- training -------------------------------------------------------------------------------
 
-    def start(
-        self, lm_head: LMHead, writable: Callable[[Tensor], AbstractContextManager[Any]]
-    ) -> None:
+    def start(self, trunk: "Trunk", lm_head: LMHead, writable: Writable) -> None:
         """What does not start at N(0, initializer_range) is set here, under torch.no_grad: once all
-        weights are drawn, and again once a trunk is read from elsewhere.
+        weights are drawn, and again once a trunk is read from elsewhere. See `copy_weights`.
 
-        lm_head: the main output head; writable: context in which a parameter that is kept in parts
-        can be read and written.
+        trunk, lm_head: of the main model. What of the trunk is on another pipeline stage has no
+            values here; the trunk's last layer is here if the heads read `last_input`.
         """
 
     def forward(self, inputs: HeadInputs) -> HeadOutput:
@@ -242,3 +243,27 @@ class Head(nn.Module):
         """On the Markov chain `chain` (S, S), row = from."""
         steps = [cls.offset(mtp, k) - cls.horizon(mtp, k) for k in range(1, 1 + mtp.depths)]
         return Theory([np.linalg.matrix_power(chain, step) for step in steps])
+
+
+def copy_weights(source: nn.Module, target: nn.Module, writable: Writable) -> None:
+    """Parameters and buffers of `target` become those of `source`, where either may be kept in
+    parts: for `Head.start`.
+
+    Raises:
+        ValueError: they differ in names or shapes, or `source` is on another pipeline stage.
+    """
+    given = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    own = {**dict(target.named_parameters()), **dict(target.named_buffers())}
+    if given.keys() != own.keys():
+        names = ", ".join(sorted(given.keys() ^ own.keys()))
+        raise ValueError(f"a head cannot start from another module's weights: only one has {names}")
+    for name, tensor in given.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"parallel.pipeline_stages: heads start from weights of the trunk ({name}) that "
+                "another stage has; the last one has the last layer where heads read last_input"
+            )
+        with torch.no_grad(), writable(tensor):
+            values = tensor.detach().clone()
+        with torch.no_grad(), writable(own[name]):
+            own[name].copy_(values)

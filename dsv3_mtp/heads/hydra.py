@@ -13,8 +13,7 @@ that code this file leaves out dropout on what the layers read, and the biases; 
 and the same layer for x_2 .. x_n, here each has weights of its own. Drafts are one path, no tree.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 import torch
@@ -26,10 +25,10 @@ from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.section import Boolean, Integer, Section
 from dsv3_mtp.decode.draft import Drafter, stacked
 from dsv3_mtp.decode.sample import DraftSampler
-from dsv3_mtp.heads.base import Cost, Export, Head
-from dsv3_mtp.heads.medusa import copy_weight
+from dsv3_mtp.heads.base import Cost, Export, Head, Writable, copy_weights
 from dsv3_mtp.heads.parallel import Block, ParallelDrafter, ParallelHead, trunk_alone
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, LMHead, TrunkStates
+from dsv3_mtp.model.trunk import Trunk
 
 
 class HydraOptions(Section):
@@ -80,14 +79,12 @@ class Hydra(Head):
         depths = range(1, 1 + mtp.depths)
         self.heads = nn.ModuleList(HydraHead(config, k, self.options.num_layers) for k in depths)
 
-    def start(
-        self, lm_head: LMHead, writable: Callable[[Tensor], AbstractContextManager[Any]]
-    ) -> None:
+    def start(self, trunk: Trunk, lm_head: LMHead, writable: Writable) -> None:
         for head in cast(list[HydraHead], self.heads):
             for layer in cast(list[nn.Linear], head.layers):
                 with writable(layer.weight):
                     layer.weight.zero_()
-            copy_weight(lm_head, head.lm_head, writable)
+            copy_weights(lm_head, head.lm_head, writable)
 
     @classmethod
     def reads(cls, mtp: MTPConfig) -> frozenset[str | int]:

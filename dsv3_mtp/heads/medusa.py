@@ -11,20 +11,18 @@ is the equation. Their drafts form a tree with several candidates of each head; 
 one draft, because the verifier takes one path.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.decode.draft import Drafter
-from dsv3_mtp.heads.base import Cost, Export, Head
+from dsv3_mtp.heads.base import Cost, Export, Head, Writable, copy_weights
 from dsv3_mtp.heads.linear import LinearDrafter
 from dsv3_mtp.heads.parallel import trunk_alone
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, LMHead
+from dsv3_mtp.model.trunk import Trunk
 
 
 class MedusaHead(nn.Module):
@@ -52,13 +50,11 @@ class Medusa(Head):
         super().__init__(config, mtp)
         self.heads = nn.ModuleList(MedusaHead(config) for _ in range(mtp.depths))
 
-    def start(
-        self, lm_head: LMHead, writable: Callable[[Tensor], AbstractContextManager[Any]]
-    ) -> None:
+    def start(self, trunk: Trunk, lm_head: LMHead, writable: Writable) -> None:
         for head in cast(list[MedusaHead], self.heads):
             with writable(head.linear.weight):
                 head.linear.weight.zero_()
-            copy_weight(lm_head, head.lm_head, writable)
+            copy_weights(lm_head, head.lm_head, writable)
 
     @classmethod
     def reads(cls, mtp: MTPConfig) -> frozenset[str | int]:
@@ -87,13 +83,3 @@ class Medusa(Head):
     @classmethod
     def export(cls, config: ModelConfig, mtp: MTPConfig) -> Export:
         return trunk_alone(mtp)
-
-
-def copy_weight(
-    source: nn.Linear, target: nn.Linear, writable: Callable[[Tensor], AbstractContextManager[Any]]
-) -> None:
-    """target's weight = source's, where either may be kept in parts."""
-    with torch.no_grad(), writable(source.weight):
-        values = source.weight.detach().clone()
-    with torch.no_grad(), writable(target.weight):
-        target.weight.copy_(values)

@@ -7,7 +7,6 @@ and its released code share the unembedding; every head has a norm of its own he
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
@@ -81,8 +80,8 @@ class Block:
         self.layer = Layers([head], head.shared_head.norm)
 
     def forward(self, x: Tensor, cache: Tensor, window: Window | FewSlots) -> Tensor:
-        """Inputs (N, C) -> normed states (N, C)."""
-        return self.layer(x, [cache], window)[-1]
+        """Inputs (B*T, C) -> normed states of the rows that are asked for."""
+        return self.layer(x, None, [cache], window)[-1]
 
 
 class ParallelDrafter(Drafter):
@@ -116,11 +115,10 @@ class ParallelDrafter(Drafter):
         """Brings a head's cache up to slot stops[b] - 1; returns its normed state, (B, C)."""
         starts = self.filled[head]
         counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
-        x = self.rings[0].read(starts, max(counts))  # (B, T, C)
-        window = self.decoder.window(self.slots, starts, max(counts))
-        out = self.decoder.run(
-            Block.forward, self.decoder.heads[head], x.flatten(0, 1), self.caches[head], window
-        ).view_as(x)
+        length = max(counts)
+        x = self.rings[0].read(starts, length).flatten(0, 1)  # (B*T, C)
+        asked = [row * length + count - 1 for row, count in enumerate(counts)]
+        window = self.decoder.window(self.slots, starts, length, asked)
         self.filled[head] = list(stops)
-        rows = torch.arange(len(counts), device=x.device)
-        return out[rows, torch.tensor(counts, device=x.device) - 1]
+        head_form = self.decoder.heads[head]
+        return self.decoder.run(Block.forward, head_form, x, self.caches[head], window)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
@@ -21,6 +20,7 @@ from dsv3_mtp.heads.base import Cost, Export, Head, SharedHead
 from dsv3_mtp.model.block import DecoderLayer
 from dsv3_mtp.model.layers import RMSNorm
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, TrunkStates
+from dsv3_mtp.ops.c_step import Drafting
 from dsv3_mtp.ops.compute import given
 
 
@@ -201,18 +201,17 @@ class Module:
 
     def __init__(self, module: MTPModule, model: Any, options: SequentialOptions):
         norms = [norm for norm in (module.enorm, module.hnorm) if norm is not None]
-        self.table = model.model.embed_tokens.weight
-        self.merge = Merge(norms, module.eh_proj.weight)
-        self.layer = Layers([module], module.shared_head.norm)
+        table = model.model.embed_tokens.weight if module.enorm is not None else None
+        merge = Merge(norms, module.eh_proj.weight)
+        self.layer = Layers([module], module.shared_head.norm, table, merge)
+        self.embeds = table is not None
         self.normed = options.trunk_hidden == "post_norm"
 
     def forward(
         self, hidden: Tensor, tokens: Tensor, cache: Tensor, window: Window | FewSlots
     ) -> tuple[Tensor, Tensor]:
-        """States (N, C) and tokens (N,) -> state, normed state."""
-        embedded = [F.embedding(tokens, self.table)] if len(self.merge.norms) == 2 else []
-        x = self.merge([*embedded, hidden], window)
-        _, out, normed = self.layer(x, [cache], window)
+        """States (B*T, C), tokens (B, T) -> state and normed state of the rows asked for."""
+        _, out, normed = self.layer(hidden, tokens if self.embeds else None, [cache], window)
         return (normed if self.normed else out), normed
 
 
@@ -248,6 +247,13 @@ class ChainDrafter(Drafter):
     def rings_needed(self) -> int:
         return self.modules if self.options.chain == "hidden" else 1
 
+    def drafting(self) -> Drafting | None:
+        if self.modules != 1 or (self.options.chain == "trunk" and self.depth > 1):
+            return None
+        layers = self.decoder.heads[0].layer.by_c
+        normed = self.options.trunk_hidden == "post_norm"
+        return Drafting(layers, self.decoder.draft_output, self.decoder.draft_ids, normed)
+
     def source(self, states: TrunkStates) -> Tensor:
         return states.post_norm if self.options.trunk_hidden == "post_norm" else states.pre_norm
 
@@ -263,7 +269,7 @@ class ChainDrafter(Drafter):
             first = self.filled[depth - 1]
             stop = min(starts[0] + length, known - depth)
             if stop > first[0]:
-                self._run(depth, first, stop - first[0], ids)
+                self._run(depth, first, stop - first[0], ids, [0])
                 self.filled[depth - 1] = [stop] * len(starts)
 
     def draft(self, ids: Tensor, last: Sequence[int], count: int, sampler: DraftSampler):
@@ -275,7 +281,7 @@ class ChainDrafter(Drafter):
                 starts = [m - 1 + depth - self.modules for m in last]
                 if self.options.chain == "trunk":
                     hidden = self.rings[0].read([m - 1 for m in last], 1).squeeze(1)
-                hidden, normed = self._module(self.modules, hidden, starts, 1, ids)
+                hidden, normed = self._module(self.modules, hidden, starts, 1, ids, None)
             drawn.append(sampler.draw(self.decoder.draft_logits(normed)))  # (B,), (B, V)
             put(ids, [m + depth for m in last], drawn[-1][0])
             if sampler.ended:
@@ -291,33 +297,33 @@ class ChainDrafter(Drafter):
         """Depth's states up to slot last[b] - 1; that slot's chained and normed state, (B, C)."""
         starts = self.filled[depth - 1]
         counts = [m - start for m, start in zip(last, starts, strict=True)]
-        states = self._run(depth, starts, max(counts), ids)  # (B, T, C) each
+        length = max(counts)
+        wanted = [row * length + count - 1 for row, count in enumerate(counts)]
+        states = self._run(depth, starts, length, ids, wanted)
         self.filled[depth - 1] = [max(s, m - depth + 1) for s, m in zip(starts, last, strict=True)]
-        pick: Any = slice(None), slice(-1, None)  # the last slot of each row
-        if min(counts) != max(counts):
-            rows = torch.arange(len(last), device=ids.device)
-            pick = rows, torch.tensor(counts, device=ids.device) - 1
-        hidden, normed = (state[pick].view(len(last), -1) for state in states)
-        return hidden, normed
+        return states
 
     def _run(
-        self, depth: int, starts: Sequence[int], length: int, ids: Tensor
+        self, depth: int, starts: Sequence[int], length: int, ids: Tensor, wanted: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Chained and normed states of `length` slots from starts[b]; the next ring gets them."""
+        """Depth's chained and normed states of the `wanted` of `length` slots from starts[b], rows
+        of (B*T, C). The next depth's ring gets all chained ones.
+        """
         chained = self.options.chain == "hidden"
         hidden = self.rings[depth - 1 if chained else 0].read(starts, length).flatten(0, 1)
-        out, normed = (
-            x.view(len(starts), length, -1)
-            for x in self._module(depth, hidden, starts, length, ids)
-        )
         if chained and depth < self.modules:
-            self.rings[depth].write(starts, out)
-        return out, normed
+            out, normed = self._module(depth, hidden, starts, length, ids, None)
+            self.rings[depth].write(starts, out.view(len(starts), length, -1))
+            return out[wanted], normed[wanted]
+        # of the other slots nobody reads more than their entries of the cache
+        return self._module(depth, hidden, starts, length, ids, None if length == 1 else wanted)
 
-    def _module(self, depth: int, hidden: Any, starts: Sequence[int], length: int, ids: Tensor):
-        """One module on (B*T, C) states -> its chained and its normed state, each (B*T, C)."""
+    def _module(
+        self, depth: int, hidden: Any, starts: Sequence[int], length: int, ids: Tensor, asked: Any
+    ) -> tuple[Tensor, Tensor]:
+        """One module on (B*T, C) states -> chained and normed states of the rows asked for."""
         tokens = span(ids, [start + depth for start in starts], length)
-        window = self.decoder.window(self.slots, starts, length)
+        window = self.decoder.window(self.slots, starts, length, asked)
         head = self.decoder.heads[(depth - 1) % len(self.decoder.heads)]
         cache = self.caches[depth - 1]
-        return self.decoder.run(Module.forward, head, hidden, tokens.flatten(), cache, window)
+        return self.decoder.run(Module.forward, head, hidden, tokens, cache, window)

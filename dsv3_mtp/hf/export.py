@@ -22,8 +22,9 @@ from dsv3_mtp.files.run_folder import (
     tokenizer_of,
 )
 from dsv3_mtp.files.tensorfile import Entry
+from dsv3_mtp.hf.card import Made, write_card
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
-from dsv3_mtp.hf.keys import SCALE, Slot, report, slots, summarise
+from dsv3_mtp.hf.keys import Slot, report, slots, summarise
 from dsv3_mtp.hf.load import is_finite, mismatches, open_checkpoint, read_slot
 from dsv3_mtp.hf.readers import findings
 from dsv3_mtp.hf.settings import (
@@ -37,6 +38,7 @@ from dsv3_mtp.hf.settings import (
 from dsv3_mtp.hf.splice import TrunkFiles, splice
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
+from dsv3_mtp.precision.stored import SCALE, StoredMatrices
 
 Read = Callable[[Slot], Tensor]
 TOKENIZER_FILES = (
@@ -101,6 +103,7 @@ def export_hf(
             raise ValueError(
                 "\n".join([f"{origin}: {len(bad)} tensor(s) hold nan or infinity:", *bad])
             )
+        write_card(temporary, Made(run, config, origin, modules, dtype, ema), expected)
         open_checkpoint(temporary)  # the key contract, on the files as a reader finds them
     return notes
 
@@ -143,6 +146,8 @@ def _beside_trunk(
         splice(trunk, temporary, modules, entries, tensors)
         if bad:
             raise ValueError(f"{origin}: {len(bad)} tensor(s) hold nan or infinity:\n{bad[0]}")
+        made = Made(run, config, origin, modules, trunk.dtype, ema=False)
+        more += write_card(temporary, made, expected)
         open_checkpoint(temporary)  # the key contract, on the files as a reader finds them
     return [
         f"{modules} MTP module(s) from {origin}, stored as the trunk is: {trunk.dtype}",
@@ -202,6 +207,8 @@ def _open_run(
     def read(slot: Slot) -> Tensor:  # only its own range: an expert, not the stack of all experts
         part = state[slot.key][slot.index]
         start = int(part.storage_offset())
+        if slot.key + SCALE in stored.shapes:  # a frozen trunk's, in block-FP8
+            return StoredMatrices(stored, slot.key)[start // part.numel()]
         return stored.read(slot.key, start, start + part.numel()).view(part.shape)
 
     return read, newest, notes

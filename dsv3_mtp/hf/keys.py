@@ -19,7 +19,6 @@ from dsv3_mtp.model.causal_lm import meta_model
 
 BIAS = "mlp.gate.e_score_correction_bias"
 SHOWN = 9  # lines of one report: what is wrong with a file is wrong with hundreds of tensors
-SCALE = "_scale_inv"
 # What an FP8 checkpoint quantises, as the released weights do: the projections of attention and
 # feed-forward. Embedding, output head, norms, router, eh_proj and e_score_correction_bias (float32)
 # stay in high precision.

@@ -14,12 +14,13 @@ from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.reader import show
 from dsv3_mtp.files.tensorfile import DTYPES
 from dsv3_mtp.hf.files import Checkpoint
-from dsv3_mtp.hf.keys import SCALE, Slot, report, slot_count, slots, summarise
+from dsv3_mtp.hf.keys import Slot, report, slot_count, slots, summarise
 from dsv3_mtp.hf.settings import HFSettings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.model.size import require_memory
 from dsv3_mtp.precision.quantise import dequantise, scale_shape
+from dsv3_mtp.precision.stored import SCALE, is_codes
 
 # Keys of the model section without effect on what the model computes from given weights.
 NO_EFFECT = {"initializer_range", "max_position_embeddings"}
@@ -189,12 +190,28 @@ def load_weights(
                 values = read_slot(checkpoint, slot, settings.block)
                 if not is_finite(values):
                     bad.append((slot.name, "holds nan or infinity"))
-                tensors[key][index].copy_(values)
+                if is_codes(tensors[key]):
+                    _copy_codes(checkpoint, slot, tensors[key][index], tensors[key + SCALE], index)
+                else:
+                    tensors[key][index].copy_(values)
     if bad:
         lines = summarise(bad)
         raise ValueError(report(folder, lines))
     model.start_heads(writable=writable)
     return [f"weights from {folder}", *settings.notes, *notes]
+
+
+def _copy_codes(
+    checkpoint: Checkpoint, slot: Slot, codes: Tensor, scales: Tensor, index: tuple[Any, ...]
+) -> None:
+    """A matrix as it is stored. codes: the part of them that it is; scales: those of the whole
+    stack, of which it is `index`.
+    """
+    codes.copy_(checkpoint.read(slot.name).view(torch.uint8))
+    if index:  # an expert, and of its rows those of one part
+        expert, rows = index
+        scales = scales[expert, rows.start // slot.shape[0]]
+    scales.copy_(checkpoint.read(slot.name + SCALE))
 
 
 def fit(
@@ -266,6 +283,8 @@ def mismatches(
     """
     problems = [(name, "missing") for name in state if name not in stored]
     for name, shape in stored.items():
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in state:
+            continue  # of a weight that stayed in block-FP8
         if name not in state:
             problems.append((name, "not used by the model"))
         elif shape != state[name].shape:

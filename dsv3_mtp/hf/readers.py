@@ -15,14 +15,48 @@ ENGINES = ("vllm", "sglang")
 
 
 class Finding(NamedTuple):
-    """fatal: the reader refuses the folder or computes with other weights."""
+    """fatal: the reader refuses the folder or computes with other weights. env: what it wants in
+    its environment.
+    """
 
     reader: str
     fatal: bool
     text: str
+    env: str = ""
 
     def __str__(self) -> str:
         return f"{READERS[self.reader]} {self.text}"
+
+
+TRANSFORMERS = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("MODEL")
+prompt = AutoTokenizer.from_pretrained("MODEL")("def ", return_tensors="pt")
+model.generate(**prompt, {options}, max_new_tokens=64)"""
+# It knows MTP weights by a pattern that names layer 61: a model of another depth names its own.
+OWN_LAYERS = r"""L, D = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
+model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{L + k}\..*" for k in range(D)]
+"""
+SPECULATE = {
+    "vllm": """ --speculative-config '{{"method": "mtp", "num_speculative_tokens": {modules}}}'""",
+    "sglang": """ --speculative-algorithm EAGLE \\
+    --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2""",
+}
+SERVE = {"vllm": "vllm serve MODEL", "sglang": "python -m sglang.launch_server --model-path MODEL"}
+
+
+def commands(reader: str, modules: int, found: Iterable[Finding]) -> tuple[str, str]:
+    """(language, text): how a reader loads an export of so many modules, and drafts with them where
+    it can. found: what it makes of the export.
+    """
+    if reader == "transformers":
+        options = "use_mtp=True, do_sample=False" if modules else "do_sample=False"
+        before, after = TRANSFORMERS.format(options=options).split("prompt =")
+        return "python", f"{before}{OWN_LAYERS if modules else ''}prompt ={after}"
+    env = "".join(f"{one.env} " for one in found if one.env)
+    drafts = 0 < modules <= (1 if reader == "sglang" else modules)
+    more = SPECULATE[reader].format(modules=modules) if drafts else ""
+    return "bash", f"{env}{SERVE[reader]}{more}"
 
 
 def findings(
@@ -91,7 +125,8 @@ def _kernels(model: ModelConfig) -> Iterator[Finding]:
             f"has MLA kernels for kv_lora_rank 512 and qk_rope_head_dim 64, here {sizes[0]} and "
             f"{sizes[1]}"
         )
-        yield Finding("vllm", False, f"{text}: start it with VLLM_MLA_DISABLE=1")
+        env = "VLLM_MLA_DISABLE=1"
+        yield Finding("vllm", False, f"{text}: start it with {env}", env)
         yield Finding("sglang", False, f"{text}: it may not start")
 
 

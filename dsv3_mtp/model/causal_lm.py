@@ -22,6 +22,7 @@ from dsv3_mtp.model.targets import document_starts
 from dsv3_mtp.model.trunk import Trunk
 from dsv3_mtp.ops.compute import building, given
 from dsv3_mtp.ops.ranges import named
+from dsv3_mtp.precision.stored import is_codes
 
 
 class DeepseekV3MTP(nn.Module):
@@ -129,7 +130,8 @@ class DeepseekV3MTP(nn.Module):
             keys=keys,
             shard=self.shard,
         )
-        heads = self.mtp(inputs)
+        with self.lm_head.held(constant=detach == "all"):
+            heads = self.mtp(inputs)
         return HeadOutput([main, *heads.rows], [*stats, *heads.stats], heads.kept)
 
     def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -231,8 +233,10 @@ class DeepseekV3MTP(nn.Module):
                         )
                     values = torch.empty(shape, dtype=wide, device=device)
                     values.normal_(0.0, self.config.initializer_range, generator=generator)
-                    # of another pipeline stage: on meta, not kept
-                    parameter.copy_(values[first : first + count])
+                    # Codes are only ever loaded; their numbers are drawn for those that follow. Of
+                    # another pipeline stage: on meta, not kept.
+                    if not is_codes(parameter):
+                        parameter.copy_(values[first : first + count])
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
         self.start_heads(writable=writable)
@@ -243,7 +247,7 @@ class DeepseekV3MTP(nn.Module):
     ) -> None:
         """What of the heads starts at other values than random ones (heads/base.py: `start`)."""
         if self.depths and not self.lm_head.weight.is_meta:  # else on another pipeline stage
-            self.mtp.start(self.lm_head, writable)
+            self.mtp.start(self.model, self.lm_head, writable)
 
 
 def meta_model(config: ModelConfig, mtp: MTPConfig, *, freeze: str = "none") -> DeepseekV3MTP:

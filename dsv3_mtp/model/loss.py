@@ -40,6 +40,7 @@ class MTPLoss:
     def __init__(self, mtp: MTPConfig, lm_head: LMHead, heads: Any, shard: Shard):
         self.mtp, self.lm_head, self.heads, self.shard = mtp, lm_head, heads, shard
         self.depths, self.offsets, self.lookahead = mtp.depths, mtp.offsets, mtp.lookahead
+        self.constant = mtp.detach == "all"  # the output head, in the losses of depth 1..D
         # of the losses that the heads own: name -> factor
         self.terms: dict[str, float] = dict(mtp.kind.terms(mtp)) if mtp.depths else {}
         # what the heads are trained on: the label's cross-entropy, with this weight, and others
@@ -168,7 +169,7 @@ class MTPLoss:
             for one in rows
             if one.outputs == (self.lm_head,)
             and len(one.depths) == 1
-            and (one.depths == (0,) or (self.mtp.detach != "all" and self.label_weight > 0))
+            and (one.depths == (0,) or (not self.constant and self.label_weight > 0))
         ]
         return [shared, *([one] for one in rows if not any(one is other for other in shared))]
 
@@ -186,13 +187,10 @@ class MTPLoss:
         else:  # (M,)
             aims, weights = targets.flatten(), row_weight.flatten()
         of_heads = group[0].depths != (0,)
-        constant = self.mtp.detach == "all" and of_heads
         if of_heads and not self.label_weight:  # only its value is wanted
             inputs = [x.detach() for x in inputs]
 
         def run(inputs: Sequence[Tensor], given: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-            if constant and outputs[0] is self.lm_head:
-                given = [given[0].detach(), *given[1:]]
             if of_heads and not self.label_weight:
                 given = [weight.detach() for weight in given]
             if isinstance(outputs[-1], LMHead):
@@ -206,7 +204,8 @@ class MTPLoss:
                 vocab_size=self.lm_head.out_features,
             )
 
-        loss, nll, prediction = opened(outputs, inputs, run)
+        with self.lm_head.held(constant=self.constant and of_heads):
+            loss, nll, prediction = opened(outputs, inputs, run)
         if several:
             return (
                 loss,
@@ -221,7 +220,8 @@ class MTPLoss:
         """The part of the losses that the heads own, in units of the normalizer, and their sums."""
         if not self.terms:
             return 0.0, scores.nll.new_zeros(0)
-        found = self.heads.loss_terms(output, scores)
+        with self.lm_head.held(self.constant):
+            found = self.heads.loss_terms(output, scores)
         sums = torch.stack([found[name] for name in self.terms])  # (terms,)
         factors = torch.cat([counts.new_full((1,), factor) for factor in self.terms.values()])
         scale = factors / counts.masked_fill(counts == 0, 1)
@@ -257,14 +257,11 @@ class MTPLoss:
         states = rows[0].inputs[0].detach()
         states = torch.cat([states, self.shard.following(states, count)], dim=1)
         ahead = tuple(offset - 1 for offset in self.offsets[1:])
-        loss, values = objective_losses(
-            kinds,
-            rows[1:],
-            Teacher(self.lm_head, states, ahead),
-            targets,
-            scale[..., None, None] * counted,
-            constant=self.mtp.detach == "all",
-        )
+        teacher = Teacher(self.lm_head, states, ahead)
+        with self.lm_head.held(self.constant):
+            loss, values = objective_losses(
+                kinds, rows[1:], teacher, targets, scale[..., None, None] * counted
+            )
         if read:
             overlap = (1 - values[-1]) * taught
         return loss, (values * counted)[:own].sum((2, 3)).flatten(), overlap

@@ -11,6 +11,7 @@ from dsv3_mtp.model.layers import MLP
 from dsv3_mtp.ops import c, choice
 from dsv3_mtp.ops.compute import given
 from dsv3_mtp.ops.router import router_logits
+from dsv3_mtp.precision.stored import kept
 
 Beside = Callable[[Tensor], Tensor]  # (N, C) -> (N, C)
 
@@ -143,9 +144,10 @@ class Experts(nn.Module):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         # number of the first expert here; parallel/experts.py keeps a part of the layer's
         self.first, self.routed = 0, given().routed()
-        # (E, 2F, C), gate rows first
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))  # (E, C, F)
+        self.gate_up_proj: Tensor  # (E, 2F, C), gate rows first
+        self.down_proj: Tensor  # (E, C, F)
+        given().stack(self, "gate_up_proj", (experts, 2 * width, hidden), 2)
+        given().stack(self, "down_proj", (experts, hidden, width), 1)
 
     def forward(
         self, x: Tensor, chosen: Tensor, gates: Tensor, counts: Tensor, beside: Beside | None = None
@@ -155,7 +157,8 @@ class Experts(nn.Module):
         x: (N, C); chosen, gates: (N, K); counts: (E,). beside: another (N, C) -> (N, C), which may
         be computed while tokens travel between ranks.
         """
-        y = self.routed(x, gates, self.gate_up_proj, self.down_proj, chosen, counts)
+        gate_up, down = (kept(self, name, x.dtype) for name in ("gate_up_proj", "down_proj"))
+        y = self.routed(x, gates, gate_up, down, chosen, counts)
         return y if beside is None else y + beside(x)
 
 

@@ -53,8 +53,6 @@ def objective_losses(
     teacher: Teacher,
     targets: Tensor,
     weight: Tensor,
-    *,
-    constant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of all objectives over all depths and slots.
 
@@ -62,7 +60,6 @@ def objective_losses(
         students: the rows of the heads, those of the main head not among them.
         targets: (D, B, T) labels.
         weight: (m, D, B, T): 0 where a slot does not count.
-        constant: the main head's weight learns nothing from the heads (`mtp.detach: all`).
 
     Returns the loss, a scalar that is differentiable in what the students read, once; and every
     value (m, D, B, T), without a gradient, 0 for a depth that has no row.
@@ -81,8 +78,6 @@ def objective_losses(
 
     def run(inputs: Sequence[Tensor], weights: list[Tensor]) -> tuple[Tensor, Tensor]:
         main = weights[0].detach()
-        if constant:
-            weights = [main, *weights[1:]]
 
         def loss_of(chunk: slice, inputs: Sequence[Tensor], weights: Sequence[Tensor]):
             own = dict(zip(modules, _cut(weights, sizes), strict=True))

@@ -10,6 +10,7 @@ from torch import nn
 from dsv3_mtp.config import ModelConfig
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.moe import Experts
+from dsv3_mtp.precision.stored import is_codes
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,15 @@ def require_memory(
 ) -> None:
     """Raises ValueError where the weights of a model, shared by all ranks at best, are more than
     the memory of this machine and its GPUs; the model may be on the meta device. frozen: bytes of a
-    value that does not learn, None: as of one that does.
+    value that does not learn, None: as of one that does; codes are bytes in any case.
     """
     kept = bytes_per_value if frozen is None else frozen
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    values = sum(size for size, _ in sizes)
-    needed = sum(size * (bytes_per_value if learns else kept) for size, learns in sizes) / ranks
+    values = sum(p.numel() for p in model.parameters())
+    each = (
+        (p.numel(), 1 if is_codes(p) else bytes_per_value if p.requires_grad else kept)
+        for p in model.parameters()
+    )
+    needed = sum(size * width for size, width in each) / ranks
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     there += sum(
         torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())

@@ -1,6 +1,7 @@
 """What passes between trunk, heads and losses: trunk states, a head's inputs, its rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,8 +48,21 @@ class Output(nn.Module):
 class LMHead(nn.Linear, Output):
     """An output head: logits = hidden @ weight.T, without a bias."""
 
+    constant = False
+
     def weights(self) -> tuple[Tensor, ...]:
-        return (self.weight,)
+        return (self.weight.detach() if self.constant else self.weight,)
+
+    @contextmanager
+    def held(self, constant: bool) -> Iterator[None]:
+        """The weight learns nothing from logits that are made inside: of the main output head with
+        `mtp.detach: all`, whatever a head does with it.
+        """
+        before, self.constant = self.constant, constant
+        try:
+            yield
+        finally:
+            self.constant = before
 
     def logits(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         return nn.functional.linear(inputs[0], weights[0])

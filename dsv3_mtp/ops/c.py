@@ -200,3 +200,19 @@ def cross_entropy_(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple
     inputs = logits, targets, row_weight
     call("cross_entropy", logits.dtype, *inputs, nll, prediction, *logits.shape)
     return nll, prediction
+
+
+def dequantise(codes: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of matrices in block-FP8, rounded once to `dtype`.
+
+    Args:
+        codes: (M, rows, columns) uint8, the bits of E4M3.
+        scale_inv: (M, rows/128, columns/128) float32, partial blocks included.
+    """
+    matrices, rows, columns = codes.shape
+    check("codes", codes, (matrices, rows, columns), torch.uint8)
+    blocks = (matrices, -(-rows // 128), -(-columns // 128))
+    check("scale_inv", scale_inv, blocks, torch.float32)
+    y = torch.empty(codes.shape, dtype=dtype)
+    call("dequantise", dtype, codes, scale_inv, y, matrices, rows, columns)
+    return y

@@ -6,146 +6,82 @@ the weights are read, once for all rows, and little else happens. Sums are float
 lies between the products of a sublayer. A row's result does not depend on the rows beside it, bit
 for bit.
 
-Weights are checked when a layer is made, its inputs in every call: raw pointers are followed
-without question there.
+Weights are checked when a layer is made, its inputs in every call, caches when they are others
+than before: raw pointers are followed without question there.
 """
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv3_mtp.ops.c import check
+from dsv3_mtp.ops.c_layer import MLP, Attention, Struct, struct
 from dsv3_mtp.ops.c_library import call, function
 
 # Up to here C is used. At 64 rows it took 0.4 to 0.7 of torch's time (models of 2M and 12M).
 ROWS = 64
 
 
-@dataclass(frozen=True)
-class Attention:
-    """x + MLA(norm(x)) in the absorbed form.
-
-    The norms' weights and the softmax scale have gone into the projections behind them; `floors`
-    are sqrt(size * eps) of the norms of x, of the query's latent and of the key's.
-    """
-
-    down: Tensor  # (q + R + P, C); q = 0 without query compression
-    up: Tensor  # (H (nope + P), q or C); where W_UK is in it, nope is R
-    w_uk: Tensor | None  # (H, R, nope); None: it is in `up`
-    w_uv: Tensor  # (H, v, R)
-    out: Tensor  # (C, H v)
-    rope: int
-    floors: tuple[float, float, float]
-
-    def sizes(self, dtype: torch.dtype) -> dict[str, int]:
-        """As `Router.sizes`."""
-        (heads, value, rank), (low, hidden) = self.w_uv.shape, self.down.shape
-        query, nope = low - rank - self.rope, self.up.shape[0] // heads - self.rope
-        check("down", self.down, (low, hidden), dtype)
-        check("up", self.up, (heads * (nope + self.rope), query or hidden), dtype)
-        check("w_uv", self.w_uv, (heads, value, rank), dtype)
-        check("out", self.out, (hidden, heads * value), dtype)
-        check(
-            "w_uk",
-            self.w_uv if self.w_uk is None else self.w_uk,
-            (heads, value, rank) if self.w_uk is None else (heads, rank, nope),
-            dtype,
-        )
-        if min(query, nope) < 0 or self.rope % 2 or (self.w_uk is None and nope != rank):
-            raise ValueError(f"rope: {self.rope} does not fit the other sizes")
-        named = {"hidden": hidden, "q_rank": query, "rank": rank, "rope": self.rope}
-        return named | {"heads": heads, "nope": nope, "value": value}
-
-
-@dataclass(frozen=True)
-class Router:
-    """The routed experts of a MoE and how they are chosen (model/moe.py, `Gate`)."""
-
-    router: Tensor  # (E, C)
-    bias: Tensor  # (E,) float32
-    gate_up: Tensor  # (E, 2F, C)
-    down: Tensor  # (E, C, F)
-    groups: int
-    topk_group: int
-    top_k: int
-    normalise: bool
-    scaling: float
-
-    def sizes(self, hidden: int, dtype: torch.dtype) -> dict[str, int]:
-        """The sizes of `layer` in decode.c, once all weights are found to agree with them."""
-        experts, _, width = self.down.shape
-        check("router", self.router, (experts, hidden), dtype)
-        check("bias", self.bias, (experts,), torch.float32)
-        check("gate_up", self.gate_up, (experts, 2 * width, hidden), dtype)
-        check("down", self.down, (experts, hidden, width), dtype)
-        if experts % self.groups or not (
-            1 <= self.topk_group <= self.groups
-            and 1 <= self.top_k <= self.topk_group * (experts // self.groups)
-        ):
-            raise ValueError(f"top_k: {self.top_k} of {self.topk_group} of {self.groups} groups")
-        named = {"experts": experts, "width": width, "groups": self.groups}
-        return named | {
-            "topk_group": self.topk_group,
-            "top_k": self.top_k,
-            "normalise": int(self.normalise),
-        }
-
-
-@dataclass(frozen=True)
-class MLP:
-    """x + common(norm(x)) + the sum over the chosen experts of gate * expert(norm(x)): a dense
-    layer, which has no experts, or a MoE, whose shared experts are the common part.
-    """
-
-    gain: Tensor  # (C,) float32: the norm is x / |(x, floor)| * gain
-    floor: float
-    common: tuple[Tensor, Tensor, Tensor] | None  # gate and up (F', C), down (C, F'); None: nothing
-    router: Router | None = None
-
-    def sizes(self, dtype: torch.dtype) -> dict[str, int]:
-        """As `Router.sizes`."""
-        hidden = len(self.gain)
-        check("gain", self.gain, (hidden,), torch.float32)
-        sizes = {"groups": 1}
-        if self.common is not None:
-            gate, up, down = self.common
-            check("gate", gate, (len(gate), hidden), dtype)
-            check("up", up, (len(gate), hidden), dtype)
-            check("down", down, (hidden, len(gate)), dtype)
-            sizes["common_width"] = len(gate)
-        return sizes if self.router is None else sizes | self.router.sizes(hidden, dtype)
-
-
-_COMMON = "common_gate", "common_up", "common_down"
-_POINTERS = "down", "up", "w_uk", "w_uv", "out", "gain", "bias", "router", "gate_up", "expert_down"
-_SIZES = (
-    *("hidden", "q_rank", "rank", "rope", "heads", "nope", "value"),
-    *("experts", "width", "common_width", "groups", "topk_group", "top_k", "normalise"),
-)
-_FLOATS = "floor", "q_floor", "kv_floor", "mlp_floor", "scaling"
-
-
-class _Layer(ctypes.Structure):
-    """`layer` of decode.c."""
+class _Stack(ctypes.Structure):
+    """`stack` of decode.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_POINTERS, *_COMMON)),
-        *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, ctypes.c_float) for name in _FLOATS),
+        *((name, ctypes.c_void_p) for name in ("table", "merge", "floors", "gain", "layers")),
+        *((name, ctypes.c_int64) for name in ("vocab", "parts", "count")),
+        ("norm_floor", ctypes.c_float),
     ]
 
 
-class Layers:
-    """Decoder layers, one after the other, and the norm behind the last one."""
+@dataclass(frozen=True)
+class Reads:
+    """What the first layer reads: the embedding of tokens, given states, or both."""
 
-    def __init__(self, layers: Sequence[tuple[Attention, MLP]], gain: Tensor, floor: float):
+    table: Tensor | None = None  # (V, C); None: no tokens
+    # (C, parts C) of the parts side by side, embedding first, each normed with a floor of
+    # floors (parts,) float32; None: what is read is one part, and goes in as it is
+    merge: tuple[Tensor, Tensor] | None = None
+
+    def pointers(self, hidden: int, dtype: torch.dtype) -> dict[str, int]:
+        """The members of `stack` in decode.c, once they are found to agree."""
+        found: dict[str, int] = {}
+        if self.table is not None:
+            check("table", self.table, (len(self.table), hidden), dtype)
+            found |= {"table": self.table.data_ptr(), "vocab": len(self.table)}
+        if self.merge is not None:
+            weight, floors = self.merge
+            parts = len(floors)
+            check("merge", weight, (hidden, parts * hidden), dtype)
+            check("floors", floors, (parts,), torch.float32)
+            if parts != 1 + (self.table is not None):
+                raise ValueError(f"merge: {parts} parts, of given states and perhaps tokens")
+            found |= {"merge": weight.data_ptr(), "floors": floors.data_ptr(), "parts": parts}
+        return found
+
+
+class Layers:
+    """Decoder layers, one after the other, what the first one reads, and the norm behind the last.
+
+    A call takes microseconds beside the 100 to 200 that C computes for a token of v3_tiny, so that
+    what does not change from one call to the next is checked once.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[Attention, MLP]],
+        gain: Tensor,
+        floor: float,
+        reads: Reads | None = None,
+    ):
         """gain: (C,) float32: the norm is x / |(x, floor)| * gain."""
-        self.weights, self.gain, self.floor = layers, gain, floor  # kept: C has their addresses
+        self.reads = reads or Reads()
+        self.kept = layers, gain  # C has their addresses
         self.dtype = layers[0][0].down.dtype
-        self.structs = (_Layer * len(layers))(*(_struct(*layer, self.dtype) for layer in layers))
+        self.structs = (Struct * len(layers))(*(struct(*layer, self.dtype) for layer in layers))
         first = self.structs[0]
         self.hidden, self.rope, self.entry = first.hidden, first.rope, first.rank + first.rope
         check("gain", gain, (self.hidden,), torch.float32)
@@ -154,67 +90,123 @@ class Layers:
             for x in self.structs
         ):
             raise ValueError("layers: must be of one hidden size, rope and rank")
-        self.run = function("decode_layers", self.dtype)
+        pointers = self.reads.pointers(self.hidden, self.dtype)
+        self.stack = _Stack(
+            gain=gain.data_ptr(),
+            norm_floor=floor,
+            layers=ctypes.addressof(self.structs),
+            count=len(layers),
+            **pointers,
+        )
+        self.address, self.run = ctypes.addressof(self.stack), function("decode_layers", self.dtype)
+        self.merges, self.takes_tokens = self.reads.merge is not None, "table" in pointers
+        self.known: tuple[list[int], Any, Any] = [], None, None
 
     def __call__(
-        self, x: Tensor, caches: Sequence[Tensor], starts: Sequence[int], angles: Tensor
-    ) -> Tensor:
-        """x: (B*T, C) of slots starts[b].. of each row -> (2 + layers, B*T, C): x, what each layer
-        makes of it, and the last one normed.
+        self,
+        given: Tensor | None,
+        tokens: Tensor | None,
+        caches: Sequence[Tensor],
+        starts: Sequence[int],
+        angles: Tensor,
+        asked: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Slots starts[b].. of each row -> (layers, B*T, C), what each layer reads, and (2, N, C),
+        the output of the last one and the same normed, of the N rows `asked` (None: all B*T).
 
-        caches: of each layer (B, S, R+P); these slots are written, and those before them read.
-        angles: (S, 1, P/2, 2).
+        given: (B*T, C), or None where tokens alone are read; tokens: (B, T) int64, rows possibly
+        far apart, or None; caches: of each layer (B, S, R+P): these slots are written, and those
+        before them read; angles: (S, 1, P/2, 2); asked: which rows of B*T, in ascending order.
         """
-        batch, slots, count = len(starts), angles.shape[0], len(caches)
-        length = x.shape[0] // batch
-        check("x", x, (batch * length, self.hidden), self.dtype)
-        check("angles", angles, (slots, 1, self.rope // 2, 2), torch.float32)
-        for cache in caches:
-            check("cache", cache, (batch, slots, self.entry), self.dtype)
-        if count != len(self.structs) or min(starts) < 0 or max(starts) + length > slots:
-            raise ValueError(
-                f"starts: {starts} + {length} must be in 0..{slots}, a cache per layer"
-            )
-        states = x.new_empty(2 + count, batch * length, self.hidden)
-        states[0] = x
-        pointers = (ctypes.c_void_p * count)(*(cache.data_ptr() for cache in caches))
-        where = ctypes.addressof(self.structs), count, states.data_ptr(), ctypes.addressof(pointers)
-        norm = self.gain.data_ptr(), self.floor
+        batch, slots = len(starts), angles.shape[0]
+        rows = self._rows(given, tokens)
+        length = rows // batch
+        if min(starts) < 0 or max(starts) + length > slots or length * batch != rows:
+            raise ValueError(f"starts: {starts} + {length} of {rows} rows must be in 0..{slots}")
+        pointers = self.pointers(caches, angles, batch)
+        x: Any = tokens if given is None else given
+        states = torch.empty(len(caches), rows, self.hidden, dtype=self.dtype)
+        wanted = range(rows) if asked is None else asked
+        out = torch.empty(2, len(wanted), self.hidden, dtype=self.dtype)
+        if asked is not None and not all(a < b for a, b in pairwise((-1, *asked, rows))):
+            raise ValueError(f"asked: {asked} must ascend from 0 on, below {rows}")
         first = (ctypes.c_int64 * batch)(*starts)
-        slots_of = angles.data_ptr(), ctypes.addressof(first), batch, length, slots
-        self.run(*where, *norm, *slots_of)
-        return states
+        outside = self.run(
+            self.address,
+            None if tokens is None else tokens.data_ptr(),
+            0 if tokens is None else tokens.stride(0),
+            None if given is None else given.data_ptr(),
+            states.data_ptr(),
+            out.data_ptr(),
+            pointers,
+            angles.data_ptr(),
+            first,
+            batch,
+            length,
+            slots,
+            (ctypes.c_int64 * len(wanted))(*wanted),
+            len(wanted),
+        )
+        if outside:
+            raise IndexError(f"tokens: {outside} of {x.shape} are not in 0..{self.stack.vocab - 1}")
+        return states, out
+
+    def _rows(self, given: Tensor | None, tokens: Tensor | None) -> int:
+        """How many rows are computed, once what is read is found to be that."""
+        if (tokens is not None) != self.takes_tokens or (given is not None) != (
+            self.merges or not self.takes_tokens
+        ):
+            raise ValueError("given, tokens: must be what `reads` says")
+        if tokens is None:
+            assert given is not None
+            rows = given.shape[0]
+        else:
+            rows = tokens.numel()
+            if tokens.ndim != 2 or tokens.stride(1) != 1 or tokens.dtype != torch.int64:
+                raise ValueError(
+                    f"tokens: must be int64 (B, T) with contiguous rows (got {tokens})"
+                )
+        if given is not None:
+            check("given", given, (rows, self.hidden), self.dtype)
+        return rows
+
+    def pointers(self, caches: Sequence[Tensor], angles: Tensor, batch: int) -> Any:
+        """The caches' addresses. Checked where they are not those of the call before."""
+        ids = [batch, id(angles), *map(id, caches)]
+        if ids != self.known[0]:
+            slots = angles.shape[0]
+            check("angles", angles, (slots, 1, self.rope // 2, 2), torch.float32)
+            for cache in caches:
+                check("cache", cache, (batch, slots, self.entry), self.dtype)
+            if len(caches) != len(self.structs):
+                raise ValueError(f"caches: {len(caches)} of {len(self.structs)} layers")
+            pointers = (ctypes.c_void_p * len(caches))(*(cache.data_ptr() for cache in caches))
+            # the tensors are kept: no other one gets their ids
+            self.known = ids, pointers, (angles, *caches)
+        return self.known[1]
 
 
-def _struct(attention: Attention, mlp: MLP, dtype: torch.dtype) -> _Layer:
-    sizes = attention.sizes(dtype) | mlp.sizes(dtype)
-    if len(mlp.gain) != sizes["hidden"]:
-        raise ValueError(f"gain: has {len(mlp.gain)} elements, the layer {sizes['hidden']}")
-    names = "down", "up", "w_uk", "w_uv", "out"
-    tensors = {name: getattr(attention, name) for name in names} | {"gain": mlp.gain}
-    floats = dict(zip(("floor", "q_floor", "kv_floor"), attention.floors, strict=True))
-    floats["mlp_floor"] = mlp.floor
-    if mlp.common is not None:
-        tensors |= dict(zip(_COMMON, mlp.common, strict=True))
-    if (router := mlp.router) is not None:
-        tensors |= {name: getattr(router, name) for name in ("bias", "router", "gate_up")}
-        tensors["expert_down"], floats["scaling"] = router.down, router.scaling
-    pointers = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
-    return _Layer(**pointers, **sizes, **floats)
+class Linear:
+    """x: (N, C) -> x @ weight^T (N, O)."""
+
+    def __init__(self, weight: Tensor):
+        """weight: (O, C)."""
+        self.outputs, self.width = weight.shape
+        check("weight", weight, (self.outputs, self.width), weight.dtype)
+        self.weight, self.run = weight, function("decode_linear", weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        check("x", x, (rows, self.width), self.weight.dtype)
+        y = torch.empty(rows, self.outputs, dtype=x.dtype)
+        out = self.weight.data_ptr(), y.data_ptr(), rows, self.width, self.outputs
+        self.run(x.data_ptr(), *out)
+        return y
 
 
-def linear(x: Tensor, weight: Tensor, floors: Tensor | None = None) -> Tensor:
-    """x: (N, C), weight: (O, C) -> (N, O). floors: (parts,) float32, with which the parts of a row
-    are normed first.
-    """
-    rows, (outputs, width) = x.shape[0], weight.shape
-    parts = 0 if floors is None else floors.shape[0]
-    check("x", x, (rows, width), weight.dtype)
-    check("weight", weight, (outputs, width), weight.dtype)
-    if floors is not None:
-        check("floors", floors, (parts,), torch.float32)
-        if width % parts:
-            raise ValueError(f"floors: {parts} parts of {width} columns")
-    y = x.new_empty(rows, outputs)
-    call("decode_linear", x.dtype, x, floors, parts, weight, y, rows, width, outputs)
+def largest(x: Tensor) -> Tensor:
+    """x: (N, V) -> (N,), where the largest number of a row is, the first of them."""
+    check("x", x, (x.shape[0], x.shape[-1]), x.dtype)
+    y = torch.empty(x.shape[0], dtype=torch.int64)
+    call("decode_largest", x.dtype, x, y, *x.shape)
     return y

@@ -45,8 +45,11 @@ _SIGNATURES = {
     "attention_backward": "pppipppppppppp" + "iiiiiif",
     "sum_rows": "pippiii",
     "cross_entropy": "pppppii",
-    "decode_layers": "pipppfppiii",
-    "decode_linear": "ppippiii",
+    "dequantise": "pppiii",
+    "decode_layers": "ppippppppiiipi",
+    "decode_linear": "pppiii",
+    "decode_largest": "ppii",
+    "decode_step": "ppifppp",
 }
 
 
@@ -70,7 +73,8 @@ def _library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = [_TYPES[kind] for kind in signature]
-        function.restype = ctypes.c_int64 if name == "sum_rows" else None
+        counts = name in ("sum_rows", "decode_layers", "decode_step")  # of wrong indices
+        function.restype = ctypes.c_int64 if counts else None
     return library, None
 
 

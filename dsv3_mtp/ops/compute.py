@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.ops.attention import Core
-from dsv3_mtp.ops.experts import routed
+from dsv3_mtp.ops.experts import Stack, routed
 
 Kind = Literal["attention", "dense_mlp", "shared_experts", "eh_proj"]
 # (x (N, C), gates (N, K), gate_up (E, 2F, C), down (E, C, F), chosen (N, K), counts (E,)) -> (N, C)
-Routed = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Routed = Callable[[Tensor, Tensor, Tensor | Stack, Tensor | Stack, Tensor, Tensor], Tensor]
 
 
 class Shard:
@@ -58,6 +59,13 @@ def linear(kind: Kind, inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
+def stack(layer: nn.Module, name: str, shape: tuple[int, int, int], parts: int) -> None:
+    """Puts the weights of a layer's experts into it, (E, out, in). parts: how many matrices on
+    disk each of the E is, one below the other.
+    """
+    layer.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+
 @dataclass(frozen=True)
 class Compute:
     """How a model computes; its weights and their names are the same whatever stands here."""
@@ -66,6 +74,8 @@ class Compute:
     """Attention in training (ops/attention.py); None: what suits the device."""
     linear: Callable[[Kind, int, int], nn.Linear] = linear
     """Makes the projection of a kind of layer."""
+    stack: Callable[[nn.Module, str, tuple[int, int, int], int], None] = stack
+    """Puts the weights of the routed experts into their layer."""
     routed: Callable[[], Routed] = lambda: routed
     """Makes the routed experts' computation of one layer."""
     experts: Callable[[Any], Any] | None = None

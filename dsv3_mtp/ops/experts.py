@@ -8,7 +8,7 @@ steps are there one by one too. Shapes: rows = N*K token-expert pairs, sorted by
 padding, see `Permutation`).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,21 @@ from dsv3_mtp.ops import choice, swiglu
 # rows of an expert under oneDNN, which compiles a kernel per shape: 0.5 ms for each count not seen
 # yet
 MULTIPLE = 64
+
+
+class Stack(Protocol):
+    """Weights of experts (E, out, in) that are made when they are asked for, and do not learn."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, expert: int) -> Tensor:
+        """(out, in)"""
+        ...
+
+    def whole(self) -> Tensor:
+        """(E, out, in)"""
+        ...
 
 
 class Permutation(NamedTuple):
@@ -60,21 +75,36 @@ def sort_by_expert(
     )
 
 
+def _products(
+    x: Tensor,
+    gates: Tensor,
+    gate_up: Tensor | Stack,
+    down: Tensor | Stack,
+    chosen: Tensor,
+    counts: Tensor,
+) -> tuple[Tensor, Tensor, Permutation, list[int] | Tensor]:
+    """`routed`, and what its backward needs: gate and up (rows, 2F), the order of the rows, and
+    the rows of each expert.
+    """
+    wide = gates.to(torch.promote_types(gates.dtype, torch.float32))
+    layout = sort_by_expert(chosen, wide, counts, padding(x))
+    rows = layout.counts if grouped_kernel(x, gate_up, down) else layout.counts.tolist()
+    inner = grouped(x.index_select(0, layout.source), gate_up, rows)  # (rows, 2F)
+    gate, up = inner.chunk(2, dim=1)
+    hidden = swiglu.forward(choice.kernels(x), gate, up, layout.gates)
+    out = grouped(hidden, down, rows)  # (rows, C)
+    return combine(out, layout.slots), inner, layout, rows
+
+
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor
     ):
-        wide = gates.to(torch.promote_types(gates.dtype, torch.float32))
-        layout = sort_by_expert(chosen, wide, counts, padding(x))
-        rows = layout.counts if grouped_kernel(x, gate_up, down) else layout.counts.tolist()
-        ctx.kernels, ctx.rows, ctx.gates_dtype = choice.kernels(x), rows, gates.dtype
-        inner = grouped(x.index_select(0, layout.source), gate_up, rows)  # (rows, 2F)
-        gate, up = inner.chunk(2, dim=1)
-        hidden = swiglu.forward(ctx.kernels, gate, up, layout.gates)
-        out = grouped(hidden, down, rows)  # (rows, C)
+        ctx.kernels, ctx.gates_dtype = choice.kernels(x), gates.dtype
+        y, inner, layout, ctx.rows = _products(x, gates, gate_up, down, chosen, counts)
         ctx.save_for_backward(x, gate_up, down, inner, layout.source, layout.slots, layout.gates)
-        return combine(out, layout.slots)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -100,17 +130,26 @@ class _Routed(torch.autograd.Function):
 
 
 def routed(
-    x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, counts: Tensor
+    x: Tensor,
+    gates: Tensor,
+    gate_up: Tensor | Stack,
+    down: Tensor | Stack,
+    chosen: Tensor,
+    counts: Tensor,
 ) -> Tensor:
     """Sum over the K chosen experts of gate * down(silu(gate_proj(x)) * up_proj(x)).
 
     Args:
         x: (N, C); chosen, gates: (N, K); counts: (E,) int64, how many pairs chose each expert.
-        gate_up: (E, 2F, C), gate rows first; down: (E, C, F).
+        gate_up: (E, 2F, C), gate rows first; down: (E, C, F). Both tensors, or both stacks; with
+            stacks there is no backward.
     Returns:
         (N, C)
     """
-    return _Routed.apply(x.contiguous(), gates, gate_up, down, chosen, counts)
+    if isinstance(gate_up, Tensor):
+        return _Routed.apply(x.contiguous(), gates, gate_up, down, chosen, counts)
+    assert not (torch.is_grad_enabled() and x.requires_grad), "stacks have no backward"
+    return _products(x.contiguous(), gates, gate_up, down, chosen, counts)[0]
 
 
 # --- the products ---------------------------------------------------------------------------------
@@ -118,16 +157,15 @@ def routed(
 # of E numbers.
 
 
-def grouped_kernel(x: Tensor, *weights: Tensor) -> bool:
+def grouped_kernel(x: Tensor, *weights: Tensor | Stack) -> bool:
     """Whether F.grouped_mm does it, for which the host never waits: bfloat16 on a GPU, rows of
     whole 16 bytes.
 
     And matrices that begin at such: under ZeRO all lie in one buffer, where one of odd sides shifts
         the next.
     """
-    numbers = [
-        number for weight in weights for number in (*weight.shape[1:], weight.storage_offset())
-    ]
+    numbers: list[int | torch.SymInt] = [n for weight in weights for n in weight.shape[1:]]
+    numbers += [weight.storage_offset() for weight in weights if isinstance(weight, Tensor)]
     return (
         x.device.type == "cuda"
         and x.dtype == torch.bfloat16
@@ -135,13 +173,17 @@ def grouped_kernel(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def grouped(x: Tensor, weight: Tensor, rows: list[int] | Tensor) -> Tensor:
-    """Rows of expert e times weight[e].T. x: (rows, in), weight: (E, out, in) -> (rows, out)."""
+def grouped(x: Tensor, weight: Tensor | Stack, rows: list[int] | Tensor) -> Tensor:
+    """Rows of expert e times weight[e].T. x: (rows, in), weight: (E, out, in) -> (rows, out). Of a
+    stack only the experts with rows are made, unless one kernel does all.
+    """
     if isinstance(rows, Tensor):
+        weight = weight if isinstance(weight, Tensor) else weight.whole()
         return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.cumsum(0, dtype=torch.int32))
     out = x.new_empty(x.shape[0], weight.shape[1])
-    for part, matrix, target in zip(x.split(rows), weight, out.split(rows), strict=True):
-        torch.mm(part, matrix.T, out=target)
+    for number, (part, target) in enumerate(zip(x.split(rows), out.split(rows), strict=True)):
+        if len(part):
+            torch.mm(part, weight[number].T, out=target)
     return out
 
 

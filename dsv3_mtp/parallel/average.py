@@ -15,15 +15,17 @@ class WeightAverage:
     weights.
 
     Each rank averages only what it writes into checkpoints, float32 masters and router biases.
-    Nothing is averaged twice and nothing is sent.
+    Nothing is averaged twice and nothing is sent. A frozen trunk is its own average, and is not
+    kept again.
     """
 
     def __init__(self, engine: Engine, decay: float):
         self.engine, self.decay = engine, decay
+        frozen = engine.model.frozen
         self.values = {
             part.name: _weights(part).clone()
             for part in tensor_shards(engine)
-            if part.share[0] < part.share[1]
+            if part.share[0] < part.share[1] and (part.name.startswith("mtp.") or not frozen)
         }
 
     @torch.no_grad()

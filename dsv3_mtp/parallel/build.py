@@ -19,6 +19,7 @@ from dsv3_mtp.parallel.experts import LocalExperts, local_experts
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.parallel.pipeline import PipelineEngine, stage_parts
 from dsv3_mtp.parallel.sequence import shard_of
+from dsv3_mtp.precision.stored import is_codes
 
 
 def build_model(
@@ -59,7 +60,7 @@ def _build(config: Config, ds_config: dict[str, Any], world: World) -> DeepseekV
         # What DeepSpeed turns the others into later: a frozen weight has no float32 master, and
         # a trunk that is made in float32 would need twice the memory once, at the start.
         for parameter in model.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and not is_codes(parameter):
                 parameter.data = parameter.data.to(getattr(torch, config.train.dtype))
         for part in stage_parts(config, model, world) if world.stages > 1 else [model]:
             part.to_empty(device=world.device)

@@ -21,6 +21,7 @@ from dsv3_mtp.ops.ranges import named
 from dsv3_mtp.parallel import environment, private
 from dsv3_mtp.parallel.clip import clip_apart, scale_gradients, side_norms
 from dsv3_mtp.parallel.launch import World
+from dsv3_mtp.precision.stored import SCALE
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             # needs it longer: the tied embedding's is sent between stages.
             "immediate_grad_update": config.parallel.pipeline_stages == 1,
         },
-        "data_types": {"keep_in_fp32_modules": ["e_score_correction_bias"]},
+        "data_types": {"keep_in_fp32_modules": ["e_score_correction_bias", SCALE]},
         "zero_allow_untested_optimizer": config.optim.moments
         == "bfloat16",  # which it does not know (optim.py)
         # torch's fused AdamW runs on the host too, with nothing to build

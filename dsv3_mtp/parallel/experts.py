@@ -43,11 +43,11 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
         self.first = place * len(self.down_proj)
 
     def mark(self) -> None:
-        """To be called once the parameters have storage: materialising makes new ones without
+        """To be called once the tensors have storage: materialising makes new ones without
         attributes.
         """
-        for parameter in self.parameters():
-            parameter.allreduce, parameter.group_name = False, self.group_name  # type: ignore[attr-defined]
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.allreduce, tensor.group_name = False, self.group_name  # type: ignore[attr-defined]
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """DeepSpeed asks for the groups, which are there already."""

@@ -68,7 +68,11 @@ def tensor_shards(engine: "Engine") -> Iterator[TensorShard]:
     model, optimizer = engine.model, engine.engine.optimizer
     updated = dict(masters(optimizer))
     layers = [part for part in model.modules() if isinstance(part, Experts)]
-    first = {id(tensor): layer.first for layer in layers for tensor in layer.parameters()}
+    first = {
+        id(tensor): layer.first
+        for layer in layers
+        for tensor in (*layer.parameters(), *layer.buffers())
+    }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             continue  # of another pipeline stage

@@ -1,14 +1,18 @@
 """What a run would be, without running it: sizes, cost, memory, traffic; the config on request."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.layout import rank_problems
+from dsv3_mtp.hf.frozen import stays_fp8
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import ModelSize, model_size
+from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.plan.memory import Layout, StagePlan, bubbles, communication, layout, plan
+from dsv3_mtp.precision.stored import stored
 from dsv3_mtp.report.metrics import peak_flops
 from dsv3_mtp.report.progress import duration
 from dsv3_mtp.runs.folder import run_folder
@@ -40,7 +44,9 @@ def dry_run(config: Config, *, world_size: int, plot: bool, settings: bool = Fal
     folder = run_folder(config)
     if refused := rank_problems(config, world_size):
         raise ValueError("\n".join([*refused, *near_sizes(config, world_size)]))
-    model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
+    fp8, held = _trunk(config)
+    with building(stored(Compute()) if fp8 else Compute()):
+        model = meta_model(config.model, config.mtp, freeze=config.train.freeze)
     size, shape = model_size(model, config.data.seq_len), layout(config, world_size)
     stages = plan(config, model, shape)
     costs = cost_rows(config, size, shape) | time_rows(config, size, world_size)
@@ -48,7 +54,7 @@ def dry_run(config: Config, *, world_size: int, plot: bool, settings: bool = Fal
     parts = [
         "# size and cost\n" + _rows(size_rows(config, size) | costs | task_rows(config)),
         f"# memory of one rank, {_describe(config, shape, world_size)}\n"
-        + memory_table(config, stages),
+        + "\n".join([memory_table(config, stages), *held]),
         "# sent by one rank in one step, busiest stage\n"
         + _rows({name: _bytes(amount) for name, amount in sent.items()}),
     ]
@@ -67,6 +73,15 @@ def dry_run(config: Config, *, world_size: int, plot: bool, settings: bool = Fal
         plot_schedules(config, folder / "schedules.png")
         parts.append(f"schedules: {folder / 'schedules.png'}")
     return "\n\n".join(parts)
+
+
+def _trunk(config: Config) -> tuple[bool, list[str]]:
+    """`stays_fp8`; where the weights are not on this machine, a line that says what is taken."""
+    source = config.train.init_from
+    if config.train.freeze == "trunk" and source is not None and not Path(source).is_dir():
+        text = f"{source} is not there: its trunk is counted in {config.train.dtype}"
+        return False, [f"train.init_from: {text}"]
+    return stays_fp8(config)
 
 
 def near_sizes(config: Config, world_size: int) -> list[str]:

@@ -16,7 +16,7 @@ from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.objective_losses import CHUNK_ELEMENTS, CHUNKS_ON_GPU
 from dsv3_mtp.ops.cross_entropy import chunk_rows
 from dsv3_mtp.parallel.pipeline import stage_layers
-from dsv3_mtp.plan.parts import Part, activation_elements, backward_elements, parts
+from dsv3_mtp.plan.parts import Part, activation_elements, backward_elements, on_rank, parts
 from dsv3_mtp.plan.states import (
     Sizes,
     bucket_elements,
@@ -28,6 +28,7 @@ from dsv3_mtp.plan.states import (
     setting,
     state_bytes,
     update_bytes,
+    weight_bytes,
 )
 
 
@@ -55,6 +56,7 @@ class StagePlan:
     dense: int  # parameters on this rank
     experts: int  # parameters of routed experts on this rank
     learned: tuple[int, int]  # `dense` and `experts` less what is frozen
+    sent: tuple[float, float]  # `dense` and `experts` as ZeRO-3 gathers them: bytes
     blocks: int
     moe_blocks: int
     weights: float
@@ -110,10 +112,7 @@ def plan(config: Config, model: DeepseekV3MTP, shape: Layout) -> list[StagePlan]
 
 
 def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> StagePlan:
-    dense, experts = (
-        sum(part.dense for part in mine),
-        sum(part.experts for part in mine) // shape.experts,
-    )
+    dense, experts = on_rank(((part.dense, part.experts) for part in mine), shape.experts)
     zero, element = config.parallel.zero_stage, element_size(config)
     moment = 2 if config.optim.moments == "bfloat16" else 4
     sizes = {
@@ -122,11 +121,10 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         "gradient": gradient_size(config),
         "moment": moment,
     }
-    weights, *_ = state_bytes(dense, experts, shape, **sizes)
-    learned = (
-        sum(part.learned[0] for part in mine),
-        sum(part.learned[1] for part in mine) // shape.experts,
-    )
+    coded = on_rank((part.codes for part in mine), shape.experts)
+    weights = weight_bytes((dense, experts), coded, shape, zero_stage=zero, element=element)
+    scales = on_rank((part.scales for part in mine), shape.experts)
+    learned = on_rank((part.learned for part in mine), shape.experts)
     _, gradients, states = state_bytes(*learned, shape, **sizes)
     shards = [learned[0] / shape.data, learned[1] / shape.copies]
     elements = Sizes(
@@ -139,11 +137,11 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
             own.here(shape.experts) for part in mine for own in part.own if own.learned
         ),
     )
-    average = (
-        0 if config.train.ema_decay is None else 4 * (dense / shape.data + experts / shape.copies)
-    )
-    # the loss is over when the backward begins
+    average = 0 if config.train.ema_decay is None else 4 * sum(shards)
+    # the loss is over when the backward begins, and before it no weight is made of codes any more
+    made = (max(own.here(shape.experts)) for part in mine for own in part.own if own.codes)
     buffers = max(_loss_bytes(config, mine), _backward_bytes(config, mine, shape))
+    buffers = max(buffers, element * max(made, default=0))
     buffers += reduction_bytes(config, elements, shape.micro_batches)
     buffers += _gathered_bytes(config, mine, shape, dense + experts)
     offload = config.parallel.offload_optimizer
@@ -155,9 +153,13 @@ def _stage(config: Config, mine: list[Part], shape: Layout, in_flight: int) -> S
         dense=dense,
         experts=experts,
         learned=learned,
+        sent=(
+            element * dense - (element - 1) * coded[0],
+            element * experts - (element - 1) * coded[1],
+        ),
         blocks=sum(part.dense_blocks + part.moe_blocks for part in mine),
         moe_blocks=sum(part.moe_blocks for part in mine),
-        weights=weights,
+        weights=weights + 4 * sum(scales),
         gradients=0.0 if offload and zero == 3 else gradients,  # their sums are on the host
         states=0.0 if offload else states,
         host=average + (host_bytes(config, elements, states) if offload else 0.0),
@@ -228,10 +230,7 @@ def communication(config: Config, stages: list[StagePlan], shape: Layout) -> dic
     zero, element, model = config.parallel.zero_stage, element_size(config), config.model
     every, learned = (
         max(ring(shape.data) * dense + ring(shape.copies) * experts for dense, experts in sizes)
-        for sizes in (
-            [(stage.dense, stage.experts) for stage in stages],
-            [stage.learned for stage in stages],
-        )
+        for sizes in ([stage.sent for stage in stages], [stage.learned for stage in stages])
     )
     # DeepSpeed all-reduces whole buckets up to ZeRO-2, twice the reduce-scatter that would do.
     # ZeRO-2 and 3 reduce in every backward; ZeRO-3 gathers the weights in every forward and
@@ -239,7 +238,7 @@ def communication(config: Config, stages: list[StagePlan], shape: Layout) -> dic
     gradients = communication_size(config) * learned * (shape.micro_batches if zero >= 2 else 1)
     rows = {"gradients": gradients * (1 if zero == 3 else 2)}
     if zero:
-        rows["weights"] = element * (every * 2 * shape.micro_batches if zero == 3 else learned)
+        rows["weights"] = every * 2 * shape.micro_batches if zero == 3 else element * learned
     if shape.experts > 1:
         rows |= _expert_exchange(config, shape, max(stage.moe_blocks for stage in stages))
     if shape.slices > 1:

@@ -1,6 +1,6 @@
 """The parts of a model that a plan adds up: parameters, and what is kept for backward."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from torch import nn
 from dsv3_mtp.config import Config, ModelConfig
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.moe import Experts, MoE
+from dsv3_mtp.precision.stored import SCALE, is_codes
 
 
 class Own(NamedTuple):
@@ -17,6 +18,7 @@ class Own(NamedTuple):
     sizes: tuple[int, ...]  # elements of each
     experts: bool  # divided over expert-parallel ranks
     learned: bool
+    codes: bool  # held in FP8, and made for each product
 
     def here(self, ranks: int) -> tuple[int, ...]:
         """`sizes` on each of the ranks that share a layer's experts."""
@@ -36,6 +38,8 @@ class Part:
     rows: int  # of a slot, that output heads score
     learned: tuple[int, int]  # `dense` and `experts` less what is frozen
     own: tuple[Own, ...]  # of each of its modules that has parameters, in their order
+    codes: tuple[int, int]  # of `dense` and `experts`, what is held in FP8
+    scales: tuple[int, int]  # of these codes
 
 
 def parts(model: DeepseekV3MTP) -> list[Part]:
@@ -58,20 +62,37 @@ def _part(
     name: str, module: nn.Module, blocks: Sequence[nn.Module], kept: float = 0, rows: int = 0
 ) -> Part:
     routed = {id(p) for m in module.modules() if isinstance(m, Experts) for p in m.parameters()}
-    sizes, learned = [0, 0], [0, 0]  # dense, experts
+    sizes, learned, codes, scales = [0, 0], [0, 0], [0, 0], [0, 0]  # dense, experts
     for parameter in module.parameters():
         sizes[id(parameter) in routed] += parameter.numel()
         learned[id(parameter) in routed] += parameter.numel() * parameter.requires_grad
+        codes[id(parameter) in routed] += parameter.numel() * is_codes(parameter)
+    for layer in module.modules():
+        for key, buffer in layer.named_buffers(recurse=False):
+            scales[isinstance(layer, Experts)] += buffer.numel() * key.endswith(SCALE)
     own = [(list(m.parameters(recurse=False)), isinstance(m, Experts)) for m in module.modules()]
     owned = tuple(
-        Own(tuple(p.numel() for p in few), experts, any(p.requires_grad for p in few))
+        Own(
+            tuple(p.numel() for p in few),
+            experts,
+            any(p.requires_grad for p in few),
+            any(is_codes(p) for p in few),
+        )
         for few, experts in own
         if few
     )
     moe = sum(isinstance(block.mlp, MoE) for block in blocks)
     dense = len(blocks) - moe
-    trained = learned[0], learned[1]
-    return Part(name, sizes[0], sizes[1], dense, moe, kept, rows, trained, owned)
+    pairs = [(few[0], few[1]) for few in (learned, codes, scales)]
+    return Part(name, sizes[0], sizes[1], dense, moe, kept, rows, pairs[0], owned, *pairs[1:])
+
+
+def on_rank(pairs: Iterable[tuple[int, int]], ranks: int) -> tuple[int, int]:
+    """Of parts, counts of dense parameters and of experts -> the sums on each of the ranks that
+    share a layer's experts.
+    """
+    dense, experts = zip(*pairs, strict=True)
+    return sum(dense), sum(experts) // ranks
 
 
 def activation_elements(config: Config, part: Part) -> float:

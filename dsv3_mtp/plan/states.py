@@ -89,6 +89,17 @@ def state_bytes(
     )
 
 
+def weight_bytes(
+    whole: tuple[int, int], codes: tuple[int, int], shape: Any, *, zero_stage: int, element: int
+) -> float:
+    """Weights of a rank that computes with these parameters, dense ones and experts, of which
+    `codes` are held in FP8: a byte each.
+    """
+    sizes = {"zero_stage": zero_stage, "gradient": 0}
+    wide = state_bytes(*whole, shape, element=element, **sizes)[0]
+    return wide - state_bytes(*codes, shape, element=element - 1, **sizes)[0]
+
+
 def update_bytes(config: Config, sizes: Sizes) -> float:
     """What an update holds at its peak beside weights and optimizer states: gradients, copies of
     them, and moments in float32 where they are kept in bfloat16.

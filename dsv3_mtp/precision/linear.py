@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsv3_mtp.ops.experts import from_experts, sort_by_expert, to_experts
+from dsv3_mtp.ops.experts import Stack, from_experts, sort_by_expert, to_experts
 from dsv3_mtp.ops.swiglu import gated_swiglu
 from dsv3_mtp.precision.quantise import BLOCK, ROW, Tile
 
@@ -138,8 +138,8 @@ class RoutedExperts:
         self,
         x: Tensor,
         gates: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
+        gate_up: Tensor | Stack,
+        down: Tensor | Stack,
         chosen: Tensor,
         counts: Tensor,
     ) -> Tensor:
@@ -148,6 +148,10 @@ class RoutedExperts:
         # the one time that the host waits
         rows = [-(-n // multiple) * multiple for n in counts.tolist()]
         layout = sort_by_expert(chosen, gates, counts, multiple, sum(rows))
-        inner = self.gate_up(to_experts(x, layout), gate_up, rows)  # (rows, 2F)
-        y = self.down(gated_swiglu(inner, layout.gates), down, rows)  # (rows, C)
+        inner = self.gate_up(to_experts(x, layout), _whole(gate_up), rows)  # (rows, 2F)
+        y = self.down(gated_swiglu(inner, layout.gates), _whole(down), rows)  # (rows, C)
         return from_experts(y, layout)
+
+
+def _whole(weight: Tensor | Stack) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.whole()

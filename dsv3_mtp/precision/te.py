@@ -57,6 +57,7 @@ class TELinear(nn.Linear):
         self.inner[0]._parameters["weight"] = self.weight
         with load()[0].autocast(enabled=True, recipe=recipe(self.scale)):
             y = self.inner[0](padded)
+        self.inner[0]._parameters["weight"] = None  # one that was made for this product goes now
         return y[: rows.shape[0]].unflatten(0, x.shape[:-1])
 
 
@@ -88,6 +89,8 @@ class TEGroupedLinear:
         padded, padded_splits = self.pad(x, counts)
         with te.autocast(enabled=True, recipe=recipe(self.scale)):
             y = self.inner(padded, padded_splits)
+        for group in range(groups):  # as in TELinear
+            setattr(self.inner, f"weight{group}", None)
         return self.unpad(y, counts)
 
 

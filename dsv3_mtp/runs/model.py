@@ -1,16 +1,31 @@
 """The model of a run folder: its newest checkpoint, or the weights that it was imported with."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dsv3_mtp.config import Config
+from dsv3_mtp.files.fragments import Fragments
 from dsv3_mtp.files.run_folder import newest_weights, run_config, start_weights, tokenizer_of
 from dsv3_mtp.hf.keys import report, summarise
 from dsv3_mtp.hf.load import empty_model, is_finite, load_weights, mismatches
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.precision.stored import SCALE, StoredMatrices
+
+
+def _parts(stored: Fragments, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parts of a tensor of the model, and the values of each in a checkpoint: all of it, or of
+    a weight that stayed in block-FP8 one matrix after the other.
+    """
+    if name + SCALE not in stored.shapes:
+        yield tensor, stored.read(name)
+        return
+    matrices = StoredMatrices(stored, name)
+    targets = tensor.view(matrices.count, *matrices.shape)
+    yield from ((targets[number], matrices[number]) for number in range(matrices.count))
 
 
 class LoadedModel(NamedTuple):
@@ -54,10 +69,10 @@ def load_model(
             raise ValueError(report(where, problems))
         for name, tensor in state.items():
             # one at a time: never two models in memory
-            values = stored.read(name)
-            if not is_finite(values):
-                problems.append(f"{name}: holds nan or infinity")
-            tensor.copy_(values.view_as(tensor))
+            for target, values in _parts(stored, name, tensor):
+                if not is_finite(values):
+                    problems.append(f"{name}: holds nan or infinity")
+                target.copy_(values.view_as(target))
         if problems:
             raise ValueError(report(stored.folder, problems))
     elif start is not None:

@@ -19,6 +19,7 @@ from dsv3_mtp.config import Config, ConfigError, layout, load_config
 from dsv3_mtp.config.reader import Problem, problems_of
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.study.matrix import Overrides, Study
+from dsv3_mtp.study.metric_names import OWN, not_measured
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
             refused = list(error.problems)
         for problem in refused:
             found.setdefault(problem, []).append(name)
+    problems += metric_problems(study, configs)
     problems += _measuring_problems(study, configs)
     for (key, text), arms in found.items():
         where = "every arm" if len(arms) == len(study.arms) else f"arms.{', '.join(arms)}"
@@ -114,6 +116,15 @@ def axis_names(label: str, values: list[Any] | dict[str, Any]) -> list[str]:
     if isinstance(values, dict):
         return [str(name) for name in values]
     return [f"{label}{value}" for value in values]
+
+
+def metric_problems(study: Study, configs: Mapping[str, Config]) -> Iterator[Problem]:
+    """Metrics that could be of heads, objectives or tasks of one's own, and are of no arm's. An arm
+    that is refused may have them.
+    """
+    for place, metric in study.asked() if len(configs) == len(study.arms) else ():
+        if OWN.fullmatch(metric) and (text := not_measured(metric, configs.values())):
+            yield place, text
 
 
 def _measuring_problems(study: Study, configs: Mapping[str, Config]) -> Iterator[Problem]:

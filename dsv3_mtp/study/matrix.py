@@ -5,7 +5,6 @@ else is exploratory. load.py reads it; docs/study.md is the reference.
 """
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +23,7 @@ from dsv3_mtp.config.section import (
     Section,
     Text,
 )
-from dsv3_mtp.study.metric_names import METRICS, NEEDS, family, is_rate_over_seeds
+from dsv3_mtp.study.metric_names import NEEDS, OWN, is_rate_over_seeds, not_measured
 from dsv3_mtp.study.trend_key import Trend, trend_rules
 
 EVERY_ARM = "every arm"
@@ -260,17 +259,19 @@ class Study(Section):
             if expected.sd is not None and is_rate_over_seeds(metric):
                 yield f"{place}.sd", "has no use: a solve rate is tested by counting seeds"
 
-    def _metric_rules(self) -> Iterator[Problem]:
+    def asked(self) -> list[tuple[str, str]]:
+        """Every metric that the file names, with its place."""
         listed = [(f"metrics[{number}]", metric) for number, metric in enumerate(self.metrics)]
-        for place, metric in [("primary.metric", self.primary.metric), *listed]:
-            name = family(metric)
-            key = next((key for prefix, key in NEEDS.items() if metric.startswith(prefix)), None)
-            if name not in METRICS:
-                close = get_close_matches(name, METRICS, n=1)
-                hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(METRICS)}"
-                yield place, f"no run is measured by it (got {show(metric)}); {hint}"
-            elif key and getattr(self, key) is None:
-                yield place, f"is measured only with {key}; set that too (got {show(metric)})"
+        return [("primary.metric", self.primary.metric), *listed]
+
+    def _metric_rules(self) -> Iterator[Problem]:
+        for place, metric in self.asked():
+            needed = [key for prefix, key in NEEDS.items() if metric.startswith(prefix)]
+            if needed and getattr(self, needed[0]) is None:
+                only = f"is measured only with {needed[0]}; set that too (got {show(metric)})"
+                yield place, only
+            elif not OWN.fullmatch(metric) and (text := not_measured(metric)):
+                yield place, text
 
     def tests(self) -> list[tuple[str, str, str, bool]]:
         """(comparison, metric, arm, whether it is primary) of all tests, the primary ones first."""

@@ -1,8 +1,13 @@
 """The metrics that a study can ask for: their words, which way is better, what they need."""
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
 
 from dsv3_mtp.config import TASKS
+from dsv3_mtp.config.reader import show
+from dsv3_mtp.config.task import Task
 
 ALONG = "tokens per step along the text"
 MAIN_ERROR = "relative error of the main training loss (EMA 0.9)"
@@ -85,12 +90,28 @@ def bounds(name: str, depths: int) -> tuple[float, float] | None:
     return (0.0, 1.0) if name.startswith(RATES) else None
 
 
-def family(name: str) -> str:
+# What heads, objectives and tasks of one's own are measured by is known once arms are read.
+OWN = re.compile(r"task/\w+(/\d+)?|val/mtp_term/\w+|val/\w+/\d+")
+
+
+def not_measured(name: str, configs: Iterable[Any] = ()) -> str | None:
+    """Why no run of these configs, or of any, has this metric; None: it has."""
+    terms = [f"val/{_family(term)}" for config in configs for term in config.mtp.term_names]
+    there = list(dict.fromkeys([*METRICS, *Task.EVERY, *terms]))
+    if name in there or _family(name) in there:
+        return None
+    close = get_close_matches(_family(name), there, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(there)}"
+    return f"no run is measured by it (got {show(name)}); {hint}"
+
+
+def _family(name: str) -> str:
     """The key of METRICS that a metric would have: val/top1/k for val/top1/2."""
-    return name if name in METRICS else re.sub(r"/\d+$", "/k", name)
+    return re.sub(r"/\d+$", "/k", name)
 
 
 def describe_metric(name: str) -> tuple[str, str | None]:
     """(words, "lower" | "higher" is better | None)."""
-    words, better = METRICS.get(family(name), (name, None))
+    metrics = METRICS | Task.EVERY
+    words, better = metrics.get(name) or metrics.get(_family(name), (name, None))
     return words.format(name.rpartition("/")[2]), better

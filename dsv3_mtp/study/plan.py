@@ -21,7 +21,7 @@ from dsv3_mtp.config.section import Integer, Section
 from dsv3_mtp.config.tree import read_tree
 from dsv3_mtp.files.atomic import lock, write_json
 from dsv3_mtp.files.checked import OPEN, parse_json
-from dsv3_mtp.study.load import LoadedStudy, study_of
+from dsv3_mtp.study.load import LoadedStudy, metric_problems, study_of
 
 PLAN = "plan.json"
 FREE = ("run", "scales")  # where the study lives, and how fast the machine is thought to be
@@ -160,6 +160,8 @@ def load_archive(
                 f"{path}: configs.{arm}: {key} {what}; the archive is of another version of this "
                 "program: read it with the commit that its report names"
             ) from None
+    for place, text in metric_problems(study, configs):
+        raise ValueError(f"{path}: current.study.{place}: {text}")
     return LoadedStudy(study, tuple(plan.sets), configs)
 
 

@@ -52,6 +52,7 @@ from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.engine import Engine
 from dsv3_mtp.parallel.launch import World, on_all, on_main
 from dsv3_mtp.parallel.placement import TensorShard, restoring, tensor_shards
+from dsv3_mtp.precision.stored import is_codes
 
 COUNTERS = ("global_steps", "global_samples")  # of DeepSpeed, which counts them
 
@@ -131,10 +132,11 @@ def _fragment(mine: TensorShard, optimizer: Any, averages: dict[str, torch.Tenso
     }
     scalars = {key: float(value) for key, value in kept.items() if key not in tensors}
     states = {key: mine.of(value)[share] for key, value in tensors.items()}
-    states |= {AVERAGE: averages[mine.name]} if averages else {}
-    return Fragment(
-        mine.name, mine.shape, mine.start + share.start, mine.of(mine.flat)[share], states, scalars
-    )
+    states |= {AVERAGE: averages[mine.name]} if mine.name in averages else {}
+    values = mine.of(mine.flat)[share]
+    if is_codes(values):
+        values = values.view(torch.float8_e4m3fn)
+    return Fragment(mine.name, mine.shape, mine.start + share.start, values, states, scalars)
 
 
 def _commit(
@@ -256,7 +258,9 @@ def _restore(
     for mine in parts:
         start, stop = mine.start, mine.start + mine.numel
         weights = stored.read(mine.name, start, stop)
-        if not is_finite(weights):
+        if is_codes(mine.flat):
+            weights = weights.view(torch.uint8)
+        elif not is_finite(weights):
             raise ValueError(f"{stored.folder}: {mine.name} holds nan or infinity")
         mine.of(mine.flat).copy_(weights)
         about = stored.index[mine.name]

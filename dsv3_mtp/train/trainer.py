@@ -12,15 +12,18 @@ from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.hf import load_weights
+from dsv3_mtp.hf.frozen import stays_fp8
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.output import Batch, LossSettings
 from dsv3_mtp.model.size import model_size, require_memory
+from dsv3_mtp.ops.compute import Compute, building
 from dsv3_mtp.ops.ranges import named
 from dsv3_mtp.parallel.average import WeightAverage
 from dsv3_mtp.parallel.build import build_model, check_monitors, start_engine, writable
 from dsv3_mtp.parallel.engine import deepspeed_config
 from dsv3_mtp.parallel.launch import StopRequest, on_all, on_main, start, starting
 from dsv3_mtp.precision.convert import choose_compute
+from dsv3_mtp.precision.stored import stored
 from dsv3_mtp.report.metrics import Clock, MetricsLog, read_metrics
 from dsv3_mtp.report.monitors import Monitor, open_monitors
 from dsv3_mtp.report.progress import Progress
@@ -99,7 +102,7 @@ class Trainer:
         saved = latest and checkpoint.read_state(latest)  # what is damaged is told at once
         self.notes = [*found, *damaged, *notes]
 
-        self.build_engine(ds_config, fresh=latest is None)
+        self.build_engine(ds_config, latest)
         self.step = self.tokens = 0
         self.monitors: list[Monitor] = []
         self.table: dict[str, float] = {}  # of the last validation
@@ -124,10 +127,12 @@ class Trainer:
         if not latest:
             self.describe_once()
 
-    def build_engine(self, ds_config: dict[str, Any], *, fresh: bool) -> None:
-        """Model, optimizer and DeepSpeed's engine; fresh: nothing of a checkpoint follows."""
+    def build_engine(self, ds_config: dict[str, Any], latest: Path | None) -> None:
+        """Model, optimizer and DeepSpeed's engine. latest: the checkpoint that is read next."""
         config = self.config
-        whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
+        fp8, notes = stays_fp8(config, latest)
+        with building(stored(Compute()) if fp8 else Compute()):
+            whole = meta_model(config.model, config.mtp, freeze=config.train.freeze)
         # bfloat16 weights, float32 masters and two moments at the least; of a frozen trunk weights
         frozen = getattr(torch, config.train.dtype).itemsize
         require_memory(whole, bytes_per_value=12, frozen=frozen, ranks=self.world.size)
@@ -135,12 +140,13 @@ class Trainer:
         compute, chosen = choose_compute(
             config, self.world.device, lambda: meta_model(config.model, config.mtp)
         )
+        compute = stored(compute) if fp8 else compute
         self.model = build_model(config, ds_config, self.world, compute)
-        if config.train.init_from is not None and fresh:
+        if config.train.init_from is not None and latest is None:
             self.notes += load_weights(self.model, Path(config.train.init_from), writable=writable)
         if config.train.freeze == "trunk":
             self.model.freeze_trunk()
-        self.notes += chosen
+        self.notes += [*notes, *chosen]
         heads = self.model.mtp if config.clips_apart else None
         optimizer = build_optimizer(self.model, config.optim, apart=heads)
         self.engine = start_engine(self.model, optimizer, ds_config, self.world, config)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.decode.plain import HEADS, train_on_cycle
 from tests.made_runs import randomise
@@ -12,6 +13,12 @@ from tests.made_runs import randomise
 @pytest.fixture(scope="session")
 def made() -> dict:
     return {}
+
+
+@pytest.fixture
+def in_pieces(monkeypatch) -> None:
+    """Steps go piece by piece, where they could be one call of C."""
+    monkeypatch.setattr(Decoder, "whole_step", lambda self, drafter: None)
 
 
 @pytest.fixture

@@ -191,17 +191,62 @@ def test_c_layers_refuse_what_they_would_read_beyond(make_model, compiled):
     slots = CacheSlots(model, 10)
     with torch.inference_mode():
         layers = Decoder(model).layers.layers.by_c
-        x, caches = torch.zeros(2, 32), slots.caches(3, 1)
-        layers(x, caches, [8], slots.rotation)
+        tokens, caches = torch.zeros(1, 2, dtype=torch.long), slots.caches(3, 1)
+        layers(None, tokens, caches, [8], slots.rotation)
         for wrong in (
-            (x[:, :31], caches, [8]),
-            (x, caches, [9]),  # the second slot would be the eleventh
-            (x, caches[:2], [8]),
-            (x, [cache[:, :9] for cache in caches], [8]),
-            (x.double(), caches, [8]),
+            (tokens, caches, [9]),  # the second slot would be the eleventh
+            (tokens, caches, [-1]),
+            (tokens, caches[:2], [8]),
+            (tokens, [cache[:, :9] for cache in caches], [8]),
+            (tokens, [caches[0].double(), *caches[1:]], [8]),
+            (tokens, slots.caches(3, 2), [8]),
+            (tokens, caches, [8, 8, 8]),
+            (tokens.int(), caches, [8]),
+            (None, caches, [8]),
         ):
             with pytest.raises(ValueError):
-                layers(*wrong, slots.rotation)
+                layers(None, *wrong, slots.rotation)
+        for asked in ([2], [-1], [1, 0], [0, 0]):
+            with pytest.raises(ValueError):
+                layers(None, tokens, caches, [8], slots.rotation, asked)
+        for token in (-1, 64):
+            with pytest.raises(IndexError, match="1 of"):
+                layers(None, torch.tensor([[token]]), caches, [8], slots.rotation)
+        module = Decoder(model).heads[0].layer.by_c
+        cache, hidden = slots.caches(1, 1), torch.zeros(2, 32)
+        module(hidden, tokens, cache, [8], slots.rotation)
+        for given in (None, hidden[:1], hidden[:, :31], hidden.double()):
+            with pytest.raises(ValueError):
+                module(given, tokens, cache, [8], slots.rotation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_asked_for_have_the_bits_that_they_have_among_all(
+    make_tiny_config, compiled, dtype
+):
+    """And the caches are the same: those of the other slots, too."""
+    for case in ("v3", "no_query_compression"):
+        config = make_tiny_config({"model.max_position_embeddings": 48, **CASES[case]})
+        model = randomise(DeepseekV3MTP(config.model, config.mtp)).requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        slots, tokens = CacheSlots(model, 9), torch.randint(64, (2, 4))
+        with torch.inference_mode():
+            decoder = Decoder(model)
+            for layers, depth in ((decoder.layers.layers, 3), (decoder.heads[0].layer, 1)):
+                given = None if layers.merge is None else torch.randn(8, 32).to(dtype)
+                found = []
+                for asked in (None, [3, 6], []):
+                    caches = slots.caches(depth, 2)
+                    window = slots.few([2, 5], 4, asked)
+                    _, out, normed = layers(given, tokens, caches, window)
+                    found.append((out, normed, *caches))
+                every, some, none = found
+                assert torch.equal(every[0][[3, 6]], some[0])
+                assert torch.equal(every[1][[3, 6]], some[1])
+                assert all(torch.equal(a, b) for a, b in zip(every[2:], none[2:], strict=True))
+                assert all(torch.equal(a, b) for a, b in zip(every[2:], some[2:], strict=True))
+                assert none[0].shape == (0, 32)
 
 
 def test_ring_forgets_only_what_is_older_than_its_width():

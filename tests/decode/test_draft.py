@@ -35,7 +35,7 @@ class RecordingSampler:
 
 
 @pytest.fixture
-def recorded(monkeypatch):
+def recorded(monkeypatch, in_pieces):
     """Every call of a drafter: (rows' known tokens, drafts, draft logits (K, B, V))."""
     calls = []
     settings = [tiny(keys).mtp for keys in HEADS.values()]

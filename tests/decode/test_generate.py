@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from dsv3_mtp.decode.draft import draft_limit
 from dsv3_mtp.decode.generate import Acceptance, Settings, Step, generate, stream
+from dsv3_mtp.decode.sample import TokenSampler
 from dsv3_mtp.heads.sequential import ChainDrafter
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from tests.conftest import tiny
-from tests.decode.plain import CYCLE, HEADS, plain_greedy
+from tests.decode.plain import CYCLE, HEADS, plain_greedy, plain_logits
 from tests.decode.test_sample import chi_square_p
 
 PROMPTS = [[5], CYCLE[:7], [60, 1, 2, 3]]
@@ -87,7 +88,9 @@ def test_decoding_ends_at_a_stop_token_wherever_it_falls_in_a_step(make_model):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_output_is_plain_when_the_drafts_fail_at_any_position(make_model, monkeypatch, depth):
+def test_output_is_plain_when_the_drafts_fail_at_any_position(
+    make_model, monkeypatch, in_pieces, depth
+):
     """A drafter that knows the text, and is wrong at a chosen position."""
     model = make_model(trained=True)
     prompt = CYCLE[:5]
@@ -147,14 +150,16 @@ def test_sampled_speculative_output_has_the_plain_distribution(make_model, heads
     """Chi-square of the second and third sampled tokens of real decodes against the exact
     probabilities.
     """
-    from dsv3_mtp.decode.sample import TokenSampler
-    from tests.decode.plain import plain_logits
+    check_distribution(make_model(heads, trained=True), truncation)
 
-    model, prompt, rows = make_model(heads, trained=True), CYCLE[:1], 2000
-    use = Settings(max_new_tokens=4, draft_depth=2, temperature=1.3, seed=3, **truncation)
+
+def check_distribution(model: DeepseekV3MTP, more: dict) -> Acceptance:
+    """`more`: settings beside the temperature."""
+    prompt, rows = CYCLE[:1], 2000
+    use = Settings(max_new_tokens=4, draft_depth=2, temperature=1.3, seed=3, **more)
     result = generate(model, [prompt] * rows, use)
     assert 0.02 < result.acceptance.joint[0] < 0.98
-    sampler = TokenSampler(1.3, truncation.get("top_k"), truncation.get("top_p", 1.0))
+    sampler = TokenSampler(1.3, more.get("top_k"), more.get("top_p", 1.0))
     tokens = torch.tensor([row[:4] for row in result.tokens])
     for context in ([], [int(tokens[:, 0].mode().values)], tokens[:, :2].mode(0).values.tolist()):
         rows_here = (tokens[:, : len(context)] == torch.tensor(context, dtype=torch.long)).all(1)
@@ -163,6 +168,7 @@ def test_sampled_speculative_output_has_the_plain_distribution(make_model, heads
         expected = sampler.probabilities(plain_logits(model, prompt + context)[0, -1])
         counts = torch.bincount(tokens[rows_here, len(context)], minlength=64)
         assert chi_square_p(counts, expected * (expected > 1e-7)) > 1e-3
+    return result.acceptance
 
 
 def test_weights_changed_between_two_calls_are_seen(make_model):

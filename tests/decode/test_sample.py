@@ -5,7 +5,7 @@ model's distribution.
 import pytest
 import torch
 
-from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
+from dsv3_mtp.decode.sample import DraftSampler, TokenSampler, agreeing, largest
 
 
 def chi_square_p(counts: torch.Tensor, probability: torch.Tensor) -> float:
@@ -35,16 +35,25 @@ def seeded(**settings) -> TokenSampler:
     ("accepted", "drafts"), [(0, [9, 2, 3]), (1, [1, 9, 3]), (2, [1, 2, 9]), (3, [1, 2, 3])]
 )
 def test_greedy_keeps_the_longest_agreeing_prefix_and_the_token_after_it(accepted, drafts):
-    logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 4]]), 10).float()
-    got, following = TokenSampler().verify(logits, torch.tensor([drafts]), None)
-    assert got.tolist() == [accepted]
-    assert following.tolist() == [accepted + 1]
+    assert agreeing([1, 2, 3, 4], drafts) == accepted
 
 
-def test_a_match_behind_a_rejection_does_not_count():
-    logits = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3], [1, 2, 3]]), 10).float()
-    accepted, following = TokenSampler().verify(logits, torch.tensor([[9, 2], [1, 2]]), None)
-    assert (accepted.tolist(), following.tolist()) == ([0, 2], [1, 3])
+def test_fewer_drafts_than_there_could_be_and_a_match_behind_a_rejection_do_not_count():
+    assert agreeing([1, 2, 3], [9, 2]) == 0
+    assert agreeing([1, 2, 3], [1]) == 1
+    assert agreeing([1, 2, 3], []) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("vocab", [1, 5, 16, 67, 2048])
+def test_the_most_likely_token_is_the_first_of_the_largest(dtype, vocab):
+    logits = (torch.randn(7, vocab) * 4).to(dtype)
+    logits[0] = 0.0
+    logits[1, -1] = logits[1].max()  # a tie, but for one token
+    logits[2] -= 1000.0
+    logits[3, : vocab // 2] = float("-inf")
+    for given in (logits, logits.repeat(1, 2)[:, :vocab]):  # the second is not contiguous
+        assert largest(given).tolist() == logits.argmax(-1).tolist()
 
 
 def test_truncation_by_hand():

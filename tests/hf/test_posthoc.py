@@ -101,7 +101,10 @@ def test_the_whole_journey(tmp_path, trunk, questions, dtype, world_size, layout
     assert notes[0].endswith(f"stored as the trunk is: {dtype}")
     before, after = contents(source), contents(tmp_path / "hf")
     edited = {INDEX, "config.json"}
-    assert after.keys() - before.keys() == {SHARD}
+    assert after.keys() - before.keys() == {SHARD, "README_MTP.md"}
+    assert notes[-1] == "README.md is the trunk's own and was kept; the card is README_MTP.md"
+    card = after["README_MTP.md"].decode()
+    assert "the MTP modules: " in card and "overlap of depth 1 | 0." in card
     assert {name for name in before if before[name] != after[name]} == edited
     old, new = (json.loads(files["config.json"]) for files in (before, after))
     assert new == old | {"num_nextn_predict_layers": 1} and old["num_nextn_predict_layers"] == 0

@@ -124,7 +124,8 @@ def by_formulas(model: DeepseekV3MTP, objective: dict[str, float], tokens, docum
             loss = loss + share * means[f"{name}/{k}"]
     if model.loss.terms:  # that the heads own
         scores = Scores(nll.detach(), every.argmax(-1), targets, valid, taught, overlap)
-        found = model.mtp.loss_terms(output, scores)
+        with model.lm_head.held(constant):
+            found = model.mtp.loss_terms(output, scores)
         counts = model.mtp.count_terms(model.mtp_config, valid, taught)
         for (name, factor), count in zip(model.loss.terms.items(), counts, strict=True):
             loss = loss + factor * found[name] / count

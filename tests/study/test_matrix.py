@@ -2,6 +2,7 @@
 
 import datetime
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from pydantic import BaseModel
@@ -15,6 +16,8 @@ from dsv3_mtp.study.dryrun import dry_run
 from dsv3_mtp.study.expand import expand, shared_steps, steps_of, training_flops
 from dsv3_mtp.study.load import load_study
 from dsv3_mtp.study.matrix import Study
+from dsv3_mtp.study.metric_names import describe_metric, not_measured
+from dsv3_mtp.tasks.base import ExampleTask
 from tests.study.toy import STEPS, load_toy, write_toy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +119,29 @@ def test_what_would_not_be_measured_or_not_be_heeded_is_refused_before_the_runs(
         "comparisons.heads.arms: must differ (got ['constant', 'constant'])",
     ):
         assert part in str(error.value)
+
+
+def test_a_study_asks_for_what_heads_objectives_and_tasks_of_its_own_log(tmp_path):
+    own = {
+        "mtp.mode": "tests.example_heads:ConfidenceHead",
+        "mtp.objective": {"ce": 1.0, "examples.reverse_kl:ReverseKL": 1.0},
+    }
+    names = ["val/mtp_term/confidence", "val/reverse_kl/1"]
+
+    def ask(tree, metrics):
+        tree["arms"]["constant"]["set"] = own
+        tree["metrics"] = metrics
+
+    assert load_toy(tmp_path, lambda tree: ask(tree, names)).study.metrics == tuple(names)
+    for wrong in ("val/mtp_term/confidenc", "val/reverse_kll/1", "task/no_such"):
+        with pytest.raises(ConfigError, match=r"metrics\[0\]: no run is measured by it"):
+            load_toy(tmp_path, lambda tree, wrong=wrong: ask(tree, [wrong]))
+
+    class Fifth(ExampleTask):
+        METRICS: ClassVar = {"task/fifth": ("fifth token", "higher")}
+
+    assert not_measured("task/fifth") is None
+    assert describe_metric("task/fifth") == ("fifth token", "higher")
 
 
 def test_what_the_arms_models_and_data_do_not_allow_to_measure_is_refused(tmp_path):

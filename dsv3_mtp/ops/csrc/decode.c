@@ -3,7 +3,7 @@
 // drafts gets the bits that it gets alone. c_decode.py documents the shapes.
 #include <stdlib.h>
 
-#include "kernels.h"
+#include "decode.h"
 
 // Rows of x and of a weight that are multiplied at once.
 enum { FEW = 2, TOGETHER = 8, WORTH_THREADS = 1 << 15, BLOCK_OF_SLOTS = 64 };
@@ -139,17 +139,6 @@ static void mix(const float *p, i64 heads, i64 slots, const real *past, i64 entr
     }
 }
 
-// A decoder layer; c_decode.py fills it and says what it is. Where there are no experts, or nothing beside them, their sizes
-// are 0.
-typedef struct {
-    const real *down, *up, *w_uk, *w_uv, *out;  // attention
-    const float *gain, *bias;
-    const real *router, *gate_up, *expert_down, *common_gate, *common_up, *common_down;
-    i64 hidden, q_rank, rank, rope, heads, nope, value;
-    i64 experts, width, common_width, groups, topk_group, top_k, normalise;
-    float floor, q_floor, kv_floor, mlp_floor, scaling;
-} layer;
-
 // Slots of a cache that are computed: `length` from first[b] on in row b.
 typedef struct {
     const float *angles;
@@ -177,32 +166,41 @@ static void look(const layer *l, const float *asked, const float *angles, const 
     free(query), free(scores), free(mixed);
 }
 
-static void attention(const layer *l, const real *x, real *cache, real *y, const window *at) {
+// x (rows, hidden) of all slots of the window; the cache gets their entries, and y the `count` rows that are asked for,
+// whose numbers ascend.
+static void attention(const layer *l, const real *x, real *cache, real *y, const window *at, const i64 *asked_for,
+                      i64 count) {
     i64 rows = at->batch * at->length, entry = l->rank + l->rope, low_width = l->q_rank + entry;
     i64 wide = l->heads * (l->nope + l->rope), hidden = l->hidden, all_values = l->heads * l->value;
     float *in = zeros_for(rows * hidden), *h = zeros_for(rows * hidden), *low = zeros_for(rows * low_width);
-    float *asked = zeros_for(rows * wide), *values = zeros_for(rows * all_values), *added = zeros_for(rows * hidden);
+    float *asked = zeros_for(count * wide), *values = zeros_for(count * all_values), *added = zeros_for(count * hidden);
     widen_row(x, rows * hidden, in);
     for (i64 n = 0; n < rows; n++) direction(in + n * hidden, hidden, l->floor, h + n * hidden);
     product(h, hidden, rows, l->down, hidden, low_width, low, low_width);
     for (i64 n = 0; n < rows; n++) {  // the new entries of the cache
-        float *query = low + n * low_width, *latent = query + l->q_rank, *key = latent + l->rank;
+        float *latent = low + n * low_width + l->q_rank, *key = latent + l->rank;
         i64 row = n / at->length, slot = at->first[row] + n % at->length;
         direction(latent, l->rank, l->kv_floor, latent);
         rotate(key, at->angles + slot * l->rope, l->rope, key);
         narrow_row(latent, entry, cache + (row * at->slots + slot) * entry);
-        if (l->q_rank) direction(query, l->q_rank, l->q_floor, query);
     }
-    if (l->q_rank) product(low, low_width, rows, l->up, l->q_rank, wide, asked, wide);
-    else product(h, hidden, rows, l->up, hidden, wide, asked, wide);
-    for (i64 n = 0; n < rows; n++) {
-        i64 row = n / at->length, slot = at->first[row] + n % at->length;
-        look(l, asked + n * wide, at->angles + slot * l->rope, cache + row * at->slots * entry, slot + 1,
-             values + n * all_values);
+    for (i64 i = 0; i < count; i++) {  // the others end here
+        i64 n = asked_for[i];
+        if (l->q_rank) direction(low + n * low_width, l->q_rank, l->q_floor, low + i * low_width);
+        if (n == i) continue;
+        memcpy(in + i * hidden, in + n * hidden, hidden * sizeof(float));
+        memcpy(h + i * hidden, h + n * hidden, hidden * sizeof(float));
     }
-    product(values, all_values, rows, l->out, all_values, hidden, added, hidden);
-    for (i64 c = 0; c < rows * hidden; c++) in[c] += added[c];
-    narrow_row(in, rows * hidden, y);
+    if (l->q_rank) product(low, low_width, count, l->up, l->q_rank, wide, asked, wide);
+    else product(h, hidden, count, l->up, hidden, wide, asked, wide);
+    for (i64 i = 0; i < count; i++) {
+        i64 row = asked_for[i] / at->length, slot = at->first[row] + asked_for[i] % at->length;
+        look(l, asked + i * wide, at->angles + slot * l->rope, cache + row * at->slots * entry, slot + 1,
+             values + i * all_values);
+    }
+    product(values, all_values, count, l->out, all_values, hidden, added, hidden);
+    for (i64 c = 0; c < count * hidden; c++) in[c] += added[c];
+    narrow_row(in, count * hidden, y);
     free(in), free(h), free(low), free(asked), free(values), free(added);
 }
 
@@ -297,36 +295,83 @@ static void mlp(const layer *l, real *x, i64 rows) {
     free(sum), free(h), free(picked), free(a), free(b), free(out), free(gates);
 }
 
-// states: (2 + count, rows, hidden): the first are given, then the output of each layer, then the last one normed.
-// caches: of each layer (batch, slots, rank + rope); gain, norm_floor: of that norm.
-void decode_layers(const layer *layers, i64 count, real *states, real *const *caches, const float *gain,
-                   float norm_floor, const float *angles, const i64 *first, i64 batch, i64 length, i64 slots) {
-    window at = {angles, first, batch, length, slots};
-    i64 rows = batch * length, hidden = layers->hidden;
-    for (i64 k = 0; k < count; k++, states += rows * hidden) {
-        attention(layers + k, states, caches[k], states + rows * hidden, &at);
-        mlp(layers + k, states + rows * hidden, rows);
-    }
-    float *row = zeros_for(hidden);
-    for (i64 n = 0; n < rows; n++) {
-        widen_row(states + n * hidden, hidden, row);
-        direction(row, hidden, norm_floor, row);
-        for (i64 c = 0; c < hidden; c++) row[c] *= gain[c];
-        narrow_row(row, hidden, states + (rows + n) * hidden);
-    }
-    free(row);
+// y (rows, outputs) = x @ w^T.
+static void linear(const float *x, i64 rows, const real *w, i64 width, i64 outputs, real *y) {
+    float *out = zeros_for(rows * outputs);
+    product(x, width, rows, w, width, outputs, out, outputs);
+    narrow_row(out, rows * outputs, y);
+    free(out);
 }
 
-// y (rows, outputs) = x @ w^T. Of x each of `parts` parts is normed first: part / |(part, floor)|. parts 0: none.
-void decode_linear(const real *x, const float *floors, i64 parts, const real *w, real *y, i64 rows, i64 width,
-                   i64 outputs) {
-    float *in = zeros_for(rows * width), *out = zeros_for(rows * outputs);
-    widen_row(x, rows * width, in);
-    for (i64 n = 0; n < rows * parts; n++) {
-        float *part = in + n * (width / parts);
-        direction(part, width / parts, floors[n % parts], part);
+// y (rows, hidden): what the first layer reads. Of tokens the embedding, of `given` states (rows, hidden) themselves; both,
+// or one of them, side by side, each normed, times `merge`.
+static void begin(const stack *s, const i64 *tokens, const real *given, i64 rows, real *y) {
+    i64 hidden = s->layers->hidden, width = s->parts * hidden;
+    if (!s->merge) {
+        for (i64 n = 0; n < rows; n++)
+            memcpy(y + n * hidden, tokens ? s->table + tokens[n] * hidden : given + n * hidden, hidden * sizeof(real));
+        return;
     }
-    product(in, width, rows, w, width, outputs, out, outputs);
-    narrow_row(out, rows * outputs, y);
-    free(in), free(out);
+    float *in = zeros_for(rows * width);
+    for (i64 n = 0; n < rows; n++) {
+        float *part = in + n * width;
+        if (tokens) widen_row(s->table + tokens[n] * hidden, hidden, part), part += hidden;
+        widen_row(given + n * hidden, hidden, part);
+    }
+    for (i64 n = 0; n < rows * s->parts; n++)
+        direction(in + n * hidden, hidden, s->floors[n % s->parts], in + n * hidden);
+    linear(in, rows, s->merge, width, hidden, y);
+    free(in);
+}
+
+i64 decode_layers(const stack *s, const i64 *ids, i64 ids_stride, const real *given, real *states, real *out,
+                  real *const *caches, const float *angles, const i64 *first, i64 batch, i64 length, i64 slots,
+                  const i64 *asked_for, i64 asked_count) {
+    window at = {angles, first, batch, length, slots};
+    i64 rows = batch * length, hidden = s->layers->hidden, outside = 0;
+    i64 *every = calloc(2 * rows, sizeof(i64)), *tokens = ids ? every + rows : NULL;
+    for (i64 n = 0; n < rows; n++) {
+        every[n] = n;
+        if (!ids) continue;
+        tokens[n] = ids[n / length * ids_stride + n % length];
+        outside += tokens[n] < 0 || tokens[n] >= s->vocab;
+    }
+    if (outside) {
+        free(every);
+        return outside;
+    }
+    begin(s, tokens, given, rows, states);
+    for (i64 k = 0; k < s->count; k++, states += rows * hidden) {
+        int last = k == s->count - 1;
+        real *y = last ? out : states + rows * hidden;
+        i64 left = last ? asked_count : rows;
+        attention(s->layers + k, states, caches[k], y, &at, last ? asked_for : every, left);
+        mlp(s->layers + k, y, left);
+    }
+    float *row = zeros_for(hidden);
+    for (i64 n = 0; n < asked_count; n++) {
+        widen_row(out + n * hidden, hidden, row);
+        direction(row, hidden, s->norm_floor, row);
+        for (i64 c = 0; c < hidden; c++) row[c] *= s->gain[c];
+        narrow_row(row, hidden, out + (asked_count + n) * hidden);
+    }
+    free(row), free(every);
+    return 0;
+}
+
+void decode_linear(const real *x, const real *w, real *y, i64 rows, i64 width, i64 outputs) {
+    float *in = zeros_for(rows * width);
+    widen_row(x, rows * width, in);
+    linear(in, rows, w, width, outputs, y);
+    free(in);
+}
+
+void decode_largest(const real *x, i64 *y, i64 rows, i64 width) {
+    for (i64 n = 0; n < rows; n++, x += width) {
+        vec most = {0};
+        most += -INFINITY;
+        for (i64 c = 0; c < width; c += LANES) most = larger(get_or(x + c, width - c, -INFINITY), most);
+        float best = max_of(most);
+        for (y[n] = 0; y[n] < width - 1 && load(x[y[n]]) != best;) y[n]++;
+    }
 }

@@ -124,3 +124,28 @@ void cross_entropy(real *logits, const i64 *target, const float *row_weight, flo
         }
     }
 }
+
+// Block-FP8 as numbers: y = code * scale of its 128 x 128 block, of `matrices` (rows, columns) one after the other, each
+// with blocks of its own; partial ones at the right and lower edge. A block has 256 different numbers: they are made
+// once and looked up.
+void dequantise(const uint8_t *codes, const float *scales, real *y, i64 matrices, i64 rows, i64 columns) {
+    enum { EDGE = 128 };
+    i64 down = (rows + EDGE - 1) / EDGE, across = (columns + EDGE - 1) / EDGE;
+    float numbers[256];  // of E4M3: four bits of exponent, three of fraction, no infinity
+    for (int n = 0; n < 256; n++) {
+        int exponent = n >> 3 & 15, fraction = n & 7;
+        float size = exponent ? ldexpf(8 + fraction, exponent - 10) : ldexpf(fraction, -9);
+        numbers[n] = (n & 127) == 127 ? NAN : n & 128 ? -size : size;
+    }
+    PARALLEL
+    for (i64 band = 0; band < matrices * down; band++) {
+        i64 first = band % down * EDGE, last = first + EDGE < rows ? first + EDGE : rows;
+        for (i64 block = 0; block < across; block++) {
+            i64 left = block * EDGE, right = left + EDGE < columns ? left + EDGE : columns;
+            real table[256];
+            for (int n = 0; n < 256; n++) table[n] = rounded(numbers[n] * scales[band * across + block]);
+            for (i64 row = band / down * rows + first; row < band / down * rows + last; row++)
+                for (i64 c = row * columns + left; c < row * columns + right; c++) y[c] = table[codes[c]];
+        }
+    }
+}

@@ -41,6 +41,11 @@ typedef uint16_t reals __attribute__((vector_size(LANES * 2), aligned(2), may_al
 
 static inline float load(real x) { return (word){.u = (uint32_t)x << 16}.f; }
 
+static inline real rounded(float x) {  // as `narrow`, but small numbers stay what they are
+    uint32_t u = (word){.f = x}.u;
+    return (x == x ? u + 0x7fff + ((u >> 16) & 1) : u) >> 16;
+}
+
 static inline vec widen(reals x) { return (vec)(__builtin_convertvector(x, bits) << 16); }
 
 // To the nearest, ties to even; nan stays nan.
@@ -57,6 +62,8 @@ typedef float real;
 typedef vec reals;
 
 static inline float load(real x) { return x; }
+
+static inline real rounded(float x) { return x; }
 
 static inline reals widen(vec x) { return x; }
 
