@@ -1,6 +1,4 @@
-"""config.json of a DeepSeek-V3 checkpoint, to and from the `model` and `mtp` sections of a run;
-what is refused.
-"""
+"""config.json of a checkpoint, to and from `model` and `mtp` of a run; what is refused."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

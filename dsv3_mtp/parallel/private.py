@@ -68,9 +68,7 @@ def without_shm_all_reduce() -> None:
 
 
 def without_output_warning() -> None:
-    """ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no
-    weights of its own.
-    """
+    """ZeRO-3 would warn that it cannot look into MTPOutput, of a module without weights."""
     deepspeed.runtime.zero.utils.warned = True
 
 

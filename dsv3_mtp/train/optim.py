@@ -1,6 +1,4 @@
-"""AdamW as DeepSeek-V3 section 4.2 uses it, if asked with its moments in bfloat16 (section
-3.3.3).
-"""
+"""AdamW as V3 4.2 uses it, if asked with its moments in bfloat16 (V3 3.3.3)."""
 
 from typing import Any
 
