@@ -22,16 +22,9 @@ from dsv3_mtp.files.atomic import lock, replacing, sweep, write_text
 from dsv3_mtp.files.digest import difference, file_digest
 
 FLAGS = (
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
+    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared"),
+    *("-fPIC",),
 )
-
-
 TYPES: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 
 
