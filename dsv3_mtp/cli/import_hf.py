@@ -8,6 +8,9 @@ A fresh MTP module on a frozen trunk:
 
     dsv3 import --from DIR --out runs/head --data data/web --frozen
 
+Without --config batch, length and, with --frozen, learning rate follow the model's size; --set
+changes them. The last lines say how long that takes, and what to do next.
+
 Exit codes: 0 done, 2 the checkpoint or the config cannot be used; everything wrong is listed and
 nothing is written.
 """
@@ -47,5 +50,6 @@ def run(options: argparse.Namespace) -> None:
     keys = ("sets", "data", "dtype", "trunk_only", "frozen", "trunk_hidden")
     what = {key: getattr(options, key) for key in keys}
     notes = import_hf(options.source, options.out, base=options.config, **what)
-    notes += outlook(options.out)
-    print("\n".join([*notes, f"wrote {options.out}"]))
+    notes += [f"wrote {options.out}", *outlook(options.out)]
+    print("
+".join(sorted(notes, key=lambda note: note.startswith("next: "))))  # last, in order

@@ -110,6 +110,7 @@ class _Batch:
                 recycle=settings.recycle or "last",
             )
         self.whole = None if self.threshold and depth else decoder.whole_step(self.drafter)
+        self.rows: Rows | None = None  # what `whole` has the addresses of
         # (B, S, R+P) per layer
         self.caches = slots.caches(model.config.num_hidden_layers, len(prompts))
         self.ids = torch.zeros(
@@ -136,36 +137,34 @@ class _Batch:
         """Drafts and verifies. Of each row: how many drafts, at most `count`, were put to the test,
         how many of them stand, and these plus the next token, all of which become known.
         """
-        if (rows := self._rows_for_c(count, sampler)) is not None:
-            return self._step_in_c(rows, count, sampler)
+        if self._is_whole(count, sampler):
+            return self._whole(count, sampler)
         found = self._step(count, sampler)
         self._append(found[2])
         return found
 
-    def _rows_for_c(self, count: int, sampler: TokenSampler) -> Rows | None:
-        """The rows for a step in one call of C; None: it goes piece by piece."""
-        shape = len(self.last), 1 + count
-        if self.whole is None or sampler.truncates or shape[0] * shape[1] > c_decode.ROWS:
-            return None
-        rows = Rows(self.ids, self.last, self.caches, self.slots.rotation)
-        if self.drafter is not None:
-            rows.ring, rows.filled = self.drafter.rings[0].states, self.drafter.filled[0]
-            rows.module_caches = self.drafter.caches
-            if self.drafter.lag(0, self.last) * shape[0] > c_decode.ROWS:
-                return None
-        return rows
+    def _is_whole(self, count: int, sampler: TokenSampler) -> bool:
+        """Whether a step is one call of C."""
+        if self.whole is None or sampler.truncates:
+            return False
+        lag = self.drafter.lag(0, self.last) if self.drafter is not None and count else 1
+        return len(self.last) * max(lag, 1 + count) <= c_decode.ROWS
 
-    def _step_in_c(
-        self, rows: Rows, count: int, sampler: TokenSampler
+    def _whole(
+        self, count: int, sampler: TokenSampler
     ) -> tuple[list[int], list[int], list[list[int]]]:
-        coins = None
+        assert self.whole is not None
+        drafter, coins, filled = self.drafter, None, list[int]()
+        if self.rows is None:
+            of_drafter = () if drafter is None else (drafter.rings[0].states, drafter.caches)
+            tensors = self.ids, self.caches, self.slots.rotation
+            self.rows = Rows(self.whole, *tensors, *of_drafter)
+        if drafter is not None:
+            filled = drafter.filled[0]
         if not sampler.greedy:
             shape = len(self.last), 2 * count + 1
             coins = torch.rand(shape, generator=sampler.generator, dtype=torch.float64)
-        assert self.whole is not None
-        accepted, new = self.whole(rows, count, sampler.temperature, coins)
-        if self.drafter is not None:
-            self.drafter.filled[0] = rows.filled
+        accepted, new = self.whole(self.rows, self.last, filled, count, sampler.temperature, coins)
         self.last = [m + len(tokens) for m, tokens in zip(self.last, new, strict=True)]
         return [count] * len(new), accepted, new
 
@@ -219,6 +218,7 @@ class _Batch:
     def join(self, others: "list[_Batch]") -> None:
         if not others:
             return
+        self.rows = None
         self.caches = [
             torch.cat(same)
             for same in zip(self.caches, *(other.caches for other in others), strict=True)
@@ -231,6 +231,7 @@ class _Batch:
     def keep(self, rows: list[int]) -> None:
         if len(rows) == len(self.last):
             return
+        self.rows = None
         self.caches = [cache[rows] for cache in self.caches]
         self.ids, self.last = self.ids[rows], [self.last[row] for row in rows]
         if self.drafter is not None:

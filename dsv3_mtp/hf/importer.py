@@ -7,13 +7,14 @@ RUN/weights/      the same layout, FP8 dequantised, with config.json and tokeniz
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv3_mtp.config import Config, ConfigError, load_config
+from dsv3_mtp.config import Config, ConfigError, ModelConfig, MTPConfig, load_config
 from dsv3_mtp.config.tree import dump_tree, read_tree
 from dsv3_mtp.files.atomic import inside
 from dsv3_mtp.files.run_folder import IMPORTED
@@ -30,6 +31,8 @@ from dsv3_mtp.hf.settings import (
     to_config_json,
     write_settings,
 )
+from dsv3_mtp.model.causal_lm import meta_model
+from dsv3_mtp.model.size import model_size
 
 # How a stored type is kept: FP8 codes times a power of two are bfloat16 numbers.
 KEPT = {
@@ -38,7 +41,11 @@ KEPT = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.bfloat16,
 }
+# Of a run without --config; --set changes it.
 SEQ_LEN = 4096  # V3 4.2; shorter for a checkpoint made for less
+BATCH, MOST_ROWS = 64, 8  # sequences of a step, and at most of a micro-batch: 8 ranks fit
+TOKENS_PER_PARAMETER, FEWEST_STEPS, MOST_TOKENS = 20, 100, 10**9  # of the parameters that learn
+LR, LR_WIDTH = 2.2e-4, 7168  # V3 4.2; other widths by the square root, which suits configs/
 
 
 def import_hf(
@@ -87,9 +94,8 @@ def import_hf(
     wide = keep["model.embed_tokens.weight"] == torch.float32
     notes = list(settings.notes)
     with new_folder(out) as temporary:
-        tree = _tree(
-            out, settings, modules, base=base, data=data, dtype="float32" if wide else "bfloat16"
-        )
+        kept: Any = {"dtype": "float32" if wide else "bfloat16", "frozen": frozen}
+        tree = _tree(out, settings, modules, base=base, data=data, **kept)
         if frozen:
             _freeze(tree, source, modules)
         config = _resolve(tree, temporary / "config.yaml", sets)
@@ -97,8 +103,8 @@ def import_hf(
         if frozen:
             return [*notes, *_tokenizer_notes(source, source, config)]
         weights = temporary / IMPORTED
-        kept = {"modules": modules, "shard_bytes": shard_bytes}
-        notes += _write_weights(weights, checkpoint, settings, stored, keep, **kept)
+        how = {"modules": modules, "shard_bytes": shard_bytes}
+        notes += _write_weights(weights, checkpoint, settings, stored, keep, **how)
     return notes + _tokenizer_notes(source, out / IMPORTED, config)
 
 
@@ -162,9 +168,10 @@ def _tokenizer_notes(source: Path, kept: Path, config: Config) -> list[str]:
         return [note]
     if Path(config.data.train if isinstance(config.data.train, str) else "").exists():
         return []
+    data = config.data.train
     return [
-        f"next: dsv3 prepare --tokenizer {kept / 'tokenizer.json'} --input ... "
-        f"--out {config.data.train}"
+        f"{data} is not there: prepare your own text (--input FILES) or Python's library (below)",
+        f"next: dsv3 prepare --tokenizer {kept / 'tokenizer.json'} --corpus pystdlib --out {data}",
     ]
 
 
@@ -228,6 +235,7 @@ def _tree(
     base: str | Path | None,
     data: str | None,
     dtype: str,
+    frozen: bool,
 ) -> dict[str, Any]:
     """The run's config before overrides."""
     if base is not None:
@@ -239,14 +247,9 @@ def _tree(
         tree = {
             "mtp": {"mode": mode, "num_nextn_predict_layers": modules},
             "data": {"train": f"data/{out.name}", "val": f"data/{out.name}"},
-            "train": {
-                "total_tokens": 10**9,
-                "batch_size": 64,
-                "micro_batch_size": 1,
-                "dtype": dtype,
-            },
+            "train": {"dtype": dtype},
         }
-        tree["data"]["seq_len"] = min(SEQ_LEN, settings.model.max_position_embeddings)
+        _add_sizes(tree, settings.model, modules, frozen)
     tree["model"] = settings.model.model_dump(mode="json")
     for section in ("run", "data", "train"):
         tree[section] = dict(tree.get(section) or {})
@@ -257,6 +260,24 @@ def _tree(
     if data is not None:
         tree["data"] |= {"train": data, "val": data}
     return tree
+
+
+def _add_sizes(tree: dict[str, Any], model: ModelConfig, modules: int, frozen: bool) -> None:
+    """Length and size of the steps, by the size of the model: a small one ends in minutes."""
+    length = min(SEQ_LEN, model.max_position_embeddings)
+    mtp = MTPConfig(num_nextn_predict_layers=modules or 1)
+    size = model_size(meta_model(model, mtp), length)
+    learns = size.mtp_total if frozen else size.total + (size.mtp_total if modules else 0)
+    tokens = min(TOKENS_PER_PARAMETER * learns, MOST_TOKENS)
+    rows = max(1, min(MOST_ROWS, SEQ_LEN // length))
+    tree["data"]["seq_len"] = length
+    tree["train"] |= {
+        "total_tokens": max(tokens, FEWEST_STEPS * BATCH * length),
+        "batch_size": BATCH,
+        "micro_batch_size": 1 << rows.bit_length() - 1,
+    }
+    if frozen:  # what was trained goes on at V3's own, which is low for a small model
+        tree["optim"] = {"lr": float(f"{LR * sqrt(LR_WIDTH / model.hidden_size):.1e}")}
 
 
 def _resolve(tree: dict[str, Any], path: Path, sets: Iterable[str]) -> Config:

@@ -8,7 +8,7 @@ there as a token of v3_tiny costs C.
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,18 +48,41 @@ class Drafting:
     normed: bool  # it reads states behind the norm, the trunk's and its own
 
 
-@dataclass
 class Rows:
-    """A batch of B rows in decoding."""
+    """The tensors of a batch of B rows in decoding, for as long as they are the same ones."""
 
-    ids: Tensor  # (B, >S) tokens
-    last: list[int]  # where the last known token of each row is
-    caches: Sequence[Tensor]  # of each layer of the trunk, (B, S, R+P)
-    angles: Tensor  # (S, 1, P/2, 2)
-    # of the module, where there is one
-    ring: Tensor | None = None  # (B, W, C) the trunk's states: slot i is at i % W
-    filled: list[int] = field(default_factory=list)  # its slots whose inputs were all known
-    module_caches: Sequence[Tensor] = ()
+    def __init__(
+        self,
+        step: "Step",
+        ids: Tensor,
+        caches: Sequence[Tensor],
+        angles: Tensor,
+        ring: Tensor | None = None,
+        module_caches: Sequence[Tensor] = (),
+    ):
+        """ids: (B, >S) tokens; caches: of each layer of the trunk, (B, S, R+P); angles: (S, 1,
+        P/2, 2). Where a module drafts, ring: (B, W, C) the trunk's states, slot i at i % W; and
+        the module's caches.
+        """
+        (self.batch, room), slots = ids.shape, angles.shape[0]
+        check("ids", ids, (self.batch, room), torch.int64)
+        pointers = [step.trunk.pointers(caches, angles, self.batch)]
+        self.c = _Rows(ids=ids.data_ptr(), angles=angles.data_ptr(), batch=self.batch)
+        self.c.ids_stride, self.c.slots = room, slots
+        self.c.caches, self.width = ctypes.addressof(pointers[0]), 0
+        if step.module is not None:
+            if ring is None:
+                raise ValueError("ring: is needed where a module drafts")
+            self.width = ring.shape[1]
+            check("ring", ring, (self.batch, self.width, step.trunk.hidden), step.dtype)
+            pointers.append(step.module.pointers(module_caches, angles, self.batch))
+            self.c.ring, self.c.ring_width = ring.data_ptr(), self.width
+            self.c.module_caches = ctypes.addressof(pointers[1])
+        self.slots = min(slots, room - 1)
+        self.last, self.filled = ((ctypes.c_int64 * self.batch)() for _ in range(2))
+        self.c.last, self.c.filled = (ctypes.addressof(x) for x in (self.last, self.filled))
+        self.address = ctypes.addressof(self.c)
+        self.kept = ids, caches, angles, ring, module_caches, pointers  # C has their addresses
 
 
 class Step:
@@ -83,70 +106,49 @@ class Step:
                 if min(ids) < 0 or max(ids) >= vocab:
                     raise ValueError(f"draft ids: must be in 0..{vocab - 1}")
                 self.model.draft_ids = ids.data_ptr()
-        self.run = function("decode_step", self.dtype)
-        self.known: tuple[list[int], Any, Any] = [], None, None
+        self.address, self.run = ctypes.addressof(self.model), function("decode_step", self.dtype)
 
     def __call__(
-        self, rows: Rows, count: int, temperature: float, coins: Tensor | None
+        self,
+        rows: Rows,
+        last: list[int],
+        filled: list[int],
+        count: int,
+        temperature: float,
+        coins: Tensor | None,
     ) -> tuple[list[int], list[list[int]]]:
         """Of each row how many of its `count` drafts stand, and these plus the next token. They
-        come into rows.ids, drafts that fell behind them, and the ring and the caches grow.
+        come into ids, and behind them drafts that fell; the ring and the caches grow.
 
-        coins: (B, 2 count + 1) float64 in [0, 1), None at temperature 0.
+        last: where the last known token of each row is; filled: slots of the module whose inputs
+        were all known, brought up to date; coins: (B, 2 count + 1) float64 in [0, 1), None at
+        temperature 0.
         """
-        batch, slots, room = len(rows.last), rows.angles.shape[0], rows.ids.shape[1]
+        batch = rows.batch
         if (temperature == 0) != (coins is None) or temperature < 0:
             raise ValueError(f"coins: are needed at temperature > 0 (got {temperature}) and only")
         if coins is not None:
             check("coins", coins, (batch, 2 * count + 1), torch.float64)
-        at = self._rows(rows)
-        end = max(rows.last) + count + 1
-        if min(rows.last) < 0 or end > min(slots, room - 1) or count < 0:
-            raise ValueError(f"last: {rows.last} + {count} drafts do not fit {slots} slots")
-        last, filled = (ctypes.c_int64 * batch)(*rows.last), None
-        if self.module is not None and rows.ring is not None:
-            lags = [m - f for m, f in zip(rows.last, rows.filled, strict=True)]
-            beyond = max(rows.filled) + max(lags) > min(slots, room - 1)
-            if min(rows.filled) < 0 or beyond or min(lags) < 1 or max(lags) > rows.ring.shape[1]:
-                raise ValueError(f"filled: {rows.filled} of {rows.last} do not fit {slots} slots")
-            filled = (ctypes.c_int64 * batch)(*rows.filled)
-            at.filled = ctypes.addressof(filled)
-        elif count:
-            raise ValueError(f"count: {count} drafts, and nothing that drafts")
-        at.last = ctypes.addressof(last)
+        if len(last) != batch or min(last) < 0 or max(last) + count >= rows.slots or count < 0:
+            raise ValueError(f"last: {last} + {count} drafts must be in {batch} x {rows.slots}")
+        rows.last[:] = list[Any](last)
+        if count:
+            if self.module is None:
+                raise ValueError(f"count: {count} drafts, and nothing that drafts")
+            lags = [m - slots for m, slots in zip(last, filled, strict=True)]
+            beyond = max(filled) + max(lags) > rows.slots
+            if min(filled) < 0 or beyond or min(lags) < 1 or max(lags) > rows.width:
+                raise ValueError(f"filled: {filled} of {last} must be below it in {rows.slots}")
+            rows.filled[:] = list[Any](filled)
         accepted, tokens = (ctypes.c_int64 * batch)(), (ctypes.c_int64 * (batch * (count + 1)))()
         pointer = None if coins is None else coins.data_ptr()
-        model, where = ctypes.addressof(self.model), ctypes.addressof(at)
-        wrong = self.run(model, where, count, temperature, pointer, accepted, tokens) or 0
-        if wrong < 0:
-            raise ValueError("logits: are not finite; no token can be drawn from them")
-        if wrong:
+        where = self.address, rows.address, count
+        if wrong := self.run(*where, temperature, pointer, accepted, tokens):
+            if wrong < 0:
+                raise ValueError("logits: are not finite; no token can be drawn from them")
             raise IndexError(f"ids: {wrong} tokens are not in 0..{self.model.vocab - 1}")
-        if filled is not None and count:
-            rows.filled = list(filled)
-        found = [tokens[b * (count + 1) : b * (count + 1) + accepted[b] + 1] for b in range(batch)]
-        return list(accepted), found
-
-    def _rows(self, rows: Rows) -> _Rows:
-        """`batch` of step.c. Checked where its tensors are not those of the call before."""
-        tensors = [rows.ids, rows.angles, *rows.caches, *rows.module_caches]
-        tensors += [] if rows.ring is None else [rows.ring]
-        ids = [len(rows.last), *map(id, tensors)]
-        if ids == self.known[0]:
-            return self.known[1]
-        batch, slots = len(rows.last), rows.angles.shape[0]
-        check("ids", rows.ids, (batch, rows.ids.shape[1]), torch.int64)
-        at = _Rows(ids=rows.ids.data_ptr(), angles=rows.angles.data_ptr())
-        at.batch, at.ids_stride, at.slots = batch, rows.ids.shape[1], slots
-        pointers = self.trunk.pointers(rows.caches, rows.angles, batch)
-        at.caches, kept = ctypes.addressof(pointers), [pointers]
-        if self.module is not None:
-            assert rows.ring is not None
-            width, hidden = rows.ring.shape[1], self.trunk.hidden
-            check("ring", rows.ring, (batch, width, hidden), self.dtype)
-            pointers = self.module.pointers(rows.module_caches, rows.angles, batch)
-            at.ring, at.ring_width = rows.ring.data_ptr(), width
-            at.module_caches = ctypes.addressof(pointers)
-            kept.append(pointers)
-        self.known = ids, at, (tensors, kept)
-        return at
+        if count:
+            filled[:] = rows.filled
+        starts = range(0, batch * (count + 1), count + 1)
+        stand = list(accepted)
+        return stand, [tokens[at : at + k + 1] for at, k in zip(starts, stand, strict=True)]

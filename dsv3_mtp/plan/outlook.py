@@ -9,14 +9,14 @@ from dsv3_mtp.config import load_config, schedules
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.report.metrics import peak_flops
-from dsv3_mtp.report.progress import quantity
+from dsv3_mtp.report.progress import duration, quantity
 
 SHARE = 0.3  # of what products alone reach, that training reaches: a guess, said as one
 SIDE, SECONDS = 512, 0.2  # of the products that a CPU is timed with
 
 
 def outlook(run: str | Path) -> list[str]:
-    """Steps and hours of a run as its config says, on one device of this machine, and the next
+    """Steps and time of a run as its config says, on one device of this machine, and the next
     command. The rate is stated: it is no measurement of this model.
     """
     config = load_config(Path(run) / "config.yaml")
@@ -24,13 +24,13 @@ def outlook(run: str | Path) -> list[str]:
     flops = model_size(model, config.data.seq_len).flops_per_token
     rate, source = _rate()
     total = config.train.total_tokens
+    time_left = duration(total * flops / rate)
     steps = schedules.total_steps(config.train, config.data.seq_len, config.train.micro_batch_size)
-    hours = total * flops / rate / 3600
     return [
         f"train.total_tokens {quantity(total)}: {steps:,} steps of "
-        f"{config.train.batch_size * config.data.seq_len:,} tokens, about {hours:,.3g} hours on "
-        f"one device at {quantity(rate / flops)} tokens/s ({SHARE:.0%} of {source}; the first "
-        "lines of the run show the true rate)",
+        f"{config.train.batch_size * config.data.seq_len:,} tokens, about {time_left} on one "
+        f"device at {quantity(rate / flops)} tokens/s ({SHARE:.0%} of {source}; the first lines of "
+        "the run show the true rate)",
         f"next: dsv3 train --config {Path(run) / 'config.yaml'}",
     ]
 

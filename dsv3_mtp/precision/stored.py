@@ -138,8 +138,13 @@ def numbers(codes: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
     parts = scale_inv.shape[-3] if scale_inv.ndim > codes.ndim else 1
     matrices = codes.reshape(-1, rows // parts, columns)
     blocks = scale_inv.reshape(len(matrices), *scale_inv.shape[-2:])
-    if choice.kernels(torch.empty(0, dtype=dtype, device=codes.device)) is c:
+    kernels = choice.kernels(torch.empty(0, dtype=dtype, device=codes.device))
+    if kernels is c:
         return c.dequantise(matrices, blocks, dtype).view(codes.shape)
+    if kernels is not None:
+        from dsv3_mtp.precision import triton_quantise
+
+        return triton_quantise.dequantise(matrices, blocks, dtype).view(codes.shape)
     e4m3 = matrices.view(torch.float8_e4m3fn)
     if matrices.shape[1] % EDGE == 0:  # no block is in two of them
         return dequantise(e4m3.flatten(0, 1), blocks.flatten(0, 1), BLOCK, dtype).view(codes.shape)

@@ -1,5 +1,5 @@
 """The quantiser of quantise.py as one Triton kernel: each number is read once, in row-major or
-transposed order.
+transposed order. And the way back for weights in block-FP8: a code is read and a number written.
 """
 
 import torch
@@ -43,6 +43,47 @@ def quantise(x: Tensor, tile: Tile, scale: Scale) -> tuple[Tensor, Tensor]:
             num_warps=WARPS,
         )
     return codes, scale_inv
+
+
+def dequantise(codes: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    """What matrices in block-FP8 stand for, rounded once.
+
+    Args:
+        codes: (M, rows, columns) uint8, contiguous: the bits of E4M3.
+        scale_inv: (M, rows/128, columns/128) float32, contiguous.
+    """
+    matrices, rows, columns = codes.shape
+    blocks = triton.cdiv(rows, EDGE), triton.cdiv(columns, EDGE)
+    if codes.dtype != torch.uint8 or scale_inv.shape != (matrices, *blocks):
+        raise ValueError(
+            f"scales of codes {codes.dtype} {tuple(codes.shape)}: must be of shape "
+            f"{(matrices, *blocks)} (got {tuple(scale_inv.shape)})"
+        )
+    codes, scale_inv = codes.contiguous(), scale_inv.float().contiguous()
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    if codes.numel():
+        grid = blocks[1], blocks[0], matrices
+        _dequantise[grid](codes, scale_inv, out, rows, columns, EDGE=EDGE, num_warps=WARPS)
+    return out
+
+
+@triton.jit
+def _dequantise(codes, scale_inv, out, rows, columns, EDGE: tl.constexpr):
+    """One program takes a block. Numbers are made of bits: E4M3 is a type of newer GPUs only."""
+    row = tl.program_id(1) * EDGE + tl.arange(0, EDGE)
+    column = tl.program_id(0) * EDGE + tl.arange(0, EDGE)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    place = tl.program_id(2).to(tl.int64) * rows * columns
+    place += row.to(tl.int64)[:, None] * columns + column[None, :]
+    block = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
+    scale = tl.load(scale_inv + block + tl.program_id(0))
+    code = tl.load(codes + place, mask=inside, other=0).to(tl.int32)
+    exponent, fraction = (code >> 3) & 15, code & 7
+    normal = (((exponent + 120) << 23) | (fraction << 20)).to(tl.float32, bitcast=True)
+    size = tl.where(exponent > 0, normal, fraction.to(tl.float32) * 0.001953125)
+    size = tl.where((code & 127) == 127, float("nan"), size)
+    numbers = tl.where(code >= 128, -size, size) * scale
+    tl.store(out + place, numbers.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

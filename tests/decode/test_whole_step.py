@@ -1,7 +1,6 @@
 """A step in one call of C against the same step in pieces."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,9 +20,9 @@ def steps_in_c(monkeypatch) -> list:
     """Grows by the number of drafts of each step that is one call."""
     calls, original = [], Step.__call__
 
-    def record(self, rows, count, temperature, coins):
+    def record(self, rows, last, filled, count, *how):
         calls.append(count)
-        return original(self, rows, count, temperature, coins)
+        return original(self, rows, last, filled, count, *how)
 
     monkeypatch.setattr(Step, "__call__", record)
     return calls
@@ -80,60 +79,66 @@ def test_samples_repeat_with_their_seed_only(make_model, compiled):
     assert text(1) == text(1) != text(2)
 
 
-def whole_step(model, rows: int = 1) -> tuple[Step, Rows]:
-    """A step with the first module, and rows of 3 known tokens of 12 slots, whose caches are
+def whole_step(model) -> tuple[Step, dict]:
+    """A step with the first module, and the tensors of a row of 12 slots, whose caches are
     empty.
     """
     slots = CacheSlots(model, 12)
     decoder = Decoder(model)
     kind = model.mtp.drafter(model.mtp_config)
-    drafter = kind(decoder, slots, rows=rows, depth=1, chunk=4)
-    ids = torch.zeros(rows, 16, dtype=torch.long)
-    ring = drafter.rings[0].states
-    state = Rows(ids, [2] * rows, slots.caches(3, rows), slots.rotation, ring, [1] * rows)
-    state.module_caches = drafter.caches
-    return decoder.whole_step(drafter), state
+    drafter = kind(decoder, slots, rows=1, depth=1, chunk=4)
+    tensors = {"ids": torch.zeros(1, 16, dtype=torch.long), "caches": slots.caches(3, 1)}
+    tensors |= {"angles": slots.rotation, "ring": drafter.rings[0].states}
+    return decoder.whole_step(drafter), tensors | {"module_caches": drafter.caches}
 
 
 @torch.inference_mode()
 def test_what_would_be_read_beyond_is_refused(make_model, compiled):
-    model = make_model()
-    step, rows = whole_step(model)
-    accepted, tokens = step(rows, 1, 0.0, None)
-    assert len(tokens[0]) == accepted[0] + 1 and rows.filled == [2]
-    assert rows.ids[0, 3 : 4 + accepted[0]].tolist() == tokens[0]
-    rows.filled = [1]
-    coins = torch.rand(1, 3, dtype=torch.float64)
+    step, tensors = whole_step(make_model())
+    caches, ids = tensors["caches"], tensors["ids"]
     for wrong, message in (
-        ({"last": [11]}, "last"),  # the draft would be in slot 12
-        ({"last": [-1]}, "last"),
-        ({"filled": [-1]}, "filled"),
-        ({"filled": [2]}, "filled"),  # a draft needs a slot of the module's
-        ({"ring": rows.ring[:, :, :31]}, "ring"),
-        ({"ids": rows.ids.int()}, "ids"),
-        ({"caches": rows.caches[:2]}, "caches"),
-        ({"caches": [cache[:, :9] for cache in rows.caches]}, "cache"),
-        ({"module_caches": [cache.double() for cache in rows.module_caches]}, "cache"),
+        ({"ring": tensors["ring"][:, :, :31]}, "ring"),
+        ({"ring": None}, "ring"),
+        ({"ids": ids.int()}, "ids"),
+        ({"ids": ids.repeat(2, 1)}, "cache"),
+        ({"caches": caches[:2]}, "caches"),
+        ({"caches": [cache[:, :9] for cache in caches]}, "cache"),
+        ({"module_caches": [cache.double() for cache in tensors["module_caches"]]}, "cache"),
     ):
         with pytest.raises(ValueError, match=message):
-            step(replace(rows, **wrong), 1, 0.0, None)
-    for temperature, given in (
+            Rows(step, **tensors | wrong)
+    rows, filled, coins = Rows(step, **tensors), [1], torch.rand(1, 3, dtype=torch.float64)
+    accepted, tokens = step(rows, [2], filled, 1, 0.0, None)
+    assert len(tokens[0]) == accepted[0] + 1 and filled == [2]
+    assert ids[0, 3 : 4 + accepted[0]].tolist() == tokens[0]
+    for last, slots, count, message in (
+        ([11], [10], 1, "last"),  # the draft would be in slot 12
+        ([-1], [1], 1, "last"),
+        ([2, 2], [1, 1], 1, "last"),
+        ([2], [1], -1, "last"),
+        ([2], [-1], 1, "filled"),
+        ([2], [2], 1, "filled"),  # a draft needs a slot of the module's
+        ([2], [1, 1], 1, "shorter|longer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(rows, last, slots, count, 0.0, None)
+    for temperature, wrong in (
         (0.0, coins),
         (1.0, None),
         (1.0, coins[:, :2]),
         (1.0, coins.float()),
     ):
         with pytest.raises(ValueError, match="coins"):
-            step(rows, 1, temperature, given)
-    rows.ids[0, 2] = 64
+            step(rows, [2], [1], 1, temperature, wrong)
+    ids[0, 2] = 64
     with pytest.raises(IndexError, match="1 tokens"):
-        step(rows, 1, 0.0, None)
+        step(rows, [2], [1], 1, 0.0, None)
 
 
 @torch.inference_mode()
 def test_logits_that_are_not_finite_are_named(make_model, compiled):
     model = copy.deepcopy(make_model())
     model.lm_head.weight[3] = float("nan")
-    step, rows = whole_step(model)
+    step, tensors = whole_step(model)
     with pytest.raises(ValueError, match="not finite"):
-        step(rows, 1, 1.0, torch.rand(1, 3, dtype=torch.float64))
+        step(Rows(step, **tensors), [2], [1], 1, 1.0, torch.rand(1, 3, dtype=torch.float64))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3_mtp.precision.quantise import BLOCK, ROW, by_operations
+from dsv3_mtp.precision.quantise import BLOCK, ROW, by_operations, dequantise, scale_shape
 from tests.precision.test_quantise import SHAPES, samples
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")
@@ -29,6 +29,9 @@ def conversions_of_gpus(monkeypatch):
         numbers = np.ascontiguousarray(numbers)
         if target == tl.float8e4nv:
             return torch.from_numpy(numbers).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        if (source, target) == (tl.float32, tl.bfloat16):
+            values = torch.from_numpy(numbers.view(np.float32))
+            return values.bfloat16().view(torch.int16).numpy().view(np.uint16)
         if (source, target) == (tl.bfloat16, tl.float32):
             return numbers.view(np.uint16).astype(np.uint32) << 16
         return plain(numbers, source, target, mode)  # the zeros that masked loads give
@@ -70,3 +73,19 @@ def test_codes_and_scales_are_those_of_torchs_operations_bit_for_bit(tile, scale
     x = samples("wide", (300, 400), dtype)
     same(x[::2, 3:200:3], tile, scale)
     same(x[:1, :1].expand(130, 140), tile, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_numbers_are_those_of_torchs_operations_bit_for_bit(dtype):
+    from dsv3_mtp.precision import triton_quantise
+
+    for shape in ((1, 1), (130, 257), (256, 128)):
+        codes = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+        codes.view(-1)[: min(256, codes.numel())] = torch.arange(256).byte()[: codes.numel()]
+        scales = torch.rand(3, *scale_shape(shape)) * 2.0 ** torch.randint(-12, 7, (3, 1, 1))
+        found = triton_quantise.dequantise(codes, scales, dtype)
+        for ours, matrix, blocks in zip(found, codes, scales, strict=True):
+            wanted = dequantise(matrix.view(torch.float8_e4m3fn), blocks, BLOCK).to(dtype)
+            torch.testing.assert_close(ours, wanted, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match=r"must be of shape \(3, 2, 1\) \(got \(3, 1, 1\)\)"):
+        triton_quantise.dequantise(codes, scales[:, :1], dtype)

@@ -30,20 +30,49 @@ static inline __attribute__((always_inline)) void sums_of(const vec *x, float *y
     for (int m = 0; m < TOGETHER; m++) y[m] = all[m * (LANES / TOGETHER)];
 }
 
+// Columns of x that are multiplied at once. Of bfloat16 there are two vectors of them: as 32-bit numbers neighbours in w
+// are the two halves, and a shift and a mask make floats of them, where widening each for itself takes twice as much.
+#ifdef BFLOAT16
+enum { COLUMNS = 2 * LANES };
+
+// x as `dots` reads it: in whole blocks of COLUMNS first those at even places, then those at odd ones.
+static void parted(const float *x, i64 width, float *y) {
+    const mask even = lane * 2 & (2 * LANES - 1), odd = even + 1;
+    i64 c = 0;
+    for (; c + COLUMNS <= width; c += COLUMNS) {
+        bits low = *(const bits *)(x + c), high = *(const bits *)(x + c + LANES);
+        *(bits *)(y + c) = shuffle(low, high, even), *(bits *)(y + c + LANES) = shuffle(low, high, odd);
+    }
+    memcpy(y + c, x + c, (width - c) * sizeof(float));
+}
+#else
+enum { COLUMNS = LANES };
+#endif
+
 // y (few, TOGETHER) = x @ w^T, x: (few, width), w: (TOGETHER, width); rows of x and y have strides. Behind a row of x a
-// vector may be read, of which finite numbers count nothing.
+// vector may be read, of which finite numbers count nothing. Of bfloat16, x is `parted`.
 static inline __attribute__((always_inline)) void dots(const float *x, i64 x_stride, const int few, const real *w,
                                                        i64 width, float *y, i64 y_stride) {
     vec sum[FEW][TOGETHER] = {0};
     i64 c = 0;
-    for (; c + LANES <= width; c += LANES)
+    for (; c + COLUMNS <= width; c += COLUMNS)
 #pragma GCC unroll 8
         for (int m = 0; m < TOGETHER; m++) {
-            vec column = widen(*(const reals *)(w + m * width + c));
+#ifdef BFLOAT16
+            bits both = *(const bits *)(w + m * width + c);
+            vec even = (vec)(both << 16), odd = (vec)(both & 0xffff0000);
+#pragma GCC unroll 2
+            for (int n = 0; n < few; n++) {
+                sum[n][m] += *(const vec *)(x + n * x_stride + c) * even;
+                sum[n][m] += *(const vec *)(x + n * x_stride + c + LANES) * odd;
+            }
+#else
+            vec column = *(const vec *)(w + m * width + c);
 #pragma GCC unroll 2
             for (int n = 0; n < few; n++) sum[n][m] += *(const vec *)(x + n * x_stride + c) * column;
+#endif
         }
-    if (c < width)
+    for (; c < width; c += LANES)
 #pragma GCC unroll 8
         for (int m = 0; m < TOGETHER; m++)
 #pragma GCC unroll 2
@@ -59,30 +88,45 @@ static float dot(const float *x, const real *w, i64 width) {
     return sum_of(sum);
 }
 
-// Of `product`: TOGETHER outputs, or those that are left.
-static void some(const float *x, i64 x_stride, i64 rows, const real *w, i64 width, i64 left, float *y, i64 y_stride) {
-    i64 n = 0;
-    if (left < TOGETHER)
-        for (; n < rows; n++)
-            for (i64 m = 0; m < left; m++) y[n * y_stride + m] = dot(x + n * x_stride, w + m * width, width);
+// What `product` multiplies: rows of x with a stride, and the same as `dots` reads them.
+typedef struct {
+    const float *x, *ready;
+    i64 stride, ready_stride, rows;
+} left;
+
+// Of `product`: TOGETHER outputs, or the `outputs` that are left.
+static void some(const left *a, const real *w, i64 width, i64 outputs, float *y, i64 y_stride) {
+    i64 n = 0, stride = a->ready_stride;
+    if (outputs < TOGETHER)
+        for (; n < a->rows; n++)
+            for (i64 m = 0; m < outputs; m++) y[n * y_stride + m] = dot(a->x + n * a->stride, w + m * width, width);
     else {  // the weights are there once the block after the next one is asked for
         for (i64 c = 0; c < TOGETHER * width; c += 64 / sizeof(real)) __builtin_prefetch(w + 2 * TOGETHER * width + c);
-        for (; n + FEW <= rows; n += FEW) dots(x + n * x_stride, x_stride, FEW, w, width, y + n * y_stride, y_stride);
-        for (; n < rows; n++) dots(x + n * x_stride, x_stride, 1, w, width, y + n * y_stride, y_stride);
+        for (; n + FEW <= a->rows; n += FEW)
+            dots(a->ready + n * stride, stride, FEW, w, width, y + n * y_stride, y_stride);
+        for (; n < a->rows; n++) dots(a->ready + n * stride, stride, 1, w, width, y + n * y_stride, y_stride);
     }
 }
 
 // y = x @ w^T. x: (rows, width), y: (rows, outputs), each with a stride; w: (outputs, width).
 static void product(const float *x, i64 x_stride, i64 rows, const real *w, i64 width, i64 outputs, float *y,
                     i64 y_stride) {
-    if (outputs * width < WORTH_THREADS) {  // a clause `if` costs as much as many of these products
-        for (i64 o = 0; o < outputs; o += TOGETHER)
-            some(x, x_stride, rows, w + o * width, width, outputs - o, y + o, y_stride);
-        return;
+    left a = {x, x, x_stride, x_stride, rows};
+    float *copy = NULL;
+#ifdef BFLOAT16
+    if (width >= COLUMNS && outputs >= TOGETHER) {
+        a.ready = copy = malloc((rows * width + LANES) * sizeof(float)), a.ready_stride = width;
+        for (i64 n = 0; n < rows; n++) parted(x + n * x_stride, width, copy + n * width);
+        memset(copy + rows * width, 0, LANES * sizeof(float));  // may be read, and counts nothing
     }
-    PARALLEL
-    for (i64 o = 0; o < outputs; o += TOGETHER)
-        some(x, x_stride, rows, w + o * width, width, outputs - o, y + o, y_stride);
+#endif
+    if (outputs * width < WORTH_THREADS)  // a clause `if` costs as much as many of these products
+        for (i64 o = 0; o < outputs; o += TOGETHER) some(&a, w + o * width, width, outputs - o, y + o, y_stride);
+    else {
+        PARALLEL
+        for (i64 o = 0; o < outputs; o += TOGETHER) some(&a, w + o * width, width, outputs - o, y + o, y_stride);
+    }
+    free(copy);
 }
 
 static void widen_row(const real *x, i64 width, float *y) {
