@@ -51,5 +51,4 @@ def run(options: argparse.Namespace) -> None:
     what = {key: getattr(options, key) for key in keys}
     notes = import_hf(options.source, options.out, base=options.config, **what)
     notes += [f"wrote {options.out}", *outlook(options.out)]
-    print("
-".join(sorted(notes, key=lambda note: note.startswith("next: "))))  # last, in order
+    print("\n".join(sorted(notes, key=lambda note: note.startswith("next: "))))  # last, in order

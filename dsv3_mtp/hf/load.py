@@ -19,7 +19,7 @@ from dsv3_mtp.hf.settings import HFSettings, read_settings
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP, meta_model
 from dsv3_mtp.model.moe import Experts
 from dsv3_mtp.model.size import require_memory
-from dsv3_mtp.precision.quantise import dequantise, scale_shape
+from dsv3_mtp.precision.quantise import LARGEST, dequantise, scale_shape
 from dsv3_mtp.precision.stored import SCALE, is_codes
 
 # Keys of the model section without effect on what the model computes from given weights.
@@ -187,13 +187,14 @@ def load_weights(
                     index = (number - first[key], rows)
                     if not 0 <= index[0] < len(tensors[key]):
                         continue
-                values = read_slot(checkpoint, slot, settings.block)
-                if not is_finite(values):
-                    bad.append((slot.name, "holds nan or infinity"))
                 if is_codes(tensors[key]):
-                    _copy_codes(checkpoint, slot, tensors[key][index], tensors[key + SCALE], index)
+                    sound = _copy_codes(checkpoint, slot, tensors, index)
                 else:
+                    values = read_slot(checkpoint, slot, settings.block)
                     tensors[key][index].copy_(values)
+                    sound = is_finite(values)
+                if not sound:
+                    bad.append((slot.name, "holds nan or infinity"))
     if bad:
         lines = summarise(bad)
         raise ValueError(report(folder, lines))
@@ -202,16 +203,21 @@ def load_weights(
 
 
 def _copy_codes(
-    checkpoint: Checkpoint, slot: Slot, codes: Tensor, scales: Tensor, index: tuple[Any, ...]
-) -> None:
-    """A matrix as it is stored. codes: the part of them that it is; scales: those of the whole
-    stack, of which it is `index`.
+    checkpoint: Checkpoint, slot: Slot, tensors: dict[str, Tensor], index: tuple[Any, ...]
+) -> bool:
+    """A matrix as it is stored, without making its numbers. index: where it is in a stack of
+    experts, () of one that is none. Returns whether all of its numbers are finite.
     """
-    codes.copy_(checkpoint.read(slot.name).view(torch.uint8))
+    codes = checkpoint.read(slot.name).view(torch.uint8)
+    scales = checkpoint.read(slot.name + SCALE).float()
+    tensors[slot.key][index].copy_(codes)
+    places = tensors[slot.key + SCALE]
     if index:  # an expert, and of its rows those of one part
         expert, rows = index
-        scales = scales[expert, rows.start // slot.shape[0]]
-    scales.copy_(checkpoint.read(slot.name + SCALE))
+        places = places[expert, rows.start // slot.shape[0]]
+    places.copy_(scales)
+    largest = (scales.abs() * LARGEST).to(torch.bfloat16)
+    return is_finite(largest) and not bool(((codes & 127) == 127).any())  # the codes of nan
 
 
 def fit(

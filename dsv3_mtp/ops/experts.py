@@ -35,6 +35,12 @@ class Stack(Protocol):
         """(E, out, in)"""
         ...
 
+    def blocks(self) -> tuple[Tensor, Tensor] | None:
+        """FP8 codes (E, out, in) and the scales of their 128 x 128 blocks, where there are any and
+        no block would be in two matrices.
+        """
+        ...
+
 
 class Permutation(NamedTuple):
     """Where each token-expert pair sits among the sorted rows."""
@@ -178,13 +184,18 @@ def grouped(x: Tensor, weight: Tensor | Stack, rows: list[int] | Tensor) -> Tens
     stack only the experts with rows are made, unless one kernel does all.
     """
     if isinstance(rows, Tensor):
-        weight = weight if isinstance(weight, Tensor) else weight.whole()
+        weight = whole(weight)
         return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.cumsum(0, dtype=torch.int32))
     out = x.new_empty(x.shape[0], weight.shape[1])
     for number, (part, target) in enumerate(zip(x.split(rows), out.split(rows), strict=True)):
         if len(part):
             torch.mm(part, weight[number].T, out=target)
     return out
+
+
+def whole(weight: Tensor | Stack) -> Tensor:
+    """(E, out, in)"""
+    return weight if isinstance(weight, Tensor) else weight.whole()
 
 
 def grouped_input_grad(grad: Tensor, weight: Tensor, rows: list[int] | Tensor) -> Tensor:

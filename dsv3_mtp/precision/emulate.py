@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsv3_mtp.precision.linear import Product
+from dsv3_mtp.precision.linear import Blocks, Product
 from dsv3_mtp.precision.quantise import Scale, Tile, dequantise, quantise
 
 Accumulation = Literal["fp32", "fp22", "fp22_promote128"]
@@ -26,12 +26,14 @@ class Emulated(Product):
     scale: Scale = "pow2"
     accumulation: Accumulation = "fp32"
 
-    def __call__(self, a: Tensor, a_tile: Tile, b: Tensor, b_tile: Tile) -> Tensor:
+    def __call__(self, a: Tensor, a_tile: Tile, b: Tensor | Blocks, b_tile: Tile) -> Tensor:
         """a: (M, K), b: (N, K), each quantised along K -> (M, N) in the type of `a`."""
+        codes, scale_inv = b if isinstance(b, Blocks) else quantise(b, b_tile, self.scale)
         exact = self.scale == "pow2" and self.accumulation == "fp32" and a.dtype == torch.bfloat16
+        exact = exact and bool((scale_inv.frexp().mantissa == 0.5).all())  # those on disk are any
         dtype = torch.bfloat16 if exact else torch.float32
         a8 = dequantise(*quantise(a, a_tile, self.scale), a_tile, dtype)
-        b8 = dequantise(*quantise(b, b_tile, self.scale), b_tile, dtype)
+        b8 = dequantise(codes, scale_inv, b_tile, dtype)
         out = a8 @ b8.T if self.accumulation == "fp32" else accumulate(a8, b8, self.accumulation)
         return out.to(a.dtype)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mtp.precision.linear import Product
+from dsv3_mtp.precision.linear import Blocks, Product
 from dsv3_mtp.precision.quantise import BLOCK, EDGE, ROW, Scale, Tile, no_kernel, quantise
 
 ALIGN = 16  # cuBLAS wants every dimension to be a multiple of this
@@ -26,27 +26,29 @@ class ScaledMM(Product):
     scale: Scale = "pow2"
     multiple = EDGE
 
-    def __call__(self, a: Tensor, a_tile: Tile, b: Tensor, b_tile: Tile) -> Tensor:
+    def __call__(self, a: Tensor, a_tile: Tile, b: Tensor | Blocks, b_tile: Tile) -> Tensor:
         """a: (M, K) in 1 x 128 tiles, b: (N, K) in either, quantised along K -> (M, N) in the type
         of `a`.
         """
-        rows, columns = a.shape[0], b.shape[0]
+        rows, columns = a.shape[0], len(b.codes if isinstance(b, Blocks) else b)
         if 0 in (rows, columns, a.shape[1]):
             return a.new_zeros(rows, columns)
-        (a_codes, a_inv), (b_codes, b_inv) = (
-            _quantise(_aligned(x), t, self.scale) for x, t in ((a, a_tile), (b, b_tile))
-        )
+        a_codes, a_inv = _quantise(_aligned(a), a_tile, self.scale)
+        # The sides of a weight that is in blocks already are aligned (convert.py: `unsuited`).
+        aligned = b if isinstance(b, Blocks) else _quantise(_aligned(b), b_tile, self.scale)
+        b_codes, b_inv = aligned
         scales = _layout(a_inv, a_tile), _recipe(a_tile), _layout(b_inv, b_tile), _recipe(b_tile)
         product = F.scaled_mm(a_codes, b_codes.t(), *scales, output_dtype=a.dtype)
         return product[:rows, :columns]
 
-    def grouped(self, x: Tensor, tile: Tile, weight: Tensor, rows: list[int]) -> Tensor:
+    def grouped(self, x: Tensor, tile: Tile, weight: Tensor | Blocks, rows: list[int]) -> Tensor:
         from dsv3_mtp.precision import triton_grouped
 
         assert tile == ROW, "no product takes blocks and blocks"
         codes = _quantise(x, ROW, self.scale)
-        matrices = _quantise_matrices(weight, self.scale)
-        return triton_grouped.by_rows(*codes, *matrices, rows, x.dtype)
+        if isinstance(weight, Tensor):
+            weight = Blocks(*_quantise_matrices(weight, self.scale))
+        return triton_grouped.by_rows(*codes, *weight, rows, x.dtype)
 
     def grouped_over_rows(self, a: Tensor, b: Tensor, rows: list[int]) -> Tensor:
         from dsv3_mtp.precision import triton_grouped

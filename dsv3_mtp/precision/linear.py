@@ -8,6 +8,7 @@ in high precision: `weight`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,13 @@ from dsv3_mtp.ops.swiglu import gated_swiglu
 from dsv3_mtp.precision.quantise import BLOCK, ROW, Tile
 
 
+class Blocks(NamedTuple):
+    """Matrices that are in FP8 already, in 128 x 128 blocks."""
+
+    codes: Tensor  # (N, K) or (E, N, K) float8_e4m3fn
+    scale_inv: Tensor  # (N/128, K/128) or (E, N/128, K/128) float32
+
+
 class Product:
     """product(a, tile of a, b, tile of b) = a b^T in FP8. Of groups one by one: a tile never holds
     rows of two.
@@ -24,14 +32,17 @@ class Product:
 
     multiple = 1  # what the rows of every group have to be a multiple of
 
-    def __call__(self, a: Tensor, a_tile: Tile, b: Tensor, b_tile: Tile) -> Tensor:
+    def __call__(self, a: Tensor, a_tile: Tile, b: Tensor | Blocks, b_tile: Tile) -> Tensor:
         """a: (M, K), b: (N, K), both quantised along K -> (M, N) in the type of `a`."""
         raise NotImplementedError
 
-    def grouped(self, x: Tensor, tile: Tile, weight: Tensor, rows: list[int]) -> Tensor:
+    def grouped(self, x: Tensor, tile: Tile, weight: Tensor | Blocks, rows: list[int]) -> Tensor:
         """Rows of group e times weight[e]^T, the weight in blocks. x: (M, K), weight: (E, N, K) ->
         (M, N).
         """
+        if isinstance(weight, Blocks):
+            each = zip(x.split(rows), *weight, strict=True)
+            return torch.cat([self(part, tile, Blocks(*own), BLOCK) for part, *own in each])
         parts = zip(x.split(rows), weight, strict=True)
         return torch.cat([self(part, tile, matrix, BLOCK) for part, matrix in parts])
 
@@ -51,26 +62,32 @@ class Recipe:
     # of dy in dx = dy W; BLOCK is the setting with which V3 saw a run diverge (appendix B.2)
     gradient: Tile = ROW
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x: (..., in), weight: (out, in) -> (..., out)."""
+    def linear(self, x: Tensor, weight: Tensor | Blocks) -> Tensor:
+        """x: (..., in), weight: (out, in) -> (..., out). Blocks have no backward."""
+        if isinstance(weight, Blocks):
+            return self.product(x.flatten(0, -2), ROW, weight, BLOCK).unflatten(0, x.shape[:-1])
         return _Linear.apply(x.flatten(0, -2), weight, self).unflatten(0, x.shape[:-1])
 
-    def grouped_linear(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    def grouped_linear(self, x: Tensor, weight: Tensor | Stack, counts: list[int]) -> Tensor:
         """Rows of group e times weight[e]^T. x: (rows, in), weight: (E, out, in), E counts ->
         (rows, out).
 
         Fastest with counts that are multiples of product.multiple: others are padded with rows of
-        zeros.
+        zeros. A stack has no backward.
         """
         multiple = self.product.multiple
         padded = [-(-n // multiple) * multiple for n in counts]
         if padded == counts:
-            return _GroupedLinear.apply(x, weight, counts, self)
+            if isinstance(weight, Tensor):
+                return _GroupedLinear.apply(x, weight, counts, self)
+            blocks = weight.blocks()
+            own = weight.whole() if blocks is None else Blocks(*blocks)
+            return self.product.grouped(x, ROW, own, counts)
         before, gap = torch.tensor(counts), torch.tensor(padded) - torch.tensor(counts)  # (E,) each
         place = torch.arange(len(x)) + (gap.cumsum(0) - gap).repeat_interleave(before)  # (rows,)
         place = place.to(x.device)
         wide = x.new_zeros(sum(padded), x.shape[1]).index_copy(0, place, x)
-        return _GroupedLinear.apply(wide, weight, padded, self).index_select(0, place)
+        return self.grouped_linear(wide, weight, padded).index_select(0, place)
 
 
 class _Linear(torch.autograd.Function):
@@ -121,7 +138,7 @@ class FP8Linear(nn.Linear):
 
 # Rows of group e times weight[e]^T: rows (rows, in) sorted by group, weight (E, out, in), E counts
 # -> (rows, out).
-GroupedLinear = Callable[[Tensor, Tensor, list[int]], Tensor]
+GroupedLinear = Callable[[Tensor, Tensor | Stack, list[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -148,10 +165,6 @@ class RoutedExperts:
         # the one time that the host waits
         rows = [-(-n // multiple) * multiple for n in counts.tolist()]
         layout = sort_by_expert(chosen, gates, counts, multiple, sum(rows))
-        inner = self.gate_up(to_experts(x, layout), _whole(gate_up), rows)  # (rows, 2F)
-        y = self.down(gated_swiglu(inner, layout.gates), _whole(down), rows)  # (rows, C)
+        inner = self.gate_up(to_experts(x, layout), gate_up, rows)  # (rows, 2F)
+        y = self.down(gated_swiglu(inner, layout.gates), down, rows)  # (rows, C)
         return from_experts(y, layout)
-
-
-def _whole(weight: Tensor | Stack) -> Tensor:
-    return weight if isinstance(weight, Tensor) else weight.whole()

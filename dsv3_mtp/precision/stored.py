@@ -23,6 +23,7 @@ from torch.func import functional_call
 from dsv3_mtp.files.fragments import Fragments
 from dsv3_mtp.ops import c, choice
 from dsv3_mtp.ops.compute import Compute, Kind
+from dsv3_mtp.precision.linear import Blocks, FP8Linear
 from dsv3_mtp.precision.quantise import BLOCK, EDGE, dequantise, scale_shape
 
 SCALE = "_scale_inv"  # behind the name of the codes, as on disk
@@ -70,8 +71,12 @@ class StoredLinear(nn.Module):
         if not self.inner:  # not before: ZeRO-3 would shard it as one of the model's own
             with torch.device("meta"):
                 self.inner = (self.make(),)  # no submodule: it has no weight of its own
-        weight = weight_of(self, "weight", x.dtype)
-        return functional_call(self.inner[0], {"weight": weight}, (x,))
+        inner = self.inner[0]
+        if isinstance(inner, FP8Linear):  # which multiplies the codes themselves
+            assert not (torch.is_grad_enabled() and x.requires_grad), "blocks have no backward"
+            codes = self.weight.detach().view(torch.float8_e4m3fn)
+            return inner.recipe.linear(x, Blocks(codes, getattr(self, "weight" + SCALE)))
+        return functional_call(inner, {"weight": weight_of(self, "weight", x.dtype)}, (x,))
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,12 @@ class StoredExperts:
 
     def whole(self) -> Tensor:
         return numbers(self.codes, self.scale_inv, self.dtype)
+
+    def blocks(self) -> tuple[Tensor, Tensor] | None:
+        parts = self.scale_inv.shape[1]
+        if parts > 1 and self.shape[1] // parts % EDGE:
+            return None
+        return self.codes.view(torch.float8_e4m3fn), self.scale_inv.flatten(1, 2)
 
 
 def kept(layer: nn.Module, name: str, dtype: torch.dtype) -> Tensor | StoredExperts:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_mtp.ops.experts import Stack, whole
 from dsv3_mtp.ops.te_library import load
 from dsv3_mtp.precision.quantise import Scale
 
@@ -70,9 +71,9 @@ class TEGroupedLinear:
         self.scale: Scale = scale
         self.inner: Any = None
 
-    def __call__(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor | Stack, counts: list[int]) -> Tensor:
         """x: (rows, in) sorted by group, weight: (E, out, in), E counts -> (rows, out)."""
-        te = load()[0]
+        te, weight = load()[0], whole(weight)
         groups, out, width = weight.shape
         if not len(x):  # single groups may be empty, but TE cannot quantise no rows at all
             return x @ weight[0].T  # (0, out), and zeros for the gradient of every group

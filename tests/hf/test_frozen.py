@@ -4,6 +4,7 @@ bit for bit: losses, validation, and what the heads learn.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -60,15 +61,18 @@ MORE = {
     "FP8 products": {"fp8.enabled": True, "fp8.backend": "emulate"},
     "float32": {"train.dtype": "float32"},
 }
+WIDE = {"FP8 products": "pow2-bf16", "float32": "fp8-fp32"}
 
 
 def folders(root: Path) -> dict[str, Path]:
-    """The same trunk in FP8, with scales as DeepSeek's that are no powers of two, and in
-    bfloat16 and float32 as importing dequantises it.
+    """A trunk in FP8, with scales as DeepSeek's that are no powers of two, and in bfloat16 and
+    float32 as importing dequantises it; and one whose scales are powers of two, which FP8 products
+    would quantise to the same codes again.
     """
     config = tiny(SIZES | {"run.dir": str(root / "runs"), "mtp.mode": "none"})
     run = write_run(root / "trunk", config, randomise(DeepseekV3MTP(config.model, config.mtp)))
     export_hf(run, root / "fp8", dtype="fp8")
+    shutil.copytree(root / "fp8", root / "pow2-fp8")
     (file,) = (root / "fp8").glob("*.safetensors")
     tensors = load_file(file)
     for name, value in tensors.items():
@@ -78,10 +82,11 @@ def folders(root: Path) -> dict[str, Path]:
     index = json.loads((root / "fp8" / INDEX).read_text())
     del index["metadata"][DIGESTS]
     (root / "fp8" / INDEX).write_text(json.dumps(index))
-    found = {"fp8": root / "fp8"}
-    for dtype in ("bf16", "fp32"):
-        import_hf(root / "fp8", root / dtype, sets=["train.batch_size=4"], data="none", dtype=dtype)
-        found[dtype] = root / dtype / "weights"
+    found = {"fp8": root / "fp8", "pow2": root / "pow2-fp8"}
+    for name, dtype in (("fp8", "bf16"), ("fp8", "fp32"), ("pow2", "bf16")):
+        out = root / f"{name}-{dtype}"
+        import_hf(found[name], out, sets=["train.batch_size=4"], data="none", dtype=dtype)
+        found[f"{name}-{dtype}"] = out / "weights"
     return found
 
 
@@ -134,8 +139,8 @@ def trained(tmp_path_factory, request):
                 root, f"{layout}-{form}".replace(" ", "-"), source, data, parallel, layout
             )
             for form, source in (
-                ("fp8", sources["fp8"]),
-                ("wide", sources["fp32" if layout == "float32" else "bf16"]),
+                ("fp8", sources["pow2" if layout == "FP8 products" else "fp8"]),
+                ("wide", sources[WIDE.get(layout, "fp8-bf16")]),
             )
         }
     for ranks in (1, 2):
@@ -242,7 +247,7 @@ def test_a_folder_that_is_not_wholly_in_blocks_of_128_is_held_in_bfloat16_and_sa
     config = frozen_run(tmp_path, sources["fp8"])
     assert stays_fp8(config)[0]
     assert stays_fp8(config.replace("train.freeze", "none")) == (False, [])
-    assert stays_fp8(frozen_run(tmp_path, sources["bf16"])) == (False, [])
+    assert stays_fp8(frozen_run(tmp_path, sources["fp8-bf16"])) == (False, [])
     shutil.copytree(sources["fp8"], tmp_path / "mixed")
     (file,) = (tmp_path / "mixed").glob("*.safetensors")
     tensors, name = load_file(file), "model.layers.0.self_attn.q_a_proj.weight"
@@ -256,6 +261,23 @@ def test_a_folder_that_is_not_wholly_in_blocks_of_128_is_held_in_bfloat16_and_sa
     assert not kept
     where = f"of the 72 projections of {tmp_path}/mixed are FP8"
     assert note == f"frozen trunk: held in bfloat16, because only 71 {where}"
+
+
+@pytest.mark.parametrize("what", ["code", "scale", "overflow"])
+def test_codes_of_no_number_are_refused(sources, tmp_path, what):
+    shutil.copytree(sources["fp8"], tmp_path / "bad")
+    (file,) = (tmp_path / "bad").glob("*.safetensors")
+    tensors, name = load_file(file), "model.layers.2.mlp.experts.3.up_proj.weight"
+    if what == "code":
+        tensors[name].view(torch.uint8)[7, 5] = 255
+    else:
+        tensors[name + SCALE][0, 1] = float("nan") if what == "scale" else 3e38
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = frozen_run(tmp_path, tmp_path / "bad")
+    with building(stored(Compute())):
+        model = meta_model(config.model, config.mtp, freeze="trunk").to_empty(device="cpu")
+    with pytest.raises(ValueError, match=re.escape(f"{name}: holds nan or infinity")):
+        load_weights(model, tmp_path / "bad")
 
 
 @pytest.mark.slow
@@ -297,7 +319,7 @@ def test_the_plan_counts_codes_and_scales(sources, tmp_path):
     assert (wide.gradients, wide.states) == (narrow.gradients, narrow.states)
     there, held, absent = (
         dry_run(frozen_run(tmp_path, source), world_size=1, plot=False)
-        for source in (sources["fp8"], sources["bf16"], tmp_path / "absent")
+        for source in (sources["fp8"], sources["fp8-bf16"], tmp_path / "absent")
     )
     assert "held in FP8, as it is stored" in there
     line = f"\ntrain.init_from: {tmp_path}/absent is not there: its trunk is counted in bfloat16"
@@ -305,7 +327,7 @@ def test_the_plan_counts_codes_and_scales(sources, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["fp8", "bf16"])
+@pytest.mark.parametrize("form", ["fp8", "fp8-bf16"])
 @pytest.mark.parametrize("experts", [1, 2])
 def test_a_rank_holds_what_is_planned(sources, tmp_path, form, experts):
     config = frozen_run(tmp_path, sources[form])

@@ -12,7 +12,7 @@ from dsv3_mtp.ops import choice
 from dsv3_mtp.ops.compute import Compute, building, linear
 from dsv3_mtp.precision.emulate import Emulated
 from dsv3_mtp.precision.linear import FP8Linear, Recipe
-from dsv3_mtp.precision.quantise import BLOCK, dequantise, scale_shape
+from dsv3_mtp.precision.quantise import BLOCK, ROW, dequantise, quantise, scale_shape
 from dsv3_mtp.precision.stored import (
     SCALE,
     StoredLinear,
@@ -72,17 +72,61 @@ def test_each_part_of_an_experts_matrix_has_blocks_of_its_own(dtype, rows, parts
 
 
 def test_a_projection_multiplies_as_the_one_it_stands_for():
-    recipe, x = Recipe(Emulated("pow2")), torch.randn(3, 7, 200).bfloat16()
-    for make in (partial(linear, "attention", 200, 150), lambda: FP8Linear(200, 150, recipe)):
-        layer = StoredLinear(make, 200, 150)
-        fill(layer, "weight")
-        assert [name for name, _ in layer.named_parameters()] == ["weight"]
-        plain = make()
-        plain.weight.data = weight_of(layer, "weight", torch.bfloat16)
-        assert torch.equal(layer(x), plain(x))
+    x, make = torch.randn(3, 7, 200).bfloat16(), partial(linear, "attention", 200, 150)
+    layer, plain = StoredLinear(make, 200, 150), make()
+    fill(layer, "weight")
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+    plain.weight.data = weight_of(layer, "weight", torch.bfloat16)
+    assert torch.equal(layer(x), plain(x))
     x.requires_grad_()  # rows may learn, codes never do
     layer(x).sum().backward()
     assert layer.weight.grad is None and x.grad.abs().sum() > 0
+
+
+RECIPE = Recipe(Emulated("pow2"))
+
+
+def rounded(x):
+    return dequantise(*quantise(x, ROW), ROW)
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_fp8_products_take_the_codes_themselves(power_of_two):
+    """Not what they are rounded to; where their scales are powers of two, it is the same."""
+    x, make = torch.randn(3, 7, 200).bfloat16(), lambda: FP8Linear(200, 150, RECIPE)
+    layer, plain = StoredLinear(make, 200, 150), make()
+    codes, scales = fill(layer, "weight")
+    if power_of_two:
+        scales.copy_(2.0 ** torch.randint(-12, -6, scales.shape))
+        codes[::128, ::128] = 0x7E  # 448: the largest of each block
+    weight = dequantise(codes.view(torch.float8_e4m3fn), scales, BLOCK)
+    expected = (rounded(x.flatten(0, 1)) @ weight.T).view(3, 7, 150)
+    torch.testing.assert_close(layer(x).float(), expected, rtol=2**-8, atol=1e-5)
+    plain.weight.data = weight_of(layer, "weight", torch.bfloat16)
+    assert torch.equal(layer(x), plain(x)) == power_of_two
+
+
+@pytest.mark.parametrize("width", [128, 136])
+def test_fp8_experts_take_the_codes_where_no_block_is_in_two_matrices(width):
+    layer = torch.nn.Module()
+    put(layer, "up", (3, 2 * width, 150), 2)
+    codes, scales = fill(layer, "up")
+    stack, x, counts = kept(layer, "up", torch.bfloat16), torch.randn(9, 150).bfloat16(), [4, 0, 5]
+    assert (stack.blocks() is None) == (width == 136)
+    parts = [
+        dequantise(codes[e, part].view(torch.float8_e4m3fn), scales[e, p], BLOCK)
+        for e in range(3)
+        for p, part in enumerate((slice(0, width), slice(width, None)))
+    ]
+    weight = torch.cat(parts).view(3, 2 * width, 150)
+    if width == 136:  # quantised anew, by blocks of the whole
+        weight = torch.stack(
+            [dequantise(*quantise(own.bfloat16(), BLOCK), BLOCK) for own in weight]
+        )
+    rows = zip(rounded(x).split(counts), weight, strict=True)
+    expected = torch.cat([part @ own.T for part, own in rows])
+    found = RECIPE.grouped_linear(x, stack, counts)
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-5)
 
 
 @pytest.fixture
