@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_tool
+from tests.test_readme import tool_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extend.md").read_text()
@@ -53,9 +54,12 @@ def test_a_chapter_does_what_it_says(tmp_path, heading):
             assert FILE.match(text) or shown, f"{heading}: a block is no file and in no example"
             continue
         for number, command in enumerate(text.strip().splitlines()):
-            program, tool, *arguments = shlex.split(command)
-            assert program == "python", command
-            path = ROOT / tool if tool.startswith("tools/") else tmp_path / tool
+            if (found := tool_of(command)) is not None:
+                path, arguments = ROOT / found[0], found[1]
+            else:
+                program, script, *arguments = shlex.split(command)
+                assert program == "python", command
+                path = tmp_path / script
             log = tmp_path / f"log{number}"
             code, output = run_tool(path, *arguments, log=log, cwd=tmp_path)
             assert code == 0, f"{command}\n{output}"

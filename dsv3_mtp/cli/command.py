@@ -94,7 +94,10 @@ def run(name: str, arguments: Sequence[str] | None = None, *, program: str | Non
         return 0
     except Failure as failure:
         return _fail(str(failure), 1)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return _fail(f"error: {named or error}", 2)
+    except ValueError as error:
         return _fail(f"error: {error}", 2)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or getattr(command, "INTERRUPTED", "interrupted"), 130)

@@ -84,6 +84,21 @@ def inside(path: Path, folder: Path) -> bool:
     return real.is_relative_to(home) or (cached and real.parent == home.parents[1] / "blobs")
 
 
+def folder_for(path: Path) -> None:
+    """Makes the folder that an option names, and those it stands in.
+
+    Raises:
+        ValueError: a file is in the way, or nothing may be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: no folder can be made there ({error.strerror}: {error.filename}); choose "
+            "another"
+        ) from None
+
+
 def lock(path: Path, busy: str, *, wait: bool = False) -> int:
     """Holds the file `path` for this process until it ends, or until the descriptor is closed.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv3_mtp.config import AdaptiveSchedule, Config, schedules
 from dsv3_mtp.data.tokenizer import recorded_encoder
-from dsv3_mtp.files.atomic import lock, sync, sync_tree, write_json
+from dsv3_mtp.files.atomic import folder_for, lock, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
 from dsv3_mtp.files.run_folder import (
     IMPORTED,
@@ -296,6 +296,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     exists = ValueError(f"{out} exists already; choose another folder, or delete it")
     if out.exists():
         raise exists
+    folder_for(out.parent)
     temporary, locked = (out.with_name(f".{out.name}.{suffix}") for suffix in ("partial", "lock"))
     descriptor = lock(locked, f"{out}: another process is making it; choose another folder")
     try:

@@ -10,7 +10,8 @@ from dsv3_mtp.study.matrix import Study
 from dsv3_mtp.study.metric_names import bounds, describe_metric
 
 NEAR = 0.03  # share of a metric's range that counts as its end
-UNIGRAM, TRIGRAM = "val/floor/unigram", "val/floor/trigram"
+TRIGRAM = "val/floor/trigram"
+LOWER = {"unigram": "val/floor/unigram", "bigram": "val/floor/bigram"}  # tables of fewer tokens
 
 
 def alarms(study: Study, table: Table) -> list[str]:
@@ -73,9 +74,11 @@ def _above_the_trigram(table: Table, arms: list[str]) -> Iterator[str]:
         if seeds:
             loss, floor = fmean(losses[s] for s in seeds), fmean(floors[s] for s in seeds)
             if loss >= floor:
-                unigrams = values_of(table, arm, UNIGRAM)
-                worst = bool(unigrams) and loss >= fmean(unigrams.values())
-                worse = ", worse than a unigram table" if worst else ""
+                tables = {name: values_of(table, arm, key) for name, key in LOWER.items()}
+                worst = next(
+                    (name for name, of in tables.items() if of and loss >= fmean(of.values())), None
+                )
+                worse = f", worse than a {worst} table" if worst else ""
                 high.append(f"{arm} {loss:.3f} against {floor:.3f}{worse}")
     if high:
         yield (

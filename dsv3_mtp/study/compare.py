@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.config.resume import differences, flat
-from dsv3_mtp.files.atomic import write_text
+from dsv3_mtp.files.atomic import folder_for, write_text
 from dsv3_mtp.report.progress import columns
 from dsv3_mtp.study import hover, page, tables
 from dsv3_mtp.study.archive import RunRecord, Table, table_of
@@ -44,7 +44,7 @@ def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> 
     by_arm = {arm: configs[members[0]] for arm, members in arms.items()}
     table = table_of(study.arms, study.seeds, records)
     data = PictureData(study, by_arm, table, effects_of(study, table))
-    out.mkdir(parents=True, exist_ok=True)
+    folder_for(out)
     planned = ("answer.png", "effects.png")
     pictures = [Picture(*item) for item in draw_all(data, out) if item[0] not in planned]
     blocks: list[Element] = [

@@ -135,9 +135,15 @@ def load_archive(
     its configs name as package.module:Class.
 
     Raises:
-        ValueError: plan.json is damaged, or an override is of another key. OSError: there is none.
+        ValueError: there is no plan.json, it is damaged, or an override is of another key.
     """
-    plan, path = read_plan(folder), folder / PLAN
+    path = folder / PLAN
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: no archive of a study there ({PLAN} is missing); name a folder that "
+            "--report-only --out has written"
+        )
+    plan = read_plan(folder)
     for item in sets:
         if item.partition("=")[0].partition(".")[0] not in ("run", "seeds"):
             raise ValueError(f"--set {item}: with --from only run.* and seeds can be set")

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dsv3_mtp.files.atomic import write_text
+from dsv3_mtp.files.atomic import folder_for, write_text
 from dsv3_mtp.report.progress import quantity
 from dsv3_mtp.study import findings, hover, page, tables, trends, words
 from dsv3_mtp.study.archive import RunRecord, Table, table_of, write_archive
@@ -50,7 +50,7 @@ def write_report(
     table = _with_loss_errors(loaded, kept)
     effects = findings.effects_of(study, table)
     found = Findings(loaded, plan, table, effects, list(detectables(study)))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder_for(folder)
     data = PictureData(study, loaded.configs, table, effects)
     pictures = [Picture(*item) for item in draw_all(data.legible, folder)]
     first = [picture for picture in pictures if picture.file == "answer.png"]

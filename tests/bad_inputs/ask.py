@@ -92,6 +92,8 @@ def faults(case: Case, world: Path, folder: Path) -> list[str]:
         found.append(f"exit code {answer.code}, not {case.code}")
     if "Traceback" in said:
         found.append("a traceback")
+    if "[Errno" in said:
+        found.append("an error of the operating system as it came")
     if not re.search(case.said, said):
         found.append(f"does not say {case.said!r}")
     if case.code and (len(said.splitlines()) > MOST_LINES or len(said) > MOST_LETTERS):

@@ -129,7 +129,10 @@ STUDY = "study --study study.yaml"
 ARCHIVES = [
     *(C(f"plan.json: {name}", FROM, r"archive/plan\.json", put(PLAN, content)) for name, content in BROKEN),
     C("plan.json: cut off", FROM, r"archive/plan\.json", cut(PLAN, 500)),
-    C("plan.json: missing", FROM, r"plan\.json", gone(PLAN)),
+    C("plan.json: missing", FROM, r"archive: no archive of a study there \(plan\.json is missing\)", gone(PLAN)),
+    C("an archive that is nowhere", "study --from nowhere", "nowhere: no archive of a study there"),
+    C("an archive that is nowhere, to go on with", "study --from nowhere --resume", "nowhere: no archive of a study there"),
+    C("an archive's report below a file", "study --from archive --out c.yaml/x", r"c\.yaml/x: no folder can be made there \(Not a directory"),
     C("plan.json: edited", FROM, "has been edited", given(PLAN, frozen__study__question="another")),
     C("plan.json: another version", FROM, "format", given(PLAN, format=2)),
     C("plan.json: a plan of nothing", FROM, "current|study", given(PLAN, current={})),
@@ -152,6 +155,7 @@ ARCHIVES = [
     C("a run folder of other settings", f"{STUDY} --only chain", "run folders of other settings", lambda f: put("runs/two/chain-seed1/config.yaml", (f / "c.yaml").read_bytes())(f)),
     C("a run folder with a damaged config", f"{STUDY} --only chain", r"chain-seed1/config\.yaml", put("runs/two/chain-seed1/config.yaml", "[")),
     C("compare: a run without metrics", "compare runs/tiny runs/other --out new", "metrics", both(other_run, gone("runs/tiny/metrics.jsonl"))),
+    C("compare: out below a file", "compare runs/tiny runs/other --out c.yaml/x", r"c\.yaml/x: no folder can be made there", other_run),
     C("compare: damaged metrics", "compare runs/tiny runs/other --out new", r"metrics\.jsonl", both(other_run, put("runs/tiny/metrics.jsonl", "[]\n"))),
     C("compare: a damaged manifest", "compare runs/tiny runs/other --out new", r"manifest\.json", both(other_run, put("runs/tiny/manifest.json", "[]"))),
 ]

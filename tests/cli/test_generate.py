@@ -375,4 +375,4 @@ def test_a_full_disk_is_one_line(run_tool, folder, monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Full())
     code, _, err = run_tool("generate", "--run", folder, "--prompt", "def", *SHORT)
-    assert (code, err) == (2, "error: [Errno 28] No space left on device\n")
+    assert (code, err) == (2, "error: No space left on device\n")

@@ -56,6 +56,18 @@ def test_a_main_model_above_the_trigram_floor(tmp_path):
     assert alarms_of(tmp_path, arms)[0] == []
 
 
+@pytest.mark.parametrize(
+    ("loss", "worse"),
+    [(3.5, ""), (3.9, ", worse than a bigram table"), (5.4, ", worse than a unigram table")],
+)
+def test_the_smallest_table_that_is_better_is_named(tmp_path, loss, worse):
+    floors = {"val/floor/trigram": 3.4, "val/floor/bigram": 3.8, "val/floor/unigram": 5.3}
+    arms = {arm: floors | {"val/main_loss": loss} for arm in ("constant", "step")}
+    [alarm], _ = alarms_of(tmp_path, arms)
+    assert "not below the trigram floor" in alarm
+    assert f"constant {loss:.3f} against 3.400{worse}" in alarm
+
+
 def test_a_tree_with_uncommitted_changes_is_told(tmp_path):
     _, table = alarms_of(tmp_path, {}, starts=[START.model_copy(update={"dirty": True})])
     assert "(constant-seed1, constant-seed2, constant-seed3 and 12 more)" in (dirty(table) or "")
