@@ -1,9 +1,10 @@
-"""Cost of a trunk forward on n tokens and of K drafts, against one token; where K drafts pay."""
+"""Cost of a step with K drafts against a plain one: from how many tokens per step on it pays."""
 
 import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 
@@ -15,58 +16,48 @@ def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 
 def steps_report(model: Any, prompt: list[int], options: argparse.Namespace, rows: int) -> str:
-    """Of a batch of `rows`: the cost of a trunk forward on n tokens and of K drafts, against one
-    token; the tokens per step, and the acceptance, from which on K drafts pay.
+    """Of a batch of `rows`: what a step with K drafts costs against a plain one. As many tokens per
+    step make it as fast as plain decoding; which acceptance that is.
     """
     import torch
+    from timing import interleave, quartiles
 
-    from dsv3_mtp.decode.cache import CacheSlots
-    from dsv3_mtp.decode.decoder import Decoder
     from dsv3_mtp.decode.draft import draft_limit
-    from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
 
-    most = max(options.depths, default=1)
-    slots = CacheSlots(model, len(prompt) + 2 * most + 2)
-    with torch.inference_mode():
-        decoder = Decoder(model)
-    caches, starts = slots.caches(model.config.num_hidden_layers, rows), [len(prompt)] * rows
-    tokens = torch.tensor([(prompt * (most + 1))[: most + 1]] * rows)
-
-    @torch.inference_mode()
-    def forward(count: int) -> None:
-        for _ in range(20):
-            window = decoder.window(slots, starts, count)
-            states = decoder.trunk(tokens[:, :count], caches, window)
-            decoder.logits(states.post_norm).argmax(-1).tolist()
-
-    steps: dict[str, Callable[[], Any]] = {str(n): partial(forward, n) for n in range(1, most + 2)}
-    depths = [k for k in range(1, 1 + most) if draft_limit(model, k) == k]
-    if depths:
-        kind = model.mtp.drafter(model.mtp_config)
-        drafter = kind(decoder, slots, rows=rows, depth=depths[-1], chunk=len(prompt) + 2)
-        ids = torch.zeros(rows, slots.slots + most, dtype=torch.long)
-
-        @torch.inference_mode()
-        def draft(count: int) -> None:
-            for _ in range(20):
-                drafter.filled = [[m - 1 for m in starts] for _ in drafter.filled]  # one is new
-                drafter.draft(ids, starts, count, DraftSampler(TokenSampler()))[0].tolist()
-
-        steps |= {f"draft {k}": partial(draft, k) for k in depths}
-    seconds = measure(steps, 4 * options.rounds)
-    cost = {
-        n: statistics.median(a / b for a, b in zip(t, seconds["1"], strict=True))
-        for n, t in seconds.items()
-    }
-    one = statistics.median(seconds["1"]) / 20
-    verify = ", ".join(f"T{n}/T1 {cost[str(n)]:.2f}" for n in range(2, most + 2))
-    lines = [f"batch {rows}: one trunk step {one * 1e6:.0f} us; {verify}"]
+    depths = [k for k in options.depths if model.depths and draft_limit(model, k) == k]
+    steps = (options.new_tokens - 1) // (max(depths, default=0) + 1)
+    if steps < 2:
+        return f"batch {rows}: {options.new_tokens} new tokens are too few steps to time"
+    variants = {k: partial(step_seconds, model, [prompt] * rows, k, steps) for k in (0, *depths)}
+    seconds = interleave(
+        {str(k): own for k, own in variants.items()},
+        options.rounds,
+        torch.device("cpu"),
+        timer=lambda own, device: own(),
+    )
+    lines = [f"batch {rows}: a plain step takes {statistics.median(seconds['0']) * 1e6:.0f} us"]
     for k in depths:
-        drafts = cost[f"draft {k}"]
-        needed = cost[str(k + 1)] + drafts
-        pays = f"break-even K={k}: {needed:.2f} tokens per step{_equal_acceptance(needed, k)}"
-        lines.append(f"{pays}; the drafts cost {drafts:.2f} T1")
+        pairs = zip(seconds[str(k)], seconds["0"], strict=True)
+        low, needed, high = quartiles([own / plain for own, plain in pairs])
+        pays = f"break-even K={k}: {needed:.2f} [{low:.2f}, {high:.2f}] tokens per step"
+        lines.append(pays + _equal_acceptance(needed, k))
     return "\n".join(lines)
+
+
+def step_seconds(model: Any, prompts: list[list[int]], drafts: int, steps: int) -> float:
+    """CPU seconds of a step, without the prompts; wall seconds where several threads compute."""
+    import torch
+    from timing import now
+
+    from dsv3_mtp.decode.generate import Settings, stream
+
+    # no row ends before the last step that is timed
+    settings = Settings(max_new_tokens=1 + steps * (drafts + 1), draft_depth=drafts)
+    found, device = stream(model, prompts, settings), torch.device("cpu")
+    list(islice(found, 2 * len(prompts)))  # of the prompts, and one step
+    start = now(device)
+    list(islice(found, (steps - 1) * len(prompts)))
+    return (now(device) - start) / (steps - 1)
 
 
 def _equal_acceptance(needed: float, drafts: int) -> str:

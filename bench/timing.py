@@ -34,15 +34,21 @@ def timed(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, *, warm: int = 1
+    variants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    *,
+    warm: int = 1,
+    timer: Callable[[Callable[[], Any], torch.device], float] = timed,
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round. Each round runs all of them once, in random order,
-    after `warm` rounds that do not count.
+    after `warm` rounds that do not count. timer: what a run of one took, where that is not all of
+    it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warm + rounds):
         for name in random.sample(list(variants), len(variants)):
-            elapsed = timed(variants[name], device)
+            elapsed = timer(variants[name], device)
             if number >= warm:
                 seconds[name].append(elapsed)
     return seconds

@@ -84,7 +84,8 @@ def run(name: str, arguments: Sequence[str] | None = None, *, program: str | Non
     options = parser.parse_args(arguments)
     if (check := getattr(command, "check", None)) and (wrong := check(options)):
         parser.error(wrong)
-    from dsv3_mtp.config.launcher import check_numbers  # not above: --help loads no pydantic
+    from dsv3_mtp.config import code  # not above: --help loads no pydantic
+    from dsv3_mtp.config.launcher import check_numbers
 
     try:
         check_numbers()
@@ -99,6 +100,10 @@ def run(name: str, arguments: Sequence[str] | None = None, *, program: str | Non
         return _fail(f"error: {named or error}", 2)
     except ValueError as error:
         return _fail(f"error: {error}", 2)
+    except Exception as error:
+        if (where := code.place(error)) is None:
+            raise
+        return _fail(f"error: {where}: {type(error).__name__}: {error}", 2)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or getattr(command, "INTERRUPTED", "interrupted"), 130)
 

@@ -9,12 +9,14 @@ already 0.1. A progress outside [0, 1] is a ValueError in every function.
 
 import json
 from math import ceil, floor, inf
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dsv3_mtp.config.curves import cosine, line, position
 from dsv3_mtp.config.depth_weights import DepthRule
 from dsv3_mtp.config.loss_weights import AdaptiveSchedule, LambdaSchedule, State
 from dsv3_mtp.config.mtp import MTPConfig
+from dsv3_mtp.config.reader import show
 from dsv3_mtp.config.training import OptimConfig, TrainConfig
 
 if TYPE_CHECKING:  # run.py asks depth_loss_weights for one of its rules
@@ -52,16 +54,26 @@ def mtp_loss_weight(
         weight = loss_weight.weight_in(state, progress)
     else:
         weight = loss_weight.weight(progress)
+<<<<<<< HEAD
     if not 0 <= weight < inf:  # also false for nan
         text = f"{loss_weight.type} must give a number >= 0"
         raise ValueError(f"mtp.loss_weight: {text} (got {weight} at progress {progress})")
+=======
+    if not isinstance(weight, Real) or not 0 <= weight < inf:  # also false for nan
+        raise ValueError(
+            f"mtp.loss_weight: {loss_weight.type} must give a number >= 0 "
+            f"(got {show(weight)} at progress {progress})"
+        )
+>>>>>>> main
     return weight
 
 
 def first_state(mtp: MTPConfig) -> State | None:
     """The state of lambda's schedule before the first step; None: it has none."""
     schedule = mtp.loss_weight
-    return schedule.first_state() if isinstance(schedule, AdaptiveSchedule) else None
+    if not isinstance(schedule, AdaptiveSchedule):
+        return None
+    return _saved(schedule, schedule.first_state())
 
 
 def next_state(mtp: MTPConfig, state: State | None, metrics: dict[str, float]) -> State | None:
@@ -71,12 +83,18 @@ def next_state(mtp: MTPConfig, state: State | None, metrics: dict[str, float]) -
     schedule = mtp.loss_weight
     if state is None or not isinstance(schedule, AdaptiveSchedule):
         return None
+    return _saved(schedule, schedule.next_state(state, metrics))
+
+
+def _saved(schedule: AdaptiveSchedule, state: Any) -> State:
+    """As JSON gives it back."""
+    where = f"mtp.loss_weight: the state of {schedule.type}"
+    if not isinstance(state, dict):
+        raise ValueError(f"{where} must be a mapping (got {show(state)})")
     try:
-        return json.loads(json.dumps(schedule.next_state(state, metrics), allow_nan=False))
+        return json.loads(json.dumps(state, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"mtp.loss_weight: the state of {schedule.type} cannot be saved: {error}"
-        ) from None
+        raise ValueError(f"{where} cannot be saved: {error}") from None
 
 
 def active_depths(

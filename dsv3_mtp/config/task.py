@@ -1,5 +1,6 @@
 """What the program asks of a generated task. The tasks themselves are files of dsv3_mtp/tasks."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -57,22 +58,29 @@ class Task(Section):
         Task.EVERY.update(cls.METRICS)
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """Token ids, padding included."""
-        raise NotImplementedError(f"{type(self).__name__} has no vocab_size")
 
     @property
+    @abstractmethod
     def example_length(self) -> int:
         """Tokens of the longest example."""
-        raise NotImplementedError(f"{type(self).__name__} has no example_length")
 
+    @abstractmethod
     def stream(self, seq_len: int, key: tuple[int, int] | None) -> Stream:
+<<<<<<< HEAD
         """key: (seed, number of the source) for training; None for validation, always the same."""
         raise NotImplementedError(f"{type(self).__name__} has no stream(seq_len, key)")
+=======
+        """key: (seed, number of the source) for training; None for validation, the same in every
+        run.
+        """
+>>>>>>> main
 
+    @abstractmethod
     def grading(self, seq_len: int, mtp: Any, generate: Generate) -> Grading:
         """mtp: the heads' MTPConfig."""
-        raise NotImplementedError(f"{type(self).__name__} has no grading(seq_len, mtp, generate)")
 
     def prompts(self, count: int) -> tuple[list[list[int]], int] | None:
         """The text before the last answer of `count` validation examples, and the length of the

@@ -5,6 +5,7 @@ from typing import Any
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.source import SourceSection
+from dsv3_mtp.data.own import OwnSource
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.sampler import Sampler, is_masked
 from dsv3_mtp.data.source import (
@@ -89,7 +90,7 @@ def validation_source(config: Config, split: str = "val") -> DataSource:
 
 def _open(config: Config, data: str | SourceSection, split: str) -> DataSource:
     if not isinstance(data, str):
-        return data.open(split)
+        return OwnSource(data, split, config.model.vocab_size)
     tokenizer = Path(config.train.init_from or "", "tokenizer.json")
     options = f" --vocab-size {config.model.vocab_size}"
     if config.train.init_from is not None and tokenizer.is_file():

@@ -248,7 +248,8 @@ class ChainDrafter(Drafter):
         return self.modules if self.options.chain == "hidden" else 1
 
     def drafting(self) -> Drafting | None:
-        if self.modules != 1 or (self.options.chain == "trunk" and self.depth > 1):
+        restarts = self.options.chain == "trunk" and self.depth > 1
+        if type(self) is not ChainDrafter or self.modules != 1 or restarts:
             return None
         layers = self.decoder.heads[0].layer.by_c
         normed = self.options.trunk_hidden == "post_norm"

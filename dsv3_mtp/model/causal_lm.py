@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.config.code import is_code
 from dsv3_mtp.config.layout import layers_read
 from dsv3_mtp.model.layers import RMSNorm, rotary_angles
 from dsv3_mtp.model.loss import MTPLoss
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
+from dsv3_mtp.model.own_heads import check_rows
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, LMHead, TrunkStates, row_keys
 from dsv3_mtp.model.targets import document_starts
 from dsv3_mtp.model.trunk import Trunk
@@ -34,6 +36,7 @@ class DeepseekV3MTP(nn.Module):
         super().__init__()
         self.config, self.mtp_config, self.shard = config, mtp, given().shard
         self.offsets, self.lookahead = mtp.offsets, mtp.lookahead
+        self.own = is_code(mtp.mode)  # the heads are of a file of one's own
         self.model = Trunk(config, frozenset(layers_read(mtp)))
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         with building(given().heads or given()):
@@ -132,6 +135,9 @@ class DeepseekV3MTP(nn.Module):
         )
         with self.lm_head.held(constant=detach == "all"):
             heads = self.mtp(inputs)
+        if self.own:
+            routers = sum(isinstance(module, Gate) for module in self.mtp.modules())
+            check_rows(self.mtp_config, heads, trunk.post_norm.shape[:2], routers)
         return HeadOutput([main, *heads.rows], [*stats, *heads.stats], heads.kept)
 
     def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:

@@ -154,11 +154,17 @@ class Engine:
 
     @named("forward")
     def forward(self, *inputs: Any) -> MTPOutput:
-        return self.engine(*inputs)
+        with self._launched():
+            return self.engine(*inputs)
+
+    def _launched(self) -> contextlib.AbstractContextManager[None]:
+        """ZeRO-3 reads this in every forward, and not every process has a launcher."""
+        return environment({"LOCAL_RANK": str(self.world.local_rank)})
 
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
         """The model's `evaluate`: sums for this rank's micro-batches but the last `blanks`."""
-        return self.model.evaluate(self.own(batch), blanks=blanks)
+        with self._launched():
+            return self.model.evaluate(self.own(batch), blanks=blanks)
 
     @named("backward")
     def backward(self, loss: Tensor, *, last: bool) -> None:

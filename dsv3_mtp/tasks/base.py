@@ -8,6 +8,7 @@ met in training.
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from dsv3_mtp.config.reader import show
 from dsv3_mtp.config.section import Integer
 from dsv3_mtp.config.task import Generate, Stream, Task
 
@@ -69,9 +71,9 @@ class ExampleTask(Task):
 
     loss_on: LossOn
 
+    @abstractmethod
     def example(self, draws: Draws) -> Example:
         """One example from these random numbers."""
-        raise NotImplementedError(f"{type(self).__name__} has no example(draws)")
 
     @property
     def hard_token(self) -> int:
@@ -132,7 +134,30 @@ class ExampleStream(Stream):
     def examples(self, index: int) -> list[Example]:
         """The examples of row `index`."""
         numbers = range(index * self.per_row, (index + 1) * self.per_row)
-        return [self.task.example(Draws(*self.key, number)) for number in numbers]
+        made = [self.task.example(Draws(*self.key, number)) for number in numbers]
+        return [checked(self.task, example) for example in made]
+
+
+def checked(task: ExampleTask, example: Any) -> Example:
+    """What a task's `example` has made, if it keeps to what the task says of itself.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not isinstance(example, Example):
+        raise ValueError(f"data.task: {task.type} makes a {type(example).__name__}, no Example")
+    wrong, tokens = None, np.array(example.tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        wrong = f"tokens that are not whole numbers: {show(example.tokens)}"
+    elif not 0 < len(tokens) <= task.example_length:
+        wrong = f"{len(tokens)} tokens, where example_length is {task.example_length}"
+    elif tokens.min() < 0 or tokens.max() >= task.vocab_size:
+        wrong = f"ids {tokens.min()}..{tokens.max()}, where vocab_size is {task.vocab_size}"
+    elif not all(0 < start < stop <= len(tokens) for start, stop in example.answers):
+        wrong = f"answers {show(example.answers)} in {len(tokens)} tokens, the first a prompt"
+    if wrong is not None:
+        raise ValueError(f"data.task: an example of {task.type} has {wrong}")
+    return example
 
 
 class ExampleGrading:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dsv3_mtp.config import Config, schedules
+from dsv3_mtp.config import Config, code, schedules
 from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.hf import load_weights
@@ -283,7 +283,8 @@ class Trainer:
         """Raises NonFiniteError."""
         if bad := non_finite(record):
             where = f"step {record.get('step', self.step + 1)} ({self.tokens:,} tokens)"
-            raise NonFiniteError(words.non_finite(where, bad, self.folder))
+            own = code.named(self.config.to_dict())
+            raise NonFiniteError(words.non_finite(where, bad, self.folder, own))
 
     @named("data")
     def next_batch(self, rows: int, share: dict[str, int]) -> Batch:

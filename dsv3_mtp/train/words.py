@@ -104,13 +104,16 @@ def leak(step: int, record: Mapping[str, Any], val: DataSource) -> str | None:
     )
 
 
-def non_finite(where: str, bad: Sequence[str], folder: Path) -> str:
-    """What stopped the run in `folder`: metrics that are nan or infinite."""
+def non_finite(where: str, bad: Sequence[str], folder: Path, own: Sequence[str] = ()) -> str:
+    """What stopped the run in `folder`: metrics that are nan or infinite. own: code outside the
+    package that the run computes with.
+    """
     last = newest_checkpoint(folder / "checkpoints")
     remedy = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
     return (
         f"{where}: {', '.join(bad)}; {remedy}. "
-        "Lower optim.lr or optim.grad_clip, or look at the data of this step."
+        f"Lower optim.lr or optim.grad_clip, or look at {' and '.join([*own, ''])}"
+        "the data of this step."
     )
 
 
