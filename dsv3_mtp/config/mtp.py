@@ -150,21 +150,11 @@ class MTPConfig(Section):
             yield "num_nextn_predict_layers", f"{text}; mtp.mode=none turns the heads off"
         elif self.mode != "none" and parsed is not None:
             yield from self.kind.problems(self)
-<<<<<<< HEAD
+            yield from head_problems(self) if is_code(self.mode) else ()
         count = len(self.depth_weights) if isinstance(self.depth_weights, tuple) else self.depths
         if self.mode != "none" and count != self.depths:
             text = f"must hold num_nextn_predict_layers = {self.depths} numbers (got {count})"
             yield "depth_weights", text
-=======
-            yield from head_problems(self) if is_code(self.mode) else ()
-        if (
-            self.mode != "none"
-            and isinstance(self.depth_weights, tuple)
-            and len(self.depth_weights) != self.depths
-        ):
-            text = f"must hold num_nextn_predict_layers = {self.depths} numbers"
-            yield "depth_weights", f"{text} (got {len(self.depth_weights)})"
->>>>>>> main
         for key, default in unused_keys(self.mode).items():
             if key in type(self).model_fields and getattr(self, key) != default:
                 yield key, without_effect(self.mode, getattr(self, key), default)

@@ -54,17 +54,9 @@ def mtp_loss_weight(
         weight = loss_weight.weight_in(state, progress)
     else:
         weight = loss_weight.weight(progress)
-<<<<<<< HEAD
-    if not 0 <= weight < inf:  # also false for nan
-        text = f"{loss_weight.type} must give a number >= 0"
-        raise ValueError(f"mtp.loss_weight: {text} (got {weight} at progress {progress})")
-=======
     if not isinstance(weight, Real) or not 0 <= weight < inf:  # also false for nan
-        raise ValueError(
-            f"mtp.loss_weight: {loss_weight.type} must give a number >= 0 "
-            f"(got {show(weight)} at progress {progress})"
-        )
->>>>>>> main
+        text = f"{loss_weight.type} must give a number >= 0"
+        raise ValueError(f"mtp.loss_weight: {text} (got {show(weight)} at progress {progress})")
     return weight
 
 

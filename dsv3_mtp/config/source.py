@@ -14,16 +14,7 @@ class SourceSection(Section):
 
     @abstractmethod
     def open(self, split: str) -> Any:
-<<<<<<< HEAD
         """The data.source.DataSource of "train" or "val". Raises ValueError: there is none."""
-        raise NotImplementedError(f"{type(self).__name__} has no open(split)")
-=======
-        """The dsv3_mtp.data.source.DataSource of a split, "train" or "val".
-
-        Raises:
-            ValueError: there is nothing to open, or no such split.
-        """
->>>>>>> main
 
 
 SOURCES: Registry[SourceSection] = Registry("data source", SourceSection)

@@ -69,14 +69,7 @@ class Task(Section):
 
     @abstractmethod
     def stream(self, seq_len: int, key: tuple[int, int] | None) -> Stream:
-<<<<<<< HEAD
         """key: (seed, number of the source) for training; None for validation, always the same."""
-        raise NotImplementedError(f"{type(self).__name__} has no stream(seq_len, key)")
-=======
-        """key: (seed, number of the source) for training; None for validation, the same in every
-        run.
-        """
->>>>>>> main
 
     @abstractmethod
     def grading(self, seq_len: int, mtp: Any, generate: Generate) -> Grading:

@@ -85,7 +85,7 @@ def folders(root: Path) -> dict[str, Path]:
     found = {"fp8": root / "fp8", "pow2": root / "pow2-fp8"}
     for name, dtype in (("fp8", "bf16"), ("fp8", "fp32"), ("pow2", "bf16")):
         out = root / f"{name}-{dtype}"
-        import_hf(found[name], out, sets=["train.batch_size=4"], data="none", dtype=dtype)
+        import_hf(found[name], out, data="none", dtype=dtype)
         found[f"{name}-{dtype}"] = out / "weights"
     return found
 

@@ -20,14 +20,7 @@ class LambdaSchedule(Section):
 
     @abstractmethod
     def weight(self, progress: float) -> float:
-<<<<<<< HEAD
         """lambda >= 0 of a step. progress: share of train.total_tokens consumed before it."""
-        raise NotImplementedError(f"{type(self).__name__} has no weight(progress)")
-=======
-        """lambda >= 0 of a step. progress: fraction in [0, 1] of train.total_tokens that was
-        consumed before the step.
-        """
->>>>>>> main
 
 
 class AdaptiveSchedule(LambdaSchedule):
