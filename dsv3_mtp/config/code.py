@@ -28,10 +28,8 @@ def is_code(name: Any) -> bool:
 
 
 def find(name: str) -> Any:
-    """The object that package.module:Class names.
-
-    Raises:
-        ValueError: it is not there, or its module cannot be imported; one sentence.
+    """The object that package.module:Class names. Raises ValueError: it is not there, or its module
+    cannot be imported; one sentence.
     """
     module, _, attribute = name.partition(":")
     if (here := os.getcwd()) not in sys.path:

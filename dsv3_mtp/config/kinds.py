@@ -16,11 +16,7 @@ def heads() -> dict[str, Any]:
 
 
 def head_kind(mode: str) -> Any:
-    """The class that `mtp.mode` names; None for none.
-
-    Raises:
-        ValueError: there is no such kind of head, or no such class.
-    """
+    """The class that `mtp.mode` names; None for none. Raises ValueError: there is none."""
     if mode == "none":
         return None
     if not code.is_code(mode):
@@ -32,11 +28,7 @@ def head_kind(mode: str) -> Any:
 
 
 def objective_kind(name: str) -> Any:
-    """The class that a name in `mtp.objective` stands for. Imports torch.
-
-    Raises:
-        ValueError: there is no such objective, or no such class.
-    """
+    """The class that a name in `mtp.objective` stands for. Raises ValueError: there is none."""
     if not code.is_code(name):
         known = importlib.import_module("dsv3_mtp.objectives").registry()
         if name not in known:

@@ -42,11 +42,7 @@ class Registry(Mapping[str, type[S]]):
         return self._classes
 
     def register(self, found: type[S]) -> type[S]:
-        """Class decorator. The class is known by the default of its key `type`.
-
-        Raises:
-            ValueError: another class has this name.
-        """
+        """Of a class known by the default of its `type`. Raises ValueError: there is another."""
         name = found.model_fields["type"].default
         if name in self._classes:
             raise ValueError(f"there are two of {self.kind} {name!r}")

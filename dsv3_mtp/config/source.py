@@ -14,11 +14,7 @@ class SourceSection(Section):
 
     @abstractmethod
     def open(self, split: str) -> Any:
-        """The dsv3_mtp.data.source.DataSource of a split, "train" or "val".
-
-        Raises:
-            ValueError: there is nothing to open, or no such split.
-        """
+        """The data.source.DataSource of "train" or "val". Raises ValueError: there is none."""
 
 
 SOURCES: Registry[SourceSection] = Registry("data source", SourceSection)

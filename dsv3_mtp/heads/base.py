@@ -50,9 +50,7 @@ REGISTRY: dict[str, type["Head"]] = {}
 
 
 class SharedHead(nn.Module):
-    """The norm in front of the shared output head; every module owns one (`shared_head.norm` in
-    checkpoints).
-    """
+    """The norm in front of the shared output head; every module owns one (`shared_head.norm`)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -197,9 +195,7 @@ class Head(nn.Module, ABC):
 
     @classmethod
     def denominators(cls, counts: Tensor, weights: Tensor) -> Tensor:
-        """What the sums of depth 1..D are divided by, from their counts (.., D) and weights (D,):
-        each by its own.
-        """
+        """(.., D) what the sums of depths are divided by, from counts (.., D) and weights (D,)."""
         return counts
 
     def loss_terms(self, output: HeadOutput, scores: Scores) -> Mapping[str, Tensor]:

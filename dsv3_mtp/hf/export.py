@@ -165,9 +165,7 @@ def entries_of(slot: Slot, dtype: str) -> list[Entry]:
 
 
 def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> Iterator[Tensor]:
-    """The tensors of `entries_of` all slots; names of tensors with non-finite values are added to
-    `bad`.
-    """
+    """The tensors of `entries_of` all slots; `bad` gets the names of non-finite ones."""
     for slot in expected:
         tensor = read(slot)
         if not is_finite(tensor):
@@ -183,9 +181,7 @@ def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> 
 def _open_run(
     run: Path, config: Config, expected: list[Slot], modules: int, ema: bool
 ) -> tuple[Read, Path, list[str]]:
-    """(function from a slot to its tensor, where they come from, notes) of a run's newest
-    weights.
-    """
+    """(slot -> tensor, where they come from, notes) of a run's newest weights."""
     stored, notes = newest_weights(run, ema=ema)
     if stored is None and (run / IMPORTED).is_dir():
         return _open_imported(run, expected, modules)
@@ -231,9 +227,7 @@ def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read,
 
 
 def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
-    """MTP modules that are as they were initialised: no loss reached them, theirs or, by the chain,
-    a deeper one.
-    """
+    """MTP modules that are as initialised: no loss reached them, theirs or a deeper one."""
     if isinstance(config.mtp.loss_weight, AdaptiveSchedule):
         return  # its weights were the run's own: the config does not tell them
     source = Path(config.train.init_from or "")

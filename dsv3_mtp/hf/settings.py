@@ -1,6 +1,4 @@
-"""config.json of a DeepSeek-V3 checkpoint, to and from the `model` and `mtp` sections of a run;
-what is refused.
-"""
+"""config.json of a checkpoint, to and from `model` and `mtp` of a run; what is refused."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,39 +38,12 @@ FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
 READ_ONLY = {"rope_interleave": (True, None), "mtp_hidden_states_first": (False, None)}
 # Without influence on what the weights compute.
 UNUSED = {
-    *(
-        "architectures",
-        "auto_map",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "use_cache",
-        "_name_or_path",
-    ),
-    *(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "attention_dropout",
-        "pretraining_tp",
-        "ep_size",
-        "head_dim",
-    ),
-    *(
-        "aux_loss_alpha",
-        "seq_aux",
-        "qk_head_dim",
-        "output_router_logits",
-        "num_key_value_heads",
-        "quantization_config",
-    ),
-    *(
-        "num_nextn_predict_layers",
-        "num_mtp_layers",
-        "rope_parameters",
-        "return_dict",
-        "output_hidden_states",
-    ),
+    *("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache"),
+    *("_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
+    *("pretraining_tp", "ep_size", "head_dim", "aux_loss_alpha", "seq_aux", "qk_head_dim"),
+    *("output_router_logits", "num_key_value_heads", "quantization_config"),
+    *("num_nextn_predict_layers", "num_mtp_layers", "rope_parameters", "return_dict"),
+    *("output_hidden_states",),
 }
 YARN_PROBLEM = (
     "rope_scaling: mscale {mscale} with mscale_all_dim "

@@ -28,9 +28,7 @@ from dsv3_mtp.precision.stored import is_codes
 
 
 class DeepseekV3MTP(nn.Module):
-    """The model of DeepSeek-V3 section 2. `mtp.mode: none` is the plain language model, bit for
-    bit.
-    """
+    """The model of DeepSeek-V3 section 2; `mtp.mode: none` is the plain one, bit for bit."""
 
     frozen = False  # by `freeze_trunk`: only the heads learn
 
@@ -52,9 +50,7 @@ class DeepseekV3MTP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the weights that this process holds: a pipeline stage has the rest on the meta
-        device.
-        """
+        """Of the weights of this process: a pipeline stage has the rest on the meta device."""
         return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
 
     def forward(
@@ -158,9 +154,7 @@ class DeepseekV3MTP(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, blanks: int = 0) -> MTPOutput:
-        """The sums of the outputs for some micro-batches, in evaluation mode; the last `blanks` do
-        not count.
-        """
+        """Sums of the outputs for micro-batches in eval mode; the last `blanks` do not count."""
         total, training = self.no_output(), self.training
         self.eval()
         for left, (tokens, documents, scored) in zip(range(len(batch), 0, -1), batch, strict=True):
@@ -190,9 +184,7 @@ class DeepseekV3MTP(nn.Module):
         )
 
     def gates(self) -> list[Gate]:
-        """Every router, in the order of `MTPOutput.load`: the trunk's, then those of the MTP
-        modules.
-        """
+        """Every router, in the order of `MTPOutput.load`: the trunk's, then the MTP modules'."""
         return [module for module in self.modules() if isinstance(module, Gate)]
 
     @torch.no_grad()
@@ -207,9 +199,7 @@ class DeepseekV3MTP(nn.Module):
                 gate.update_bias(gate_load, speed)
 
     def freeze_trunk(self) -> None:
-        """Only the MTP heads go on learning: no gradient into embedding, trunk, its routers and the
-        output head.
-        """
+        """Only the heads go on learning: not embedding, trunk, its routers and output head."""
         self.frozen = True
         for part in (self.model, self.lm_head):
             part.requires_grad_(False)

@@ -111,10 +111,8 @@ Table = Mapping[str, Mapping[int, RunRecord]]  # arm -> seed -> what the run cam
 
 
 def parse_record(text: str, where: str, remedy: str) -> RunRecord:
-    """One record. where, remedy: of the error.
-
-    Raises:
-        ValueError: one sentence that names the place, what is wrong and what to do.
+    """One record. where, remedy: of the error. Raises ValueError: one sentence that names the
+    place, what is wrong and what to do.
     """
     try:
         tree = parse_json(text, dict[str, Any])
@@ -129,11 +127,7 @@ def parse_record(text: str, where: str, remedy: str) -> RunRecord:
 
 
 def read_results(folder: Path) -> RunRecord | None:
-    """results.json of a run folder; None when there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """results.json of a run folder; None: there is none. Raises ValueError: it is damaged."""
     path = folder / RESULTS
     if not path.exists():
         return None

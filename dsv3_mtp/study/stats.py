@@ -38,11 +38,7 @@ class Interval:
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """Student's interval of the mean. For a comparison give the paired differences.
-
-    Raises:
-        ValueError: there is no value, or one is not finite.
-    """
+    """Student's interval of a mean, or paired differences. Raises ValueError: no finite values."""
     x = np.asarray(values, dtype=np.float64)
     if not len(x) or not np.isfinite(x).all():
         raise ValueError(f"an interval needs finite values (got {list(values)})")

@@ -220,9 +220,7 @@ class Trainer:
         return step % self.config.log.every == 0 or step == 1 or done
 
     def optimizer_step(self) -> tuple[dict[str, Any], bool]:
-        """One step on the next global batch: its metrics, and whether some rank was asked to
-        stop.
-        """
+        """A step on the next global batch: its metrics, and whether a rank was asked to stop."""
         config, world, depths = self.config, self.world, self.config.mtp.depths
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
         step = schedules.coming_step(
@@ -356,9 +354,7 @@ class Trainer:
         )
 
     def resume(self, folder: Path, saved: checkpoint.SavedState) -> list[str]:
-        """Restores the state `saved` in `folder`, by any layout of ranks; returns what to tell the
-        user.
-        """
+        """Restores the state `saved` in `folder`, of any layout; returns what to tell the user."""
         here = describe(self.config, self.world.size)
         first, *notes = resume_notes(self.config, saved, folder, here)
         self.sampler.load_state_dict(saved["sampler"])

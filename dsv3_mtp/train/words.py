@@ -125,9 +125,7 @@ def ending(step: int, tokens: int, seconds: float, stopped_by: str | None) -> st
 
 
 def floors(record: Mapping[str, Any], why: str | None) -> list[str]:
-    """The n-gram floors beside the main loss. why: there are none; None: there was nothing to
-    count.
-    """
+    """The n-gram floors beside the main loss. why: there are none; None: nothing to count."""
     has = any(name.startswith("val/floor/") for name in record)
     lines = [floors_line(record) if has else why, early_training(record)]
     return [line for line in lines if line is not None]

@@ -20,9 +20,7 @@ class LambdaSchedule(Section):
 
     @abstractmethod
     def weight(self, progress: float) -> float:
-        """lambda >= 0 of a step. progress: fraction in [0, 1] of train.total_tokens that was
-        consumed before the step.
-        """
+        """lambda >= 0 of a step. progress: share of train.total_tokens consumed before it."""
 
 
 class AdaptiveSchedule(LambdaSchedule):
