@@ -179,7 +179,10 @@ class Fragments:
 
 
 def damaged(folder: Path, error: Exception) -> ValueError:
-    return ValueError(f"{folder}: damaged ({error}); {remedy(folder)}")
+    what: object = error
+    if isinstance(error, OSError) and error.filename:
+        what = f"{error.filename}: {error.strerror}"
+    return ValueError(f"{folder}: damaged ({what}); {remedy(folder)}")
 
 
 def remedy(folder: Path) -> str:
