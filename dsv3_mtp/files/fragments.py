@@ -171,13 +171,18 @@ class Fragments:
                 self._headers[rank] = read_places(path)
             except ValueError as error:
                 raise ValueError(f"{path.name}: {error}") from None
+            except OSError as error:
+                raise ValueError(f"{path.name}: {error.strerror or error}") from None
         if key not in self._headers[rank]:
             raise ValueError(f"{shard_name(rank)} holds no {key}")
         return self._headers[rank][key]
 
 
 def damaged(folder: Path, error: Exception) -> ValueError:
-    return ValueError(f"{folder}: damaged ({error}); {remedy(folder)}")
+    what: object = error
+    if isinstance(error, OSError) and error.filename:
+        what = f"{error.filename}: {error.strerror}"
+    return ValueError(f"{folder}: damaged ({what}); {remedy(folder)}")
 
 
 def remedy(folder: Path) -> str:
