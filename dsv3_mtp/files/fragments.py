@@ -171,6 +171,8 @@ class Fragments:
                 self._headers[rank] = read_places(path)
             except ValueError as error:
                 raise ValueError(f"{path.name}: {error}") from None
+            except OSError as error:
+                raise ValueError(f"{path.name}: {error.strerror or error}") from None
         if key not in self._headers[rank]:
             raise ValueError(f"{shard_name(rank)} holds no {key}")
         return self._headers[rank][key]
