@@ -17,6 +17,7 @@ Exit codes: 0 done, 2 a run or its data cannot be used.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,17 @@ def run(options: argparse.Namespace) -> None:
     tune(device)
     subject = opened(options.run, options, device)
     other = opened(options.against, options, device) if options.against else None
+    source, batches = text_of(subject, other, options), options.batches
+    batches = batches or subject.config.eval.batches
+    reading = f"reading {batches} batches of {source.path}, and other windows to fit probes on"
+    print(reading, file=sys.stderr)
     found = analyse(
-        subject,
-        other,
-        text_of(subject, other, options),
-        batches=options.batches or subject.config.eval.batches,
-        device=device,
-        trust_code=options.trust_code,
+        subject, other, source, batches=batches, device=device, trust_code=options.trust_code
     )
     content = json.dumps(as_json(found), indent=1)
     write_text(subject.folder / "analysis.json", content + "\n")
     draw(found, subject.folder / "analysis.png")
+    print(f"wrote analysis.json and analysis.png to {subject.folder}", file=sys.stderr)
     print(content if options.json else tables(found))
 
 

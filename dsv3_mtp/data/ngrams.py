@@ -12,6 +12,7 @@ floor has not learnt more than this table.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -181,8 +182,12 @@ def early_training(metrics: Mapping[str, float]) -> str | None:
     main, floor = metrics.get("val/main_loss"), metrics.get("val/floor/trigram")
     if main is None or floor is None or main < floor:
         return None
+    lower = [(name, metrics.get(f"val/floor/{name}", inf)) for name in ("unigram", "bigram")]
+    above = [
+        f", nor below the {name} floor ({value:.3f})," for name, value in lower if main >= value
+    ]
     return (
-        f"The main model ({main:.3f} nats per token) is not below the trigram floor "
-        f"({floor:.3f}) counted from its own training tokens: it has learnt no more than a table "
-        "of three tokens, and these are early-training numbers."
+        f"The main model ({main:.3f} nats per token) is not below the trigram floor ({floor:.3f})"
+        f"{''.join(above[:1])} counted from its own training tokens: it has learnt no more than a "
+        "table, and these are early-training numbers."
     )
