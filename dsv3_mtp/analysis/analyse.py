@@ -161,7 +161,8 @@ def group_all(
     else:
         stream = source.stream(length, None)
         starts = [stream.place(n, found.windows) * length for n in range(found.windows)]
-        names, classes = target_classes(source, starts, length, recorded_encoder(path))
+        encoder = recorded_encoder(path, subject.config.model.vocab_size)
+        names, classes = target_classes(source, starts, length, encoder)
         groups["class"] = rows_of(slots, names, classes, beside)
         python = is_python(source.path)
         found.classes_by = "Python's tokenizer" if python else "characters"

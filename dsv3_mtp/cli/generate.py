@@ -122,7 +122,9 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return model, config, None if tokenizer is None else recorded_encoder(tokenizer)
+    if tokenizer is None:
+        return model, config, None
+    return model, config, recorded_encoder(tokenizer, model.config.vocab_size)
 
 
 def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: Any) -> Any:

@@ -53,6 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check(options: argparse.Namespace) -> str | None:
     """What of the options would have no effect."""
     modes = ("dry_run", "report_only", "adopt")
+    if options.only and "" in options.only:
+        return "--only '': must name an arm, or the beginning of a run's name"
     if options.only and any(getattr(options, mode) for mode in modes):
         return "--only chooses what is run; it does not go with what runs nothing"
     if options.resume and not options.archive:
@@ -80,7 +82,8 @@ def rebuild(options: argparse.Namespace) -> int:
     folder = options.archive
     loaded = load_archive(folder, tuple(options.sets), trust_code=options.trust_code)
     out = options.out or folder
-    print(f"report: {write_report(loaded, read_plan(folder), read_archive(folder), out)}")
+    records = read_archive(folder, loaded.study.arms)
+    print(f"report: {write_report(loaded, read_plan(folder), records, out)}")
     return 0
 
 

@@ -20,7 +20,7 @@ from dsv3_mtp.data.megatron import token_dtype
 from dsv3_mtp.data.shards import INDEX, FolderIndex, SplitWriter, file_sha256
 from dsv3_mtp.data.tokenise import PROGRESS, ProgressCallback, Tokenising, TokenisingState
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
-from dsv3_mtp.files.atomic import lock, naming_file, replacing, sync, sync_tree, write_json
+from dsv3_mtp.files.atomic import lock, naming_file, replacing, sweep, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
@@ -240,5 +240,6 @@ def _finish(
         listing = {"manifest_hash": inputs.fingerprint, **inputs.origin, **inputs.listing()}
         write_json(partial / MANIFEST, listing)
     write_json(partial / INDEX, index)
-    for left in [partial / PROGRESS, *partial.glob("*.sizes"), *partial.glob(".*.tmp")]:
+    sweep(partial)
+    for left in [partial / PROGRESS, *partial.glob("*.sizes")]:
         left.unlink(missing_ok=True)

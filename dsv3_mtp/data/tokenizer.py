@@ -174,9 +174,19 @@ def load_encoder(path: Path, *, eos: str | int | None = None) -> DocumentEncoder
     return DocumentEncoder(tokenizer, max(vocab.values()) + 1, vocab[name], fim_ids, digest)
 
 
-def recorded_encoder(path: Path) -> DocumentEncoder:
-    """`load_encoder` with the end of text that the data or weights beside it were made with."""
-    return load_encoder(path, eos=recorded_eos(path))
+def recorded_encoder(path: Path, vocab_size: int) -> DocumentEncoder:
+    """`load_encoder` with the end of text that the data or weights beside it were made with.
+
+    Raises:
+        ValueError: as `load_encoder`; or it has ids that a model of `vocab_size` has not.
+    """
+    encoder = load_encoder(path, eos=recorded_eos(path))
+    if encoder.vocab_size > vocab_size:
+        raise ValueError(
+            f"{path}: has token ids up to {encoder.vocab_size - 1}, but the model's vocab_size is "
+            f"{vocab_size}: it belongs to another model; put back the model's own"
+        )
+    return encoder
 
 
 def fim_split(text: str, *, rate: float, seed: int, document: int) -> tuple[str, ...]:

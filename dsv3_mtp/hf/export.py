@@ -27,14 +27,8 @@ from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, report, slots, summarise
 from dsv3_mtp.hf.load import is_finite, mismatches, open_checkpoint, read_slot
 from dsv3_mtp.hf.readers import findings
-from dsv3_mtp.hf.settings import (
-    SPECIAL_IDS,
-    TYPES,
-    read_settings,
-    representable,
-    to_config_json,
-    write_settings,
-)
+from dsv3_mtp.hf.settings import TYPES, read_settings, representable, to_config_json, write_settings
+from dsv3_mtp.hf.special import SPECIAL_IDS
 from dsv3_mtp.hf.splice import TrunkFiles, splice
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
@@ -268,7 +262,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
             )
         ]
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    encoder = recorded_encoder(tokenizer)
+    encoder = recorded_encoder(tokenizer, config.model.vocab_size)
     eos_id = encoder.eos_id
     eos = encoder.tokenizer.id_to_token(eos_id)
     settings = {

@@ -13,6 +13,7 @@ from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.reader import problems_of
 from dsv3_mtp.files.atomic import write_json
 from dsv3_mtp.files.checked import read_json
+from dsv3_mtp.hf.special import SPECIAL_IDS, special_problems
 from dsv3_mtp.model.layers import yarn_mscale
 from dsv3_mtp.precision.quantise import BLOCK
 
@@ -54,7 +55,6 @@ LATENT_EPS = 1e-6
 # Our key, of an imported checkpoint whose MTP module was not trained as the released ones were.
 TRUNK_HIDDEN, STATES = "dsv3_mtp_trunk_hidden", ("post_norm", "pre_norm")
 MOST_MODULES = 64
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ def read_settings(folder: Path) -> HFSettings:
         )
     if (fed := content.get(TRUNK_HIDDEN, STATES[0])) not in STATES:
         problems.append(f"{TRUNK_HIDDEN}: must be one of {', '.join(STATES)} (got {fed!r})")
+    problems += special_problems(content)
     if problems:
         raise ValueError(
             "\n".join([f"{path}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)])

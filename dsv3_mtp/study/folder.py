@@ -133,7 +133,7 @@ def load_archived(
         raise ValueError(f"{target}: holds another study; give it --set run.name=NAME")
     if not (target / PLAN).exists():
         write_plan(target, plan)
-    unpack(loaded.study, read_archive(folder))
+    unpack(loaded.study, read_archive(folder, loaded.study.arms))
     return loaded
 
 
