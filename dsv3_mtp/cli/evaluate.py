@@ -13,7 +13,7 @@ Beside the numbers of a text stand its floors, which need no network: n-gram tab
 the tokens that the run was trained on (val/floor/unigram and so on), and drafters that are a
 constant distribution or a table of tokens (val/floor/overlap/constant, val/floor/overlap/table).
 --drafts says how drafts differ from the main model: KL, top-k coverage, calibration, what a
-threshold (p-min) keeps.
+threshold (p-min) keeps; with a --draft-depth beyond D also the overlap of recycled modules.
 
 Exit codes: 0 done, 2 the model, the data or a task cannot be used.
 """
@@ -76,7 +76,8 @@ def check(options: argparse.Namespace) -> str | None:
     if options.temperature is not None and not (options.prompts or options.drafts):
         return "--temperature: no effect with --prompts 0 and without --drafts"
     for key in ("draft_depth", "recycle", "draft_threshold"):
-        if getattr(options, key) is not None and not options.prompts:
+        drafts = options.drafts and key != "draft_threshold"
+        if getattr(options, key) is not None and not (options.prompts or drafts):
             return f"--{key.replace('_', '-')}: no effect with --prompts 0"
     if options.draft_vocab is not None and not (options.prompts or options.drafts):
         return "--draft-vocab: no effect with --prompts 0 and without --drafts"
@@ -130,6 +131,9 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     how |= {"trained": trained, "drafting": draft_settings(options, config)}
     if options.draft_depth or options.recycle:
         how["draft_depth"] = draft_depth(options, model)
+        if not options.prompts and how["draft_depth"] <= config.mtp.drafts:
+            text = f"no effect on --drafts up to D = {config.mtp.drafts}, all of which are measured"
+            raise ValueError(f"--draft-depth {how['draft_depth']}: {text}")
     for key in ("prompts", "new_tokens", "temperature", "drafts"):
         how[key] = getattr(options, key)
     results = {}

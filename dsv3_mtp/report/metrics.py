@@ -49,6 +49,15 @@ class MetricsLog:
         if self.path.exists():
             self._rewrite(_whole_lines(self.path))
 
+    @classmethod
+    def after(cls, path: Path, step: int) -> "MetricsLog":
+        """The log of a run that goes on after this step. For one rank alone: another that opened it
+        a moment later would bring back what was dropped, or lose what has come since.
+        """
+        log = cls(path)
+        log.truncate_after(step)
+        return log
+
     def append(self, record: Record) -> None:
         """Write one record. TypeError: a value is not a number, string, bool or None."""
         encoded = {key: _encode(key, value) for key, value in record.items()}

@@ -110,8 +110,8 @@ class Trainer:
         self.clock = Clock()
         if latest and saved:
             self.notes += self.resume(latest, saved)
-        self.log = MetricsLog(self.folder / "metrics.jsonl")
-        on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
+        path = self.folder / "metrics.jsonl"
+        self.log = on_main(self.world, lambda: MetricsLog.after(path, self.step or -1))
         on_main(self.world, self.open_monitors)
         # What this start is. A resumed run writes it after its first step: until then the folder
         # holds what the settings there made.
