@@ -192,7 +192,7 @@ class Trainer:
         config, total = self.config, self.config.train.total_tokens
         with Progress(total, total_steps=self.steps, silent=not self.world.is_main) as self.display:
             lines = words.header(config, self.size, self.world, self.sampler)
-            for note in [*lines, *self.notes]:
+            for note in [*lines, *words.busy(self.world), *self.notes]:
                 self.display.say(note)
             self.clock.start(self.tokens)
             stopping = warned = False

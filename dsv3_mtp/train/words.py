@@ -1,9 +1,12 @@
 """What a run says on the terminal beside its progress: how it starts, warns and ends."""
 
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.reader import show
@@ -24,6 +27,17 @@ def header(config: Config, size: ModelSize, world: World, sampler: Sampler) -> l
     lines = [model_pieces(config, size, world), data_pieces(config, world, sampler)]
     lines += [lambda_pieces(config)] if config.mtp.depths else []
     return [textwrap.fill(", ".join(line), WIDTH, subsequent_indent="    ") for line in lines]
+
+
+def busy(world: World) -> list[str]:
+    """Threads of one operation wait for the last: a core that is shared with another program can
+    make a step ten times as long (docs/log.md).
+    """
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if world.device.type != "cpu" or torch.get_num_threads() == 1 or load < cores:
+        return []
+    text = f"this machine is busy (load {load:.1f} on {cores} cores)"
+    return [f"note: {text}; train.threads: 1 may be much faster"]
 
 
 def model_pieces(config: Config, size: ModelSize, world: World) -> list[str]:
