@@ -147,7 +147,7 @@ def load(options: argparse.Namespace) -> tuple[Any, list[int], str]:
             raise ValueError(f"{options.run}: the run's data has no tokenizer.json here")
         model, name = run.model, str(options.run)
         prompt = (
-            recorded_encoder(run.tokenizer)
+            recorded_encoder(run.tokenizer, model.config.vocab_size)
             .tokenizer.encode(options.prompt, add_special_tokens=False)
             .ids
         )

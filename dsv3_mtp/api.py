@@ -48,7 +48,7 @@ class LanguageModel:
     def encoder(self) -> DocumentEncoder:
         if self.tokenizer is None:
             raise ValueError("there is no tokenizer.json beside these weights or their data")
-        return recorded_encoder(self.tokenizer)
+        return recorded_encoder(self.tokenizer, self.model.config.vocab_size)
 
     def generate(
         self,

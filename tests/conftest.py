@@ -152,11 +152,6 @@ def no_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    mark = "serve: runs another program's server on an export; skipped where VLLM_PYTHON names none"
-    config.addinivalue_line("markers", mark)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in tests/gpu needs a GPU. The files that take longest come first: two processes
     then end together.

@@ -85,9 +85,7 @@ def analyse(
         window_tokens=config.data.seq_len,
     )
     ours = read(subject, source, count, device, found.notes, trust_code)
-    theirs = None
-    if other is not None:
-        theirs = read(other, source, count, device, [], trust_code)
+    theirs = read(other, source, count, device, [], trust_code) if other else None
     beside = theirs.slots if theirs else None
     found.groups = group_all(found, subject, source, ours.slots, beside)
     found.probes = probe_all(found, config.model.vocab_size, ours, theirs)
@@ -147,10 +145,8 @@ def read(
     slots = read_slots(model, windows, tables=tables, trigrams=trigrams, **how)
     most = max(2, FIT_SLOTS // config.data.seq_len)
     rows = spare_windows(source, **size, most=most)
-    parts = [
-        tuple(array[start : start + micro] for array in rows)
-        for start in range(0, len(rows[0]), micro)
-    ]
+    starts = range(0, len(rows[0]), micro)
+    parts = [tuple(array[start : start + micro] for array in rows) for start in starts]
     return Read(slots, read_slots(model, parts, **how) if len(rows[0]) > 1 else None)
 
 
@@ -165,15 +161,14 @@ def group_all(
     else:
         stream = source.stream(length, None)
         starts = [stream.place(n, found.windows) * length for n in range(found.windows)]
-        names, classes = target_classes(source, starts, length, recorded_encoder(path))
+        encoder = recorded_encoder(path, subject.config.model.vocab_size)
+        names, classes = target_classes(source, starts, length, encoder)
         groups["class"] = rows_of(slots, names, classes, beside)
         python = is_python(source.path)
         found.classes_by = "Python's tokenizer" if python else "characters"
         if not python:
-            found.notes.append(
-                f"{source.path} is not known to be Python code (dsv3 prepare --corpus, or --input "
-                "of .py files): the classes are those of characters"
-            )
+            text = "is not known to be Python code (dsv3 prepare --corpus, or --input of .py files)"
+            found.notes.append(f"{source.path} {text}: the classes are those of characters")
     groups["entropy"] = rows_of(slots, *entropy_groups(slots.array("entropy")), beside)
     groups["position"] = rows_of(slots, *position_groups(found.windows, length), beside)
     return groups
@@ -190,27 +185,16 @@ def probe_all(
     elif FIT_SLOTS * vocab_size > MOST_ENTRIES:
         found.notes.append(f"no probes: {vocab_size:,} tokens in the vocabulary are too many")
     else:
-        return {
-            offset: probe_columns(
-                found,
-                offset,
-                *(_probe(one, offset, vocab_size) for one in (ours, theirs) if one is not None),
-            )
-            for offset in OFFSETS
-        }
+        runs = [ours, theirs] if theirs else [ours]
+        probed = {k: [_probe(one, k, vocab_size) for one in runs] for k in OFFSETS}
+        return {k: probe_columns(found, k, *each) for k, each in probed.items()}
     return {}
 
 
 def _probe(one: Read, offset: int, vocab_size: int) -> Probed:
     assert one.spare is not None
-    return probe(
-        one.spare.array("states"),
-        one.spare.array("tokens"),
-        one.slots.array("states"),
-        one.slots.array("tokens"),
-        offset=offset,
-        vocab_size=vocab_size,
-    )
+    parts = [part.array(name) for part in (one.spare, one.slots) for name in ("states", "tokens")]
+    return probe(*parts, offset=offset, vocab_size=vocab_size)
 
 
 def probe_columns(found: Analysis, offset: int, *probed: Probed) -> dict[str, Estimate]:
@@ -222,9 +206,8 @@ def probe_columns(found: Analysis, offset: int, *probed: Probed) -> dict[str, Es
     if worst > 1e-3:
         found.notes.append(f"the probe of t+{offset} has not converged (gradient {worst:.1g})")
     everywhere = np.ones_like(ours.probe, bool)
-    return {
-        name: value for name, x in columns.items() if (value := estimate(x, everywhere)) is not None
-    }
+    means = {name: estimate(x, everywhere) for name, x in columns.items()}
+    return {name: value for name, value in means.items() if value is not None}
 
 
 def as_json(found: Analysis) -> dict[str, Any]:

@@ -35,9 +35,8 @@ def is_python(path: str) -> bool:
         return False
     arguments = read_folder_index(Path(path)).get("arguments", {})
     inputs = arguments.get("inputs") or []
-    return arguments.get("corpus") in CORPORA or (
-        bool(inputs) and all(str(name).endswith(".py") for name in inputs)
-    )
+    of_files = bool(inputs) and all(str(name).endswith(".py") for name in inputs)
+    return of_files or arguments.get("corpus") in CORPORA
 
 
 def target_classes(
@@ -115,9 +114,7 @@ def _decide(text: str, codes: np.ndarray) -> int:
 
 
 def character_codes(text: str) -> np.ndarray | None:
-    """(characters,) number of PYTHON of every character; None: Python's tokenizer cannot read
-    it.
-    """
+    """(characters,) number of PYTHON of each character; None: Python's tokenizer cannot read it."""
     lines = list(io.StringIO(text, newline=""))  # \n, \r\n and \r end a line, as in Python
     starts = np.cumsum([0, *(len(line) for line in lines)])
     codes = np.full(len(text), PYTHON.index("space"))

@@ -1,6 +1,4 @@
-"""Loss and overlap by groups of slots: by the class of the target, by the entropy of the main
-head, by the place in the window.
-"""
+"""Loss and overlap by the class of the target, by entropy, by the place in the window."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -120,22 +120,20 @@ def table_losses(
     weights that a quarter of these windows gives.
     """
 
-    def events(of: slice) -> Events:
-        return Events(
-            targets[of].ravel(), (np.zeros(targets[of].size, np.int64), contexts[of].ravel())
-        )
+    def events(after: np.ndarray, before: np.ndarray) -> Events:
+        return Events(after.ravel(), (np.zeros(after.size, np.int64), before.ravel()))
 
     held = max(1, len(targets) // 4)
-    new = Events(new_targets.ravel(), (np.zeros(new_targets.size, np.int64), new_contexts.ravel()))
+    fitted = events(targets[:-held], contexts[:-held])
+    rest = events(targets[-held:], contexts[-held:])
+    everything, new = events(targets, contexts), events(new_targets, new_contexts)
     lower, known = (np.full(n, 1 / vocab_size) for n in (new.target.size, targets[-held:].size))
     found = []
     for length in (0, 1):
-        share, seen = Counts(events(slice(-held)), length, vocab_size).shares(
-            events(slice(-held, None))
-        )
+        share, seen = Counts(fitted, length, vocab_size).shares(rest)
         weights = em(share, known, seen)
         known = mix(share, seen, weights, known)
-        share, seen = Counts(events(slice(None)), length, vocab_size).shares(new)
+        share, seen = Counts(everything, length, vocab_size).shares(new)
         lower = mix(share, seen, weights, lower)
         found.append(-np.log(lower).reshape(new_targets.shape))
     return found[1], found[0]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dsv3_mtp.analysis.analyse import Analysis
 from dsv3_mtp.analysis.intervals import Estimate
-from dsv3_mtp.report.progress import quantity
+from dsv3_mtp.report.progress import columns, quantity
 
 TITLES = {
     "class": "by the class of the target ({})",
@@ -15,23 +15,20 @@ TITLES = {
 
 def tables(found: Analysis) -> str:
     """All of it."""
-    head = (
-        f"{found.run}, {quantity(found.tokens)} tokens, on {found.windows} windows of "
-        f"{found.window_tokens} tokens of {found.data}"
-    )
-    parts = [head]
+    windows = f"{found.windows} windows of {found.window_tokens} tokens of {found.data}"
+    parts = [f"{found.run}, {quantity(found.tokens)} tokens, on {windows}"]
     if found.against:
         parts.append(f"'minus': this run minus {found.against}, on the same windows")
     for name, groups in found.groups.items():
-        columns = list(dict.fromkeys(key for row in groups.values() for key in row))
-        rows = [[group, *(cell(row.get(key)) for key in columns)] for group, row in groups.items()]
+        keys = list(dict.fromkeys(key for row in groups.values() for key in row))
+        rows = [[group, *(cell(row.get(key)) for key in keys)] for group, row in groups.items()]
         title = TITLES[name].format(found.classes_by)
-        parts.append(table(title, ["", *map(heading, columns)], rows))
+        parts.append(table(title, ["", *map(heading, keys)], rows))
     if found.probes:
-        columns = list(next(iter(found.probes.values())))
-        rows = [[f"t+{k}", *(cell(row[key]) for key in columns)] for k, row in found.probes.items()]
+        keys = list(next(iter(found.probes.values())))
+        rows = [[f"t+{k}", *(cell(row[key]) for key in keys)] for k, row in found.probes.items()]
         title = "linear probes of the trunk's last state, nats"
-        parts.append(table(title, ["", *map(heading, columns)], rows))
+        parts.append(table(title, ["", *map(heading, keys)], rows))
     if found.routers:
         rows = [
             [str(one.depth), str(one.layer), cell(one.share), f"{one.independent:.3f}"]
@@ -72,11 +69,4 @@ def cell(value: Estimate | None) -> str:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
-
-    def text(line: Sequence[str]) -> str:
-        first, *rest = (cell.ljust(w) for cell, w in zip(line, widths, strict=True))
-        return "  ".join([first, *rest]).rstrip()
-
-    return "\n".join([title, *(f"  {text(line)}" for line in lines)])
+    return "\n".join([title, *(f"  {line}" for line in columns([header, *rows]))])

@@ -17,6 +17,7 @@ Exit codes: 0 done, 2 a run or its data cannot be used.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,15 @@ from dsv3_mtp.cli.command import add_run_options, add_window_options
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--run", required=True, metavar="RUN", help="run folder: its newest checkpoint"
-    )
-    parser.add_argument("--against", metavar="RUN", help="another run, read on the same windows")
-    parser.add_argument(
-        "--data", metavar="DIR", help="prepared folder or Megatron prefix (default: the run's own)"
-    )
-    add_window_options(
-        parser,
-        split="of a prepared folder",
-        batches=" of windows (default: the run's eval.batches)",
-    )
+    add = parser.add_argument
+    add("--run", required=True, metavar="RUN", help="run folder: its newest checkpoint")
+    add("--against", metavar="RUN", help="another run, read on the same windows")
+    text = "prepared folder or Megatron prefix (default: the run's own)"
+    add("--data", metavar="DIR", help=text)
+    text = " of windows (default: the run's eval.batches)"
+    add_window_options(parser, split="of a prepared folder", batches=text)
     add_run_options(parser)
-    parser.add_argument("--json", action="store_true", help="print analysis.json, not tables")
+    add("--json", action="store_true", help="print analysis.json, not tables")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -53,17 +49,17 @@ def run(options: argparse.Namespace) -> None:
     tune(device)
     subject = opened(options.run, options, device)
     other = opened(options.against, options, device) if options.against else None
+    source, batches = text_of(subject, other, options), options.batches
+    batches = batches or subject.config.eval.batches
+    reading = f"reading {batches} batches of {source.path}, and other windows to fit probes on"
+    print(reading, file=sys.stderr)
     found = analyse(
-        subject,
-        other,
-        text_of(subject, other, options),
-        batches=options.batches or subject.config.eval.batches,
-        device=device,
-        trust_code=options.trust_code,
+        subject, other, source, batches=batches, device=device, trust_code=options.trust_code
     )
     content = json.dumps(as_json(found), indent=1)
     write_text(subject.folder / "analysis.json", content + "\n")
     draw(found, subject.folder / "analysis.png")
+    print(f"wrote analysis.json and analysis.png to {subject.folder}", file=sys.stderr)
     print(content if options.json else tables(found))
 
 
@@ -72,23 +68,13 @@ def opened(folder: str, options: argparse.Namespace, device: Any) -> Any:
     from dsv3_mtp.analysis.analyse import Subject
     from dsv3_mtp.train.validation import open_model
 
-    model, config = open_model(
-        run=folder,
-        hf=None,
-        seq_len=None,
-        micro_batch_size=None,
-        ema=options.ema,
-        trust_code=options.trust_code,
-    )
+    own: Any = {"hf": None, "seq_len": None, "micro_batch_size": None}
+    model, config = open_model(run=folder, **own, ema=options.ema, trust_code=options.trust_code)
     return Subject(Path(folder), model.to(device), config)
 
 
 def text_of(subject: Any, other: Any, options: argparse.Namespace) -> Any:
-    """The text to read.
-
-    Raises:
-        ValueError: it is none, or of another tokenizer than a run's.
-    """
+    """The text to read. Raises ValueError: it is none, or of another tokenizer than a run's."""
     from dsv3_mtp.data.opening import validation_source
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
     from dsv3_mtp.files.run_folder import tokenizer_of

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # Of what an evaluation reads: a slip of the finger must not keep the machine for days.
 MOST_WINDOWS = 2**16
@@ -83,7 +84,8 @@ def run(name: str, arguments: Sequence[str] | None = None, *, program: str | Non
     options = parser.parse_args(arguments)
     if (check := getattr(command, "check", None)) and (wrong := check(options)):
         parser.error(wrong)
-    from dsv3_mtp.config.launcher import check_numbers  # not above: --help loads no pydantic
+    from dsv3_mtp.config import code  # not above: --help loads no pydantic
+    from dsv3_mtp.config.launcher import check_numbers
 
     try:
         check_numbers()
@@ -98,56 +100,41 @@ def run(name: str, arguments: Sequence[str] | None = None, *, program: str | Non
         return _fail(f"error: {named or error}", 2)
     except ValueError as error:
         return _fail(f"error: {error}", 2)
+    except Exception as error:
+        if (where := code.place(error)) is None:
+            raise
+        return _fail(f"error: {where}: {type(error).__name__}: {error}", 2)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or getattr(command, "INTERRUPTED", "interrupted"), 130)
 
 
-def add_config(parser: argparse.ArgumentParser, *, flag: str = "--config") -> None:
+def add_config(parser: argparse.ArgumentParser) -> None:
     """The options `--config` (a file, or the name of a shipped one) and `--set`."""
-    parser.add_argument(
-        flag,
-        dest="config",
-        required=True,
-        metavar="YAML",
-        type=find_config,
-        help="a file, or the name of a shipped one (`dsv3 configs`)",
-    )
+    text = "a file, or the name of a shipped one (`dsv3 configs`)"
+    how: Any = {"required": True, "metavar": "YAML", "type": find_config}
+    parser.add_argument("--config", **how, help=text)
     add_sets(parser)
 
 
 def add_sets(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="sets",
-        metavar="a.b=c",
-        help="override a setting; repeatable",
-    )
+    how: Any = {"action": "append", "default": [], "dest": "sets", "metavar": "a.b=c"}
+    parser.add_argument("--set", **how, help="override a setting; repeatable")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options `--ema` and `--trust-code` of commands that read a run's weights."""
-    parser.add_argument(
-        "--ema", action="store_true", help="of a run the average of the weights (train.ema_decay)"
-    )
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="import the code outside the package that the run's config names",
-    )
+    text = "of a run the average of the weights (train.ema_decay)"
+    parser.add_argument("--ema", action="store_true", help=text)
+    text = "import the code outside the package that the run's config names"
+    parser.add_argument("--trust-code", action="store_true", help=text)
 
 
 def add_window_options(parser: argparse.ArgumentParser, *, split: str, batches: str) -> None:
-    """The options `--split` and `--batches` of commands that read a text; the rest of their
-    help.
-    """
-    parser.add_argument(
-        "--split", default="val", choices=["train", "val", "shift"], help=f"{split} (default: val)"
-    )
-    parser.add_argument(
-        "--batches", type=at_least(1, MOST_WINDOWS), metavar="N", help=f"micro-batches{batches}"
-    )
+    """`--split` and `--batches` of commands that read a text; the rest of their help."""
+    add, splits = parser.add_argument, ["train", "val", "shift"]
+    add("--split", default="val", choices=splits, help=f"{split} (default: val)")
+    number = at_least(1, MOST_WINDOWS)
+    add("--batches", type=number, metavar="N", help=f"micro-batches{batches}")
 
 
 def at_least(bound: int, most: int = 2**31) -> Callable[[str], int]:
@@ -185,10 +172,8 @@ def find_config(name: str) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    """Says why and ends with `code`.
-
-    Most errors are found by every rank: rank 0 says it, and the launcher ends the others while they
-    wait.
+    """Says why and ends with `code`. Of an error on all ranks, rank 0 says it and the launcher ends
+    the others while they wait.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0" or not rank.isdecimal() or code == 130:

@@ -13,14 +13,10 @@ from pathlib import Path
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="for the page and its pictures"
-    )
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="import the code outside the package that the runs' configs name",
-    )
+    text = "for the page and its pictures"
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=text)
+    text = "import the code outside the package that the runs' configs name"
+    parser.add_argument("--trust-code", action="store_true", help=text)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -21,48 +21,32 @@ def share(text: str) -> float:
 
 def add_draft_options(group: Any) -> None:
     """group: a parser or a group of one."""
-    group.add_argument(
-        "--draft-depth",
-        type=at_least(1),
-        metavar="K",
-        help="drafts per step (default: the model's D)",
+    add, number = group.add_argument, at_least(1)
+    text = "drafts per step (default: the model's D)"
+    add("--draft-depth", type=number, metavar="K", help=text)
+    text = (
+        "what drafts beyond D: the last module at the next slots (as SGLang; vLLM at D = 1), "
+        "or modules 1..D again at the same slot (as vLLM at D > 1) (default: last)"
     )
-    group.add_argument(
-        "--recycle",
-        choices=("last", "cycle"),
-        help="what drafts beyond D: the last module at the next slots (as SGLang; vLLM at D = 1), "
-        "or modules 1..D again at the same slot (as vLLM at D > 1) (default: last)",
-    )
-    group.add_argument(
-        "--draft-threshold",
-        type=share,
-        metavar="P",
-        help="draft no further where the draft's top probability, or the head's confidence, is "
-        "below P (default: 0)",
-    )
-    group.add_argument(
-        "--draft-vocab",
-        type=at_least(1),
-        metavar="N",
-        help="of a run: draft among the N most frequent tokens of its training text (default: all)",
-    )
+    add("--recycle", choices=("last", "cycle"), help=text)
+    text = "draft no further where the draft's top probability, or the head's confidence, is below"
+    add("--draft-threshold", type=share, metavar="P", help=f"{text} P (default: 0)")
+    text = "of a run: draft among the N most frequent tokens of its training text (default: all)"
+    add("--draft-vocab", type=number, metavar="N", help=text)
 
 
 def draft_depth(options: argparse.Namespace, model: Any) -> int:
-    """Drafts per step; says so where the heads make fewer than --draft-depth.
-
-    Raises:
-        ValueError: so many drafts never fit, or none is made by a module that is used again, and
-            --recycle says by which.
+    """Drafts per step; says so where the heads make fewer than --draft-depth. Raises ValueError: so
+    many drafts never fit, or none is made by a module that is used again, and --recycle says by
+    which.
     """
     from dsv3_mtp.decode.draft import draft_limit
 
     own = max(model.mtp_config.drafts, 1)
     depth = options.draft_depth or own
     if depth >= (longest := model.config.max_position_embeddings):
-        raise ValueError(
-            f"--draft-depth {depth}: must be < model.max_position_embeddings = {longest}"
-        )
+        text = f"must be < model.max_position_embeddings = {longest}"
+        raise ValueError(f"--draft-depth {depth}: {text}")
     limit = draft_limit(model, depth)
     if options.recycle and limit <= own:
         raise ValueError(
@@ -71,10 +55,9 @@ def draft_depth(options: argparse.Namespace, model: Any) -> int:
             + ("give a larger --draft-depth" if draft_limit(model, own + 1) > own else "drop it")
         )
     if 0 < limit < depth:
-        heads = (
-            f"the model has {model.depths} independent heads, which draft at most {limit} tokens"
-        )
-        print(f"note: --draft-depth {depth} drafts {limit}: {heads}", file=sys.stderr)
+        heads = f"{model.depths} independent heads, which draft at most {limit} tokens"
+        note = f"--draft-depth {depth} drafts {limit}: the model has {heads}"
+        print(f"note: {note}", file=sys.stderr)
         return limit
     return depth
 

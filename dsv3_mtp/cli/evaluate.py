@@ -13,7 +13,7 @@ Beside the numbers of a text stand its floors, which need no network: n-gram tab
 the tokens that the run was trained on (val/floor/unigram and so on), and drafters that are a
 constant distribution or a table of tokens (val/floor/overlap/constant, val/floor/overlap/table).
 --drafts says how drafts differ from the main model: KL, top-k coverage, calibration, what a
-threshold (p-min) keeps.
+threshold (p-min) keeps; with a --draft-depth beyond D also the overlap of recycled modules.
 
 Exit codes: 0 done, 2 the model, the data or a task cannot be used.
 """
@@ -30,18 +30,8 @@ from dsv3_mtp.cli.drafting import add_draft_options, draft_depth, draft_settings
 # What `check` compares with the given options.
 DEFAULTS = {"split": "val", "prompts": 8, "drafts": False}
 LOSSES_ONLY = (
-    "data",
-    "split",
-    "batches",
-    "seq_len",
-    "prompts",
-    "new_tokens",
-    "temperature",
-    "drafts",
-    "draft_depth",
-    "recycle",
-    "draft_threshold",
-    "draft_vocab",
+    *("data", "split", "batches", "seq_len", "prompts", "new_tokens", "temperature", "drafts"),
+    *("draft_depth", "recycle", "draft_threshold", "draft_vocab"),
 )
 TASKS_ONLY = ("lm_eval_include", "limit")
 
@@ -50,63 +40,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="RUN", help="run folder: its newest checkpoint")
     what.add_argument("--hf", metavar="DIR", help="folder with config.json and *.safetensors")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        metavar="DIR",
-        help="prepared folders or Megatron prefixes (default: what the run is validated on)",
-    )
-    add_window_options(
-        parser,
-        split="of prepared folders",
-        batches=" (default: the run's eval.batches, as in training; with --hf 16)",
-    )
-    parser.add_argument(
-        "--micro-batch-size",
-        type=at_least(1, MOST_WINDOWS),
-        metavar="N",
-        help="sequences per forward",
-    )
-    parser.add_argument("--seq-len", type=at_least(1), metavar="T", help="tokens per window")
-    parser.add_argument(
-        "--prompts",
-        type=at_least(0, MOST_WINDOWS),
-        default=8,
-        metavar="N",
-        help="prompts for acceptance; 0: leave it out (default: 8)",
-    )
-    parser.add_argument(
-        "--new-tokens",
-        type=at_least(3),
-        metavar="N",
-        help="behind each prompt, of which the first and the last have no draft (default: 64, "
-        "or half of what the model can read)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help="of acceptance and of --drafts (default: acceptance is greedy, --drafts at 1)",
-    )
-    parser.add_argument(
-        "--drafts", action="store_true", help="statistics of the drafts along the text as well"
-    )
+    add, windows = parser.add_argument, at_least(1, MOST_WINDOWS)
+    text = "prepared folders or Megatron prefixes (default: what the run is validated on)"
+    add("--data", nargs="+", metavar="DIR", help=text)
+    text = " (default: the run's eval.batches, as in training; with --hf 16)"
+    add_window_options(parser, split="of prepared folders", batches=text)
+    add("--micro-batch-size", type=windows, metavar="N", help="sequences per forward")
+    add("--seq-len", type=at_least(1), metavar="T", help="tokens per window")
+    text = "prompts for acceptance; 0: leave it out (default: 8)"
+    add("--prompts", type=at_least(0, MOST_WINDOWS), default=8, metavar="N", help=text)
+    text = "behind each prompt, of which the first and the last have no draft (default: 64, or half"
+    add("--new-tokens", type=at_least(3), metavar="N", help=f"{text} of what the model can read)")
+    text = "of acceptance and of --drafts (default: acceptance is greedy, --drafts at 1)"
+    add("--temperature", type=float, metavar="T", help=text)
+    add("--drafts", action="store_true", help="statistics of the drafts along the text as well")
     add_draft_options(parser)
     add_run_options(parser)
-    _add_tasks(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--lm-eval", metavar="TASK,...", help="run these tasks of lm-evaluation-harness instead"
-    )
-    parser.add_argument(
-        "--lm-eval-include", metavar="DIR", help="folder with task YAMLs of your own"
-    )
-    parser.add_argument(
-        "--limit", type=at_least(1), metavar="N", help="documents per task (default: all)"
-    )
+    add("--lm-eval", metavar="TASK,...", help="run tasks of lm-evaluation-harness instead")
+    add("--lm-eval-include", metavar="DIR", help="folder with task YAMLs of your own")
+    add("--limit", type=at_least(1), metavar="N", help="documents per task (default: all)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def check(options: argparse.Namespace) -> str | None:
@@ -123,7 +76,8 @@ def check(options: argparse.Namespace) -> str | None:
     if options.temperature is not None and not (options.prompts or options.drafts):
         return "--temperature: no effect with --prompts 0 and without --drafts"
     for key in ("draft_depth", "recycle", "draft_threshold"):
-        if getattr(options, key) is not None and not options.prompts:
+        drafts = options.drafts and key != "draft_threshold"
+        if getattr(options, key) is not None and not (options.prompts or drafts):
             return f"--{key.replace('_', '-')}: no effect with --prompts 0"
     if options.draft_vocab is not None and not (options.prompts or options.drafts):
         return "--draft-vocab: no effect with --prompts 0 and without --drafts"
@@ -142,14 +96,8 @@ def tasks(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Results of lm-evaluation-harness."""
     from dsv3_mtp.train.lm_eval import lm_eval
 
-    where = {
-        "run": options.run,
-        "hf": options.hf,
-        "ema": options.ema,
-        "trust_code": options.trust_code,
-        "include": options.lm_eval_include,
-    }
-    size = {"limit": options.limit, "batch_size": options.micro_batch_size or 1}
+    where = {key: getattr(options, key) for key in ("run", "hf", "ema", "trust_code", "limit")}
+    size = {"include": options.lm_eval_include, "batch_size": options.micro_batch_size or 1}
     return {"lm-eval": lm_eval(options.lm_eval.split(","), **where, **size)}
 
 
@@ -163,14 +111,8 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     from dsv3_mtp.train.floors import readable_training
     from dsv3_mtp.train.validation import open_model
 
-    model, config = open_model(
-        run=options.run,
-        hf=options.hf,
-        seq_len=options.seq_len,
-        micro_batch_size=options.micro_batch_size,
-        ema=options.ema,
-        trust_code=options.trust_code,
-    )
+    keys = ("run", "hf", "seq_len", "micro_batch_size", "ema", "trust_code")
+    model, config = open_model(**{key: getattr(options, key) for key in keys})
     sources = opened(options, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tune(device)  # as in training: the same bits
@@ -185,24 +127,18 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     if not config.mtp.depths and (given := [key for key in own if getattr(options, key)]):
         names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
         raise ValueError(f"{names}: the model has no MTP heads to draft with")
-    drafting = draft_settings(options, config)
-    depth = draft_depth(options, model) if options.draft_depth or options.recycle else None
+    how: dict[str, Any] = {"batches": options.batches or config.eval.batches, "device": device}
+    how |= {"trained": trained, "drafting": draft_settings(options, config)}
+    if options.draft_depth or options.recycle:
+        how["draft_depth"] = draft_depth(options, model)
+        if not options.prompts and how["draft_depth"] <= config.mtp.drafts:
+            text = f"no effect on --drafts up to D = {config.mtp.drafts}, all of which are measured"
+            raise ValueError(f"--draft-depth {how['draft_depth']}: {text}")
+    for key in ("prompts", "new_tokens", "temperature", "drafts"):
+        how[key] = getattr(options, key)
     results = {}
     for source in sources or [validation_source(config, options.split)]:
-        metrics, notes = evaluation(
-            model,
-            source,
-            config,
-            batches=options.batches or config.eval.batches,
-            device=device,
-            trained=trained,
-            prompts=options.prompts,
-            new_tokens=options.new_tokens,
-            temperature=options.temperature,
-            drafts=options.drafts,
-            draft_depth=depth,
-            drafting=drafting,
-        )
+        metrics, notes = evaluation(model, source, config, **how)
         for note in [*notes, *(lost if source.text is not None else [])]:
             print(f"{source.path}: {note}", file=sys.stderr)
         results[source.path] = metrics
@@ -210,31 +146,22 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def opened(options: argparse.Namespace, config: Any) -> list[Any]:
-    """The sources that --data names.
-
-    Raises:
-        ValueError: they or --new-tokens do not fit the model.
-    """
+    """The sources that --data names. Raises ValueError: they or --new-tokens do not fit."""
     from dsv3_mtp.data.source import check_tokenizers, check_vocab, open_source, tokenizer_sha256
     from dsv3_mtp.files.run_folder import tokenizer_of
 
     longest, new_tokens = config.model.max_position_embeddings, options.new_tokens
     task = config.data.task
     if new_tokens is not None and new_tokens >= longest:
-        raise ValueError(
-            f"--new-tokens {new_tokens}: must be < model.max_position_embeddings = {longest}"
-        )
+        text = f"must be < model.max_position_embeddings = {longest}"
+        raise ValueError(f"--new-tokens {new_tokens}: {text}")
     if new_tokens is not None and task is not None and task.has_answers and not options.data:
-        raise ValueError(
-            f"--new-tokens: no effect on data.task {task.type}, "
-            "whose answers have a length of their own"
-        )
+        text = f"no effect on data.task {task.type}, whose answers have a length of their own"
+        raise ValueError(f"--new-tokens: {text}")
     sources: list = [open_source(path, options.split) for path in options.data or []]
-    tokenizer = (
-        tokenizer_of(config, Path(options.run))
-        if options.run
-        else Path(options.hf, "tokenizer.json")
-    )
+    tokenizer: Path | None = Path(options.hf or "", "tokenizer.json")
+    if options.run:
+        tokenizer = tokenizer_of(config, Path(options.run))
     own = (options.run or options.hf, tokenizer_sha256(tokenizer))
     for source in sources:
         check_vocab(source, config.model.vocab_size)
@@ -248,8 +175,5 @@ def show(results: dict[str, dict[str, float]], as_json: bool) -> None:
         return
     for source, metrics in results.items():
         width = max(map(len, metrics), default=0)
-        print(
-            "\n".join(
-                [source, *(f"  {name:{width}}  {value:.4f}" for name, value in metrics.items())]
-            )
-        )
+        lines = [f"  {name:{width}}  {value:.4f}" for name, value in metrics.items()]
+        print("\n".join([source, *lines]))

@@ -23,83 +23,49 @@ INTERRUPTED = "\ninterrupted"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--run", metavar="DIR", help="run folder, like runs/v3_tiny: its newest complete checkpoint"
-    )
-    source.add_argument(
-        "--hf", metavar="DIR", help="checkpoint in DeepSeek-V3's Hugging Face layout"
-    )
+    text = "run folder, like runs/v3_tiny: its newest complete checkpoint"
+    source.add_argument("--run", metavar="DIR", help=text)
+    source.add_argument("--hf", metavar="DIR", help="checkpoint in DeepSeek-V3's layout")
     add_run_options(parser)
-    _add_prompts(
-        parser.add_argument_group(
-            "prompts (each option repeats: a batch; without any, stdin is the prompt)"
-        )
-    )
+    title = "prompts (each option repeats: a batch; without any, stdin is the prompt)"
+    _add_prompts(parser.add_argument_group(title))
     _add_choice(parser.add_argument_group("choice of tokens"))
     drafts = parser.add_argument_group("self-speculative decoding")
-    drafts.add_argument(
-        "--speculative",
-        action="store_true",
-        help="draft with the MTP heads; the output stays the same",
-    )
+    text = "draft with the MTP heads; the output stays the same"
+    drafts.add_argument("--speculative", action="store_true", help=text)
     add_draft_options(drafts)
-    drafts.add_argument(
-        "--show-drafts",
-        action="store_true",
-        help="mark accepted drafts: green in a terminal, « » elsewhere",
-    )
-    parser.add_argument(
-        "--device", default=None, metavar="NAME", help="default: cuda if there is one, else cpu"
-    )
-    parser.add_argument("--threads", type=at_least(1, 1024), metavar="N", help="CPU threads")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile: a minute or more once, then faster"
-    )
+    text = "mark accepted drafts: green in a terminal, « » elsewhere"
+    drafts.add_argument("--show-drafts", action="store_true", help=text)
+    add = parser.add_argument
+    add("--device", metavar="NAME", help="default: cuda if there is one, else cpu")
+    add("--threads", type=at_least(1, 1024), metavar="N", help="CPU threads")
+    add("--compile", action="store_true", help="torch.compile: minutes once, then faster")
 
 
-def _add_prompts(text: Any) -> None:
-    text.add_argument("--prompt", action="append", default=[], metavar="TEXT")
-    text.add_argument(
-        "--prompt-file",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a whole file is one prompt",
-    )
-    text.add_argument(
-        "--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, like '5 9 3'"
-    )
+def _add_prompts(group: Any) -> None:
+    add, many = group.add_argument, {"action": "append", "default": []}
+    add("--prompt", **many, metavar="TEXT")
+    add("--prompt-file", **many, metavar="FILE", help="a whole file is one prompt")
+    add("--prompt-ids", **many, metavar="IDS", help="token ids, like '5 9 3'")
 
 
-def _add_choice(choice: Any) -> None:
-    choice.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    choice.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
-    )
-    choice.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens")
-    choice.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="only the most likely tokens up to P"
-    )
-    choice.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    choice.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TOKEN",
-        help="stop after this token: text or id",
-    )
-    choice.add_argument(
-        "--ignore-eos", action="store_true", help="go on behind the end-of-text token"
-    )
+def _add_choice(group: Any) -> None:
+    add = group.add_argument
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    add("--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy")
+    add("--top-k", type=int, metavar="K", help="only the K most likely tokens")
+    add("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest tokens up to P")
+    add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    text = "stop after this token: text or id"
+    add("--stop", action="append", default=[], metavar="TOKEN", help=text)
+    add("--ignore-eos", action="store_true", help="go on behind the end-of-text token")
 
 
 def check(options: argparse.Namespace) -> str | None:
     own = ("draft_depth", "recycle", "draft_threshold", "draft_vocab", "show_drafts")
-    given = [
-        f"--{key.replace('_', '-')}" for key in own if getattr(options, key) not in (None, False)
-    ]
+    given = [key.replace("_", "-") for key in own if getattr(options, key) not in (None, False)]
     if not options.speculative and given:
-        return f"{', '.join(given)}: only with --speculative"
+        return f"{', '.join(f'--{name}' for name in given)}: only with --speculative"
     if options.hf and options.ema:
         return "--ema goes with --run: an exported checkpoint holds one set of weights"
     return None
@@ -130,9 +96,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The model on its device, its config (None: of a folder without a run), and its tokenizer
-    (None: there is none).
-    """
+    """The model on its device, its config (None: no run) and its tokenizer (None: none there)."""
     import torch
 
     from dsv3_mtp.data.tokenizer import recorded_encoder
@@ -158,7 +122,9 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return model, config, None if tokenizer is None else recorded_encoder(tokenizer)
+    if tokenizer is None:
+        return model, config, None
+    return model, config, recorded_encoder(tokenizer, model.config.vocab_size)
 
 
 def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: Any) -> Any:
@@ -188,25 +154,14 @@ def settings_of(options: argparse.Namespace, model: Any, config: Any, encoder: A
 
 
 def timed(
-    model: Any,
-    prompts: list[list[int]],
-    settings: Any,
-    *,
-    encoder: Any,
-    names: list[str],
-    options: Any,
+    model: Any, prompts: list[list[int]], settings: Any, *, encoder: Any, names: Any, options: Any
 ) -> Any:
-    """Generates and prints: a single prompt as it comes, several one after the other. Returns
-    result and seconds.
-    """
+    """Generates and prints, a single prompt as it comes; returns result and seconds."""
     from dsv3_mtp.decode.generate import Acceptance, Generation, stream
 
     printers = [Printer(encoder, marks(drafts=options.show_drafts)) for _ in prompts]
-    texts, result, started = (
-        [""] * len(prompts),
-        Generation([[] for _ in prompts], Acceptance()),
-        None,
-    )
+    texts, started = [""] * len(prompts), None
+    result = Generation([[] for _ in prompts], Acceptance())
     steps = stream(model, prompts, settings)
     if len(prompts) == 1 and names != ["stdin"]:
         print(printers[0].opening(prompts[0]), end="", flush=True)
@@ -229,9 +184,7 @@ def timed(
 def summary(
     model: Any, prompts: list[list[int]], settings: Any, result: Any, seconds: float
 ) -> str:
-    """One line: speed, tokens per trunk forward, acceptance by position, speed-up over plain
-    decoding.
-    """
+    """Speed, tokens per trunk forward, acceptance by position, speed-up over plain decoding."""
     from dataclasses import replace
 
     from dsv3_mtp.decode.generate import generate
@@ -248,9 +201,8 @@ def summary(
         acceptance = result.acceptance
         parts.append(f"{acceptance.tokens_per_step:.2f} tokens per trunk forward")
         parts.append(f"{sum(acceptance.kept)} of {sum(acceptance.tried)} drafts accepted")
-        joint, conditional = (
-            " ".join(f"{p:.3f}" for p in x) for x in (acceptance.joint, acceptance.conditional)
-        )
+        shares = (acceptance.joint, acceptance.conditional)
+        joint, conditional = (" ".join(f"{p:.3f}" for p in part) for part in shares)
         if len(acceptance.tried) > 1:
             parts[-1] += f" (by position {joint} joint, {conditional} conditional)"
         plain_settings = replace(settings, draft_depth=0)
@@ -262,9 +214,6 @@ def summary(
             times[use.draft_depth] = (time.perf_counter() - start) / tokens
         parts.append(f"{times[0] / times[settings.draft_depth]:.2f}x plain decoding")
         if settings.temperature == 0:
-            parts.append(
-                "same tokens"
-                if plain.tokens == result.tokens
-                else "tokens differ: rounding at a near-tie"
-            )
+            same = plain.tokens == result.tokens
+            parts.append("same tokens" if same else "tokens differ: rounding at a near-tie")
     return ", ".join(parts)

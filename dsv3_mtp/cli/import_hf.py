@@ -23,51 +23,32 @@ INTERRUPTED = "interrupted; nothing is written"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--from", dest="source", required=True, metavar="DIR", help="config.json and *.safetensors"
-    )
-    parser.add_argument("--out", required=True, metavar="RUN", help="run folder to make")
-    parser.add_argument(
-        "--config",
-        metavar="YAML",
-        type=find_config,
-        help="take all sections but `model` from this run's config",
-    )
-    parser.add_argument("--data", metavar="DIR", help="prepared folder for data.train and data.val")
+    add = parser.add_argument
+    text = "config.json and *.safetensors"
+    add("--from", dest="source", required=True, metavar="DIR", help=text)
+    add("--out", required=True, metavar="RUN", help="run folder to make")
+    text = "take all sections but `model` from this run's config"
+    add("--config", metavar="YAML", type=find_config, help=text)
+    add("--data", metavar="DIR", help="prepared folder for data.train and data.val")
     add_sets(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=["bf16", "fp32"],
-        help="of the weights (default: as stored; bf16 for FP8)",
+    text = "of the weights (default: as stored; bf16 for FP8)"
+    add("--dtype", choices=["bf16", "fp32"], help=text)
+    text = "train MTP modules on this trunk, which stays as it is and where it is"
+    add("--frozen", action="store_true", help=text)
+    text = (
+        "the state of the trunk that its MTP module was trained on (default: post_norm, as "
+        "DeepSeek's; torchtitan's: pre_norm)"
     )
-    parser.add_argument(
-        "--frozen",
-        action="store_true",
-        help="train MTP modules on this trunk, which stays as it is and where it is",
-    )
-    parser.add_argument(
-        "--trunk-hidden",
-        choices=["post_norm", "pre_norm"],
-        help="the state of the trunk that its MTP module was trained on (default: post_norm, as "
-        "DeepSeek's; torchtitan's: pre_norm)",
-    )
-    parser.add_argument("--trunk-only", action="store_true", help="leave the MTP modules out")
+    add("--trunk-hidden", choices=["post_norm", "pre_norm"], help=text)
+    add("--trunk-only", action="store_true", help="leave the MTP modules out")
 
 
 def run(options: argparse.Namespace) -> None:
     from dsv3_mtp.hf import import_hf
     from dsv3_mtp.plan.outlook import outlook
 
-    notes = import_hf(
-        options.source,
-        options.out,
-        base=options.config,
-        sets=options.sets,
-        data=options.data,
-        dtype=options.dtype,
-        trunk_only=options.trunk_only,
-        frozen=options.frozen,
-        trunk_hidden=options.trunk_hidden,
-    )
+    keys = ("sets", "data", "dtype", "trunk_only", "frozen", "trunk_hidden")
+    what = {key: getattr(options, key) for key in keys}
+    notes = import_hf(options.source, options.out, base=options.config, **what)
     notes += [f"wrote {options.out}", *outlook(options.out)]
     print("\n".join(sorted(notes, key=lambda note: note.startswith("next: "))))  # last, in order

@@ -16,15 +16,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plan_options(parser: argparse.ArgumentParser, note: str = "") -> None:
-    parser.add_argument(
-        "--world-size", type=at_least(1), metavar="N", help=f"{note}plan for N ranks (default: 1)"
-    )
-    parser.add_argument(
-        "--plot", action="store_true", help=f"{note}draw the schedules into the run folder"
-    )
-    parser.add_argument(
-        "--yaml", action="store_true", help=f"{note}print the whole config and DeepSpeed's JSON too"
-    )
+    add, ranks = parser.add_argument, f"{note}plan for N ranks (default: 1)"
+    add("--world-size", type=at_least(1), metavar="N", help=ranks)
+    add("--plot", action="store_true", help=f"{note}draw the schedules into the run folder")
+    text = f"{note}print the whole config and DeepSpeed's JSON too"
+    add("--yaml", action="store_true", help=text)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -24,101 +24,56 @@ from dsv3_mtp.cli.command import at_least
 def add_options(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", metavar="DIR", help="folder to make")
-    target.add_argument(
-        "--verify",
-        metavar="DIR",
-        help="compare the files of a prepared folder with their checksums",
-    )
+    text = "compare the files of a prepared folder with their checksums"
+    target.add_argument("--verify", metavar="DIR", help=text)
     _add_answers(parser.add_argument_group("text that a run writes itself, instead of files"))
     _add_text(parser.add_argument_group("text"))
     _add_tokens(parser.add_argument_group("tokens"))
-    parser.add_argument(
-        "--workers", type=at_least(1), metavar="N", help="tokenizer threads (default: all cores)"
-    )
+    text = "tokenizer threads (default: all cores)"
+    parser.add_argument("--workers", type=at_least(1), metavar="N", help=text)
 
 
-def _add_answers(answers: Any) -> None:
-    answers.add_argument("--from-run", metavar="RUN", help="whose main model answers")
-    answers.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help=".jsonl with {prompt} or {messages}; of any other file each line is a prompt",
-    )
-    answers.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)"
-    )
-    answers.add_argument(
-        "--temperature", type=float, metavar="X", help="of the answers (default: 1)"
-    )
-    answers.add_argument("--top-p", type=float, metavar="P", help="of the answers (default: 1)")
-    answers.add_argument(
-        "--batch", type=int, metavar="N", help="prompts answered together (default: 32)"
-    )
+def _add_answers(group: Any) -> None:
+    add = group.add_argument
+    add("--from-run", metavar="RUN", help="whose main model answers")
+    text = ".jsonl with {prompt} or {messages}; of any other file each line is a prompt"
+    add("--prompts", metavar="FILE", help=text)
+    add("--max-new-tokens", type=int, metavar="N", help="longest answer (default: 512)")
+    add("--temperature", type=float, metavar="X", help="of the answers (default: 1)")
+    add("--top-p", type=float, metavar="P", help="of the answers (default: 1)")
+    add("--batch", type=int, metavar="N", help="prompts answered together (default: 32)")
 
 
-def _add_text(text: Any) -> None:
-    text.add_argument(
-        "--corpus",
-        choices=["pystdlib", "sitelib"],
-        help="pystdlib: the standard library of this Python; sitelib: that and its site-packages",
+def _add_text(group: Any) -> None:
+    add, flag = group.add_argument, {"action": "store_true", "default": None}
+    text = "pystdlib: the standard library of this Python; sitelib: that and its site-packages"
+    add("--corpus", choices=["pystdlib", "sitelib"], help=text)
+    text = (
+        "files, folders, globs: .jsonl[.gz|.zst], .parquet, folders of datasets.save_to_disk (a "
+        "document per record); any other file is one document of UTF-8 text"
     )
-    text.add_argument(
-        "--input",
-        dest="inputs",
-        nargs="+",
-        metavar="X",
-        help="files, folders, globs: .jsonl[.gz|.zst], "
-        ".parquet, folders of datasets.save_to_disk (a "
-        "document per record); any other file is one document of UTF-8 text",
-    )
-    text.add_argument(
-        "--text-key", metavar="KEY", help="key or column that holds the text (default: text)"
-    )
-    text.add_argument(
-        "--mask",
-        choices=["prompts"],
-        help="records are {prompt, completion} or {messages}: only answers are targets",
-    )
-    text.add_argument(
-        "--val-fraction",
-        type=float,
-        metavar="F",
-        help="share of val documents, by hash (default: 0.1)",
-    )
-    text.add_argument(
-        "--val-by-position",
-        action="store_true",
-        default=None,
-        help="the end of every text file is val instead, --val-fraction of it: for one long file",
-    )
-    text.add_argument(
-        "--skip-unreadable",
-        action="store_true",
-        default=None,
-        help="leave out files that are no UTF-8 text, and say how many",
-    )
+    add("--input", dest="inputs", nargs="+", metavar="X", help=text)
+    add("--text-key", metavar="KEY", help="key or column that holds the text (default: text)")
+    text = "records are {prompt, completion} or {messages}: only answers are targets"
+    add("--mask", choices=["prompts"], help=text)
+    text = "share of val documents, by hash (default: 0.1)"
+    add("--val-fraction", type=float, metavar="F", help=text)
+    text = "the end of every text file is val instead, --val-fraction of it: for one long file"
+    add("--val-by-position", **flag, help=text)
+    text = "leave out files that are no UTF-8 text, and say how many"
+    add("--skip-unreadable", **flag, help=text)
 
 
-def _add_tokens(tokens: Any) -> None:
-    tokens.add_argument("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json")
-    tokens.add_argument(
-        "--vocab-size", type=int, metavar="N", help="train a byte-level BPE with N tokens instead"
-    )
-    tokens.add_argument(
-        "--eos", metavar="TOKEN", help="end-of-text token (default: the first common one it has)"
-    )
-    tokens.add_argument(
-        "--fim-rate",
-        type=float,
-        metavar="P",
-        help="share of train documents made fill-in-the-middle (default: 0)",
-    )
-    tokens.add_argument(
-        "--shard-tokens", type=int, metavar="N", help="tokens per shard (default: 100,000,000)"
-    )
-    tokens.add_argument(
-        "--seed", type=int, metavar="N", help="of the fill-in-the-middle cuts (default: 0)"
-    )
+def _add_tokens(group: Any) -> None:
+    add = group.add_argument
+    add("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json")
+    text = "train a byte-level BPE with N tokens instead"
+    add("--vocab-size", type=int, metavar="N", help=text)
+    add("--eos", metavar="TOKEN", help="end-of-text token (default: the first common one it has)")
+    text = "share of train documents made fill-in-the-middle (default: 0)"
+    add("--fim-rate", type=float, metavar="P", help=text)
+    add("--shard-tokens", type=int, metavar="N", help="tokens per shard (default: 100,000,000)")
+    add("--seed", type=int, metavar="N", help="of the fill-in-the-middle cuts (default: 0)")
 
 
 def check(options: argparse.Namespace) -> str | None:
@@ -151,10 +106,7 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.from_run is not None:
         return write_answers_of(options)
-    names = Arguments.__dataclass_fields__
-    values = {
-        key: value for key, value in vars(options).items() if key in names and value is not None
-    }
+    values = given(options, Arguments)
     if options.inputs is not None:
         values["inputs"] = tuple(options.inputs)
     try:
@@ -165,26 +117,26 @@ def run(options: argparse.Namespace) -> None:
         text = f"interrupted; the same command goes on from {options.out}.partial"
         raise KeyboardInterrupt(text) from None
     for split, entry in index["splits"].items():
-        counts = (
-            f"{entry['tokens']:,} tokens in {entry['documents']:,} "
-            f"documents of {entry['bytes']:,} bytes"
-        )
+        documents = f"{entry['documents']:,} documents of {entry['bytes']:,} bytes"
+        counts = f"{entry['tokens']:,} tokens in {documents}"
         print(f"{options.out} {split}: {counts}, {len(entry['shards'])} shards")
+
+
+def given(options: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """The options that were given and are fields of a dataclass."""
+    fields = kind.__dataclass_fields__
+    return {k: value for k, value in vars(options).items() if k in fields and value is not None}
 
 
 def write_answers_of(options: argparse.Namespace) -> None:
     """`--from-run`."""
     from dsv3_mtp.train.answers import AnswerArguments, write_answers
 
-    names = AnswerArguments.__dataclass_fields__
-    given = {key: value for key, value in vars(options).items() if value is not None}
-    values = {key: value for key, value in given.items() if key in names}
-
     def report(done: int, total: int, tokens: int) -> None:
         print(f"{done:,} of {total:,} prompts, {tokens:,} tokens", file=sys.stderr, flush=True)
 
     try:
-        arguments = AnswerArguments(run=options.from_run, **values)
+        arguments = AnswerArguments(run=options.from_run, **given(options, AnswerArguments))
         index = write_answers(options.out, arguments, progress=report)
     except KeyboardInterrupt:
         text = f"interrupted; the same command goes on from {options.out}.partial"
@@ -203,9 +155,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def progress_display() -> Iterator[Any]:
-    """A function (bytes done, bytes in all, tokens): a bar on a terminal, else a line every ten
-    seconds.
-    """
+    """A function (bytes done, bytes in all, tokens): a bar, or a line every ten seconds."""
     if not sys.stderr.isatty():
         shown = time.monotonic()
 
@@ -230,6 +180,4 @@ def progress_display() -> Iterator[Any]:
     ]
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("prepare", total=None, tokens=0)
-        yield lambda done, total, tokens: bar.update(
-            task, completed=done, total=total, tokens=tokens
-        )
+        yield lambda done, total, n: bar.update(task, completed=done, total=total, tokens=n)

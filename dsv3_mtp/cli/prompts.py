@@ -17,9 +17,8 @@ def read_prompts(
         try:
             texts.append((path, Path(path).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"--prompt-file {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}"
-            ) from None
+            why = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise ValueError(f"--prompt-file {path}: {why}") from None
     if not texts and not options.prompt_ids:
         texts = [("stdin", sys.stdin.read())]
     for name, text in texts:
@@ -27,9 +26,8 @@ def read_prompts(
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"{name}: not UTF-8 text")
     if texts and encoder is None:
-        raise ValueError(
-            "the checkpoint's data has no tokenizer.json here: give the prompt with --prompt-ids"
-        )
+        text = "the checkpoint's data has no tokenizer.json here: give the prompt with --prompt-ids"
+        raise ValueError(text)
     for name, text in texts:
         if len(text) > LETTERS * longest:  # to make tokens of all of it would take minutes
             raise ValueError(

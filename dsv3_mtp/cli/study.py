@@ -29,52 +29,32 @@ INTERRUPTED = "interrupted; the same command goes on"
 def add_options(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--study", type=find_config, metavar="YAML")
-    which.add_argument(
-        "--from",
-        type=Path,
-        dest="archive",
-        metavar="FOLDER",
-        help="an archive, such as docs/studies/X",
-    )
-    parser.add_argument(
-        "--trust-code",
-        action="store_true",
-        help="with --from: import the code outside the package that configs there name",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="where the report goes (default: beside the runs)",
-    )
+    text = "an archive, such as docs/studies/X"
+    which.add_argument("--from", type=Path, dest="archive", metavar="FOLDER", help=text)
+    add = parser.add_argument
+    text = "with --from: import the code outside the package that configs there name"
+    add("--trust-code", action="store_true", help=text)
+    text = "where the report goes (default: beside the runs)"
+    add("--out", type=Path, metavar="FOLDER", help=text)
     add_sets(parser)
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="only runs whose name starts with one of these"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=at_least(1, 1024),
-        metavar="N",
-        help="runs at a time (default: as many as the GPUs, or CPU cores, have room for)",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the matrix, its cost and its power; run nothing",
-    )
-    what.add_argument("--report-only", action="store_true", help="report on what has been run")
-    what.add_argument(
-        "--adopt", nargs="+", type=Path, metavar="RUN", help="measure finished runs as the study's"
-    )
-    what.add_argument(
-        "--resume", action="store_true", help="with --from: run what the archive lacks"
-    )
+    text = "only runs whose name starts with one of these"
+    add("--only", nargs="+", metavar="NAME", help=text)
+    text = "runs at a time (default: as many as the GPUs, or CPU cores, have room for)"
+    add("--jobs", type=at_least(1, 1024), metavar="N", help=text)
+    add = parser.add_mutually_exclusive_group().add_argument
+    text = "print the matrix, its cost and its power; run nothing"
+    add("--dry-run", action="store_true", help=text)
+    add("--report-only", action="store_true", help="report on what has been run")
+    text = "measure finished runs as the study's"
+    add("--adopt", nargs="+", type=Path, metavar="RUN", help=text)
+    add("--resume", action="store_true", help="with --from: run what the archive lacks")
 
 
 def check(options: argparse.Namespace) -> str | None:
     """What of the options would have no effect."""
     modes = ("dry_run", "report_only", "adopt")
+    if options.only and "" in options.only:
+        return "--only '': must name an arm, or the beginning of a run's name"
     if options.only and any(getattr(options, mode) for mode in modes):
         return "--only chooses what is run; it does not go with what runs nothing"
     if options.resume and not options.archive:
@@ -102,7 +82,8 @@ def rebuild(options: argparse.Namespace) -> int:
     folder = options.archive
     loaded = load_archive(folder, tuple(options.sets), trust_code=options.trust_code)
     out = options.out or folder
-    print(f"report: {write_report(loaded, read_plan(folder), read_archive(folder), out)}")
+    records = read_archive(folder, loaded.study.arms)
+    print(f"report: {write_report(loaded, read_plan(folder), records, out)}")
     return 0
 
 

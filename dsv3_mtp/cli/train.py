@@ -19,15 +19,11 @@ INTERRUPTED = "interrupted before the run could save; it goes on from its last c
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what the run would be, as `dsv3 plan` does"
-    )
+    text = "print what the run would be, as `dsv3 plan` does"
+    parser.add_argument("--dry-run", action="store_true", help=text)
     plan.add_plan_options(parser, "with --dry-run: ")
-    parser.add_argument(
-        "--profile",
-        metavar="steps=FIRST:LAST",
-        help="write a trace of these steps into the run folder: trace.rank0.json.gz",
-    )
+    text = "write a trace of these steps into the run folder: trace.rank0.json.gz"
+    parser.add_argument("--profile", metavar="steps=FIRST:LAST", help=text)
     # the deepspeed launcher adds it
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 

@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from dsv3_mtp.config.reader import ConfigError
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_imported: set[str] = set()  # the modules of all code that was found
 SECTIONS = ("mtp", "data")  # whose keys and values may name code
 
 
@@ -26,10 +28,8 @@ def is_code(name: Any) -> bool:
 
 
 def find(name: str) -> Any:
-    """The object that package.module:Class names.
-
-    Raises:
-        ValueError: it is not there, or its module cannot be imported; one sentence.
+    """The object that package.module:Class names. Raises ValueError: it is not there, or its module
+    cannot be imported; one sentence.
     """
     module, _, attribute = name.partition(":")
     if (here := os.getcwd()) not in sys.path:
@@ -41,7 +41,30 @@ def find(name: str) -> Any:
         raise ValueError(f"{module} cannot be imported from {here}: {what}") from error
     if found is None:
         raise ValueError(f"{sys.modules[module].__file__} has no {attribute}")
+    _imported.add(module)
     return found
+
+
+def subclass(name: str, base: type) -> type:
+    """The subclass of `base` that package.module:Class names, with all methods that it owes.
+
+    Raises:
+        ValueError: as `find`; or it is another thing, or lacks a method.
+    """
+    found = find(name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{name} is no subclass of {base.__module__}.{base.__name__}")
+    if lacking := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ValueError(f"{name} has no {', '.join(lacking)}; docs/extend.md says what it owes")
+    return found
+
+
+def place(error: BaseException) -> str | None:
+    """Where in code that a config names an error was raised; None: not there."""
+    files = {sys.modules[name].__file__ for name in _imported}
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if frame.filename in files]
+    return f"{inside[-1].filename}:{inside[-1].lineno}, {inside[-1].name}" if inside else None
 
 
 def named(tree: Mapping[str, Any]) -> list[str]:

@@ -37,8 +37,10 @@ class DataEntry(Section):
     """Relative share of the sampled sequences."""
 
 
-def _one_or_many(value: Any) -> str:
-    return "<many>" if isinstance(value, list | tuple) else "<one>"
+OneOrMany = Annotated[
+    Annotated[OneSource, Tag("<one>")] | Annotated[tuple[DataEntry, ...], Tag("<many>")],
+    Discriminator(lambda value: "<many>" if isinstance(value, list | tuple) else "<one>"),
+]
 
 
 class DataConfig(Section):
@@ -46,13 +48,7 @@ class DataConfig(Section):
 
     on_resume = OnResume.RECORDED
 
-    train: (
-        Annotated[
-            Annotated[OneSource, Tag("<one>")] | Annotated[tuple[DataEntry, ...], Tag("<many>")],
-            Discriminator(_one_or_many),
-        ]
-        | None
-    ) = None
+    train: OneOrMany | None = None
     """Prepared folder, Megatron prefix (PREFIX.bin, PREFIX.idx), a source {type:
     package.module:Class}, or a list of {path, weight}; null with a task.
     """
@@ -77,11 +73,9 @@ class DataConfig(Section):
     @property
     def entries(self) -> tuple[DataEntry, ...]:
         """`train` as a mixture: a single corpus is one entry of weight 1; none with a task."""
-        return (
-            (DataEntry(path=self.train, weight=1.0),)
-            if isinstance(self.train, str | SourceSection)
-            else self.train or ()
-        )
+        if isinstance(self.train, str | SourceSection):
+            return (DataEntry(path=self.train, weight=1.0),)
+        return self.train or ()
 
     @property
     def paths(self) -> list[str]:
@@ -98,10 +92,8 @@ class DataConfig(Section):
         if self.train == ():
             yield "train", "must name at least one corpus (got [])"
         if self.build is not None and isinstance(self.train, tuple | SourceSection):
-            yield (
-                "build",
-                f"needs one folder in data.train, not a list; set null (got {show(self.build)})",
-            )
+            text = "needs one folder in data.train, not a list; set null"
+            yield "build", f"{text} (got {show(self.build)})"
 
     def _task_rules(self, task: Task) -> Iterator[Problem]:
         if self.mask != "none":
@@ -111,17 +103,9 @@ class DataConfig(Section):
                 yield key, f"must be null: data.task generates the data (got {show(value)})"
         length = task.example_length
         if self.seq_len < length - 1:
-            text = (
-                f"must be >= {length - 1}: an example of {task.type} "
-                f"has {length} tokens, the last is only a target"
-            )
-            yield "seq_len", f"{text} (got {self.seq_len})"
+            why = f"an example of {task.type} has {length} tokens, the last is only a target"
+            yield "seq_len", f"must be >= {length - 1}: {why} (got {self.seq_len})"
         elif task.has_answers and self.seq_len + 1 >= 2 * length and not self.mask_documents:
-            text = (
-                f"must be true: seq_len = {self.seq_len} packs "
-                "several examples, and none may see another"
-            )
-            yield (
-                "mask_documents",
-                f"{text}; or set data.seq_len to {length - 1} for one (got false)",
-            )
+            why = f"seq_len = {self.seq_len} packs several examples, and none may see another"
+            remedy = f"or set data.seq_len to {length - 1} for one (got false)"
+            yield "mask_documents", f"must be true: {why}; {remedy}"

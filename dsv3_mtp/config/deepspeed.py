@@ -25,6 +25,7 @@ _LAYOUT = "is not supported: the ranks of a run are laid out by the parallel sec
 _UNUSED = "would have no effect: tokens come from the data section's own sampler"
 _STATES = "is not supported: checkpoints read weights and optimizer states from DeepSpeed's memory"
 _NOT_READ = "would have no effect on this training loop"
+_NO_TENSORS = "is not supported: it fails on outputs that are no tensors"
 _OWN_FORMAT = "would have no effect: checkpoints are not DeepSpeed's"
 
 # Keys that belong to another section, or that would break or be lost on the training loop.
@@ -82,10 +83,8 @@ ZERO_OWNED = {
     "cpu_offload": "set parallel.offload_optimizer instead",
     "zenflow": _STATES,
     "compute_grad_norm": "is not supported: optim/grad_norm is logged, and has to be finite",
-    "stage3_module_granularity_threshold": (
-        "is not supported: it fails on outputs that are no tensors"
-    ),
-    "module_granularity_threshold": "is not supported: it fails on outputs that are no tensors",
+    "stage3_module_granularity_threshold": _NO_TENSORS,
+    "module_granularity_threshold": _NO_TENSORS,
     "elastic_checkpoint": _OWN_FORMAT,
     "load_from_fp32_weights": _OWN_FORMAT,
     "pipeline_loading_checkpoint": _OWN_FORMAT,
@@ -95,32 +94,25 @@ ZERO_OWNED = {
 
 
 def check_deepspeed(block: dict[str, Any]) -> dict[str, Any]:
-    """Returns the block; raises KeyProblems naming every key that cannot be set there, and the
-    remedy.
-    """
+    """Returns the block; raises KeyProblems: every key that cannot be set there, and its remedy."""
     problems: list[Problem] = []
     for key in block:
         if key in OWNED:
             problems.append((key, OWNED[key]))
         elif key not in ALLOWED:
             known = [f"deepspeed.{name}" for name in sorted({*ALLOWED, *OWNED})]
-            problems.append(
-                (key, "unknown to DeepSpeed 0.19.8" + did_you_mean(f"deepspeed.{key}", known))
-            )
+            hint = did_you_mean(f"deepspeed.{key}", known)
+            problems.append((key, f"unknown to DeepSpeed 0.19.8{hint}"))
         elif not isinstance(block[key], ALLOWED[key][0]):
             problems.append((key, f"must be {ALLOWED[key][1]} (got {show(block[key])})"))
     types = block.get("data_types", {})
     if isinstance(types, dict) and types.keys() - {"grad_accum_dtype"}:
-        problems.append(
-            ("data_types", "only grad_accum_dtype can be set; train.dtype owns the others")
-        )
+        text = "only grad_accum_dtype can be set; train.dtype owns the others"
+        problems.append(("data_types", text))
     zero = block.get("zero_optimization", {})
     if isinstance(zero, dict):
-        problems += [
-            (f"zero_optimization.{key}", remedy)
-            for key, remedy in ZERO_OWNED.items()
-            if key in zero
-        ]
+        owned = [(key, remedy) for key, remedy in ZERO_OWNED.items() if key in zero]
+        problems += [(f"zero_optimization.{key}", remedy) for key, remedy in owned]
         if "nvme" in str(zero.get("offload_param")):
             problems.append(("zero_optimization.offload_param", _STATES))
     if problems:

@@ -36,8 +36,6 @@ def check_ranks() -> None:
             f"environment: {given[0]} is set, {', '.join(missing)} not; start with deepspeed or "
             f"torchrun, or leave {given[0]} out for one process"
         )
-    rank, size = (
-        int(os.environ.get(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, size = (int(os.environ.get(name, LEAST[name])) for name in ("RANK", "WORLD_SIZE"))
     if rank >= size:
         raise ValueError(f"environment: RANK={rank} must be < WORLD_SIZE={size}")

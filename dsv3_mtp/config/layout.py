@@ -1,5 +1,4 @@
-"""How ranks share the work: what each layout needs, and which combinations are refused, each with
-its reason.
+"""How ranks share the work: what each layout needs, what is refused, each with its reason.
 
 A rule yields (key, text), as the rules of the sections do. Rules that need no number of ranks are
 checked when a config is read; all of them when a run starts, and by `--dry-run`.
@@ -10,20 +9,12 @@ from typing import Any
 
 from dsv3_mtp.config.reader import Problem
 
-NEEDS = (
-    "model",
-    "mtp",
-    "data",
-    "optim",
-    "train",
-    "parallel",
-    "log",
-)  # the sections that the rules read
+# the sections that the rules read
+NEEDS = ("model", "mtp", "data", "optim", "train", "parallel", "log")
 
 
 def rank_problems(config: Any, world_size: int | None = None) -> list[str]:
-    """Every reason why this config cannot run on `world_size` ranks, as "key: text". None: on any
-    number of ranks.
+    """Every reason why a config cannot run on `world_size` ranks (None: any), as "key: text".
 
     config: a Config, or anything with the sections in NEEDS.
     """
@@ -31,14 +22,8 @@ def rank_problems(config: Any, world_size: int | None = None) -> list[str]:
 
 
 def problems(config: Any, world_size: int | None = None) -> Iterator[Problem]:
-    yield from _heads(config)
-    yield from _zero(config)
-    yield from _experts(config)
-    yield from _pipeline(config)
-    yield from _task(config)
-    yield from _sequence(config)
-    yield from _gradients(config)
-    yield from _clipping(config)
+    for rules in (_heads, _zero, _experts, _pipeline, _task, _sequence, _gradients, _clipping):
+        yield from rules(config)
     if world_size is not None:
         yield from _ranks(config, world_size)
 
@@ -51,91 +36,49 @@ def _heads(config: Any) -> Iterator[Problem]:
         yield "mtp.mode", f"{text}; model.num_hidden_layers = {last + 1} gives 0..{last}"
     compared = [kind.name for kind, _ in mtp.objectives if kind.teacher]
     if compared and config.data.seq_len < (needed := mtp.lookahead):
-        text = (
-            f"{compared[0]} compares depth {mtp.depths} with the main head {needed - 1} slots later"
-        )
-        yield "mtp.objective", f"{text}, and data.seq_len = {config.data.seq_len} has no such slot"
+        which = f"depth {mtp.depths} with the main head {needed - 1} slots later"
+        text = f"and data.seq_len = {config.data.seq_len} has no such slot"
+        yield "mtp.objective", f"{compared[0]} compares {which}, {text}"
 
 
 def _zero(config: Any) -> Iterator[Problem]:
     parallel = config.parallel
     if parallel.offload_optimizer and parallel.zero_stage == 0:
-        yield (
-            "parallel.offload_optimizer",
-            "needs parallel.zero_stage >= 1: ZeRO-0 has no optimizer shard to move",
-        )
+        text = "needs parallel.zero_stage >= 1: ZeRO-0 has no optimizer shard to move"
+        yield "parallel.offload_optimizer", text
 
 
 def _experts(config: Any) -> Iterator[Problem]:
-    model, size, stage = (
-        config.model,
-        config.parallel.expert_parallel_size,
-        config.parallel.zero_stage,
-    )
+    model, parallel = config.model, config.parallel
+    key, size = "parallel.expert_parallel_size", parallel.expert_parallel_size
+    stage = parallel.zero_stage
     if size == 1:
         return
-    key = "parallel.expert_parallel_size"
     if model.n_routed_experts % size:
         yield key, f"must divide model.n_routed_experts = {model.n_routed_experts} (got {size})"
     if size % model.n_group and model.n_group % size:
-        yield (
-            key,
-            (
-                f"must divide model.n_group = {model.n_group}, whose "
-                f"groups are nodes, or be a multiple (got {size})"
-            ),
-        )
+        groups = f"model.n_group = {model.n_group}, whose groups are nodes"
+        yield key, f"must divide {groups}, or be a multiple (got {size})"
     if model.first_k_dense_replace == model.num_hidden_layers:
-        yield (
-            key,
-            (
-                "has no experts to share with model.first_k_dense_replace "
-                f"= {model.num_hidden_layers}; set 1"
-            ),
-        )
+        all_dense = f"model.first_k_dense_replace = {model.num_hidden_layers}"
+        yield key, f"has no experts to share with {all_dense}; set 1"
     if config.train.freeze == "trunk" and not has_experts(model, config.mtp):
-        yield (
-            key,
-            (
-                "has no experts that learn with train.freeze: "
-                f"trunk and mtp.mode: {config.mtp.mode}; set 1"
-            ),
-        )
-    if stage == 0:
-        yield (
-            key,
-            (
-                "needs parallel.zero_stage 1 or 2: DeepSpeed's "
-                "ZeRO-0 clips by each rank's own gradient norm (got 0)"
-            ),
-        )
-    if stage == 3:
-        yield (
-            key,
-            (
-                "needs parallel.zero_stage 1 or 2: DeepSpeed's "
-                "ZeRO-3 takes no expert-parallel groups (got 3)"
-            ),
-        )
+        frozen = f"train.freeze: trunk and mtp.mode: {config.mtp.mode}"
+        yield key, f"has no experts that learn with {frozen}; set 1"
+    why = {0: "clips by each rank's own gradient norm", 3: "takes no expert-parallel groups"}
+    if stage in why:
+        text = f"needs parallel.zero_stage 1 or 2: DeepSpeed's ZeRO-{stage} {why[stage]}"
+        yield key, f"{text} (got {stage})"
 
 
 def _task(config: Any) -> Iterator[Problem]:
-    """Its examples are answered by generation during training, and that needs a whole model on each
-    rank.
-    """
-    parallel = config.parallel
-    parts = (
-        max(
-            parallel.expert_parallel_size, parallel.pipeline_stages, parallel.sequence_parallel_size
-        )
-        > 1
-    )
-    if config.data.task is not None and (parallel.zero_stage == 3 or parts):
-        needs = (
-            "needs parallel.zero_stage <= 2; expert_parallel_size, "
-            "pipeline_stages and sequence_parallel_size 1"
-        )
-        yield "data.task", f"{needs}: every rank generates by itself"
+    """Its examples are answered by generation, for which each rank needs a whole model."""
+    keys = ("expert_parallel_size", "pipeline_stages", "sequence_parallel_size")
+    parted = any(getattr(config.parallel, key) > 1 for key in keys)
+    if config.data.task is not None and (config.parallel.zero_stage == 3 or parted):
+        sizes = f"{keys[0]}, {keys[1]} and {keys[2]} 1"
+        text = f"needs parallel.zero_stage <= 2; {sizes}: every rank generates by itself"
+        yield "data.task", text
 
 
 def _pipeline(config: Any) -> Iterator[Problem]:
@@ -144,11 +87,9 @@ def _pipeline(config: Any) -> Iterator[Problem]:
         return
     key = "parallel.pipeline_stages"
     if inner := layers_read(config.mtp):
-        which = ", ".join(map(str, inner))
-        text = (
-            f"needs 1: heads of mtp.mode {config.mtp.mode} read the output of trunk layer {which}"
-        )
-        yield key, f"{text}, which the last stage does not have (got {parallel.pipeline_stages})"
+        which = f"trunk layer {', '.join(map(str, inner))}, which the last stage does not have"
+        text = f"needs 1: heads of mtp.mode {config.mtp.mode} read the output of {which}"
+        yield key, f"{text} (got {parallel.pipeline_stages})"
     head, tail = uncut(config)
     pieces = model.num_hidden_layers + 1 - (head - 1) - (tail - 1)
     if parallel.pipeline_stages > pieces:
@@ -158,61 +99,37 @@ def _pipeline(config: Any) -> Iterator[Problem]:
         text = f"must be <= {pieces}, the pieces that layers and heads can be cut into{kept}"
         yield key, f"{text} (got {parallel.pipeline_stages})"
     if parallel.zero_stage == 0:
-        yield (
-            key,
-            (
-                "needs parallel.zero_stage 1: DeepSpeed's ZeRO-0 "
-                "clips by each stage's own gradient norm (got 0)"
-            ),
-        )
+        why = "DeepSpeed's ZeRO-0 clips by each stage's own gradient norm"
+        yield key, f"needs parallel.zero_stage 1: {why} (got 0)"
     if parallel.zero_stage in (2, 3):
-        reason = (
-            "DeepSpeed's pipeline reduces gradients once per step, ZeRO-2 and 3 in every backward"
-        )
-        yield key, f"needs parallel.zero_stage 1: {reason} (got {parallel.zero_stage})"
+        why = "DeepSpeed's pipeline reduces gradients once per step, ZeRO-2 and 3 in every backward"
+        yield key, f"needs parallel.zero_stage 1: {why} (got {parallel.zero_stage})"
     if config.data.mask != "none":
-        yield (
-            key,
-            "needs data.mask none: stages pass on tokens, not which of them are targets; use "
-            "data, expert or sequence parallelism",
-        )
+        text = "needs data.mask none: stages pass on tokens, not which of them are targets"
+        yield key, f"{text}; use data, expert or sequence parallelism"
     if train.freeze == "trunk":
-        yield (
-            key,
-            "needs train.freeze none: with trunk, all stages but the last have nothing to learn",
-        )
+        text = "needs train.freeze none: with trunk, all stages but the last have nothing to learn"
+        yield key, text
 
 
 def _sequence(config: Any) -> Iterator[Problem]:
-    size, heads, length = (
-        config.parallel.sequence_parallel_size,
-        config.model.num_attention_heads,
-        config.data.seq_len,
-    )
-    key = "parallel.sequence_parallel_size"
+    heads, length = config.model.num_attention_heads, config.data.seq_len
+    key, size = "parallel.sequence_parallel_size", config.parallel.sequence_parallel_size
     if heads % size:
-        yield (
-            key,
-            (
-                f"must divide model.num_attention_heads = {heads}: "
-                f"attention is divided by heads (got {size})"
-            ),
-        )
+        text = f"must divide model.num_attention_heads = {heads}"
+        yield key, f"{text}: attention is divided by heads (got {size})"
     if length % size:
         yield key, f"must divide data.seq_len = {length}: slices of a row are equal (got {size})"
     ahead = config.mtp.lookahead - 1
     if ahead > length // size and any(kind.teacher for kind, _ in config.mtp.objectives):
-        text = (
-            f"must leave each rank at least {ahead} of the data.seq_len = {length} slots of a row"
-        )
+        slots = f"data.seq_len = {length} slots of a row"
         why = "so far away is the main head's slot that mtp.objective compares the last depth with"
-        yield key, f"{text}: {why} (got {size})"
+        yield key, f"must leave each rank at least {ahead} of the {slots}: {why} (got {size})"
 
 
 def uncut(config: Any) -> tuple[int, int]:
-    """(first, last): the first `first` pieces of a pipeline share a stage, and so do the last
-    `last`. A piece is one trunk layer; the last piece is all that follows them. (1, 1): any cut is
-    allowed.
+    """(first, last): the first `first` pieces of a pipeline share a stage, and the last `last` do.
+    A piece is one trunk layer; the last is all that follows them. (1, 1): any cut is allowed.
 
     Two reasons forbid a cut. Heads that read the input of the trunk's last layer need that layer on
     their stage. And with expert parallelism every stage needs an MoE layer, because DeepSpeed adds
@@ -235,12 +152,9 @@ def layers_read(mtp: Any) -> list[int]:
 
 
 def data_size(config: Any, world_size: int) -> int:
-    """Groups of ranks that work on different sequences: the ranks of one pipeline stage, less those
-    that share rows.
-    """
-    return max(
-        world_size // (config.parallel.pipeline_stages * config.parallel.sequence_parallel_size), 1
-    )
+    """Groups of ranks that work on different rows, in one pipeline stage."""
+    shared = config.parallel.pipeline_stages * config.parallel.sequence_parallel_size
+    return max(world_size // shared, 1)
 
 
 def _gradients(config: Any) -> Iterator[Problem]:
@@ -250,13 +164,10 @@ def _gradients(config: Any) -> Iterator[Problem]:
         return
     if not config.mtp.depths or config.mtp.detach == "all" or config.train.freeze == "trunk":
         yield "log.gradients", "needs heads whose gradients reach the trunk; set 0"
-    sizes = (parallel.pipeline_stages, parallel.expert_parallel_size)
-    if parallel.zero_stage == 3 or max(sizes) > 1:
-        yield (
-            "log.gradients",
-            "needs whole parameters on every rank: parallel.zero_stage <= 2, "
-            "pipeline_stages 1, expert_parallel_size 1; or set 0",
-        )
+    parts = (parallel.pipeline_stages, parallel.expert_parallel_size)
+    if parallel.zero_stage == 3 or max(parts) > 1:
+        sizes = "parallel.zero_stage <= 2, pipeline_stages 1, expert_parallel_size 1"
+        yield "log.gradients", f"needs whole parameters on every rank: {sizes}; or set 0"
 
 
 def _clipping(config: Any) -> Iterator[Problem]:
@@ -270,17 +181,12 @@ def _clipping(config: Any) -> Iterator[Problem]:
 
 
 def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
-    train, experts, stages = (
-        config.train,
-        config.parallel.expert_parallel_size,
-        config.parallel.pipeline_stages,
-    )
-    slices = config.parallel.sequence_parallel_size
+    train, parallel = config.train, config.parallel
+    experts, stages = parallel.expert_parallel_size, parallel.pipeline_stages
+    slices = parallel.sequence_parallel_size
     if world_size % stages:
-        yield (
-            "parallel.pipeline_stages",
-            f"must divide the number of ranks, {world_size} (got {stages})",
-        )
+        text = f"must divide the number of ranks, {world_size} (got {stages})"
+        yield "parallel.pipeline_stages", text
         return
     replicas = world_size // stages
     of = f"the ranks of a stage, {replicas}" if stages > 1 else f"the number of ranks, {replicas}"
@@ -292,16 +198,11 @@ def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
     groups = data_size(config, world_size)
     rows = train.micro_batch_size * groups
     if train.batch_size % rows:
-        on = (
-            f"{groups} {'data-parallel ' * (stages > 1)}ranks"
-            if slices == 1
-            else f"{groups} groups of {slices} ranks"
-        )
-        yield (
-            "train.batch_size",
-            f"{train.batch_size} sequences do not divide into micro-batches of "
-            f"{train.micro_batch_size} on {on}; use a multiple of {rows}",
-        )
+        ranks = f"{'data-parallel ' * (stages > 1)}ranks"
+        on = ranks if slices == 1 else f"groups of {slices} ranks"
+        parts = f"micro-batches of {train.micro_batch_size} on {groups} {on}"
+        text = f"{train.batch_size} sequences do not divide into {parts}"
+        yield "train.batch_size", f"{text}; use a multiple of {rows}"
 
 
 def clips_apart(config: Any) -> bool:
@@ -315,9 +216,8 @@ def clips_apart(config: Any) -> bool:
 def describe(config: Any, world_size: int) -> str:
     """The layout in a few words: "2 ranks x 4 sequences, ZeRO-1"."""
     parallel = config.parallel
-    parts = [
-        f"{world_size} rank{'s' * (world_size > 1)} x {config.train.micro_batch_size} sequences"
-    ]
+    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    parts = [f"{ranks} x {config.train.micro_batch_size} sequences"]
     parts += [f"ZeRO-{parallel.zero_stage}{' with offload' * parallel.offload_optimizer}"]
     parts += [f"EP {parallel.expert_parallel_size}"] * (parallel.expert_parallel_size > 1)
     parts += [f"PP {parallel.pipeline_stages}"] * (parallel.pipeline_stages > 1)

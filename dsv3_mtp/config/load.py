@@ -8,17 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsv3_mtp.config import code
+from dsv3_mtp.config import code, reader
 from dsv3_mtp.config.mtp import MTPConfig, option_problems, unused_keys
-from dsv3_mtp.config.reader import (
-    UNKNOWN,
-    ConfigError,
-    Problem,
-    did_you_mean,
-    key_paths,
-    problems_of,
-    show,
-)
+from dsv3_mtp.config.reader import UNKNOWN, ConfigError, Problem, problems_of, show
 from dsv3_mtp.config.run import Config, rules_between
 from dsv3_mtp.config.section import Section
 from dsv3_mtp.config.tree import ConfigDocument, read_document
@@ -75,8 +67,9 @@ def _option_problems(section: Any) -> Iterator[Problem]:
     extra = {key: value for key, value in given.items() if key not in MTPConfig.model_fields}
     with suppress(ValueError, TypeError):  # of an unknown mode, which is reported
         for key, text in option_problems(given.get("mode", MTPConfig().mode), extra):
-            more = did_you_mean(f"mtp.{key}", key_paths(Config)) if text == UNKNOWN else ""
-            yield f"mtp.{key}", text + more
+            if text == UNKNOWN:
+                text += reader.did_you_mean(f"mtp.{key}", reader.key_paths(Config))
+            yield f"mtp.{key}", text
 
 
 def _drop_unused(document: ConfigDocument) -> None:
@@ -98,11 +91,8 @@ def _drop_unused(document: ConfigDocument) -> None:
         if key not in mtp:
             continue
         if document.inherited(f"mtp.{key}", beside="mtp.mode") and mtp[key] != default:
-            origin = document.origin(f"mtp.{key}")
-            _LOG.warning(
-                "mtp.%s: %s of %s has no effect with mode %s: left out",
-                *(key, show(mtp[key]), origin, mode),
-            )
+            what = (key, show(mtp[key]), document.origin(f"mtp.{key}"), mode)
+            _LOG.warning("mtp.%s: %s of %s has no effect with mode %s: left out", *what)
             keys.append(key)
         elif mtp[key] == default and key not in MTPConfig.model_fields:
             default_keys.append(f"mtp.{key}")

@@ -52,9 +52,7 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    """The trunk. Names are HF's DeepseekV3Config keys; values in brackets are DeepSeek-V3's (V3
-    4.2).
-    """
+    """The trunk. Names are HF's DeepseekV3Config keys, values in brackets V3's own (V3 4.2)."""
 
     on_resume = OnResume.FIXED
 
@@ -109,10 +107,8 @@ class ModelConfig(Section):
 
     def rules(self) -> Iterator[Problem]:
         if self.qk_rope_head_dim % 2:
-            yield (
-                "qk_rope_head_dim",
-                f"must be even, rotary embedding turns pairs (got {self.qk_rope_head_dim})",
-            )
+            text = "must be even, rotary embedding turns pairs"
+            yield "qk_rope_head_dim", f"{text} (got {self.qk_rope_head_dim})"
         if self.first_k_dense_replace > self.num_hidden_layers:
             text = f"must be <= model.num_hidden_layers = {self.num_hidden_layers}"
             yield "first_k_dense_replace", f"{text} (got {self.first_k_dense_replace})"
@@ -127,14 +123,9 @@ class ModelConfig(Section):
         per_group = self.n_routed_experts // self.n_group
         reachable = per_group * min(self.topk_group, self.n_group)
         if self.num_experts_per_tok > reachable:
-            text = (
-                f"must be <= {reachable}, the experts in "
-                f"{self.topk_group} groups (model.topk_group)"
-            )
+            groups = f"{self.topk_group} groups (model.topk_group)"
+            text = f"must be <= {reachable}, the experts in {groups}"
             yield "num_experts_per_tok", f"{text} (got {self.num_experts_per_tok})"
         if self.n_group > 1 and per_group < 2:
-            text = (
-                f"must be <= {self.n_routed_experts // 2} or "
-                "1, a group is scored by its top 2 experts"
-            )
-            yield "n_group", f"{text} (got {self.n_group})"
+            text = f"must be <= {self.n_routed_experts // 2} or 1"
+            yield "n_group", f"{text}, a group is scored by its top 2 experts (got {self.n_group})"

@@ -10,19 +10,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
+from dsv3_mtp.config.code import is_code
 from dsv3_mtp.config.depth_weights import DepthWeights
-from dsv3_mtp.config.kinds import head_kind, heads, objective_kind
+from dsv3_mtp.config.kinds import head_kind, head_problems, heads, objective_kind
 from dsv3_mtp.config.loss_weights import LossWeight
 from dsv3_mtp.config.loss_weights.step import StepWeight
 from dsv3_mtp.config.model import V3_TOKENS
 from dsv3_mtp.config.reader import UNKNOWN, KeyProblems, Problem, problems_of, show
 from dsv3_mtp.config.section import Integer, OnResume, Positive, Section
 
+V3_WEIGHT = StepWeight(values=(0.3, 0.1), at=(10e12 / V3_TOKENS,))
+
 
 class MTPConfig(Section):
-    """The extra heads and their loss: L = L_main + lambda(progress) / D * sum_k w_k L_k (V3 eq.
-    24-25).
-    """
+    """The heads, and L = L_main + lambda(progress) / D * sum_k w_k L_k (V3 eq. 24-25)."""
 
     on_resume = OnResume.FIXED
 
@@ -33,27 +34,15 @@ class MTPConfig(Section):
     package.module:Class: a kind of head of your own (docs/extend.md).
     """
     num_nextn_predict_layers: Annotated[Integer, Field(ge=0, le=64)] = 1
-    """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none: see
-    `depths`.
-    """
-    loss_weight: Annotated[LossWeight, OnResume.RECORDED] = StepWeight(
-        values=(0.3, 0.1), at=(10e12 / V3_TOKENS,)
-    )
-    """lambda over progress (V3 4.2: 0.3 for the first 10T tokens, then 0.1). A bare number is
-    constant.
-    """
+    """Depths D, additional tokens predicted (1). Mode none accepts it and predicts none."""
+    loss_weight: Annotated[LossWeight, OnResume.RECORDED] = V3_WEIGHT
+    """lambda over progress (V3 4.2: 0.3, after 10T tokens 0.1). A bare number is constant."""
     depth_weights: Annotated[DepthWeights | None, OnResume.RECORDED] = None
-    """w_k for k = 1..D: numbers, or {type: exponential, beta: 0.6} (FastMTP); null: all 1 (V3 eq.
-    25).
-    """
+    """w_k, k = 1..D: numbers, or {type: exponential, beta: 0.6} (FastMTP); null: 1 (V3 eq. 25)."""
     curriculum: Annotated[Literal["none", "forward", "reverse"], OnResume.RECORDED] = "none"
-    """Active depths over equal stages: forward grows 1..D, reverse shrinks D..1 (arXiv
-    2505.22757).
-    """
+    """Active depths by stages: forward grows 1..D, reverse shrinks D..1 (arXiv 2505.22757)."""
     detach: Annotated[Literal["none", "trunk", "all"], OnResume.RECORDED] = "none"
-    """Gradient stopped: none (V3), into the trunk, or into the trunk, the embedding and the output
-    head.
-    """
+    """Gradients stopped: none (V3), into the trunk, or also into embedding and output head."""
 
     objective: Annotated[dict[str, Positive], OnResume.RECORDED] = {"ce": 1.0}
     """What each depth is trained on, name: weight, added up: ce (label), kl, tv, lk, lk_hybrid
@@ -161,13 +150,11 @@ class MTPConfig(Section):
             yield "num_nextn_predict_layers", f"{text}; mtp.mode=none turns the heads off"
         elif self.mode != "none" and parsed is not None:
             yield from self.kind.problems(self)
-        if (
-            self.mode != "none"
-            and isinstance(self.depth_weights, tuple)
-            and len(self.depth_weights) != self.depths
-        ):
-            text = f"must hold num_nextn_predict_layers = {self.depths} numbers"
-            yield "depth_weights", f"{text} (got {len(self.depth_weights)})"
+            yield from head_problems(self) if is_code(self.mode) else ()
+        count = len(self.depth_weights) if isinstance(self.depth_weights, tuple) else self.depths
+        if self.mode != "none" and count != self.depths:
+            text = f"must hold num_nextn_predict_layers = {self.depths} numbers (got {count})"
+            yield "depth_weights", text
         for key, default in unused_keys(self.mode).items():
             if key in type(self).model_fields and getattr(self, key) != default:
                 yield key, without_effect(self.mode, getattr(self, key), default)

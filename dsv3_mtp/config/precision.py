@@ -1,6 +1,4 @@
-"""Sections of a run that say in which numbers products are computed, and by which attention
-kernel.
-"""
+"""In which numbers products are computed, and by which attention kernel."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -14,55 +12,33 @@ FP8Module = Literal["attention", "dense_mlp", "shared_experts", "routed_experts"
 
 
 class FP8Config(Section):
-    """FP8 training (V3 3.3). Embedding, output head, router, norms and the attention core are never
-    FP8.
-    """
+    """FP8 training (V3 3.3), never of embedding, output head, router, norms and attention core."""
 
     on_resume = OnResume.RECORDED
 
     enabled: Annotated[Literal[True, False, "auto"], BeforeValidator(not_number)] = "auto"
-    """auto: where the hardware multiplies FP8, or with the named backend; true: everywhere, by
-    emulation if need be.
-    """
+    """auto: where the hardware has FP8, or with a named backend; true: everywhere, if emulated."""
     backend: Literal["auto", "te", "torch", "emulate"] = "auto"
-    """te: Transformer Engine; torch: cuBLAS through torch; emulate: any device, slowly; auto: the
-    first that runs.
-    """
+    """te: Transformer Engine; torch: cuBLAS; emulate: any device, slowly; auto: first of these."""
     scale: Literal["pow2", "fp32"] = "pow2"
-    """Scales: powers of two (Transformer Engine) or any float32 (V3 3.3.2, except for cached
-    activations).
-    """
+    """Powers of two (Transformer Engine), or float32 (V3 3.3.2, but for cached activations)."""
     modules: tuple[FP8Module, ...] = ("attention", "dense_mlp", "shared_experts", "routed_experts")
     """Linear layers in FP8. V3: all but eh_proj."""
     mtp: Boolean = True
     """MTP blocks like the trunk's."""
     accumulation: Literal["fp32", "fp22", "fp22_promote128"] = "fp32"
-    """emulate only: the 14-bit accumulator of Hopper's tensor cores, with V3's promotion or without
-    (V3 3.3.2).
-    """
+    """emulate only: Hopper's 14-bit accumulator, with V3's promotion or without (V3 3.3.2)."""
     gradient_tile: Literal["row", "block"] = "row"
-    """Tiles of dy in dx = dy W. block: 128 x 128, with which V3 saw a run diverge (V3 B.2); emulate
-    only.
-    """
+    """emulate only: tiles of dy in dx = dy W; block: 128 x 128, with which V3 B.2 diverged."""
 
     def rules(self) -> Iterator[Problem]:
-        only = "needs fp8.backend: emulate"
-        if self.backend != "emulate":
-            if self.accumulation != "fp32":
-                yield (
-                    "accumulation",
-                    f"{only} (got {show(self.accumulation)} with backend {self.backend})",
-                )
-            if self.gradient_tile != "row":
-                yield (
-                    "gradient_tile",
-                    f"{only} (got {show(self.gradient_tile)} with backend {self.backend})",
-                )
+        for key, default in (("accumulation", "fp32"), ("gradient_tile", "row")):
+            if self.backend != "emulate" and (value := getattr(self, key)) != default:
+                got = f"(got {show(value)} with backend {self.backend})"
+                yield key, f"needs fp8.backend: emulate {got}"
         if self.enabled and not self.modules:
-            yield (
-                "modules",
-                "must name at least one kind of layer, or set fp8.enabled: false (got [])",
-            )
+            text = "must name at least one kind of layer, or set fp8.enabled: false (got [])"
+            yield "modules", text
 
 
 class AttentionConfig(Section):
@@ -71,6 +47,4 @@ class AttentionConfig(Section):
     on_resume = OnResume.RECORDED
 
     backend: Literal["auto", "fa4", "fa3", "fa2", "te", "sdpa"] = "auto"
-    """auto: the fastest that is installed and takes these shapes; a named one is used or
-    refused.
-    """
+    """auto: the fastest installed that takes these shapes; a named one is used or refused."""

@@ -22,22 +22,17 @@ UNKNOWN = "unknown key"  # `problems_of` adds the key that was probably meant
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; `str(error)` is the whole report, `error.problems` its
-    lines.
-    """
+    """A config that cannot be used: str(error) is the whole report, error.problems its lines."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         count = f"{len(problems)} problem" + "s" * (len(problems) != 1)
-        super().__init__(
-            "\n".join([f"{source}: {count}", *(f"  {key}: {text}" for key, text in problems)])
-        )
+        lines = [f"  {key}: {text}" for key, text in problems]
+        super().__init__("\n".join([f"{source}: {count}", *lines]))
         self.problems = tuple(problems)
 
 
 class KeyProblems(ValueError):
-    """Raised by a section's validator for rules between its keys; the keys are relative to the
-    section.
-    """
+    """Raised by a section's validator; the keys are relative to the section."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("; ".join(f"{key}: {text}" for key, text in problems))
@@ -63,9 +58,7 @@ _TYPES = {
 
 
 def problems_of(error: ValidationError, tree: Any, schema: type[BaseModel]) -> list[Problem]:
-    """Every problem of one pydantic error. tree: what was validated; schema: its model, for
-    suggestions.
-    """
+    """Every problem of an error. tree: what was validated; schema: its model, for suggestions."""
     problems: list[Problem] = []
     paths = key_paths(schema)
     found = error.errors(include_url=False)
@@ -126,9 +119,7 @@ def not_among(names: Sequence[str], value: Any) -> str:
 
 
 def _dotted(location: Sequence[int | str], tree: Any, *, missing: bool) -> str:
-    """`a.b[0].c` for a pydantic location; parts that name nothing in the tree are union tags, left
-    out.
-    """
+    """`a.b[0].c` for a pydantic location; parts that name nothing in the tree are union tags."""
     path = ""
     for position, part in enumerate(location):
         if isinstance(tree, dict) and (part in tree or (missing and position == len(location) - 1)):

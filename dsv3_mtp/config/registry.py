@@ -30,7 +30,7 @@ class Registry(Mapping[str, type[S]]):
     look; None: they have registered themselves by then.
     """
 
-    def __init__(self, kind: str, base: type[S], package: str | None = None) -> None:
+    def __init__(self, kind: str, base: Any, package: str | None = None) -> None:
         self.kind, self.base, self.package = kind, base, package
         self._classes: dict[str, type[S]] = {}
 
@@ -42,11 +42,7 @@ class Registry(Mapping[str, type[S]]):
         return self._classes
 
     def register(self, found: type[S]) -> type[S]:
-        """Class decorator. The class is known by the default of its key `type`.
-
-        Raises:
-            ValueError: another class has this name.
-        """
+        """Of a class known by the default of its `type`. Raises ValueError: there is another."""
         name = found.model_fields["type"].default
         if name in self._classes:
             raise ValueError(f"there are two of {self.kind} {name!r}")
@@ -68,11 +64,7 @@ class Registry(Mapping[str, type[S]]):
         """
         if not code.is_code(name):
             return self.classes[name]
-        found = code.find(name)
-        if not (isinstance(found, type) and issubclass(found, self.base)):
-            base = f"{self.base.__module__}.{self.base.__name__}"
-            raise ValueError(f"{name} is no {self.kind}: it must be a subclass of {base}")
-        return found
+        return code.subclass(name, self.base)
 
     def section(self, value: Any) -> Any:
         """Validates a mapping with a `type` into the section of that type; for BeforeValidator."""

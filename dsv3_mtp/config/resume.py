@@ -8,10 +8,8 @@ from dsv3_mtp.config.section import OnResume, Section
 
 
 def rule_of(key: str) -> OnResume:
-    """What a start may do with the dotted key where it differs from the checkpoint's.
-
-    Raises:
-        KeyError: neither the key nor a section around it says so.
+    """What a start may do with the dotted key where it differs from the checkpoint's. Raises
+    KeyError: neither the key nor a section around it says so.
     """
     section: Any = Config
     rule: OnResume | None = None
@@ -48,9 +46,7 @@ FREE = tuple(key for key in keys() if rule_of(key) is OnResume.FREE)
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, ignoring: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (before, now) of every setting in which two resolved configs differ, but those
-    under `ignoring`.
-    """
+    """Dotted key -> (before, now) of every setting that differs, but those under `ignoring`."""
     old, new = dict(flat(before)), dict(flat(now))
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     return {key: (old.get(key), new.get(key)) for key in changed if not _under(key, ignoring)}

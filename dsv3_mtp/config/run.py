@@ -53,15 +53,11 @@ class ParallelConfig(Section):
     on_resume = OnResume.FREE
 
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(not_bool)] = 1
-    """DeepSpeed ZeRO: 0 shards nothing, 1 optimizer states (V3 3.1), 2 also gradients, 3 also
-    weights.
-    """
+    """DeepSpeed ZeRO: 1 shards optimizer states (V3 3.1), 2 also gradients, 3 also weights."""
     offload_optimizer: Boolean = False
     """Keep optimizer states and master weights in host memory, and update there (ZeRO 1, 2, 3)."""
     expert_parallel_size: Count = 1
-    """Ranks that share the routed experts of a layer; the groups of ranks are copies (V3 3.2:
-    64).
-    """
+    """Ranks that share the routed experts of a layer; their groups are copies (V3 3.2: 64)."""
     pipeline_stages: Count = 1
     """Stages into which the layers are cut, each on its own ranks (V3 3.2: 16)."""
     sequence_parallel_size: Count = 1
@@ -189,10 +185,8 @@ def rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield "train.total_tokens", f"{text} (got {train.total_tokens})"
     if train and mtp and train.freeze == "trunk":
         if not mtp.depths:
-            yield (
-                "train.freeze",
-                "trunk leaves nothing to train without MTP heads; set none, or mtp.mode",
-            )
+            text = "trunk leaves nothing to train without MTP heads; set none, or mtp.mode"
+            yield "train.freeze", text
         elif model and not mtp.kind.has_weights(model, mtp):
             text = f"trunk leaves nothing to train: mode {mtp.mode} has no weights of its own"
             yield "train.freeze", f"{text}; set none, or another mtp.mode"
@@ -202,10 +196,8 @@ def rules_between(sections: Mapping[str, Any]) -> Iterator[Problem]:
             text = "is 0 from start to end, and with train.freeze: trunk only the heads learn"
             yield "mtp.loss_weight", f"{text}; give it a positive value"
         if train.init_from is None:
-            yield (
-                "train.freeze",
-                "trunk needs train.init_from: a trunk at random weights teaches nothing",
-            )
+            text = "trunk needs train.init_from: a trunk at random weights teaches nothing"
+            yield "train.freeze", text
 
     if all(sections.get(name) is not None for name in layout.NEEDS):
         yield from layout.problems(SimpleNamespace(**sections))

@@ -9,12 +9,14 @@ already 0.1. A progress outside [0, 1] is a ValueError in every function.
 
 import json
 from math import ceil, floor, inf
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dsv3_mtp.config.curves import cosine, line, position
 from dsv3_mtp.config.depth_weights import DepthRule
 from dsv3_mtp.config.loss_weights import AdaptiveSchedule, LambdaSchedule, State
 from dsv3_mtp.config.mtp import MTPConfig
+from dsv3_mtp.config.reader import show
 from dsv3_mtp.config.training import OptimConfig, TrainConfig
 
 if TYPE_CHECKING:  # run.py asks depth_loss_weights for one of its rules
@@ -24,8 +26,7 @@ _ROUNDING = 1e-9  # progress is a rounded quotient: 2/3 of the run times 3 must 
 
 
 def learning_rate(optim: OptimConfig, progress: float) -> float:
-    """V3 4.2: linear warm-up from 0 to lr, constant, cosine to decay_ratio * lr, constant,
-    final_ratio * lr.
+    """V3 4.2: warm-up to lr, constant, cosine to decay_ratio * lr, constant, final_ratio * lr.
 
     At progress 0 with a warm-up the rate is 0: pass the progress that the coming step will reach.
     """
@@ -53,43 +54,45 @@ def mtp_loss_weight(
         weight = loss_weight.weight_in(state, progress)
     else:
         weight = loss_weight.weight(progress)
-    if not 0 <= weight < inf:  # also false for nan
-        raise ValueError(
-            f"mtp.loss_weight: {loss_weight.type} must give a number >= 0 "
-            f"(got {weight} at progress {progress})"
-        )
+    if not isinstance(weight, Real) or not 0 <= weight < inf:  # also false for nan
+        text = f"{loss_weight.type} must give a number >= 0"
+        raise ValueError(f"mtp.loss_weight: {text} (got {show(weight)} at progress {progress})")
     return weight
 
 
 def first_state(mtp: MTPConfig) -> State | None:
     """The state of lambda's schedule before the first step; None: it has none."""
     schedule = mtp.loss_weight
-    return schedule.first_state() if isinstance(schedule, AdaptiveSchedule) else None
+    if not isinstance(schedule, AdaptiveSchedule):
+        return None
+    return _saved(schedule, schedule.first_state())
 
 
 def next_state(mtp: MTPConfig, state: State | None, metrics: dict[str, float]) -> State | None:
-    """The state after a step with these metrics, as JSON gives it back.
-
-    Raises:
-        ValueError: JSON cannot hold the state, so that no checkpoint could.
+    """The state after a step with these metrics, as JSON gives it back. Raises ValueError: JSON
+    cannot hold the state, so that no checkpoint could.
     """
     schedule = mtp.loss_weight
     if state is None or not isinstance(schedule, AdaptiveSchedule):
         return None
+    return _saved(schedule, schedule.next_state(state, metrics))
+
+
+def _saved(schedule: AdaptiveSchedule, state: Any) -> State:
+    """As JSON gives it back."""
+    where = f"mtp.loss_weight: the state of {schedule.type}"
+    if not isinstance(state, dict):
+        raise ValueError(f"{where} must be a mapping (got {show(state)})")
     try:
-        return json.loads(json.dumps(schedule.next_state(state, metrics), allow_nan=False))
+        return json.loads(json.dumps(state, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"mtp.loss_weight: the state of {schedule.type} cannot be saved: {error}"
-        ) from None
+        raise ValueError(f"{where} cannot be saved: {error}") from None
 
 
 def active_depths(
     curriculum: Literal["none", "forward", "reverse"], depths: int, progress: float
 ) -> int:
-    """How many of the D depths are trained now: D equal stages, growing or shrinking (arXiv
-    2505.22757).
-    """
+    """How many of the D depths are trained now, by D equal stages (arXiv 2505.22757)."""
     stage = floor(_checked(progress) * depths + _ROUNDING)
     if curriculum == "forward":
         return min(depths, stage + 1)
@@ -112,29 +115,23 @@ def depth_shares(mtp: MTPConfig, progress: float) -> tuple[float, ...]:
 def depth_loss_weights(
     mtp: MTPConfig, progress: float, state: State | None = None
 ) -> tuple[float, ...]:
-    """The factor of each L_k in the total loss: lambda / D * w_k (V3 eq. 25), 0 for inactive
-    depths.
+    """(D,) factor of each L_k in the loss: lambda / D * w_k (V3 eq. 25), 0 for inactive depths.
 
-    D is the number of depths of the model, active or not. Length D; () for mode none. state: as for
-    mtp_loss_weight.
+    D counts active depths and others; () for mode none. state: as for mtp_loss_weight.
     """
     weight = mtp_loss_weight(mtp.loss_weight, progress, state)
     return tuple(weight * share / mtp.depths for share in depth_shares(mtp, progress))
 
 
 def bias_update_speed(train: TrainConfig, progress: float) -> float:
-    """gamma of the router bias (V3 2.1.2). V3 4.2: 0.001 for the first 14.3T of 14.8T tokens, then
-    0.
-    """
+    """gamma of the router bias (V3 2.1.2; 4.2: 0.001, for the last 0.5T of 14.8T tokens 0)."""
     return train.bias_update_speed if _checked(progress) < train.bias_update_until else 0.0
 
 
 def batch_size(train: TrainConfig, progress: float, multiple: int = 1) -> int:
-    """Sequences in the coming step, over all ranks: train.batch_size, or the ramp towards it (V3
-    4.2).
+    """Sequences in the coming step over all ranks: train.batch_size, or the ramp to it (V3 4.2).
 
-    multiple: micro_batch_size * ranks; the result is rounded down to a multiple of it, and is at
-        least that.
+    multiple: micro_batch_size * ranks; the result is rounded down to a multiple, at least one.
     """
     size, progress, ramp = float(train.batch_size), _checked(progress), train.batch_size_ramp
     if ramp is not None:
@@ -170,13 +167,10 @@ def coming_step(
 
 
 def total_steps(train: TrainConfig, seq_len: int, multiple: int = 1) -> int:
-    """Optimizer steps until train.total_tokens are consumed, with `batch_size` sequences in
-    each.
-    """
+    """Optimizer steps until train.total_tokens are consumed. multiple: see `batch_size`."""
     steps = tokens = 0
-    ramp_end = (
-        0.0 if train.batch_size_ramp is None else train.batch_size_ramp.until * train.total_tokens
-    )
+    ramp = train.batch_size_ramp
+    ramp_end = 0.0 if ramp is None else ramp.until * train.total_tokens
     while tokens < min(ramp_end, train.total_tokens):
         tokens += batch_size(train, tokens / train.total_tokens, multiple) * seq_len
         steps += 1
@@ -186,8 +180,6 @@ def total_steps(train: TrainConfig, seq_len: int, multiple: int = 1) -> int:
 
 def _checked(progress: float) -> float:
     if not -_ROUNDING <= progress <= 1 + _ROUNDING:  # also false for nan
-        raise ValueError(
-            "progress must be within [0, 1], tokens consumed "
-            f"over train.total_tokens (got {progress})"
-        )
+        text = "must be within [0, 1], tokens consumed over train.total_tokens"
+        raise ValueError(f"progress {text} (got {progress})")
     return min(max(progress, 0.0), 1.0)

@@ -6,15 +6,8 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    model_validator,
-)
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from dsv3_mtp.config.reader import KeyProblems, Problem
 
@@ -98,7 +91,7 @@ class Section(BaseModel):
     def rules(self) -> Iterator[Problem]:
         yield from ()
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _check_rules(self) -> Self:
         if problems := list(self.rules()):
             raise KeyProblems(problems)

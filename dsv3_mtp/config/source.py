@@ -1,5 +1,6 @@
 """A source of training data other than a path: `data.train: {type: package.module:Class, ...}`."""
 
+from abc import abstractmethod
 from typing import Any
 
 from dsv3_mtp.config.registry import Registry
@@ -11,13 +12,9 @@ class SourceSection(Section):
 
     type: str
 
+    @abstractmethod
     def open(self, split: str) -> Any:
-        """The dsv3_mtp.data.source.DataSource of a split, "train" or "val".
-
-        Raises:
-            ValueError: there is nothing to open, or no such split.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no open(split)")
+        """The data.source.DataSource of "train" or "val". Raises ValueError: there is none."""
 
 
 SOURCES: Registry[SourceSection] = Registry("data source", SourceSection)

@@ -1,5 +1,6 @@
 """What the program asks of a generated task. The tasks themselves are files of dsv3_mtp/tasks."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -21,31 +22,24 @@ class Stream(Protocol):
         """
 
     def spread(self, index: int, count: int, length: int) -> tuple[Array, ...]:
-        """Validation row `index` of `count`."""
+        """Validation row `index` of `count`; in a stream without end, by `index` alone."""
+        return self.sample(index, length)
 
 
 class Grading(Protocol):
-    """Counts of one validation that add up over ranks: `mark`, sum `sums` over the ranks,
-    `metrics`.
-    """
+    """Counts of one validation that add up over ranks: `mark`, sum `sums`, `metrics`."""
 
     sums: Array  # (n,) float64
 
     def mark(self, rows: Sequence[int], windows: Sequence[Sequence[Array]]) -> None:
-        """The examples of some validation rows; `windows` are the same rows as the model has read
-        them.
-        """
+        """The examples of some validation rows; windows: these rows as the model has read them."""
 
     def metrics(self, sums: list[float], losses: dict[str, float]) -> dict[str, float]:
-        """`task/...` from the sums over all ranks. losses: `val/main_loss` and `val/mtp_loss/k` of
-        the same rows.
-        """
+        """`task/...` from the sums over all ranks. losses: `val/main_loss`, `val/mtp_loss/k`."""
 
 
 class Task(Section):
-    """A generated source of tokens and how well a model does it. Its keys are the fields of the
-    class.
-    """
+    """A generated source of tokens, with its grading. Its keys are the fields of the class."""
 
     type: str
 
@@ -64,24 +58,22 @@ class Task(Section):
         Task.EVERY.update(cls.METRICS)
 
     @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """Token ids, padding included."""
-        raise NotImplementedError(f"{type(self).__name__} has no vocab_size")
 
     @property
+    @abstractmethod
     def example_length(self) -> int:
         """Tokens of the longest example."""
-        raise NotImplementedError(f"{type(self).__name__} has no example_length")
 
+    @abstractmethod
     def stream(self, seq_len: int, key: tuple[int, int] | None) -> Stream:
-        """key: (seed, number of the source) for training; None for validation, the same in every
-        run.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no stream(seq_len, key)")
+        """key: (seed, number of the source) for training; None for validation, always the same."""
 
+    @abstractmethod
     def grading(self, seq_len: int, mtp: Any, generate: Generate) -> Grading:
         """mtp: the heads' MTPConfig."""
-        raise NotImplementedError(f"{type(self).__name__} has no grading(seq_len, mtp, generate)")
 
     def prompts(self, count: int) -> tuple[list[list[int]], int] | None:
         """The text before the last answer of `count` validation examples, and the length of the

@@ -25,9 +25,7 @@ from dsv3_mtp.config.section import (
 
 
 class ScheduleConfig(Section):
-    """Learning rate over progress (V3 4.2): warm-up from 0, constant, cosine, constant, low
-    constant.
-    """
+    """Learning rate over progress (V3 4.2): warm-up, constant, cosine, constant, low constant."""
 
     warmup: Fraction = 0.0084
     """End of the linear warm-up (2K of about 240K steps)."""
@@ -50,6 +48,9 @@ class ScheduleConfig(Section):
                 yield after, text
 
 
+Decay = Annotated[Number, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     """AdamW (V3 4.2)."""
 
@@ -57,10 +58,7 @@ class OptimConfig(Section):
 
     lr: Positive = 2.2e-4
     """Peak learning rate."""
-    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.95,
-    )
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
@@ -69,21 +67,20 @@ class OptimConfig(Section):
     grad_clip: NotNegative = 1.0
     """Largest global gradient norm; 0: no clipping."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """How the two moments are kept between steps (V3 3.3.3: bfloat16); masters are float32 with
-    both.
-    """
+    """How the two moments are kept (V3 3.3.3: bfloat16); masters are float32 with both."""
     schedule: ScheduleConfig = ScheduleConfig()
 
 
 class BatchSizeRamp(Section):
-    """Batch size grows linearly with progress from `start` at 0 to train.batch_size at `until` (V3
-    4.2).
-    """
+    """Batch size grows linearly from `start` to train.batch_size at `until` (V3 4.2)."""
 
     start: Count
     """Sequences per step at the start (V3: 3072)."""
     until: Annotated[Number, Field(gt=0, le=1)]
     """Fraction at which train.batch_size is reached (V3: 469B of 14.8T tokens = 0.0317)."""
+
+
+Recomputed = Literal["none", "selective", "full"]
 
 
 class TrainConfig(Section):
@@ -101,12 +98,8 @@ class TrainConfig(Section):
     """null: batch_size from the first step."""
     dtype: Annotated[Literal["float32", "bfloat16"], OnResume.FIXED] = "bfloat16"
     """Weights and activations in the forward; master weights are float32 (V3 3.3)."""
-    activation_checkpointing: Annotated[Literal["none", "selective", "full"], OnResume.FREE] = (
-        "none"
-    )
-    """What backward makes again to save memory. selective: norms, MLA up-projections (V3 3.2.3);
-    full: whole blocks.
-    """
+    activation_checkpointing: Annotated[Recomputed, OnResume.FREE] = "none"
+    """What backward recomputes. selective: norms, MLA up-projections (V3 3.2.3); full: blocks."""
     bias_update_speed: NotNegative = 0.001
     """Router bias step gamma (V3 2.1.2, 4.2)."""
     bias_update_until: Fraction = 14.3e12 / V3_TOKENS
@@ -116,17 +109,11 @@ class TrainConfig(Section):
     threads: Annotated[Count | None, OnResume.FREE] = None
     """CPU threads per rank; null: cores over ranks of this host."""
     init_from: FilePath | None = None
-    """Folder of a DeepSeek-V3-layout checkpoint: weights and router biases at step 0; null:
-    `initializer_range`.
-    """
+    """Folder in DeepSeek-V3's layout, for weights and router biases at step 0; null: random."""
     freeze: Annotated[Literal["none", "trunk"], OnResume.FIXED] = "none"
-    """trunk: only the MTP heads learn; embedding, trunk, router biases of the trunk and output head
-    stay.
-    """
+    """trunk: only the heads learn; embedding, trunk with its router biases and output head stay."""
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    """Decay per step of an average of the weights, kept in host memory and in checkpoints (V3
-    3.2.2); null: none.
-    """
+    """Decay per step of an average of the weights, kept in host memory (V3 3.2.2); null: none."""
 
     def rules(self) -> Iterator[Problem]:
         of = f"must be a multiple of train.micro_batch_size = {self.micro_batch_size}"
@@ -137,7 +124,5 @@ class TrainConfig(Section):
             if start % self.micro_batch_size:
                 yield "batch_size_ramp.start", f"{of} (got {start})"
             if start > self.batch_size:
-                yield (
-                    "batch_size_ramp.start",
-                    f"must be <= train.batch_size = {self.batch_size} (got {start})",
-                )
+                text = f"must be <= train.batch_size = {self.batch_size} (got {start})"
+                yield "batch_size_ramp.start", text

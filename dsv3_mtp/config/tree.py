@@ -28,8 +28,7 @@ DEEPEST = 8  # files that may build on one another
 class ConfigDocument:
     """A tree, the problems met so far, and which of `layers` each value was written in.
 
-    layers: the files from the innermost base to the file itself, then each override as it was
-    typed.
+    layers: the files from the innermost base on, then each override as it was typed.
     whole: dotted keys of mappings that are one value.
     """
 
@@ -54,9 +53,7 @@ class ConfigDocument:
         return self.layers[layer] if layer is not None and layer < self.files - 1 else None
 
     def inherited(self, key: str, *, beside: str) -> bool:
-        """The key comes from a base, and `beside` was written in a later layer: one that may not
-        have known of it.
-        """
+        """The key comes from a base, and `beside`, of a later layer, may not have known of it."""
         mine, other = self.layer(key), self.layer(beside)
         return self.origin(key) is not None and other is not None and (mine or 0) < other
 
@@ -180,9 +177,8 @@ def _read(path: Path, wanted_by: Path | None) -> tuple[dict[str, Any], list[Prob
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         if wanted_by is not None:
-            raise ConfigError(
-                str(wanted_by), [(BASE, f"{path} cannot be read: {reason}")]
-            ) from None
+            problem = (BASE, f"{path} cannot be read: {reason}")
+            raise ConfigError(str(wanted_by), [problem]) from None
         raise ConfigError(source, [("file", f"cannot be read: {reason}")]) from None
     try:
         tree, problems = _parse(text)
@@ -193,21 +189,16 @@ def _read(path: Path, wanted_by: Path | None) -> tuple[dict[str, Any], list[Prob
     return tree, problems
 
 
-# Bounds that no config comes near: a few bytes of aliases can stand for more values than memory
-# has.
+# Bounds that no config comes near: a few bytes of aliases can stand for more than memory holds.
 LARGEST, MOST_VALUES, DEEPEST = 1_000_000, 100_000, 50
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 and 14.8e12 as numbers (YAML 1.2), where PyYAML (YAML 1.1) reads
-    strings.
-    """
+    """SafeLoader that reads 3e-4 and 14.8e12 as numbers (YAML 1.2), not as text (YAML 1.1)."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Mappings as blocks, lists on one line; quotes the strings that _Loader would read as
-    numbers.
-    """
+    """Mappings as blocks, lists on one line; quotes text that _Loader would read as numbers."""
 
 
 _EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$")
@@ -255,9 +246,8 @@ def _read_once(text: str) -> tuple[Any, tuple[Problem, ...]]:
         if node is None:
             return None, ()
         if (count := _values(node, {}, 0)) > MOST_VALUES:
-            raise yaml.YAMLError(
-                f"its aliases stand for {count:,} values, more than {MOST_VALUES:,}"
-            )
+            text = f"its aliases stand for {count:,} values, more than {MOST_VALUES:,}"
+            raise yaml.YAMLError(text)
         problems = tuple(_duplicates(node, ""))  # before merge keys (<<) are written out
         return loader.construct_document(node), problems
     except RecursionError:
@@ -276,9 +266,7 @@ def _require_shallow(text: str) -> None:
 
 
 def _values(node: yaml.Node, counted: dict[int, int], depth: int) -> int:
-    """How many values a node holds, each alias written out. counted: by node, 0 while it is being
-    counted.
-    """
+    """How many values a node holds, aliases written out. counted: by node, 0 while in progress."""
     if depth > DEEPEST:
         raise RecursionError
     if id(node) not in counted:

@@ -54,37 +54,28 @@ class Arguments:
         if self.corpus is not None and self.corpus not in CORPORA:
             problems.append(f"corpus {self.corpus!r}: must be one of {', '.join(CORPORA)}")
         if (self.tokenizer is None) == (self.vocab_size is None):
-            problems.append(
-                "give either a tokenizer.json or a vocab_size "
-                "to train one (--tokenizer or --vocab-size)"
-            )
+            text = "a tokenizer.json or a vocab_size to train one (--tokenizer or --vocab-size)"
+            problems.append(f"give either {text}")
         elif self.vocab_size is not None and self.eos not in (None, END_OF_TEXT):
-            problems.append(
-                f"--eos {self.eos}: goes with --tokenizer; one that is trained has {END_OF_TEXT}"
-            )
+            text = f"goes with --tokenizer; one that is trained has {END_OF_TEXT}"
+            problems.append(f"--eos {self.eos}: {text}")
         if self.vocab_size is not None and not MIN_VOCAB <= self.vocab_size <= 2**20:
-            problems.append(
-                f"vocab_size {self.vocab_size}: must be >= {MIN_VOCAB} (256 bytes, "
-                f"{MIN_VOCAB - 256} special tokens) and <= {2**20:,}"
-            )
+            least = f"{MIN_VOCAB} (256 bytes, {MIN_VOCAB - 256} special tokens)"
+            problems.append(f"vocab_size {self.vocab_size}: must be >= {least} and <= {2**20:,}")
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed {self.seed}: must be >= 0 and < 2^63")
         if not 0 <= self.val_fraction < 1:
             problems.append(f"val_fraction {self.val_fraction}: must be in [0, 1)")
         if self.corpus is not None and self.val_fraction != 0.1:
-            problems.append(
-                f"val_fraction {self.val_fraction}: the split of {self.corpus} is fixed; "
-                "leave it at 0.1"
-            )
+            text = f"the split of {self.corpus} is fixed; leave it at 0.1"
+            problems.append(f"val_fraction {self.val_fraction}: {text}")
         if not 0 <= self.fim_rate <= 1:
             problems.append(f"fim_rate {self.fim_rate}: must be in [0, 1]")
         if self.mask not in (None, "prompts"):
             problems.append(f"mask {self.mask!r}: must be prompts")
         if self.mask is not None and (self.corpus is not None or self.fim_rate > 0):
-            problems.append(
-                "--mask prompts reads questions and answers: it goes neither with --corpus nor "
-                "with --fim-rate"
-            )
+            text = "it goes neither with --corpus nor with --fim-rate"
+            problems.append(f"--mask prompts reads questions and answers: {text}")
         if self.corpus is not None and (self.val_by_position or self.skip_unreadable):
             problems.append("--val-by-position and --skip-unreadable go with --input")
         if self.shard_tokens < 1:
@@ -113,9 +104,7 @@ def open_inputs(arguments: Arguments, out: Path) -> Inputs:
 
 
 def record(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
-    """The arguments as index.json keeps them: the tokenizer by its hash, the inputs by name and
-    size.
-    """
+    """The arguments as index.json keeps them: a tokenizer by hash, the inputs by name and size."""
     recorded = asdict(arguments) | {"inputs": list(arguments.inputs)}
     for key in ("mask", "val_by_position", "skip_unreadable"):
         if not recorded[key]:  # folders of older versions have no such key
@@ -125,9 +114,8 @@ def record(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
     if isinstance(inputs, FileInputs):
         if inputs.masking is not None and inputs.masking.template is not None:
             recorded["chat_template"] = text_sha256(inputs.masking.template.source)
-        recorded["files"] = [
-            [str(path), size] for path, size in zip(inputs.files, inputs.sizes, strict=True)
-        ]
+        sizes = zip(inputs.files, inputs.sizes, strict=True)
+        recorded["files"] = [[str(path), size] for path, size in sizes]
     else:
         recorded["files"] = inputs.fingerprint
     return recorded
@@ -136,16 +124,10 @@ def record(arguments: Arguments, inputs: Inputs) -> dict[str, Any]:
 def compare(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
     differences = []
     for key, value in now.items():
-        if there.get(key) != value:
-            long = key == "files" or (key == "tokenizer" and None not in (there.get(key), value))
-            differences.append(
-                f"{key}: other contents" if long else f"{key}: {there.get(key)} there, {value} now"
-            )
+        if (old := there.get(key)) != value:
+            long = key == "files" or (key == "tokenizer" and None not in (old, value))
+            what = "other contents" if long else f"{old} there, {value} now"
+            differences.append(f"{key}: {what}")
     if differences:
-        raise ValueError(
-            (
-                f"{folder} was made with other arguments; repeat "
-                "those, choose another --out, or delete it:\n  "
-            )
-            + "\n  ".join(differences)
-        )
+        text = f"{folder} was made with other arguments; repeat those, choose another --out, or"
+        raise ValueError("\n  ".join([f"{text} delete it:", *differences]))

@@ -25,9 +25,7 @@ PLACES = "chat_template.jinja, or the key chat_template of tokenizer_config.json
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive text of a document. It is tokenised apart from its neighbours, as a prompt is
-    when the model is used.
-    """
+    """Consecutive text of a document, tokenised apart from its neighbours, as a prompt is."""
 
     text: str
     scored: bool  # its tokens are targets
@@ -35,11 +33,7 @@ class Piece:
 
 
 class ChatTemplate:
-    """The Jinja template beside a tokenizer.json.
-
-    Raises:
-        ValueError: it is no Jinja template.
-    """
+    """The Jinja template beside a tokenizer.json. Raises ValueError: it is none."""
 
     def __init__(self, source: str, path: Path, tokens: dict[str, str]) -> None:
         """tokens: bos_token, eos_token, ..., which templates name."""
@@ -55,16 +49,13 @@ class ChatTemplate:
             raise ValueError(f"{path}: not a Jinja template ({error})") from None
 
     def render(self, messages: list[dict[str, Any]], *, answer_follows: bool, place: str) -> str:
-        """The whole text, with marks for the contents; `answer_follows`: up to where the model's
-        answer begins.
-        """
+        """The text, with marks for contents; answer_follows: up to where the answer begins."""
         from jinja2 import TemplateError
 
         marked = [m | {"content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+        names = {"messages": marked, "add_generation_prompt": answer_follows}
         try:
-            return self._template.render(
-                messages=marked, add_generation_prompt=answer_follows, **self.tokens
-            )
+            return self._template.render(**names, **self.tokens)
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"{place}: {self.path} refuses these messages: {error}") from None
 
@@ -99,17 +90,12 @@ class ChatTemplate:
 
 
 def read_template(tokenizer: Path) -> ChatTemplate | None:
-    """The template beside a tokenizer.json, None if there is none.
-
-    Raises:
-        ValueError: tokenizer_config.json is damaged, or the template is none.
+    """The template beside a tokenizer.json, None if there is none. Raises ValueError:
+    tokenizer_config.json is damaged, or the template is none.
     """
-    beside = tokenizer.with_name("tokenizer_config.json")
-    content = (
-        read_json(beside, dict[str, Any], "take it from where the tokenizer came from")
-        if (beside.is_file())
-        else {}
-    )
+    beside, content = tokenizer.with_name("tokenizer_config.json"), dict[str, Any]()
+    if beside.is_file():
+        content = read_json(beside, dict[str, Any], "take it from where the tokenizer came from")
     tokens: dict[str, str] = {}
     for key, value in content.items():
         if key.endswith("_token"):
@@ -128,11 +114,9 @@ def read_template(tokenizer: Path) -> ChatTemplate | None:
 def record_pieces(
     record: Any, template: ChatTemplate | None, *, specials: frozenset[str], place: str
 ) -> tuple[Piece, ...]:
-    """The pieces of a JSON record with `prompt` and `completion`, or with `messages`.
-
-    Raises:
-        ValueError: it has neither, a part of it is no text, nothing in it is an answer, or
-            `messages` without a template.
+    """The pieces of a JSON record with `prompt` and `completion`, or with `messages`. Raises
+    ValueError: it has neither, a part of it is no text, nothing in it is an answer, or `messages`
+    without a template.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{place}: is a JSON {type(record).__name__}, must be an object")
@@ -160,10 +144,8 @@ def prompt_pieces(
     record: Any, template: ChatTemplate | None, *, specials: frozenset[str], place: str
 ) -> tuple[Piece, ...]:
     """The pieces in front of an answer that is to be generated: of `prompt`, or of `messages` up to
-    the last one that is not the assistant's.
-
-    Raises:
-        ValueError: as `record_pieces`; or nothing is left.
+    the last one that is not the assistant's. Raises ValueError: as `record_pieces`; or nothing is
+    left.
     """
     if isinstance(record, dict) and "messages" in record and template is not None:
         chat = list(_checked(record["messages"], place))

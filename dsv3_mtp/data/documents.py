@@ -111,14 +111,12 @@ class FileInputs:
         """
         self.text_key, self.val_fraction, self.masking = text_key, val_fraction, masking
         own = {out.resolve(), out.with_name(out.name + ".partial").resolve()}
-        self.files = [
-            path for path in _find_files(patterns) if own.isdisjoint(path.resolve().parents)
-        ]
+        files = _find_files(patterns)
+        self.files = [path for path in files if own.isdisjoint(path.resolve().parents)]
         other = [str(path) for path in self.files if not path.name.endswith(JSONL)]
         if masking is not None and other:
-            raise ValueError(
-                f"--mask prompts reads {', '.join(JSONL)}, no other files: {', '.join(other[:3])}"
-            )
+            text = f"{', '.join(JSONL)}, no other files: {', '.join(other[:3])}"
+            raise ValueError(f"--mask prompts reads {text}")
         self.skip_unreadable, self.skipped = skip_unreadable, dict[Path, str]()
         self.cut = 1 - val_fraction if val_by_position else None
         records = [str(path) for path in self.files if path.name.endswith((*JSONL, *TABLES))]
@@ -127,11 +125,9 @@ class FileInputs:
                 f"--val-by-position splits text files; {records[0]} holds a document per record, "
                 "of which --val-fraction chooses some"
             )
-        self.sizes = [path.stat().st_size for path in self.files]
-        stamps = "".join(
-            f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}\n" for path in self.files
-        )
-        # of the files as they are now
+        found = [(path, path.stat()) for path in self.files]  # the files as they are now
+        self.sizes = [stat.st_size for _, stat in found]
+        stamps = "".join(f"{path} {stat.st_mtime_ns} {stat.st_size}\n" for path, stat in found)
         self.fingerprint = hashlib.sha256(stamps.encode()).hexdigest()
 
     def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
@@ -152,16 +148,13 @@ class FileInputs:
             if self.masking is not None:
                 pieces = record_pieces(text, **vars(self.masking), place=place)
                 text = "".join(piece.text for piece in pieces)
+            where = f"{place}: {self.text_key!r}"
             if not isinstance(text, str):
-                raise ValueError(
-                    f"{place}: {self.text_key!r} is {type(text).__name__}, must be a string"
-                )
+                raise ValueError(f"{where} is {type(text).__name__}, must be a string")
             try:
                 content = text.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{place}: {self.text_key!r} has a lone surrogate ({error.reason})"
-                ) from None
+                raise ValueError(f"{where} has a lone surrogate ({error.reason})") from None
             marks = json.dumps([[len(p.text), p.scored] for p in pieces]) if pieces else ""
             digest = hashlib.sha256(content + marks.encode()).digest()
             bucket = int.from_bytes(digest, "big") % VAL_BUCKETS
@@ -171,9 +164,8 @@ class FileInputs:
 
 
 def _find_files(patterns: list[str]) -> list[Path]:
-    files: dict[
-        Path, Path
-    ] = {}  # a file that two patterns name, however they write it, is read once
+    # a file that two patterns name, however they write it, is read once
+    files: dict[Path, Path] = {}
     missing = []
     for pattern in patterns:
         path = Path(pattern)
@@ -197,28 +189,23 @@ def _find_files(patterns: list[str]) -> list[Path]:
 def _walk(folder: Path) -> list[Path]:
     """All files below `folder` except hidden ones and __pycache__, sorted by path."""
     if (folder / "dataset_dict.json").is_file():
-        splits = sorted(str(p) for p in folder.iterdir() if p.is_dir())
-        raise ValueError(
-            f"{folder}: a saved DatasetDict; give the folder "
-            f"of one of its splits: {', '.join(splits)}"
-        )
-    found = []
-    for path in sorted(folder.rglob("*")):
+        splits = ", ".join(sorted(str(p) for p in folder.iterdir() if p.is_dir()))
+        text = f"a saved DatasetDict; give the folder of one of its splits: {splits}"
+        raise ValueError(f"{folder}: {text}")
+
+    def hidden(path: Path) -> bool:
         parts = path.relative_to(folder).parts
-        if path.is_file() and not any(
-            part.startswith(".") or part == "__pycache__" for part in parts
-        ):
-            found.append(path)
-    return found
+        return any(part.startswith(".") or part == "__pycache__" for part in parts)
+
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not hidden(path)]
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
     """The Arrow files of a folder written by datasets.Dataset.save_to_disk."""
     state = read_json(folder / "state.json", SavedDataset, "save the data set again")
     if state.get("_indices_data_files"):
-        raise ValueError(
-            f"{folder}: was saved with an indices mapping; save it again with a recent `datasets`"
-        )
+        text = "was saved with an indices mapping; save it again with a recent `datasets`"
+        raise ValueError(f"{folder}: {text}")
     files = [folder / entry["filename"] for entry in state["_data_files"]]
     for path in files:
         if path.parent != folder or path.suffix != ".arrow" or not inside(path, folder):
@@ -226,9 +213,6 @@ def _saved_dataset(folder: Path) -> list[Path]:
                 f"{folder}: state.json names {path.name}, which is no .arrow file in this folder; "
                 "save the data set again"
             )
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"{folder}: state.json names files that are not there: {', '.join(missing)}"
-        )
+    if missing := ", ".join(path.name for path in files if not path.is_file()):
+        raise ValueError(f"{folder}: state.json names files that are not there: {missing}")
     return files

@@ -12,6 +12,7 @@ floor has not learnt more than this table.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -39,11 +40,9 @@ class Events:
         document than the slot's is none, and contexts end at the document's start.
         """
         rows, slots = tokens.shape[0], tokens.shape[1] - 1
-        valid = (
-            np.ones((rows, slots), bool)
-            if documents is None
-            else documents[:, 1:] == documents[:, :-1]
-        )
+        valid = np.ones((rows, slots), bool)
+        if documents is not None:
+            valid = documents[:, 1:] == documents[:, :-1]
         contexts = [np.zeros((rows, slots), np.int64), tokens[:, :-1].astype(np.int64)]
         for length in range(2, len(ORDERS)):
             longer = np.full((rows, slots), -1, np.int64)
@@ -51,14 +50,11 @@ class Events:
             inside = contexts[-1][:, length - 1 :] >= 0
             if documents is not None:
                 inside &= documents[:, :-length] == documents[:, length - 1 : -1]
-            scale = vocab_size ** (length - 1)
-            longer[:, length - 1 :] = np.where(
-                inside, before * scale + contexts[-1][:, length - 1 :], -1
-            )
+            number = before * vocab_size ** (length - 1) + contexts[-1][:, length - 1 :]
+            longer[:, length - 1 :] = np.where(inside, number, -1)
             contexts.append(longer)
-        return cls(
-            tokens[:, 1:][valid].astype(np.int64), tuple(context[valid] for context in contexts)
-        )
+        targets = tokens[:, 1:][valid].astype(np.int64)
+        return cls(targets, tuple(context[valid] for context in contexts))
 
 
 class Counts:
@@ -72,22 +68,16 @@ class Counts:
         self.pairs, self.pair_counts = np.unique(pairs, return_counts=True)
         owners = self.pairs // vocab_size
         starts = np.flatnonzero(np.diff(owners, prepend=-1))
-        self.contexts = owners[starts]
-        self.context_counts = (
-            np.add.reduceat(self.pair_counts, starts) if len(starts) else np.zeros(0, np.int64)
-        )
+        self.contexts, self.context_counts = owners[starts], np.zeros(0, np.int64)
+        if len(starts):
+            self.context_counts = np.add.reduceat(self.pair_counts, starts)
 
     def shares(self, events: Events) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) count(context, target) / count(context), 0 for an unseen context, and (N,)
-        count(context).
-        """
+        """(N,) count(context, target) / count(context), 0 where unseen; (N,) count(context)."""
         context = events.contexts[self.length]
         seen = _look_up(self.contexts, self.context_counts, context)
-        both = _look_up(
-            self.pairs,
-            self.pair_counts,
-            np.where(context < 0, -1, context * self.vocab_size + events.target),
-        )
+        pairs = np.where(context < 0, -1, context * self.vocab_size + events.target)
+        both = _look_up(self.pairs, self.pair_counts, pairs)
         return both / np.maximum(seen, 1), seen
 
 
@@ -113,9 +103,7 @@ class NGrams:
 
     def __init__(self, tokens: np.ndarray, documents: np.ndarray | None, *, vocab_size: int):
         """tokens, documents: (R, T+1), see `Events.of`; each training token is to be a target once.
-
-        Raises:
-            ValueError: fewer than two rows: nothing to count, or nothing to find the weights on.
+        Raises ValueError: fewer than two rows: nothing to count, or nothing to find the weights on.
         """
         if len(tokens) < 2:
             raise ValueError(f"floors need at least 2 rows of training tokens (got {len(tokens)})")
@@ -125,9 +113,8 @@ class NGrams:
         held[-1] |= not held.any()
 
         def events(chosen: np.ndarray) -> Events:
-            return Events.of(
-                tokens[chosen], None if documents is None else documents[chosen], vocab_size
-            )
+            of = None if documents is None else documents[chosen]
+            return Events.of(tokens[chosen], of, vocab_size)
 
         counted, left_out = events(~held), events(held)
         self.weights: list[np.ndarray] = []  # (BUCKETS,) per order
@@ -150,9 +137,8 @@ class NGrams:
     def losses(self, tokens: np.ndarray, documents: np.ndarray | None) -> dict[str, float]:
         """Mean nats per target of each order on rows (R, T+1)."""
         probabilities = self.probabilities(Events.of(tokens, documents, self.vocab_size))
-        return {
-            name: float(-np.log(p).mean()) for name, p in zip(ORDERS, probabilities, strict=True)
-        }
+        means = [float(-np.log(p).mean()) for p in probabilities]
+        return dict(zip(ORDERS, means, strict=True))
 
 
 def mix(share: np.ndarray, seen: np.ndarray, weights: np.ndarray, lower: np.ndarray) -> np.ndarray:
@@ -162,8 +148,7 @@ def mix(share: np.ndarray, seen: np.ndarray, weights: np.ndarray, lower: np.ndar
 
 
 def em(share: np.ndarray, lower: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """(BUCKETS,) weights of `share` against `lower` with the highest likelihood, one per bucket of
-    `seen`.
+    """(BUCKETS,) weights of `share` against `lower` of highest likelihood, by buckets of `seen`.
 
     A bucket without an event gets the weight of the one below it. At least a thousandth stays with
     `lower`, so that no target of the validation text has probability 0.
@@ -174,9 +159,8 @@ def em(share: np.ndarray, lower: np.ndarray, seen: np.ndarray) -> np.ndarray:
     weights = np.full(BUCKETS, 0.5)
     for _ in range(EM_STEPS):
         mine = weights[bucket] * share
-        weights = np.bincount(
-            bucket, mine / (mine + (1 - weights[bucket]) * lower), BUCKETS
-        ) / np.maximum(events, 1)
+        whose = mine / (mine + (1 - weights[bucket]) * lower)
+        weights = np.bincount(bucket, whose, BUCKETS) / np.maximum(events, 1)
         weights = np.clip(weights, 0.0, 0.999)
     for number in np.flatnonzero(events == 0):
         weights[number] = weights[number - 1] if number else 0.5
@@ -186,27 +170,24 @@ def em(share: np.ndarray, lower: np.ndarray, seen: np.ndarray) -> np.ndarray:
 def floor_metrics(
     losses: Mapping[str, float], bits_per_nat_and_byte: float | None
 ) -> dict[str, float]:
-    """`val/floor/ORDER` in nats per token, and `val/floor/ORDER_bits_per_byte` where the bytes of
-    the text are known.
-    """
+    """`val/floor/ORDER`, and `..._bits_per_byte` where the bytes of the text are known."""
     metrics = {f"val/floor/{name}": loss for name, loss in losses.items()}
-    if bits_per_nat_and_byte is not None:
-        metrics |= {
-            f"val/floor/{name}_bits_per_byte": loss * bits_per_nat_and_byte
-            for name, loss in losses.items()
-        }
-    return metrics
+    if (bits := bits_per_nat_and_byte) is None:
+        return metrics
+    return metrics | {f"{name}_bits_per_byte": loss * bits for name, loss in metrics.items()}
 
 
 def early_training(metrics: Mapping[str, float]) -> str | None:
-    """What is to be said first of a text run whose main model is not below the trigram floor; None:
-    it is below.
-    """
+    """What is to be said of a text run that is not below the trigram floor; None: it is below."""
     main, floor = metrics.get("val/main_loss"), metrics.get("val/floor/trigram")
     if main is None or floor is None or main < floor:
         return None
+    lower = [(name, metrics.get(f"val/floor/{name}", inf)) for name in ("unigram", "bigram")]
+    above = [
+        f", nor below the {name} floor ({value:.3f})," for name, value in lower if main >= value
+    ]
     return (
-        f"The main model ({main:.3f} nats per token) is not below the trigram floor "
-        f"({floor:.3f}) counted from its own training tokens: it has learnt no more than a table "
-        "of three tokens, and these are early-training numbers."
+        f"The main model ({main:.3f} nats per token) is not below the trigram floor ({floor:.3f})"
+        f"{''.join(above[:1])} counted from its own training tokens: it has learnt no more than a "
+        "table, and these are early-training numbers."
     )

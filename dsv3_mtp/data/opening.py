@@ -1,12 +1,11 @@
-"""The data of a run, opened as its config says: what it trains on, and what it is validated
-on.
-"""
+"""The data of a run, opened as its config says, to train on and to validate on."""
 
 from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.config import Config
 from dsv3_mtp.config.source import SourceSection
+from dsv3_mtp.data.own import OwnSource
 from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.sampler import Sampler, is_masked
 from dsv3_mtp.data.source import (
@@ -21,10 +20,8 @@ from dsv3_mtp.tasks.base import TaskSource
 
 
 def build_missing(config: Config) -> None:
-    """Prepares the corpus that `data.build` names, if it is not there.
-
-    Raises:
-        ValueError: the folder is not named after the corpus: a user's own text was meant.
+    """Prepares the corpus that `data.build` names, if it is not there. Raises ValueError: the
+    folder is not named after the corpus: a user's own text was meant.
     """
     folder, corpus = config.data.train, config.data.build
     if corpus is None or not isinstance(folder, str) or Path(folder).exists():
@@ -37,24 +34,15 @@ def build_missing(config: Config) -> None:
             f" --out {folder} --vocab-size {config.model.vocab_size} (data.build: {corpus} makes "
             f"only a folder with {corpus} in its name)"
         )
-    print(
-        f"{folder}: missing, building {corpus} from the Python files of this environment",
-        flush=True,
-    )
+    text = f"missing, building {corpus} from the Python files of this environment"
+    print(f"{folder}: {text}", flush=True)
     prepare(folder, Arguments(corpus=corpus, vocab_size=config.model.vocab_size))
 
 
 def open_sources(config: Config) -> tuple[Sampler, DataSource]:
-    """The training sampler and the validation source.
-
-    Raises:
-        ValueError: the data cannot be used, or was not made with one tokenizer.
-    """
-    windows: Any = {
-        "seq_len": config.data.seq_len,
-        "lookahead": config.mtp.lookahead,
-        "seed": config.run.seed,
-    }
+    """The training sampler and the validation source. Raises ValueError: they cannot be used."""
+    windows: Any = {"seq_len": config.data.seq_len, "lookahead": config.mtp.lookahead}
+    windows["seed"] = config.run.seed
     sources = [_open(config, entry.path, "train") for entry in config.data.entries]
     val = validation_source(config)
     if val.task is not None:
@@ -72,9 +60,7 @@ def open_sources(config: Config) -> tuple[Sampler, DataSource]:
 
 
 def check_masks(mask: str, sources: list[DataSource], val: DataSource) -> None:
-    """Raise ValueError when `data.mask` says another thing than the data: none of it would be
-    noticed in the losses.
-    """
+    """Raises ValueError: `data.mask` says another thing than the data. No loss would show it."""
     masked = [source.path for source in sources if is_masked(source)]
     if mask == "prompts" and not masked:
         raise ValueError(
@@ -90,26 +76,21 @@ def check_masks(mask: str, sources: list[DataSource], val: DataSource) -> None:
 
 def validation_source(config: Config, split: str = "val") -> DataSource:
     """What a run is validated on: data.val, or other examples of its task than it is trained on.
-
-    Raises:
-        ValueError: the data cannot be used, or `split` is asked of a task, which has validation
-            examples only.
+    Raises ValueError: the data cannot be used, or another split is asked of a task.
     """
     if config.data.task is None:
         source = _open(config, config.data.val or "", split)
         check_vocab(source, config.model.vocab_size)
         return source
     if split != "val":
-        raise ValueError(
-            f"data.task {config.data.task.type} has no split "
-            f"{split!r}: its training examples are all new"
-        )
+        text = f"has no split {split!r}: its training examples are all new"
+        raise ValueError(f"data.task {config.data.task.type} {text}")
     return TaskSource(config.data.task)
 
 
 def _open(config: Config, data: str | SourceSection, split: str) -> DataSource:
     if not isinstance(data, str):
-        return data.open(split)
+        return OwnSource(data, split, config.model.vocab_size)
     tokenizer = Path(config.train.init_from or "", "tokenizer.json")
     options = f" --vocab-size {config.model.vocab_size}"
     if config.train.init_from is not None and tokenizer.is_file():

@@ -1,5 +1,4 @@
-"""Text to token shards: split, tokenise, write. Byte-identical however often it is interrupted and
-resumed.
+"""Text to token shards: split, tokenise, write. Byte-identical however often it is interrupted.
 
 Everything is written to DIR.partial, which becomes DIR with one rename at the end.
 DIR.partial/progress.json says how far the shards on disk go; whatever was written after it is cut
@@ -14,22 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dsv3_mtp.data import shards
 from dsv3_mtp.data.arguments import Arguments, compare, open_inputs, record
 from dsv3_mtp.data.documents import Corpus, FileInputs, Inputs
 from dsv3_mtp.data.megatron import token_dtype
-from dsv3_mtp.data.shards import (
-    FORMAT,
-    INDEX,
-    MASKED_VERSION,
-    VERSION,
-    FolderIndex,
-    SplitWriter,
-    file_sha256,
-    read_folder_index,
-)
+from dsv3_mtp.data.shards import INDEX, FolderIndex, SplitWriter, file_sha256
 from dsv3_mtp.data.tokenise import PROGRESS, ProgressCallback, Tokenising, TokenisingState
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder, train_tokenizer
-from dsv3_mtp.files.atomic import lock, naming_file, replacing, sync, sync_tree, write_json
+from dsv3_mtp.files.atomic import lock, naming_file, replacing, sweep, sync, sync_tree, write_json
 from dsv3_mtp.files.checked import read_json
 
 TOKENIZER, MANIFEST = "tokenizer.json", "manifest.json"
@@ -47,12 +38,13 @@ def prepare(
     progress: ProgressCallback | None = None,
     say: Callable[[str], None] = print,
 ) -> FolderIndex:
-    """Make the prepared folder `out_dir`, or go on where an interrupted call with the same
-    arguments stopped.
+    """Makes the prepared folder `out_dir`, or goes on where an interrupted call stopped.
 
-    Returns the contents of its index.json. `say` is told what was left out. Raises ValueError for
-    bad input, naming file and record, and when `out_dir` or `out_dir`.partial were made with other
-    arguments.
+    Returns its index.json. `say` is told what was left out.
+
+    Raises:
+        ValueError: bad input, by file and record; or `out_dir` or `out_dir`.partial were made with
+            other arguments.
     """
     out = Path(out_dir)
     if not out.name:
@@ -77,9 +69,7 @@ def prepare(
 
 def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], None]) -> FolderIndex:
     """The prepared folder `out`, which `build` makes in `out`.partial where it is not there yet.
-
-    Raises:
-        ValueError: `out` was made with other arguments than `recorded`.
+    Raises ValueError: `out` was made with other arguments than `recorded`.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder that is to be made")
@@ -104,7 +94,7 @@ def make_folder(out: Path, recorded: dict[str, Any], build: Callable[[Path], Non
             locked.unlink(missing_ok=True)  # whoever still waits for it will find `out`
         finally:
             os.close(descriptor)
-    index = read_folder_index(out)
+    index = shards.read_folder_index(out)
     compare(out, index["arguments"], recorded)
     return index
 
@@ -123,19 +113,9 @@ def _build(
     state = _saved_state(partial, recorded, inputs)
     if state is None:
         encoder = _make_tokenizer(partial, arguments, inputs)
-        state = {
-            "file": 0,
-            "record": 0,
-            "documents": 0,
-            "empty": 0,
-            "manifest_hash": "",
-            "splits": {},
-        }
-        state |= {
-            "arguments": recorded,
-            "inputs": inputs.fingerprint,
-            "tokenizer_sha256": encoder.sha256,
-        }
+        state = dict.fromkeys(("file", "record", "documents", "empty"), 0)
+        state |= {"manifest_hash": "", "splits": {}, "arguments": recorded}
+        state |= {"inputs": inputs.fingerprint, "tokenizer_sha256": encoder.sha256}
     else:
         encoder = load_encoder(partial / TOKENIZER, eos=arguments.eos)
     if arguments.fim_rate > 0 and encoder.fim_ids is None:
@@ -144,37 +124,20 @@ def _build(
             "has no fill-in-the-middle tokens such as "
             "<|fim_begin|> <|fim_hole|> <|fim_end|>; use a tokenizer that has them, or --fim-rate 0"
         )
-    dtype = token_dtype(encoder.vocab_size)
+    shape: Any = {"dtype": token_dtype(encoder.vocab_size), "masked": arguments.mask is not None}
+    shape["shard_tokens"] = arguments.shard_tokens
     writers = {
-        split: SplitWriter(
-            partial,
-            split,
-            dtype=dtype,
-            shard_tokens=arguments.shard_tokens,
-            masked=arguments.mask is not None,
-            state=state["splits"].get(split),
-        )
+        split: SplitWriter(partial, split, state=state["splits"].get(split), **shape)
         for split in inputs.splits
     }
-    Tokenising(
-        partial,
-        inputs,
-        encoder,
-        writers,
-        state,
-        fim_rate=arguments.fim_rate,
-        seed=arguments.seed,
-        progress=progress,
-    ).run()
+    how: Any = {"fim_rate": arguments.fim_rate, "seed": arguments.seed, "progress": progress}
+    Tokenising(partial, inputs, encoder, writers, state, **how).run()
     _finish(partial, arguments, inputs, encoder, writers, state)
 
 
 def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
-    """progress.json of an interrupted run, checked against this one; without it None, and what it
-    wrote is deleted.
-
-    Raises:
-        ValueError: the folder holds other files, or the state of another preparation.
+    """progress.json of an interrupted run, checked against this one; without it all is deleted.
+    Raises ValueError: the folder holds other files, or the state of another preparation.
     """
     if foreign := _foreign(partial):
         raise ValueError(
@@ -188,17 +151,12 @@ def _saved_state(partial: Path, recorded: dict[str, Any], inputs: Inputs) -> dic
     state: dict[str, Any] = {**_read_position(partial)}
     compare(partial, state["arguments"], recorded)
     if state["inputs"] != inputs.fingerprint:
-        raise ValueError(
-            f"{partial}: the input files changed since it "
-            "was interrupted; delete it and start again"
-        )
-    if (
-        not (partial / TOKENIZER).is_file()
-        or file_sha256(partial / TOKENIZER) != state["tokenizer_sha256"]
-    ):
-        raise ValueError(
-            f"{partial / TOKENIZER}: is missing or was changed; delete {partial} and start again"
-        )
+        text = "the input files changed since it was interrupted; delete it and start again"
+        raise ValueError(f"{partial}: {text}")
+    tokenizer = partial / TOKENIZER
+    if not tokenizer.is_file() or file_sha256(tokenizer) != state["tokenizer_sha256"]:
+        remedy = f"delete {partial} and start again"
+        raise ValueError(f"{tokenizer}: is missing or was changed; {remedy}")
     return state
 
 
@@ -225,10 +183,8 @@ def _make_tokenizer(partial: Path, arguments: Arguments, inputs: Inputs) -> Docu
         assert arguments.vocab_size is not None
         texts = _train_texts(inputs)
         if (first := next(texts, None)) is None:
-            raise ValueError(
-                f"{', '.join(arguments.inputs)}: no text for train in it; give more, or another "
-                "--val-fraction"
-            )
+            text = "no text for train in it; give more, or another --val-fraction"
+            raise ValueError(f"{', '.join(arguments.inputs)}: {text}")
         content = train_tokenizer(itertools.chain([first], texts), arguments.vocab_size).encode()
     with replacing(partial / TOKENIZER) as temporary:
         temporary.write_bytes(content)
@@ -267,8 +223,8 @@ def _finish(
             "no val), or, for few long text files, --val-by-position"
         )
     index = {
-        "format": FORMAT,
-        "version": VERSION if arguments.mask is None else MASKED_VERSION,
+        "format": shards.FORMAT,
+        "version": shards.VERSION if arguments.mask is None else shards.MASKED_VERSION,
         "vocab_size": encoder.vocab_size,
         "dtype": token_dtype(encoder.vocab_size).name,
         "eos_id": encoder.eos_id,
@@ -284,5 +240,6 @@ def _finish(
         listing = {"manifest_hash": inputs.fingerprint, **inputs.origin, **inputs.listing()}
         write_json(partial / MANIFEST, listing)
     write_json(partial / INDEX, index)
-    for left in [partial / PROGRESS, *partial.glob("*.sizes"), *partial.glob(".*.tmp")]:
+    sweep(partial)
+    for left in [partial / PROGRESS, *partial.glob("*.sizes")]:
         left.unlink(missing_ok=True)

@@ -97,13 +97,11 @@ def _json_text(line: bytes, key: str | None, place: str) -> Any:
     if key is None:
         return record
     if not isinstance(record, dict):
-        raise ValueError(
-            f"{place}: is a JSON {type(record).__name__}, must be an object with the key {key!r}"
-        )
+        kind = type(record).__name__
+        raise ValueError(f"{place}: is a JSON {kind}, must be an object with the key {key!r}")
     if key not in record:
-        raise ValueError(
-            f"{place}: has no key {key!r}, only {sorted(record)}; name it with --text-key"
-        )
+        text = f"has no key {key!r}, only {sorted(record)}; name it with --text-key"
+        raise ValueError(f"{place}: {text}")
     return record[key]
 
 
@@ -123,9 +121,8 @@ def _table_records(path: Path, key: str, start: int) -> Iterator[TextRecord]:
             reader = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
             names, batches = reader.schema.names, iter(reader)
         if key not in names:
-            raise ValueError(
-                f"{path}: has no column {key!r}, only {sorted(names)}; name it with --text-key"
-            )
+            text = f"has no column {key!r}, only {sorted(names)}; name it with --text-key"
+            raise ValueError(f"{path}: {text}")
         for batch in batches:
             if row + batch.num_rows > start:
                 for offset, text in enumerate(batch.column(key).to_pylist()):

@@ -1,8 +1,6 @@
-"""Batches of T + lookahead tokens from one or several sources, endless, resumable, the same for any
-ranks.
+"""Endless batches of T + lookahead tokens from sources: resumable, the same for any ranks.
 
-Row j of a source needs no history (config/task.py: Stream): the state of the whole sampler is a few
-integers.
+Row j of a source needs no history (config/task.py: Stream): a sampler's state is a few integers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,13 +34,11 @@ class Sampler:
     ) -> None:
         weights = [1.0] * len(sources) if weights is None else list(weights)
         if not sources or len(sources) != len(weights) or min(weights) <= 0:
-            raise ValueError(
-                f"one weight > 0 per source is needed: {len(sources)} sources, weights {weights}"
-            )
+            got = f"{len(sources)} sources, weights {weights}"
+            raise ValueError(f"one weight > 0 per source is needed: {got}")
         if seq_len < 1 or lookahead < 0:
-            raise ValueError(
-                f"seq_len must be >= 1 and lookahead >= 0, got {seq_len} and {lookahead}"
-            )
+            got = f"{seq_len} and {lookahead}"
+            raise ValueError(f"seq_len must be >= 1 and lookahead >= 0, got {got}")
         self.sources = list(sources)
         self.weights = [weight / sum(weights) for weight in weights]
         self.seq_len, self.lookahead, self.seed = seq_len, lookahead, seed
@@ -100,23 +96,14 @@ class Sampler:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able. Independent of the number of ranks and of `lookahead`."""
-        return {
-            "version": 1,
-            "samples": self.samples,
-            "counts": list(self.counts),
-            **self._identity(),
-        }
+        position = {"version": 1, "samples": self.samples, "counts": list(self.counts)}
+        return position | self._identity()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken; ValueError with every difference when it is of another
-        stream.
-        """
+        """Goes on where `state` was taken; ValueError, all differences: it is of another stream."""
         now = self._identity()
-        differences = [
-            f"{key}: saved {state.get(key)}, now {now[key]}"
-            for key in now
-            if state.get(key) != now[key]
-        ]
+        changed = [key for key in now if state.get(key) != now[key]]
+        differences = [f"{key}: saved {state.get(key)}, now {now[key]}" for key in changed]
         if len(state["counts"]) != len(self.counts):
             differences.append(f"counts of {len(state['counts'])} corpora, now {len(self.counts)}")
         if differences:
@@ -130,9 +117,7 @@ class Sampler:
     def _share(
         self, batch_size: int, rank: int, world_size: int, micro_batch_size: int | None
     ) -> tuple[list[tuple[int, int]], int]:
-        """(source, index within it) of this rank's samples of the next batch, and rows of its
-        micro-batches.
-        """
+        """This rank's (source, index within it) of the next batch, and rows of a micro-batch."""
         rows = _divide(batch_size, world_size, micro_batch_size)
         picks = [self._pick() for _ in range(batch_size)]
         return picks[rank * rows : (rank + 1) * rows], micro_batch_size or rows
@@ -145,10 +130,8 @@ class Sampler:
     def _pick(self) -> tuple[int, int]:
         """(source, index within it) of the next sample: the source that lags its share most."""
         self.samples += 1
-        lag = [
-            weight * self.samples - count
-            for weight, count in zip(self.weights, self.counts, strict=True)
-        ]
+        pairs = zip(self.weights, self.counts, strict=True)
+        lag = [weight * self.samples - count for weight, count in pairs]
         source = lag.index(max(lag))
         self.counts[source] += 1
         return source, self.counts[source] - 1
@@ -158,12 +141,8 @@ class Sampler:
             {"manifest_hash": s.manifest_hash, "tokens": s.tokens, "documents": s.documents}
             for s in self.sources
         ]
-        return {
-            "seq_len": self.seq_len,
-            "seed": self.seed,
-            "weights": self.weights,
-            "sources": sources,
-        }
+        own = {"seq_len": self.seq_len, "seed": self.seed, "weights": self.weights}
+        return own | {"sources": sources}
 
 
 def sequential_windows(
@@ -176,8 +155,7 @@ def sequential_windows(
     world_size: int = 1,
     micro_batch_size: int | None = None,
 ) -> list[RowBatch]:
-    """Exactly `count` fixed windows for validation, evenly spread over `source` in its natural
-    order.
+    """Exactly `count` fixed windows for validation, evenly spread over `source` in its order.
 
     The windows are the same for every number of ranks and start at the same tokens for every
     `lookahead`. Windows repeat when the source has fewer than `count`; past the last document the
@@ -185,13 +163,10 @@ def sequential_windows(
     Micro-batches of `micro_batch_size` rows (None: one slice per rank) are dealt to the ranks in
     turn, see `windows_of_rank`.
     """
-    stream = source.stream(seq_len, None)
-    batches = windows_of_rank(
-        count, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size
-    )
-    return [
-        _stack([stream.spread(row, count, seq_len + lookahead) for row in rows]) for rows in batches
-    ]
+    stream, length = source.stream(seq_len, None), seq_len + lookahead
+    dealt: Any = {"rank": rank, "world_size": world_size, "micro_batch_size": micro_batch_size}
+    batches = windows_of_rank(count, **dealt)
+    return [_stack([stream.spread(row, count, length) for row in rows]) for rows in batches]
 
 
 def spare_windows(

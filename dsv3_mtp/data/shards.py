@@ -92,9 +92,7 @@ class SplitState(TypedDict):
 
 
 def read_folder_index(folder: Path) -> FolderIndex:
-    """index.json of a prepared folder. Raises ValueError when it is missing or of another
-    format.
-    """
+    """index.json of a prepared folder. Raises ValueError: it is missing or of another format."""
     path = folder / INDEX
     if not path.is_file():
         raise ValueError(
@@ -114,10 +112,8 @@ def read_folder_index(folder: Path) -> FolderIndex:
             raise ValueError(f"{path}: damaged (splits.{name}: tokens of 0 bytes); {AGAIN}")
         for key in ("tokens", "documents"):
             if (total := sum(shard[key] for shard in split["shards"])) != split[key]:
-                raise ValueError(
-                    f"{path}: damaged (splits.{name}.{key}: {split[key]:,}, its shards have "
-                    f"{total:,}); {AGAIN}"
-                )
+                wrong = f"splits.{name}.{key}: {split[key]:,}, its shards have {total:,}"
+                raise ValueError(f"{path}: damaged ({wrong}); {AGAIN}")
     return index
 
 
@@ -131,19 +127,15 @@ def file_sha256(path: Path) -> str:
 
 
 def verify_folder(folder: Path) -> None:
-    """Compare every file of a prepared folder with its sha256. Raises ValueError naming all that
-    differ.
-    """
+    """Compares every file of a folder with its sha256. Raises ValueError naming all that differ."""
     index = read_folder_index(folder)
     expected = {"tokenizer.json": index["tokenizer_sha256"]}
     for split in index["splits"].values():
         for shard in split["shards"]:
             expected |= {f"{shard['file']}.{key}": str(x) for key, x in shard["sha256"].items()}
-    problems = _differences(folder, expected)
-    if problems:
-        raise ValueError(
-            "\n".join([*problems, f"{folder} is damaged: delete it and prepare it again"])
-        )
+    if problems := _differences(folder, expected):
+        remedy = f"{folder} is damaged: delete it and prepare it again"
+        raise ValueError("\n".join([*problems, remedy]))
 
 
 def _differences(folder: Path, expected: dict[str, str]) -> list[str]:
@@ -156,8 +148,7 @@ def _differences(folder: Path, expected: dict[str, str]) -> list[str]:
 
 
 class SplitWriter:
-    """Appends the documents of one split to shards; can go on from any earlier `state()` after a
-    crash.
+    """Appends the documents of one split to shards; goes on from any `state()` after a crash.
 
     A shard is closed with the document that brings it to `shard_tokens` tokens. While it is open,
     the lengths of its documents are in NAME.sizes; its .idx is written when it is closed.
@@ -218,13 +209,8 @@ class SplitWriter:
         sha256 = {"bin": digest, "idx": file_sha256(self._path("idx"))}
         if self.masked:
             sha256["scored"] = self._scored_hash.hexdigest()
-        shard = {
-            "file": self._name(),
-            "tokens": self.tokens,
-            "documents": self.documents,
-            "sha256": sha256,
-        }
-        self.shards.append(shard)
+        counts = {"tokens": self.tokens, "documents": self.documents}
+        self.shards.append({"file": self._name(), **counts, "sha256": sha256})
         self.tokens = self.documents = 0
         self._files = []
         self._hash, self._scored_hash = hashlib.sha256(), hashlib.sha256()
@@ -236,11 +222,8 @@ class SplitWriter:
 
     def state(self) -> dict[str, Any]:
         """What is on disk after `flush`, JSON-able."""
-        open_shard = {
-            "tokens": self.tokens,
-            "documents": self.documents,
-            "sha256": self._hash.hexdigest(),
-        }
+        open_shard: dict[str, Any] = {"tokens": self.tokens, "documents": self.documents}
+        open_shard["sha256"] = self._hash.hexdigest()
         state = {"shards": list(self.shards), "bytes": self.bytes, "open": open_shard}
         if self.masked:
             open_shard["scored_sha256"] = self._scored_hash.hexdigest()
@@ -253,12 +236,9 @@ class SplitWriter:
 
     def summary(self) -> dict[str, Any]:
         """The entry of index.json. All shards must be closed."""
-        return {
-            "tokens": sum(shard["tokens"] for shard in self.shards),
-            "documents": sum(shard["documents"] for shard in self.shards),
-            "bytes": self.bytes,
-            "shards": self.shards,
-        } | ({"scored_tokens": self.scored_tokens} if self.masked else {})
+        counts = {key: sum(s[key] for s in self.shards) for key in ("tokens", "documents")}
+        scored = {"scored_tokens": self.scored_tokens} if self.masked else {}
+        return {**counts, "bytes": self.bytes, "shards": self.shards, **scored}
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Check the finished shards and cut the open one back to what `state` describes."""
@@ -286,11 +266,8 @@ class SplitWriter:
                     digests[self._path("scored").name] = state["open"]["scored_sha256"]
                 problems = _differences(self.folder, digests)
         if problems:
-            raise ValueError(
-                "\n".join(
-                    [*problems, f"cannot go on from {self.folder}: delete it and start again"]
-                )
-            )
+            remedy = f"cannot go on from {self.folder}: delete it and start again"
+            raise ValueError("\n".join([*problems, remedy]))
         if self.documents:
             self._hash.update(self._path("bin").read_bytes())
             if self.masked:

@@ -15,7 +15,6 @@ training package if it is in one.
 
 import hashlib
 import importlib.metadata
-import os
 import platform
 import re
 import sysconfig
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.data.documents import Document
+from dsv3_mtp.data.stdlib import source_files
 
 VAL_PER_MILLE = 20  # of the files of training packages
 SHIFT_PER_MILLE = 100  # of the packages
@@ -34,6 +34,7 @@ MIN_BYTES = 20_000_000  # torch alone has twice that
 # and so their versions change from one day to the next
 LEFT_OUT = {"dsv3-mtp", "pip", "setuptools", "wheel"}
 STANDARD_LIBRARY = "python"
+SKIPPED, SITE = ("__pycache__",), ("site-packages", "dist-packages")  # folders
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,8 @@ class SitelibInputs:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def read(self, file: int = 0, record: int = 0) -> Iterator[Document]:
-        """All documents from record `record` (0 or 1) of file `file` on.
-
-        Raises:
-            ValueError: a file is no longer what it was when the corpus was listed.
+        """All documents from record `record` (0 or 1) of file `file` on. Raises ValueError: a file
+        is no longer what it was when the corpus was listed.
         """
         for number in range(file + record, len(self.files)):
             listed = self.files[number]
@@ -106,18 +105,15 @@ class SitelibInputs:
 
 def sitelib_inputs(site: Path | None = None, library: Path | None = None) -> SitelibInputs:
     """List the site-packages and the standard library of the running interpreter, or those given.
-
-    Raises:
-        ValueError: there is too little text.
+    Raises ValueError: there is too little text.
     """
     site = Path(sysconfig.get_path("purelib")) if site is None else site
     library = Path(sysconfig.get_path("stdlib")) if library is None else library
     owners, versions = _distributions(site)
     versions[STANDARD_LIBRARY] = platform.python_version()
-    found = [
-        (STANDARD_LIBRARY, name, library / name) for name in _source_files(library, skip_site=True)
-    ]
-    for name in _source_files(site, skip_site=False):
+    own = source_files(library, SKIPPED + SITE)
+    found = [(STANDARD_LIBRARY, name, library / name) for name in own]
+    for name in source_files(site, SKIPPED):
         top = name.partition("/")[0].removesuffix(".py")
         package = owners.get(top, top)
         if package not in LEFT_OUT:
@@ -132,10 +128,8 @@ def sitelib_inputs(site: Path | None = None, library: Path | None = None) -> Sit
             f"least {MIN_BYTES / 1e6:.0f}. Install this project's dependencies into this "
             "environment, use pystdlib, or prepare other text with dsv3 prepare --input"
         )
-    names = {file.package for file in files}
-    return SitelibInputs(
-        tuple(files), {name: versions.get(name, "unknown") for name in sorted(names)}
-    )
+    names = sorted({file.package for file in files})
+    return SitelibInputs(tuple(files), {name: versions.get(name, "unknown") for name in names})
 
 
 def is_shift(package: str) -> bool:
@@ -172,9 +166,7 @@ def _is_utf8(content: bytes) -> bool:
 
 
 def _distributions(site: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Of every top-level module in `site` the distribution that brought it, and the version of each
-    of these.
-    """
+    """The distribution of every top-level module in `site`, and the version of each."""
     owners: dict[str, str] = {}
     versions: dict[str, str] = {}
     for distribution in importlib.metadata.distributions(path=[str(site)]):
@@ -189,16 +181,3 @@ def _distributions(site: Path) -> tuple[dict[str, str], dict[str, str]]:
                 top = file.parts[0].removesuffix(".py")
                 owners[top] = min(owners.get(top, normal), normal)
     return owners, versions
-
-
-def _source_files(root: Path, *, skip_site: bool) -> list[str]:
-    """Paths of the .py files below `root`, relative to it, sorted."""
-    skipped = {"__pycache__"} | ({"site-packages", "dist-packages"} if skip_site else set())
-    found = []
-    for folder, folders, files in os.walk(root):  # walks into what is left in `folders`
-        folders[:] = [f for f in folders if f not in skipped and not f.startswith("config-")]
-        for file in files:
-            path = Path(folder, file)
-            if file.endswith(".py") and not file.startswith("_sysconfigdata") and path.is_file():
-                found.append(path.relative_to(root).as_posix())
-    return sorted(found)

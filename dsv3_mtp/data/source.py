@@ -147,13 +147,12 @@ class Source:
 
 
 def open_source(path: str | Path, split: str, options: str = "") -> Source:
-    """Open the `split` ("train" or "val") of a prepared folder, or a Megatron prefix (which has no
-    splits).
+    """Opens the `split` of a prepared folder, or a Megatron prefix, which has no splits.
 
     options: of `dsv3 prepare`, which a message names where there is nothing at `path`.
 
-    Raises ValueError when there is nothing to open at `path`, when the preparation was not
-    finished, when the split is empty, or when a file is damaged (see `megatron.open_pair`).
+    Raises:
+        ValueError: nothing is there, or not finished, the split is empty, or a file is damaged.
     """
     path = Path(path)
     if path.is_dir():
@@ -161,9 +160,8 @@ def open_source(path: str | Path, split: str, options: str = "") -> Source:
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     if Path(f"{prefix}.idx").is_file() or Path(f"{prefix}.bin").is_file():
         tokens, lengths = open_pair(prefix)
-        return _source(
-            path, _pair_hash(Path(f"{prefix}.idx"), tokens), {}, None, [tokens], [lengths]
-        )
+        digest = _pair_hash(Path(f"{prefix}.idx"), tokens)
+        return _source(path, digest, {}, None, [tokens], [lengths])
     hint = f"prepare your text with: dsv3 prepare --input FILES --out {path}{options}"
     if Path(f"{path}.partial").is_dir():
         hint = f"{path}.partial is unfinished: run its `dsv3 prepare` again to finish it"
@@ -182,9 +180,7 @@ def splits_of(path: str | Path) -> tuple[str, ...]:
 
 
 def _pair_hash(index: Path, tokens: np.ndarray) -> str:
-    """sha256 of the .idx file and of 64 blocks spread over the tokens: reading all of a large .bin
-    would take hours.
-    """
+    """sha256 of the .idx and of 64 blocks of tokens: reading a large .bin would take hours."""
     digest = hashlib.sha256(index.read_bytes())
     for start in np.linspace(0, max(len(tokens) - HASH_BLOCK_TOKENS, 0), 64).astype(np.int64):
         digest.update(tokens[start : start + HASH_BLOCK_TOKENS].tobytes())
@@ -213,9 +209,7 @@ def check_vocab(source: DataSource, vocab_size: int) -> None:
 
 
 def check_documents(source: DataSource, depths: int, lookahead: int) -> None:
-    """Raise ValueError when masked documents leave the deepest of `depths` heads, which predicts
-    t_{i+lookahead}, without a single target.
-    """
+    """Raises ValueError: masked documents leave the deepest head, at t_{i+lookahead}, no target."""
     longest = source.longest_document
     if longest is not None and longest < 1 + lookahead:
         raise ValueError(
@@ -231,9 +225,7 @@ def tokenizer_sha256(path: Path | None) -> str | None:
 
 
 def check_tokenizers(made: Iterable[tuple[str, str | None]]) -> None:
-    """Raise ValueError when data and models, as (path, sha256 of its tokenizer or None), have
-    different tokenizers.
-    """
+    """Raises ValueError: data or models, (path, sha256 or None), have different tokenizers."""
     paths: dict[str, str] = {}
     for path, sha256 in made:
         if sha256 is not None:
@@ -249,14 +241,12 @@ def check_tokenizers(made: Iterable[tuple[str, str | None]]) -> None:
 def _open_folder(folder: Path, split: str) -> Source:
     index = read_folder_index(folder)
     if split not in index["splits"]:
-        raise ValueError(
-            f"{folder / INDEX}: no split {split!r}, there are {sorted(index['splits'])}"
-        )
+        there = sorted(index["splits"])
+        raise ValueError(f"{folder / INDEX}: no split {split!r}, there are {there}")
     entry = index["splits"][split]
     if not entry["shards"]:
-        raise ValueError(
-            f"{folder}: the split {split!r} is empty; prepare it again with another --val-fraction"
-        )
+        remedy = "prepare it again with another --val-fraction"
+        raise ValueError(f"{folder}: the split {split!r} is empty; {remedy}")
     tokens, lengths, masks = [], [], []
     for shard in entry["shards"]:
         array, sizes = open_pair(folder / shard["file"])
@@ -277,11 +267,7 @@ def _open_folder(folder: Path, split: str) -> Source:
 
 
 def _open_mask(path: Path, tokens: int) -> np.ndarray:
-    """(tokens,) uint8, memory-mapped.
-
-    Raises:
-        ValueError: it is missing or of another length.
-    """
+    """(tokens,) uint8, memory-mapped. Raises ValueError: missing, or of another length."""
     found = path.stat().st_size if path.is_file() else 0
     if found != tokens:
         raise ValueError(

@@ -8,7 +8,7 @@ import hashlib
 import os
 import platform
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,8 @@ from dsv3_mtp.data.documents import Document
 
 EXCLUDED_FOLDERS = frozenset(
     ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"]
-    + [
-        "pydoc_data",
-        "idlelib",
-        "lib2to3",
-        "distutils",
-        "tkinter",
-        "turtledemo",
-        "ensurepip",
-        "msilib",
-    ]
+    + ["pydoc_data", "idlelib", "lib2to3", "distutils", "tkinter", "turtledemo", "ensurepip"]
+    + ["msilib"]
 )
 MIN_FILE_BYTES = 64
 MIN_FILES = 100  # a complete standard library has 360 to 410
@@ -35,9 +27,7 @@ VAL_PER_MILLE = 100
 
 @dataclass(frozen=True)
 class StdlibInputs:
-    """The standard library as documents, split by the hash of the path: stable when files come or
-    go.
-    """
+    """The standard library as documents, split by the hash of the path."""
 
     texts: tuple[tuple[str, str], ...]  # (path relative to the library, text), sorted by path
     # (path, sha256, "train" | "val" | "skipped"), sorted
@@ -72,7 +62,7 @@ def stdlib_inputs(root: Path | None = None) -> StdlibInputs:
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     texts, manifest = [], []
-    for name in _source_files(root):
+    for name in source_files(root, EXCLUDED_FOLDERS):
         content = (root / name).read_bytes()
         if len(content) < MIN_FILE_BYTES:
             continue
@@ -97,20 +87,15 @@ def stdlib_inputs(root: Path | None = None) -> StdlibInputs:
 
 def path_split(path: str) -> str:
     """The split of a standard-library file: a tenth is val."""
-    return (
-        "val"
-        if int(hashlib.sha256(path.encode()).hexdigest(), 16) % 1000 < VAL_PER_MILLE
-        else "train"
-    )
+    bucket = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 1000
+    return "val" if bucket < VAL_PER_MILLE else "train"
 
 
-def _source_files(root: Path) -> list[str]:
-    """Paths of the .py files below `root` that belong to the corpus, relative to it, sorted."""
+def source_files(root: Path, skipped: Collection[str]) -> list[str]:
+    """Paths of the .py files below `root`, relative to it, sorted. skipped: folders."""
     found = []
     for folder, folders, files in os.walk(root):  # walks into what is left in `folders`
-        folders[:] = [
-            f for f in folders if f not in EXCLUDED_FOLDERS and not f.startswith("config-")
-        ]
+        folders[:] = [f for f in folders if f not in skipped and not f.startswith("config-")]
         for file in files:
             path = Path(folder, file)
             if file.endswith(".py") and not file.startswith("_sysconfigdata") and path.is_file():

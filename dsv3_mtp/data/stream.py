@@ -100,9 +100,7 @@ class DocumentStream:
         return -(-epoch * self.source.tokens // self.seq_len)
 
     def _document_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in the order of this epoch, token offset in the epoch at which each of them
-        ends).
-        """
+        """(documents in the order of this epoch, token offset at which each of them ends)."""
         order = self._permutation(epoch, DOCUMENTS, len(self.lengths))
         return order, np.cumsum(self.lengths[order])
 

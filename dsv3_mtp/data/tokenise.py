@@ -1,6 +1,4 @@
-"""The main loop of a preparation: read documents, encode them in other threads, write them in
-order.
-"""
+"""The main loop of a preparation: read documents, encode in other threads, write in order."""
 
 import hashlib
 import time
@@ -42,15 +40,13 @@ class TokenisingState(TypedDict):
 
 
 Encoded = tuple[np.ndarray, np.ndarray | None]  # token ids; which are targets (None: all)
-ProgressCallback = Callable[
-    [int, int, int], None
-]  # input bytes done, input bytes in all, tokens written
+# of input bytes done, input bytes in all, tokens written
+ProgressCallback = Callable[[int, int, int], None]
 
 
 @dataclass
 class Tokenising:
-    """Turns `inputs` from the position in `state` on into tokens in `writers`; `state` goes to
-    progress.json.
+    """Turns `inputs` from the position in `state`, kept in progress.json, into tokens.
 
     `state` is saved whenever a shard is closed and every SAVE_SECONDS. It describes what is safely
     on disk, so that neither the batches nor the moments of saving show in the result.

@@ -24,19 +24,12 @@ FIM_NAMES = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
 EOS_NAMES = (
-    END_OF_TEXT,
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "<|end_of_text|>",
-    "<|eos_token|>",
-    "<|eos|>",
-    "<eos>",
-    "</s>",
-    "[EOS]",
+    *(END_OF_TEXT, "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|end_of_text|>"),
+    *("<|eos_token|>", "<|eos|>", "<eos>", "</s>", "[EOS]"),
 )
 SPECIAL_TOKENS = (END_OF_TEXT, *FIM_NAMES[0])
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
-# The trainer takes time with the square of a word's length: a megabyte of base64 would keep it busy
-# for an hour.
+# The trainer's time is quadratic in the length of a word: a megabyte of base64 would take an hour.
 ENDLESS_WORD = re.compile(r"(\S{1000}|\s{1000})")
 
 
@@ -51,10 +44,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < MIN_VOCAB:
-        raise ValueError(
-            f"vocab_size {vocab_size}: at least {MIN_VOCAB} "
-            f"(256 bytes, {len(SPECIAL_TOKENS)} special tokens)"
-        )
+        least = f"{MIN_VOCAB} (256 bytes, {len(SPECIAL_TOKENS)} special tokens)"
+        raise ValueError(f"vocab_size {vocab_size}: at least {least}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -75,9 +66,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Documents to token ids. Text that looks like a special token is encoded as plain
-    characters.
-    """
+    """Documents to token ids. Text that looks like a special token is plain characters."""
 
     tokenizer: Any  # tokenizers.Tokenizer
     vocab_size: int  # largest id + 1
@@ -101,9 +90,7 @@ class DocumentEncoder:
         return tokenizer
 
     def encode_prompt(self, pieces: tuple[Piece, ...]) -> list[int]:
-        """Token ids of the text in front of an answer: as `encode_pieces`, without the end of
-        text.
-        """
+        """Token ids of the text in front of an answer: `encode_pieces` without end of text."""
         return [token for piece in pieces for token in self._ids(piece)]
 
     def encode_pieces(self, pieces: tuple[Piece, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -123,8 +110,7 @@ class DocumentEncoder:
         return tokenizer.encode(piece.text, add_special_tokens=False).ids
 
     def encode(self, documents: list[tuple[str, ...]]) -> list[np.ndarray]:
-        """Token ids (n,) int64 per document, EOS last; a document is (text,) or (prefix, middle,
-        suffix).
+        """Token ids (n,) per document, EOS last; a document is (text,) or (prefix, middle, suffix).
 
         FIM order is PSM: begin prefix hole suffix end middle EOS (arXiv 2412.19437, section 4.1).
         """
@@ -142,32 +128,25 @@ class DocumentEncoder:
 
 
 def recorded_eos(path: Path) -> int | None:
-    """The end-of-text id that the prepared folder or the checkpoint around a tokenizer.json was
-    made with.
-    """
+    """The end-of-text id that the data or checkpoint around a tokenizer.json was made with."""
     for name, key in (("index.json", "eos_id"), ("config.json", "eos_token_id")):
         if (beside := path.with_name(name)).is_file():
-            content = read_json(
-                beside, dict[str, Any], f"it belongs to {path.name}, make both again"
-            )
-            recorded = content.get(key)
+            remedy = f"it belongs to {path.name}, make both again"
+            recorded = read_json(beside, dict[str, Any], remedy).get(key)
             # a checkpoint may name none, or several
             return recorded if isinstance(recorded, int) else None
     return None
 
 
 def load_encoder(path: Path, *, eos: str | int | None = None) -> DocumentEncoder:
-    """Read a tokenizer.json. `eos` is its end-of-text token, by name or id (None: the first common
-    name that it has).
-
-    Raises ValueError when the file is no tokenizer or has no such token.
+    """Reads a tokenizer.json. eos: its end of text, by name or id; None: the first common name.
+    Raises ValueError: the file is no tokenizer or has no such token.
     """
     from tokenizers import Tokenizer
 
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file; a tokenizer.json of Hugging Face tokenizers is needed"
-        )
+        needed = "a tokenizer.json of Hugging Face tokenizers is needed"
+        raise ValueError(f"{path}: no such file; {needed}")
     content = path.read_bytes()
     try:
         tokenizer = Tokenizer.from_buffer(content)
@@ -187,26 +166,31 @@ def load_encoder(path: Path, *, eos: str | int | None = None) -> DocumentEncoder
         )
     if name is None or name not in vocab:
         looked = " ".join(ascii(n)[1:-1] for n in EOS_NAMES) if eos is None else repr(eos)
-        raise ValueError(
-            f"{path}: has no end-of-text token {looked}; name the one it has with --eos"
-        )
+        text = f"has no end-of-text token {looked}; name the one it has with --eos"
+        raise ValueError(f"{path}: {text}")
     fim = next((names for names in FIM_NAMES if all(name in vocab for name in names)), None)
     fim_ids = None if fim is None else (vocab[fim[0]], vocab[fim[1]], vocab[fim[2]])
     digest = hashlib.sha256(content).hexdigest()
     return DocumentEncoder(tokenizer, max(vocab.values()) + 1, vocab[name], fim_ids, digest)
 
 
-def recorded_encoder(path: Path) -> DocumentEncoder:
-    """`load_encoder` with the end-of-text token that the data or weights beside this tokenizer.json
-    were made with.
+def recorded_encoder(path: Path, vocab_size: int) -> DocumentEncoder:
+    """`load_encoder` with the end of text that the data or weights beside it were made with.
+
+    Raises:
+        ValueError: as `load_encoder`; or it has ids that a model of `vocab_size` has not.
     """
-    return load_encoder(path, eos=recorded_eos(path))
+    encoder = load_encoder(path, eos=recorded_eos(path))
+    if encoder.vocab_size > vocab_size:
+        raise ValueError(
+            f"{path}: has token ids up to {encoder.vocab_size - 1}, but the model's vocab_size is "
+            f"{vocab_size}: it belongs to another model; put back the model's own"
+        )
+    return encoder
 
 
 def fim_split(text: str, *, rate: float, seed: int, document: int) -> tuple[str, ...]:
-    """(prefix, middle, suffix) with probability `rate`, else (text,); a pure function of the
-    arguments.
-    """
+    """(prefix, middle, suffix) with probability `rate`, else (text,): a pure function."""
     digest = hashlib.sha256(f"fim {seed} {document}".encode()).digest()
     draws = [int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16)]
     if draws[0] / 2**64 >= rate:

@@ -84,7 +84,7 @@ def prompt_problems(model: DeepseekV3MTP, prompts: Sequence[Sequence[int]]) -> I
             )
 
 
-class _Batch:
+class DecodingRows:
     """Rows in decoding: their tokens, the trunk's cache, the drafter. Grows by `join`, shrinks by
     `keep`.
     """
@@ -123,7 +123,7 @@ class _Batch:
         """Runs the prompts, chunk by chunk; the first new token of each row."""
         rows, length = len(self.last), self.last[0] + 1
         for start in range(0, length, self.chunk):
-            states = self._forward([start] * rows, min(self.chunk, length - start))
+            states = self.forward([start] * rows, min(self.chunk, length - start))
             if self.drafter is not None:
                 self.drafter.observe(states, [start] * rows, self.ids, length)
         final = states.post_norm.unflatten(0, (rows, -1))[:, -1]  # (B, C)
@@ -181,7 +181,7 @@ class _Batch:
                 drafts = drafts[:, : int(lengths.max())]
                 probability = None if probability is None else probability[:, : drafts.shape[1]]
         count = drafts.shape[1]
-        states = self._forward(self.last, 1 + count)
+        states = self.forward(self.last, 1 + count)
         if self.drafter is not None:
             self.drafter.observe(states, self.last, self.ids)
         logits = self.decoder.logits(states.post_norm)  # (B*(K+1), V)
@@ -214,7 +214,7 @@ class _Batch:
             self.last[row] += len(tokens)
             self.ids[row, self.last[row]] = tokens[-1]
 
-    def join(self, others: "list[_Batch]") -> None:
+    def join(self, others: "list[DecodingRows]") -> None:
         if not others:
             return
         self.rows = None
@@ -236,7 +236,7 @@ class _Batch:
         if self.drafter is not None:
             self.drafter.keep(rows)
 
-    def _forward(self, starts: list[int], length: int):
+    def forward(self, starts: list[int], length: int):
         """The trunk on slots starts[b]..starts[b]+length-1 of each row."""
         window = self.decoder.window(self.slots, starts, length)
         return self.decoder.trunk(span(self.ids, starts, length), self.caches, window)
@@ -281,7 +281,7 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
         by_length.setdefault(len(prompt), []).append(row)
     batches, rows = [], []  # rows: the prompt's number of each row that goes on
     for numbers in by_length.values():
-        batch = _Batch(decoder, slots, [prompts[row] for row in numbers], settings)
+        batch = DecodingRows(decoder, slots, [prompts[row] for row in numbers], settings)
         first = batch.prefill(sampler)
         steps = [
             _cut(

@@ -28,9 +28,7 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk: what is left when
-    the power fails.
-    """
+    """Waits until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems cannot
@@ -47,9 +45,7 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on leaving, sync it, move it over `path` in one
-    step, and sync the folder.
-    """
+    """Yields a temporary path beside `path`, which it replaces in one step; both are synced."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming_file(path):
@@ -104,8 +100,7 @@ def folder_for(path: Path) -> None:
 
 
 def lock(path: Path, busy: str, *, wait: bool = False) -> int:
-    """Holds the file `path` for this process until it ends, however it does, or until the
-    descriptor is closed.
+    """Holds the file `path` for this process until it ends, or until the descriptor is closed.
 
     wait: for another holder, after printing `busy`.
 

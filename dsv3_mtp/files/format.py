@@ -12,9 +12,7 @@ FORMAT = 1
 
 
 def check_format(content: Mapping[str, Any], path: Path) -> None:
-    """Raises:
-    ValueError: the file is of a newer version of dsv3_mtp, which this one cannot read.
-    """
+    """Raises ValueError: the file is of a newer version of dsv3_mtp, which this one cannot read."""
     version = content.get("format", 1)
     if not isinstance(version, int) or version > FORMAT:
         raise ValueError(

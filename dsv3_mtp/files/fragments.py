@@ -1,5 +1,4 @@
-"""The tensors of a checkpoint, cut into ranges in whatever way the ranks held them, and read in any
-other way.
+"""The tensors of a checkpoint, cut into ranges as the ranks held them, and read in any other way.
 
     shard_rank{r}.safetensors   what rank r wrote, flat. NAME: a range of the values of tensor NAME
                                 (float32 masters of what is trained; frozen parameters and buffers
@@ -60,9 +59,7 @@ def shard_name(rank: int) -> str:
 def write_fragments(
     folder: Path, rank: int, fragments: Sequence[Fragment]
 ) -> tuple[list[dict[str, Any]], str]:
-    """Writes this rank's shard; returns its part of the index, for `merge_index`, and the digest of
-    the file.
-    """
+    """Writes this rank's shard; returns its part of the index, and the digest of the file."""
     tensors = {}
     for fragment in fragments:
         tensors[fragment.name] = fragment.values
@@ -84,11 +81,7 @@ def write_fragments(
 
 
 def merge_index(parts: Iterable[list[dict[str, Any]]]) -> dict[str, Any]:
-    """The index of all shards.
-
-    Raises:
-        RuntimeError: the ranges do not make whole tensors, each element once.
-    """
+    """The index of all shards. Raises RuntimeError: ranges do not make whole tensors, once each."""
     index: dict[str, Any] = {}
     for part in parts:
         for entry in part:
@@ -149,9 +142,7 @@ class Fragments:
         stop = math.prod(self.shapes[name]) if stop is None else stop
         try:
             ranges = self.index[name]["ranges"]
-            overlapping = [
-                (first, last, rank) for first, last, rank in ranges if first < stop and start < last
-            ]
+            overlapping = [part for part in ranges if part[0] < stop and start < part[1]]
             found = [(first, last, self._place(rank, key)) for first, last, rank in overlapping]
             dtype = found[0][2].dtype
             if dtype not in DTYPES:
@@ -180,13 +171,18 @@ class Fragments:
                 self._headers[rank] = read_places(path)
             except ValueError as error:
                 raise ValueError(f"{path.name}: {error}") from None
+            except OSError as error:
+                raise ValueError(f"{path.name}: {error.strerror or error}") from None
         if key not in self._headers[rank]:
             raise ValueError(f"{shard_name(rank)} holds no {key}")
         return self._headers[rank][key]
 
 
 def damaged(folder: Path, error: Exception) -> ValueError:
-    return ValueError(f"{folder}: damaged ({error}); {remedy(folder)}")
+    what: object = error
+    if isinstance(error, OSError) and error.filename:
+        what = f"{error.filename}: {error.strerror}"
+    return ValueError(f"{folder}: damaged ({what}); {remedy(folder)}")
 
 
 def remedy(folder: Path) -> str:

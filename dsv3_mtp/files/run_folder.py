@@ -18,8 +18,6 @@ from dsv3_mtp.files.fragments import AVERAGE, Fragments
 COMPLETE = "COMPLETE.json"
 STATE = "state.json"
 IMPORTED = "weights"  # folder of an imported run, in DeepSeek-V3's layout
-
-
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # in this folder
 
 
@@ -42,18 +40,12 @@ class Reached(TypedDict):
 
 def checkpoints(root: Path) -> list[Path]:
     """The folders root/global_step{N}, complete or not, in the order of their steps."""
-    found = [
-        path for path in root.glob("global_step*/") if re.fullmatch(r"global_step\d+", path.name)
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("global_step")))
+    steps = ((re.fullmatch(r"global_step(\d+)", path.name), path) for path in root.glob("*/"))
+    return [path for _, path in sorted((int(step[1]), path) for step, path in steps if step)]
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """COMPLETE.json is there and every file that it lists has its size.
-
-    Raises:
-        ValueError: the checkpoint is of a newer format.
-    """
+    """Every file of COMPLETE.json has its size. Raises ValueError: it is of a newer format."""
     try:
         complete = read_complete(checkpoint)
     except ValueError:
@@ -82,8 +74,7 @@ def newest_checkpoint(root: Path) -> Path | None:
 
 
 def differences(checkpoint: Path, *, rank: int = 0, world_size: int = 1) -> list[str]:
-    """Files of a complete checkpoint whose content is not what was written: of all, or of this
-    rank's share.
+    """Files of a complete checkpoint, or this rank's share, whose content is not what was written.
 
     A checkpoint of a version that kept no digests has no differences.
     """
@@ -110,23 +101,16 @@ def newest_sound(root: Path) -> tuple[Path | None, list[str]]:
 
 def newest_weights(run: Path, *, ema: bool = False) -> tuple[Fragments | None, list[str]]:
     """The weights in a run's newest sound checkpoint, or their moving average, None if there is no
-    checkpoint; and what is wrong with newer ones.
-
-    Raises:
-        ValueError: ema, and the run has no average; or no checkpoint is sound, or it is of another
-            format.
+    checkpoint; and what is wrong with newer ones. Raises ValueError: ema, and the run has no
+    average; or no checkpoint is sound, or it is of another format.
     """
     newest, notes = newest_sound(run / "checkpoints")
     if newest is None and notes:
-        raise ValueError(
-            "\n".join([f"{run}: no complete checkpoint there", *(f"  {note}" for note in notes)])
-        )
+        raise ValueError("\n  ".join([f"{run}: no complete checkpoint there", *notes]))
     stored = None if newest is None else Fragments(newest, state=AVERAGE if ema else None)
     if ema and (stored is None or not stored.has(AVERAGE)):
-        raise ValueError(
-            f"{run}: no average of the weights there; train "
-            "it with train.ema_decay, or leave --ema out"
-        )
+        remedy = "train it with train.ema_decay, or leave --ema out"
+        raise ValueError(f"{run}: no average of the weights there; {remedy}")
     return stored, notes
 
 
@@ -168,7 +152,6 @@ def _is_there(data: Path) -> bool:
 def tokenizer_of(config: Config, run: Path) -> Path | None:
     """tokenizer.json of a run: the imported one, else that of its data. config: by `run_config`."""
     own = start_weights(config, run)
-    places = [*([own] if own else []), *(Path(path) for path in config.data.paths)]
-    return next(
-        (place / "tokenizer.json" for place in places if (place / "tokenizer.json").is_file()), None
-    )
+    places = [*([own] if own else []), *map(Path, config.data.paths)]
+    files = (place / "tokenizer.json" for place in places)
+    return next((file for file in files if file.is_file()), None)

@@ -59,11 +59,8 @@ class Place(NamedTuple):
         return flat.view(self.shape)
 
     def read_into(self, flat: Tensor, first: int = 0) -> None:
-        """Fills `flat`, contiguous on the CPU and of the stored type, with the elements from
-        `first` on.
-
-        Raises:
-            OSError: the file ends before.
+        """Fills `flat`, contiguous, on the CPU, of the stored type, with the elements from `first`.
+        Raises OSError: the file ends before.
         """
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start + first * flat.itemsize)
@@ -76,11 +73,9 @@ class Place(NamedTuple):
 
 
 def read_places(path: Path) -> dict[str, Place]:
-    """Where each tensor of a file lies. Reads the header only.
-
-    Raises:
-        OSError, ValueError: no such file, or none that the safetensors library reads: cut off, not
-            covered wholly or covered twice, sizes that are no sizes.
+    """Where each tensor of a file lies. Reads the header only. Raises OSError, ValueError: no such
+    file, or none that the safetensors library reads: cut off, not covered wholly or covered twice,
+    sizes that are no sizes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -115,18 +110,13 @@ def _ask_the_library(path: Path, size: int) -> None:
 
 
 def write_file(path: Path, entries: list[Entry], tensors: Iterable[Tensor]) -> str:
-    """Writes the tensors, which come in the order of `entries`, and flushes them to disk. Returns
-    the digest of the file.
-    """
+    """Writes and flushes the tensors, in the order of `entries`; returns the file's digest."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
+        about = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape)}
         span = [offset, offset := offset + entry.size]
-        header[entry.name] = {
-            "dtype": NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": span,
-        }
+        header[entry.name] = about | {"data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     stream = iter(tensors)

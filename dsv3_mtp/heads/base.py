@@ -23,6 +23,7 @@ a student's and the teacher's logits can be made side by side: pass `[*teacher.o
 constant for every depth but 0.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -49,9 +50,7 @@ REGISTRY: dict[str, type["Head"]] = {}
 
 
 class SharedHead(nn.Module):
-    """The norm in front of the shared output head; every module owns one (`shared_head.norm` in
-    checkpoints).
-    """
+    """The norm in front of the shared output head; every module owns one (`shared_head.norm`)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -100,7 +99,7 @@ class Theory:
     greedy: Sequence[np.ndarray] | None = None
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """All extra heads of a model, `model.mtp`. Its parameters are `mtp.*` in checkpoints.
 
     Class methods are asked before anything is built, with the `mtp` section of the config.
@@ -130,11 +129,11 @@ class Head(nn.Module):
     # --- what it reads and predicts -------------------------------------------------------------
 
     @classmethod
+    @abstractmethod
     def reads(cls, mtp: MTPConfig) -> frozenset[str | int]:
         """The trunk states it reads: "last_input", "pre_norm", "post_norm", or j for the output of
         trunk layer j (0-based), which pipeline stages cannot give it.
         """
-        raise NotImplementedError
 
     @classmethod
     def has_experts(cls, config: ModelConfig, mtp: MTPConfig) -> bool:
@@ -170,9 +169,9 @@ class Head(nn.Module):
             values here; the trunk's last layer is here if the heads read `last_input`.
         """
 
+    @abstractmethod
     def forward(self, inputs: HeadInputs) -> HeadOutput:
         """The rows of all depths, and the stats of every router in the order of `modules()`."""
-        raise NotImplementedError
 
     @classmethod
     def terms(cls, mtp: MTPConfig) -> Mapping[str, float]:
@@ -196,9 +195,7 @@ class Head(nn.Module):
 
     @classmethod
     def denominators(cls, counts: Tensor, weights: Tensor) -> Tensor:
-        """What the sums of depth 1..D are divided by, from their counts (.., D) and weights (D,):
-        each by its own.
-        """
+        """(.., D) what the sums of depths are divided by, from counts (.., D) and weights (D,)."""
         return counts
 
     def loss_terms(self, output: HeadOutput, scores: Scores) -> Mapping[str, Tensor]:
@@ -209,8 +206,9 @@ class Head(nn.Module):
         """(D, B, T) in [0, 1], what it gives for the overlap of each depth; None: nothing."""
         return None
 
+    @abstractmethod
     def cost(self) -> Cost:
-        raise NotImplementedError
+        """What it computes for a token."""
 
     # --- decoding -------------------------------------------------------------------------------
 

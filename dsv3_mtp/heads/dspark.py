@@ -103,9 +103,7 @@ class MarkovBias(Output):
 
 
 class DSpark(Head):
-    """D drafts in one pass, tied together by a bias of the token before each, and a confidence for
-    each.
-    """
+    """D drafts in one pass, tied together by a bias of the token before, each with a confidence."""
 
     name = "dspark"
     Options = DSparkOptions

@@ -28,9 +28,7 @@ class ParallelHead(DecoderLayer):
 
 
 class Parallel(Head):
-    """D independent heads beside the trunk's last layer, all reading that layer's input; shared
-    output head.
-    """
+    """D independent heads beside the trunk's last layer, reading its input; shared output head."""
 
     name = "parallel"
 
@@ -114,9 +112,7 @@ class ParallelDrafter(Drafter):
         return write_drafts(ids, last, drawn)
 
     def run(self, head: int, stops: Sequence[int]) -> Tensor:
-        """Brings head's cache up to slot stops[b] - 1 and returns that slot's normed state, (B,
-        C).
-        """
+        """Brings a head's cache up to slot stops[b] - 1; returns its normed state, (B, C)."""
         starts = self.filled[head]
         counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
         length = max(counts)

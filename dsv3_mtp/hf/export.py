@@ -27,14 +27,8 @@ from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, report, slots, summarise
 from dsv3_mtp.hf.load import is_finite, mismatches, open_checkpoint, read_slot
 from dsv3_mtp.hf.readers import findings
-from dsv3_mtp.hf.settings import (
-    SPECIAL_IDS,
-    TYPES,
-    read_settings,
-    representable,
-    to_config_json,
-    write_settings,
-)
+from dsv3_mtp.hf.settings import TYPES, read_settings, representable, to_config_json, write_settings
+from dsv3_mtp.hf.special import SPECIAL_IDS
 from dsv3_mtp.hf.splice import TrunkFiles, splice
 from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
@@ -165,9 +159,7 @@ def entries_of(slot: Slot, dtype: str) -> list[Entry]:
 
 
 def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> Iterator[Tensor]:
-    """The tensors of `entries_of` all slots; names of tensors with non-finite values are added to
-    `bad`.
-    """
+    """The tensors of `entries_of` all slots; `bad` gets the names of non-finite ones."""
     for slot in expected:
         tensor = read(slot)
         if not is_finite(tensor):
@@ -183,9 +175,7 @@ def _converted(expected: list[Slot], read: Read, dtype: str, bad: list[str]) -> 
 def _open_run(
     run: Path, config: Config, expected: list[Slot], modules: int, ema: bool
 ) -> tuple[Read, Path, list[str]]:
-    """(function from a slot to its tensor, where they come from, notes) of a run's newest
-    weights.
-    """
+    """(slot -> tensor, where they come from, notes) of a run's newest weights."""
     stored, notes = newest_weights(run, ema=ema)
     if stored is None and (run / IMPORTED).is_dir():
         return _open_imported(run, expected, modules)
@@ -231,9 +221,7 @@ def _open_imported(run: Path, expected: list[Slot], modules: int) -> tuple[Read,
 
 
 def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
-    """MTP modules that are as they were initialised: no loss reached them, theirs or, by the chain,
-    a deeper one.
-    """
+    """MTP modules that are as initialised: no loss reached them, theirs or a deeper one."""
     if isinstance(config.mtp.loss_weight, AdaptiveSchedule):
         return  # its weights were the run's own: the config does not tell them
     source = Path(config.train.init_from or "")
@@ -274,7 +262,7 @@ def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, 
             )
         ]
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    encoder = recorded_encoder(tokenizer)
+    encoder = recorded_encoder(tokenizer, config.model.vocab_size)
     eos_id = encoder.eos_id
     eos = encoder.tokenizer.id_to_token(eos_id)
     settings = {

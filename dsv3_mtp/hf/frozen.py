@@ -8,6 +8,8 @@ from dsv3_mtp.hf.load import open_checkpoint
 from dsv3_mtp.precision.quantise import BLOCK
 from dsv3_mtp.precision.stored import SCALE
 
+HELD = "frozen trunk: held in FP8, as it is stored"
+
 
 def stays_fp8(config: Config, checkpoint: Path | None = None) -> tuple[bool, list[str]]:
     """Whether the trunk stays in block-FP8, and what to tell the user: as `train.init_from` stores
@@ -20,7 +22,7 @@ def stays_fp8(config: Config, checkpoint: Path | None = None) -> tuple[bool, lis
         return False, []
     if checkpoint is not None:
         kept = any(name.endswith(SCALE) for name in Fragments(checkpoint).shapes)
-        return kept, [_kept(config)] if kept else []
+        return kept, [HELD] if kept else []
     folder = Path(config.train.init_from)
     opened, settings, slots = open_checkpoint(folder)
     types = [
@@ -36,9 +38,5 @@ def stays_fp8(config: Config, checkpoint: Path | None = None) -> tuple[bool, lis
     elif settings.block != BLOCK:
         why = f"the FP8 blocks of {folder} are {settings.block}, not {BLOCK}"
     else:
-        return True, [_kept(config)]
+        return True, [HELD]
     return False, [f"frozen trunk: held in {config.train.dtype}, because {why}"]
-
-
-def _kept(config: Config) -> str:
-    return f"frozen trunk: held in FP8, as it is stored, and computed with in {config.train.dtype}"

@@ -118,9 +118,7 @@ def _write_weights(
     modules: int,
     shard_bytes: int,
 ) -> list[str]:
-    """The checkpoint's tokenizer and its trunk and `modules` MTP modules, in the types of `keep`.
-    Returns notes.
-    """
+    """Copies tokenizer, trunk and `modules` MTP modules, in types of `keep`. Returns notes."""
     folder.mkdir()
     source = checkpoint.folder
     for name in TOKENIZER_FILES:

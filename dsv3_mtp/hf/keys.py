@@ -85,9 +85,7 @@ def _slots_of(name: str, key: str, shape: tuple[int, ...]) -> Iterator[Slot]:
 
 
 def summarise(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """(tensor, what is wrong) -> lines; the experts of one layer that share a problem share a
-    line.
-    """
+    """(tensor, what is wrong) -> lines; a problem of a layer's experts is one line."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, text in problems:
         before, marker, after = name.partition(".mlp.experts.")

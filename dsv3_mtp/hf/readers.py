@@ -15,9 +15,7 @@ ENGINES = ("vllm", "sglang")
 
 
 class Finding(NamedTuple):
-    """fatal: the reader refuses the folder or computes with other weights. env: what it wants in
-    its environment.
-    """
+    """fatal: refuses the folder, or computes with other weights. env: of its environment."""
 
     reader: str
     fatal: bool
@@ -103,9 +101,7 @@ def _equal_blocks(expected: Iterable[Slot]) -> Iterator[Finding]:
 
 
 def _whole_blocks(model: ModelConfig) -> Iterator[Finding]:
-    """Their block-FP8 layers join q_a with kv_a, and gate with up: each part has to end where a
-    block ends.
-    """
+    """Block-FP8 joins q_a with kv_a, gate with up: each part has to end where a block does."""
     joined = {
         "q_lora_rank": model.q_lora_rank or 0,
         "moe_intermediate_size": model.moe_intermediate_size,

@@ -1,6 +1,4 @@
-"""config.json of a DeepSeek-V3 checkpoint, to and from the `model` and `mtp` sections of a run;
-what is refused.
-"""
+"""config.json of a checkpoint, to and from `model` and `mtp` of a run; what is refused."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from dsv3_mtp.config import ModelConfig, MTPConfig
 from dsv3_mtp.config.reader import problems_of
 from dsv3_mtp.files.atomic import write_json
 from dsv3_mtp.files.checked import read_json
+from dsv3_mtp.hf.special import SPECIAL_IDS, special_problems
 from dsv3_mtp.model.layers import yarn_mscale
 from dsv3_mtp.precision.quantise import BLOCK
 
@@ -40,39 +39,12 @@ FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
 READ_ONLY = {"rope_interleave": (True, None), "mtp_hidden_states_first": (False, None)}
 # Without influence on what the weights compute.
 UNUSED = {
-    *(
-        "architectures",
-        "auto_map",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "use_cache",
-        "_name_or_path",
-    ),
-    *(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "attention_dropout",
-        "pretraining_tp",
-        "ep_size",
-        "head_dim",
-    ),
-    *(
-        "aux_loss_alpha",
-        "seq_aux",
-        "qk_head_dim",
-        "output_router_logits",
-        "num_key_value_heads",
-        "quantization_config",
-    ),
-    *(
-        "num_nextn_predict_layers",
-        "num_mtp_layers",
-        "rope_parameters",
-        "return_dict",
-        "output_hidden_states",
-    ),
+    *("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache"),
+    *("_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout"),
+    *("pretraining_tp", "ep_size", "head_dim", "aux_loss_alpha", "seq_aux", "qk_head_dim"),
+    *("output_router_logits", "num_key_value_heads", "quantization_config"),
+    *("num_nextn_predict_layers", "num_mtp_layers", "rope_parameters", "return_dict"),
+    *("output_hidden_states",),
 }
 YARN_PROBLEM = (
     "rope_scaling: mscale {mscale} with mscale_all_dim "
@@ -83,7 +55,6 @@ LATENT_EPS = 1e-6
 # Our key, of an imported checkpoint whose MTP module was not trained as the released ones were.
 TRUNK_HIDDEN, STATES = "dsv3_mtp_trunk_hidden", ("post_norm", "pre_norm")
 MOST_MODULES = 64
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -212,6 +183,7 @@ def read_settings(folder: Path) -> HFSettings:
         )
     if (fed := content.get(TRUNK_HIDDEN, STATES[0])) not in STATES:
         problems.append(f"{TRUNK_HIDDEN}: must be one of {', '.join(STATES)} (got {fed!r})")
+    problems += special_problems(content)
     if problems:
         raise ValueError(
             "\n".join([f"{path}: {len(problems)} problem(s)", *(f"  {text}" for text in problems)])

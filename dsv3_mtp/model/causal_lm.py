@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_mtp.config import ModelConfig, MTPConfig
+from dsv3_mtp.config.code import is_code
 from dsv3_mtp.config.layout import layers_read
 from dsv3_mtp.model.layers import RMSNorm, rotary_angles
 from dsv3_mtp.model.loss import MTPLoss
 from dsv3_mtp.model.moe import Experts, Gate, RouterStats
 from dsv3_mtp.model.output import Batch, LossSettings, MTPOutput
+from dsv3_mtp.model.own_heads import check_rows
 from dsv3_mtp.model.states import HeadInputs, HeadOutput, HeadRows, LMHead, TrunkStates, row_keys
 from dsv3_mtp.model.targets import document_starts
 from dsv3_mtp.model.trunk import Trunk
@@ -26,9 +28,7 @@ from dsv3_mtp.precision.stored import is_codes
 
 
 class DeepseekV3MTP(nn.Module):
-    """The model of DeepSeek-V3 section 2. `mtp.mode: none` is the plain language model, bit for
-    bit.
-    """
+    """The model of DeepSeek-V3 section 2; `mtp.mode: none` is the plain one, bit for bit."""
 
     frozen = False  # by `freeze_trunk`: only the heads learn
 
@@ -36,6 +36,7 @@ class DeepseekV3MTP(nn.Module):
         super().__init__()
         self.config, self.mtp_config, self.shard = config, mtp, given().shard
         self.offsets, self.lookahead = mtp.offsets, mtp.lookahead
+        self.own = is_code(mtp.mode)  # the heads are of a file of one's own
         self.model = Trunk(config, frozenset(layers_read(mtp)))
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         with building(given().heads or given()):
@@ -49,9 +50,7 @@ class DeepseekV3MTP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the weights that this process holds: a pipeline stage has the rest on the meta
-        device.
-        """
+        """Of the weights of this process: a pipeline stage has the rest on the meta device."""
         return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
 
     def forward(
@@ -136,6 +135,9 @@ class DeepseekV3MTP(nn.Module):
         )
         with self.lm_head.held(constant=detach == "all"):
             heads = self.mtp(inputs)
+        if self.own:
+            routers = sum(isinstance(module, Gate) for module in self.mtp.modules())
+            check_rows(self.mtp_config, heads, trunk.post_norm.shape[:2], routers)
         return HeadOutput([main, *heads.rows], [*stats, *heads.stats], heads.kept)
 
     def logits(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -152,9 +154,7 @@ class DeepseekV3MTP(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, blanks: int = 0) -> MTPOutput:
-        """The sums of the outputs for some micro-batches, in evaluation mode; the last `blanks` do
-        not count.
-        """
+        """Sums of the outputs for micro-batches in eval mode; the last `blanks` do not count."""
         total, training = self.no_output(), self.training
         self.eval()
         for left, (tokens, documents, scored) in zip(range(len(batch), 0, -1), batch, strict=True):
@@ -184,9 +184,7 @@ class DeepseekV3MTP(nn.Module):
         )
 
     def gates(self) -> list[Gate]:
-        """Every router, in the order of `MTPOutput.load`: the trunk's, then those of the MTP
-        modules.
-        """
+        """Every router, in the order of `MTPOutput.load`: the trunk's, then the MTP modules'."""
         return [module for module in self.modules() if isinstance(module, Gate)]
 
     @torch.no_grad()
@@ -201,9 +199,7 @@ class DeepseekV3MTP(nn.Module):
                 gate.update_bias(gate_load, speed)
 
     def freeze_trunk(self) -> None:
-        """Only the MTP heads go on learning: no gradient into embedding, trunk, its routers and the
-        output head.
-        """
+        """Only the heads go on learning: not embedding, trunk, its routers and output head."""
         self.frozen = True
         for part in (self.model, self.lm_head):
             part.requires_grad_(False)
@@ -223,8 +219,7 @@ class DeepseekV3MTP(nn.Module):
             writable: context in which a parameter can be written, for parameters that are kept in
                 parts.
         """
-        device = self.device
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(seed)
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 with writable(parameter):
@@ -232,21 +227,9 @@ class DeepseekV3MTP(nn.Module):
                         parameter.fill_(1.0)
                         continue
                     first, count = 0, len(parameter)
-                    shape, wide = (
-                        parameter.shape,
-                        torch.promote_types(parameter.dtype, torch.float32),
-                    )
                     if isinstance(module, Experts):
-                        first, shape = (
-                            module.first,
-                            torch.Size([self.config.n_routed_experts, *shape[1:]]),
-                        )
-                    values = torch.empty(shape, dtype=wide, device=device)
-                    values.normal_(0.0, self.config.initializer_range, generator=generator)
-                    # Codes are only ever loaded; their numbers are drawn for those that follow. Of
-                    # another pipeline stage: on meta, not kept.
-                    if not is_codes(parameter):
-                        parameter.copy_(values[first : first + count])
+                        first, count = module.first, self.config.n_routed_experts
+                    _draw(parameter, generator, self.config.initializer_range, first, count)
         for gate in self.gates():
             gate.e_score_correction_bias.zero_()
         self.start_heads(writable=writable)
@@ -258,6 +241,27 @@ class DeepseekV3MTP(nn.Module):
         """What of the heads starts at other values than random ones (heads/base.py: `start`)."""
         if self.depths and not self.lm_head.weight.is_meta:  # else on another pipeline stage
             self.mtp.start(self.model, self.lm_head, writable)
+
+
+def _draw(
+    parameter: Tensor, generator: torch.Generator, spread: float, first: int, count: int
+) -> None:
+    """Fills a parameter, which is number `first` to first + len(parameter) of a stack of `count`,
+    with those of the normal numbers drawn for the whole stack. Codes are only ever loaded: theirs
+    are drawn for the parameters that follow. Of another pipeline stage: on meta, not kept.
+    """
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    size = parameter[0].numel()
+    # One of a stack of matrices at a time: on a CPU the same numbers as all at once where each
+    # has a multiple of the 16 that torch draws together.
+    step = 1 if parameter.ndim == 3 and size % 16 == 0 else count
+    for start in range(0, count, step):
+        values = torch.empty(
+            (step, *parameter.shape[1:]), dtype=wide, device=generator.device
+        ).normal_(0.0, spread, generator=generator)
+        mine = parameter[max(start - first, 0) : max(start + step - first, 0)]
+        if len(mine) and not is_codes(parameter):
+            mine.copy_(values[max(first - start, 0) :][: len(mine)])
 
 
 def meta_model(config: ModelConfig, mtp: MTPConfig, *, freeze: str = "none") -> DeepseekV3MTP:

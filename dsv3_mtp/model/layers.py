@@ -79,9 +79,7 @@ def rotary_angles(config: ModelConfig, positions: Tensor) -> Tensor:
 
 
 def _yarn_frequency(frequency: Tensor, config: ModelConfig, scaling: RopeScaling) -> Tensor:
-    """YaRN (arXiv 2309.00071; V3 section 4.3): slow pairs interpolated by `factor`, fast ones kept,
-    a ramp between.
-    """
+    """YaRN (arXiv 2309.00071; V3 4.3): slow pairs interpolated, fast ones kept, a ramp between."""
     dim = config.qk_rope_head_dim
 
     # index of the pair that turns `rotations` times in the original context
@@ -99,7 +97,5 @@ def _yarn_frequency(frequency: Tensor, config: ModelConfig, scaling: RopeScaling
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1 (V3 section 4.3: sqrt(t) = 0.1 ln
-    s + 1).
-    """
+    """YaRN's temperature 0.1 * mscale * ln(factor) + 1 (V3 4.3: sqrt(t) = 0.1 ln s + 1)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -20,6 +20,7 @@ from dsv3_mtp.config.schedules import depth_loss_weights
 from dsv3_mtp.model.objective_losses import Teacher, objective_losses
 from dsv3_mtp.model.output import LossSettings, MTPOutput
 from dsv3_mtp.model.overlap import row_overlap
+from dsv3_mtp.model.own_heads import check_counts, check_terms
 from dsv3_mtp.model.states import HeadOutput, HeadRows, LMHead, Scores, opened
 from dsv3_mtp.model.targets import (
     agreement,
@@ -28,6 +29,7 @@ from dsv3_mtp.model.targets import (
     teacher_slots,
     valid_targets,
 )
+from dsv3_mtp.objectives.base import checked_slots
 from dsv3_mtp.objectives.draft import TV
 from dsv3_mtp.ops.compute import Shard
 from dsv3_mtp.ops.cross_entropy import chunked_cross_entropy, linear_cross_entropy
@@ -119,7 +121,8 @@ class MTPLoss:
             beyond = self.shard.beyond(self.lookahead - 1) if part else 0
             taught = teacher_slots(valid, self.offsets, beyond)
         if self.terms:
-            counts.append(self.heads.count_terms(self.mtp, valid, taught).double())
+            own = self.heads.count_terms(self.mtp, valid, taught)
+            counts.append(check_counts(self.mtp, own, len(self.terms)).double())
         if self.objectives:
             counted = self._counted(self.objectives, valid, taught)
             counts.append(counted.sum((2, 3)).flatten().double())
@@ -135,7 +138,7 @@ class MTPLoss:
         B, T); taught: (D, B, T).
         """
         return torch.stack(
-            [kind.counted(taught if kind.teacher else valid[1:]) for kind, _ in objectives]
+            [checked_slots(kind, taught if kind.teacher else valid[1:]) for kind, _ in objectives]
         )
 
     @named("loss")
@@ -222,6 +225,7 @@ class MTPLoss:
             return 0.0, scores.nll.new_zeros(0)
         with self.lm_head.held(self.constant):
             found = self.heads.loss_terms(output, scores)
+        check_terms(self.mtp, found, self.terms)
         sums = torch.stack([found[name] for name in self.terms])  # (terms,)
         factors = torch.cat([counts.new_full((1,), factor) for factor in self.terms.values()])
         scale = factors / counts.masked_fill(counts == 0, 1)

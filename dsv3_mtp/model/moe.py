@@ -1,6 +1,4 @@
-"""DeepSeekMoE with bias-based, auxiliary-loss-free load balancing (DeepSeek-V3 section 2.1.2, eqs.
-12-20).
-"""
+"""DeepSeekMoE, balanced by a bias instead of an auxiliary loss (V3 2.1.2, eqs. 12-20)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,9 +17,7 @@ Beside = Callable[[Tensor], Tensor]  # (N, C) -> (N, C)
 
 
 class RouterStats(NamedTuple):
-    """What one router did in one forward. Returned, not stored, so that recomputation cannot count
-    it twice.
-    """
+    """What a router did in a forward. Returned, so that recomputation cannot count it twice."""
 
     load: Tensor  # (E,) float32: tokens sent to each expert, no gradient
     # scalar: sum over the B sequences of sum_i f_i P_i (eq. 17 before alpha), with gradient
@@ -34,18 +30,14 @@ class RouterStats(NamedTuple):
 
 
 def count(chosen: Tensor, experts: int) -> Tensor:
-    """(N, K) -> (E,) int64: how many pairs chose each expert. Not bincount: on CUDA the host would
-    wait for it.
-    """
+    """(N, K) -> (E,) int64: pairs that chose each expert. Not bincount: CUDA's host would wait."""
     return chosen.new_zeros(experts).scatter_add(
         0, chosen.flatten(), torch.ones_like(chosen).flatten()
     )
 
 
 class Gate(nn.Module):
-    """Sigmoid router: experts are chosen by score + bias within the best groups, gated by the score
-    alone.
-    """
+    """Sigmoid router: experts chosen by score + bias in the best groups, gated by the score."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -88,18 +80,14 @@ class Gate(nn.Module):
         return found.chosen, found.gates, RouterStats(found.load, balance, found.nodes)
 
     def weigh(self, scores: Tensor, chosen: Tensor) -> Tensor:
-        """scores: (N, E); chosen: (N, K) -> gates (N, K): the chosen scores, normalised and
-        scaled.
-        """
+        """scores: (N, E); chosen: (N, K) -> gates (N, K): chosen scores, normalised and scaled."""
         gates = scores.gather(1, chosen)
         if self.config.norm_topk_prob:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         return gates * self.config.routed_scaling_factor
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Top-K of score + bias, restricted to the `topk_group` groups whose two best biased scores
-        sum highest.
-        """
+        """Top-K of score + bias in the `topk_group` groups whose best two such sum highest."""
         config = self.config
         biased = scores + self.e_score_correction_bias  # (N, E)
         if config.n_group > 1:
@@ -111,9 +99,7 @@ class Gate(nn.Module):
         return biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
     def count_nodes(self, chosen: Tensor) -> Tensor:
-        """Messages between nodes that the tokens cost: groups are nodes, `topk_group` of them at
-        most (V3 2.1.2).
-        """
+        """Messages between nodes, which are groups: `topk_group` per token at most (V3 2.1.2)."""
         groups = self.config.n_group
         used = chosen.new_zeros(chosen.shape[0], groups)
         return used.scatter_(1, chosen // (self.config.n_routed_experts // groups), 1).sum()
@@ -149,9 +135,7 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts, stacked in memory (per expert on disk). Each runs in every step, on zero
-    rows if need be.
-    """
+    """E SwiGLU experts, stacked in memory. Each runs in every step, on zero rows if need be."""
 
     def __init__(self, config: ModelConfig, *, count: int | None = None):
         """count: how many of the layer's experts; None: all."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.model.states import HeadRows, LMHead, Output, opened
-from dsv3_mtp.objectives.base import Objective, Slots
+from dsv3_mtp.objectives.base import Objective, Slots, checked_loss
 from dsv3_mtp.ops.chunked import chunked
 
 # d * n * V of one chunk: 64 MiB in float32, and at most eight such tensors live at a time
@@ -85,7 +85,7 @@ def objective_losses(
             with torch.no_grad():
                 log_p = teacher.log_p(chunk.start, stop, depths, main, length)
             slots = Slots(_logits(students, inputs, own), log_p, aims[:, chunk])
-            values = torch.stack([objective.loss(slots) for objective in objectives])
+            values = torch.stack([checked_loss(objective, slots) for objective in objectives])
             return (values * weight[..., chunk]).sum(), values.movedim(2, 0)
 
         on_device = CHUNKS_ON_GPU if main.is_cuda else 1

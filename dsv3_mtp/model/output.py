@@ -12,9 +12,7 @@ Batch = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the losses of all micro-batches of one optimizer step have in common (V3 eqs. 17, 24,
-    25).
-    """
+    """What the micro-batches of an optimizer step have in common (V3 eqs. 17, 24, 25)."""
 
     # (D,) lambda * w_k / D, the factor of each L_k; None: of the model's own `mtp` section at the
     # start of a run

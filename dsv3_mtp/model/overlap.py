@@ -31,9 +31,7 @@ CHUNK_ELEMENTS = 2**22  # log-probabilities of a chunk: 16 MiB in float32, and s
 
 @dataclass(frozen=True)
 class Pair:
-    """The drafts of one depth at some slots, beside their teachers. Log-probabilities, at least
-    float32.
-    """
+    """The drafts of a depth beside their teachers: log-probabilities, at least float32."""
 
     depth: int
     slots: slice  # of the drafts, i

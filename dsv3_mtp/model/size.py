@@ -1,6 +1,4 @@
-"""What a model costs: parameters, those that a token uses, and training FLOPs. The model may be on
-the meta device.
-"""
+"""What a model costs: parameters, active ones, training FLOPs. It may be on the meta device."""
 
 import os
 from dataclasses import dataclass
@@ -17,9 +15,7 @@ from dsv3_mtp.precision.stored import is_codes
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameter counts and training cost. Checked against the paper's numbers in
-    tests/model/test_causal_lm.py.
-    """
+    """Parameter counts and training cost, checked against the paper in tests/model."""
 
     total: int  # trunk, embedding, output head
     active: int  # of these, used per token: K of E routed experts
@@ -76,9 +72,7 @@ def _head_flops(model: DeepseekV3MTP, seq_len: int) -> float:
 
 
 def layer_flops(model: DeepseekV3MTP, seq_len: int) -> list[float]:
-    """`ModelSize.flops_per_token` by place: every trunk layer, and last all that follows: heads of
-    depth 0..D.
-    """
+    """`flops_per_token` by place: every trunk layer, and last all that follows them."""
     attention = _attention_flops(model.config, seq_len)
     trunk = [
         6 * _total_and_active(model.config, layer)[1] + attention for layer in model.model.layers

@@ -37,15 +37,11 @@ class Output(nn.Module):
         return tuple(self.parameters(recurse=False))
 
     def logits(self, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """inputs: n rows of each of `HeadRows.inputs`; weights: of all `HeadRows.outputs`, in
-        their order -> (n, V).
-        """
+        """Rows of `HeadRows.inputs`, weights of all `HeadRows.outputs`, in order -> (n, V)."""
         raise NotImplementedError
 
     def forward(self, *inputs: Tensor, run: Callable[..., Any] | None = None) -> Any:
-        """Logits of `inputs`; or what `run(*inputs)` returns, called while this module's weights
-        are whole.
-        """
+        """Logits of `inputs`, or what `run(*inputs)` returns while weights here are whole."""
         return self.logits(inputs, self.weights()) if run is None else run(*inputs)
 
 

@@ -39,9 +39,7 @@ def valid_targets(
 def count_targets(
     tokens: Tensor, documents: Tensor | None, offsets: Sequence[int], scored: Tensor | None = None
 ) -> Tensor:
-    """(2+D,) float64: valid targets of depth 0..D, then the number of sequences. Adds up over
-    batches and ranks.
-    """
+    """(2+D,) float64: valid targets of depth 0..D, number of sequences; adds up over ranks."""
     targets = valid_targets(tokens, documents, offsets, scored).sum((1, 2))
     return torch.cat([targets, targets.new_full((1,), tokens.shape[0])]).double()
 

@@ -1,6 +1,4 @@
-"""What the heads are trained on, each objective in one file of this folder; base.py says what an
-objective is.
-"""
+"""What the heads are trained on, an objective in one file; base.py says what one is."""
 
 from dsv3_mtp.config.registry import import_all
 

@@ -15,6 +15,7 @@ both predict t_{i+offset(k)}. Nothing of a gradient goes to it.
 Shapes: d the depths that are scored (1..D for most heads), n slots, V vocab.
 """
 
+from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -22,6 +23,9 @@ import torch
 from torch import Tensor
 
 REGISTRY: dict[str, type["Objective"]] = {}
+# no name of an objective: what is logged as train/NAME/k or val/NAME/k in any case
+TAKEN = {"acceptance", "agreement", "floor", "mtp_loss", "mtp_term", "mtp_weight", "overlap"}
+TAKEN |= {"overlap_above_table", "top1"}
 
 
 class Slots:
@@ -55,7 +59,7 @@ class Slots:
         return torch.minimum(self.log_p, self.log_q).logsumexp(-1)
 
 
-class Objective:
+class Objective(ABC):
     """One objective. It has no parameters and no state."""
 
     name: ClassVar[str]
@@ -76,8 +80,54 @@ class Objective:
         """
         return valid
 
+    @abstractmethod
     def loss(self, slots: Slots) -> Tensor:
         """(d, n), at least float32, finite everywhere. Rows of different slots may not meet: they
         lie in one call by chance.
         """
-        raise NotImplementedError
+
+
+def checked_loss(objective: Objective, slots: Slots) -> Tensor:
+    """`objective.loss`, of the shape and type that it owes, and with a gradient where there can be
+    one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    before = slots.log_p._version
+    value = objective.loss(slots)
+    if slots.log_p._version != before:
+        why = "the objectives after it read it too"
+        raise ValueError(f"{_loss(objective)} writes into slots.log_p: {why}")
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{_loss(objective)} gives a {type(value).__name__}, no tensor")
+    if value.shape != slots.targets.shape:
+        depths, count = slots.targets.shape
+        shape = f"{list(value.shape)}, not [{depths}, {count}], one for each depth and slot"
+        raise ValueError(f"{_loss(objective)} gives a tensor of shape {shape}")
+    if value.dtype != torch.promote_types(value.dtype, torch.float32):
+        raise ValueError(f"{_loss(objective)} gives {value.dtype}, not float32 or wider")
+    if slots.logits.requires_grad and not value.requires_grad:
+        why = "it reads neither slots.logits nor slots.log_q, or detaches them"
+        raise ValueError(f"{_loss(objective)} has no gradient: {why}")
+    return value
+
+
+def checked_slots(objective: Objective, valid: Tensor) -> Tensor:
+    """`objective.counted`, no more than `valid`.
+
+    Raises:
+        ValueError: it has not the shape and type of `valid`.
+    """
+    found = objective.counted(valid)
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (valid.shape, torch.bool):
+        got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise ValueError(
+            f"mtp.objective: `counted` of {objective.name} must give a bool tensor of shape "
+            f"{list(valid.shape)} (got {got})"
+        )
+    return found & valid
+
+
+def _loss(objective: Objective) -> str:
+    return f"mtp.objective: the loss of {objective.name}"

@@ -121,9 +121,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor 
 
 
 def _mask(first: Tensor, begin: int, start: int, end: int) -> Tensor:
-    """(B, 1, end - start, end - begin) bool: which of the keys begin .. end the queries start ..
-    end attend to.
-    """
+    """(B, 1, end - start, end - begin) bool: which of the keys begin .. end queries attend to."""
     slot = torch.arange(begin, end, device=first.device)
     seen = slot <= slot[start - begin :, None]  # (queries, keys)
     return (seen & (slot >= first[:, start:end, None])).unsqueeze(1)

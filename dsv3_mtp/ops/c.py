@@ -70,9 +70,7 @@ def rms_norm_backward(
 
 
 def swiglu(gate: Tensor, up: Tensor, factor: Tensor | None) -> Tensor:
-    """silu(gate) * up * factor. gate, up: (rows, F), contiguous in F only; factor: (rows,) or
-    None.
-    """
+    """silu(gate) * up * factor: (rows, F), contiguous in F only; factor: (rows,) or None."""
     _check_rows("gate", gate, gate.shape, gate.dtype)
     _check_rows("up", up, gate.shape, gate.dtype)
     if factor is not None:
@@ -136,9 +134,7 @@ def attention_backward(
     softmax: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad: (B, T, H, v); the rest as in and from `attention` -> gradients of query, kv and
-    k_rope.
-    """
+    """grad: (B, T, H, v); the rest as in `attention` -> gradients of query, kv and k_rope."""
     sizes = _attention_sizes(query, kv, k_rope, angles, first)
     batch, length, heads, _, rope, value = sizes
     check("grad", grad, (batch, length, heads, value), query.dtype)

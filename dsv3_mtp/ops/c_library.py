@@ -22,16 +22,9 @@ from dsv3_mtp.files.atomic import lock, replacing, sweep, write_text
 from dsv3_mtp.files.digest import difference, file_digest
 
 FLAGS = (
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
+    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared"),
+    *("-fPIC",),
 )
-
-
 TYPES: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 
 
@@ -79,9 +72,7 @@ def _library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _build(flags: tuple[str, ...]) -> Path:
-    """The shared library of this source, compiler and processor in the user's cache; made if it is
-    missing.
-    """
+    """The shared library of this source, compiler and processor in the cache, made if missing."""
     folder = Path(__file__).parent / "csrc"
     sources = sorted(folder.glob("*.c"))
     name, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]  # such as "ccache gcc"

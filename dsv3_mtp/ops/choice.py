@@ -21,9 +21,7 @@ _ON_GPU = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def kernels(*tensors: Tensor) -> ModuleType | None:
-    """The module whose kernels take these tensors, `c` or `triton_kernels`; None: torch's
-    operations.
-    """
+    """The module with kernels for these tensors, `c` or `triton_kernels`; None: torch's."""
     x = tensors[0]
     if _inside_plain or torch.compiler.is_compiling():
         return None
@@ -65,9 +63,7 @@ def triton() -> tuple[ModuleType | None, str]:
 
 
 def missing(device: torch.device) -> str | None:
-    """Why torch's slower operations run on this device instead of the kernels; None: the kernels
-    run.
-    """
+    """Why torch's slower operations run on this device; None: the kernels run."""
     instead = "torch's operations run instead"
     if device.type == "cuda":
         why = triton()[1]

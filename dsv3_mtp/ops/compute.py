@@ -31,16 +31,12 @@ class Shard:
     number, count = 0, 1
 
     def cut(self, x: Tensor, ahead: int) -> Tensor:
-        """Whole rows (B, T + ahead) -> the slots of this shard and the tokens ahead of them, (B,
-        T/count + ahead).
-        """
+        """Whole rows (B, T + ahead) -> this shard's and those ahead, (B, T/count + ahead)."""
         length = (x.shape[1] - ahead) // self.count
         return x[:, self.number * length : (self.number + 1) * length + ahead].contiguous()
 
     def gather(self, x: Tensor) -> Tensor:
-        """(B, T, ..) of this shard -> (B, count * T, ..) of all shards in their order, without
-        gradient.
-        """
+        """(B, T, ..) of this shard -> (B, count * T, ..) of all in order, without gradient."""
         return x
 
     def beyond(self, count: int) -> int:

@@ -109,9 +109,7 @@ def probe(
     *,
     masked: bool = False,
 ) -> str:
-    """Why the kernel fails forward or backward at these widths, "" if it runs: some find out only
-    when they compile.
-    """
+    """Why the kernel fails at these widths, forward or backward; "": it runs."""
     try:
         with torch.enable_grad():
             query, key, value = (

@@ -28,9 +28,7 @@ def chunk_rows(vocab: int, *, on_gpu: bool) -> int:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are computed in forward, chunk by chunk, so that each chunk's logits live only
-    once.
-    """
+    """Gradients are computed in forward by chunks, so that a chunk's logits live only once."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, row_weight: Tensor):
@@ -80,9 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _cross_entropy(
     logits: Tensor, targets: Tensor, row_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d loss / d logits = row_weight * (softmax - onehot), nll and prediction of each row. `logits`
-    are used up.
-    """
+    """Of each row d loss / d logits = weight * (softmax - onehot) in place, nll, prediction."""
     if (kernels := choice.kernels(logits)) is not None:
         return logits, *kernels.cross_entropy_(logits, targets, row_weight)
     dtype, logits = logits.dtype, logits.to(row_weight.dtype)

@@ -204,9 +204,7 @@ def grouped_input_grad(grad: Tensor, weight: Tensor, rows: list[int] | Tensor) -
 
 
 def grouped_weight_grad(grad: Tensor, x: Tensor, rows: list[int] | Tensor) -> Tensor:
-    """Of each expert grad.T @ x over its rows, zero where it has none. (rows, out), (rows, in) ->
-    (E, out, in).
-    """
+    """Of each expert grad.T @ x: (rows, out), (rows, in) -> (E, out, in); zero without rows."""
     if isinstance(rows, Tensor):
         out = F.grouped_mm(grad.T, x, offs=rows.cumsum(0, dtype=torch.int32))
         if leaves_empty_groups(x.device):
@@ -275,9 +273,7 @@ class _GatherSum(torch.autograd.Function):
 
 
 def to_experts(x: Tensor, layout: Permutation) -> Tensor:
-    """The rows of the experts from those of the tokens, (N, C) -> (rows, C). Padding is zeros:
-    FP8's tiles see it.
-    """
+    """(N, C) -> (rows, C), the experts' rows. Padding is zeros: FP8's tiles see it."""
     return _ToExperts.apply(x, layout.source, layout.slots)
 
 
@@ -309,9 +305,7 @@ class _FromExperts(torch.autograd.Function):
 
 
 def scatter(x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
-    """x: (N, C), source: (rows,), slots: (N, K) -> (rows, C): the rows that `combine` sums, zeros
-    in those it skips.
-    """
+    """x (N, C), source (rows,), slots (N, K) -> (rows, C): what `combine` sums, else zeros."""
     if source.numel() == slots.numel():
         return x.index_select(0, source)
     real = torch.zeros_like(source, dtype=torch.bool).index_fill_(0, slots.flatten(), True)

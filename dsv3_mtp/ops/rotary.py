@@ -62,7 +62,5 @@ class _ToHeads(torch.autograd.Function):
 
 
 def evenly(x: Tensor) -> Tensor:
-    """(B, T, P) with its B*T rows equally far apart, as they are in a part of wider rows; else a
-    copy.
-    """
+    """(B, T, P) with B*T rows equally far apart, as in a part of wider rows; else a copy."""
     return x if x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1) else x.contiguous()

@@ -172,9 +172,7 @@ def _to_heads_backward(
 def _cross_entropy(
     logits, targets, row_weight, nll, prediction, width: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Every lane first keeps the maximum, its place and the sum of exponentials of the numbers that
-    it meets.
-    """
+    """Every lane first keeps the maximum, its place and the sum of exponentials it meets."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     lowest = -3.0e38  # not infinity, whose difference to itself is nan

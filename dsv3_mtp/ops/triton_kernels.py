@@ -28,9 +28,7 @@ HEADS = 16  # heads that a program takes at a time
 
 
 def swiglu(gate: Tensor, up: Tensor, factor: Tensor | None) -> Tensor:
-    """silu(gate) * up * factor. gate, up: (rows, F), contiguous in F only; factor: (rows,) or
-    None.
-    """
+    """silu(gate) * up * factor: (rows, F), contiguous in F only; factor: (rows,) or None."""
     _check_halves(gate, up, factor)
     rows, width = gate.shape
     out = gate.new_empty(rows, width)
@@ -134,9 +132,7 @@ def to_heads_backward(
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (rows, V) become row_weight * (softmax - onehot); returns nll and prediction, (rows,)
-    each.
-    """
+    """logits (rows, V) become weight * (softmax - onehot); returns nll and prediction."""
     _check("logits", logits, (len(logits), logits.shape[-1]), logits.dtype)
     _check("targets", targets, logits.shape[:1], torch.int64)
     _check("row_weight", row_weight, logits.shape[:1], torch.float32)
@@ -180,9 +176,7 @@ def _power(size: int) -> int:
 
 
 def _tile(width: int) -> dict[str, int]:
-    """The part of a matrix that one program takes: several rows of a narrow matrix, so that it has
-    WIDE numbers.
-    """
+    """The part of a matrix that one program takes: of a narrow one several rows."""
     block = min(WIDE, _power(width))
     return {"ROWS": WIDE // block, "BLOCK": block}
 

@@ -1,6 +1,4 @@
-"""An exponential moving average of the weights in host memory (V3 3.2.2), for early looks at
-decayed quality.
-"""
+"""An exponential moving average of the weights in host memory (V3 3.2.2)."""
 
 import torch
 from torch import Tensor

@@ -27,7 +27,7 @@ def build_model(
 ) -> DeepseekV3MTP:
     """The model at its random start, equal for every layout of the ranks.
 
-    No rank ever holds more than its part and one whole tensor.
+    No rank ever holds more than its part and one whole matrix, or one expert.
 
     Args:
         compute: kernels and precision; None: torch's for this device. The layout's part of it,
@@ -88,9 +88,7 @@ def check_monitors(config: Config) -> None:
 def start_engine(
     model: DeepseekV3MTP, optimizer: Any, ds_config: dict, world: World, config: Config
 ) -> Engine:
-    """With a `deepspeed:` section, what DeepSpeed says against it becomes a ValueError that names
-    the section.
-    """
+    """What DeepSpeed says against a `deepspeed:` section becomes a ValueError that names it."""
     start: dict[str, Any] = {"ds_config": ds_config, "world": world}
     start["apart"] = config.optim.grad_clip if config.clips_apart else None
     try:
@@ -104,7 +102,5 @@ def start_engine(
 
 
 def writable(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A context in which the whole tensor is there to be written, the same by all ranks; for
-    ZeRO-3's shards.
-    """
+    """Where the whole tensor is there to be written, the same by all ranks; for ZeRO-3."""
     return deepspeed.zero.GatheredParameters(tensor, modifier_rank=0)

@@ -1,6 +1,4 @@
-"""The DeepSpeed engine: its JSON generated from the config, one optimizer step, reductions over
-ranks.
-"""
+"""The DeepSpeed engine: its JSON from the config, one optimizer step, reductions."""
 
 import contextlib
 import math
@@ -139,9 +137,7 @@ class Engine:
         return self.engine.module
 
     def own(self, batch: Batch) -> Batch:
-        """What this rank computes of a batch of whole rows: all of it, or its shard of every
-        row.
-        """
+        """What this rank computes of a batch of whole rows: all, or its shard of every row."""
         shard, ahead = self.model.shard, self.model.lookahead
         return [tuple(None if x is None else shard.cut(x, ahead) for x in piece) for piece in batch]  # type: ignore[misc]
 
@@ -158,13 +154,17 @@ class Engine:
 
     @named("forward")
     def forward(self, *inputs: Any) -> MTPOutput:
-        return self.engine(*inputs)
+        with self._launched():
+            return self.engine(*inputs)
+
+    def _launched(self) -> contextlib.AbstractContextManager[None]:
+        """ZeRO-3 reads this in every forward, and not every process has a launcher."""
+        return environment({"LOCAL_RANK": str(self.world.local_rank)})
 
     def evaluate(self, batch: Batch, *, blanks: int) -> MTPOutput:
-        """The model's `evaluate`: the sums of the outputs for this rank's micro-batches but the
-        last `blanks`.
-        """
-        return self.model.evaluate(self.own(batch), blanks=blanks)
+        """The model's `evaluate`: sums for this rank's micro-batches but the last `blanks`."""
+        with self._launched():
+            return self.model.evaluate(self.own(batch), blanks=blanks)
 
     @named("backward")
     def backward(self, loss: Tensor, *, last: bool) -> None:

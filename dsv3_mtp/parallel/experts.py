@@ -43,9 +43,7 @@ class LocalExperts(Experts, deepspeed.moe.layer.MoE):
         self.first = place * len(self.down_proj)
 
     def mark(self) -> None:
-        """To be called once the tensors have storage: materialising makes new ones without
-        attributes.
-        """
+        """To be called once the tensors have storage: materialised ones have no attributes."""
         for tensor in (*self.parameters(), *self.buffers()):
             tensor.allreduce, tensor.group_name = False, self.group_name  # type: ignore[attr-defined]
 

@@ -109,9 +109,7 @@ def starting(timeout_s: float) -> Iterator[None]:
 
 
 def local_device() -> torch.device:
-    """The device of this process, which becomes torch's current one: a GPU by LOCAL_RANK, or the
-    CPU.
-    """
+    """The device of this process, from now on torch's own: a GPU by LOCAL_RANK, or the CPU."""
     if get_accelerator().device_name() != "cuda":  # as DS_ACCELERATOR says, if it is set
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -181,9 +179,7 @@ def on_all(world: World, function: Callable[[], Any]) -> Any:
 
 
 def finish() -> None:
-    """Ends the process after success. gloo's worker threads abort a few percent of normal
-    interpreter exits.
-    """
+    """Ends the process after success: gloo's threads abort some normal interpreter exits."""
     torch.distributed.barrier()
     gloo = torch.distributed.get_backend() == "gloo"
     if not gloo:

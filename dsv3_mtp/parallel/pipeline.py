@@ -138,9 +138,7 @@ class Targets:
 
 
 class LastStage(Stage):
-    """The last trunk layers and the heads. Also takes the embeddings (B, T-1+A, C) of the tokens
-    ahead.
-    """
+    """The last trunk layers and the heads; takes embeddings (B, T-1+A, C) of tokens ahead."""
 
     def __init__(self, model: DeepseekV3MTP, layers: range):
         super().__init__(model, layers)
@@ -162,9 +160,7 @@ class LastStage(Stage):
 
 
 class SharedEmbedding(TiedLayerSpec):
-    """The model's own embedding as a layer of the first stage, and again of the last one where the
-    heads read it.
-    """
+    """The model's embedding as a layer of the first stage, and of the last if heads read it."""
 
     def __init__(self, model: DeepseekV3MTP, forward: Callable[[nn.Module, Any], Any]):
         super().__init__("embed_tokens", nn.Embedding, forward_fn=forward)
@@ -259,9 +255,7 @@ def backward_pass(engine: Any, buffer_id: int) -> None:
 
 
 class PipelineEngine(Engine):
-    """`Engine` for one stage of a pipeline. Only the last stage's outputs count; other ranks return
-    sums of zero.
-    """
+    """`Engine` for a stage of a pipeline. Sums of other ranks than the last stage's are zero."""
 
     def __init__(
         self,
@@ -298,9 +292,7 @@ class PipelineEngine(Engine):
         settings: LossSettings,
         blanks: int = 0,
     ) -> MTPOutput:
-        """All micro-batches through all stages; the first takes their tokens, the last their
-        targets.
-        """
+        """All micro-batches through all stages, from tokens in the first to targets in the last."""
         self.total, self.counted = self.model.no_output(), len(batch) - blanks
         pieces = [
             ((tokens,) if documents is None else (tokens, documents), Targets(scored, settings))

@@ -32,9 +32,7 @@ SHARE = 1 << 16
 
 
 class TensorShard(NamedTuple):
-    """The range [start, start + numel) of a flattened canonical tensor, which this rank holds in
-    `flat[at:]`.
-    """
+    """The range [start, start + numel) of a flattened tensor, which is here in `flat[at:]`."""
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor
@@ -62,9 +60,7 @@ class _Range(NamedTuple):
 
 
 def tensor_shards(engine: "Engine") -> Iterator[TensorShard]:
-    """All that this rank holds of the model: masters of what it updates, frozen parameters,
-    buffers.
-    """
+    """What this rank holds: masters of what it updates, frozen parameters, buffers."""
     model, optimizer = engine.model, engine.engine.optimizer
     updated = dict(masters(optimizer))
     layers = [part for part in model.modules() if isinstance(part, Experts)]
@@ -136,9 +132,7 @@ def masters(optimizer: Any) -> Iterator[tuple[int, _Range]]:
 def _flattened(
     parameters: list, flats: list, partitions: list, ranks: list
 ) -> Iterator[tuple[int, _Range]]:
-    """ZeRO 1 and 2: per parameter group, all parameters in one flat tensor, an equal part of it on
-    each rank.
-    """
+    """ZeRO 1 and 2: a parameter group in one flat tensor, an equal part on each rank."""
     for group, flat, partition, peers in zip(parameters, flats, partitions, ranks, strict=True):
         first = dist.get_rank(group=peers) * partition.numel()
         for parameter in group:
@@ -179,9 +173,7 @@ def _share(numel: int, peers: Any) -> tuple[int, int]:
 
 @contextmanager
 def restoring(engine: "Engine") -> Iterator[None]:
-    """Around writing into `tensor_shards`: afterwards the weights of forward and backward follow
-    their masters.
-    """
+    """Around writing into `tensor_shards`: the weights then follow their masters."""
     optimizer = engine.engine.optimizer
     zero3 = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
     if zero3:

@@ -23,37 +23,19 @@ from deepspeed.utils import groups
 # without a promise.
 FIELDS: dict[type, tuple[str, ...]] = {
     DeepSpeedZeroOptimizer: (
-        "bit16_groups",
-        "bit16_groups_flat",
-        "single_partition_of_fp32_groups",
-        "real_dp_process_group",
-        "update_lp_params",
-        "cpu_offload",
-        "has_moe_layers",
-        "model_parallel_world_size",
-        "averaged_gradients",
-        "params_in_partition",
-        "get_grad_norm_direct",
+        *("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
+        *("real_dp_process_group", "update_lp_params", "cpu_offload", "has_moe_layers"),
+        *("model_parallel_world_size", "averaged_gradients", "params_in_partition"),
+        *("get_grad_norm_direct",),
     ),
     BF16_Optimizer: (
-        "bf16_groups",
-        "bf16_groups_flat",
-        "fp32_groups_flat_partition",
-        "real_dp_process_group",
-        "update_lp_params",
-        "clear_lp_grads",
-        "fp32_groups_gradients",
-        "fp32_groups_gradient_flat_partition",
-        "has_moe_layers",
-        "update_hp_grads",
+        *("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition", "real_dp_process_group"),
+        *("update_lp_params", "clear_lp_grads", "fp32_groups_gradients"),
+        *("fp32_groups_gradient_flat_partition", "has_moe_layers", "update_hp_grads"),
     ),
     DeepSpeedZeroOptimizer_Stage3: (
-        "fp16_groups",
-        "fp32_partitioned_groups_flat",
-        "averaged_gradients",
-        "offload_optimizer",
-        "checkpoint_event_prologue",
-        "checkpoint_event_epilogue",
+        *("fp16_groups", "fp32_partitioned_groups_flat", "averaged_gradients", "offload_optimizer"),
+        *("checkpoint_event_prologue", "checkpoint_event_epilogue"),
     ),
     FP16_UnfusedOptimizer: ("fp16_groups", "fp32_groups"),
 }
@@ -68,9 +50,7 @@ def without_shm_all_reduce() -> None:
 
 
 def without_output_warning() -> None:
-    """ZeRO-3 would warn that it cannot look into MTPOutput: the module that returns it has no
-    weights of its own.
-    """
+    """ZeRO-3 would warn that it cannot look into MTPOutput, of a module without weights."""
     deepspeed.runtime.zero.utils.warned = True
 
 

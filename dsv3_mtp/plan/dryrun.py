@@ -18,20 +18,11 @@ from dsv3_mtp.report.progress import duration
 from dsv3_mtp.runs.folder import run_folder
 
 GPU, MFU = "H100", 0.4  # in which GPU-hours are stated
-DEVICES = (
-    8,
-    12,
-    16,
-    24,
-    32,
-    40,
-    48,
-    80,
-    96,
-    141,
-    192,
-    288,
-)  # GiB on the accelerators that are sold
+# GiB on the accelerators that are sold
+DEVICES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192, 288)
+# Columns of the memory table: fields of a StagePlan, and their names there.
+SIZES = {"weights": "weights", "gradients": "gradients", "states": "optimizer"}
+SIZES |= {"activations": "activations", "buffers": "buffers", "update": "update", "total": "peak"}
 
 
 def dry_run(config: Config, *, world_size: int, plot: bool, settings: bool = False) -> str:
@@ -110,31 +101,11 @@ def size_rows(config: Config, size: ModelSize) -> dict[str, Any]:
 
 def memory_table(config: Config, stages: list[StagePlan]) -> str:
     """One line for each pipeline stage, then what the largest fits into."""
-    head = [
-        "stage",
-        "parts",
-        "parameters",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "buffers",
-        "update",
-        "peak",
-    ]
+    head = ["stage", "parts", "parameters", *SIZES.values()]
     lines = [head]
     for number, stage in enumerate(stages):
         flight = f" ({stage.in_flight} in flight)" if len(stages) > 1 else ""
-        sizes = [
-            stage.weights,
-            stage.gradients,
-            stage.states,
-            stage.activations,
-            stage.buffers,
-            stage.update,
-            stage.total,
-        ]
-        cells = [_bytes(value) for value in sizes]
+        cells = [_bytes(getattr(stage, size)) for size in SIZES]
         cells[3] += flight
         lines.append([str(number), _span(stage.names), f"{stage.dense + stage.experts:,}", *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]

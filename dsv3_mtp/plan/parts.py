@@ -1,6 +1,4 @@
-"""The parts of a model that a plan adds up: their parameters, and what each keeps for its
-backward.
-"""
+"""The parts of a model that a plan adds up: parameters, and what is kept for backward."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,9 +13,7 @@ from dsv3_mtp.precision.stored import SCALE, is_codes
 
 
 class Own(NamedTuple):
-    """The parameters of one module itself: ZeRO-3 gathers them together, and one function may make
-    all their gradients.
-    """
+    """The parameters of one module itself, which ZeRO-3 gathers together."""
 
     sizes: tuple[int, ...]  # elements of each
     experts: bool  # divided over expert-parallel ranks
@@ -47,9 +43,7 @@ class Part:
 
 
 def parts(model: DeepseekV3MTP) -> list[Part]:
-    """Embedding, every trunk layer, and last all that follows: final norm, MTP modules, output
-    head.
-    """
+    """Embedding, every trunk layer, and last final norm, MTP modules and output head."""
     trunk, mtp = model.model, model.mtp_config
     end = nn.ModuleList([trunk.norm, model.lm_head, *([model.mtp] if mtp.depths else [])])
     cost = model.mtp.cost() if mtp.depths else None
@@ -102,9 +96,7 @@ def on_rank(pairs: Iterable[tuple[int, int]], ranks: int) -> tuple[int, int]:
 
 
 def activation_elements(config: Config, part: Part) -> float:
-    """Elements per token that a part keeps from its forward to its backward, its input not
-    counted.
-    """
+    """Elements per token that a part keeps from forward to backward, without its input."""
     model, mode = config.model, config.train.activation_checkpointing
     hidden, sliced = model.hidden_size, config.parallel.sequence_parallel_size > 1
     spread = config.parallel.expert_parallel_size > 1

@@ -49,11 +49,19 @@ class MetricsLog:
         if self.path.exists():
             self._rewrite(_whole_lines(self.path))
 
+    @classmethod
+    def after(cls, path: Path, step: int) -> "MetricsLog":
+        """The log of a run that goes on after this step. For one rank alone: another that opened it
+        a moment later would bring back what was dropped, or lose what has come since.
+        """
+        log = cls(path)
+        log.truncate_after(step)
+        return log
+
     def append(self, record: Record) -> None:
         """Write one record. TypeError: a value is not a number, string, bool or None."""
-        line = json.dumps(
-            {key: _encode(key, value) for key, value in record.items()}, allow_nan=False
-        )
+        encoded = {key: _encode(key, value) for key, value in record.items()}
+        line = json.dumps(encoded, allow_nan=False)
         with naming_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -85,16 +93,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if nested := [key for key, value in record.items() if isinstance(value, dict | list)]:
                 raise ValueError(f"{nested[0]} is no number")
         except ValueError as error:
-            raise ValueError(
-                f"{path}:{number}: not a JSON object of metrics ({error}); delete this line"
-            ) from None
+            text = f"not a JSON object of metrics ({error}); delete this line"
+            raise ValueError(f"{path}:{number}: {text}") from None
         records.append({key: _decode(value) for key, value in record.items()})
     return records
 
 
 def _whole_lines(path: Path) -> list[str]:
-    # Every line is written with its newline in one call: what follows the last newline was cut off
-    # by a kill.
+    # a line is written with its newline in one call: what follows the last one was cut off
     return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
@@ -103,10 +109,8 @@ def _encode(key: str, value: Any) -> Any:
         return str(float(value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(
-        f"metric {key}: {type(value).__name__} is not a "
-        "number or string; convert it, e.g. with .item()"
-    )
+    text = "is not a number or string; convert it, e.g. with .item()"
+    raise TypeError(f"metric {key}: {type(value).__name__} {text}")
 
 
 def _decode(value: Any) -> Any:
@@ -132,13 +136,10 @@ class Clock:
         self._before = 0.0  # seconds up to the last start or pause
         self._since: float | None = None
         self._lap: tuple[float, int] | None = None  # training seconds, tokens
-        # wall-clock seconds, tokens
-        self._recent: deque[tuple[float, int]] = deque(maxlen=window + 1)
+        self._recent = deque[tuple[float, int]](maxlen=window + 1)  # wall-clock seconds, tokens
 
     def start(self, tokens: int = 0) -> None:
-        """Begin counting; `tokens` were consumed before this start, the first lap counts from
-        there.
-        """
+        """Begin counting; the first lap counts from `tokens`, consumed before this start."""
         self._since = self._now()
         self._lap = (self.seconds, tokens)
         self._recent.append((self._since, tokens))
@@ -166,9 +167,7 @@ class Clock:
         return previous / max(seconds, 1e-9)
 
     def eta(self, tokens_left: int) -> float | None:
-        """Seconds to the end at the average speed of the recent laps, pauses included; None before
-        a lap.
-        """
+        """Seconds to the end at the pace of the recent laps, pauses included; None before a lap."""
         (first, tokens), (last, tokens_now) = self._recent[0], self._recent[-1]
         if tokens_now <= tokens:
             return None
@@ -200,17 +199,13 @@ PEAK_FLOPS = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, by torch.cuda.get_device_name(); None where unknown
-    (every CPU).
-    """
+    """Peak dense bf16 FLOP/s by torch.cuda.get_device_name(); None: unknown, as of every CPU."""
     return next((flops for pattern, flops in PEAK_FLOPS if re.search(pattern, device_name)), None)
 
 
 def mfu(
     tokens_per_s: float, flops_per_token: float, device_name: str, num_devices: int
 ) -> float | None:
-    """Model FLOP utilisation in [0, 1]: FLOPs the model needs per second over the peak; None if
-    unknown.
-    """
+    """Model FLOP utilisation: FLOPs that the model needs over the peak; None: unknown."""
     peak = peak_flops(device_name)
     return None if peak is None else tokens_per_s * flops_per_token / (peak * num_devices)

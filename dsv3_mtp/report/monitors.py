@@ -6,6 +6,7 @@ comparable between runs of other batch sizes.
 
 import importlib
 import secrets
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +27,7 @@ class Monitor(Protocol):
 
 def open_monitors(config: Config, folder: Path, tokens: int) -> list[Monitor]:
     """Those that `config.log` asks for. tokens: consumed before this start; later points, which a
-    kill left behind, are shown once only.
-
-    Raises:
-        ValueError: W&B cannot be started.
+    kill left behind, are shown once only. Raises ValueError: W&B cannot be started.
     """
     found: list[Monitor] = []
     if config.log.tensorboard:
@@ -55,10 +53,8 @@ class TensorBoard:
 
         self.config = config
         self.writer: Any = SummaryWriter(str(folder), purge_step=tokens + 1 if tokens else None)
-        lines = [
-            f"    {line}" for line in config.to_yaml().splitlines()
-        ]  # a code block of Markdown
-        self.writer.add_text("config", "\n".join(lines), tokens)
+        code = textwrap.indent(config.to_yaml(), "    ")  # a code block of Markdown
+        self.writer.add_text("config", code, tokens)
 
     def log(self, metrics: Record, tokens: int) -> None:
         for name, value in metrics.items():
@@ -75,9 +71,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of W&B with this run's name, its whole config, and an id that is kept in the run
-    folder, so that a resumed run goes on there. A group is a study, or what `log.wandb.group` says.
-    """
+    """A run of W&B. Its id is kept in the run folder, so that a resumed run goes on there."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         wandb: Any = importlib.import_module("wandb")
@@ -86,22 +80,12 @@ class Wandb:
         if not place.exists():
             write_text(place, secrets.token_hex(8) + "\n")
         mtp = config.mtp
+        tags = [mtp.mode, f"D={mtp.depths}", f"lambda {mtp.loss_weight.type}", *settings.tags]
         try:
             self.run = wandb.init(
-                project=settings.project,
-                entity=settings.entity,
-                group=settings.group,
-                name=config.run.name,
-                id=place.read_text().strip(),
-                resume="allow",
-                config=config.to_dict(),
-                tags=[
-                    mtp.mode,
-                    f"D={mtp.depths}",
-                    f"lambda {mtp.loss_weight.type}",
-                    *settings.tags,
-                ],
-                dir=str(folder),
+                **{key: getattr(settings, key) for key in ("project", "entity", "group")},
+                **{"name": config.run.name, "config": config.to_dict(), "tags": tags},
+                **{"id": place.read_text().strip(), "resume": "allow", "dir": str(folder)},
                 allow_val_change=True,  # of the config: a longer train.total_tokens on resume
             )
         except Exception as error:  # of wandb: no login, no network, a refused name

@@ -12,19 +12,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from dsv3_mtp.config import Config
-from dsv3_mtp.config.schedules import (
-    batch_size,
-    bias_update_speed,
-    depth_loss_weights,
-    learning_rate,
-    mtp_loss_weight,
-)
+from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.files.atomic import replacing
 from dsv3_mtp.report.metrics import Record, depths_of
 
-# In every panel colour says the depth: main head, depths 1, 2, ... (Okabe and Ito's colour-blind
-# safe set).
+# In every panel colour says the depth: main head, 1, 2, ... (Okabe and Ito, for the colour-blind)
 COLORS = ("#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#8c8c8c"
 FLOORS = ("unigram", "bigram", "trigram")
@@ -46,9 +38,7 @@ STYLE: Any = {
 
 @matplotlib.rc_context(STYLE)
 def plot_run(metrics: Sequence[Record], out: Path, *, title: str) -> None:
-    """Draw the curves of one run (records of metrics.jsonl, any number of depths) into the PNG file
-    `out`.
-    """
+    """Draw the curves of one run (records of metrics.jsonl) into the PNG file `out`."""
     train = [record for record in metrics if "train/loss" in record]
     val = [record for record in metrics if "val/main_loss" in record]
     figure, axes = _figure(title)
@@ -60,37 +50,28 @@ def plot_run(metrics: Sequence[Record], out: Path, *, title: str) -> None:
     for ax in axes:
         _token_axis(ax, last)
     depths = [depth for _, depth in _depth_keys([*train, *val], "train/mtp_loss", "val/mtp_loss")]
-    handles = [Line2D([], [], color=_color(0), label="main head")]
-    handles += [
-        Line2D([], [], color=_color(depth), label=f"MTP depth {depth}")
-        for depth in sorted(set(depths))
-    ]
-    handles += [
-        Line2D([], [], color=GREY, label="training"),
-        Line2D([], [], color=GREY, linestyle="", marker="o", label="validation"),
-    ]
+    names = {0: "main head"} | {depth: f"MTP depth {depth}" for depth in sorted(set(depths))}
+    handles = [Line2D([], [], color=_color(n), label=name) for n, name in names.items()]
+    handles.append(Line2D([], [], color=GREY, label="training"))
+    handles.append(Line2D([], [], color=GREY, linestyle="", marker="o", label="validation"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     save_figure(figure, out)
 
 
 @matplotlib.rc_context(STYLE)
 def plot_schedules(config: Config, out: Path) -> None:
-    """Draw what changes over a run (lr, MTP weights, bias speed, batch size) into the PNG file
-    `out`.
-    """
+    """Draw lr, MTP weights, bias speed and batch size over a run into the PNG file `out`."""
     figure, axes = _figure(f"{config.run.name}: schedules")
     axes[0].set_title("learning rate")
-    _scheduled(axes[0], config, lambda p: learning_rate(config.optim, p), color="#0072b2")
+    _scheduled(axes[0], config, lambda p: schedules.learning_rate(config.optim, p), color="#0072b2")
     _loss_weights(axes[1], config)
-    if config.mtp.depths:
-        figure.legend(
-            handles=axes[1].lines, loc="outside lower center", ncols=1 + config.mtp.depths
-        )
+    if depths := config.mtp.depths:
+        figure.legend(handles=axes[1].lines, loc="outside lower center", ncols=1 + depths)
     axes[2].set_title("router bias update speed")
-    _scheduled(axes[2], config, lambda p: bias_update_speed(config.train, p), color="#009e73")
-    axes[3].set_title("batch size (sequences)")
     train, micro = config.train, config.train.micro_batch_size
-    _scheduled(axes[3], config, lambda p: batch_size(train, p, multiple=micro), color="#cc79a7")
+    _scheduled(axes[2], config, lambda p: schedules.bias_update_speed(train, p), color="#009e73")
+    axes[3].set_title("batch size (sequences)")
+    _scheduled(axes[3], config, lambda p: schedules.batch_size(train, p, micro), color="#cc79a7")
     axes[3].yaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in axes:
         ax.set_ylim(bottom=0.0)
@@ -123,11 +104,11 @@ def _loss_weights(ax: Axes, config: Config) -> None:
         return
     weight = config.mtp.loss_weight
     grey = {"color": "#c8c8c8", "linewidth": 5.0}
-    _scheduled(ax, config, lambda p: mtp_loss_weight(weight, p), label="lambda", **grey)
+    _scheduled(ax, config, lambda p: schedules.mtp_loss_weight(weight, p), label="lambda", **grey)
     for depth in range(1, config.mtp.depths + 1):
 
         def factor(progress: float, depth: int = depth) -> float:
-            return depth_loss_weights(config.mtp, progress)[depth - 1]
+            return schedules.depth_loss_weights(config.mtp, progress)[depth - 1]
 
         # equal weights stay visible under one another
         width = 1.6 + 2.6 * (config.mtp.depths - depth)
@@ -169,21 +150,9 @@ def _accuracies(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> Non
         for key, depth in _depth_keys(val, f"val/{name}"):
             _markers(ax, *_series(val, key), depth, marker)
     ax.set_ylim(bottom=0.0)
-    _legend_above(
-        ax,
-        [
-            Line2D([], [], color=GREY, marker="o", markersize=5, label="top-1"),
-            Line2D(
-                [],
-                [],
-                color=GREY,
-                linestyle="--",
-                marker="^",
-                markersize=5,
-                label="joint agreement",
-            ),
-        ],
-    )
+    grey: Any = {"color": GREY, "markersize": 5}
+    joint = Line2D([], [], linestyle="--", marker="^", label="joint agreement", **grey)
+    _legend_above(ax, [Line2D([], [], marker="o", label="top-1", **grey), joint])
 
 
 def _schedules(ax: Axes, train: Sequence[Record]) -> None:
@@ -210,10 +179,8 @@ def _health(ax: Axes, train: Sequence[Record]) -> None:
         ("moe/max_violation", "load violation", "#009e73"),
     ):
         handles += _line(ax, *_series(train, key), color=color, linewidth=1.2, label=label)
-    speed = _series(train, "perf/tokens_per_s")
-    handles += _line(
-        twin, *speed, color=GREY, linestyle="--", linewidth=1.2, label="tokens/s (right)"
-    )
+    style: Any = {"color": GREY, "linestyle": "--", "linewidth": 1.2}
+    handles += _line(twin, *_series(train, "perf/tokens_per_s"), label="tokens/s (right)", **style)
     twin.yaxis.set_major_formatter(lambda value, _: short_number(value))
     ax.set_ylim(bottom=0.0)
     twin.set_ylim(bottom=0.0)
@@ -228,9 +195,7 @@ def _series(records: Sequence[Record], key: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of the finite values in a centred window of a twentieth of the curve, narrower at the
-    ends.
-    """
+    """Mean of the finite values in a centred window of a twentieth, narrower at the ends."""
     length, known = len(values), np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
@@ -264,13 +229,9 @@ def _markers(
     """Points without a line, at most sixteen, the last one among them."""
     every = -(-len(tokens) // 16) or 1
     shown = slice((len(tokens) - 1) % every, None, every)
-    style: dict[str, Any] = {
-        "markersize": 5.5,
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.8,
-        "zorder": 3,
-    }
-    ax.plot(tokens[shown], values[shown], color=_color(depth), linestyle="", marker=marker, **style)
+    style: Any = {"color": _color(depth), "linestyle": "", "marker": marker, "markersize": 5.5}
+    style |= {"markeredgecolor": "white", "markeredgewidth": 0.8, "zorder": 3}
+    ax.plot(tokens[shown], values[shown], **style)
 
 
 def _figure(title: str) -> tuple[Figure, list[Axes]]:
@@ -288,11 +249,7 @@ def _twin(ax: Axes) -> Axes:
 
 def _legend_above(ax: Axes, handles: list[Line2D]) -> None:
     """A one-row legend at the right of the title's row, outside the data."""
-    place: dict[str, Any] = {
-        "loc": "lower right",
-        "bbox_to_anchor": (1.0, 0.985),
-        "borderaxespad": 0.0,
-    }
+    place: Any = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.985), "borderaxespad": 0.0}
     ax.legend(handles=handles, ncols=len(handles), columnspacing=1.2, handlelength=1.8, **place)
 
 

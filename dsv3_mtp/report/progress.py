@@ -1,12 +1,10 @@
-"""What a run shows while it runs: lines made of the records that are logged, and a live bar. No
-torch here.
-"""
+"""What a run shows while it runs: lines made of logged records, and a live bar. No torch."""
 
 import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -82,6 +80,13 @@ def floors_line(record: Record) -> str:
     return f"floors, nats per token: {floors} (tables of the tokens trained on)"
 
 
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in lines]
+
+
 def duration(seconds: float | None) -> str:
     """0:01:12, or 2d 03:04:05; "-" when unknown."""
     if seconds is None or not math.isfinite(seconds):
@@ -89,11 +94,8 @@ def duration(seconds: float | None) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
-    return (
-        f"{days}d {hour:02d}:{minute:02d}:{second:02d}"
-        if days
-        else f"{hour}:{minute:02d}:{second:02d}"
-    )
+    clock = f"{minute:02d}:{second:02d}"
+    return f"{days}d {hour:02d}:{clock}" if days else f"{hour}:{clock}"
 
 
 def quantity(value: float) -> str:
@@ -115,8 +117,7 @@ def _by_depth(record: Record, key: str, spec: str) -> str:
 
 
 class Progress:
-    """Lines about a run on stdout; on a terminal with a live bar below them. Use as a context
-    manager.
+    """Lines about a run on stdout; in a `with`, on a terminal, with a live bar below them.
 
     Without a terminal, or with NO_COLOR set, it writes plain lines and no control characters.
     """
@@ -133,20 +134,11 @@ class Progress:
         self._stream, self._silent = stream if stream is not None else sys.stdout, silent
         self._total_steps = total_steps
         self._bar: LiveBar | None = None
-        if (
-            not silent
-            and self._stream.isatty()
-            and not os.environ.get("NO_COLOR")
-            and os.environ.get("TERM") != "dumb"
-        ):
-            self._bar = LiveBar(
-                TextColumn("training"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(file=self._stream),
-                refresh_per_second=2,
-            )
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        if not silent and self._stream.isatty() and not plain:
+            columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
+            how: Any = {"console": Console(file=self._stream), "refresh_per_second": 2}
+            self._bar = LiveBar(TextColumn("training"), *columns, **how)
             self._task = self._bar.add_task("training", total=total_tokens, note="")
 
     def __enter__(self) -> "Progress":

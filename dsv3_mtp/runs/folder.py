@@ -1,5 +1,4 @@
-"""The run folder: what it holds besides metrics and checkpoints, and what may change between two
-starts of a run.
+"""The run folder, besides metrics and checkpoints, and what may change between two starts.
 
 runs/NAME/  config.yaml  ds_config.json  manifest.json  metrics.jsonl  curves.png  tb/  checkpoints/
 """
@@ -66,40 +65,30 @@ def run_folder(config: Config) -> Path:
 
 def lock_folder(folder: Path) -> int:
     """Holds the folder for this process until it ends, or until the returned descriptor is closed.
-    What a killed process left half-written there is deleted.
-
-    Raises:
-        ValueError: another process holds it, or it cannot be made.
+    What a killed process left half-written there is deleted. Raises ValueError: another process
+    holds it, or it cannot be made.
     """
     busy = f"{folder}: another process works in this folder; choose another run.name"
     try:
         descriptor = lock(folder / ".lock", busy)
     except OSError as error:
-        raise ValueError(
-            f"run.dir, run.name: {str(folder)!r} cannot be written ({error.strerror}); "
-            "choose another"
-        ) from None
+        text = f"{str(folder)!r} cannot be written ({error.strerror}); choose another"
+        raise ValueError(f"run.dir, run.name: {text}") from None
     for left in (folder, folder / "checkpoints", *checkpoints(folder / "checkpoints")):
         sweep(left)
     return descriptor
 
 
 def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
-    """The complete checkpoints to resume in the run folder, the newest first, and what to tell the
-    user about others.
-
-    Raises:
-        ValueError: `checkpoint.resume: never` and there is a checkpoint; or all checkpoints are
-            damaged.
+    """The complete checkpoints of the run, the newest first, and what to say of others. Raises
+    ValueError: `checkpoint.resume: never` and there is one; or all are damaged.
     """
     root = run_folder(config) / "checkpoints"
     _read_back(run_folder(config))
     newest = newest_checkpoint(root)
     if newest is not None and config.checkpoint.resume == "never":
-        raise ValueError(
-            f"checkpoint.resume: never, but {newest} exists; "
-            "choose another run.name or delete the folder"
-        )
+        remedy = "choose another run.name or delete the folder"
+        raise ValueError(f"checkpoint.resume: never, but {newest} exists; {remedy}")
     damaged = [folder for folder in checkpoints(root) if not is_complete(folder)]
     if newest is None and (root / "latest").exists():
         raise ValueError(
@@ -107,9 +96,8 @@ def find_checkpoints(config: Config) -> tuple[list[Path], list[str]]:
             "again, or choose another run.name"
         )
     complete = [folder for folder in reversed(checkpoints(root)) if folder not in damaged]
-    return complete, [
-        f"{folder} is incomplete: not used, and deleted at the next save" for folder in damaged
-    ]
+    text = "is incomplete: not used, and deleted at the next save"
+    return complete, [f"{folder} {text}" for folder in damaged]
 
 
 def _read_back(folder: Path) -> None:
@@ -145,11 +133,7 @@ def write_run_folder(
 
 
 def read_starts(folder: Path) -> list[Start]:
-    """What manifest.json says of every start of a run.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
+    """What manifest.json says of every start. Raises ValueError: it is missing or damaged."""
     remedy = "delete this file: it describes the starts of the run, and the next one writes it anew"
     return read_json(folder / MANIFEST, Manifest, remedy)["starts"]
 
@@ -157,10 +141,8 @@ def read_starts(folder: Path) -> list[Start]:
 def describe_start(
     *, world_size: int, command: list[str], sources: dict[str, DataSource]
 ) -> dict[str, Any]:
-    """Versions, command, git commit, hardware, and the hash of every data source (of a task: of its
-    settings).
-    """
-    cuda = torch.cuda.is_available()
+    """Versions, command, git commit, hardware, and the hash of every data source or task."""
+    cuda, keys = torch.cuda.is_available(), ("path", "manifest_hash", "tokens", "documents")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command,
@@ -173,15 +155,7 @@ def describe_start(
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "world_size": world_size,
-        "data": {
-            role: {
-                "path": s.path,
-                "manifest_hash": s.manifest_hash,
-                "tokens": s.tokens,
-                "documents": s.documents,
-            }
-            for role, s in sources.items()
-        },
+        "data": {role: {key: getattr(s, key) for key in keys} for role, s in sources.items()},
     }
 
 
@@ -252,15 +226,9 @@ def _version(package: str) -> str | None:
 
 def _git(*arguments: str) -> str | None:
     """Output of git in the source checkout, None outside one."""
+    how: Any = {"capture_output": True, "text": True, "timeout": 10, "check": True}
     try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, **how)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

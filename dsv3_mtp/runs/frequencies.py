@@ -1,5 +1,4 @@
-"""How often each token occurs in the text that a run is trained on: token_counts.json in its
-folder.
+"""How often each token occurs in a run's training text: token_counts.json in its folder.
 
 Counted when it is first asked for, and read from then on, also where the data is no longer at hand.
 FastMTP (arXiv 2509.18362) drafts among the most frequent tokens only: the draft's output head, the
@@ -44,17 +43,14 @@ class TokenCounts(TypedDict):
 
 def most_frequent(folder: Path, config: Config, size: int) -> tuple[int, ...]:
     """The `size` tokens that are the most frequent targets of the run's training text, sources by
-    their share of the samples, in rising order; of equally frequent ones those of lower id.
-
-    Raises:
-        ValueError: size is not in 1 .. vocab_size, the run is trained on a generated task, or the
-            counts, or the text to count, are not those of the run.
+    their share of the samples, in rising order; of equally frequent ones those of lower id. Raises
+    ValueError: size is not in 1 .. vocab_size, the run is trained on a generated task, or the
+    counts, or the text to count, are not those of the run.
     """
     vocab = config.model.vocab_size
     if not 1 <= size <= vocab:
-        raise ValueError(
-            f"a draft vocabulary has 1 .. model.vocab_size = {vocab} tokens (got {size})"
-        )
+        text = f"1 .. model.vocab_size = {vocab} tokens (got {size})"
+        raise ValueError(f"a draft vocabulary has {text}")
     path = folder / FILE
     if not path.exists():
         write_json(path, {"format": FORMAT, "sources": _count(config)})
@@ -75,9 +71,8 @@ def most_frequent(folder: Path, config: Config, size: int) -> tuple[int, ...]:
 
 def _count(config: Config) -> list[SourceCounts]:
     if config.data.task is not None:
-        raise ValueError(
-            f"data.task {config.data.task.type}: a task has no text to count tokens in"
-        )
+        task = config.data.task.type
+        raise ValueError(f"data.task {task}: a task has no text to count tokens in")
     sampler, _ = open_sources(config)
     return [
         {"manifest_hash": text.manifest_hash, "weight": weight, "counts": _counts(text, config)}

@@ -54,9 +54,8 @@ def load_model(
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise ValueError(
-            f"{folder}: no config.yaml there; name the folder of a run, like runs/v3_tiny"
-        )
+        remedy = "name the folder of a run, like runs/v3_tiny"
+        raise ValueError(f"{folder}: no config.yaml there; {remedy}")
     config = run_config(folder, trust_code=trust_code)
     stored, notes = newest_weights(folder, ema=ema)
     start = start_weights(config, folder)
@@ -79,6 +78,5 @@ def load_model(
     elif start is not None:
         model.init_weights(config.run.seed)  # what the import does not have: a fresh MTP module
         load_weights(model, start)
-    return LoadedModel(
-        model.requires_grad_(False).eval(), config, tokenizer_of(config, folder), notes
-    )
+    model.requires_grad_(False).eval()
+    return LoadedModel(model, config, tokenizer_of(config, folder), notes)

@@ -6,7 +6,7 @@ continued without the run folders.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,10 +111,8 @@ Table = Mapping[str, Mapping[int, RunRecord]]  # arm -> seed -> what the run cam
 
 
 def parse_record(text: str, where: str, remedy: str) -> RunRecord:
-    """One record. where, remedy: of the error.
-
-    Raises:
-        ValueError: one sentence that names the place, what is wrong and what to do.
+    """One record. where, remedy: of the error. Raises ValueError: one sentence that names the
+    place, what is wrong and what to do.
     """
     try:
         tree = parse_json(text, dict[str, Any])
@@ -129,11 +127,7 @@ def parse_record(text: str, where: str, remedy: str) -> RunRecord:
 
 
 def read_results(folder: Path) -> RunRecord | None:
-    """results.json of a run folder; None when there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """results.json of a run folder; None: there is none. Raises ValueError: it is damaged."""
     path = folder / RESULTS
     if not path.exists():
         return None
@@ -149,11 +143,12 @@ def write_archive(folder: Path, records: Iterable[RunRecord]) -> None:
     write_text(folder / ARCHIVE, "".join(record.line() + "\n" for record in records))
 
 
-def read_archive(folder: Path) -> list[RunRecord]:
-    """results.jsonl of an archive.
+def read_archive(folder: Path, arms: Collection[str] | None = None) -> list[RunRecord]:
+    """results.jsonl of an archive, of a study with these arms (None: any).
 
     Raises:
-        ValueError: a line is damaged, or a run occurs twice. OSError: there is no such file.
+        ValueError: a line is damaged or of another study, or a run occurs twice. OSError: there is
+            no such file.
     """
     path = folder / ARCHIVE
     records: dict[str, RunRecord] = {}
@@ -162,6 +157,8 @@ def read_archive(folder: Path) -> list[RunRecord]:
         where = f"{path}, line {number}"
         remedy = "restore the line, or delete it and the run is repeated"
         record = parse_record(line, where, remedy)
+        if arms is not None and record.arm not in arms:
+            raise ValueError(f"{where}: {record.arm} is no arm of this study; {remedy}")
         if record.name in records:
             raise ValueError(f"{where}: {record.name} is there twice; delete one of the two lines")
         records[record.name] = record

@@ -11,9 +11,9 @@ from typing import Any
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.config.resume import differences, flat
 from dsv3_mtp.files.atomic import folder_for, write_text
+from dsv3_mtp.report.progress import columns
 from dsv3_mtp.study import hover, page, tables
 from dsv3_mtp.study.archive import RunRecord, Table, table_of
-from dsv3_mtp.study.dryrun import columns
 from dsv3_mtp.study.expand import Run
 from dsv3_mtp.study.findings import LOSS, effects_of
 from dsv3_mtp.study.folder import IGNORED
@@ -28,9 +28,7 @@ FREE = (*IGNORED, "run.name", "run.seed")
 
 def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> tuple[str, Path]:
     """Compares run folders with the first of them; returns (a table for the terminal, the page).
-
-    Raises:
-        ValueError: fewer than two runs, a folder is no run, or one has not been validated.
+    Raises ValueError: fewer than two runs, a folder is no run, or one has not been validated.
     """
     if len(folders) < 2:
         raise ValueError("give two runs or more")

@@ -12,10 +12,7 @@ from dsv3_mtp.study.matrix import Study
 
 def corpus_note(loaded: LoadedStudy) -> str | None:
     """What to say before a run: the prepared folders here are not `corpus`, or are still to be
-    made.
-
-    Raises:
-        ValueError: a folder is there and is no prepared data.
+    made. Raises ValueError: a folder is there and is no prepared data.
     """
     if loaded.study.corpus is None:
         return None

@@ -1,8 +1,6 @@
 """What a study would run and what it would cost, without running it."""
 
-from collections.abc import Sequence
-
-from dsv3_mtp.report.progress import duration, quantity
+from dsv3_mtp.report.progress import columns, duration, quantity
 from dsv3_mtp.study.expand import Run, expand, size_of, tokens_of, training_flops
 from dsv3_mtp.study.load import LoadedStudy
 from dsv3_mtp.study.power import POWER, detectables
@@ -69,13 +67,6 @@ def power_lines(loaded: LoadedStudy) -> list[str]:
         f"{item.expected:+.3g}, found is {item.smallest:.3g} or more"
         for item in unresolved
     ]
-
-
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return [line.rstrip() for line in lines]
 
 
 def cost(run: Run) -> float:

@@ -128,9 +128,7 @@ def training_flops(config: Config) -> float:
 
 
 def _best_parent(config: Config, others: Mapping[str, Config]) -> tuple[str | None, int]:
-    """The arm that shares the longest prefix with `config`, and the last checkpoint of it that lies
-    in the prefix.
-    """
+    """The arm that shares the longest prefix, and its last checkpoint in this prefix."""
     parent, best = None, 0
     for name, other in others.items():
         shared, every = shared_steps(config, other), other.checkpoint.every

@@ -56,8 +56,17 @@ class Effect:
         return self.stands_out and self.adjusted_p < ALPHA
 
     @property
+    def identical(self) -> bool:
+        """Every pair has the same value to the last bit, as where one trunk is frozen."""
+        i = self.interval
+        rate = is_rate_over_seeds(self.metric)
+        return i is not None and not self.few and not rate and i.low == i.high == 0
+
+    @property
     def equal(self) -> bool:
         """Shown to be within the margin."""
+        if self.identical:
+            return True
         return self.equivalence_p is not None and self.equivalence_p < ALPHA and not self.few
 
 

@@ -124,9 +124,7 @@ def load_archived(
     folder: Path, sets: tuple[str, ...] = (), *, trust_code: bool = False
 ) -> LoadedStudy:
     """The study of an archive, with its records and plan in the study's folder, to go on with it.
-
-    Raises:
-        ValueError: the archive is damaged, or the folder has a plan of its own.
+    Raises ValueError: the archive is damaged, or the folder has a plan of its own.
     """
     loaded, plan = load_archive(folder, sets, trust_code=trust_code), read_plan(folder)
     target = loaded.study.folder
@@ -135,7 +133,7 @@ def load_archived(
         raise ValueError(f"{target}: holds another study; give it --set run.name=NAME")
     if not (target / PLAN).exists():
         write_plan(target, plan)
-    unpack(loaded.study, read_archive(folder))
+    unpack(loaded.study, read_archive(folder, loaded.study.arms))
     return loaded
 
 

@@ -69,9 +69,7 @@ def load_study(path: str | Path, sets: Iterable[str] = ()) -> LoadedStudy:
 
 def study_of(tree: dict[str, Any], *, source: str, problems: list[Problem]) -> Study:
     """The study of a file's tree, with the arms of its grid and with patterns of arms spelled out.
-
-    Raises:
-        ConfigError: with `problems` and every one of the tree.
+    Raises ConfigError: with `problems` and every one of the tree.
     """
     _spell_out(tree)
     try:

@@ -166,6 +166,10 @@ def load_archive(
                 f"{path}: configs.{arm}: {key} {what}; the archive is of another version of this "
                 "program: read it with the commit that its report names"
             ) from None
+    if missing := sorted(study.arms.keys() - configs.keys()):
+        raise ValueError(
+            f"{path}: damaged: current.configs has none of {', '.join(missing)}; restore the file"
+        )
     for place, text in metric_problems(study, configs):
         raise ValueError(f"{path}: current.study.{place}: {text}")
     return LoadedStudy(study, tuple(plan.sets), configs)

@@ -44,11 +44,7 @@ def require_runs(study: Study, records: Iterable[RunRecord], folder: Path) -> Ta
 def write_report(
     loaded: LoadedStudy, plan: Plan, records: Iterable[RunRecord], folder: Path
 ) -> Path:
-    """Writes the report on these runs, and its archive, into `folder`; returns report.md.
-
-    Raises:
-        ValueError: there is no run.
-    """
+    """Writes report and archive into `folder`; returns report.md. Raises ValueError: no run."""
     study = loaded.study
     kept = require_runs(study, records, folder)
     table = _with_loss_errors(loaded, kept)

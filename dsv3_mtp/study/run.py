@@ -74,11 +74,7 @@ def run_study(
 
 
 def _planned(loaded: LoadedStudy, only: Callable[[Run], bool]) -> tuple[dict[str, int], list[Run]]:
-    """The budgets that are known by now, and the runs that can be planned with them.
-
-    Raises:
-        ValueError: as `run_study`.
-    """
+    """The budgets known by now, and the runs planned with them. Raises as `run_study`."""
     budgets = budgets_of(loaded)
     runs = expand(loaded, budgets)
     check_folders(loaded.study, runs)
@@ -90,11 +86,7 @@ def _planned(loaded: LoadedStudy, only: Callable[[Run], bool]) -> tuple[dict[str
 
 
 def check_data(runs: Sequence[Run]) -> None:
-    """Opens what the runs are trained on, once each, before the first of them starts.
-
-    Raises:
-        ValueError: it cannot be used; all reasons are listed.
-    """
+    """Opens what the runs are trained on, once each. Raises ValueError: all that cannot be used."""
     problems: dict[str, None] = {}
     configs = [run.config for run in runs]
     keys = [repr((c.data, c.mtp.lookahead, c.mtp.depths, c.model.vocab_size)) for c in configs]

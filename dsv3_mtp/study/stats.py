@@ -38,11 +38,7 @@ class Interval:
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """Student's interval of the mean. For a comparison give the paired differences.
-
-    Raises:
-        ValueError: there is no value, or one is not finite.
-    """
+    """Student's interval of a mean, or paired differences. Raises ValueError: no finite values."""
     x = np.asarray(values, dtype=np.float64)
     if not len(x) or not np.isfinite(x).all():
         raise ValueError(f"an interval needs finite values (got {list(values)})")
@@ -127,13 +123,13 @@ def speed_up(
     ours: Sequence[tuple[float, float]], theirs: Sequence[tuple[float, float]]
 ) -> float | None:
     """Effective speed-up: their tokens over ours, both to the end loss of the side that ends
-    higher; None: no crossing.
+    higher; None: no crossing, or a curve that does not fall (a frozen trunk's).
 
     ours, theirs: (tokens, loss) of validations. Above 1: we need fewer tokens. The side that ends
     lower passes that loss before its learning rate has decayed to the end, which makes its lead
     look smaller than it is.
     """
-    if not ours or not theirs:
+    if any(len(curve) < 2 or curve[0][1] <= curve[-1][1] for curve in (ours, theirs)):
         return None
     (our_end, our_loss), (their_end, their_loss) = ours[-1], theirs[-1]
     if our_loss <= their_loss:

@@ -197,6 +197,8 @@ def reading(effect: Effect) -> str:
         text = f"{direction}{good}{', but within the margin' if effect.equal else ''}"
     elif effect.stands_out:
         text = "hint only"
+    elif effect.identical:
+        text = "identical"
     else:
         text = "equal within the margin" if effect.equal else "not detectable"
     return text + words.expectation(effect)

@@ -28,11 +28,7 @@ STOPPED, ELSEWHERE = 3, 4  # exit codes
 
 
 def claim(folder: Path) -> int:
-    """Holds a run for this process until it ends, or until the returned descriptor is closed.
-
-    Raises:
-        ValueError: another process works on the run.
-    """
+    """Holds a run until the descriptor is closed. Raises ValueError: another process does."""
     return lock(folder / ".study.lock", f"{folder}: another process works on this run")
 
 

@@ -8,6 +8,7 @@ met in training.
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from dsv3_mtp.config.reader import show
 from dsv3_mtp.config.section import Integer
 from dsv3_mtp.config.task import Generate, Stream, Task
 
@@ -25,9 +27,7 @@ ROWS = 1024  # prompts that are decoded together
 
 
 class Draws:
-    """Random numbers of a key. numpy fixes the raw output of a generator for ever, so these stay
-    the same too.
-    """
+    """Random numbers of a key: raw output of a generator, which numpy has fixed for ever."""
 
     def __init__(self, *key: int) -> None:
         self._raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw
@@ -46,9 +46,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Example:
-    """Answers are the spans [start, stop) of `tokens` that the model has to generate from all
-    tokens before them.
-    """
+    """`answers`: spans [start, stop) of `tokens` that are to be generated from what precedes."""
 
     tokens: list[int]
     answers: list[tuple[int, int]]
@@ -73,9 +71,9 @@ class ExampleTask(Task):
 
     loss_on: LossOn
 
+    @abstractmethod
     def example(self, draws: Draws) -> Example:
         """One example from these random numbers."""
-        raise NotImplementedError(f"{type(self).__name__} has no example(draws)")
 
     @property
     def hard_token(self) -> int:
@@ -97,9 +95,8 @@ class ExampleTask(Task):
         stream = self.stream(self.example_length - 1, None)  # one example per row
         examples = [example for row in range(count) for example in stream.examples(row)]
         spans = [example.answers[-1] for example in examples]
-        texts = [
-            example.tokens[:start] for example, (start, _) in zip(examples, spans, strict=True)
-        ]
+        pairs = zip(examples, spans, strict=True)
+        texts = [example.tokens[:start] for example, (start, _) in pairs]
         return texts, max(stop - start for start, stop in spans)
 
     def facts(self, seq_len: int, mtp: Any) -> dict[str, str]:
@@ -108,7 +105,7 @@ class ExampleTask(Task):
         return {f"task {self.type}": f"{text}; {self.vocab_size} token ids"}
 
 
-class ExampleStream:
+class ExampleStream(Stream):
     """Rows of whole examples, as many as T + 1 tokens hold; what is left of a row is padding."""
 
     def __init__(self, task: ExampleTask, seq_len: int, key: tuple[int, int] | None) -> None:
@@ -134,16 +131,33 @@ class ExampleStream:
             start = stop
         return tokens, documents, scored
 
-    def spread(
-        self, index: int, count: int, length: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Validation row `index` of `count`, drawn by `index` alone."""
-        return self.sample(index, length)
-
     def examples(self, index: int) -> list[Example]:
         """The examples of row `index`."""
         numbers = range(index * self.per_row, (index + 1) * self.per_row)
-        return [self.task.example(Draws(*self.key, number)) for number in numbers]
+        made = [self.task.example(Draws(*self.key, number)) for number in numbers]
+        return [checked(self.task, example) for example in made]
+
+
+def checked(task: ExampleTask, example: Any) -> Example:
+    """What a task's `example` has made, if it keeps to what the task says of itself.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not isinstance(example, Example):
+        raise ValueError(f"data.task: {task.type} makes a {type(example).__name__}, no Example")
+    wrong, tokens = None, np.array(example.tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        wrong = f"tokens that are not whole numbers: {show(example.tokens)}"
+    elif not 0 < len(tokens) <= task.example_length:
+        wrong = f"{len(tokens)} tokens, where example_length is {task.example_length}"
+    elif tokens.min() < 0 or tokens.max() >= task.vocab_size:
+        wrong = f"ids {tokens.min()}..{tokens.max()}, where vocab_size is {task.vocab_size}"
+    elif not all(0 < start < stop <= len(tokens) for start, stop in example.answers):
+        wrong = f"answers {show(example.answers)} in {len(tokens)} tokens, the first a prompt"
+    if wrong is not None:
+        raise ValueError(f"data.task: an example of {task.type} has {wrong}")
+    return example
 
 
 class ExampleGrading:
@@ -170,14 +184,12 @@ class ExampleGrading:
             self._count(example, [next(answers) for _ in example.answers])
 
     def _count(self, example: Example, answers: list[list[int]]) -> None:
-        pairs = [
-            (example.tokens[a:b], given)
-            for (a, b), given in zip(example.answers, answers, strict=True)
-        ]
-        right = all(true == given[: len(true)] for true, given in pairs)
+        true = [example.tokens[start:stop] for start, stop in example.answers]
+        pairs = list(zip(true, answers, strict=True))
+        right = all(answer == given[: len(answer)] for answer, given in pairs)
         hard = self.task.hard_token
         self.sums[:2] += 1, right
-        self.sums[2:4] += len(pairs), sum(true[hard] == given[hard] for true, given in pairs)
+        self.sums[2:4] += len(pairs), sum(answer[hard] == given[hard] for answer, given in pairs)
         if example.group is not None:
             self.sums[3 + example.group] += 1
             self.sums[3 + self.task.groups + example.group] += right

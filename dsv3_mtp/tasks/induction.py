@@ -14,9 +14,7 @@ from dsv3_mtp.tasks.markov import walks
 
 @TASKS.register
 class InductionTask(ExampleTask):
-    """Names of two random tokens in Markov filler: the second is known once seen (after arXiv
-    2404.19737, 4.1).
-    """
+    """Names of two tokens in Markov filler, known once seen (after arXiv 2404.19737, 4.1)."""
 
     METRICS: ClassVar[dict[str, tuple[str, str | None]]] = ExampleTask.METRICS | {
         "task/second_token": ("second token of a known name, by generation", "higher")
@@ -53,23 +51,17 @@ class InductionTask(ExampleTask):
             text = f"must be >= {2 * self.names}: the tokens of {self.names} names all differ"
             yield "name_tokens", f"{text} (got {self.name_tokens})"
         if self.length < 2 * self.mentions:
-            yield (
-                "length",
-                f"must be >= {2 * self.mentions}, two tokens for each mention (got {self.length})",
-            )
+            text = f"must be >= {2 * self.mentions}, two tokens for each mention"
+            yield "length", f"{text} (got {self.length})"
 
     def example(self, draws: Draws) -> Example:
-        """Filler and names in turn, gaps of random length. Tokens: those of names, then those of
-        filler.
-        """
+        """Filler and names in turn, with random gaps; the ids of names come before filler's."""
         tokens_of_names = draws.sample(self.name_tokens, 2 * self.names)
         space = self.length - 2 * self.mentions
         cuts = sorted(draws.below(space + 1) for _ in range(self.mentions - 1))
         mentions = [draws.below(self.names) for _ in range(self.mentions)]
-        filler = [
-            self.name_tokens + state
-            for state in walks(self.filler_tokens, 2.0, 0).walk(draws, space)
-        ]
+        states = walks(self.filler_tokens, 2.0, 0).walk(draws, space)
+        filler = [self.name_tokens + state for state in states]
         tokens: list[int] = []
         answers, seen = [], set()
         for begin, end, name in zip([0, *cuts], [*cuts, space], mentions, strict=True):

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from dsv3_mtp.config.section import Integer, Number
-from dsv3_mtp.config.task import TASKS, Generate, Task
+from dsv3_mtp.config.task import TASKS, Generate, Stream, Task
 from dsv3_mtp.tasks.base import AtLeast2, Draws
 
 Seed = Annotated[Integer, Field(ge=0, lt=2**63)]
@@ -28,9 +28,7 @@ Seed = Annotated[Integer, Field(ge=0, lt=2**63)]
 
 @TASKS.register
 class MarkovTask(Task):
-    """Walks through one random chain of order 1: entropies and best acceptance in closed form
-    (the functions below).
-    """
+    """Walks through a random chain of order 1, whose entropies and best acceptance are known."""
 
     METRICS: ClassVar[dict[str, tuple[str, str | None]]] = {
         "task/excess_loss/k": (
@@ -102,7 +100,7 @@ class MarkovTask(Task):
         return {f"task markov: best {name}": f"{value:.4f}" for name, value in best.items()}
 
 
-class WalkStream:
+class WalkStream(Stream):
     """Rows of one long walk each, without padding."""
 
     def __init__(self, walks: "Walks", key: tuple[int, int] | None) -> None:
@@ -111,11 +109,6 @@ class WalkStream:
     def sample(self, index: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         walk = self.walks.walk(Draws(*self.key, index), length)
         return np.array(walk), np.zeros(length, np.int64), np.ones(length, bool)
-
-    def spread(
-        self, index: int, count: int, length: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.sample(index, length)
 
 
 class ExcessLoss:
@@ -143,10 +136,8 @@ class ExcessLoss:
     def metrics(self, sums: list[float], losses: dict[str, float]) -> dict[str, float]:
         names = ["val/main_loss", *(f"val/mtp_loss/{k}" for k in range(1, len(self.heads)))]
         targets, *true = sums
-        return {
-            f"task/excess_loss/{k}": losses[name] - true[k] / targets
-            for k, name in enumerate(names)
-        }
+        excess = [losses[name] - nll / targets for name, nll in zip(names, true, strict=True)]
+        return {f"task/excess_loss/{k}": value for k, value in enumerate(excess)}
 
 
 def heads_on(chain: np.ndarray, mtp: Any) -> list[tuple[np.ndarray, int, int]]:
@@ -173,24 +164,19 @@ class Walks:
         self.rows = [self._cumulative(row) for row in chain]
 
     def walk(self, draws: Draws, length: int) -> list[int]:
-        states: list[int] = []
+        states, row = list[int](), self.start
         for uniform in draws.uniform(length):
-            states.append(
-                bisect.bisect_right(self.rows[states[-1]] if states else self.start, uniform)
-            )
+            states.append(bisect.bisect_right(row, uniform))
+            row = self.rows[states[-1]]
         return states
 
     @staticmethod
     def _cumulative(probabilities: np.ndarray) -> list[float]:
-        return probabilities.cumsum()[
-            :-1
-        ].tolist()  # without the last, which rounding may leave below 1
+        return probabilities.cumsum()[:-1].tolist()  # rounding may leave the last below 1
 
 
 def transition_matrix(states: int, *, sharpness: float, chain_seed: int) -> np.ndarray:
-    """(S, S): softmax over each row of `sharpness` times standard normal logits. The same for
-    ever.
-    """
+    """(S, S): softmax of `sharpness` times standard normal logits, always the same."""
     raw = np.random.PCG64(np.random.SeedSequence(chain_seed)).random_raw(2 * states * states)
     uniform = ((raw >> np.uint64(11)) + np.uint64(1)) * 2.0**-53  # in (0, 1]
     radius, angle = np.sqrt(-2 * np.log(uniform[::2])), 2 * np.pi * uniform[1::2]  # Box and Muller
@@ -199,18 +185,14 @@ def transition_matrix(states: int, *, sharpness: float, chain_seed: int) -> np.n
 
 
 def stationary(chain: np.ndarray) -> np.ndarray:
-    """(S,) pi with pi P = pi. The chain must have one such distribution; every positive matrix
-    does.
-    """
+    """(S,) pi with pi P = pi, which every positive matrix has, and only one."""
     states = len(chain)
     equations = np.vstack([chain.T - np.eye(states), np.ones(states)])
     return np.linalg.lstsq(equations, np.append(np.zeros(states), 1.0), rcond=None)[0].clip(min=0)
 
 
 def step_entropy(chain: np.ndarray, steps: int) -> float:
-    """H(t_{i+steps} | t_i): with one step the entropy rate, with k+1 the best loss of a parallel
-    head of depth k.
-    """
+    """H(t_{i+steps} | t_i); with k+1 steps the best loss of a parallel head of depth k."""
     return cross_entropy(chain, np.linalg.matrix_power(chain, steps), steps)
 
 

@@ -11,9 +11,7 @@ from dsv3_mtp.tasks.base import AtLeast2, Draws, Example, ExampleTask, LossOn
 
 @TASKS.register
 class PolynomialTask(ExampleTask):
-    """Expressions in F_p[X]/(X^degree) and their value (arXiv 2404.19737, 4.2); the notation is
-    ours: prefix.
-    """
+    """Expressions in F_p[X]/(X^degree) and their value (arXiv 2404.19737, 4.2), prefix notation."""
 
     METRICS: ClassVar[dict[str, tuple[str, str | None]]] = ExampleTask.METRICS | {
         "task/exact_match/k": ("exact match with {} operations, by generation", None)
@@ -39,8 +37,7 @@ class PolynomialTask(ExampleTask):
         return (self.degree + 1) * self.max_operations + 2 * self.degree + 1
 
     def example(self, draws: Draws) -> Example:
-        """Operators before their operands, `=`, the value; a polynomial is its coefficients, the
-        constant first.
+        """Operators before operands, `=`, the value; polynomials with the constant first.
 
         Residues are 0..p-1, then negation, `+`, `*`, composition f(g(X)) as `o f g`, and `=`. Of
         the operations an expression has, the operator and the split over the operands are uniform
@@ -68,9 +65,8 @@ def _expression(task: PolynomialTask, draws: Draws, operations: int) -> tuple[li
         tokens, value = _expression(task, draws, operations - 1)
         return [modulus, *tokens], [-c % modulus for c in value]
     left = draws.below(operations)
-    (first, f), (second, g) = (
-        _expression(task, draws, count) for count in (left, operations - 1 - left)
-    )
+    first, f = _expression(task, draws, left)
+    second, g = _expression(task, draws, operations - 1 - left)
     if operator == 1:
         value = [(a + b) % modulus for a, b in zip(f, g, strict=True)]
     elif operator == 2:

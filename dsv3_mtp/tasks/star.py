@@ -12,9 +12,7 @@ from dsv3_mtp.tasks.base import AtLeast2, Draws, Example, ExampleTask, LossOn
 
 @TASKS.register
 class StarTask(ExampleTask):
-    """Path-star graphs G(degree, path_length) as arXiv 2403.06963 writes them: edges / start goal =
-    path.
-    """
+    """Path-star graphs G(degree, path_length) (arXiv 2403.06963): edges / start goal = path."""
 
     METRICS: ClassVar[dict[str, tuple[str, str | None]]] = ExampleTask.METRICS | {
         "task/first_node": ("first node of the path, by generation", "higher")
@@ -29,9 +27,7 @@ class StarTask(ExampleTask):
     nodes: AtLeast2 = 10
     """Labels that the nodes of a graph are drawn from, N."""
     reverse: Boolean = False
-    """Answer from the goal to the start: the paper's control, which next-token prediction
-    solves.
-    """
+    """Answer from the goal to the start: the control, which next-token prediction solves."""
     loss_on: LossOn = "answer"
     """answer: the path (arXiv 2403.06963); all: the graph too."""
 
@@ -47,20 +43,13 @@ class StarTask(ExampleTask):
     def rules(self) -> Iterator[Problem]:
         needed = self.degree * (self.path_length - 1) + 1
         if self.nodes < needed:
-            yield (
-                "nodes",
-                (
-                    f"must be >= {needed}, the nodes of a graph "
-                    f"with {self.degree} paths (got {self.nodes})"
-                ),
-            )
+            text = f"must be >= {needed}, the nodes of a graph with {self.degree} paths"
+            yield "nodes", f"{text} (got {self.nodes})"
 
     def example(self, draws: Draws) -> Example:
-        """`a b | b c | ... / start goal =` and the path, edges shuffled and directed away from the
-        start.
+        """`a b | b c | ... / start goal =` and the path, edges shuffled, away from the start.
 
-        As the code of arXiv 2403.06963 writes it without its commas: nodes are 0..N-1, then | = /
-        and $, here padding.
+        As the code of arXiv 2403.06963 has it without its commas; its $ is the padding.
         """
         bar, equals, slash = range(self.nodes, self.nodes + 3)
         steps = self.path_length - 1

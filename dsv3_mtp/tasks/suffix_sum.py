@@ -8,9 +8,7 @@ from dsv3_mtp.tasks.base import AtLeast2, Draws, Example, ExampleTask, LossOn
 
 @TASKS.register
 class SuffixSumTask(ExampleTask):
-    """x_1..x_n = y_1..y_n with y_k the sum of x_k..x_n: the first answer token needs every term,
-    each later one two.
-    """
+    """x_1..x_n = y_1..y_n, y_k the sum of x_k..x_n: y_1 needs every term, each later one two."""
 
     METRICS: ClassVar[dict[str, tuple[str, str | None]]] = ExampleTask.METRICS | {
         "task/first_sum": ("first sum, by generation", "higher")

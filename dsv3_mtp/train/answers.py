@@ -37,7 +37,7 @@ from dsv3_mtp.data.shards import (
 from dsv3_mtp.data.tokenise import PROGRESS
 from dsv3_mtp.data.tokenizer import DocumentEncoder, recorded_encoder
 from dsv3_mtp.decode.generate import Settings, generate, prompt_problems
-from dsv3_mtp.files.atomic import replacing, write_json
+from dsv3_mtp.files.atomic import replacing, sweep, write_json
 from dsv3_mtp.files.checked import OPEN, read_json
 from dsv3_mtp.runs.model import LoadedModel, load_model
 
@@ -109,7 +109,7 @@ def write_answers(
     run = load_model(arguments.run)
     if run.tokenizer is None:
         raise ValueError(f"{arguments.run}: has no tokenizer.json, and prompts are text")
-    encoder = recorded_encoder(run.tokenizer)
+    encoder = recorded_encoder(run.tokenizer, run.model.config.vocab_size)
     template = read_template(run.tokenizer)
     prompts = [
         encoder.encode_prompt(_pieces(content, template, encoder, place))
@@ -218,6 +218,7 @@ class _Answering:
             "splits": splits,
         }
         write_json(self.partial / INDEX, index)
+        sweep(self.partial)
         for left in [self.partial / PROGRESS, *self.partial.glob("*.sizes")]:
             left.unlink(missing_ok=True)
 

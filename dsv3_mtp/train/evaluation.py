@@ -13,7 +13,7 @@ from dsv3_mtp.data.source import DataSource
 from dsv3_mtp.decode.draft import no_drafter
 from dsv3_mtp.decode.generation import repetition
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.train.floors import draft_statistics, drafter_floors, text_floors
+from dsv3_mtp.train.floors import draft_statistics, drafter_floors, recycled_overlaps, text_floors
 from dsv3_mtp.train.validation import acceptance, validate
 
 NEW_TOKENS = 64  # behind each prompt, where the model can read so many
@@ -41,7 +41,8 @@ def evaluation(
         prompts: for free-running acceptance; 0: it is not measured.
         temperature: of acceptance, None: greedy; and of the drafts' statistics, None: 1.
         drafts: the statistics of drafts along the text as well.
-        draft_depth: drafts per step of acceptance; None: the model's D.
+        draft_depth: drafts per step of acceptance, and of `drafts`, where beyond D modules are
+            used again; None: the model's D.
         drafting: further `Settings` of acceptance, where they are asked for.
 
     Raises:
@@ -61,6 +62,12 @@ def evaluation(
         if drafts:
             among = {"temperature": temperature or 1.0, "vocab": drafting.get("draft_vocab", ())}
             metrics |= draft_statistics(model, text, config, **among, **where)
+            if draft_depth and draft_depth > config.mtp.drafts:
+                ways = {key: drafting[key] for key in ("recycle", "draft_vocab") if key in drafting}
+                ways |= {"draft_depth": draft_depth, "temperature": temperature or 1.0}
+                beyond, why = recycled_overlaps(model, text, config, **ways, **where)
+                metrics |= beyond
+                notes.append(why)
     elif drafts:
         raise ValueError(f"--drafts: {source.path} is a task, whose answers are no text")
     if prompts and config.mtp.depths:

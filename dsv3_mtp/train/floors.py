@@ -15,6 +15,8 @@ from dsv3_mtp.data.ngrams import MOST_TOKENS, NGrams, floor_metrics
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.sampler import Sampler, sequential_windows, spare_windows
 from dsv3_mtp.data.source import DataSource, Source
+from dsv3_mtp.decode.forced import forced_overlap
+from dsv3_mtp.decode.generation import Settings
 from dsv3_mtp.files.run_folder import newest_checkpoint, read_reached, run_config
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.model.overlap import overlap_means, sums_of_slots
@@ -23,6 +25,7 @@ from dsv3_mtp.train.checkpoint import read_state
 from dsv3_mtp.train.drafts import DraftStatistics, TableDrafters
 from dsv3_mtp.train.validation import to_device
 
+PLACES = 4  # of every window, for drafts beyond D: each takes a prefill
 FIT_SLOTS = 2**16  # of the table drafters: other windows of the validation text
 
 
@@ -190,6 +193,44 @@ def draft_statistics(
         confidence = model.mtp.confidence(output)
         statistics.add(model.lm_head.head_logits, states, tokens, taught, confidence)
     return statistics.metrics()
+
+
+def recycled_overlaps(
+    model: DeepseekV3MTP,
+    source: Source,
+    config: Config,
+    *,
+    batches: int,
+    device: torch.device,
+    seed: int = 0,
+    **drafting: Any,
+) -> tuple[dict[str, float], str]:
+    """`drafts/overlap/k` of the drafts beyond the heads' own, which a module that is used again
+    makes, at PLACES of every validation window of `source`; and a line that says so.
+
+    Args:
+        seed: of the places, the same in all windows of a micro-batch.
+        drafting: `draft_depth`, `temperature`, `recycle`, `draft_vocab` of `Settings`.
+    """
+    if config.data.mask_documents or config.data.mask != "none":
+        why = "data.mask_documents or data.mask: decoding reads and drafts a whole text"
+        return {}, f"no overlap of drafts beyond D ({why})"
+    micro, length = config.train.micro_batch_size, config.data.seq_len
+    settings = Settings(**drafting)
+    windows: Any = {"seq_len": length, "lookahead": 1 + settings.draft_depth}
+    windows |= {"count": batches * micro, "micro_batch_size": micro}
+    generator, found = torch.Generator().manual_seed(seed), []
+    for window in sequential_windows(source, **windows):
+        tokens, *_ = to_device(*window, config=config, device=device)
+        places = torch.randperm(length, generator=generator)[:PLACES] + 1
+        found += [forced_overlap(model, tokens, place, settings) for place in places.tolist()]
+    overlap, own = torch.cat(found), config.mtp.drafts  # (N, K)
+    means = enumerate(overlap.mean(0).tolist(), start=1)
+    note = (
+        f"drafts/overlap/{own + 1} and beyond: of modules used again (--recycle "
+        f"{settings.recycle or 'last'}), the text's own tokens between, at {len(overlap)} places"
+    )
+    return {f"drafts/overlap/{k}": value for k, value in means if k > own}, note
 
 
 def taught_slots(

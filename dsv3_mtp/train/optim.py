@@ -1,6 +1,4 @@
-"""AdamW as DeepSeek-V3 section 4.2 uses it, if asked with its moments in bfloat16 (section
-3.3.3).
-"""
+"""AdamW as V3 4.2 uses it, if asked with its moments in bfloat16 (V3 3.3.3)."""
 
 from typing import Any
 
@@ -47,17 +45,8 @@ class BF16MomentsAdamW(torch.optim.AdamW):
         ):
             wide = first.float(), second.float()
             steps = [state["step"].clone()]  # it counts in place
-            adamw(
-                [weights],
-                [gradient],
-                [wide[0]],
-                [wide[1]],
-                [],
-                steps,
-                beta1=beta1,
-                beta2=beta2,
-                **settings,
-            )
+            lists: Any = [[weights], [gradient], [wide[0]], [wide[1]], [], steps]
+            adamw(*lists, beta1=beta1, beta2=beta2, **settings)
             first.copy_(wide[0])
             second.copy_(wide[1])
         state["step"] += 1

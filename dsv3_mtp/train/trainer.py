@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dsv3_mtp.config import Config, schedules
+from dsv3_mtp.config import Config, code, schedules
 from dsv3_mtp.config.layout import describe
 from dsv3_mtp.data.opening import build_missing, open_sources
 from dsv3_mtp.hf import load_weights
@@ -110,8 +110,8 @@ class Trainer:
         self.clock = Clock()
         if latest and saved:
             self.notes += self.resume(latest, saved)
-        self.log = MetricsLog(self.folder / "metrics.jsonl")
-        on_main(self.world, lambda: self.log.truncate_after(self.step or -1))
+        path = self.folder / "metrics.jsonl"
+        self.log = on_main(self.world, lambda: MetricsLog.after(path, self.step or -1))
         on_main(self.world, self.open_monitors)
         # What this start is. A resumed run writes it after its first step: until then the folder
         # holds what the settings there made.
@@ -192,7 +192,7 @@ class Trainer:
         config, total = self.config, self.config.train.total_tokens
         with Progress(total, total_steps=self.steps, silent=not self.world.is_main) as self.display:
             lines = words.header(config, self.size, self.world, self.sampler)
-            for note in [*lines, *self.notes]:
+            for note in [*lines, *words.busy(self.world), *self.notes]:
                 self.display.say(note)
             self.clock.start(self.tokens)
             stopping = warned = False
@@ -220,9 +220,7 @@ class Trainer:
         return step % self.config.log.every == 0 or step == 1 or done
 
     def optimizer_step(self) -> tuple[dict[str, Any], bool]:
-        """One step on the next global batch: its metrics, and whether some rank was asked to
-        stop.
-        """
+        """A step on the next global batch: its metrics, and whether a rank was asked to stop."""
         config, world, depths = self.config, self.world, self.config.mtp.depths
         alpha, micro = config.train.balance_loss_weight, config.train.micro_batch_size
         step = schedules.coming_step(
@@ -285,7 +283,8 @@ class Trainer:
         """Raises NonFiniteError."""
         if bad := non_finite(record):
             where = f"step {record.get('step', self.step + 1)} ({self.tokens:,} tokens)"
-            raise NonFiniteError(words.non_finite(where, bad, self.folder))
+            own = code.named(self.config.to_dict())
+            raise NonFiniteError(words.non_finite(where, bad, self.folder, own))
 
     @named("data")
     def next_batch(self, rows: int, share: dict[str, int]) -> Batch:
@@ -355,9 +354,7 @@ class Trainer:
         )
 
     def resume(self, folder: Path, saved: checkpoint.SavedState) -> list[str]:
-        """Restores the state `saved` in `folder`, by any layout of ranks; returns what to tell the
-        user.
-        """
+        """Restores the state `saved` in `folder`, of any layout; returns what to tell the user."""
         here = describe(self.config, self.world.size)
         first, *notes = resume_notes(self.config, saved, folder, here)
         self.sampler.load_state_dict(saved["sampler"])

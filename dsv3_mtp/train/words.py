@@ -1,9 +1,12 @@
 """What a run says on the terminal beside its progress: how it starts, warns and ends."""
 
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dsv3_mtp.config import Config, schedules
 from dsv3_mtp.config.reader import show
@@ -24,6 +27,17 @@ def header(config: Config, size: ModelSize, world: World, sampler: Sampler) -> l
     lines = [model_pieces(config, size, world), data_pieces(config, world, sampler)]
     lines += [lambda_pieces(config)] if config.mtp.depths else []
     return [textwrap.fill(", ".join(line), WIDTH, subsequent_indent="    ") for line in lines]
+
+
+def busy(world: World) -> list[str]:
+    """Threads of one operation wait for the last: a core that is shared with another program can
+    make a step ten times as long (docs/log.md).
+    """
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if world.device.type != "cpu" or torch.get_num_threads() == 1 or load < cores:
+        return []
+    text = f"this machine is busy (load {load:.1f} on {cores} cores)"
+    return [f"note: {text}; train.threads: 1 may be much faster"]
 
 
 def model_pieces(config: Config, size: ModelSize, world: World) -> list[str]:
@@ -104,13 +118,16 @@ def leak(step: int, record: Mapping[str, Any], val: DataSource) -> str | None:
     )
 
 
-def non_finite(where: str, bad: Sequence[str], folder: Path) -> str:
-    """What stopped the run in `folder`: metrics that are nan or infinite."""
+def non_finite(where: str, bad: Sequence[str], folder: Path, own: Sequence[str] = ()) -> str:
+    """What stopped the run in `folder`: metrics that are nan or infinite. own: code outside the
+    package that the run computes with.
+    """
     last = newest_checkpoint(folder / "checkpoints")
     remedy = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
     return (
         f"{where}: {', '.join(bad)}; {remedy}. "
-        "Lower optim.lr or optim.grad_clip, or look at the data of this step."
+        f"Lower optim.lr or optim.grad_clip, or look at {' and '.join([*own, ''])}"
+        "the data of this step."
     )
 
 
@@ -122,9 +139,7 @@ def ending(step: int, tokens: int, seconds: float, stopped_by: str | None) -> st
 
 
 def floors(record: Mapping[str, Any], why: str | None) -> list[str]:
-    """The n-gram floors beside the main loss. why: there are none; None: there was nothing to
-    count.
-    """
+    """The n-gram floors beside the main loss. why: there are none; None: nothing to count."""
     has = any(name.startswith("val/floor/") for name in record)
     lines = [floors_line(record) if has else why, early_training(record)]
     return [line for line in lines if line is not None]

@@ -360,7 +360,6 @@ CONVERTS = [
     C("import: from nothing", "import --from no --out x", "no: no such folder"),
     C("import: from a run", "import --from runs/tiny --out x", r"config\.json"),
     C("import: out exists", "import --from hf/tiny --out runs/tiny", "runs/tiny exists already"),
-    C("import: out below a file", "import --from hf/tiny --out c.yaml/x", r"c\.yaml"),
     C("import: config missing", "import --from hf/tiny --out x --config no.yaml", r"no\.yaml"),
     C("import: config is no config", "import --from hf/tiny --out x --config words.txt", "words.txt"),
     C("import: dtype", "import --from hf/tiny --out x --dtype fp8", "invalid choice: 'fp8'"),

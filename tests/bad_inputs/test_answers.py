@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import dsv3_mtp.train.process  # noqa: F401  for the forked processes
-from tests.bad_inputs import edges, folders, options, strangers
+from tests.bad_inputs import edges, folders, options, strangers, untrue
 from tests.bad_inputs.ask import Case, faults
 from tests.bad_inputs.world import ROOT, make_world
 
-TABLES = (options.CASES, folders.CASES, strangers.CASES, edges.CASES)
+TABLES = (options.CASES, folders.CASES, strangers.CASES, edges.CASES, untrue.CASES)
 CASES = {case.name: case for table in TABLES for case in table}
 
 

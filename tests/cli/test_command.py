@@ -61,7 +61,7 @@ def test_a_tool_of_the_clone_is_its_command(tool):
     ("error", "code", "said"),
     [
         (ValueError("lr: must be > 0"), 2, "error: lr: must be > 0\n"),
-        (OSError(28, "No space left on device", "a"), 2, "No space left on device: 'a'"),
+        (OSError(28, "No space left on device", "a"), 2, "error: a: No space left on device\n"),
         (KeyboardInterrupt(), 130, "it goes on from its last checkpoint"),
     ],
 )

@@ -184,7 +184,7 @@ def test_accepted_drafts_are_green_in_a_terminal_and_in_quotes_elsewhere(
     assert re.findall("\x1b\\[32m(.*?)\x1b\\[0m", shown, re.DOTALL) == re.findall(
         "«(.*?)»", piped, re.DOTALL
     )
-    prompt = recorded_encoder(load_model(folder).tokenizer).tokenizer.decode([5])
+    prompt = recorded_encoder(load_model(folder).tokenizer, 10**6).tokenizer.decode([5])
     assert re.sub("\x1b\\[\\d+m", "", shown) == prompt + plain
     monkeypatch.setenv("NO_COLOR", "1")
     assert in_a_terminal(run_tool, monkeypatch, *show) == piped

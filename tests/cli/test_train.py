@@ -228,6 +228,14 @@ def test_two_nodes_train_as_one_rank_does_and_end_together_when_a_rank_is_killed
 
 
 @pytest.mark.dist
+def test_one_process_without_a_launcher_trains_with_zero_3(job):
+    settings = ["--config", str(job), "--set", "parallel.zero_stage=3"]
+    settings += ["--set", "train.total_tokens=128", "--set", "eval.every=1"]
+    code, output = run_tool(TRAIN, *settings, log=job.with_suffix(".log"))
+    assert code == 0, output
+
+
+@pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "saved"), [("1", False), ("100", True)])
 def test_torchrun_waits_for_a_long_step_as_tools_train_sbatch_tells_it_to(

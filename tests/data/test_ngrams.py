@@ -122,4 +122,8 @@ def test_a_model_above_the_trigram_floor_is_called_early():
     assert metrics["val/floor/trigram_bits_per_byte"] == 1.75
     assert "early-training" in (early_training(metrics | {"val/main_loss": 3.5}) or "")
     assert early_training(metrics | {"val/main_loss": 3.49}) is None
+    for main, lower in ((3.9, None), (4.5, "bigram floor (4.000)"), (6.0, "unigram floor (5.000)")):
+        text = early_training(metrics | {"val/main_loss": main}) or ""
+        assert "not below the trigram floor (3.500)" in text
+        assert (f", nor below the {lower}, counted" in text) == (lower is not None), text
     assert early_training({"val/main_loss": 9.0}) is None

@@ -64,7 +64,7 @@ def test_data_are_found_from_another_folder_than_training_began_in(
 def test_a_checkpoint_of_many_ranks_loads_and_exports_as_one_of_one_rank(
     make_tiny_config, tmp_path
 ):
-    folder, model = write_text_run(make_tiny_config(), tmp_path)
+    folder, model = write_text_run(make_tiny_config({"model.vocab_size": 260}), tmp_path)
     export_hf(folder, tmp_path / "one")
     shutil.rmtree(folder / "checkpoints")
     write_checkpoint(folder, model, step=4, ranks=7)

@@ -240,6 +240,21 @@ def test_statistics_of_drafts_are_those_of_the_validation(run, monkeypatch, caps
     assert warm["drafts/overlap/1"] > plain["drafts/overlap/1"]  # both are flatter
 
 
+def test_drafts_beyond_d_have_an_overlap_along_the_text(run, monkeypatch, capsys):
+    sizes = ("--run", str(run), "--batches", "2", "--prompts", "0", "--drafts", "--draft-depth")
+    found = []
+    for recycle in ("last", "cycle"):
+        (metrics,) = call(monkeypatch, capsys, *sizes, "4", "--recycle", recycle).values()
+        overlaps = {key: value for key, value in metrics.items() if "drafts/overlap/" in key}
+        assert list(overlaps) == [f"drafts/overlap/{k}" for k in (1, 2, 3, 4)]
+        assert 0 < overlaps["drafts/overlap/4"] < 1
+        found.append(overlaps)
+    assert found[0]["drafts/overlap/2"] == found[1]["drafts/overlap/2"]  # the heads' own
+    assert found[0]["drafts/overlap/3"] != found[1]["drafts/overlap/3"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *sizes, "2"])
+    assert command.run("evaluate") == 2 and "--draft-depth 2: no effect" in capsys.readouterr().err
+
+
 def test_acceptance_of_a_short_model_is_measured_without_being_told_how(
     make_run, corpus, monkeypatch, capsys
 ):

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.meter import Meter
 from dsv3_mtp.config import load_config
 from dsv3_mtp.model import causal_lm
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.model.layers import rotary_angles
+from dsv3_mtp.model.layers import RMSNorm, rotary_angles
 from dsv3_mtp.model.output import LossSettings
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.model.states import Scores
@@ -546,3 +547,30 @@ def test_a_bare_call_weighs_the_heads_as_the_model_s_own_mtp_section_says(build)
     tokens = tokens_for(model)
     mean = (out := model(tokens)).nll_sum / out.targets
     assert out.loss.item() == pytest.approx((mean[0] + 0.15 * (mean[1] + mean[2])).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("width", [16, 7])  # torch draws 16 numbers together: 7 x 36 do not divide
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_start_as_the_numbers_of_one_draw_for_each_tensor(make_tiny_config, width, dtype):
+    """Of a stack of experts they are drawn one expert at a time: half a layer of DeepSeek-V3 would
+    be 30 GB in float32.
+    """
+    sizes = {"model.moe_intermediate_size": width, "model.hidden_size": 36}
+    config = make_tiny_config(sizes | {"mtp.num_nextn_predict_layers": 2})
+    model = DeepseekV3MTP(config.model, config.mtp).to(dtype)
+    model.init_weights(5)
+    generator = torch.Generator().manual_seed(5)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(module, RMSNorm):
+                whole = torch.empty(parameter.shape).normal_(0.0, 0.1, generator=generator)
+                assert torch.equal(parameter, whole.to(dtype))
+
+
+def test_a_start_holds_one_expert_in_float32(make_tiny_config):
+    config = make_tiny_config({"model.hidden_size": 64, "model.n_routed_experts": 32})
+    model = DeepseekV3MTP(config.model, config.mtp).bfloat16()
+    with Meter() as meter:
+        model.init_weights(0)
+    largest = max(p.numel() for p in model.parameters() if p.ndim < 3)
+    assert meter.peak < 4 * largest + 1000 < 4 * 32 * 2 * 16 * 64

@@ -29,7 +29,7 @@ def digit(path) -> int:
 
 @pytest.fixture
 def run(make_tiny_config, tmp_path):
-    folder, model = write_text_run(make_tiny_config(), tmp_path)
+    folder, model = write_text_run(make_tiny_config({"model.vocab_size": 260}), tmp_path)
     write_checkpoint(folder, model, step=9, ranks=2)
     return folder
 

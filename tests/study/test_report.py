@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from dsv3_mtp.study.pictures.base import PictureData
 from dsv3_mtp.study.pictures.outcome import draw_answer, draw_depths, draw_effects
 from dsv3_mtp.study.pictures.training import draw_losses
 from dsv3_mtp.study.stats import t_interval
+from dsv3_mtp.study.tables import reading
 from dsv3_mtp.study.words import verdict
 from tests.study.toy import five_seeds, load_toy, write_run, write_runs, write_toy
 
@@ -301,6 +303,15 @@ def test_no_t_interval_is_drawn_of_a_solve_rate(metric, lines):
         len(line.get_xdata()) == 2 and line.get_linewidth() == 2.5 for line in figure.axes[0].lines
     ]
     assert sum(drawn) == lines
+
+
+def test_what_is_the_same_to_the_last_bit_is_called_identical():
+    effect = Effect(
+        "c", "a", "b", "val/main_loss", t_interval([0.0] * 3), 1, 1, None, 0, 0, False, 0.0
+    )
+    assert reading(effect) == "identical; as expected"
+    near = replace(effect, interval=t_interval([0.0, 1e-9, -1e-9]))
+    assert reading(near) == "not detectable; expected was no difference, not shown"
 
 
 def test_depths_are_whole_numbers_and_what_was_not_measured_has_no_panel(tmp_path):

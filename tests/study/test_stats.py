@@ -164,6 +164,8 @@ def test_tokens_to_equal_loss_of_power_laws_are_exact():
     assert speed_up(ours, ours) == 1.0
     low = [(t, loss - 9) for t, loss in ours]
     assert speed_up(low, theirs) is None and speed_up(theirs, low) is None
+    frozen = [(t, 3.0) for t in tokens]  # a trunk that does not learn is not faster than another
+    assert speed_up(frozen[:2], frozen) is None and speed_up(frozen[:1], frozen[:1]) is None
 
 
 def test_time_to_solve_is_kaplan_and_meiers():

@@ -1,12 +1,14 @@
 """A run folder says what the weights in it were trained with, whatever is started there later."""
 
 import json
+import os
 import shutil
 from functools import partial
 
 import pytest
 
 from dsv3_mtp.config import load_config
+from dsv3_mtp.report.metrics import MetricsLog
 from tests.conftest import tiny
 from tests.ranks import run_ranks, train_to_end, write_markov
 
@@ -79,3 +81,19 @@ def test_a_longer_run_says_that_its_rate_is_warmed_again_and_each_start_keeps_it
     assert [start["step"] for start in starts] == [0, 6]
     assert starts[0]["config"] == finished().to_dict()
     assert starts[1]["config"] == longer.to_dict()
+
+
+class Rank0Log(MetricsLog):
+    def __init__(self, path):
+        assert os.environ["RANK"] == "0", "another rank opens metrics.jsonl, which writes it anew"
+        super().__init__(path)
+
+
+@pytest.mark.dist
+def test_rank_0_alone_opens_the_log_or_dropped_steps_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsv3_mtp.train.trainer.MetricsLog", Rank0Log)
+    data = write_markov(tmp_path / "markov", tokens=3000, documents=40)
+    keys = {"run.dir": str(tmp_path), "data.train": data, "data.val": data, "eval.every": 0}
+    config = tiny(keys | {"train.total_tokens": 4 * 16, "train.micro_batch_size": 2})
+    codes = run_ranks(train_to_end, config, world_size=2, log=tmp_path / "log")
+    assert codes == [0, 0], (tmp_path / "log.rank1").read_text()

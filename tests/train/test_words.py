@@ -11,7 +11,7 @@ from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.report.progress import WIDTH
-from dsv3_mtp.train.words import data_pieces, header, lambda_pieces
+from dsv3_mtp.train.words import busy, data_pieces, header, lambda_pieces
 from tests.config.test_loss_weights import EXAMPLES
 from tests.conftest import tiny
 
@@ -72,3 +72,13 @@ def test_no_line_is_wider_than_a_terminal():
     assert len(text) == 3 and text[0].startswith("a" * 60 + ": ")
     assert max(len(line) for part in text for line in part.splitlines()) <= WIDTH
     assert len(header(tiny({"mtp.mode": "none"}), size, ALONE, sampler(source("x", 64)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "said"), [(7.9, 2, True), (0.5, 2, False), (7.9, 1, False)]
+)
+def test_several_threads_on_a_busy_machine_are_warned_of(monkeypatch, load, threads, said):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    assert any("train.threads: 1" in line for line in busy(ALONE)) == said

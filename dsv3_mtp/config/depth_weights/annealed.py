@@ -1,6 +1,4 @@
-"""`{type: annealed, ratio: 0.5}`: depths are given up one after another, the last first
-(modded-nanogpt, pull request 178).
-"""
+"""`{type: annealed, ratio: 0.5}`: the last depth is given up first (modded-nanogpt, PR 178)."""
 
 from typing import Annotated, Literal
 

@@ -1,5 +1,7 @@
 """The interface of a rule for the weights of the depths."""
 
+from abc import abstractmethod
+
 from dsv3_mtp.config.registry import Registry
 from dsv3_mtp.config.section import Section
 
@@ -9,9 +11,9 @@ class DepthRule(Section):
 
     type: str
 
+    @abstractmethod
     def weights(self, depths: int, progress: float) -> tuple[float, ...]:
         """(D,) numbers >= 0; their mean is 1 where lambda shall keep its meaning."""
-        raise NotImplementedError(f"{type(self).__name__} has no weights(depths, progress)")
 
 
 DEPTH_WEIGHTS: Registry[DepthRule] = Registry("rule of depth weights", DepthRule)

@@ -1,5 +1,6 @@
 """What the training loop asks of a schedule of lambda."""
 
+from abc import abstractmethod
 from typing import Any
 
 from dsv3_mtp.config.registry import Registry
@@ -17,11 +18,9 @@ class LambdaSchedule(Section):
 
     type: str
 
+    @abstractmethod
     def weight(self, progress: float) -> float:
-        """lambda >= 0 of a step. progress: fraction in [0, 1] of train.total_tokens that was
-        consumed before the step.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no weight(progress)")
+        """lambda >= 0 of a step. progress: share of train.total_tokens consumed before it."""
 
 
 class AdaptiveSchedule(LambdaSchedule):
@@ -32,19 +31,19 @@ class AdaptiveSchedule(LambdaSchedule):
     arms.
     """
 
+    @abstractmethod
     def first_state(self) -> State:
         """The state before the first step."""
-        raise NotImplementedError(f"{type(self).__name__} has no first_state()")
 
+    @abstractmethod
     def next_state(self, state: State, metrics: dict[str, float]) -> State:
         """The state after a step. metrics: what metrics.jsonl would say of this step, sums over all
         ranks: train/main_loss, train/mtp_loss/k, train/top1/k, optim/grad_norm, ...
         """
-        raise NotImplementedError(f"{type(self).__name__} has no next_state(state, metrics)")
 
+    @abstractmethod
     def weight_in(self, state: State, progress: float) -> float:
         """lambda >= 0 of the coming step."""
-        raise NotImplementedError(f"{type(self).__name__} has no weight_in(state, progress)")
 
     def weight(self, progress: float) -> float:
         """In the state before the first step: what can be said without a run."""

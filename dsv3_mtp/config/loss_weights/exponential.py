@@ -1,16 +1,15 @@
 """`{type: exponential, start: 0.3, end: 0.03}`: the same factor in every equal part of the way."""
 
-from collections.abc import Iterator
 from typing import Literal
 
 from dsv3_mtp.config.curves import position
-from dsv3_mtp.config.loss_weights.base import LOSS_WEIGHTS, LambdaSchedule
-from dsv3_mtp.config.reader import Problem
-from dsv3_mtp.config.section import Fraction, Positive
+from dsv3_mtp.config.loss_weights.base import LOSS_WEIGHTS
+from dsv3_mtp.config.loss_weights.ramp import RampWeight
+from dsv3_mtp.config.section import Positive
 
 
 @LOSS_WEIGHTS.register
-class ExponentialWeight(LambdaSchedule):
+class ExponentialWeight(RampWeight):
     """start * (end / start)^x, x from 0 to 1 while progress goes from `begin` to `until`; constant
     outside. It never reaches 0: both numbers are > 0.
     """
@@ -18,12 +17,6 @@ class ExponentialWeight(LambdaSchedule):
     type: Literal["exponential"] = "exponential"
     start: Positive
     end: Positive
-    begin: Fraction = 0.0
-    until: Fraction = 1.0
-
-    def rules(self) -> Iterator[Problem]:
-        if self.begin >= self.until:
-            yield "until", f"must be > 'begin' = {self.begin} (got {self.until})"
 
     def weight(self, progress: float) -> float:
         x = position(progress, self.begin, self.until)

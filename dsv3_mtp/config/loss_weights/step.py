@@ -20,10 +20,8 @@ class StepWeight(LambdaSchedule):
 
     def rules(self) -> Iterator[Problem]:
         if len(self.values) != len(self.at) + 1:
-            yield (
-                "values",
-                f"must hold one number more than 'at' (got {len(self.values)} and {len(self.at)})",
-            )
+            got = f"(got {len(self.values)} and {len(self.at)})"
+            yield "values", f"must hold one number more than 'at' {got}"
         if list(self.at) != sorted(set(self.at)):
             yield "at", f"must increase (got {show(self.at)})"
 
