@@ -147,8 +147,7 @@ class DecodingRows:
         """Whether a step is one call of C."""
         if self.whole is None or sampler.truncates:
             return False
-        lag = self.drafter.lag(0, self.last) if self.drafter is not None and count else 1
-        return len(self.last) * max(lag, 1 + count) <= c_decode.ROWS
+        return len(self.last) * (1 + count) <= c_decode.ROWS
 
     def _whole(
         self, count: int, sampler: TokenSampler

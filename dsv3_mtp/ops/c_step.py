@@ -69,16 +69,15 @@ class Rows:
         pointers = [step.trunk.pointers(caches, angles, self.batch)]
         self.c = _Rows(ids=ids.data_ptr(), angles=angles.data_ptr(), batch=self.batch)
         self.c.ids_stride, self.c.slots = room, slots
-        self.c.caches, self.width = ctypes.addressof(pointers[0]), 0
+        self.c.caches = ctypes.addressof(pointers[0])
         if step.module is not None:
             if ring is None:
                 raise ValueError("ring: is needed where a module drafts")
-            self.width = ring.shape[1]
-            check("ring", ring, (self.batch, self.width, step.trunk.hidden), step.dtype)
+            self.c.ring_width = ring.shape[1]
+            check("ring", ring, (self.batch, ring.shape[1], step.trunk.hidden), step.dtype)
             pointers.append(step.module.pointers(module_caches, angles, self.batch))
-            self.c.ring, self.c.ring_width = ring.data_ptr(), self.width
+            self.c.ring = ring.data_ptr()
             self.c.module_caches = ctypes.addressof(pointers[1])
-        self.slots = min(slots, room - 1)
         self.last, self.filled = ((ctypes.c_int64 * self.batch)() for _ in range(2))
         self.c.last, self.c.filled = (ctypes.addressof(x) for x in (self.last, self.filled))
         self.address = ctypes.addressof(self.c)
@@ -129,21 +128,18 @@ class Step:
             raise ValueError(f"coins: are needed at temperature > 0 (got {temperature}) and only")
         if coins is not None:
             check("coins", coins, (batch, 2 * count + 1), torch.float64)
-        if len(last) != batch or min(last) < 0 or max(last) + count >= rows.slots or count < 0:
-            raise ValueError(f"last: {last} + {count} drafts must be in {batch} x {rows.slots}")
-        rows.last[:] = list[Any](last)
+        if count < 0 or (count and self.module is None):
+            raise ValueError(f"count: {count} drafts, of nothing that drafts")
+        places: Any = last, filled
+        rows.last[:] = places[0]
         if count:
-            if self.module is None:
-                raise ValueError(f"count: {count} drafts, and nothing that drafts")
-            lags = [m - slots for m, slots in zip(last, filled, strict=True)]
-            beyond = max(filled) + max(lags) > rows.slots
-            if min(filled) < 0 or beyond or min(lags) < 1 or max(lags) > rows.width:
-                raise ValueError(f"filled: {filled} of {last} must be below it in {rows.slots}")
-            rows.filled[:] = list[Any](filled)
+            rows.filled[:] = places[1]
         accepted, tokens = (ctypes.c_int64 * batch)(), (ctypes.c_int64 * (batch * (count + 1)))()
         pointer = None if coins is None else coins.data_ptr()
         where = self.address, rows.address, count
         if wrong := self.run(*where, temperature, pointer, accepted, tokens):
+            if wrong == -2:
+                raise ValueError(f"last, filled: {last}, {filled} + {count} do not fit the caches")
             if wrong < 0:
                 raise ValueError("logits: are not finite; no token can be drawn from them")
             raise IndexError(f"ids: {wrong} tokens are not in 0..{self.model.vocab - 1}")

@@ -114,11 +114,11 @@ def test_what_would_be_read_beyond_is_refused(make_model, compiled):
     for last, slots, count, message in (
         ([11], [10], 1, "last"),  # the draft would be in slot 12
         ([-1], [1], 1, "last"),
-        ([2, 2], [1, 1], 1, "last"),
-        ([2], [1], -1, "last"),
+        ([2, 2], [1, 1], 1, "size"),
+        ([2], [1], -1, "count"),
         ([2], [-1], 1, "filled"),
         ([2], [2], 1, "filled"),  # a draft needs a slot of the module's
-        ([2], [1, 1], 1, "shorter|longer"),
+        ([2], [1, 1], 1, "size"),
     ):
         with pytest.raises(ValueError, match=message):
             step(rows, last, slots, count, 0.0, None)

@@ -168,11 +168,25 @@ static i64 verify(const model *m, const real *logits, i64 count, float temperatu
     }
 }
 
+// Whether all slots that a step reads and writes exist, and every row has a slot to draft at.
+static int fits(const batch *rows, i64 count) {
+    i64 most = rows->slots < rows->ids_stride - 1 ? rows->slots : rows->ids_stride - 1, lag = 0, last_begin = 0;
+    for (i64 b = 0; b < rows->batch; b++) {
+        i64 m = rows->last[b], begin = rows->filled[b];
+        if (m < 0 || m + count + 1 > most) return 0;
+        if (count && (begin < 0 || begin >= m)) return 0;
+        lag = m - begin > lag ? m - begin : lag, last_begin = begin > last_begin ? begin : last_begin;
+    }
+    return !count || (lag <= rows->ring_width && last_begin + lag + 1 <= most);
+}
+
 // coins: (batch, 2 count + 1) in [0, 1), of each row to draw the drafts, to test them, and for the token behind them; NULL
 // where temperature is 0. tokens: (batch, count + 1), of each row accepted[b] drafts and one more, which are in ids behind
-// last[b] as well. Returns 0; -1 where logits are not finite; else how many tokens are outside the vocabulary.
+// last[b] as well. Returns 0; -1 where logits are not finite; -2 where slots would not exist; else how many tokens are
+// outside the vocabulary.
 i64 decode_step(const model *m, batch *rows, i64 count, float temperature, const double *coins, i64 *accepted,
                 i64 *tokens) {
+    if (!fits(rows, count)) return -2;
     i64 q_stride = m->among + LANES, each = 2 * count + 1, wrong = 0, length = count + 1;
     float *q = room_for(temperature == 0 ? 0 : rows->batch * count * q_stride, sizeof(float));
     float *p = room_for(m->vocab, sizeof(float));
