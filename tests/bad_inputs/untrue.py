@@ -81,7 +81,6 @@ ARCHIVES = [
     C("results: an arm of another study", FROM, "line 1: nobody is no arm of this study", first(lambda r: r.update(arm="nobody"))),
     C("results: curves of two lengths", FROM, "must be as many as tokens, 2", first(lambda r: r["curves"].update({"val/main_loss": {"tokens": [1, 2], "values": [1.0]}}))),
     C("results: gone", FROM, r"results\.jsonl: No such file", gone(RESULTS)),
-    C("plan.json: empty", FROM, "plan.json: not JSON: it is empty", put(FROZEN, "")),
     C("plan.json: frozen a list", FROM, "frozen must be a mapping", given(FROZEN, frozen=[])),
     C("plan.json: no current", FROM, "current missing", without(FROZEN, "current")),
     C("plan.json: no configs", FROM, "current.configs has none of n0.1_none", given(FROZEN, current__configs={})),
@@ -117,9 +116,9 @@ NO_FILES = [
 ]
 OTHERS = [
     C("a shard of another step", GENERATE, "shard_rank0.safetensors: is not what was written", both(swapped(f"{NEW}/shard_rank0.safetensors", f"{OLD}/shard_rank0.safetensors"), gone(OLD))),
-    C("state.json: a negative step", RESUME, r"state\.json: damaged", sealed(given(f"{NEW}/state.json", step=-5))),
+    C("state.json: a negative step, sealed", RESUME, r"state\.json: damaged", sealed(given(f"{NEW}/state.json", step=-5))),
     C("state.json: a step of text", RESUME, r"state\.json: damaged .step", sealed(given(f"{NEW}/state.json", step="x"))),
-    C("state.json: no sampler", RESUME, r"state\.json: damaged .sampler", sealed(without(f"{NEW}/state.json", "sampler"))),
+    C("state.json: no sampler, sealed", RESUME, r"state\.json: damaged .sampler", sealed(without(f"{NEW}/state.json", "sampler"))),
     *(
         C(f"config.json: {key} {value!r}", IMPORT, rf"{key}: must be token ids below vocab_size = 300, or null", given(CONFIG, **{key: value}))
         for key, value in (("eos_token_id", ["x"]), ("eos_token_id", -1), ("eos_token_id", 300), ("eos_token_id", {"a": 1}), ("eos_token_id", True), ("eos_token_id", 1.5), ("eos_token_id", []), ("eos_token_id", [1, 10**6]), ("bos_token_id", "x"), ("pad_token_id", "0"))
