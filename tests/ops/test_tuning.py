@@ -21,14 +21,16 @@ def test_the_probe_leaves_precision_and_random_numbers_as_they_were():
 def test_onednn_is_used_only_where_it_is_exact_and_mkl_is_not_at_home(
     monkeypatch, rounds, intel, used
 ):
-    """`rounds`: a CPU on which precision "medium" computes in bfloat16."""
+    """`rounds`: a CPU on which precision "medium" computes in bfloat16, whatever this one does."""
     matmul = torch.Tensor.__matmul__
 
     def product(x, y):
         low = (
             rounds and x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
         )
-        return matmul(x.bfloat16(), y.bfloat16()).float() if low else matmul(x, y)
+        if low:
+            return matmul(x.bfloat16(), y.bfloat16()).float()
+        return matmul(x.double(), y.double()).to(x.dtype)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
     monkeypatch.setattr(tuning, "mkl_uses_the_whole_cpu", lambda: intel)
