@@ -147,7 +147,7 @@ def describe_start(
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command,
         "git": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
+        "git_dirty": _git_dirty(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
@@ -232,6 +232,15 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def _git_dirty() -> bool:
+    """Whether code differs from the commit. An untracked file that is no Python, as a study's YAML,
+    changes none: what a run reads of it is in config.yaml.
+    """
+    status = _git("status", "--porcelain", "-z", "--untracked-files=all") or ""
+    entries = [entry for entry in status.split("\0") if entry]
+    return any(not entry.startswith("?? ") or entry.endswith(".py") for entry in entries)
 
 
 def _cpu_name() -> str:
