@@ -87,7 +87,7 @@ def rows(names: Iterable[Any], quick: Container[Any]) -> list[Any]:
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
-def touch(metrics: Any, out: Path, *, title: str) -> None:
+def touch(metrics: Any, out: Path, *, config: Any) -> None:
     """Instead of the curves, which take longer than many a run here."""
     out.touch()
 

@@ -37,14 +37,17 @@ STYLE: Any = {
 
 
 @matplotlib.rc_context(STYLE)
-def plot_run(metrics: Sequence[Record], out: Path, *, title: str) -> None:
-    """Draw the curves of one run (records of metrics.jsonl) into the PNG file `out`."""
+def plot_run(metrics: Sequence[Record], out: Path, *, config: Config) -> None:
+    """Draw the curves of one run (records of metrics.jsonl) into the PNG file `out`.
+
+    config: the run's, of its last start.
+    """
     train = [record for record in metrics if "train/loss" in record]
     val = [record for record in metrics if "val/main_loss" in record]
-    figure, axes = _figure(title)
+    figure, axes = _figure(config.run.name)
     _losses(axes[0], train, val)
     _accuracies(axes[1], train, val)
-    _schedules(axes[2], train)
+    _schedules(axes[2], train, config)
     _health(axes[3], train)
     last = max((record["tokens"] for record in metrics), default=1)
     for ax in axes:
@@ -91,11 +94,17 @@ def plot_loss_weights(config: Config, out: Path) -> None:
     save_figure(figure, out)
 
 
-def _scheduled(ax: Axes, config: Config, value: Callable[[float], float], **style: Any) -> None:
-    """A schedule over the run. A value holds until the next one: a step is drawn as a step."""
-    progress = np.linspace(0.0, 1.0, 1001)
+def _scheduled(
+    ax: Axes, config: Config, value: Callable[[float], float], *, until: float = 1.0, **style: Any
+) -> list[Line2D]:
+    """A schedule over the run. A value holds until the next one: a step is drawn as a step.
+
+    until: progress at which the line ends.
+    """
+    progress = np.linspace(0.0, until, 1001)
     tokens = progress * config.train.total_tokens
-    ax.plot(tokens, [value(p) for p in progress.tolist()], drawstyle="steps-post", **style)
+    values = [value(p) for p in progress.tolist()]
+    return ax.plot(tokens, values, drawstyle="steps-post", **style)
 
 
 def _loss_weights(ax: Axes, config: Config) -> None:
@@ -155,19 +164,38 @@ def _accuracies(ax: Axes, train: Sequence[Record], val: Sequence[Record]) -> Non
     _legend_above(ax, [Line2D([], [], marker="o", label="top-1", **grey), joint])
 
 
-def _schedules(ax: Axes, train: Sequence[Record]) -> None:
+def _schedules(ax: Axes, train: Sequence[Record], config: Config) -> None:
     ax.set_title("schedules")
     handles = _line(ax, *_series(train, "optim/lr"), color="#0072b2", label="learning rate")
     if any("train/mtp_weight" in record for record in train):
         twin = _twin(ax)
-        weight = _series(train, "train/mtp_weight")
-        style: Any = {"color": "#d55e00", "linestyle": "--", "label": "MTP loss weight (right)"}
-        # of the steps up to the point: where lambda jumps, the line jumps
-        handles += _line(twin, *weight, drawstyle="steps-pre", **style)
+        handles += _used_weight(twin, train, config)
         twin.set_ylim(bottom=0.0)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_ylim(bottom=0.0)
     _legend_above(ax, handles)
+
+
+def _used_weight(ax: Axes, train: Sequence[Record], config: Config) -> list[Line2D]:
+    """lambda up to the last record. Records can be far apart, and only the schedule says where
+    between two of them it jumps. It cannot say so if it has a state, or if it gives other values
+    than the records, as after a start with another schedule: then the records are joined.
+    """
+    style: Any = {"color": "#d55e00", "linestyle": "--", "label": "MTP loss weight (right)"}
+    weight, total = config.mtp.loss_weight, config.train.total_tokens
+
+    def scheduled(progress: float) -> float:
+        return schedules.mtp_loss_weight(weight, progress)
+
+    def before(record: Record) -> float:  # progress before the record's step, which had this weight
+        step = record["train/batch_size"] * config.data.seq_len
+        return min(max(0.0, (record["tokens"] - step) / total), 1.0)
+
+    stateless = schedules.first_state(config.mtp) is None
+    if stateless and all(scheduled(before(r)) == r["train/mtp_weight"] for r in train):
+        until = min(train[-1]["tokens"] / total, 1.0)
+        return _scheduled(ax, config, scheduled, until=until, **style)
+    return _line(ax, *_series(train, "train/mtp_weight"), drawstyle="steps-pre", **style)
 
 
 def _health(ax: Axes, train: Sequence[Record]) -> None:

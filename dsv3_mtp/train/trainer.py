@@ -377,7 +377,7 @@ class Trainer:
             plot_run(
                 read_metrics(self.folder / "metrics.jsonl"),
                 self.folder / "curves.png",
-                title=self.config.run.name,
+                config=self.config,
             )
         stopped = self.progress < 1
         by = (self.stop and self.stop.reason) or "another rank"
