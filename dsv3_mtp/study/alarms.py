@@ -1,6 +1,6 @@
 """What makes a study uninterpretable, whatever its p values: said in the report's first line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import fmean
 
 from dsv3_mtp.decode.generation import REPEATS
@@ -12,6 +12,7 @@ from dsv3_mtp.study.metric_names import bounds, describe_metric
 NEAR = 0.03  # share of a metric's range that counts as its end
 TRIGRAM = "val/floor/trigram"
 LOWER = {"unigram": "val/floor/unigram", "bigram": "val/floor/bigram"}  # tables of fewer tokens
+EARLY = "drafting numbers are early-training numbers"
 
 
 def alarms(study: Study, table: Table) -> list[str]:
@@ -67,24 +68,55 @@ def _repeats(study: Study, table: Table, arms: list[str]) -> Iterator[str]:
 
 def _above_the_trigram(table: Table, arms: list[str]) -> Iterator[str]:
     """A main model that a table of three tokens beats has not learnt what heads could help with."""
-    high = []
-    for arm in arms:
-        floors, losses = values_of(table, arm, TRIGRAM), values_of(table, arm, LOSS)
-        seeds = [seed for seed in losses if seed in floors]
-        if seeds:
-            loss, floor = fmean(losses[s] for s in seeds), fmean(floors[s] for s in seeds)
-            if loss >= floor:
-                tables = {name: values_of(table, arm, key) for name, key in LOWER.items()}
-                worst = next(
-                    (name for name, of in tables.items() if of and loss >= fmean(of.values())), None
-                )
-                worse = f", worse than a {worst} table" if worst else ""
-                high.append(f"{arm} {loss:.3f} against {floor:.3f}{worse}")
-    if high:
+    high = {arm: found for arm in arms if (found := _worse_than(table, arm))}
+    if len(high) == 1:
+        [(arm, (loss, floor, name))] = high.items()
+        worse = f", worse than a {name} table" if name != "trigram" else ""
         yield (
             "the main model is not below the trigram floor of its own training tokens "
-            f"({', '.join(high)} nats per token); drafting numbers are early-training numbers"
+            f"({arm} {loss:.3f} against {floor:.3f}{worse} nats per token); {EARLY}"
         )
+    elif high:
+        groups: dict[str, dict[str, float]] = {}
+        for arm, (loss, _, name) in high.items():
+            groups.setdefault(name, {})[arm] = loss
+        first, *rest = [
+            (_arms(list(losses), arms), f"({_range(losses.values())} nats)", f"a {name} table")
+            for name, losses in groups.items()
+        ]
+        text = f"the main models of {first[0]} {first[1]} are worse than {first[2]}"
+        text += "".join(f", of {names} {nats} than {worse}" for names, nats, worse in rest)
+        floor_range = _range(floor for _, floor, _ in high.values())
+        known = floor_range if set(groups) == {"trigram"} else f"a trigram table has {floor_range}"
+        yield f"{text} of their own training tokens ({known}); {EARLY}"
+
+
+def _worse_than(table: Table, arm: str) -> tuple[float, float, str] | None:
+    """The main loss of an arm, its trigram floor, and the smallest table that is better. None: not
+    even the trigram table is, or it was not measured.
+    """
+    floors, losses = values_of(table, arm, TRIGRAM), values_of(table, arm, LOSS)
+    seeds = [seed for seed in losses if seed in floors]
+    if not seeds:
+        return None
+    loss, floor = fmean(losses[s] for s in seeds), fmean(floors[s] for s in seeds)
+    if loss < floor:
+        return None
+    tables = {name: values_of(table, arm, key) for name, key in LOWER.items()}
+    better = (name for name, of in tables.items() if of and loss >= fmean(of.values()))
+    return loss, floor, next(better, "trigram")
+
+
+def _arms(some: list[str], every: list[str]) -> str:
+    if len(some) < len(every):
+        return ", ".join(some)
+    return "both arms" if len(every) == 2 else f"all {len(every)} arms"
+
+
+def _range(values: Iterable[float]) -> str:
+    """3.420, or 4.330 to 4.420."""
+    shown = [f"{value:.3f}" for value in sorted(values)]
+    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
 
 
 def dirty(table: Table) -> str | None:

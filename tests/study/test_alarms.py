@@ -56,16 +56,48 @@ def test_a_main_model_above_the_trigram_floor(tmp_path):
     assert alarms_of(tmp_path, arms)[0] == []
 
 
+FLOORS = {"val/floor/trigram": 3.4, "val/floor/bigram": 3.8, "val/floor/unigram": 5.3}
+
+
 @pytest.mark.parametrize(
     ("loss", "worse"),
     [(3.5, ""), (3.9, ", worse than a bigram table"), (5.4, ", worse than a unigram table")],
 )
 def test_the_smallest_table_that_is_better_is_named(tmp_path, loss, worse):
-    floors = {"val/floor/trigram": 3.4, "val/floor/bigram": 3.8, "val/floor/unigram": 5.3}
-    arms = {arm: floors | {"val/main_loss": loss} for arm in ("constant", "step")}
+    arms = {"constant": FLOORS | {"val/main_loss": loss}, "step": FLOORS | {"val/main_loss": 3.3}}
     [alarm], _ = alarms_of(tmp_path, arms)
     assert "not below the trigram floor" in alarm
-    assert f"constant {loss:.3f} against 3.400{worse}" in alarm
+    assert f"constant {loss:.3f} against 3.400{worse} nats" in alarm
+
+
+@pytest.mark.parametrize(
+    ("constant", "step", "words"),
+    [
+        (
+            3.5,
+            3.6,
+            "both arms (3.500 to 3.600 nats) are worse than a trigram table of TOKENS (3.400)",
+        ),
+        (
+            4.1,
+            4.1,
+            "both arms (4.100 nats) are worse than a bigram table of TOKENS "
+            "(a trigram table has 3.400)",
+        ),
+        (
+            5.5,
+            3.6,
+            "constant (5.500 nats) are worse than a unigram table, of step (3.600 nats) than a "
+            "trigram table of TOKENS (a trigram table has 3.400)",
+        ),
+    ],
+)
+def test_several_arms_above_the_floor_are_one_sentence(tmp_path, constant, step, words):
+    losses = {"constant": constant, "step": step}
+    arms = {arm: FLOORS | {"val/main_loss": loss} for arm, loss in losses.items()}
+    words = words.replace("TOKENS", "their own training tokens")
+    early = "drafting numbers are early-training numbers"
+    assert alarms_of(tmp_path, arms)[0] == [f"the main models of {words}; {early}"]
 
 
 def test_a_tree_with_uncommitted_changes_is_told(tmp_path):

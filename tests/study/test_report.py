@@ -382,7 +382,7 @@ def test_what_makes_a_study_uninterpretable_is_the_first_line(report):
 
     text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, after=floors)
     first = text.splitlines()[0]
-    assert first.startswith("Not interpretable: the main model is not below the trigram floor")
+    assert first.startswith("Not interpretable: the main models of both arms (4.000 to 4.101 nats)")
     assert "| none | 4.000 | - | - | 3.000 |" in text  # the floors stand in a table
 
 
