@@ -201,8 +201,11 @@ def _ranks(config: Any, world_size: int) -> Iterator[Problem]:
         ranks = f"{'data-parallel ' * (stages > 1)}ranks"
         on = ranks if slices == 1 else f"groups of {slices} ranks"
         parts = f"micro-batches of {train.micro_batch_size} on {groups} {on}"
-        text = f"{train.batch_size} sequences do not divide into {parts}"
-        yield "train.batch_size", f"{text}; use a multiple of {rows}"
+        text = f"{train.batch_size} sequences do not divide into {parts}; use a multiple of {rows}"
+        smaller = range(train.micro_batch_size - 1, 0, -1)
+        if fits := [size for size in smaller if train.batch_size % (size * groups) == 0]:
+            text += f", or train.micro_batch_size: {fits[0]}, the same batch"
+        yield "train.batch_size", text
 
 
 def clips_apart(config: Any) -> bool:

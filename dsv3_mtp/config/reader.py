@@ -74,7 +74,9 @@ def problems_of(error: ValidationError, tree: Any, schema: type[BaseModel]) -> l
                 more = did_you_mean(name, paths) if text == UNKNOWN else ""
                 problems.append((name, text + more))
         elif item["type"] == "extra_forbidden":
-            problems.append((key, UNKNOWN + did_you_mean(key, paths)))
+            section = _at(tree, item["loc"][:-1])
+            more = of_other_types(key, section, schema) or did_you_mean(key, paths)
+            problems.append((key, UNKNOWN + more))
         else:
             problems.append((key, _describe(item)))
     return problems
@@ -164,6 +166,58 @@ def did_you_mean(key: str, paths: Iterable[str]) -> str:
     else:
         return ""
     return f"; did you mean '{found}'?"
+
+
+def of_other_types(key: str, section: Any, schema: type[BaseModel]) -> str:
+    """Which types have a key that this section's type lacks, and a section of one of them; "":
+    none has it.
+    """
+    parent, _, name = key.rpartition(".")
+    models = [schema]
+    for part in re.sub(r"\[\d+\]", "", parent).split("."):
+        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [model for annotation in fields for model in _models_in(annotation)]
+    typed = {m.model_fields["type"].default: m for m in models if "type" in m.model_fields}
+    have = {t: typed[t] for t in sorted(t for t in typed if isinstance(t, str))}
+    have = {t: model for t, model in have.items() if name in model.model_fields}
+    if not have or not isinstance(section, dict) or section.get("type") not in typed:
+        return ""
+    own = [field for field in typed[section["type"]].model_fields if field != "type"]
+    text = f" of type {section['type']} ({', '.join(own)}); {name} is a key of {', '.join(have)}"
+    made = [_example(kind, model, section) for kind, model in have.items()]
+    examples = sorted((one for one in made if one), key=lambda one: len(one.keys() - section))
+    if not examples:
+        return text
+    pairs = [(k, v if isinstance(v, str) else show(v)) for k, v in examples[0].items()]
+    return f"{text}: write {parent}={{{', '.join(f'{k}: {v}' for k, v in pairs)}}}"
+
+
+def _example(kind: str, model: type[BaseModel], section: dict[str, Any]) -> dict[str, Any] | None:
+    """A valid section of this type with the given values; what they leave open gets the first
+    number that was given. None: that makes none.
+    """
+    values = [section[key] for key in section if key not in model.model_fields]
+    flat = [one for v in values for one in (v if isinstance(v, list | tuple) else [v])]
+    numbers = [v for v in flat if isinstance(v, int | float) and not isinstance(v, bool)]
+    filled = {key: section[key] for key in model.model_fields if key in section} | {"type": kind}
+    for key, field in model.model_fields.items():
+        if field.is_required() and key not in filled and numbers:
+            filled[key] = numbers[0]
+    try:
+        model.model_validate(filled)
+    except ValidationError:
+        return None
+    return {key: filled[key] for key in model.model_fields if key in filled}
+
+
+def _at(tree: Any, location: Sequence[int | str]) -> Any:
+    """What a pydantic location names; parts that name nothing in the tree are union tags."""
+    for part in location:
+        if isinstance(tree, list | tuple):
+            tree = dict(enumerate(tree))
+        if isinstance(tree, dict) and part in tree:
+            tree = tree[part]
+    return tree
 
 
 def key_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from dsv3_mtp.config import Config, load_config
 from dsv3_mtp.config.resume import differences, flat
+from dsv3_mtp.data.ngrams import ORDERS, early_training
 from dsv3_mtp.files.atomic import folder_for, write_text
-from dsv3_mtp.report.progress import columns
+from dsv3_mtp.report.progress import columns, quantity
 from dsv3_mtp.study import hover, page, tables
 from dsv3_mtp.study.archive import RunRecord, Table, table_of
 from dsv3_mtp.study.expand import Run
@@ -23,6 +24,7 @@ from dsv3_mtp.study.page import Element, Heading, Paragraph, Picture, Rows
 from dsv3_mtp.study.pictures import draw_all
 from dsv3_mtp.study.pictures.base import PictureData
 
+FLOORS = tuple(f"val/floor/{order}" for order in ORDERS)
 FREE = (*IGNORED, "run.name", "run.seed")
 
 
@@ -44,12 +46,14 @@ def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> 
     by_arm = {arm: configs[members[0]] for arm, members in arms.items()}
     table = table_of(study.arms, study.seeds, records)
     data = PictureData(study, by_arm, table, effects_of(study, table))
+    warnings = _warnings([configs[folder] for _, folder in runs], records)
     folder_for(out)
     planned = ("answer.png", "effects.png")
     pictures = [Picture(*item) for item in draw_all(data, out) if item[0] not in planned]
     blocks: list[Element] = [
         Heading("Runs side by side", 1),
         Paragraph("Not planned beforehand: differences here are for looking, not for claims."),
+        *map(Paragraph, warnings),
         Rows(*_settings(by_arm)),
         *tables.result_table(study, table),
         *pictures,
@@ -57,7 +61,7 @@ def compare(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> 
     write_text(out / "compare.md", page.to_markdown(blocks))
     html = page.to_html(blocks, hover.live(data), title="Runs side by side", folder=out)
     write_text(out / "compare.html", html)
-    return _text(study, table), out / "compare.html"
+    return "\n".join([*warnings, _text(study, table)]), out / "compare.html"
 
 
 def _arms(configs: dict[Path, Config]) -> dict[str, list[Path]]:
@@ -106,7 +110,40 @@ def _record(study: Study, arm: str, config: Config, folder: Path) -> RunRecord:
 def _metrics(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """What every run, or every run with heads, was validated on, the main loss first."""
     found = dict.fromkeys(key for record in records for key in record.metrics)
-    return tuple(key for key in found if key != LOSS and not key.startswith("val/floor/"))
+    return tuple(key for key in found if key != LOSS and _is_read(key))
+
+
+def _is_read(key: str) -> bool:
+    """Of the floors those of the main loss, not the many of the drafters."""
+    return key in FLOORS or not key.startswith("val/floor/")
+
+
+def _warnings(configs: Sequence[Config], records: Sequence[RunRecord]) -> list[str]:
+    """What a reader is to know before the figures are compared."""
+    names = [config.run.name for config in configs]
+    if len(set(names)) < len(names):
+        names = [record.name for record in records]
+    early = [(name, early_training(r.metrics)) for name, r in zip(names, records, strict=True)]
+    lines = [f"{name}: {text}" for name, text in early if text]
+    budgets = [_budget(*pair) for pair in zip(configs, records, strict=True)]
+    if len(set(budgets)) > 1:
+        short = [quantity(budget) for budget in budgets]
+        exact = len(set(short)) < len(set(budgets))  # 5000 and 5100 would both be 5k
+        shown = [str(budget) for budget in budgets] if exact else short
+        each = ", ".join(f"{name} {b}" for name, b in zip(names, shown, strict=True))
+        lines.append(f"budgets differ: {each} tokens")
+    depths = [config.mtp.depths for config in configs]
+    if len(set(depths) - {0}) > 1:  # a run without heads has no tokens per step
+        each = ", ".join(f"{name} {d}" for name, d in zip(names, depths, strict=True))
+        lines.append(f"D differs: tokens per step are not to be ranked ({each})")
+    return lines
+
+
+def _budget(config: Config, record: RunRecord) -> int:
+    """Tokens before the validation that is compared: fewer than planned in a run that stopped."""
+    curve = record.curves.get(LOSS)
+    total = config.train.total_tokens
+    return total if curve is None else min(total, int(curve.tokens[-1]))
 
 
 def _settings(configs: dict[str, Config]) -> tuple[list[str], list[list[str]]]:

@@ -597,7 +597,11 @@ STAR = "data.task={type: star, degree: 2, path_length: 3, nodes: 10}"
             "markov, polynomial, star, suffix_sum (got 'sufix_sum'); "
             "did you mean 'suffix_sum'?",
         ),
-        (["data.task.nodes=9"], "data.task.nodes: unknown key of this type"),
+        (
+            ["data.task.nodes=9"],
+            "data.task.nodes: unknown key of type suffix_sum (loss_on, terms, modulus); nodes is a "
+            "key of star: write data.task={type: star, loss_on: answer, nodes: 9}",
+        ),
         (["data.task.terms=1"], "data.task.terms: must be >= 2 (got 1)"),
         (
             [STAR],

@@ -93,7 +93,27 @@ def test_exponential_depths_are_fastmtps():
             [
                 "mtp.loss_weight.values[0]: must be >= 0 (got -1)",
                 "mtp.loss_weight.at[0]: must be < 1 (got 2)",
-                "mtp.loss_weight.value: unknown key of this type",
+                "mtp.loss_weight.value: unknown key of type step (values, at); value is a key of "
+                "constant, warmup",
+            ],
+        ),
+        (
+            [
+                "mtp.loss_weight={type: step, values: [0.3, 0.1], at: [0.5]}",
+                "mtp.loss_weight.end=0",
+            ],
+            [
+                "mtp.loss_weight.end: unknown key of type step (values, at); end is a key of "
+                "cosine, exponential, linear: "
+                "write mtp.loss_weight={{type: cosine, start: 0.3, end: 0}}"
+            ],
+        ),
+        (
+            ["mtp.loss_weight={type: step, values: [0.3], at: [], until: 0.2}"],
+            [
+                "mtp.loss_weight.until: unknown key of type step (values, at); until is a key of "
+                "cosine, exponential, linear, warmup: write mtp.loss_weight={{type: warmup, "
+                "value: 0.3, until: 0.2}}"
             ],
         ),
         (

@@ -336,6 +336,22 @@ def test_layouts_that_do_not_fit_the_ranks_are_refused_all_at_once(tmp_path):
     assert second.startswith(
         "train.batch_size: 8 sequences do not divide into micro-batches of 2 on 6 ranks"
     )
+    assert second.endswith("; use a multiple of 12")  # 8 sequences are no share of 6 ranks at all
+
+
+@pytest.mark.parametrize(("batch", "ranks", "fits"), [(8, 2, 4), (12, 2, 6), (12, 4, 3)])
+def test_a_batch_that_does_not_divide_is_kept_by_the_largest_micro_batch_that_fits(
+    tmp_path, batch, ranks, fits
+):
+    config = make_config(tmp_path, "data", "D1")
+    train = config.train.model_copy(update={"batch_size": batch, "micro_batch_size": 8})
+    (problem,) = rank_problems(config.model_copy(update={"train": train}), ranks)
+    assert problem == (
+        f"train.batch_size: {batch} sequences do not divide into micro-batches of 8 on {ranks} "
+        f"ranks; use a multiple of {8 * ranks}, or train.micro_batch_size: {fits}, the same batch"
+    )
+    train = train.model_copy(update={"micro_batch_size": fits})
+    assert rank_problems(config.model_copy(update={"train": train}), ranks) == []
 
 
 def test_a_built_model_is_the_plain_model_of_that_seed(tmp_path):
