@@ -112,7 +112,7 @@ def _loss_weights(ax: Axes, config: Config) -> None:
     if not config.mtp.depths:
         return
     weight = config.mtp.loss_weight
-    grey = {"color": "#c8c8c8", "linewidth": 5.0}
+    grey: Any = {"color": "#c8c8c8", "linewidth": 5.0}
     _scheduled(ax, config, lambda p: schedules.mtp_loss_weight(weight, p), label="lambda", **grey)
     for depth in range(1, config.mtp.depths + 1):
 
@@ -121,7 +121,7 @@ def _loss_weights(ax: Axes, config: Config) -> None:
 
         # equal weights stay visible under one another
         width = 1.6 + 2.6 * (config.mtp.depths - depth)
-        style = {"color": _color(depth), "linewidth": width, "label": f"depth {depth}"}
+        style: Any = {"color": _color(depth), "linewidth": width, "label": f"depth {depth}"}
         _scheduled(ax, config, factor, **style)
 
 
