@@ -15,7 +15,6 @@ from dsv3_mtp.decode.draft import Drafter
 from dsv3_mtp.decode.generate import DecodingRows
 from dsv3_mtp.decode.generation import Settings
 from dsv3_mtp.decode.sample import DraftSampler, TokenSampler
-from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 
 
 class ForcedSampler(DraftSampler):
@@ -37,22 +36,22 @@ class ForcedSampler(DraftSampler):
 
 
 @torch.inference_mode()
-def forced_overlap(model: DeepseekV3MTP, tokens: Tensor, first: int, settings: Settings) -> Tensor:
+def forced_overlap(decoder: Decoder, tokens: Tensor, first: int, settings: Settings) -> Tensor:
     """sum_v min(p(v), q_k(v)) of drafts k = 1..K of the tokens `first` + k, (B, K).
 
     Args:
+        decoder: of the model, and of the tokens that drafts are among.
         tokens: (B, L), of which those up to `first` are known and those up to first + K are forced.
         first: >= 1, at most L - 1 - K.
-        settings: draft_depth K, which the heads have to reach; temperature > 0; recycle;
-            draft_vocab.
+        settings: draft_depth K, which the heads have to reach; temperature > 0; recycle.
     """
     depth, (rows, length) = settings.draft_depth, tokens.shape
     if settings.temperature <= 0:
         raise ValueError(f"temperature: must be > 0 (got {settings.temperature})")
     if not 1 <= first <= length - 1 - depth:
         raise ValueError(f"first: must be in 1..{length - 1 - depth} (got {first})")
+    model = decoder.model
     slots = CacheSlots(model, first + 3 * (depth + 1) + Drafter.LAG)
-    decoder = Decoder(model, draft_vocab=settings.draft_vocab)
     batch = DecodingRows(decoder, slots, tokens[:, :first].tolist(), settings)
     assert batch.drafter is not None
     sampler = TokenSampler(settings.temperature)

@@ -102,7 +102,8 @@ class Step:
             self.model.normed = drafting.normed
             if ids is not None:
                 check("draft ids", ids, (among,), torch.int64)
-                if min(ids) < 0 or max(ids) >= vocab:
+                lowest, highest = ids.aminmax()  # Python's min would take a call for each id
+                if lowest < 0 or highest >= vocab:
                     raise ValueError(f"draft ids: must be in 0..{vocab - 1}")
                 self.model.draft_ids = ids.data_ptr()
         self.address, self.run = ctypes.addressof(self.model), function("decode_step", self.dtype)

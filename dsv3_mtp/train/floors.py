@@ -15,6 +15,7 @@ from dsv3_mtp.data.ngrams import MOST_TOKENS, NGrams, floor_metrics
 from dsv3_mtp.data.opening import open_sources
 from dsv3_mtp.data.sampler import Sampler, sequential_windows, spare_windows
 from dsv3_mtp.data.source import DataSource, Source
+from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.forced import forced_overlap
 from dsv3_mtp.decode.generation import Settings
 from dsv3_mtp.files.run_folder import newest_checkpoint, read_reached, run_config
@@ -217,13 +218,15 @@ def recycled_overlaps(
         return {}, f"no overlap of drafts beyond D ({why})"
     micro, length = config.train.micro_batch_size, config.data.seq_len
     settings = Settings(**drafting)
+    with torch.inference_mode():
+        decoder = Decoder(model, draft_vocab=settings.draft_vocab)
     windows: Any = {"seq_len": length, "lookahead": 1 + settings.draft_depth}
     windows |= {"count": batches * micro, "micro_batch_size": micro}
     generator, found = torch.Generator().manual_seed(seed), []
     for window in sequential_windows(source, **windows):
         tokens, *_ = to_device(*window, config=config, device=device)
         places = torch.randperm(length, generator=generator)[:PLACES] + 1
-        found += [forced_overlap(model, tokens, place, settings) for place in places.tolist()]
+        found += [forced_overlap(decoder, tokens, place, settings) for place in places.tolist()]
     overlap, own = torch.cat(found), config.mtp.drafts  # (N, K)
     means = enumerate(overlap.mean(0).tolist(), start=1)
     note = (

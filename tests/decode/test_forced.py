@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv3_mtp.decode.decoder import Decoder
 from dsv3_mtp.decode.draft import draft_limit
 from dsv3_mtp.decode.forced import ForcedSampler, forced_overlap
 from dsv3_mtp.decode.generation import Settings
@@ -26,7 +27,7 @@ def test_of_trained_depths_it_is_that_of_the_teacher_forced_forward(make_model, 
     logits = plain_logits(model, TEXT)
     for first in (1, 4, 11):
         settings = Settings(draft_depth=depth, temperature=temperature)
-        found = forced_overlap(model, torch.tensor([TEXT, TEXT]), first, settings)
+        found = forced_overlap(Decoder(model), torch.tensor([TEXT, TEXT]), first, settings)
         for draft in range(1, 1 + depth):
             head, back = mtp.kind.drafter(mtp).origin(mtp, draft)
             if first - 1 - back < 0:
@@ -55,7 +56,7 @@ def test_beyond_d_it_is_of_what_a_free_drafter_draws_from(make_model, monkeypatc
     rows = torch.cat([text, text.new_zeros(1, 4)], 1)
     with monkeypatch.context() as patched:
         patched.setattr("dsv3_mtp.decode.forced.ForcedSampler", Free)
-        forced_overlap(model, rows, 7, settings)
+        forced_overlap(Decoder(model), rows, 7, settings)
     drawn = torch.stack([tokens for tokens, _ in free], 1)
     rows = torch.cat([text, drawn], 1)
     plain = TokenSampler.probabilities
@@ -65,7 +66,7 @@ def test_beyond_d_it_is_of_what_a_free_drafter_draws_from(make_model, monkeypatc
         return kept[-1]
 
     monkeypatch.setattr(TokenSampler, "probabilities", keep)
-    found = forced_overlap(model, rows, 7, settings)
+    found = forced_overlap(Decoder(model), rows, 7, settings)
     q = torch.stack([probability for _, probability in free], 1)
     p = kept[-1].view(1, 4, -1)
     torch.testing.assert_close(found, torch.minimum(p, q).sum(-1))
@@ -77,11 +78,14 @@ def test_drafts_among_a_few_tokens_overlap_less(make_model):
     model, rows = make_model("one_module", trained=True), torch.tensor([TEXT])
     whole = Settings(draft_depth=3, temperature=1.0)
     few = Settings(draft_depth=3, temperature=1.0, draft_vocab=tuple(range(0, 64, 2)))
-    assert (forced_overlap(model, rows, 5, few) < forced_overlap(model, rows, 5, whole)).any()
+    assert (
+        forced_overlap(Decoder(model, draft_vocab=few.draft_vocab), rows, 5, few)
+        < forced_overlap(Decoder(model), rows, 5, whole)
+    ).any()
 
 
 @pytest.mark.parametrize(("first", "temperature"), [(0, 1.0), (23, 1.0), (5, 0.0)])
 def test_what_cannot_be_measured_is_refused(make_model, first, temperature):
     settings = Settings(draft_depth=3, temperature=temperature)
     with pytest.raises(ValueError, match="must be"):
-        forced_overlap(make_model("one_module"), torch.tensor([TEXT]), first, settings)
+        forced_overlap(Decoder(make_model("one_module")), torch.tensor([TEXT]), first, settings)
