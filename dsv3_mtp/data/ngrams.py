@@ -177,17 +177,26 @@ def floor_metrics(
     return metrics | {f"{name}_bits_per_byte": loss * bits for name, loss in metrics.items()}
 
 
+def smallest_table(main: float, floors: Mapping[str, float]) -> str | None:
+    """The smallest of the ORDERS whose floor a main loss is not below; None: it is below the
+    trigram floor, whatever the others, or that was not measured.
+    """
+    if main < floors.get(ORDERS[-1], inf):
+        return None
+    return next(order for order in ORDERS if main >= floors.get(order, inf))
+
+
 def early_training(metrics: Mapping[str, float]) -> str | None:
     """What is to be said of a text run that is not below the trigram floor; None: it is below."""
-    main, floor = metrics.get("val/main_loss"), metrics.get("val/floor/trigram")
-    if main is None or floor is None or main < floor:
+    measured = [(order, metrics.get(f"val/floor/{order}")) for order in ORDERS]
+    floors = {order: value for order, value in measured if value is not None}
+    main = metrics.get("val/main_loss")
+    if main is None or (lowest := smallest_table(main, floors)) is None:
         return None
-    lower = [(name, metrics.get(f"val/floor/{name}", inf)) for name in ("unigram", "bigram")]
-    above = [
-        f", nor below the {name} floor ({value:.3f})," for name, value in lower if main >= value
-    ]
+    floor = floors["trigram"]
+    above = [f", nor below the {lowest} floor ({floors[lowest]:.3f}),"] * (lowest != "trigram")
     return (
         f"The main model ({main:.3f} nats per token) is not below the trigram floor ({floor:.3f})"
-        f"{''.join(above[:1])} counted from its own training tokens: it has learnt no more than a "
+        f"{''.join(above)} counted from its own training tokens: it has learnt no more than a "
         "table, and these are early-training numbers."
     )

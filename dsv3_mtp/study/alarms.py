@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from statistics import fmean
 
+from dsv3_mtp.data.ngrams import ORDERS, smallest_table
 from dsv3_mtp.decode.generation import REPEATS
 from dsv3_mtp.study.archive import RunRecord, Table
 from dsv3_mtp.study.findings import LOSS, values_of
@@ -11,7 +12,6 @@ from dsv3_mtp.study.metric_names import bounds, describe_metric
 
 NEAR = 0.03  # share of a metric's range that counts as its end
 TRIGRAM = "val/floor/trigram"
-LOWER = {"unigram": "val/floor/unigram", "bigram": "val/floor/bigram"}  # tables of fewer tokens
 EARLY = "drafting numbers are early-training numbers"
 
 
@@ -100,11 +100,10 @@ def _worse_than(table: Table, arm: str) -> tuple[float, float, str] | None:
     if not seeds:
         return None
     loss, floor = fmean(losses[s] for s in seeds), fmean(floors[s] for s in seeds)
-    if loss < floor:
-        return None
-    tables = {name: values_of(table, arm, key) for name, key in LOWER.items()}
-    better = (name for name, of in tables.items() if of and loss >= fmean(of.values()))
-    return loss, floor, next(better, "trigram")
+    lower = ((order, values_of(table, arm, f"val/floor/{order}")) for order in ORDERS[:-1])
+    means = {order: fmean(found.values()) for order, found in lower if found}
+    name = smallest_table(loss, means | {"trigram": floor})
+    return None if name is None else (loss, floor, name)
 
 
 def _arms(some: list[str], every: list[str]) -> str:
