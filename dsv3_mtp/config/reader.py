@@ -66,7 +66,7 @@ def problems_of(error: ValidationError, tree: Any, schema: type[BaseModel]) -> l
     for item in found:
         if item["type"] == "too_short" and item["loc"] in inner:
             continue  # pydantic does not count what is wrong inside
-        key = _dotted(item["loc"], tree, missing=item["type"] == "missing")
+        key, _ = _walk(item["loc"], tree, missing=item["type"] == "missing")
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, KeyProblems):
             for name, text in cause.problems:
@@ -74,7 +74,7 @@ def problems_of(error: ValidationError, tree: Any, schema: type[BaseModel]) -> l
                 more = did_you_mean(name, paths) if text == UNKNOWN else ""
                 problems.append((name, text + more))
         elif item["type"] == "extra_forbidden":
-            section = _at(tree, item["loc"][:-1])
+            _, section = _walk(item["loc"][:-1], tree)
             more = of_other_types(key, section, schema) or did_you_mean(key, paths)
             problems.append((key, UNKNOWN + more))
         else:
@@ -120,15 +120,17 @@ def not_among(names: Sequence[str], value: Any) -> str:
     return text + (f"; did you mean '{close[0]}'?" if close else "")
 
 
-def _dotted(location: Sequence[int | str], tree: Any, *, missing: bool) -> str:
-    """`a.b[0].c` for a pydantic location; parts that name nothing in the tree are union tags."""
+def _walk(location: Sequence[int | str], tree: Any, *, missing: bool = False) -> tuple[str, Any]:
+    """`a.b[0].c` for a pydantic location, and what is there; parts that name nothing in the tree
+    are union tags. missing: the last part names a key that is not there.
+    """
     path = ""
     for position, part in enumerate(location):
         if isinstance(tree, dict) and (part in tree or (missing and position == len(location) - 1)):
             path, tree = f"{path}.{part}".lstrip("."), tree.get(part)
         elif isinstance(tree, list | tuple) and isinstance(part, int):
             path, tree = f"{path}[{part}]", tree[part] if part < len(tree) else None
-    return path
+    return path, tree
 
 
 def show(value: Any) -> str:
@@ -208,16 +210,6 @@ def _example(kind: str, model: type[BaseModel], section: dict[str, Any]) -> dict
     except ValidationError:
         return None
     return {key: filled[key] for key in model.model_fields if key in filled}
-
-
-def _at(tree: Any, location: Sequence[int | str]) -> Any:
-    """What a pydantic location names; parts that name nothing in the tree are union tags."""
-    for part in location:
-        if isinstance(tree, list | tuple):
-            tree = dict(enumerate(tree))
-        if isinstance(tree, dict) and part in tree:
-            tree = tree[part]
-    return tree
 
 
 def key_paths(schema: type[BaseModel], prefix: str = "") -> list[str]:
