@@ -17,10 +17,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBL
 sglang_kernels.install()
 
 
-def start(request: dict):
+def start(request: dict, config: dict):
     from sglang import Engine
 
-    config = json.loads(Path(request["folder"], "config.json").read_text())
     drafts = {
         "speculative_algorithm": "EAGLE",
         "speculative_num_steps": request["drafts"],
@@ -52,14 +51,14 @@ def generate(engine, prompt: list[int], new_tokens: int, **options) -> dict:
 
 
 def answer(request: dict) -> dict:
-    engine = start(request)
     config = json.loads(Path(request["folder"], "config.json").read_text())
+    engine = start(request, config)
     said = [generate(engine, prompt, request["new_tokens"]) for prompt in request["prompts"]]
     found: dict = {"tokens": [one["output_ids"] for one in said]}
     if request["drafts"]:
-        steps = [one["meta_info"]["spec_verify_ct"] for one in said]
+        found["steps"] = sum(one["meta_info"]["spec_verify_ct"] for one in said)
+        # of each prompt the number of steps of which 0, 1, .. drafts stood
         stood = [one["meta_info"]["spec_correct_drafts_histogram"] for one in said]
-        found["steps"] = sum(steps)
         found["accepted"] = [
             sum(sum(counts[k + 1 :]) for counts in stood) for k in range(request["drafts"])
         ]
