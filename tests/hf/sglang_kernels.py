@@ -1,6 +1,6 @@
 """What SGLang's CPU path calls of its package sgl_kernel, in plain torch, for chains of drafts.
 
-The package for CPUs is on no index: it is built from SGLang's sources. `install` puts this module
+The package for CPUs is not on PyPI: it is built from SGLang's sources. `install` puts this module
 in its place, for this process, before sglang is imported; SGLang's own code is all the rest. The
 names, the order of the arguments and what is written where are those of its callers (0.5.23).
 """
