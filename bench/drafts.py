@@ -93,6 +93,7 @@ def load(options: argparse.Namespace) -> tuple[Any, list[list[int]], dict[str, A
         for size in options.vocab:
             ids = most_frequent(Path(options.run), run.config, size)
             settings[f"K={k}, N={size}"] = Settings(**drafting, draft_vocab=ids)
+        settings[f"K={k}, int8"] = Settings(**drafting, draft_dtype="int8")
     return run.model, prompts, settings
 
 
