@@ -60,8 +60,8 @@ test: $(STAMP)  ## run the test suite, but for what takes long
 test-slow: $(STAMP)  ## run what takes long: the wheel, launchers, Triton for other GPUs, measured memory
 	@$(IN_VENV) python -m pytest $(PYTEST_FLAGS) -m slow
 
-test-serve: $(STAMP)  ## run an export in vLLM, of the python that VLLM_PYTHON names
-	@$(IN_VENV) python -m pytest -s -m serve tests/hf/test_vllm.py
+test-serve: $(STAMP)  ## run an export in the engines that VLLM_PYTHON and SGLANG_PYTHON name
+	@$(IN_VENV) python -m pytest -s -m serve tests/hf/test_vllm.py tests/hf/test_sglang.py
 
 lint: $(STAMP)  ## check format, lint and types
 	@$(IN_VENV) ruff format --check .
