@@ -186,10 +186,12 @@ def make_variants(
     if model.depths:
         from dsv3_mtp.decode.draft import draft_limit
 
+        depths = [k for k in options.depths if draft_limit(model, k) == k]
+        variants |= {f"K={k}": ours(draft_depth=k) for k in depths}
         variants |= {
-            f"K={k}": ours(draft_depth=k) for k in options.depths if draft_limit(model, k) == k
+            f"K={k}, int8": ours(draft_depth=k, draft_dtype="int8") for k in depths if k == 1
         }
-        most = max((k for k in options.depths if draft_limit(model, k) == k), default=1)
+        most = max(depths, default=1)
         for p in options.thresholds:
             variants[f"K={most}, P={p:g}"] = ours(draft_depth=most, draft_threshold=p)
     if options.compile:

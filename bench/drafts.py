@@ -1,5 +1,5 @@
 """Time per token of drafting with a trained run, against plain decoding, for several batches: as it
-is, with a threshold, and with a draft vocabulary.
+is, in int8, with a threshold, and with a draft vocabulary.
 
     python bench/drafts.py --run runs/v3_tiny --thresholds 0.5 0.8 --vocab 256
 
@@ -88,6 +88,7 @@ def load(options: argparse.Namespace) -> tuple[Any, list[list[int]], dict[str, A
     for k in options.depths:
         drafting = plain | {"draft_depth": k}
         settings[f"K={k}"] = Settings(**drafting)
+        settings[f"K={k}, int8"] = Settings(**drafting, draft_dtype="int8")
         for p in options.thresholds:
             settings[f"K={k}, P={p:g}"] = Settings(**drafting, draft_threshold=p)
         for size in options.vocab:

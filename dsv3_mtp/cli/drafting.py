@@ -33,6 +33,8 @@ def add_draft_options(group: Any) -> None:
     add("--draft-threshold", type=share, metavar="P", help=f"{text} P (default: 0)")
     text = "of a run: draft among the N most frequent tokens of its training text (default: all)"
     add("--draft-vocab", type=number, metavar="N", help=text)
+    text = "on a CPU: read the weights that drafts alone need in int8 (default: the model's dtype)"
+    add("--draft-dtype", choices=("int8",), help=text)
 
 
 def draft_depth(options: argparse.Namespace, model: Any) -> int:
@@ -71,6 +73,8 @@ def draft_settings(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {"recycle": options.recycle} if options.recycle else {}
     if options.draft_threshold is not None:
         settings["draft_threshold"] = options.draft_threshold
+    if options.draft_dtype is not None:
+        settings["draft_dtype"] = options.draft_dtype
     if options.draft_vocab is not None:
         if options.run is None:
             raise ValueError(

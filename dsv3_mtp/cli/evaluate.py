@@ -31,7 +31,7 @@ from dsv3_mtp.cli.drafting import add_draft_options, draft_depth, draft_settings
 DEFAULTS = {"split": "val", "prompts": 8, "drafts": False}
 LOSSES_ONLY = (
     *("data", "split", "batches", "seq_len", "prompts", "new_tokens", "temperature", "drafts"),
-    *("draft_depth", "recycle", "draft_threshold", "draft_vocab"),
+    *("draft_depth", "recycle", "draft_threshold", "draft_vocab", "draft_dtype"),
 )
 TASKS_ONLY = ("lm_eval_include", "limit")
 
@@ -75,8 +75,8 @@ def check(options: argparse.Namespace) -> str | None:
         return f"--temperature {options.temperature}: must be in [0.001, 100]"
     if options.temperature is not None and not (options.prompts or options.drafts):
         return "--temperature: no effect with --prompts 0 and without --drafts"
-    for key in ("draft_depth", "recycle", "draft_threshold"):
-        drafts = options.drafts and key != "draft_threshold"
+    for key in ("draft_depth", "recycle", "draft_threshold", "draft_dtype"):
+        drafts = options.drafts and key in ("draft_depth", "recycle")
         if getattr(options, key) is not None and not (options.prompts or drafts):
             return f"--{key.replace('_', '-')}: no effect with --prompts 0"
     if options.draft_vocab is not None and not (options.prompts or options.drafts):
@@ -123,7 +123,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         trained, lost = readable_training(options.run, trust_code=options.trust_code)
     if options.drafts and not config.mtp.depths:
         raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
-    own = ("draft_depth", "recycle", "draft_threshold", "draft_vocab")
+    own = ("draft_depth", "recycle", "draft_threshold", "draft_vocab", "draft_dtype")
     if not config.mtp.depths and (given := [key for key in own if getattr(options, key)]):
         names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
         raise ValueError(f"{names}: the model has no MTP heads to draft with")

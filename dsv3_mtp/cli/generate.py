@@ -62,7 +62,7 @@ def _add_choice(group: Any) -> None:
 
 
 def check(options: argparse.Namespace) -> str | None:
-    own = ("draft_depth", "recycle", "draft_threshold", "draft_vocab", "show_drafts")
+    own = ("draft_depth", "recycle", "draft_threshold", "draft_vocab", "draft_dtype", "show_drafts")
     given = [key.replace("_", "-") for key in own if getattr(options, key) not in (None, False)]
     if not options.speculative and given:
         return f"{', '.join(f'--{name}' for name in given)}: only with --speculative"

@@ -26,11 +26,17 @@ class Decoder:
     """
 
     def __init__(
-        self, model: DeepseekV3MTP, *, compile_up_to: int = 0, draft_vocab: Sequence[int] = ()
+        self,
+        model: DeepseekV3MTP,
+        *,
+        compile_up_to: int = 0,
+        draft_vocab: Sequence[int] = (),
+        draft_int8: bool = False,
     ):
         """compile_up_to: windows of at most so many slots run compiled (torch.compile).
 
-        draft_vocab: the tokens that drafts are among; (): all.
+        draft_vocab: the tokens that drafts are among; (): all. draft_int8: where steps run in C,
+        the drafts' output head and decoder layers are read in int8.
         """
         self.model, self.compile_up_to = model, compile_up_to
         if compile_up_to:
@@ -49,8 +55,11 @@ class Decoder:
         self.draft_output = self.output if self.draft_ids is None else self.output[self.draft_ids]
         if self.by_c:
             self.linear = c_decode.Linear(self.output)
-            self.draft_linear = c_decode.Linear(self.draft_output)
+            self.draft_linear = c_decode.Linear(self.draft_output, draft_int8)
         self.heads: list[Any] = model.mtp.decode_forms(model) if model.depths else []
+        for form in self.heads if draft_int8 else ():
+            if isinstance(layers := getattr(form, "layer", None), Layers):
+                layers.read_int8()
 
     def whole_step(self, drafter: "Drafter | None") -> c_step.Step | None:
         """A step in one call of C, with what drafts or alone; None where it goes piece by piece."""
@@ -60,7 +69,7 @@ class Decoder:
         if drafter is not None and drafting is None:
             return None
         assert self.layers.layers.by_c is not None
-        return c_step.Step(self.layers.layers.by_c, self.output, drafting)
+        return c_step.Step(self.layers.layers.by_c, self.linear, drafting)
 
     def window(
         self,

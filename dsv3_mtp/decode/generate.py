@@ -19,7 +19,7 @@ from dsv3_mtp.decode.draft import Drafter, draft_limit, no_drafter
 from dsv3_mtp.decode.generation import Acceptance, Generation, Settings, Step
 from dsv3_mtp.decode.sample import DraftSampler, TokenSampler, agreeing, largest
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
-from dsv3_mtp.ops import c_decode
+from dsv3_mtp.ops import c, c_decode, choice
 from dsv3_mtp.ops.c_step import Rows
 
 
@@ -56,6 +56,11 @@ def stream(
         problems.append(
             f"recycle {settings.recycle} has no effect: {settings.draft_depth} drafts per step of "
             f"{model.mtp_config.mode} heads use no module twice"
+        )
+    if settings.draft_dtype and (settings.compile or choice.kernels(model.lm_head.weight) is not c):
+        problems.append(
+            f"draft_dtype {settings.draft_dtype} is for the C kernels, which decode float32 and "
+            "bfloat16 on a CPU and are not compiled by torch"
         )
     if problems:
         raise ValueError("; ".join(problems))
@@ -268,6 +273,7 @@ def _stream(model: DeepseekV3MTP, prompts: list[list[int]], settings: Settings) 
         model,
         compile_up_to=depth + 1 if settings.compile else 0,
         draft_vocab=settings.draft_vocab if depth else (),
+        draft_int8=bool(depth and settings.draft_dtype),
     )
     generator = torch.Generator(slots.device).manual_seed(settings.seed)
     sampler = TokenSampler(settings.temperature, settings.top_k, settings.top_p, generator)

@@ -23,6 +23,8 @@ class Settings:
     draft_threshold: float = 0.0
     recycle: str | None = None  # "last" (None) or "cycle": what drafts beyond the trained depths
     draft_vocab: tuple[int, ...] = ()  # the ids that drafts are drawn among; (): all
+    # "int8": the weights that drafts alone read, on a CPU; None: as the model has them
+    draft_dtype: str | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
@@ -39,6 +41,8 @@ class Settings:
             yield f"draft_depth must be >= 0 (got {self.draft_depth})"
         if self.recycle not in (None, *RECYCLE):
             yield f"recycle must be one of {', '.join(RECYCLE)} (got {self.recycle!r})"
+        if self.draft_dtype not in (None, "int8"):
+            yield f"draft_dtype must be int8, or None: the model's (got {self.draft_dtype!r})"
         if not 0 <= self.draft_threshold <= 1:
             yield f"draft_threshold must be in [0, 1] (got {self.draft_threshold})"
         if not (self.temperature == 0 or 1e-3 <= self.temperature <= 100):

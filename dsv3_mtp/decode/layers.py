@@ -291,6 +291,11 @@ class Layers:
             reads = c_decode.Reads(table, None if merge is None else merge.for_c())
             self.by_c = c_decode.Layers(parts, self.norm.gain, self.norm.floor.item(), reads)
 
+    def read_int8(self) -> None:
+        """From now on few slots are computed from int8 (ops/c_decode.py)."""
+        assert self.by_c is not None, "int8 is for what runs in C"
+        self.by_c = self.by_c.in_int8()
+
     def __call__(
         self,
         given: Tensor | None,

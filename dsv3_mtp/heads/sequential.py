@@ -253,7 +253,7 @@ class ChainDrafter(Drafter):
             return None
         layers = self.decoder.heads[0].layer.by_c
         normed = self.options.trunk_hidden == "post_norm"
-        return Drafting(layers, self.decoder.draft_output, self.decoder.draft_ids, normed)
+        return Drafting(layers, self.decoder.draft_linear, self.decoder.draft_ids, normed)
 
     def source(self, states: TrunkStates) -> Tensor:
         return states.post_norm if self.options.trunk_hidden == "post_norm" else states.pre_norm

@@ -22,6 +22,7 @@ from dsv3_mtp.files.run_folder import (
     tokenizer_of,
 )
 from dsv3_mtp.files.tensorfile import Entry
+from dsv3_mtp.hf.beside import copy_beside
 from dsv3_mtp.hf.card import Made, write_card
 from dsv3_mtp.hf.files import SHARD_BYTES, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, report, slots, summarise
@@ -35,10 +36,6 @@ from dsv3_mtp.precision.quantise import BLOCK, quantise, scale_shape
 from dsv3_mtp.precision.stored import SCALE, StoredMatrices
 
 Read = Callable[[Slot], Tensor]
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("chat_template.jinja", "generation_config.json"),
-)
 
 
 def export_hf(
@@ -242,9 +239,7 @@ def _untrained(config: Config, modules: int, progress: float) -> Iterator[str]:
 def _copy_tokenizer(run: Path, config: Config, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Puts the tokenizer into `folder`; returns bos, eos and pad ids, and notes."""
     imported = run / IMPORTED
-    for name in TOKENIZER_FILES:
-        if (imported / name).is_file():
-            shutil.copyfile(imported / name, folder / name)
+    copy_beside(imported, folder)
     if (imported / "config.json").is_file():
         content = read_json(imported / "config.json", dict[str, Any], "import the run again")
         return {key: content[key] for key in SPECIAL_IDS if key in content}, []

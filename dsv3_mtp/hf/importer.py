@@ -4,7 +4,6 @@ RUN/config.yaml   the checkpoint's architecture, and `train.init_from: RUN/weigh
 RUN/weights/      the same layout, FP8 dequantised, with config.json and tokenizer
 """
 
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import sqrt
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from dsv3_mtp.config import Config, ConfigError, ModelConfig, MTPConfig, load_config
 from dsv3_mtp.config.tree import dump_tree, read_tree
-from dsv3_mtp.files.atomic import inside
 from dsv3_mtp.files.run_folder import IMPORTED
 from dsv3_mtp.files.tensorfile import Entry
-from dsv3_mtp.hf.export import TOKENIZER_FILES, new_folder
+from dsv3_mtp.hf.beside import check_beside, copy_beside
+from dsv3_mtp.hf.export import new_folder
 from dsv3_mtp.hf.files import SHARD_BYTES, Checkpoint, write_checkpoint
 from dsv3_mtp.hf.keys import Slot, slots
 from dsv3_mtp.hf.load import fit, is_finite, open_checkpoint, read_slot, require_same
@@ -77,12 +76,13 @@ def import_hf(
 
     Raises:
         ValueError: `out` exists; the checkpoint is damaged, incomplete or of another architecture;
-            tensors are not finite; the config has problems. All reasons of a kind at once, and
-            nothing is written.
+            a file beside it is damaged; tensors are not finite; the config has problems. All
+            reasons of a kind at once, and nothing is written.
     """
     source, out = Path(source), Path(out)
     checkpoint, settings, stored = open_checkpoint(source, trunk_only=trunk_only)
     require_same(checkpoint)
+    check_beside(source)
     if frozen and dtype is not None:
         raise ValueError("--frozen leaves the weights where and as they are; drop --dtype")
     modules = 0 if trunk_only else settings.modules
@@ -121,13 +121,7 @@ def _write_weights(
     """Copies tokenizer, trunk and `modules` MTP modules, in types of `keep`. Returns notes."""
     folder.mkdir()
     source = checkpoint.folder
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            if not inside(source / name, source):
-                raise ValueError(
-                    f"{source / name}: is a link out of the folder; put the file there"
-                )
-            shutil.copyfile(source / name, folder / name)
+    copy_beside(source, folder)
     reader = _Reader(checkpoint, settings, stored, keep)
     expected = list(slots(settings.model, modules))
     entries = [Entry(slot.name, keep[slot.key], slot.shape) for slot in expected]

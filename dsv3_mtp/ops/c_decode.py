@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.ops.c import check
-from dsv3_mtp.ops.c_layer import MLP, Attention, Struct, struct
+from dsv3_mtp.ops.c_layer import MLP, Attention, Matrix, Struct, Weight, struct
 from dsv3_mtp.ops.c_library import call, function
 
 # Up to here C is used. At 64 rows it took 0.4 to 0.7 of torch's time (models of 2M and 12M).
@@ -31,7 +31,9 @@ class _Stack(ctypes.Structure):
     """`stack` of decode.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("table", "merge", "floors", "gain", "layers")),
+        ("table", ctypes.c_void_p),
+        ("merge", Matrix),
+        *((name, ctypes.c_void_p) for name in ("floors", "gain", "layers")),
         *((name, ctypes.c_int64) for name in ("vocab", "parts", "count")),
         ("norm_floor", ctypes.c_float),
     ]
@@ -59,7 +61,7 @@ class Reads:
             check("floors", floors, (parts,), torch.float32)
             if parts != 1 + (self.table is not None):
                 raise ValueError(f"merge: {parts} parts, of given states and perhaps tokens")
-            found |= {"merge": weight.data_ptr(), "floors": floors.data_ptr(), "parts": parts}
+            found |= {"floors": floors.data_ptr(), "parts": parts}
         return found
 
 
@@ -76,12 +78,17 @@ class Layers:
         gain: Tensor,
         floor: float,
         reads: Reads | None = None,
+        int8: bool = False,
     ):
-        """gain: (C,) float32: the norm is x / |(x, floor)| * gain."""
+        """gain: (C,) float32: the norm is x / |(x, floor)| * gain. int8: the products' weights are
+        read as int8 with a scale for each row, and so is what they are multiplied with.
+        """
         self.reads = reads or Reads()
-        self.kept = layers, gain  # C has their addresses
         self.dtype = layers[0][0].down.dtype
-        self.structs = (Struct * len(layers))(*(struct(*layer, self.dtype) for layer in layers))
+        structs, weights = zip(*(struct(*x, self.dtype, int8) for x in layers), strict=True)
+        merge = Weight(None if self.reads.merge is None else self.reads.merge[0], int8)
+        self.kept = layers, gain, weights, merge  # C has their addresses
+        self.structs = (Struct * len(layers))(*structs)
         first = self.structs[0]
         self.hidden, self.rope, self.entry = first.hidden, first.rope, first.rank + first.rope
         check("gain", gain, (self.hidden,), torch.float32)
@@ -92,6 +99,7 @@ class Layers:
             raise ValueError("layers: must be of one hidden size, rope and rank")
         pointers = self.reads.pointers(self.hidden, self.dtype)
         self.stack = _Stack(
+            merge=merge.c,
             gain=gain.data_ptr(),
             norm_floor=floor,
             layers=ctypes.addressof(self.structs),
@@ -101,6 +109,11 @@ class Layers:
         self.address, self.run = ctypes.addressof(self.stack), function("decode_layers", self.dtype)
         self.merges, self.takes_tokens = self.reads.merge is not None, "table" in pointers
         self.known: tuple[list[int], Any, Any] = [], None, None
+
+    def in_int8(self) -> "Layers":
+        """The same layers, which read less and compute less exactly."""
+        layers, gain, _, _ = self.kept
+        return Layers(layers, gain, self.stack.norm_floor, self.reads, int8=True)
 
     def __call__(
         self,
@@ -189,18 +202,18 @@ class Layers:
 class Linear:
     """x: (N, C) -> x @ weight^T (N, O)."""
 
-    def __init__(self, weight: Tensor):
-        """weight: (O, C)."""
-        self.outputs, self.width = weight.shape
-        check("weight", weight, (self.outputs, self.width), weight.dtype)
-        self.weight, self.run = weight, function("decode_linear", weight.dtype)
+    def __init__(self, weight: Tensor, int8: bool = False):
+        """weight: (O, C); int8: as in `Layers`."""
+        self.shape, self.dtype = weight.shape, weight.dtype
+        check("weight", weight, self.shape, self.dtype)
+        self.weight, self.run = Weight(weight, int8), function("decode_linear", self.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.shape[0]
-        check("x", x, (rows, self.width), self.weight.dtype)
-        y = torch.empty(rows, self.outputs, dtype=x.dtype)
-        out = self.weight.data_ptr(), y.data_ptr(), rows, self.width, self.outputs
-        self.run(x.data_ptr(), *out)
+        rows, (outputs, width) = x.shape[0], self.shape
+        check("x", x, (rows, width), self.dtype)
+        y = torch.empty(rows, outputs, dtype=x.dtype)
+        weight = ctypes.byref(self.weight.c)
+        self.run(x.data_ptr(), weight, y.data_ptr(), rows, width, outputs)
         return y
 
 

@@ -9,6 +9,35 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.ops.c import check
+from dsv3_mtp.ops.c_library import call
+
+
+class Matrix(ctypes.Structure):
+    """`matrix` of decode.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("at", "scale", "shift")]
+
+
+class Weight:
+    """A weight (O, C), or several (.., O, C), as C reads it: as it is, or in int8 with a scale for
+    each output.
+    """
+
+    def __init__(self, weight: Tensor | None, int8: bool = False):
+        self.kept = () if weight is None else codes(weight) if int8 else (weight,)
+        self.c = Matrix(*(x.data_ptr() for x in self.kept))
+
+
+def codes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(.., O, C) -> codes, scale and shift as csrc/codes.h arranges them."""
+    (outputs, width), (block, deep) = weight.shape[-2:], (16, 4)
+    several = weight.reshape(-1, outputs, width)
+    outputs, width = (-(-x // to) * to for x, to in ((outputs, block), (width, deep)))
+    written = torch.empty(len(several), outputs * width, dtype=torch.int8)
+    scale, shift = torch.empty(2, len(several), outputs)
+    for one, *to in zip(several, written, scale, shift, strict=True):
+        call("decode_codes", weight.dtype, one, *one.shape, *to)
+    return written, scale, shift
 
 
 @dataclass(frozen=True)
@@ -107,7 +136,8 @@ class MLP:
 
 
 _COMMON = "common_gate", "common_up", "common_down"
-_POINTERS = "down", "up", "w_uk", "w_uv", "out", "gain", "bias", "router", "gate_up", "expert_down"
+_MATRICES = "down", "up", "out", "gate_up", "expert_down", *_COMMON
+_POINTERS = "w_uk", "w_uv", "router", "gain", "bias"
 _SIZES = (
     *("hidden", "q_rank", "rank", "rope", "heads", "nope", "value"),
     *("experts", "width", "common_width", "groups", "topk_group", "top_k", "normalise"),
@@ -116,21 +146,25 @@ _FLOATS = "floor", "q_floor", "kv_floor", "mlp_floor", "scaling"
 
 
 class Struct(ctypes.Structure):
-    """`layer` of decode.c."""
+    """`layer` of decode.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_POINTERS, *_COMMON)),
+        *((name, Matrix) for name in _MATRICES),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _SIZES),
         *((name, ctypes.c_float) for name in _FLOATS),
     ]
 
 
-def struct(attention: Attention, mlp: MLP, dtype: torch.dtype) -> Struct:
+def struct(
+    attention: Attention, mlp: MLP, dtype: torch.dtype, int8: bool
+) -> tuple[Struct, list[Weight]]:
+    """The layer, and what its matrices lie in. int8: all but the router's and the heads' own."""
     sizes = attention.sizes(dtype) | mlp.sizes(dtype)
     if len(mlp.gain) != sizes["hidden"]:
         raise ValueError(f"gain: has {len(mlp.gain)} elements, the layer {sizes['hidden']}")
-    names = "down", "up", "w_uk", "w_uv", "out"
-    tensors = {name: getattr(attention, name) for name in names} | {"gain": mlp.gain}
+    tensors = {name: getattr(attention, name) for name in ("down", "up", "w_uk", "w_uv", "out")}
+    tensors["gain"] = mlp.gain
     floats = dict(zip(("floor", "q_floor", "kv_floor"), attention.floors, strict=True))
     floats["mlp_floor"] = mlp.floor
     if mlp.common is not None:
@@ -138,5 +172,10 @@ def struct(attention: Attention, mlp: MLP, dtype: torch.dtype) -> Struct:
     if (router := mlp.router) is not None:
         tensors |= {name: getattr(router, name) for name in ("bias", "router", "gate_up")}
         tensors["expert_down"], floats["scaling"] = router.down, router.scaling
-    pointers = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
-    return Struct(**pointers, **sizes, **floats)
+    if router is not None:  # gate and up are two matrices
+        tensors["gate_up"] = router.gate_up.unflatten(1, (2, -1))
+    weights = {name: Weight(tensors.get(name), int8) for name in _MATRICES}
+    found = ((name, tensors.get(name)) for name in _POINTERS)
+    pointers = {name: None if x is None else x.data_ptr() for name, x in found}
+    matrices = {name: weight.c for name, weight in weights.items()}
+    return Struct(**matrices, **pointers, **sizes, **floats), list(weights.values())

@@ -41,6 +41,7 @@ _SIGNATURES = {
     "dequantise": "pppiii",
     "decode_layers": "ppippppppiiipi",
     "decode_linear": "pppiii",
+    "decode_codes": "piippp",
     "decode_largest": "ppii",
     "decode_step": "ppifppp",
 }

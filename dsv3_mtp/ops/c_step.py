@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.ops.c import check
-from dsv3_mtp.ops.c_decode import Layers
+from dsv3_mtp.ops.c_decode import Layers, Linear
+from dsv3_mtp.ops.c_layer import Matrix
 from dsv3_mtp.ops.c_library import function
 
 
@@ -23,7 +24,9 @@ class _Model(ctypes.Structure):
     """`model` of step.c."""
 
     _fields_ = [
-        *((n, ctypes.c_void_p) for n in ("trunk", "module", "output", "draft_output", "draft_ids")),
+        *((name, ctypes.c_void_p) for name in ("trunk", "module")),
+        *((name, Matrix) for name in ("output", "draft_output")),
+        ("draft_ids", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("vocab", "among", "normed")),
     ]
 
@@ -43,7 +46,7 @@ class Drafting:
     """The module that drafts: each draft after the first reads its own state of the one before."""
 
     module: Layers
-    output: Tensor  # (N, C), of the tokens that can be drafted
+    output: Linear  # (N, C), of the tokens that can be drafted
     ids: Tensor | None  # (N,) which these are; None: all
     normed: bool  # it reads states behind the norm, the trunk's and its own
 
@@ -87,18 +90,18 @@ class Rows:
 class Step:
     """What a batch says next."""
 
-    def __init__(self, trunk: Layers, output: Tensor, drafting: Drafting | None = None):
+    def __init__(self, trunk: Layers, output: Linear, drafting: Drafting | None = None):
         """output: (V, C)."""
         self.trunk, self.dtype, self.module = trunk, trunk.dtype, None
-        (vocab, hidden), self.kept = output.shape, (output, drafting)
-        check("output", output, (vocab, trunk.hidden), self.dtype)
-        self.model = _Model(trunk=trunk.address, output=output.data_ptr(), vocab=vocab)
+        vocab, self.kept = output.shape[0], (output, drafting)
+        self._check("output", output, vocab)
+        self.model = _Model(trunk=trunk.address, output=output.weight.c, vocab=vocab)
         if drafting is not None:
             self.module, ids = drafting.module, drafting.ids
             among = vocab if ids is None else len(ids)
-            check("draft output", drafting.output, (among, hidden), self.dtype)
+            self._check("draft output", drafting.output, among)
             self.model.module = self.module.address
-            self.model.draft_output, self.model.among = drafting.output.data_ptr(), among
+            self.model.draft_output, self.model.among = drafting.output.weight.c, among
             self.model.normed = drafting.normed
             if ids is not None:
                 check("draft ids", ids, (among,), torch.int64)
@@ -107,6 +110,11 @@ class Step:
                     raise ValueError(f"draft ids: must be in 0..{vocab - 1}")
                 self.model.draft_ids = ids.data_ptr()
         self.address, self.run = ctypes.addressof(self.model), function("decode_step", self.dtype)
+
+    def _check(self, name: str, output: Linear, count: int) -> None:
+        expected = (count, self.trunk.hidden), self.dtype
+        if (tuple(output.shape), output.dtype) != expected:
+            raise ValueError(f"{name}: must be {expected} (got {output.shape}, {output.dtype})")
 
     def __call__(
         self,

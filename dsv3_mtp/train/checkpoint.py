@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 import torch.distributed as dist
@@ -80,6 +80,7 @@ class SavedState(Reached):
     sampler: SamplerState
     clock: Seconds
     layout: str
+    clipped: NotRequired[dict[str, tuple[int, int]]]
 
 
 def save(

@@ -36,6 +36,23 @@ def norm_metrics(config: Config, norm: float, sides: Mapping[str, float]) -> dic
     return record
 
 
+class Clipped:
+    """In which share of the steps since the last line the gradient was clipped."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, tuple[int, int]] = {}  # of each key: steps that were, and all
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        for key in (key for key in record if key.startswith("optim/clipped")):
+            was, steps = self.counts.get(key, (0, 0))
+            self.counts[key] = was + bool(record[key]), steps + 1
+
+    def take(self) -> dict[str, float]:
+        shares = {key: was / steps for key, (was, steps) in self.counts.items()}
+        self.counts = {}
+        return shares
+
+
 def schedule_metrics(config: Config, step: ScheduledStep) -> dict[str, float]:
     """What the schedules gave to the step."""
     record: dict[str, float] = {}

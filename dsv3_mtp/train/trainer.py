@@ -34,6 +34,7 @@ from dsv3_mtp.train.gradients import gradient_angle
 from dsv3_mtp.train.optim import build_optimizer
 from dsv3_mtp.train.profile import StepProfile, require_within
 from dsv3_mtp.train.record import (
+    Clipped,
     NonFiniteError,
     non_finite,
     norm_metrics,
@@ -107,7 +108,7 @@ class Trainer:
         self.monitors: list[Monitor] = []
         self.table: dict[str, float] = {}  # of the last validation
         self.lambda_state = schedules.first_state(config.mtp)
-        self.clock = Clock()
+        self.clock, self.clipped = Clock(), Clipped()
         if latest and saved:
             self.notes += self.resume(latest, saved)
         path = self.folder / "metrics.jsonl"
@@ -251,6 +252,7 @@ class Trainer:
         logged = self.is_logged(self.step + 1, step.tokens)
         norm, sides = self.engine.step(step.lr, sides=logged)
         record |= norm_metrics(config, norm, sides)
+        self.clipped.add(record)
         self.require_finite(record)
         self.model.update_router_bias(load, step.bias_speed)
         if self.average is not None:
@@ -295,7 +297,7 @@ class Trainer:
     def report(self, record: dict[str, Any]) -> None:
         """Progress line, metrics.jsonl, monitor."""
         speed = self.clock.lap(self.tokens)
-        record = self.stamp() | record
+        record = self.stamp() | record | self.clipped.take()
         record |= speed_metrics(speed, self.size.flops_per_token, self.world)
         self.display.train(record, eta_s=self.eta())
         self.write(record)
@@ -345,7 +347,7 @@ class Trainer:
         state = {"step": self.step, "tokens": self.tokens, "config": self.config.to_dict()}
         state |= {"sampler": self.sampler.state_dict(), "clock": self.clock.state_dict()}
         state |= {"layout": describe(self.config, self.world.size)}
-        state |= {"loss_weight": self.lambda_state}
+        state |= {"loss_weight": self.lambda_state, "clipped": self.clipped.counts}
         on_main(self.world, self.log.sync)
         root = self.folder / "checkpoints"
         keep = self.config.checkpoint.keep
@@ -362,6 +364,7 @@ class Trainer:
         notes += checkpoint.load(self.engine, folder, moments=moments, average=self.average)
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.clock.load_state_dict({"seconds": saved["clock"]["seconds"]})
+        self.clipped.counts = dict(saved.get("clipped", {}))  # a checkpoint of before has none
         self.lambda_state, more = resumed_lambda(self.config, saved, self.lambda_state)
         return [first, *notes, *more]
 

@@ -227,6 +227,8 @@ GENERATES = [
             ("--speculative --draft-threshold 2", "--draft-threshold: 2: must be in"),
             ("--speculative --draft-threshold nan", "--draft-threshold: nan: must be in"),
             ("--speculative --draft-vocab 0", "--draft-vocab: 0: must be at least 1"),
+            ("--speculative --draft-dtype fp8", "--draft-dtype: invalid choice: 'fp8'"),
+            ("--draft-dtype int8", "--draft-dtype: only with --speculative"),
             ("--speculative --draft-vocab 1000000", "--draft-vocab 1000000: "),
             ("--speculative --draft-depth 0", "--draft-depth: 0: must be at least 1"),
             ("--speculative --draft-depth 1000000", "draft.depth.*1,?000,?000"),

@@ -32,7 +32,8 @@ def run(make_tiny_config, tmp_path) -> str:
 def test_each_variant_has_a_row_with_its_own_tokens_per_step(run, monkeypatch, capsys):
     assert bench(monkeypatch, f"--run={run}", "--batches", "1", "2", "--vocab=16") == 0
     rows = capsys.readouterr().out.splitlines()
-    names = ["plain", "K=1", "K=1, P=0.5", "K=1, N=16", "K=2", "K=2, P=0.5", "K=2, N=16"]
+    kinds = ["", ", int8", ", P=0.5", ", N=16"]
+    names = ["plain", *(f"K={k}{kind}" for k in (1, 2) for kind in kinds)]
     assert len(rows) == 2 * len(names)
     for row, name in zip(rows, 2 * names, strict=True):
         assert f"rows  {name} " in row

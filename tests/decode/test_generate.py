@@ -219,6 +219,12 @@ def test_acceptance_counts_by_hand():
         ([[1]], {"draft_depth": 1, "recycle": "cycle"}, "recycle cycle has no effect: 1 drafts"),
         ([[1]], {"draft_threshold": 1.5}, "draft_threshold must be in [0, 1] (got 1.5)"),
         ([[1]], {"draft_vocab": (3, 64)}, "ids outside the vocabulary of 64: [64]"),
+        ([[1]], {"draft_depth": 1, "draft_dtype": "fp4"}, "draft_dtype must be int8, or None"),
+        (
+            [[1]],
+            {"draft_depth": 1, "draft_dtype": "int8", "compile": True},
+            "draft_dtype int8 is for the C kernels",
+        ),
         ([[1]], {"temperature": float("nan")}, "temperature must be 0"),
         ([[1]], {"seed": 2**63}, "seed must be >= 0 and < 2^63"),
         ([[1]], {"top_k": 3}, "no effect at temperature 0"),
@@ -232,6 +238,12 @@ def test_bad_requests_are_refused_before_any_work(make_model, prompts, use, mess
     with pytest.raises(ValueError) as error:
         stream(make_model(), prompts, Settings(**use))
     assert message in str(error.value)
+
+
+def test_drafts_in_int8_need_the_c_kernels(make_model):
+    model = copy.deepcopy(make_model("sequential")).double()
+    with pytest.raises(ValueError, match="draft_dtype int8 is for the C kernels"):
+        stream(model, [[1]], Settings(draft_depth=1, draft_dtype="int8"))
 
 
 def test_speculation_needs_heads(make_tiny_config):

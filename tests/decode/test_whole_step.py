@@ -40,6 +40,7 @@ def test_tokens_drafts_and_acceptance_are_those_of_the_pieces(
     settings = [Settings(20, draft_depth=k) for k in (0, 1, 3)]
     settings.append(Settings(20, draft_depth=2, draft_vocab=tuple(range(0, 64, 2))))
     settings.append(Settings(20, draft_depth=1, stop_tokens=(41,)))
+    settings.append(Settings(20, draft_depth=3, draft_dtype="int8"))
     for _ in range(2):
         for use in settings:
             for prompts in (PROMPTS[:1], PROMPTS):
@@ -53,17 +54,21 @@ def test_tokens_drafts_and_acceptance_are_those_of_the_pieces(
     assert any(0 < kept.joint[0] < 1 for _, kept in found[2:half])
 
 
-@pytest.mark.parametrize("vocab", [(), tuple(range(0, 64, 3))], ids=["all", "draft_vocab"])
+DRAFTS = {"all": {}, "draft_vocab": {"draft_vocab": tuple(range(0, 64, 3))}}
+DRAFTS["int8"] = {"draft_dtype": "int8"}
+
+
+@pytest.mark.parametrize("how", DRAFTS.values(), ids=DRAFTS)
 def test_samples_have_the_plain_distribution_and_drafts_stand_as_often_as_in_pieces(
-    make_model, compiled, monkeypatch, vocab
+    make_model, compiled, monkeypatch, how
 ):
     calls, model = steps_in_c(monkeypatch), make_model("one_module", trained=True)
     monkeypatch.setattr(c_decode, "ROWS", 10**4)  # else so many rows go piece by piece
-    whole = check_distribution(model, {"draft_vocab": vocab})
+    whole = check_distribution(model, how)
     assert set(calls) >= {2} and len(calls) >= 2
     del calls[:]
     monkeypatch.setattr(Decoder, "whole_step", lambda self, drafter: None)
-    pieces = check_distribution(model, {"draft_vocab": vocab})
+    pieces = check_distribution(model, how)
     assert not calls
     # standard error 0.02 and less
     assert whole.joint == pytest.approx(pieces.joint, abs=0.06)

@@ -83,6 +83,27 @@ def test_a_longer_run_says_that_its_rate_is_warmed_again_and_each_start_keeps_it
     assert starts[1]["config"] == longer.to_dict()
 
 
+def test_a_line_has_the_share_of_clipped_steps_since_the_line_before_also_after_a_resume(tmp_path):
+    data = write_markov(tmp_path / "markov", tokens=3000, documents=40)
+    own = {"optim.grad_clip": 0.8, "mtp.detach": "all", "checkpoint.every": 5, "eval.every": 0}
+
+    def shares(name: str, every: int, steps: int = 10) -> dict[int, list[float]]:
+        keys = {"run.name": name, "run.dir": str(tmp_path), "log.every": every}
+        length = {"train.total_tokens": steps * 4 * 16}
+        assert run_ranks(train_to_end, make(data, own | keys | length), log=tmp_path / name) == [0]
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        sides = [f"optim/clipped/{side}" for side in ("trunk", "mtp")]
+        return {x["step"]: [x[key] for key in sides] for x in lines if sides[0] in x}
+
+    each, some = shares("each", 1), shares("some", 4)
+    assert list(some) == [1, 4, 8, 10] and 0 < sum(sum(flags) for flags in each.values()) < 20
+    for first, last in ((2, 4), (5, 8), (9, 10)):
+        flags = [each[step] for step in range(first, last + 1)]
+        assert some[last] == pytest.approx([sum(x) / len(flags) for x in zip(*flags, strict=True)])
+    shutil.rmtree(tmp_path / "some/checkpoints/global_step10")  # it goes on at 5, between two lines
+    assert shares("some", 4) == some
+
+
 class Rank0Log(MetricsLog):
     def __init__(self, path):
         assert os.environ["RANK"] == "0", "another rank opens metrics.jsonl, which writes it anew"

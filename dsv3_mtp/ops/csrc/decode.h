@@ -1,13 +1,20 @@
 // The steps of decoding: layers (decode.c), and a whole step that drafts and verifies (step.c). c_layer.py and c_decode.py
 // fill the structures.
 #include "kernels.h"
+#include "room.h"
+
+// A weight (outputs, width), or several one behind the other. In `real` numbers; or, with a scale, in int8 (codes.h).
+typedef struct {
+    const void *at;
+    const float *scale, *shift;
+} matrix;
 
 // A decoder layer; c_layer.py says what it is. Where there are no experts, or nothing beside them, their sizes
 // are 0.
 typedef struct {
-    const real *down, *up, *w_uk, *w_uv, *out;  // attention
+    matrix down, up, out, gate_up, expert_down, common_gate, common_up, common_down;
+    const real *w_uk, *w_uv, *router;
     const float *gain, *bias;
-    const real *router, *gate_up, *expert_down, *common_gate, *common_up, *common_down;
     i64 hidden, q_rank, rank, rope, heads, nope, value;
     i64 experts, width, common_width, groups, topk_group, top_k, normalise;
     float floor, q_floor, kv_floor, mlp_floor, scaling;
@@ -15,7 +22,8 @@ typedef struct {
 
 // Decoder layers, one after the other, what the first one reads, and the norm behind the last one.
 typedef struct {
-    const real *table, *merge;  // (vocab, hidden); (hidden, parts * hidden), or nothing is merged
+    const real *table;  // (vocab, hidden)
+    matrix merge;       // (hidden, parts * hidden), or nothing is merged
     const float *floors, *gain;
     const layer *layers;
     i64 vocab, parts, count;
@@ -31,7 +39,7 @@ i64 decode_layers(const stack *s, const i64 *ids, i64 ids_stride, const real *gi
                   const i64 *asked_for, i64 asked_count);
 
 // y (rows, outputs) = x @ w^T.
-void decode_linear(const real *x, const real *w, real *y, i64 rows, i64 width, i64 outputs);
+void decode_linear(const real *x, const matrix *w, real *y, i64 rows, i64 width, i64 outputs);
 
 // y (rows): where the largest of x (rows, width) is, the first of them.
 void decode_largest(const real *x, i64 *y, i64 rows, i64 width);

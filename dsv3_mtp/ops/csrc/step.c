@@ -1,8 +1,6 @@
 // One step of decoding in one call: drafts of a module, one forward of the trunk on the last known token and the drafts,
 // which of them stand, and the token behind them. Between two calls of C the weights have driven everything else from the
 // caches, and what Python does then takes several times as long as in a loop of its own.
-#include <stdlib.h>
-
 #include "decode.h"
 
 enum { BLOCK = 64 };  // probabilities that are added up at a time
@@ -10,7 +8,7 @@ enum { BLOCK = 64 };  // probabilities that are added up at a time
 // c_step.py says what these are.
 typedef struct {
     const stack *trunk, *module;        // no module: nothing is drafted
-    const real *output, *draft_output;  // (vocab, hidden), (among, hidden)
+    matrix output, draft_output;        // (vocab, hidden), (among, hidden)
     const i64 *draft_ids;               // the tokens of draft_output; NULL: all
     i64 vocab, among, normed;
 } model;
@@ -21,8 +19,6 @@ typedef struct {
     const float *angles;
     i64 batch, ids_stride, ring_width, slots;
 } batch;
-
-static void *room_for(i64 count, size_t size) { return malloc((count + LANES) * size); }
 
 // p (width) = softmax(logits / temperature). Behind it there is room for a vector.
 static void probabilities(const real *logits, i64 width, float temperature, float *p) {
@@ -92,9 +88,10 @@ static i64 draft(const model *m, batch *rows, i64 k, float temperature, const do
     i64 hidden = m->trunk->layers->hidden, length = 1, wrong, count = rows->batch;
     for (i64 b = 0; b < count && !k; b++)  // the slots whose tokens became known
         length = rows->last[b] - rows->filled[b] > length ? rows->last[b] - rows->filled[b] : length;
-    i64 *first = calloc(count * (length + 2), sizeof(i64)), *asked = first + count, *tokens = asked + count;
-    real *given = room_for(count * length * hidden, sizeof(real)), *logits = room_for(count * m->among, sizeof(real));
-    real *states = room_for(count * length * hidden, sizeof(real)), *chained = state + m->normed * count * hidden;
+    mark before = here();
+    i64 *first = take(count * (length + 2), sizeof(i64)), *asked = first + count, *tokens = asked + count;
+    real *given = take(count * length * hidden, sizeof(real)), *logits = take(count * m->among, sizeof(real));
+    real *states = take(count * length * hidden, sizeof(real)), *chained = state + m->normed * count * hidden;
     for (i64 b = 0; b < count; b++) {
         first[b] = k ? rows->last[b] - 1 + k : rows->filled[b];
         asked[b] = b * length + (k ? 0 : rows->last[b] - rows->filled[b] - 1);
@@ -107,7 +104,7 @@ static i64 draft(const model *m, batch *rows, i64 k, float temperature, const do
     }
     wrong = decode_layers(m->module, m->module->table ? tokens : NULL, length, given, states, state, rows->module_caches,
                           rows->angles, first, count, length, rows->slots, asked, count);
-    if (!wrong) decode_linear(state + count * hidden, m->draft_output, logits, count, hidden, m->among);
+    if (!wrong) decode_linear(state + count * hidden, &m->draft_output, logits, count, hidden, m->among);
     for (i64 b = 0; b < count && !wrong; b++) {
         i64 at = draw(logits + b * m->among, m->among, temperature, coins ? coins[b * coins_stride] : 0, q + b * q_stride);
         wrong = at < 0 ? -1 : 0, drawn[b * drawn_stride] = at;
@@ -115,16 +112,17 @@ static i64 draft(const model *m, batch *rows, i64 k, float temperature, const do
         rows->ids[b * rows->ids_stride + rows->last[b] + 1 + k] = m->draft_ids ? m->draft_ids[at] : at;
         if (!k) rows->filled[b] = rows->last[b] > rows->filled[b] ? rows->last[b] : rows->filled[b];
     }
-    free(first), free(given), free(logits), free(states);
+    give_back(before);
     return wrong;
 }
 
 // The trunk on the last known token and the drafts. logits: (batch, length, vocab).
 static i64 forward(const model *m, batch *rows, i64 length, real *logits) {
     i64 hidden = m->trunk->layers->hidden, count = rows->batch * length;
-    i64 *tokens = calloc(2 * count, sizeof(i64)), *asked = tokens + count;
-    real *states = room_for(m->trunk->count * count * hidden, sizeof(real));
-    real *out = room_for(2 * count * hidden, sizeof(real)), *normed = out + count * hidden;
+    mark before = here();
+    i64 *tokens = take(2 * count, sizeof(i64)), *asked = tokens + count;
+    real *states = take(m->trunk->count * count * hidden, sizeof(real));
+    real *out = take(2 * count * hidden, sizeof(real)), *normed = out + count * hidden;
     for (i64 n = 0; n < count; n++)
         tokens[n] = rows->ids[n / length * rows->ids_stride + rows->last[n / length] + n % length], asked[n] = n;
     i64 wrong = decode_layers(m->trunk, tokens, length, NULL, states, out, rows->caches, rows->angles, rows->last,
@@ -134,8 +132,8 @@ static i64 forward(const model *m, batch *rows, i64 length, real *logits) {
         memcpy(rows->ring + (row * rows->ring_width + slot % rows->ring_width) * hidden,
                (m->normed ? normed : out) + n * hidden, hidden * sizeof(real));
     }
-    if (!wrong) decode_linear(normed, m->output, logits, count, hidden, m->vocab);
-    free(tokens), free(states), free(out);
+    if (!wrong) decode_linear(normed, &m->output, logits, count, hidden, m->vocab);
+    give_back(before);
     return wrong;
 }
 
@@ -188,11 +186,12 @@ i64 decode_step(const model *m, batch *rows, i64 count, float temperature, const
                 i64 *tokens) {
     if (!fits(rows, count)) return -2;
     i64 q_stride = m->among + LANES, each = 2 * count + 1, wrong = 0, length = count + 1;
-    float *q = room_for(temperature == 0 ? 0 : rows->batch * count * q_stride, sizeof(float));
-    float *p = room_for(m->vocab, sizeof(float));
-    i64 *drawn = calloc(rows->batch * count + 1, sizeof(i64));
-    real *state = room_for(2 * rows->batch * m->trunk->layers->hidden, sizeof(real));
-    real *logits = room_for(rows->batch * length * m->vocab, sizeof(real));
+    mark before = here();
+    float *q = take(temperature == 0 ? 0 : rows->batch * count * q_stride, sizeof(float));
+    float *p = take(m->vocab, sizeof(float));
+    i64 *drawn = take(rows->batch * count + 1, sizeof(i64));
+    real *state = take(2 * rows->batch * m->trunk->layers->hidden, sizeof(real));
+    real *logits = take(rows->batch * length * m->vocab, sizeof(real));
     for (i64 k = 0; k < count && !wrong; k++)
         wrong = draft(m, rows, k, temperature, coins ? coins + k : NULL, each, state, temperature == 0 ? q : q + k * q_stride,
                       temperature == 0 ? 0 : count * q_stride, drawn + k, count);
@@ -206,6 +205,6 @@ i64 decode_step(const model *m, batch *rows, i64 count, float temperature, const
         known[accepted[b]] = next;
         memcpy(tokens + b * length, known, (accepted[b] + 1) * sizeof(i64));
     }
-    free(q), free(p), free(drawn), free(state), free(logits);
+    give_back(before);
     return wrong;
 }
