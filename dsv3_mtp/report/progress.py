@@ -13,13 +13,13 @@ from rich.progress import Progress as LiveBar
 from dsv3_mtp.report.metrics import Record, depths_of
 
 WIDTH = 100  # columns
+SEPARATOR = " | "
 
 
 def train_line(record: Record, *, total_steps: int, eta_s: float | None) -> str:
-    """A record with train/* keys; what does not fit into WIDTH columns stands in a second line:
+    """A record with train/* keys:
 
-    step  120/1465 | main 3.101 mtp 3.118 w 0.300 agr 0.41 | lr 2.7e-3 gn 0.82 | 9.84k tok/s
-        | eta 0:01:12
+    step  120/1465 | main 3.101 mtp 3.118 w 0.300 agr 0.41 | lr 2.7e-3 gn 0.82 | 1.84k tok/s | eta -
     """
     width = len(str(total_steps))
     losses = f"main {record['train/main_loss']:.3f}"
@@ -34,7 +34,7 @@ def train_line(record: Record, *, total_steps: int, eta_s: float | None) -> str:
     if "perf/peak_gib" in record:
         speed += f" mem {record['perf/peak_gib']:.1f} GiB"
     step = f"step {record['step']:{width}d}/{total_steps}"
-    return fit([step, losses, optimizer, speed, f"eta {duration(eta_s)}"])
+    return SEPARATOR.join([step, losses, optimizer, speed, f"eta {duration(eta_s)}"])
 
 
 def validation_line(record: Record, *, total_steps: int) -> str:
@@ -53,19 +53,20 @@ def validation_line(record: Record, *, total_steps: int) -> str:
             fields.append(f"{name} {values}")
     if "task/exact_match" in record:
         fields.append(f"exact match {record['task/exact_match']:.3f}")
-    return fit(fields)
+    return SEPARATOR.join(fields)
 
 
-def fit(fields: Sequence[str]) -> str:
-    """The fields with " | " between them, in lines of at most WIDTH columns (one field may be
+def fit(line: str) -> str:
+    """For a person at a terminal: its fields in lines of at most WIDTH columns (one field may be
     wider).
     """
-    lines = [fields[0]]
-    for field in fields[1:]:
-        if len(lines[-1]) + 3 + len(field) <= WIDTH:
-            lines[-1] += f" | {field}"
+    first, *others = line.split(SEPARATOR)
+    lines = [first]
+    for field in others:
+        if len(lines[-1]) + len(SEPARATOR) + len(field) <= WIDTH:
+            lines[-1] += SEPARATOR + field
         else:
-            lines.append(f"    | {field}")
+            lines.append(f"   {SEPARATOR}{field}")
     return "\n".join(lines)
 
 
@@ -157,10 +158,14 @@ class Progress:
             self._bar.update(self._task, completed=tokens, note=note)
 
     def train(self, record: Record, *, eta_s: float | None) -> None:
-        self.say(train_line(record, total_steps=self._total_steps, eta_s=eta_s))
+        self._line(train_line(record, total_steps=self._total_steps, eta_s=eta_s))
 
     def validation(self, record: Record) -> None:
-        self.say(validation_line(record, total_steps=self._total_steps))
+        self._line(validation_line(record, total_steps=self._total_steps))
+
+    def _line(self, line: str) -> None:
+        """In a file a step is one line, whatever its length."""
+        self.say(fit(line) if not self._silent and self._stream.isatty() else line)
 
     def say(self, text: str) -> None:
         """Any other line (resumed, checkpoint saved), above the bar."""

@@ -49,8 +49,8 @@ class Terminal(io.StringIO):
 
 def test_train_line():
     assert train_line(TRAIN, total_steps=1465, eta_s=72.4) == (
-        "step  120/1465 | main 3.101 mtp 3.118 w 0.300 agr 0.41 | lr 2.7e-3 gn 0.82 | 9.84k tok/s"
-        "\n    | eta 0:01:12"
+        "step  120/1465 | main 3.101 mtp 3.118 w 0.300 agr 0.41 | lr 2.7e-3 gn 0.82 "
+        "| 9.84k tok/s | eta 0:01:12"
     )
 
 
@@ -66,7 +66,7 @@ def test_train_line_has_every_depth_in_order_and_what_is_known_of_a_gpu():
 
 def test_no_line_is_wider_than_a_terminal_and_nothing_is_left_out():
     fields = ["a" * 60, "b" * 37, "c" * 10, "d" * 120, "e"]
-    lines = fit(fields).splitlines()
+    lines = fit(" | ".join(fields)).splitlines()
     assert [len(line) for line in lines] == [WIDTH, 16, 126, 7]
     assert [part.strip() for line in lines for part in line.strip(" |").split(" | ")] == fields
 
@@ -108,7 +108,7 @@ def test_without_a_terminal_the_output_is_exactly_the_lines():
         train_line(TRAIN, total_steps=1465, eta_s=72.0),
         validation_line(VAL, total_steps=1465),
     ]
-    assert lines == ["resumed [from] step 110", *"\n".join(expected).splitlines()]
+    assert lines == ["resumed [from] step 110", *expected]
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
@@ -124,7 +124,7 @@ def test_a_terminal_gets_a_live_bar_and_the_same_lines(monkeypatch):
     assert "\x1b[" in output
     assert "49%" in output and "step 120/1465" in output
     assert "resumed [from] step 110" in output
-    for line in train_line(TRAIN, total_steps=1465, eta_s=72.0).splitlines():
+    for line in fit(train_line(TRAIN, total_steps=1465, eta_s=72.0)).splitlines():
         assert line in output
 
 
