@@ -188,9 +188,8 @@ def make_variants(
 
         depths = [k for k in options.depths if draft_limit(model, k) == k]
         variants |= {f"K={k}": ours(draft_depth=k) for k in depths}
-        variants |= {
-            f"K={k}, int8": ours(draft_depth=k, draft_dtype="int8") for k in depths if k == 1
-        }
+        if 1 in depths:
+            variants["K=1, int8"] = ours(draft_depth=1, draft_dtype="int8")
         most = max(depths, default=1)
         for p in options.thresholds:
             variants[f"K={most}, P={p:g}"] = ours(draft_depth=most, draft_threshold=p)

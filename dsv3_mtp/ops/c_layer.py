@@ -11,6 +11,8 @@ from torch import Tensor
 from dsv3_mtp.ops.c import check
 from dsv3_mtp.ops.c_library import call
 
+WIDEST = 2**16  # 127 * 255 times that is below 2^31
+
 
 class Matrix(ctypes.Structure):
     """`matrix` of decode.h."""
@@ -31,6 +33,8 @@ class Weight:
 def codes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(.., O, C) -> codes, scale and shift as csrc/codes.h arranges them."""
     (outputs, width), (block, deep) = weight.shape[-2:], (16, 4)
+    if width > WIDEST:
+        raise ValueError(f"int8: sums of {width} products may not fit 32 bits; at most {WIDEST}")
     several = weight.reshape(-1, outputs, width)
     outputs, width = (-(-x // to) * to for x, to in ((outputs, block), (width, deep)))
     written = torch.empty(len(several), outputs * width, dtype=torch.int8)
@@ -170,10 +174,9 @@ def struct(
     if mlp.common is not None:
         tensors |= dict(zip(_COMMON, mlp.common, strict=True))
     if (router := mlp.router) is not None:
-        tensors |= {name: getattr(router, name) for name in ("bias", "router", "gate_up")}
-        tensors["expert_down"], floats["scaling"] = router.down, router.scaling
-    if router is not None:  # gate and up are two matrices
-        tensors["gate_up"] = router.gate_up.unflatten(1, (2, -1))
+        tensors |= {"bias": router.bias, "router": router.router, "expert_down": router.down}
+        tensors["gate_up"] = router.gate_up.unflatten(1, (2, -1))  # two matrices
+        floats["scaling"] = router.scaling
     weights = {name: Weight(tensors.get(name), int8) for name in _MATRICES}
     found = ((name, tensors.get(name)) for name in _POINTERS)
     pointers = {name: None if x is None else x.data_ptr() for name, x in found}

@@ -67,7 +67,8 @@ def _library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = [_TYPES[kind] for kind in signature]
-        counts = name in ("sum_rows", "decode_layers", "decode_step")  # of wrong indices
+        # of what is wrong
+        counts = name in ("sum_rows", "decode_layers", "decode_largest", "decode_step")
         function.restype = ctypes.c_int64 if counts else None
     return library, None
 

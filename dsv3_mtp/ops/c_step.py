@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mtp.ops.c import check
-from dsv3_mtp.ops.c_decode import Layers, Linear
+from dsv3_mtp.ops.c_decode import NOT_FINITE, Layers, Linear
 from dsv3_mtp.ops.c_layer import Matrix
 from dsv3_mtp.ops.c_library import function
 
@@ -150,7 +150,7 @@ class Step:
             if wrong == -2:
                 raise ValueError(f"last, filled: {last}, {filled} + {count} do not fit the caches")
             if wrong < 0:
-                raise ValueError("logits: are not finite; no token can be drawn from them")
+                raise ValueError(NOT_FINITE)
             raise IndexError(f"ids: {wrong} tokens are not in 0..{self.model.vocab - 1}")
         if count:
             filled[:] = rows.filled

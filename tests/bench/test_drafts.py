@@ -29,7 +29,7 @@ def run(make_tiny_config, tmp_path) -> str:
     return str(write_run(tmp_path / "run", config, model))
 
 
-def test_each_variant_has_a_row_with_its_own_tokens_per_step(run, monkeypatch, capsys):
+def test_each_variant_has_a_row_with_its_own_tokens_per_step(run, compiled, monkeypatch, capsys):
     assert bench(monkeypatch, f"--run={run}", "--batches", "1", "2", "--vocab=16") == 0
     rows = capsys.readouterr().out.splitlines()
     kinds = ["", ", int8", ", P=0.5", ", N=16"]

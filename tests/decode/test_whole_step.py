@@ -84,12 +84,12 @@ def test_samples_repeat_with_their_seed_only(make_model, compiled):
     assert text(1) == text(1) != text(2)
 
 
-def whole_step(model) -> tuple[Step, dict]:
+def whole_step(model, **how) -> tuple[Step, dict]:
     """A step with the first module, and the tensors of a row of 12 slots, whose caches are
     empty.
     """
     slots = CacheSlots(model, 12)
-    decoder = Decoder(model)
+    decoder = Decoder(model, **how)
     kind = model.mtp.drafter(model.mtp_config)
     drafter = kind(decoder, slots, rows=1, depth=1, chunk=4)
     tensors = {"ids": torch.zeros(1, 16, dtype=torch.long), "caches": slots.caches(3, 1)}
@@ -140,10 +140,31 @@ def test_what_would_be_read_beyond_is_refused(make_model, compiled):
         step(rows, [2], [1], 1, 0.0, None)
 
 
+@pytest.mark.parametrize("how", [{}, {"draft_int8": True}], ids=["as it is", "int8"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("where", ["lm_head", "the trunk's last layer", "the module"])
 @torch.inference_mode()
-def test_logits_that_are_not_finite_are_named(make_model, compiled):
+def test_logits_that_are_not_finite_are_named(make_model, compiled, where, temperature, how):
+    """Of the trunk, with a draft and without one, and of the module's drafts."""
     model = copy.deepcopy(make_model())
-    model.lm_head.weight[3] = float("nan")
-    step, tensors = whole_step(model)
-    with pytest.raises(ValueError, match="not finite"):
-        step(Rows(step, **tensors), [2], [1], 1, 1.0, torch.rand(1, 3, dtype=torch.float64))
+    layers = {"the trunk's last layer": model.model.layers[-1], "the module": model.mtp.layers[0]}
+    weight = model.lm_head.weight if where == "lm_head" else next(layers[where].parameters())
+    weight[3] = float("nan")
+    step, tensors = whole_step(model, **how)
+    for count in (1,) if where == "the module" else (0, 1):
+        coins = torch.rand(1, 2 * count + 1, dtype=torch.float64) if temperature else None
+        with pytest.raises(ValueError, match="not finite"):
+            step(Rows(step, **tensors), [2], [1], count, temperature, coins)
+
+
+def test_no_token_is_the_largest_of_numbers_that_are_not_finite(compiled):
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in (3, 16, 37):
+            x = torch.randn(2, width).to(dtype)
+            assert c_decode.largest(x).tolist() == x.argmax(-1).tolist()
+            x[1, :2] = -torch.inf
+            assert c_decode.largest(x).tolist() == x.argmax(-1).tolist()
+            for wrong in (torch.nan, torch.inf):
+                x[1, -1] = wrong
+                with pytest.raises(ValueError, match="not finite"):
+                    c_decode.largest(x)

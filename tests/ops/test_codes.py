@@ -5,6 +5,7 @@ import torch
 
 from dsv3_mtp.ops import c_library
 from dsv3_mtp.ops.c_decode import Linear
+from dsv3_mtp.ops.c_layer import WIDEST
 
 SHAPES = [(1, 1), (5, 3), (16, 4), (17, 33), (48, 128), (300, 513)]  # outputs, width
 # None: whatever this processor has; then without the instructions that have a way of their own
@@ -73,6 +74,31 @@ def test_rows_and_outputs_of_zeros_are_zeros(built):
     weight[3], x[1] = 0, 0
     found = Linear(weight, int8=True)(x)
     assert not found[:, 3].any() and not found[1].any() and found[0].count_nonzero() == 19
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_that_are_not_finite_give_nan_in_their_own_row_or_output(built, dtype, wrong):
+    for width, at in ((33, 0), (33, 15), (33, 32), (3, 1)):
+        weight, x = torch.randn(20, width).to(dtype), torch.randn(3, width).to(dtype)
+        weight[4, at] = x[1, at] = wrong
+        expected = torch.zeros(3, 20, dtype=torch.bool)
+        expected[1] = expected[:, 4] = True
+        assert torch.equal(Linear(weight, int8=True)(x).isnan(), expected)
+
+
+def test_rows_and_outputs_of_the_smallest_numbers_are_zeros(built):
+    weight, x = torch.randn(20, 8), torch.randn(2, 8)
+    weight[3], x[1] = 1e-40, -1e-39
+    found = Linear(weight, int8=True)(x)
+    assert not found[:, 3].any() and not found[1].any() and found.isfinite().all()
+
+
+def test_sums_that_32_bits_may_not_hold_are_refused(built):
+    x = torch.ones(1, WIDEST)
+    assert Linear(x, int8=True)(x).item() == pytest.approx(WIDEST)
+    with pytest.raises(ValueError, match="32 bits"):
+        Linear(torch.ones(1, WIDEST + 1), int8=True)
 
 
 def test_a_row_has_the_same_bits_beside_others(built):

@@ -5,6 +5,7 @@
 // across a vector. The codes of x are moved by 128 into 0 to 255, as the processor's instruction wants one side; `shift`
 // takes that back.
 enum { OUTPUTS = 16, DEEP = 4, CHAINS = 4, WORTH_THREADS = 1 << 15 };  // CHAINS: sums that do not wait for one another
+static const float TINY = 1e-30f;
 
 static i64 blocks(i64 outputs) { return (outputs + OUTPUTS - 1) / OUTPUTS; }
 
@@ -48,17 +49,25 @@ static inline __attribute__((always_inline)) void block_of(const uint8_t *x, con
     }
 }
 
-// 127 over the largest of x, 0 where all are 0.
-static float factor_of(const float *x, i64 width) {
-    vec most = {0};
+// codes (width): x over a scale, which is returned, to the nearest, and 128 more, which makes 1 to 255. Where a number is
+// not finite the scale is nan, and so is every sum with it. Where all are below TINY, of which 127 / top may be infinite,
+// it is 0.
+static float to_codes(const float *x, i64 width, uint8_t *codes) {
+    vec most = {0}, zeros = {0};
     i64 c = 0;
     for (; c + LANES <= width; c += LANES) {
         vec some = *(const vec *)(x + c);
-        most = larger(larger(some, -some), most);
+        most = larger(larger(some, -some), most), zeros += some * 0.0f;
     }
-    float top = max_of(most);
-    for (; c < width; c++) top = fabsf(x[c]) > top ? fabsf(x[c]) : top;
-    return top > 0 ? 127 / top : 0;
+    float top = max_of(most), zero = sum_of(zeros);
+    for (; c < width; c++) top = fabsf(x[c]) > top ? fabsf(x[c]) : top, zero += x[c] * 0.0f;
+    if (zero != 0) {
+        memset(codes, 128, width);
+        return NAN;
+    }
+    float factor = top > TINY ? 127 / top : 0;
+    for (c = 0; c < width; c++) codes[c] = (int32_t)(x[c] * factor + 128.5f);
+    return factor > 0 ? 1 / factor : 0;
 }
 
 // One block of outputs: y (rows, .) from number `left` on.
@@ -82,11 +91,7 @@ static void coded_product(const float *x, i64 x_stride, i64 rows, matrix w, i64 
     i64 count = steps(width), deep = count * DEEP, all = blocks(outputs), first = which * all;
     float *x_scale = take(rows, sizeof(float));
     uint8_t *codes = take(rows * deep, 1);
-    for (i64 n = 0; n < rows; n++) {
-        float factor = factor_of(x + n * x_stride, width);
-        for (i64 c = 0; c < width; c++) codes[n * deep + c] = (int32_t)(x[n * x_stride + c] * factor + 128.5f);
-        x_scale[n] = factor > 0 ? 1 / factor : 0;
-    }
+    for (i64 n = 0; n < rows; n++) x_scale[n] = to_codes(x + n * x_stride, width, codes + n * deep);
     if (outputs * width < WORTH_THREADS)
         for (i64 b = 0; b < all; b++)
             coded_block(codes, x_scale, rows, w, first + b, count, outputs - b * OUTPUTS, y + b * OUTPUTS, y_stride);
@@ -103,16 +108,18 @@ void decode_codes(const real *w, i64 outputs, i64 width, int8_t *codes, float *s
     i64 deep = steps(width) * DEEP, all = blocks(outputs) * OUTPUTS;
     memset(codes, 0, all * deep), memset(scale, 0, all * sizeof(float)), memset(shift, 0, all * sizeof(float));
     mark before = here();
-    float *row = take(deep, sizeof(float));
-    int8_t *own = take(deep, 1);
+    float *row = take(width, sizeof(float));
+    uint8_t *own = take(width, 1);
     for (i64 o = 0; o < outputs; o++) {
         int8_t *to = codes + o / OUTPUTS * OUTPUTS * deep + o % OUTPUTS * DEEP;
         int32_t sum = 0;
         for (i64 c = 0; c < width; c++) row[c] = load(w[o * width + c]);
-        float factor = factor_of(row, width);
-        for (i64 c = 0; c < deep; c++) own[c] = (int32_t)(row[c] * factor + 128.5f) - 128, sum += own[c];
-        for (i64 c = 0; c < deep; c += DEEP) memcpy(to + c * OUTPUTS, own + c, DEEP);
-        scale[o] = factor > 0 ? 1 / factor : 0, shift[o] = 128 * scale[o] * sum;
+        scale[o] = to_codes(row, width, own);
+        for (i64 c = 0; c < width; c++) {
+            int8_t code = own[c] - 128;
+            to[c / DEEP * DEEP * OUTPUTS + c % DEEP] = code, sum += code;
+        }
+        shift[o] = 128 * scale[o] * sum;
     }
     give_back(before);
 }

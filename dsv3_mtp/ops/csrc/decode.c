@@ -470,12 +470,21 @@ void decode_linear(const real *x, const matrix *w, real *y, i64 rows, i64 width,
     give_back(before);
 }
 
-void decode_largest(const real *x, i64 *y, i64 rows, i64 width) {
+i64 decode_largest(const real *x, i64 *y, i64 rows, i64 width) {
+    i64 wrong = 0;
     for (i64 n = 0; n < rows; n++, x += width) {
-        vec most = {0};
+        vec most = {0}, zeros = {0};
         most += -INFINITY;
-        for (i64 c = 0; c < width; c += LANES) most = larger(get_or(x + c, width - c, -INFINITY), most);
+        for (i64 c = 0; c < width; c += LANES) {
+            vec some = get_or(x + c, width - c, -INFINITY);
+            most = larger(some, most);
+            zeros += choose(some == some, (vec){0}, some);  // nan from the first nan on
+        }
         float best = max_of(most);
-        for (y[n] = 0; y[n] < width - 1 && load(x[y[n]]) != best;) y[n]++;
+        y[n] = -1;
+        if (sum_of(zeros) == 0 && fabsf(best) < INFINITY)
+            while (load(x[++y[n]]) != best) {}
+        else wrong++;
     }
+    return wrong;
 }

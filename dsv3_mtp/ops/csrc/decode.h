@@ -41,5 +41,6 @@ i64 decode_layers(const stack *s, const i64 *ids, i64 ids_stride, const real *gi
 // y (rows, outputs) = x @ w^T.
 void decode_linear(const real *x, const matrix *w, real *y, i64 rows, i64 width, i64 outputs);
 
-// y (rows): where the largest of x (rows, width) is, the first of them.
-void decode_largest(const real *x, i64 *y, i64 rows, i64 width);
+// y (rows): where the largest of x (rows, width) is, the first of them; -1 where it is not finite or nan is beside it.
+// Returns of how many rows that is so.
+i64 decode_largest(const real *x, i64 *y, i64 rows, i64 width);

@@ -18,7 +18,7 @@ enum { LANES = 8 };
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t mask __attribute__((vector_size(LANES * 4)));  // of a comparison: all bits of a lane, or none
-typedef uint32_t bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(LANES * 4), aligned(2), may_alias));  // also two bfloat16 a lane
 #ifdef __AVX512F__
 static const mask lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};  // a loop here is no constant to GCC
 #else

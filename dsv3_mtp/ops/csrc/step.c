@@ -70,7 +70,7 @@ static i64 pick(const float *p, i64 width, double coin) {
     return found;
 }
 
-// A token of logits (width,): the largest at temperature 0, else drawn from p, which is filled; -1 where they are nan.
+// A token of logits (width,): the largest at temperature 0, else drawn from p, which is filled; -1 where none can be.
 static i64 draw(const real *logits, i64 width, float temperature, double coin, float *p) {
     if (temperature == 0) {
         i64 best;
@@ -146,8 +146,8 @@ static i64 verify(const model *m, const real *logits, i64 count, float temperatu
         i64 token = k == count ? -1 : m->draft_ids ? m->draft_ids[drawn[k]] : drawn[k];
         if (temperature == 0) {
             decode_largest(logits, next, 1, m->vocab);
-            if (*next == token) continue;
-            return k;
+            if (k == count || *next != token) return k;
+            continue;
         }
         probabilities(logits, m->vocab, temperature, p);
         if (k < count) {
