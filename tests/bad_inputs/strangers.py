@@ -104,7 +104,7 @@ FILES = [
     C("a shard that is a folder", IMPORT, "model-00002.*(directory|folder)", both(gone(SHARD), put(f"{SHARD}/x", ""))),
     C("a shard that is a link out", IMPORT, "is a link out of the folder", link(SHARD, "/etc/passwd")),
     C("a tokenizer that is a link out", IMPORT, r"tokenizer\.json: is a link out of the folder", link(f"{HF}/tokenizer.json", "/etc/passwd")),
-    *(C(f"{file}: {name}", command, rf"{file}: damaged .*; take it from where the folder came from", put(f"{HF}/{file}", content)) for file in ("generation_config.json", "tokenizer_config.json") for command in (IMPORT, f"{IMPORT} --frozen") for name, content in BROKEN if name != "an empty mapping"),
+    *(C(f"{file}: {name}{kind}", command, rf"{file}: damaged .*; take it from where the folder came from", put(f"{HF}/{file}", content)) for file in ("generation_config.json", "tokenizer_config.json") for kind, command in (("", IMPORT), (", frozen", f"{IMPORT} --frozen")) for name, content in BROKEN if name != "an empty mapping"),
     C("a generation_config.json that is a link out", IMPORT, r"generation_config\.json: is a link out of the folder", link(f"{HF}/generation_config.json", "/etc/passwd")),
     C("a tokenizer that is none", GENERATE, r"tokenizer\.json", put(f"{HF}/tokenizer.json", "{}")),
     C("a tokenizer that is missing", GENERATE, "tokenizer", gone(f"{HF}/tokenizer.json")),
