@@ -7,6 +7,9 @@ from typing import Any
 
 from dsv3_mtp.cli.command import at_least
 
+# what `add_draft_options` adds
+OPTIONS = "draft_depth", "recycle", "draft_threshold", "draft_vocab", "draft_dtype"
+
 
 def share(text: str) -> float:
     """A `type` for argparse: a number in [0, 1]."""

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_mtp.cli.command import MOST_WINDOWS, add_run_options, add_window_options, at_least
-from dsv3_mtp.cli.drafting import add_draft_options, draft_depth, draft_settings
+from dsv3_mtp.cli.drafting import OPTIONS, add_draft_options, draft_depth, draft_settings
 
 # What `check` compares with the given options.
 DEFAULTS = {"split": "val", "prompts": 8, "drafts": False}
 LOSSES_ONLY = (
     *("data", "split", "batches", "seq_len", "prompts", "new_tokens", "temperature", "drafts"),
-    *("draft_depth", "recycle", "draft_threshold", "draft_vocab", "draft_dtype"),
+    *OPTIONS,
 )
 TASKS_ONLY = ("lm_eval_include", "limit")
 
@@ -123,8 +123,7 @@ def losses(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         trained, lost = readable_training(options.run, trust_code=options.trust_code)
     if options.drafts and not config.mtp.depths:
         raise ValueError("--drafts: the model has no MTP heads (mtp.mode: none)")
-    own = ("draft_depth", "recycle", "draft_threshold", "draft_vocab", "draft_dtype")
-    if not config.mtp.depths and (given := [key for key in own if getattr(options, key)]):
+    if not config.mtp.depths and (given := [key for key in OPTIONS if getattr(options, key)]):
         names = ", ".join(f"--{key.replace('_', '-')}" for key in given)
         raise ValueError(f"{names}: the model has no MTP heads to draft with")
     how: dict[str, Any] = {"batches": options.batches or config.eval.batches, "device": device}

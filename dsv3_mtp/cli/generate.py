@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from dsv3_mtp.cli.command import add_run_options, at_least
-from dsv3_mtp.cli.drafting import add_draft_options, draft_depth, draft_settings
+from dsv3_mtp.cli.drafting import OPTIONS, add_draft_options, draft_depth, draft_settings
 from dsv3_mtp.cli.printer import Printer, marks
 from dsv3_mtp.cli.prompts import read_prompts
 
@@ -62,7 +62,7 @@ def _add_choice(group: Any) -> None:
 
 
 def check(options: argparse.Namespace) -> str | None:
-    own = ("draft_depth", "recycle", "draft_threshold", "draft_vocab", "draft_dtype", "show_drafts")
+    own = (*OPTIONS, "show_drafts")
     given = [key.replace("_", "-") for key in own if getattr(options, key) not in (None, False)]
     if not options.speculative and given:
         return f"{', '.join(f'--{name}' for name in given)}: only with --speculative"

@@ -82,7 +82,6 @@ def import_hf(
     source, out = Path(source), Path(out)
     checkpoint, settings, stored = open_checkpoint(source, trunk_only=trunk_only)
     require_same(checkpoint)
-    check_beside(source)
     if frozen and dtype is not None:
         raise ValueError("--frozen leaves the weights where and as they are; drop --dtype")
     modules = 0 if trunk_only else settings.modules
@@ -97,6 +96,7 @@ def import_hf(
         kept: Any = {"dtype": "float32" if wide else "bfloat16", "frozen": frozen}
         tree = _tree(out, settings, modules, base=base, data=data, **kept)
         if frozen:
+            check_beside(source)  # else `copy_beside` does, before anything else is written
             _freeze(tree, source, modules)
         config = _resolve(tree, temporary / "config.yaml", sets)
         notes += fit(settings, modules, config.model, config.mtp, folder=source)[1]
