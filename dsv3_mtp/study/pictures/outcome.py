@@ -118,7 +118,7 @@ def draw_effects(data: PictureData) -> Figure | None:
         ax.set_yticks(range(len(group)), labels)
         ax.set_ylim(-0.7, len(group) - 0.3)
         words, better = describe_metric(metric)
-        ax.set_title(words + (f" ({better} is better)" if better else ""))
+        ax.set_title(words + (f" ({better} is better)" if better else ""), wrap=True)
     return figure
 
 
