@@ -214,7 +214,12 @@ class DecodingRows:
     def _append(self, new: list[list[int]]) -> None:
         """Makes the given tokens of each row known. All but the last are drafts, which stand in
         `ids`.
+
+        Raises:
+            ValueError: a row has none (`largest`).
         """
+        if any(tokens[-1] < 0 for tokens in new):
+            raise ValueError(c_decode.NOT_FINITE)
         for row, tokens in enumerate(new):
             self.last[row] += len(tokens)
             self.ids[row, self.last[row]] = tokens[-1]

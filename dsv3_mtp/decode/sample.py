@@ -106,10 +106,15 @@ class TokenSampler:
 
 
 def largest(logits: Tensor) -> Tensor:
-    """(N, V) -> (N,), the most likely token. Torch's argmax takes as long as C does for a layer."""
+    """(N, V) -> (N,), the most likely token. Torch's argmax takes as long as C does for a layer.
+
+    A row whose largest number is not finite has none: in C that is a ValueError, with torch's
+    operations, where a look at the numbers would wait for a GPU, its token is -1.
+    """
     if choice.kernels(logits) is c and logits.is_contiguous():
         return c_decode.largest(logits)
-    return logits.argmax(-1)
+    value, token = logits.max(-1)
+    return torch.where(value.isfinite(), token, -1)
 
 
 def agreeing(best: list[int], drafts: list[int]) -> int:
@@ -176,7 +181,9 @@ class DraftSampler:
                 confidence = known.amax(-1)
             self._going = (confidence >= self.threshold) & self._going
             self._lengths = self._going.long() + self._lengths
-        tokens = largest(logits) if probability is None else self.sampler.pick(probability)
+        # a row that has no token may draft any: what becomes known is the main model's
+        greedy = probability is None
+        tokens = largest(logits).clamp(min=0) if greedy else self.sampler.pick(probability)
         if self.among is None:
             return tokens, probability
         if probability is not None:

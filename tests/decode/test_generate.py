@@ -250,3 +250,17 @@ def test_speculation_needs_heads(make_tiny_config):
     config = make_tiny_config({"mtp.mode": "none"})
     with pytest.raises(ValueError, match=r"no MTP heads.*mtp.mode: none"):
         stream(DeepseekV3MTP(config.model, config.mtp), [[1]], Settings(draft_depth=1))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("where", ["at the prompt", "behind it"])
+def test_greedy_tokens_of_logits_that_are_not_finite_are_refused(make_model, where, depth):
+    """With torch's operations, which decode on a GPU and here in float64, too."""
+    model = copy.deepcopy(make_model("sequential")).double()
+    weight, row = model.lm_head.weight, 3
+    if where == "behind it":
+        first = generate(model, [[1]], Settings(max_new_tokens=1)).tokens[0][-1]
+        weight, row = model.model.embed_tokens.weight, first
+    weight.data[row] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        generate(model, [[1]], Settings(draft_depth=depth))
