@@ -27,7 +27,8 @@ def tune_cpu() -> list[str]:
     if not mkl_uses_the_whole_cpu() and onednn_exact():
         torch.set_float32_matmul_precision("medium")
         notes.append(
-            "float32 products by oneDNN, which are exact on this CPU and faster than MKL's"
+            "float32 products may go to oneDNN, which is exact on this CPU; with AVX-512 it is "
+            "faster than MKL"
         )
     if keep_freed_memory():
         notes.append("freed memory is kept for the next step")
