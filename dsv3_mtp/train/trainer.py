@@ -193,7 +193,8 @@ class Trainer:
         config, total = self.config, self.config.train.total_tokens
         with Progress(total, total_steps=self.steps, silent=not self.world.is_main) as self.display:
             lines = words.header(config, self.size, self.world, self.sampler)
-            for note in [*lines, *words.busy(self.world), *self.notes]:
+            lines += [*words.weightless(config, self.size), *words.busy(self.world)]
+            for note in [*lines, *self.notes]:
                 self.display.say(note)
             self.clock.start(self.tokens)
             stopping = warned = False

@@ -29,6 +29,22 @@ def header(config: Config, size: ModelSize, world: World, sampler: Sampler) -> l
     return [textwrap.fill(", ".join(line), WIDTH, subsequent_indent="    ") for line in lines]
 
 
+def weightless(config: Config, size: ModelSize) -> list[str]:
+    """A note where the heads end the run without a weight: no gradient holds them against AdamW's
+    decay (docs/schedules.md).
+    """
+    mtp, decay = config.mtp, config.optim.weight_decay
+    adaptive = schedules.first_state(mtp) is not None
+    if not (size.mtp_total and decay) or mtp.term_names or adaptive:
+        return []
+    weighs = [any(schedules.depth_loss_weights(mtp, n / 100)) for n in range(100)]
+    idle = weighs[::-1].index(True) if any(weighs) else 100
+    if idle < 5:
+        return []
+    text = f"the heads' weight is 0 in the last {idle} % of the run, where optim.weight_decay goes"
+    return [f"note: {text} on: they will draft ever worse (docs/schedules.md)"]
+
+
 def busy(world: World) -> list[str]:
     """Threads of one operation wait for the last: a core that is shared with another program can
     make a step ten times as long (docs/log.md).

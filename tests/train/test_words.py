@@ -11,7 +11,7 @@ from dsv3_mtp.model.causal_lm import meta_model
 from dsv3_mtp.model.size import model_size
 from dsv3_mtp.parallel.launch import World
 from dsv3_mtp.report.progress import WIDTH
-from dsv3_mtp.train.words import busy, data_pieces, header, lambda_pieces
+from dsv3_mtp.train.words import busy, data_pieces, header, lambda_pieces, weightless
 from tests.config.test_loss_weights import EXAMPLES
 from tests.conftest import tiny
 
@@ -72,6 +72,27 @@ def test_no_line_is_wider_than_a_terminal():
     assert len(text) == 3 and text[0].startswith("a" * 60 + ": ")
     assert max(len(line) for part in text for line in part.splitlines()) <= WIDTH
     assert len(header(tiny({"mtp.mode": "none"}), size, ALONE, sampler(source("x", 64)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        ({"mtp.loss_weight": {"type": "step", "values": [0.3, 0.0], "at": [0.5]}}, "last 50 %"),
+        ({"mtp.loss_weight": 0.0}, "last 100 %"),
+        ({"mtp.loss_weight": {"type": "linear", "start": 0.3, "end": 0.0}}, None),
+        ({"mtp.loss_weight": {"type": "step", "values": [0.0, 0.3], "at": [0.5]}}, None),
+        ({"mtp.loss_weight": 0.0, "optim.weight_decay": 0.0}, None),
+        ({"mtp.loss_weight": 0.0, "mtp.mode": "none"}, None),
+        # TOP's head learns from a term of its own, and same_logits has no module
+        ({"mtp.loss_weight": 0.0, "mtp.mode": "top"}, None),
+        ({"mtp.loss_weight": 0.0, "mtp.mode": "same_logits"}, None),
+    ],
+    ids=str,
+)
+def test_heads_that_end_without_a_weight_are_named(heads, said):
+    config = tiny({"mtp.num_nextn_predict_layers": 2, **heads})
+    notes = weightless(config, model_size(meta_model(config.model, config.mtp), 16))
+    assert [said in note for note in notes] == ([] if said is None else [True])
 
 
 @pytest.mark.parametrize(
