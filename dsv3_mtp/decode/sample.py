@@ -181,9 +181,10 @@ class DraftSampler:
                 confidence = known.amax(-1)
             self._going = (confidence >= self.threshold) & self._going
             self._lengths = self._going.long() + self._lengths
-        # a row that has no token may draft any: what becomes known is the main model's
-        greedy = probability is None
-        tokens = largest(logits).clamp(min=0) if greedy else self.sampler.pick(probability)
+        if probability is not None:
+            tokens = self.sampler.pick(probability)
+        else:  # a row that has no token may draft any: what becomes known is the main model's
+            tokens = largest(logits).clamp(min=0)
         if self.among is None:
             return tokens, probability
         if probability is not None:
