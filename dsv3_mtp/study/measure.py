@@ -6,7 +6,9 @@ The report adds `train/main_loss_error` and its like, which need the runs of ano
 """
 
 import hashlib
+import itertools
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -222,20 +224,26 @@ def solved_at(records: Sequence[Logged], threshold: float) -> int | None:
 def free_running(
     folder: Path, run: Run, drafts: AcceptanceSection
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Acceptance at temperature 0 and 1 of as many drafts as the heads make.
+    """Acceptance at temperature 0 and 1 of as many drafts as the heads make, and at 1 what a token
+    costs, plainly decoded and with drafts in turn.
 
     The prefixes are dealt to `draws` sets, each decoded with random numbers of its own: (means over
     the sets, standard deviations of these means, from the spread over the sets).
     """
     model = _model(folder, run).to("cuda" if torch.cuda.is_available() else "cpu")
+    # a study's runs share the cores; a GPU's work is not in a process's own time
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     source = validation_source(run.config)
     found: dict[str, list[float]] = {}
-    for temperature in (0, 1):
-        for draw in range(drafts.draws):
+    for temperature, draw in itertools.product((0, 1), range(drafts.draws)):
+        seconds, one = [], {}
+        # not at temperature 0, which comes first and pays for what is made once
+        for depth in (0, run.config.mtp.drafts) if temperature else (run.config.mtp.drafts,):
+            started = clock()
             one = acceptance(
                 model,
                 source,
-                depth=run.config.mtp.drafts,
+                depth=depth,
                 prompts=drafts.prefixes,
                 part=(draw, drafts.draws),
                 seq_len=2 * drafts.prefix_tokens,
@@ -243,9 +251,12 @@ def free_running(
                 temperature=float(temperature),
                 seed=_draw_seed(run.name, draw),
             )
-            for key, value in one.items():
-                name = key.removeprefix("val/").replace("acceptance/", "joint/")
-                found.setdefault(f"acceptance/T{temperature}/{name}", []).append(value)
+            seconds.append(clock() - started)
+        if one and temperature:  # {}: the task's answers are too short for drafts
+            one["plain_over_drafting"] = seconds[0] / seconds[1]
+        for key, value in one.items():
+            name = key.removeprefix("val/").replace("acceptance/", "joint/")
+            found.setdefault(f"acceptance/T{temperature}/{name}", []).append(value)
     means = {key: fmean(values) for key, values in found.items()}
     many = {key: values for key, values in found.items() if len(values) > 1}
     return means, {key: stdev(values) / math.sqrt(len(values)) for key, values in many.items()}

@@ -39,6 +39,8 @@ HIGHER = {
     "acceptance/T0/joint/k": "acceptance of drafts 1..{}, greedy, free-running",
     "acceptance/T1/tokens_per_step": "tokens per step at temperature 1, free-running",
     "acceptance/T1/joint/k": "acceptance of drafts 1..{} at temperature 1, free-running",
+    "acceptance/T1/plain_over_drafting": "seconds per token of plain decoding over those with "
+    "drafts, at temperature 1 (above 1 drafts pay)",
     "task/solved": "share of seeds that solved the task",
 }
 NEITHER = {

@@ -96,7 +96,7 @@ def _grid_cell(table: Table, arm: str, metric: str) -> str:
 
 def result_table(study: Study, table: Table) -> list[Element]:
     # text that repeats itself is easily predicted
-    beside = ("T0/tokens_per_step", "T1/tokens_per_step", "T0/distinct")
+    beside = ("T0/tokens_per_step", "T1/tokens_per_step", "T1/plain_over_drafting", "T0/distinct")
     asked = [study.primary.metric, *study.metrics, *(f"acceptance/{name}" for name in beside)]
     metrics = list(dict.fromkeys(asked))
     measured = [m for m in metrics if any(values_of(table, arm, m) for arm in study.arms)]

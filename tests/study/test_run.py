@@ -101,6 +101,7 @@ def test_each_run_is_an_ordinary_run_folder_with_results(finished):
     assert (
         1 <= drafts["acceptance/T0/tokens_per_step"] <= 2
         and 0 <= drafts["acceptance/T1/joint/1"] <= 1
+        and drafts["acceptance/T1/plain_over_drafting"] > 0
     )
     assert (
         "acceptance/T0/tokens_per_step"
@@ -132,7 +133,10 @@ def test_a_forked_run_equals_the_same_run_from_the_start_bitwise(finished, tmp_p
     assert expected.keys() == got.keys() and all(
         torch.equal(value, got[key]) for key, value in expected.items()
     )
-    assert read_results(folder).metrics == read_results(forked).metrics
+    ours, theirs = (read_results(run).metrics for run in (folder, forked))
+    for metrics in (ours, theirs):
+        metrics.pop("acceptance/T1/plain_over_drafting")  # a time
+    assert ours == theirs
 
 
 def test_a_parents_checkpoints_are_deleted_once_its_children_are_done(finished):
