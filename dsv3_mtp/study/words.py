@@ -62,14 +62,17 @@ def answer(study: Study, effects: Sequence[Effect]) -> list[str]:
     words, better = describe_metric(study.primary.metric)
     groups: dict[str, list[str]] = {}
     against = study.comparisons[study.primary.comparison].against
-    for e in (effect for effect in effects if effect.primary):
+    primary = [effect for effect in effects if effect.primary]
+    counts = {e.interval.n for e in primary if e.interval is not None}
+    for e in primary:
         i = e.interval
         if i is None:
             groups.setdefault("Not measured", []).append(e.arm)
             continue
         limits = f" [{i.low:+.3g}, {i.high:+.3g}]"
         rate = is_rate_over_seeds(e.metric)
-        size = f"{e.arm} ({i.mean:+.3g}{'' if rate or e.few else limits})"
+        seeds = f", n = {i.n}" if len(counts) > 1 else ""
+        size = f"{e.arm} ({i.mean:+.3g}{'' if rate or e.few else limits}{seeds})"
         direction = "Higher" if i.mean > 0 else "Lower"
         good = ""
         if better:
@@ -85,5 +88,6 @@ def answer(study: Study, effects: Sequence[Effect]) -> list[str]:
             groups.setdefault(f"A hint only, {direction.lower()}", []).append(size)
         else:
             groups.setdefault("No detectable difference", []).append(size)
-    first = f"{words[0].upper()}{words[1:]}, against {against}."
+    seeds = f", n = {min(counts)}" if len(counts) == 1 else ""
+    first = f"{words[0].upper()}{words[1:]}, against {against}{seeds}."
     return [first, *(f"{outcome}: {', '.join(arms)}." for outcome, arms in groups.items())]
