@@ -59,8 +59,13 @@ class TokenSampler:
         return self.pick(probability), probability
 
     def pick(self, probability: Tensor) -> Tensor:
-        """(B, V), not necessarily normalised -> (B,) drawn tokens."""
-        return torch.multinomial(probability, 1, generator=self.generator).squeeze(1)
+        """(B, V), not necessarily normalised -> (B,) drawn tokens; -1 of numbers that are not
+        finite, of which torch.multinomial would end a GPU's process.
+        """
+        sound = probability.sum(-1).isfinite()
+        weights = torch.where(sound[:, None], probability, 1.0)
+        token = torch.multinomial(weights, 1, generator=self.generator).squeeze(1)
+        return torch.where(sound, token, -1)
 
     def verify(
         self,
@@ -181,10 +186,9 @@ class DraftSampler:
                 confidence = known.amax(-1)
             self._going = (confidence >= self.threshold) & self._going
             self._lengths = self._going.long() + self._lengths
-        if probability is not None:
-            tokens = self.sampler.pick(probability)
-        else:  # a row that has no token may draft any: what becomes known is the main model's
-            tokens = largest(logits).clamp(min=0)
+        tokens = largest(logits) if probability is None else self.sampler.pick(probability)
+        # a row that has no token may draft any: what becomes known is the main model's
+        tokens = tokens.clamp(min=0)
         if self.among is None:
             return tokens, probability
         if probability is not None:

@@ -252,15 +252,16 @@ def test_speculation_needs_heads(make_tiny_config):
         stream(DeepseekV3MTP(config.model, config.mtp), [[1]], Settings(draft_depth=1))
 
 
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("where", ["at the prompt", "behind it"])
-def test_greedy_tokens_of_logits_that_are_not_finite_are_refused(make_model, where, depth):
+def test_tokens_of_logits_that_are_not_finite_are_refused(make_model, where, depth, how):
     """With torch's operations, which decode on a GPU and here in float64, too."""
     model = copy.deepcopy(make_model("sequential")).double()
     weight, row = model.lm_head.weight, 3
     if where == "behind it":
-        first = generate(model, [[1]], Settings(max_new_tokens=1)).tokens[0][-1]
+        first = generate(model, [[1]], Settings(max_new_tokens=1, **how)).tokens[0][-1]
         weight, row = model.model.embed_tokens.weight, first
     weight.data[row] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        generate(model, [[1]], Settings(draft_depth=depth))
+        generate(model, [[1]], Settings(draft_depth=depth, **how))
