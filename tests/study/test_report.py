@@ -148,6 +148,22 @@ def test_fewer_than_three_seeds_conclude_nothing(report, seeds, words):
         assert word not in text, word
 
 
+@pytest.mark.parametrize(("lost", "size"), [([], "against none, n = 5."), ([2], "], n = 4)")])
+def test_the_answer_says_how_many_seeds_it_is_from(report, lost, size):
+    def both(tree):
+        five_seeds(tree)
+        tree["comparisons"]["heads"]["arms"] = ["constant", "step"]
+
+    def diverge(loaded):
+        for run in expand(loaded, {}):
+            if run.arm == "step" and run.seed in lost:
+                write_run(loaded, run, {}, status="diverged", error="train/loss = nan")
+
+    text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, both, after=diverge)
+    assert size in line_of(text, "Main validation loss")
+    assert ("], n = 5)" in line_of(text, "Main validation loss")) == bool(lost)
+
+
 @pytest.mark.parametrize("arm", ["constant", "none"])
 def test_diverged_runs_are_listed_and_count_and_missing_ones_are_listed(report, arm):
     """A run of the arm that is compared against counts against that one, not its challenger."""
