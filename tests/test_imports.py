@@ -31,12 +31,12 @@ LAYERS = {
     "runs": 8,
     "plan": 9,
     "train": 9,
-    "study": 10,
     "analysis": 10,
-    "api": 11,
-    "cli": 11,
+    "study": 11,
+    "api": 12,
+    "cli": 12,
 }
-TOP = 11  # the package's __init__.py (the public API) and tools/
+TOP = 12  # the package's __init__.py (the public API) and tools/
 
 # Third-party module -> the parts of the package that may import it.
 DOORS = {

@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 
+from dsv3_mtp.analysis.renamed import renamed_windows, second_tokens
 from dsv3_mtp.config import code
 from dsv3_mtp.data.opening import validation_source
 from dsv3_mtp.data.source import open_source, splits_of
+from dsv3_mtp.data.tokenizer import recorded_encoder
 from dsv3_mtp.decode.draft import no_drafter
+from dsv3_mtp.files.run_folder import tokenizer_of
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
 from dsv3_mtp.report.metrics import Record as Logged
 from dsv3_mtp.report.metrics import depths_of, read_metrics
@@ -33,6 +36,7 @@ from dsv3_mtp.train.validation import acceptance, validate
 
 SOLVED = "task/exact_match"
 SHIFT = "shift"  # a split of sitelib
+RENAMED = 256  # windows with names that the model has never seen
 LOSSES = ("train/main_loss", "train/mtp_loss/")
 SMOOTH = ("moe/max_violation", "moe/mtp_max_violation/1")  # drawn smoothed: kept as means of parts
 PARTS = 100  # of a smoothed curve
@@ -138,8 +142,9 @@ def _parts(points: Sequence[tuple[int, float]]) -> Iterator[tuple[int, float]]:
 
 
 def along_text(folder: Path, run: Run) -> dict[str, float]:
-    """The table drafters' floors with this run's main model; and `shift/...`, the validation on
-    packages that were held out whole, where the corpus has them.
+    """The table drafters' floors with this run's main model; `shift/...`, the validation on
+    packages that were held out whole, where the corpus has them; and `renamed/...`, whether it
+    copies names that it has never seen, where the text is Python.
     """
     if not isinstance(run.config.data.val, str):
         return {}  # a source of another kind has no text to read by position
@@ -153,6 +158,10 @@ def along_text(folder: Path, run: Run) -> dict[str, float]:
         source = open_source(path, SHIFT)
         shifted = validate(model, source, config, batches=batches, device=device)
         metrics |= {key.replace("val/", "shift/", 1): value for key, value in shifted.items()}
+    if (tokenizer := tokenizer_of(config, folder)) is not None:
+        encoder = recorded_encoder(tokenizer, config.model.vocab_size)
+        windows = renamed_windows(val, encoder, count=RENAMED, length=config.data.seq_len)
+        metrics |= second_tokens(model, windows, device=device)
     return metrics
 
 

@@ -41,6 +41,7 @@ HIGHER = {
     "acceptance/T1/joint/k": "acceptance of drafts 1..{} at temperature 1, free-running",
     "acceptance/T1/plain_over_drafting": "seconds per token of plain decoding over those with "
     "drafts, at temperature 1 (above 1 drafts pay)",
+    "renamed/second_token": "second tokens of names it has not seen, behind an earlier mention",
     "task/solved": "share of seeds that solved the task",
 }
 NEITHER = {
@@ -54,6 +55,7 @@ NEITHER = {
     "val/floor/overlap/table/k": "overlap of drafts from a table of tokens for depth {}",
     "val/floor/overlap/constant/tokens_per_step": f"{ALONG}, of constant drafts",
     "val/floor/overlap/table/tokens_per_step": f"{ALONG}, of drafts from a table of tokens",
+    "renamed/first_mention": "second tokens of names it has not seen, at the first mention",
     "acceptance/T0/distinct": "share of distinct tokens in the greedy text",
     "acceptance/T1/distinct": "acceptance/T1/distinct",
     "train/main_loss_error": f"{MAIN_ERROR}, mean of the last quarter, %",
@@ -76,7 +78,14 @@ NEEDS = {
 
 RATES = (
     *("task/exact_match", "task/first", "task/second", "task/solved"),
-    *("val/top1", "val/agreement", "val/overlap/", "acceptance/T0/joint", "acceptance/T1/joint"),
+    *(
+        "val/top1",
+        "val/agreement",
+        "val/overlap/",
+        "acceptance/T0/joint",
+        "acceptance/T1/joint",
+        "renamed/",
+    ),
 )
 
 
