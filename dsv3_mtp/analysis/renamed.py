@@ -78,11 +78,11 @@ def renamed_windows(
     if not is_python(source.path) or len(names.plain) < FEWEST:
         return []
     starts = np.asarray(source.document_starts)
-    places = [
+    places = [  # the last token of a document, its end of text, is not read
         (document, place)
         for document, (begin, end) in enumerate(itertools.pairwise(starts))
         if end - begin <= LONGEST
-        for place in range(0, int(end - begin) - 2 * length, 2 * length)
+        for place in range(0, int(end - begin) - 1 - 2 * length, 2 * length)
     ]
 
     @cache

@@ -1,5 +1,6 @@
 """Windows with other names against their own text, and the count against models that are known."""
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +78,13 @@ def test_windows_are_the_same_for_every_model_and_their_names_are_of_two_tokens(
         assert len(set(said.values())) == len(said)
         seconds.append(sorted(said.items()))
     assert len({str(names) for names in seconds}) > 1  # drawn for every window
+
+
+def test_a_window_ends_within_its_document(text):
+    source, encoder = text
+    for begin, end in itertools.pairwise(source.document_starts):
+        for length in ((end - begin) // 2, (end - begin - 1) // 2, (end - begin - 2) // 2):
+            renamed_windows(source, encoder, count=100, length=int(length))
 
 
 def test_text_that_is_no_python_has_none(text, tmp_path):
