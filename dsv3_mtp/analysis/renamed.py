@@ -127,15 +127,19 @@ def _pieces(text: str, codes: np.ndarray) -> Iterator[tuple[str, bool]]:
 def _rename(
     pieces: Sequence[tuple[str, bool]], names: Names, encoder: DocumentEncoder, seed: int
 ) -> Renamed:
-    ids = {text: _encode(text, encoder) for text in {text for text, _ in pieces}}
+    ids: dict[str, list[int]] = {
+        text: encoder.tokenizer.encode(text, add_special_tokens=False).ids for text, _ in pieces
+    }
     written = set(itertools.chain.from_iterable(ids.values()))
-    heads = list(zip(names.plain, names.spaced, strict=True))
-    free = [head for head in heads if written.isdisjoint(head)]
+    both = zip(names.plain, names.spaced, strict=True)
+    free = [pair for pair in both if written.isdisjoint(pair)]
     counts = Counter(text for text, named in pieces if named and text not in KEPT)
     often = [text for text, n in counts.most_common(len(free)) if n > 1]
     raw = np.random.PCG64(np.random.SeedSequence(seed)).random_raw  # numpy has fixed it for ever
-    first, second = (np.argsort(raw(len(of)), kind="stable") for of in (free, names.second))
-    given = {text: (free[first[n]], names.second[second[n]]) for n, text in enumerate(often)}
+    begins = [free[n] for n in np.argsort(raw(len(free)), kind="stable")[: len(often)]]
+    ends = [token for token in names.second if token not in dict(begins)]
+    order = np.argsort(raw(len(ends)), kind="stable")
+    given = {text: (begins[n], ends[order[n]]) for n, text in enumerate(often)}
     tokens: list[int] = []
     later, mentioned = [], {}
     for text, _ in pieces:
@@ -153,10 +157,6 @@ def _rename(
         else:
             mentioned[text] = len(tokens) - 1
     return Renamed(tokens, later, list(mentioned.values()))
-
-
-def _encode(text: str, encoder: DocumentEncoder) -> list[int]:
-    return encoder.tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
 
 def _cut(window: Renamed, length: int) -> Renamed:

@@ -1,6 +1,12 @@
 """Windows with other names against their own text, and the count against models that are known."""
 
+import ast
+import bisect
+import heapq
 import itertools
+import queue
+import textwrap
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,16 +27,15 @@ from dsv3_mtp.data.prepare import Arguments, prepare
 from dsv3_mtp.data.source import Source, open_source
 from dsv3_mtp.data.tokenizer import DocumentEncoder, load_encoder
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 LENGTH = 96
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> tuple[Source, DocumentEncoder]:
-    """Python files of this project."""
+    """Files of Python's own library."""
     out = tmp_path_factory.mktemp("python") / "out"
-    inputs = (str(ROOT / "dsv3_mtp" / "analysis" / "*.py"),)
+    inputs = tuple(module.__file__ for module in (ast, bisect, heapq, queue, textwrap, zipfile))
     prepare(out, Arguments(inputs=inputs, vocab_size=400, val_fraction=0.5), say=str)
     return open_source(out, "val"), load_encoder(out / "tokenizer.json")
 
