@@ -210,7 +210,8 @@ def pair_table(table: Table, comparison: str, group: Sequence[Effect]) -> list[E
     for arm, against in dict.fromkeys((e.arm, e.against) for e in group):
         if not findings.trunks_apart(table, arm, against):
             continue
-        for k in _depths(table, arm, ABOVE):
+        theirs = _depths(table, against, ABOVE)
+        for k in (depth for depth in _depths(table, arm, ABOVE) if depth in theirs):
             metrics = (LOSS, f"{ABOVE}/{k}", f"{OVERLAP}/{k}")
             rows.append([arm, str(k), *(_difference(table, arm, against, m) for m in metrics)])
     if not rows:

@@ -441,3 +441,17 @@ def test_a_grid_of_two_axes_has_a_table_of_both_and_pictures_of_the_primary_arms
 def test_a_study_without_a_grid_draws_all_its_arms(report):
     text = report({"none": 4.0, "constant": 4.1, "step": 4.2})
     assert "are drawn" not in text and "Every w with" not in text
+
+
+@pytest.mark.parametrize("drafting", [["constant"], ["none", "constant"]])
+def test_overlaps_of_trunks_trained_apart_are_set_beside_both_that_have_them(report, drafting):
+    def add_overlaps(loaded):
+        for run in expand(loaded, {}):
+            if run.arm in drafting:
+                value = 0.5 + run.seed / 100 + 0.1 * (run.arm == "constant")
+                overlaps = {"val/overlap/1": value, "val/overlap_above_table/1": value - 0.3}
+                edit(loaded, run.name, metrics=overlaps)
+
+    text = report({"none": 4.0, "constant": 4.1, "step": 4.1}, after=add_overlaps)
+    row = "| +0.1000 [+0.1000, +0.1000] | +0.1000 [+0.1000, +0.1000] |"
+    assert (row in text) == ("trained apart, and overlap falls" in text) == (len(drafting) == 2)
