@@ -58,13 +58,15 @@ class PictureData:
 
     @cached_property
     def legible(self) -> "PictureData":
-        """Of more arms than there are colours, those of the primary comparison."""
+        """Of more arms than there are colours, those of the primary comparison; and every effect on
+        the main loss, whose rows have names.
+        """
         if sum(bool(seeds) for seeds in self.table.values()) <= len(COLORS):
             return self
         arms = primary_arms(self.study)
         study = self.study.model_copy(update={"arms": {a: self.study.arms[a] for a in arms}})
         table = {arm: self.table[arm] for arm in arms}
-        effects = [effect for effect in self.effects if {effect.arm, effect.against} <= {*arms}]
+        effects = [e for e in self.effects if {e.arm, e.against} <= {*arms} or e.metric == LOSS]
         return replace(self, study=study, table=table, effects=effects)
 
     @property
