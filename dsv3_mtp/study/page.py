@@ -13,7 +13,7 @@ h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 14px; margin: 0.5rem 0
 1rem; } th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #e3e3e3; text-align: right; } th {
 vertical-align: bottom; min-width: 4rem; max-width: 12rem; } td { white-space: nowrap; }
-th:first-child, td:first-child, td.text { text-align: left; } td.text { white-space: normal;
+th:first-child, td:first-child, .text { text-align: left; } td.text { white-space: normal;
 min-width: 16rem; } figure { margin: 1rem 0; } figcaption { font-size: 14px; color: #444; } img {
 max-width: 100%; } @media (max-width: 600px) { img { max-width: none; height: 22rem; } img.answer {
 height: auto; max-width: 100%; } } pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; }
@@ -128,11 +128,15 @@ def _html(block: Element, folder: Path, elements: Mapping[str, str]) -> str:
             source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
             image = f'<div class="scroll"><img class="{kind}" src="{source}" alt="{caption}"></div>'
             return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.header)
-    rows = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in block.rows)
+    # a column with a long cell is text, whose lines begin at the left
+    columns = zip([""] * len(block.header), *block.rows, strict=True)
+    kinds = [" class=text" if max(map(len, column)) > 30 else "" for column in columns]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        pairs = zip(kinds, cells, strict=True)
+        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in pairs)
+
+    head = line("th", block.header)
+    rows = "".join(f"<tr>{line('td', row)}</tr>" for row in block.rows)
     table = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
     return f'<div class="scroll"><table>{table}</table></div>'
-
-
-def _cell(text: str) -> str:
-    return f"<td{' class=text' if len(text) > 30 else ''}>{html.escape(text)}</td>"
