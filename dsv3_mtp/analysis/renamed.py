@@ -71,11 +71,10 @@ def renamed_windows(
     source: Source, encoder: DocumentEncoder, *, count: int, length: int
 ) -> list[Renamed]:
     """At most `count` windows of `length` tokens, evenly spread over documents that Python's
-    tokenizer can read; the same for every model. None: the text is no Python, or the vocabulary
+    tokenizer can read; the same for every model. Empty: the text is no Python, or the vocabulary
     has no tokens for names.
     """
-    names = name_tokens(encoder)
-    if not is_python(source.path) or len(names.plain) < FEWEST:
+    if not is_python(source.path) or len((names := name_tokens(encoder)).plain) < FEWEST:
         return []
     starts = np.asarray(source.document_starts)
     places = [  # the last token of a document, its end of text, is not read
