@@ -95,14 +95,23 @@ def python_classes(ids: np.ndarray, encoder: DocumentEncoder) -> np.ndarray:
     ended = len(ids) > 0 and int(ids[-1]) == encoder.eos_id
     if ended:
         found[-1] = PYTHON.index("end of text")
-    body = ids[: len(ids) - ended].tolist()
-    text = encoder.tokenizer.decode(body, skip_special_tokens=False)
-    again = encoder.tokenizer.encode(text, add_special_tokens=False)
-    codes = character_codes(text)
-    if again.ids == body and codes is not None:
-        for place, (begin, end) in enumerate(again.offsets):
+    if (read := python_text(ids[: len(ids) - ended], encoder)) is not None:
+        text, codes, offsets = read
+        for place, (begin, end) in enumerate(offsets):
             found[place] = _decide(text[begin:end], codes[begin:end])
     return found
+
+
+def python_text(
+    body: np.ndarray, encoder: DocumentEncoder
+) -> tuple[str, np.ndarray, list[tuple[int, int]]] | None:
+    """Text of a document's tokens, number of PYTHON of each character, and begin and end of each
+    token. None: its text gives other tokens, or Python's tokenizer cannot read it.
+    """
+    text = encoder.tokenizer.decode(body.tolist(), skip_special_tokens=False)
+    again = encoder.tokenizer.encode(text, add_special_tokens=False)
+    codes = character_codes(text)
+    return None if again.ids != body.tolist() or codes is None else (text, codes, again.offsets)
 
 
 def _decide(text: str, codes: np.ndarray) -> int:

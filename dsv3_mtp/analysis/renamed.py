@@ -22,13 +22,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dsv3_mtp.analysis.classes import LONGEST, PYTHON, character_codes, is_python
+from dsv3_mtp.analysis.classes import LONGEST, PYTHON, is_python, python_text
 from dsv3_mtp.data.source import Source
 from dsv3_mtp.data.tokenizer import DocumentEncoder
 from dsv3_mtp.model.causal_lm import DeepseekV3MTP
+from dsv3_mtp.tasks.base import Draws
 
 FEWEST = 8  # names that a vocabulary must have
-KEPT = frozenset(keyword.kwlist) | frozenset(dir(builtins))
+KEPT = frozenset(dir(builtins))
 BATCH = 16  # windows that are read at once
 
 
@@ -86,7 +87,9 @@ def renamed_windows(
 
     @cache
     def read(document: int) -> tuple[str, np.ndarray, list[tuple[int, int]]] | None:
-        return _read(source.read(int(starts[document]), int(starts[document + 1]) - 1), encoder)
+        return python_text(
+            source.read(int(starts[document]), int(starts[document + 1]) - 1), encoder
+        )
 
     found = []
     for number in range(min(count, len(places))):
@@ -100,18 +103,6 @@ def renamed_windows(
         if len(window.tokens) >= length:
             found.append(_cut(window, length))
     return found
-
-
-def _read(
-    ids: np.ndarray, encoder: DocumentEncoder
-) -> tuple[str, np.ndarray, list[tuple[int, int]]] | None:
-    """A document's text, the class of each character and the place of each token, if its text gives
-    these tokens and Python's tokenizer can read it.
-    """
-    text = encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-    again = encoder.tokenizer.encode(text, add_special_tokens=False)
-    codes = character_codes(text)
-    return None if again.ids != ids.tolist() or codes is None else (text, codes, again.offsets)
 
 
 def _pieces(text: str, codes: np.ndarray) -> Iterator[tuple[str, bool]]:
@@ -134,10 +125,10 @@ def _rename(
     free = [pair for pair in both if written.isdisjoint(pair)]
     counts = Counter(text for text, named in pieces if named and text not in KEPT)
     often = [text for text, n in counts.most_common(len(free)) if n > 1]
-    raw = np.random.PCG64(np.random.SeedSequence(seed)).random_raw  # numpy has fixed it for ever
-    begins = [free[n] for n in np.argsort(raw(len(free)), kind="stable")[: len(often)]]
+    draws = Draws(seed)
+    begins = [free[n] for n in draws.sample(len(free), len(often))]
     ends = [token for token in names.second if token not in dict(begins)]
-    order = np.argsort(raw(len(ends)), kind="stable")
+    order = draws.sample(len(ends), len(often))
     given = {text: (begins[n], ends[order[n]]) for n, text in enumerate(often)}
     tokens: list[int] = []
     later, mentioned = [], {}

@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsv3_mtp.analysis.classes import python_text
 from dsv3_mtp.analysis.renamed import (
     KEPT,
     _pieces,
-    _read,
     _rename,
     name_tokens,
     renamed_windows,
@@ -43,7 +43,7 @@ def text(tmp_path_factory) -> tuple[Source, DocumentEncoder]:
 def test_a_text_keeps_everything_but_the_names_that_come_back(text):
     source, encoder = text
     begin, end = source.document_starts[0:2]
-    known = _read(source.read(int(begin), int(end) - 1), encoder)
+    known = python_text(source.read(int(begin), int(end) - 1), encoder)
     assert known is not None
     written, codes, _ = known
     pieces = list(_pieces(written, codes))
